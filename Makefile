@@ -1,0 +1,62 @@
+# Every everyday task; `make` alone lists them. ARGS is handed on: make test ARGS="-k router".
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+CONFIG ?= configs/quickstart.yaml
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPES := build/types
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check lint types format parity mutants tensorboard clean
+
+help: ## list the tasks
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the virtual environment with everything that is needed (about 2 minutes)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: $(STAMP) ## train CONFIG (the quick start) on WORKERS processes
+	$(BIN)/dist-moe launch $(CONFIG) --workers $(WORKERS) $(ARGS)
+
+test: $(STAMP) ## run the tests; those for a GPU only where there is one
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test ## lint, types and tests
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy finds packages by their folders, so it is shown the tree under the names that are installed.
+types: $(STAMP) ## mypy
+	rm -rf $(TYPES)
+	mkdir -p $(TYPES)/dist_moe
+	ln -s $(CURDIR)/dist_moe/* $(TYPES)/dist_moe/
+	ln -s $(CURDIR)/launch $(TYPES)/dist_moe/launch
+	ln -s $(CURDIR)/launch/entry $(TYPES)/dist_moe_entry
+	ln -s $(CURDIR)/tests $(TYPES)/tests
+	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache dist_moe dist_moe_entry tests
+
+format: $(STAMP) ## write the format that lint asks for
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+parity: $(STAMP) ## compare losses and gradients over worker counts, expert parallelism and ZeRO stages
+	$(BIN)/python -m tests.parity $(ARGS)
+
+mutants: $(STAMP) ## break the code one line at a time; each time the named test must fail
+	$(BIN)/python -m tests.mutants $(ARGS)
+
+tensorboard: $(STAMP) ## show the runs in a browser
+	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+clean: ## remove what make made, but no runs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

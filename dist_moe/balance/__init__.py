@@ -1,0 +1,1 @@
+"""Balancing: measures of the load, update rules, and the state that carries the selection bias."""

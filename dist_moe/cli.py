@@ -1,0 +1,191 @@
+"""The command line: each command loads what it is given and calls one function; heavy imports come late."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Trains Mixture-of-Experts models on many workers, with balanced experts and no auxiliary loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="The text that models learn from.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+class Launcher(StrEnum):
+    """The programs that can start the workers on this host."""
+
+    deepspeed = "deepspeed"
+    torchrun = "torchrun"
+
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+CheckpointFolder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of the checkpoint.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, such as train.steps=20."),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Number of workers (processes, one per device).")]
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="dist-moe")
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    launcher: Annotated[
+        Launcher, typer.Option(help="The program that starts the workers.")
+    ] = Launcher.deepspeed,
+    workers: Workers = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, and stop.")] = False,
+) -> None:
+    """Train on several workers of this host; Ctrl-C ends them all."""
+    from dist_moe.config import load_config
+    from dist_moe.launch.deepspeed import deepspeed_command
+    from dist_moe.launch.process import run
+    from dist_moe.launch.torchrun import torchrun_command
+
+    with errors_in_plain_words():
+        settings = load_config(config, overrides or ())
+        make = deepspeed_command if launcher is Launcher.deepspeed else torchrun_command
+        command = make(settings, workers, config, overrides or ())
+        if dry_run:
+            check(config, overrides, workers)
+            print(command.line(os.environ))
+            return
+        # What depends on the model's own class is checked by the workers, before they meet: they import it
+        # anyway, and importing it here too would make every start wait for it twice.
+        outcome = run(command, settings.run.dir, workers)
+    if outcome.message:
+        complain(outcome.message)
+    raise typer.Exit(outcome.code)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    local_rank: Annotated[
+        int, typer.Option("--local_rank", "--local-rank", hidden=True, help="Ignored; launchers add it.")
+    ] = 0,
+) -> None:
+    """Be one worker of a run, or all of it without a launcher."""
+    restore_visible_devices()
+    from dist_moe.comm.bootstrap import PlaceError, read_place
+    from dist_moe.comm.failure import report_failure
+    from dist_moe.config import load_config, resolve
+
+    with errors_in_plain_words(PlaceError):
+        settings = load_config(config, overrides or ())
+        place = read_place(os.environ)
+    with report_failure(settings.run.dir, place.rank):
+        resolved = resolve(settings, place.world_size)
+        from dist_moe.train.loop import run
+
+        run(resolved, place)
+
+
+@app.command()
+def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None) -> None:
+    """Measure a checkpoint on the validation text, and print the result as one JSON object."""
+    from dist_moe.comm.bootstrap import PlaceError, read_place
+    from dist_moe.train.evaluate import evaluate_checkpoint
+    from dist_moe.train.weights import WeightsError
+
+    with errors_in_plain_words(PlaceError, WeightsError):
+        result = evaluate_checkpoint(checkpoint, overrides or ())
+        if read_place(os.environ).rank == 0:
+            print(json.dumps(result))
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointFolder,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to add, at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+) -> None:
+    """Continue a text with a checkpoint's model."""
+    from dist_moe.train.generate import generate as continue_text
+    from dist_moe.train.weights import WeightsError
+
+    with errors_in_plain_words(WeightsError):
+        print(continue_text(checkpoint, prompt, tokens, temperature, seed))
+
+
+@app.command("config")
+def print_config(config: ConfigFile, overrides: Overrides = None, workers: Workers = 1) -> None:
+    """Check a run for a number of workers, and print it with every field filled in."""
+    with errors_in_plain_words():
+        print(check(config, overrides, workers), end="")
+
+
+@data_app.command()
+def fetch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Sources; all built-in ones if none is named."),
+    ] = None,
+) -> None:
+    """Fetch sources of text into the cache, and show what is there."""
+    from dist_moe.data.cache import cache_folder
+    from dist_moe.data.sources import BUILT_IN, fetch_sources
+
+    with errors_in_plain_words():
+        records = fetch_sources(names or BUILT_IN, cache_folder())
+    table = Table("source", "version", "bytes", "sha256")
+    for record in records:
+        table.add_row(record.name, record.version, f"{record.bytes:,}", record.sha256)
+    Console().print(table)
+
+
+def check(config: Path, overrides: list[str] | None, workers: int) -> str:
+    """The whole configuration as YAML; ConfigError with every rule that it breaks for this many workers."""
+    from dist_moe.config import dump_config, load_config, resolve
+
+    return dump_config(resolve(load_config(config, overrides or ()), workers).config)
+
+
+def restore_visible_devices() -> None:
+    """Puts CUDA_VISIBLE_DEVICES back, which DeepSpeed's launcher overwrites, before torch reads it."""
+    from dist_moe.launch.deepspeed import KEPT_DEVICES, VISIBLE_DEVICES
+
+    if KEPT_DEVICES in os.environ:
+        os.environ[VISIBLE_DEVICES] = os.environ[KEPT_DEVICES]
+
+
+@contextlib.contextmanager
+def errors_in_plain_words(*further: type[Exception]) -> Iterator[None]:
+    """Turns an error that is the user's to mend into its message and exit code 2, without a traceback."""
+    from dist_moe.config import ConfigError
+    from dist_moe.data.errors import DataError
+    from dist_moe.launch.command import LaunchError
+
+    mendable: tuple[type[Exception], ...] = (ConfigError, DataError, LaunchError, *further)
+    try:
+        yield
+    except mendable as error:
+        complain(str(error))
+        raise typer.Exit(2) from None
+
+
+def complain(message: str) -> None:
+    """Writes to stderr, and leaves the lines as they are: paths and values are there to be copied."""
+    Console(stderr=True, style="bold red", highlight=False, markup=False, soft_wrap=True).print(message)
+    sys.stderr.flush()

@@ -1,0 +1,177 @@
+"""Tells the outside how a worker fares: a record of its process, its error in a file, and a hard exit."""
+
+import contextlib
+import json
+import logging
+import os
+import select
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+from dist_moe.config.errors import ConfigError
+
+LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
+CONFIG_ERROR_CODE = 2
+INTERRUPTED_CODE = 130
+END_BY_LAUNCH_S = 5.0
+
+
+@contextlib.contextmanager
+def report_failure(run_dir: str | Path, rank: int) -> Iterator[None]:
+    """Surrounds everything that a worker does, and tells whoever started the job how it went.
+
+    On entry it writes `workers/rank-N.json` (pid, start time, state "running"), removes the error of an
+    earlier run, and ties the worker to the `dist-moe launch` that started it, if one did: when that process
+    is gone, even by SIGKILL, the worker ends too. After the block the state is "finished". An exception in
+    the block ends the process as `exit_hard` says.
+
+    Meant for a process that does nothing else: it does not give control back after an error.
+
+    run_dir: the run's folder. rank: this worker's number among all workers.
+    """
+    folder = Path(run_dir)
+    error_file(folder, rank).unlink(missing_ok=True)
+    write_record(folder, rank, "running")
+    end_with_launch(os.environ.get(LAUNCH_VARIABLE))
+    try:
+        with exit_hard(folder, rank):
+            yield
+    finally:
+        # Only success comes by here, sys.exit(0) included: exit_hard does not return from anything else.
+        write_record(folder, rank, "finished", code=0)
+
+
+@contextlib.contextmanager
+def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
+    """Turns an exception in the block into a report and an immediate end of the process.
+
+    The report is `errors/rank-N.txt` (time, rank, exit code, exception type, message, traceback), the same
+    traceback on stderr, and the state "failed" in `workers/rank-N.json`. The exit code is 2 for a
+    `ConfigError`, the code of a `SystemExit`, 130 for Ctrl-C (which is no error and gets no file), and 1
+    otherwise. A `ConfigError` is the same on every rank and the user's to mend: it is told once, without a
+    traceback, by `dist-moe launch` or by rank 0.
+
+    Why the exit is hard (`os._exit`): a rank that raises while the others stand in a collective must be gone
+    at once, since its closed connections are what frees them. An ordinary exit first unwinds the context
+    managers around this one, joins threads and runs destructors. `destroy_process_group`, the destructor of a
+    communicator with work in flight, or a thread of a library may wait there for ranks that wait for this
+    one: the error would never be seen, and the job would stand still until the time-out of the collective.
+    The operating system reclaims everything such an exit would have freed.
+
+    So enter it just inside whatever may block while it is torn down (the process group), and around whatever
+    has something to save (writers of metrics): those close before the exit, this one leaves the rest.
+    """
+    folder = Path(run_dir)
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        end_process(folder, rank, stop, stop.code if isinstance(stop.code, int) else 1)
+    except KeyboardInterrupt as stop:
+        end_process(folder, rank, stop, INTERRUPTED_CODE)
+    except ConfigError as error:
+        end_process(folder, rank, error, CONFIG_ERROR_CODE)
+    except BaseException as error:
+        end_process(folder, rank, error, 1)
+
+
+def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoReturn:
+    """Reports `error` and leaves with `code`, whatever happens on the way (a full disk, a closed stderr)."""
+    launched = LAUNCH_VARIABLE in os.environ
+    try:
+        if not isinstance(error, KeyboardInterrupt):
+            trace = "".join(traceback.format_exception(error))
+            with contextlib.suppress(OSError):  # A full disk must not keep the traceback from stderr.
+                write_atomically(error_file(folder, rank), error_report(rank, error, code, trace))
+            if not isinstance(error, ConfigError):
+                sys.stderr.write(f"rank {rank} failed:\n{trace}")
+            elif rank == 0 and not launched:
+                sys.stderr.write(f"{error}\n")
+        write_record(folder, rank, "failed", code=code)
+        flush_output()
+        if launched and isinstance(error, ConfigError):
+            # The launch ends the job as soon as it sees the report, and a launcher that is ended says
+            # nothing; one that sees a worker end writes a page about it below which the message would be
+            # lost.
+            time.sleep(END_BY_LAUNCH_S)
+    finally:
+        raise SystemExit(code)
+
+
+def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:
+    """The text of an error file: `key: value` lines (the message as JSON), an empty line, the traceback."""
+    return (
+        f"time: {datetime.now(UTC).isoformat(timespec='microseconds')}\n"
+        f"rank: {rank}\n"
+        f"code: {code}\n"
+        f"exception: {type(error).__name__}\n"
+        f"message: {json.dumps(str(error))}\n"
+        f"\n{trace}"
+    )
+
+
+def flush_output() -> None:
+    """Writes out what Python still holds; a reader that has gone away is no reason to stay."""
+    for flush in (sys.stdout.flush, sys.stderr.flush, logging.shutdown):
+        with contextlib.suppress(OSError, ValueError):
+            flush()
+
+
+def error_file(folder: Path, rank: int) -> Path:
+    return folder / "errors" / f"rank-{rank}.txt"
+
+
+def write_record(folder: Path, rank: int, state: str, code: int | None = None) -> None:
+    """Writes `workers/rank-N.json`; pid and start time together name one process for good."""
+    record = {
+        "rank": rank,
+        "pid": os.getpid(),
+        "start_time": start_time(os.getpid()),
+        "state": state,
+        "code": code,
+    }
+    write_atomically(folder / "workers" / f"rank-{rank}.json", json.dumps(record) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the whole new text or what was there before, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def start_time(pid: int) -> int:
+    """When the process started, in clock ticks since the host did (field 22 of /proc/PID/stat)."""
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def end_with_launch(launch: str | None) -> None:
+    """Ends this process as soon as the process `launch` ("PID:START_TIME") has ended; nothing to do for None.
+
+    The thread sleeps in the kernel until then, and runs even while the main thread waits in a collective.
+    """
+    if launch is None:
+        return
+    pid, _, started = launch.partition(":")
+    try:
+        handle = os.pidfd_open(int(pid))
+        same = start_time(int(pid)) == int(started)
+    except (ProcessLookupError, FileNotFoundError):
+        same = False
+    if not same:
+        os._exit(1)
+
+    def wait() -> None:
+        select.select([handle], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-launch", daemon=True).start()

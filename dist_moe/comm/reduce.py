@@ -1,0 +1,41 @@
+"""Reductions over all ranks: integer counts exactly, and named scalars packed into one collective."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_counts(counts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Sum int64 tensors of any shapes over all ranks in ONE all-reduce -> tensors of the same shapes, int64.
+
+    Integers, because a float32 counter above 2**24 loses single tokens and bf16 has flipped the sign of a load error.
+    Every rank calls it with the same shapes; an empty list makes no collective. Errors: TypeError for another dtype.
+    """
+    wrong = [str(count.dtype) for count in counts if count.dtype != torch.int64]
+    if wrong:
+        raise TypeError(f"counts are {wrong[0]}; load counts are int64 end to end, so convert where they are made")
+    if not counts:
+        return []
+    packed = torch.cat([count.reshape(-1).to(device) for count in counts])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(packed)
+    sizes = [count.numel() for count in counts]
+    return [part.view(count.shape) for part, count in zip(packed.split(sizes), counts, strict=True)]
+
+
+def sum_scalars(scalars: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum named numbers over all ranks in one all-reduce in fp64; every rank passes the same names in one order."""
+    packed = torch.tensor(list(scalars.values()), dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(packed)
+    return dict(zip(scalars, packed.tolist(), strict=True))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank where `flag` is true on at least one."""
+    packed = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    return bool(packed.item())

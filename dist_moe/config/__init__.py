@@ -1,0 +1,19 @@
+"""What a run is: its fields, how they are read, and whether they fit together."""
+
+from dist_moe.config.check import Resolved, resolve
+from dist_moe.config.errors import ConfigError, Violation
+from dist_moe.config.family import Family, family_of
+from dist_moe.config.load import dump_config, load_config
+from dist_moe.config.schema import Config
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Family",
+    "Resolved",
+    "Violation",
+    "dump_config",
+    "family_of",
+    "load_config",
+    "resolve",
+]

@@ -1,0 +1,200 @@
+"""The model of a configuration, read through its Hugging Face config class: its keys and routing values."""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+from dist_moe.config.errors import ABSENT, Violation, divisors, listed, nearest
+from dist_moe.config.family import Family, family_of
+from dist_moe.config.schema import Config, RouterConfig
+from dist_moe.config.shape import shape_violations
+
+# Keys of the class that something else decides -> what decides it.
+OWNED_MODEL_KEYS: dict[str, str] = {
+    "bos_token_id": "the tokenizer (data.tokenizer) sets it",
+    "eos_token_id": "the tokenizer (data.tokenizer) sets it",
+    "pad_token_id": "the tokenizer (data.tokenizer) sets it",
+    "output_router_logits": "the router here keeps what balance.policy needs",
+    "router_aux_loss_coef": "balance.policy sets how the load is kept even",
+}
+# Keys of older published files -> the key that holds the same today.
+RENAMED_KEYS = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+BYTES_VOCABULARY = 257  # 256 bytes and the end token
+# What a routing value is where neither the configuration nor the family says it.
+NEUTRAL: dict[str, Any] = {"normalise": False, "scaling": 1.0, "groups": 1, "top_groups": 1}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the Hugging Face config says once the routing values are written into it.
+
+    arguments: keyword arguments of the config class; vocab_size only where the configuration gives it, and
+    the ids of the special tokens None until the tokenizer is known.
+    router: every field filled.
+    """
+
+    arguments: dict[str, Any]
+    experts: int
+    router: RouterConfig
+
+
+class Reading(NamedTuple):
+    """`facts` is None where the config class refuses what it is given, or the routing has no sense.
+
+    experts: routed experts of a layer; None where not even that is known.
+    """
+
+    facts: ModelFacts | None
+    experts: int | None
+    violations: list[Violation]
+
+
+def read_model(config: Config) -> Reading:
+    """Builds the Hugging Face config of `config.model` and `config.router`; imports transformers."""
+    from transformers import CONFIG_MAPPING
+
+    family = family_of(config.model.architecture)
+    cls: Any = CONFIG_MAPPING[family.architecture]
+    known = _known_keys(cls, family)
+    violations = _key_violations(config, cls, known)
+    arguments = {key: value for key, value in config.model.config.items() if key in known}
+    fields = routing_fields(family)
+    for name, field in fields.items():
+        wanted = getattr(config.router, name)
+        if wanted is None:
+            continue
+        given = arguments.get(field) if field is not None else None
+        if field is None and name in ("groups", "top_groups") and wanted != 1:
+            rule = f"asks for expert groups, which {family.architecture} does not have"
+            violations.append(Violation(f"router.{name}", wanted, rule, "leave it null"))
+        elif given is not None and given != wanted:
+            rule = f"differs from model.config.{field}={given}"
+            violations.append(Violation(f"router.{name}", wanted, rule, "set one of the two"))
+        elif field is not None:
+            arguments[field] = wanted
+    try:
+        settings = cls(**{"vocab_size": vocabulary_bound(config), **arguments, **_no_special_tokens()})
+    except Exception as error:
+        experts = arguments.get(family.experts)
+        known_experts = experts if type(experts) is int and experts > 0 else None
+        return Reading(None, known_experts, [*violations, *_refusals(cls, arguments, error)])
+    filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
+    experts = getattr(settings, family.experts)
+    violations += shape_violations(config, settings)
+    if experts < 1:
+        rule = "leaves the model without experts"
+        violations.append(Violation(f"model.config.{family.experts}", experts, rule, "give 1 or more"))
+        return Reading(None, None, violations)
+    if routing := _routing_violations(config, family, experts, filled):
+        return Reading(None, experts, [*violations, *routing])
+    written = {field: filled[name] for name, field in fields.items() if field is not None}
+    router = config.router.model_copy(update={**filled, "score": config.router.score or family.score})
+    arguments = {**arguments, **written, **_no_special_tokens()}
+    return Reading(ModelFacts(arguments, experts, router), experts, violations)
+
+
+def vocabulary_bound(config: Config) -> int:
+    """The tokens the tokenizer has at most (bpe may find fewer merges than it was asked for)."""
+    return BYTES_VOCABULARY if config.data.tokenizer == "bytes" else config.data.vocabulary
+
+
+def routing_fields(family: Family) -> dict[str, str | None]:
+    """Our name of each routing value -> the family's field for it."""
+    return {
+        "top_k": family.top_k,
+        "normalise": family.normalise,
+        "scaling": family.scaling,
+        "groups": family.groups,
+        "top_groups": family.top_groups,
+    }
+
+
+def _no_special_tokens() -> dict[str, None]:
+    # The classes' own defaults (DeepSeek-V3: bos 0, eos 1) would be ordinary bytes of our vocabulary.
+    return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def _known_keys(cls: Any, family: Family) -> set[str]:
+    """The keys that shape the model: those the class itself declares, not its base, less the owned ones."""
+    from transformers import PreTrainedConfig
+
+    declared = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+    return (declared | set(family.undeclared)) - set(OWNED_MODEL_KEYS)
+
+
+def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation]:
+    backwards = {theirs: ours for ours, theirs in cls.attribute_map.items()}
+    aliases = {**cls.attribute_map, **backwards, **RENAMED_KEYS}
+    violations = []
+    for key, value in config.model.config.items():
+        violate = partial(Violation, f"model.config.{key}", value)
+        if key in OWNED_MODEL_KEYS:
+            violations.append(violate("is not set here", f"remove it; {OWNED_MODEL_KEYS[key]}"))
+        elif key not in known:
+            close = aliases.get(key) if aliases.get(key) in known else nearest(key, known)
+            every = listed(sorted(known), last="and")
+            remedy = f"did you mean {close}?" if close else f"the known keys are {every}"
+            violations.append(violate(f"is not a key of {cls.__name__}", remedy))
+    size = config.model.config.get("vocab_size")
+    bound = vocabulary_bound(config)
+    if isinstance(size, int) and size < bound:
+        rule = f"is smaller than the {bound} tokens of the {config.data.tokenizer} tokenizer"
+        remedy = f"leave it out, or give {bound} or more"
+        violations.append(Violation("model.config.vocab_size", size, rule, remedy))
+    return violations
+
+
+def _refusals(cls: Any, arguments: dict[str, Any], error: Exception) -> list[Violation]:
+    """Why the class refused: the keys that it refuses even alone, or else the error as it is."""
+    found = []
+    for key, value in arguments.items():
+        try:
+            cls(**{key: value})
+        except type(error) as alone:
+            if key in str(alone):
+                found.append(_refusal(cls, f"model.config.{key}", value, alone))
+        except Exception:  # another reason than the one in question: it would be a guess
+            continue
+    return found or [_refusal(cls, "model.config", ABSENT, error)]
+
+
+def _refusal(cls: Any, key: str, value: Any, error: Exception) -> Violation:
+    reason = str(error.__cause__ or error).strip()
+    rule = f"is refused by {cls.__name__} ({' '.join(reason.split())})"
+    return Violation(key, value, rule, "give a value that the class takes")
+
+
+def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
+    value = getattr(config.router, name) if field is None else getattr(settings, field)
+    return NEUTRAL.get(name) if value is None else value
+
+
+def _routing_violations(
+    config: Config, family: Family, experts: int, filled: dict[str, Any]
+) -> list[Violation]:
+    """What the routing values break among themselves; `filled` holds them by our names."""
+
+    def violation(name: str, rule: str, remedy: str) -> Violation:
+        field = routing_fields(family)[name]
+        ours = field is None or getattr(config.router, name) is not None
+        return Violation(f"router.{name}" if ours else f"model.config.{field}", filled[name], rule, remedy)
+
+    top_k, groups, top_groups = filled["top_k"], filled["groups"], filled["top_groups"]
+    found = []
+    if top_k is None or not 1 <= top_k <= experts:
+        rule = f"is not within the model's {experts} experts"
+        found.append(violation("top_k", rule, f"use 1 to {experts}"))
+    if filled["scaling"] <= 0:
+        found.append(violation("scaling", "turns the weights off or around", "give a factor above 0"))
+    # A group is judged by its two best experts (arXiv 2412.19437, section 2.1.2), so it needs two.
+    possible = [count for count in divisors(experts) if count == 1 or experts // count >= 2]
+    if groups not in possible:
+        rule = f"does not divide the model's {experts} experts into groups of 2 or more"
+        found.append(violation("groups", rule, f"use {listed(possible)}"))
+    elif not 1 <= top_groups <= groups:
+        rule = f"is not within the {groups} groups"
+        found.append(violation("top_groups", rule, f"use {listed(range(1, groups + 1))}"))
+    elif not found and top_groups * (experts // groups) < top_k:
+        rule = f"leaves a token {top_groups * (experts // groups)} experts to take {top_k} from"
+        found.append(violation("top_groups", rule, f"use {-(-top_k * groups // experts)} or more"))
+    return found

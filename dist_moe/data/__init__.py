@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, tokens in memory-mapped files, and the endless stream of rows."""

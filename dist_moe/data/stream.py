@@ -1,0 +1,144 @@
+"""The endless stream of training rows, whose order depends on the seed and the row number alone.
+
+B rows, S tokens of a row, N documents, R rows of an epoch.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dist_moe.data.corpus import Corpus
+
+NO_LOSS = -100
+PADDING = -1
+# A batch may straddle the border of two epochs; older orders are never asked for again.
+EPOCHS_KEPT = 2
+
+
+class Batch(NamedTuple):
+    """B rows of S tokens, all int64 [B, S].
+
+    tokens: ids (padding holds the end token). targets: the next token, -100 where no loss is due: at
+    padding, and where the input is an end token, since what follows belongs to another document. documents:
+    0, 1, ... within the row; -1 at padding. positions: from 0 at the start of the row and of each document
+    in it; 0 at padding. domains: index into Corpus.domains; -1 at padding.
+    """
+
+    tokens_BS: torch.Tensor
+    targets_BS: torch.Tensor
+    documents_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    domains_BS: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Order:
+    """One way through the corpus: documents laid end to end, and the order of the rows cut from that.
+
+    index_N: the document at each place. edges_N1: tokens before each place. rows_R: the row of the cut at
+    each turn.
+    """
+
+    index_N: np.ndarray
+    edges_N1: np.ndarray
+    rows_R: np.ndarray
+
+
+class Stream:
+    """Rows of a corpus, without end: row k is number k % R of epoch k // R, and each epoch shuffles
+    documents and rows anew."""
+
+    def __init__(self, corpus: Corpus, sequence_length: int, seed: int) -> None:
+        """sequence_length: tokens of a row, at least 2; seed: at least 0. Raises ValueError otherwise."""
+        if sequence_length < 2 or seed < 0:
+            raise ValueError(
+                f"sequence_length={sequence_length}, seed={seed}: lengths start at 2, seeds at 0"
+            )
+        self._corpus = corpus
+        self._length = sequence_length
+        self._seed = seed
+        self._orders: dict[int, Order] = {}
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that hold every token once; the last may be padded. The last end token has nothing after it:
+        no row needs it."""
+        return -(-(len(self._corpus.tokens) - 1) // self._length)
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """Rows first_row to first_row + rows - 1 of the stream; ValueError if first_row is negative or rows
+        below 1."""
+        _check(first_row, rows)
+        numbers_B = np.arange(first_row, first_row + rows)
+        epochs_B = numbers_B // self.rows_per_epoch
+        parts: list[Batch] = []
+        for epoch in range(int(epochs_B[0]), int(epochs_B[-1]) + 1):
+            order = self._order(epoch)
+            turns = numbers_B[epochs_B == epoch] % self.rows_per_epoch
+            parts.append(gather(self._corpus, order, order.rows_R[turns], self._length))
+        return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def in_order(self, first_row: int, rows: int) -> Batch:
+        """Rows of the unshuffled corpus, for evaluation; past its end they are all padding, so that every
+        worker may ask for equally many. ValueError as for `batch`."""
+        _check(first_row, rows)
+        return gather(self._corpus, self._file_order, np.arange(first_row, first_row + rows), self._length)
+
+    @cached_property
+    def _file_order(self) -> Order:
+        starts_N1 = self._corpus.starts_N1
+        return Order(np.arange(len(starts_N1) - 1), starts_N1, np.arange(self.rows_per_epoch))
+
+    def _order(self, epoch: int) -> Order:
+        if epoch not in self._orders:
+            starts_N1 = self._corpus.starts_N1
+            index_N = permutation(len(starts_N1) - 1, self._seed, epoch, 0)
+            edges_N1 = np.concatenate([[0], np.cumsum(np.diff(starts_N1)[index_N])])
+            rows_R = permutation(self.rows_per_epoch, self._seed, epoch, 1)
+            kept = sorted(self._orders.items())[-(EPOCHS_KEPT - 1) :]
+            self._orders = {**dict(kept), epoch: Order(index_N, edges_N1, rows_R)}
+        return self._orders[epoch]
+
+
+def permutation(size: int, *key: int) -> np.ndarray:
+    """A permutation of range(size), int64, that the key decides.
+
+    Sorted raw output of PCG64, which numpy promises not to change; numpy's own shuffles carry no such
+    promise.
+    """
+    raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
+    return np.argsort(raw, kind="stable")
+
+
+def gather(corpus: Corpus, order: Order, rows_B: np.ndarray, length: int) -> Batch:
+    """The rows (numbers in the cut, int64 [B]) of an order; only their own tokens are read from the file."""
+    last = len(corpus.tokens) - 1  # the stream's last end token is no input
+    at_BS = rows_B[:, None] * length + np.arange(length)
+    padding_BS = at_BS >= last
+    at_BS = np.minimum(at_BS, last - 1)
+    place_BS = np.searchsorted(order.edges_N1, at_BS, side="right") - 1
+    index_BS = order.index_N[place_BS]
+    begin_BS = order.edges_N1[place_BS]
+    file_BS = corpus.starts_N1[index_BS] + at_BS - begin_BS
+    tokens_BS = corpus.tokens[file_BS].astype(np.int64)
+    no_loss_BS = padding_BS | (at_BS + 1 == order.edges_N1[place_BS + 1])
+    next_BS = corpus.tokens[np.where(no_loss_BS, 0, file_BS + 1)].astype(np.int64)
+    positions_BS = at_BS - np.maximum(begin_BS, rows_B[:, None] * length)
+    columns = (
+        np.where(padding_BS, corpus.end_id, tokens_BS),
+        np.where(no_loss_BS, NO_LOSS, next_BS),
+        np.where(padding_BS, PADDING, place_BS - place_BS[:, :1]),
+        np.where(padding_BS, 0, positions_BS),
+        np.where(padding_BS, PADDING, corpus.domains_N[index_BS]),
+    )
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
+
+
+def _check(first_row: int, rows: int) -> None:
+    if first_row < 0 or rows < 1:
+        raise ValueError(
+            f"first_row={first_row}, rows={rows}: rows count from 0, and at least 1 is asked for"
+        )

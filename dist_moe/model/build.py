@@ -1,0 +1,116 @@
+"""Builds a model: Hugging Face config -> model on the meta device -> local experts only -> initial values."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config.family import family_of
+from dist_moe.model.convert import MoeLayer, convert, find_layers
+from dist_moe.model.families import adapter_of
+from dist_moe.moe.select import Score, TopK
+
+
+def build_model(
+    architecture: str, model_config: Mapping[str, Any], score: Score, mesh: Mesh, seed: int
+) -> PreTrainedModel:
+    """A model with initial values on the CPU, in fp32, holding the experts of this rank alone.
+
+    model_config: keyword arguments of the Hugging Face config class. Every value depends on `seed`, the name of its
+    module and, for experts, the global id of the expert: on nothing of the layout.
+    """
+    model = empty_model(AutoConfig.for_model(architecture, **model_config), score, mesh)
+    materialise(model)
+    initialise(model, seed)
+    return model
+
+
+def empty_model(config: PretrainedConfig, score: Score, mesh: Mesh) -> PreTrainedModel:
+    """The converted model on the meta device: shapes without memory."""
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    convert(model, adapter_of(config.model_type), routing_rule(config, score), mesh)
+    return model
+
+
+def routing_rule(config: PretrainedConfig, score: Score) -> TopK:
+    """The top-K rule that a Hugging Face config states, with the gate function `score`."""
+    family = family_of(config.model_type)
+
+    def stated(field: str | None, default: Any) -> Any:
+        return default if field is None else getattr(config, field)
+
+    return TopK(
+        top_k=stated(family.top_k, None),
+        score=score,
+        normalise=bool(stated(family.normalise, False)),
+        scaling=float(stated(family.scaling, 1.0)),
+        groups=int(stated(family.groups, 1) or 1),
+        top_groups=int(stated(family.top_groups, 1) or 1),
+    )
+
+
+def materialise(model: PreTrainedModel) -> None:
+    """Give a model on the meta device memory, its tied weights again tied, and its computed buffers their values.
+
+    Parameters and persistent buffers stay unwritten: `initialise` or a loader fills them. Rotary tables are not
+    persistent, so no loader would bring them, and on meta they are garbage: the class's own initialisation does.
+    """
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    for module in model.modules():
+        persistent = set(module.state_dict(keep_vars=True).keys())
+        own = [name for name, buffer in module.named_buffers(recurse=False) if name not in persistent]
+        if own:
+            model._init_weights(module)
+
+
+@torch.no_grad()
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Write the class's own initial values, each module from a generator of its own; experts each from theirs."""
+    layers = find_layers(model)
+    ours = {id(part) for layer in layers for part in (layer.router, layer.experts, layer.experts.local)}
+    for name, module in model.named_modules():
+        if id(module) not in ours:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derived_seed(seed, name))
+                model._init_weights(module)
+    for layer in layers:
+        _initialise_layer(layer, model.config.initializer_range, seed)
+
+
+def _initialise_layer(layer: MoeLayer, std: float, seed: int) -> None:
+    _fill_normal(layer.router.weight, std, derived_seed(seed, f"{layer.name}.router"))
+    layer.router.selection_bias.zero_()
+    mesh, local = layer.experts.mesh, layer.experts.local
+    for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+        for kind, weight_eHD in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
+            _fill_normal(weight_eHD[place], std, derived_seed(seed, f"{layer.name}.expert.{expert}.{kind}"))
+
+
+def _fill_normal(tensor: Tensor, std: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A seed in [0, 2**63) that depends on `seed` and `name` alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups {"name", "params", "weight_decay"}: no decay on norms, biases and embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    return [
+        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
+        {"name": "plain", "params": plain, "weight_decay": 0.0},
+    ]

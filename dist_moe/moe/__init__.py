@@ -1,0 +1,1 @@
+"""The way of a token: routing scores, selection of experts, dispatch, grouped matmul, combine."""

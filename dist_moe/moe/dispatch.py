@@ -1,0 +1,107 @@
+"""Dispatch and combine: sort by expert, exchange counts, exchange rows; and the way back.
+
+How a row travels, with P ranks in the expert-parallel group:
+1. A token that takes K experts has K slots. Slots are sorted by expert, so the rows for one rank lie together.
+2. The ranks exchange how many rows they send for each expert (int64), and then the rows.
+3. What arrives is ordered by sender, then by expert; one permutation orders it by expert for the grouped matmul.
+4. The results go back by the inverse of that permutation and of that exchange, into the slots they came from,
+   where they are weighted and summed.
+
+Nothing is dropped. Shapes: T tokens, D width, K slots a token, R rows sent, Q rows received, E experts, e local ones.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_moe.comm.exchange import exchange_counts, exchange_rows
+from dist_moe.comm.mesh import Mesh
+from dist_moe.moe.records import Dispatched, Receipt
+
+
+def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
+    """Bring each token's row to the ranks that hold its experts; ids of -1 (padding) stay at home and cost nothing.
+
+    ids_TK: int64 in [-1, experts). With an expert-parallel size of 1 nothing is communicated.
+    """
+    slots_R, counts_E = _sort_slots(ids_TK, experts)
+    rows_RD = _TakeRows.apply(hidden_TD, slots_R, ids_TK.shape[1])
+    if mesh.ep_group is None:
+        return Dispatched(rows_RD, counts_E.cpu(), Receipt(slots_R, None, [], []))
+    local = experts // mesh.expert_parallel
+    counts_Pe = counts_E.view(mesh.expert_parallel, local)
+    arriving_Pe = exchange_counts(counts_Pe, mesh.ep_group).cpu()
+    send, receive = counts_Pe.sum(1).tolist(), arriving_Pe.sum(1).tolist()
+    arrived_QD = exchange_rows(rows_RD, send, receive, mesh.ep_group)
+    order_Q = _order_by_expert(arriving_Pe).to(arrived_QD.device)
+    rows_QD = _Permute.apply(arrived_QD, order_Q)
+    return Dispatched(rows_QD, arriving_Pe.sum(0), Receipt(slots_R, order_Q, send, receive))
+
+
+def combine(results_QD: Tensor, weights_TK: Tensor, receipt: Receipt, mesh: Mesh) -> Tensor:
+    """Bring results back to their tokens and sum them by mixture weight -> mixed_TD; a token without rows gets 0."""
+    if receipt.expert_order_Q is not None and mesh.ep_group is not None:
+        arrived_QD = _Permute.apply(results_QD, _invert(receipt.expert_order_Q))
+        results_QD = exchange_rows(arrived_QD, receipt.receive, receipt.send, mesh.ep_group)
+    tokens, slots = weights_TK.shape
+    filled = results_QD.new_zeros(tokens * slots, results_QD.shape[1])
+    filled = filled.index_copy(0, receipt.slots_R, results_QD)
+    return (filled.view(tokens, slots, -1) * weights_TK.unsqueeze(-1)).sum(dim=1)
+
+
+def _sort_slots(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The occupied slots in order of their expert (stable), and the rows of each expert, int64."""
+    ids = ids_TK.reshape(-1)
+    occupied = (ids >= 0).nonzero().squeeze(1)
+    order = torch.argsort(ids[occupied], stable=True)
+    return occupied[order], torch.bincount(ids[occupied], minlength=experts)
+
+
+def _order_by_expert(arriving_Pe: Tensor) -> Tensor:
+    """The permutation that takes rows ordered by (sender, expert) to (expert, sender), from their counts."""
+    counts = arriving_Pe.reshape(-1)
+    senders, local = arriving_Pe.shape
+    expert_of_block = torch.arange(local).repeat(senders)
+    return torch.argsort(expert_of_block.repeat_interleave(counts), stable=True)
+
+
+def _invert(order: Tensor) -> Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+class _TakeRows(torch.autograd.Function):
+    """rows = hidden[slot // K]. The gradient of a token is the sum of its K slots in fixed order.
+
+    PyTorch's own backward of this indexing adds rows atomically on a GPU, in an order that changes from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, slots_R: Tensor, slots: int) -> Tensor:
+        ctx.save_for_backward(slots_R)
+        ctx.tokens, ctx.slots = hidden_TD.shape[0], slots
+        return hidden_TD.index_select(0, slots_R // slots)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slots_R,) = ctx.saved_tensors
+        gradient_RD = gradients[0]
+        filled = gradient_RD.new_zeros(ctx.tokens * ctx.slots, gradient_RD.shape[1])
+        filled.index_copy_(0, slots_R, gradient_RD)
+        return filled.view(ctx.tokens, ctx.slots, -1).sum(dim=1), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """rows[order] for a permutation, whose gradient is the inverse permutation rather than a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_QD: Tensor, order_Q: Tensor) -> Tensor:
+        ctx.save_for_backward(order_Q)
+        return rows_QD.index_select(0, order_Q)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (order_Q,) = ctx.saved_tensors
+        return gradients[0].index_select(0, _invert(order_Q)), None

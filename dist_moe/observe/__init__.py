@@ -1,0 +1,1 @@
+"""Sight of a run: metrics, their records on disk, TensorBoard and the console."""

@@ -1,0 +1,171 @@
+"""What a person sees of a run in the terminal: progress, warnings, evaluations and the final summary."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from dist_moe.observe.metrics import EvaluationMetrics, StepMetrics
+
+
+class RunConsole:
+    """Shows a run; for one process of the run, as a context manager.
+
+    On a terminal, one live line is redrawn at each logged step; elsewhere each logged step is its own line.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        first_step: steps done before this process began.
+        console: where to write; by default standard output.
+        clock: seconds that only grow, for the estimate of the time left.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._steps = steps
+        self._first_step = first_step
+        self._console = console or Console()
+        self._clock = clock
+        self._started_s = clock()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        self._started_s = self._clock()
+        if self._console.is_terminal:
+            # Drawn at each logged step, not by a thread of its own that would take time from the run.
+            self._progress = Progress(
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                console=self._console,
+                auto_refresh=False,
+            )
+            self._progress.add_task("starting", total=self._steps, completed=self._first_step)
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def say(self, line: str) -> None:
+        """Print one line as it is, above the live line if there is one."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, lines: list[str]) -> None:
+        """Print each line as a warning."""
+        for line in lines:
+            self._console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Show one logged step."""
+        line = step_line(metrics, self._steps, self._left_s(metrics.step))
+        if self._progress is None:
+            self.say(line)
+            return
+        self._progress.update(
+            self._progress.task_ids[0], completed=metrics.step, description=line, refresh=True
+        )
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Show one evaluation as a line."""
+        self.say(evaluation_line(metrics))
+
+    def summary(
+        self, metrics: EvaluationMetrics, paths: Mapping[str, Path], tensorboard: Path | None
+    ) -> None:
+        """Print the end of the run: quality, balance of each layer, and where the results lie.
+
+        Args:
+            metrics: the last evaluation.
+            paths: what lies where, by a short name.
+            tensorboard: the folder of event files; None if there are none.
+        """
+        self._console.print(summary_table(metrics))
+        self.say(f"validation loss  {metrics.validation_loss:.4f} nats/token after {metrics.step} steps")
+        self.say(f"bits per byte    {metrics.bits_per_byte:.4f}")
+        for name, path in paths.items():
+            self.say(f"{name:<16} {path}")
+        if tensorboard is not None:
+            self.say(f"{'curves':<16} tensorboard --logdir {tensorboard}")
+
+    def _left_s(self, step: int) -> float | None:
+        done = step - self._first_step
+        if done <= 0:
+            return None
+        return (self._clock() - self._started_s) / done * (self._steps - step)
+
+
+def step_line(metrics: StepMetrics, steps: int, left_s: float | None) -> str:
+    """One logged step as a line.
+
+    Args:
+        metrics: the step.
+        steps: of the whole run.
+        left_s: seconds the rest of the run will take; None if nobody can tell yet.
+    """
+    parts = [
+        f"step {metrics.step:>{len(str(steps))}}/{steps}",
+        f"loss {metrics.loss:.4f}",
+        f"{metrics.tokens_per_s:,.0f} tokens/s",
+    ]
+    if metrics.load:
+        parts.append(f"MaxVio {metrics.max_vio:.3f} (floor {metrics.max_vio_floor:.3f})")
+    if metrics.skipped_steps:
+        parts.append(f"skipped {metrics.skipped_steps}" + (" (this one too)" if metrics.skipped else ""))
+    parts.append(f"left {duration(left_s)}")
+    return "  ".join(parts)
+
+
+def evaluation_line(metrics: EvaluationMetrics) -> str:
+    """One evaluation as a line."""
+    line = (
+        f"validation after {metrics.step} steps  loss {metrics.validation_loss:.4f}  "
+        f"bits/byte {metrics.bits_per_byte:.4f}"
+    )
+    if not metrics.load:
+        return line
+    return f"{line}  MaxVio_global {metrics.max_vio_global:.3f} (floor {metrics.max_vio_global_floor:.3f})"
+
+
+def summary_table(metrics: EvaluationMetrics) -> Table:
+    """MaxVio_global of each layer beside its floor, its least and most loaded expert, and the mean."""
+    table = Table(title=f"Load over {metrics.tokens:,} validation tokens", title_justify="left")
+    for heading in ("layer", "MaxVio_global", "floor", "least / mean", "most / mean"):
+        table.add_column(heading, justify="right")
+    rows = zip(
+        metrics.load, metrics.max_vio_global_per_layer, metrics.max_vio_global_floor_per_layer, strict=True
+    )
+    for layer, (load, value, floor) in enumerate(rows):
+        mean = sum(load) / len(load)
+        ends = [
+            f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-"
+            for count in (min(load), max(load))
+        ]
+        table.add_row(str(layer), f"{value:.3f}", f"{floor:.3f}", *ends)
+    if metrics.load:
+        table.add_section()
+        table.add_row("mean", f"{metrics.max_vio_global:.3f}", f"{metrics.max_vio_global_floor:.3f}", "", "")
+    return table
+
+
+def duration(seconds: float | None) -> str:
+    """A length of time as h:mm:ss, or m:ss below an hour; `-:--` for None."""
+    if seconds is None:
+        return "-:--"
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,1 @@
+"""Training: the engine, the step, the loop around it, and what is left behind on disk."""

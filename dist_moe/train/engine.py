@@ -1,0 +1,244 @@
+"""DeepSpeed behind one file: sharding, reduction, clipping, skipping, and where it is wrong, the right answer.
+
+What is done here that DeepSpeed 0.19.8 does not do, each held by a test in tests/dist/test_engine.py:
+- It knows only experts of its own class. A parameterless child of that class switches its expert groups on, and the
+  expert parameters are tagged, so that the experts stay plain modules.
+- At ZeRO 0 it clips by the mean of per-rank norms (fp32) or leaves the experts out of the norm (bf16), and in fp32 it
+  applies a non-finite gradient. There its clipping is off, and the norm, the clipping and the skip are done here.
+- Its first collective compiles an operator for CPUs (up to a minute). It is told that the operator is not there.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# DeepSpeed picks its accelerator when it is imported and logs at INFO through a logger of its own.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups as deepspeed_groups
+from torch import Tensor, nn
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.moe.layer import ExpertParallelLayer
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the engine needs to know of the config.
+
+    optimizer: "adamw" or "sgd". betas: AdamW's; momentum: SGD's. gradient_clipping: largest global 2-norm, 0 is off.
+    bf16: whether parameters and gradients are bf16 with fp32 masters. further: more keys of DeepSpeed's JSON.
+    """
+
+    zero_stage: int
+    micro_batch: int
+    accumulation: int
+    optimizer: str
+    gradient_clipping: float
+    bf16: bool
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.0
+    further: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of an optimizer step: whether it was taken, and the global 2-norm of its gradient before clipping.
+
+    The norm is over every dense parameter once and every expert of every rank once; not finite if the step was skipped.
+    """
+
+    taken: bool
+    grad_norm: float
+
+
+class Engine:
+    """One DeepSpeed engine. `forward`, `backward` and `step` are called once per micro-batch, in this order."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, settings: EngineSettings, mesh: Mesh) -> None:
+        self._engine = engine
+        self.settings = settings
+        self.mesh = mesh
+        self.module: nn.Module = engine.module
+        self.device = torch.device(engine.device)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run the module on inputs that lie on the engine's device."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`, divided by the number of micro-batches and averaged over the ranks."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> StepResult | None:
+        """Close a micro-batch; at the end of a window clip and apply the gradient -> its result, else None.
+
+        A step whose gradient is not finite on any rank is skipped on all: weights and moments stay as they are.
+        """
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not boundary:
+            self._engine.step()
+            return None
+        return self._step_whole() if self.settings.zero_stage == 0 else self._step_sharded()
+
+    def _step_sharded(self) -> StepResult:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        taken = not self._engine.optimizer.overflow
+        return StepResult(taken, float(norm) if taken else math.nan)
+
+    def _step_whole(self) -> StepResult:
+        """ZeRO 0: gradients are reduced and whole on every rank; norm, clipping and skip are ours."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = self._global_norm(parameters)
+        if not math.isfinite(norm):
+            self._skip()
+            return StepResult(False, math.nan)
+        limit = self.settings.gradient_clipping
+        if limit > 0:
+            coefficient = min(1.0, limit / (norm + 1e-6))
+            for parameter in parameters:
+                parameter.grad.mul_(coefficient)
+        self._engine.step()
+        return StepResult(True, norm)
+
+    def _global_norm(self, parameters: list[nn.Parameter]) -> float:
+        """sqrt(dense^2 + sum over the expert-parallel group of expert^2); a function of the same values on all ranks."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for parameter in parameters:
+            squares[int(is_moe_param(parameter))] += parameter.grad.double().square().sum()
+        if self.mesh.ep_group is not None:
+            dist.all_reduce(squares[1:], group=self.mesh.ep_group)
+        return float(squares.sum().sqrt())
+
+    def _skip(self) -> None:
+        """End the window without a step: DeepSpeed's own counters go on as its own skip would leave them."""
+        self._engine.zero_grad()
+        self._engine.optimizer.zero_grad()
+        self._engine.micro_steps += 1
+        self._engine.global_steps += 1
+        self._engine.skipped_steps += 1
+
+
+class ExpertMarker(MoE):
+    """A child without parameters: DeepSpeed looks for its class and then reduces experts over their own groups."""
+
+    def __init__(self, experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups were made beforehand."""
+
+
+@contextlib.contextmanager
+def start_engine(
+    module: nn.Module, parameter_groups: list[dict[str, Any]], settings: EngineSettings, mesh: Mesh
+) -> Iterator[Engine]:
+    """Wrap `module` for the length of the context. torch.distributed has to be initialised; all ranks call it.
+
+    parameter_groups: {"name", "params", "weight_decay"} each. Afterwards DeepSpeed's process-wide state is cleared, so
+    that another engine can be started in the same process.
+    """
+    _quieten()
+    _forbid_compilation()
+    deepspeed.init_distributed(verbose=False)
+    group_name = f"ep_size_{mesh.expert_parallel}"
+    _make_expert_groups(mesh)
+    experts = _tag_experts(module, group_name)
+    module.add_module("expert_marker", ExpertMarker(experts))
+    optimizer = _make_optimizer(parameter_groups, settings)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_json(settings, mesh.world_size), dist_init_required=False
+    )
+    try:
+        yield Engine(engine, settings, mesh)
+    finally:
+        engine.destroy()
+        _clear_deepspeed()
+
+
+def deepspeed_json(settings: EngineSettings, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, and the user's further keys below it."""
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "train_batch_size": settings.micro_batch * settings.accumulation * world_size,
+        # At stage 0 the clipping is done in Engine._step_whole.
+        "gradient_clipping": settings.gradient_clipping if settings.zero_stage > 0 else 0.0,
+        "bf16": {"enabled": settings.bf16},
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    return _merge(settings.further, ours)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _make_optimizer(parameter_groups: list[dict[str, Any]], settings: EngineSettings) -> torch.optim.Optimizer:
+    # Weight decay is multiplied by the learning rate, which `Engine.step` sets before each step.
+    split = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+    split = [group for group in split if group["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(split, lr=0.0, betas=settings.betas)
+    return torch.optim.SGD(split, lr=0.0, momentum=settings.momentum)
+
+
+def _tag_experts(module: nn.Module, group_name: str) -> int:
+    """Mark the expert parameters as DeepSpeed expects it -> experts of a layer over all ranks."""
+    experts = 0
+    for layer in module.modules():
+        if isinstance(layer, ExpertParallelLayer):
+            experts = layer.experts
+            for parameter in layer.local.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.group_name = group_name  # type: ignore[attr-defined]
+    return experts
+
+
+def _make_expert_groups(mesh: Mesh) -> None:
+    _clear_groups()
+    deepspeed_groups._create_expert_and_data_parallel(mesh.expert_parallel)
+
+
+def _quieten() -> None:
+    """Keep DeepSpeed's start-up talk off the screen, and PyTorch's word to DeepSpeed about a renamed collective."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+
+
+def _forbid_compilation() -> None:
+    operators = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(operators, dict):
+        operators["deepspeed_shm_comm"] = False
+
+
+def _clear_groups() -> None:
+    for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        getattr(deepspeed_groups, name).clear()
+        getattr(deepspeed_groups, f"{name}_RANKS").clear()
+
+
+def _clear_deepspeed() -> None:
+    _clear_groups()
+    deepspeed_groups._WORLD_GROUP = None
+    deepspeed.comm.comm.cdb = None

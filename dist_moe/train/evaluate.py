@@ -1,0 +1,134 @@
+"""Evaluation on held-out text: loss, bits per byte, and the load over the whole set."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_moe.comm.bootstrap import join_world, read_place
+from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.comm.reduce import sum_counts, sum_scalars
+from dist_moe.config import load_config
+from dist_moe.data.cache import cache_folder
+from dist_moe.data.corpus import Prepared, prepare
+from dist_moe.data.stream import Stream
+from dist_moe.data.tokenizer import load_tokenizer
+from dist_moe.model.task import IGNORED, LanguageModelTask, Output
+from dist_moe.observe.metrics import EvaluationMetrics, evaluation_metrics
+from dist_moe.train.weights import WeightsError, load_weights
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which held-out text is evaluated: rows 0 .. rows-1 of the validation split in file order.
+
+    token_bytes_V: int64, bytes of text that each token id stands for. micro_batch: rows of one forward.
+    """
+
+    stream: Stream
+    token_bytes_V: np.ndarray[Any, Any]
+    rows: int
+    micro_batch: int
+
+
+def held_out(prepared: Prepared, sequence_length: int, limit: int, micro_batch: int) -> HeldOut:
+    """The first `limit` rows of the validation split; 0 takes all."""
+    stream = Stream(prepared.validation, sequence_length, seed=0)
+    rows = min(limit, stream.rows_per_epoch) if limit else stream.rows_per_epoch
+    return HeldOut(stream, prepared.tokenizer.token_bytes_V, rows, micro_batch)
+
+
+@torch.no_grad()
+def evaluate(task: nn.Module, text: HeldOut, mesh: Mesh, device: torch.device, step: int) -> EvaluationMetrics:
+    """Evaluate `task` with the rows divided over all ranks; every rank calls it and gets the same result.
+
+    Each rank runs the same number of forwards, with rows of padding where the text has ended, because the
+    experts' collectives need every rank. The balancer sees nothing of it, and nothing is updated.
+    """
+    stride = mesh.world_size * text.micro_batch
+    nats, labels, text_bytes = 0.0, 0, 0
+    loads: list[Tensor] | None = None
+    was_training = task.training
+    task.eval()
+    try:
+        for first in range(0, text.rows, stride):
+            batch_nats, batch_labels, batch_bytes, batch_loads = _forward(task, text, first, mesh, device)
+            nats, labels, text_bytes = nats + batch_nats, labels + batch_labels, text_bytes + batch_bytes
+            loads = batch_loads if loads is None else [a + b for a, b in zip(loads, batch_loads, strict=True)]
+    finally:
+        task.train(was_training)
+    total = sum_scalars({"nats": nats, "labels": labels, "bytes": text_bytes}, device)
+    return evaluation_metrics(
+        step=step,
+        total_nats=total["nats"],
+        tokens=int(total["labels"]),
+        text_bytes=int(total["bytes"]),
+        load_L=[load.cpu() for load in sum_counts(loads or [], device)],
+    )
+
+
+def _forward(
+    task: nn.Module, text: HeldOut, first: int, mesh: Mesh, device: torch.device
+) -> tuple[float, int, int, Sequence[Tensor]]:
+    """One forward of this rank: sum of -ln p in nats, label tokens, bytes of text they stand for, loads."""
+    row = first + mesh.rank * text.micro_batch
+    batch = text.stream.in_order(row, text.micro_batch)
+    # Rows past the limit belong to the corpus but not to this evaluation.
+    outside_B = torch.arange(row, row + text.micro_batch) >= text.rows
+    targets_BS = batch.targets_BS.masked_fill(outside_B.unsqueeze(1), IGNORED)
+    mask_BS = (batch.documents_BS >= 0) & ~outside_B.unsqueeze(1)
+    inputs = (batch.tokens_BS, targets_BS, batch.positions_BS, mask_BS)
+    output: Output = task(*(tensor.to(device) for tensor in inputs), torch.tensor(1.0, device=device))
+    counted = targets_BS[targets_BS != IGNORED].numpy()
+    nats = float(output.nll_sum)
+    if not math.isfinite(nats):
+        nats = math.nan
+    return nats, counted.size, int(text.token_bytes_V[counted].sum()), output.loads
+
+
+def model_folder(checkpoint: Path) -> Path:
+    """The weights folder of a checkpoint: `checkpoint` itself, or its `model` folder."""
+    return checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
+
+
+def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluate a checkpoint of a run on its validation text, under the run's own config with `overrides`.
+
+    -> the record that the run itself writes at its end. Works alone or as one worker of a launcher. Errors:
+    WeightsError where the folder is no checkpoint or its tokenizer is not the one that the text gives.
+    """
+    import os
+
+    config_file = checkpoint / "config.yaml"
+    if not config_file.is_file():
+        raise WeightsError(f"{checkpoint} has no config.yaml; give a step-NNNNNN folder of a run")
+    config = load_config(config_file, overrides)
+    place = read_place(os.environ)
+    with join_world(place, config.parallel.backend, config.parallel.timeout_s) as world:
+        mesh = make_mesh(place.world_size if _experts_divide(checkpoint, place.world_size) else 1)
+        data = config.data
+        prepared = prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
+        stored = load_tokenizer(model_folder(checkpoint))
+        if not np.array_equal(stored.token_bytes_V, prepared.tokenizer.token_bytes_V):
+            raise WeightsError(
+                f"the tokenizer of {checkpoint} is not the one that data.sources={data.sources} gives now; the text "
+                "has changed since, so evaluate where it has not"
+            )
+        task = LanguageModelTask(load_weights(model_folder(checkpoint), mesh)).to(world.device)
+        text = held_out(prepared, data.sequence_length, config.observe.validation_sequences, config.train.micro_batch)
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint.name.startswith("step-") else 0
+        return evaluate(task, text, mesh, world.device, step).as_dict()
+
+
+def _experts_divide(checkpoint: Path, workers: int) -> bool:
+    from dist_moe.config.family import family_of
+    from dist_moe.train.weights import read_config
+
+    config, _ = read_config(model_folder(checkpoint))
+    experts: int = getattr(config, family_of(config.model_type).experts)
+    return experts % workers == 0

@@ -1,0 +1,33 @@
+"""Continues a text with a checkpoint's model."""
+
+from pathlib import Path
+
+import torch
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.data.tokenizer import load_tokenizer
+from dist_moe.train.evaluate import model_folder
+from dist_moe.train.weights import load_weights
+
+
+def generate(checkpoint: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """`prompt` and up to `tokens` further tokens, which end at the end token; temperature 0 is greedy.
+
+    Errors: WeightsError where the folder is no checkpoint.
+    """
+    folder = model_folder(checkpoint)
+    tokenizer = load_tokenizer(folder)
+    model = load_weights(folder, Mesh(world_size=1, rank=0, expert_parallel=1)).eval()
+    ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.end_id]], dtype=torch.int64)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    with torch.no_grad():
+        continued = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.end_id,
+            **sampling,
+        )
+    return prompt + tokenizer.decode(int(token) for token in continued[0, ids.shape[1] :] if token != tokenizer.end_id)

@@ -1,0 +1,155 @@
+"""The loop around the step: start everything, train, log, save, evaluate, and end everything in reverse."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from dist_moe.balance.balancer import Balancer, BalanceSettings
+from dist_moe.comm.bootstrap import Place, World, join_world
+from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.config import Config, Resolved
+from dist_moe.data.cache import cache_folder
+from dist_moe.data.corpus import Prepared, prepare
+from dist_moe.data.errors import DataError
+from dist_moe.data.stream import Batch, Stream
+from dist_moe.model.build import build_model, parameter_groups
+from dist_moe.model.task import LanguageModelTask
+from dist_moe.train.checkpoint import save_checkpoint
+from dist_moe.train.engine import Engine, EngineSettings, start_engine
+from dist_moe.train.evaluate import evaluate, held_out
+from dist_moe.train.precision import choose_precision
+from dist_moe.train.report import Report, open_report
+from dist_moe.train.schedule import Schedule
+from dist_moe.train.step import train_step
+
+
+def run(resolved: Resolved, place: Place) -> None:
+    """Train as one worker: everything that `dist-moe train` does after the config was checked."""
+    config = resolved.config
+    set_threads(config.run.threads, place)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world(place, config.parallel.backend, config.parallel.timeout_s))
+        mesh = make_mesh(resolved.expert_parallel)
+        report = stack.enter_context(open_report(config, world, mesh))
+        prepared = prepare_together(config, place)
+        task = make_task(resolved, prepared, mesh)
+        report.describe(resolved, prepared, task)
+        settings = engine_settings(resolved, world)
+        groups = parameter_groups(task.model, config.train.weight_decay)
+        engine = stack.enter_context(start_engine(task, groups, settings, mesh))
+        balancer = make_balancer(task, config, engine.device)
+        train(resolved, engine, balancer, task, prepared, report)
+
+
+def train(
+    resolved: Resolved, engine: Engine, balancer: Balancer, task: LanguageModelTask, prepared: Prepared, report: Report
+) -> None:
+    """The steps of the run, its checkpoints, and the evaluation at its end."""
+    config, mesh = resolved.config, engine.mesh
+    schedule = make_schedule(config)
+    stream = Stream(prepared.train, config.data.sequence_length, config.run.seed)
+    for step in range(1, config.train.steps + 1):
+        started_s = time.perf_counter()
+        learning_rate = schedule.learning_rate(balancer.taken)
+        rate = balancer.settings.rate_at(balancer.taken)
+        batches = list(micro_batches(stream, resolved, mesh, step))
+        record = train_step(engine, balancer, batches, learning_rate)
+        report.step(step, record, balancer.biases, learning_rate, rate, time.perf_counter() - started_s)
+        if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.train.steps:
+            save_checkpoint(config, task, prepared, mesh, step)
+    folder = save_checkpoint(config, task, prepared, mesh, config.train.steps)
+    text = held_out(
+        prepared, config.data.sequence_length, config.observe.validation_sequences, config.train.micro_batch
+    )
+    report.evaluation(evaluate(task, text, mesh, engine.device, config.train.steps), folder)
+
+
+def micro_batches(stream: Stream, resolved: Resolved, mesh: Mesh, step: int) -> Iterator[Batch]:
+    """This worker's part of the global batch of `step` (from 1), in micro-batches.
+
+    The global batch is the same rows of the stream whatever the number of workers: each takes a block of it.
+    """
+    train = resolved.config.train
+    share = train.global_batch // mesh.world_size
+    first = (step - 1) * train.global_batch + mesh.rank * share
+    for offset in range(0, share, train.micro_batch):
+        yield stream.batch(first + offset, train.micro_batch)
+
+
+def set_threads(threads: int | str, place: Place) -> None:
+    """Give this worker its share of the host's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads if isinstance(threads, int) else max(1, cores // place.local_world_size))
+
+
+def prepare_together(config: Config, place: Place) -> Prepared:
+    """Tokenise once per host: the first rank of each host works, the others open what it made."""
+    data = config.data
+
+    def work() -> Prepared:
+        return prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
+
+    prepared = work() if place.local_rank == 0 else None
+    if place.world_size > 1:
+        dist.barrier()
+    prepared = prepared or work()
+    fingerprints: list[str] = [""] * place.world_size
+    dist.all_gather_object(fingerprints, prepared.fingerprint)
+    other = next((rank for rank, print_ in enumerate(fingerprints) if print_ != fingerprints[0]), None)
+    if other is not None:
+        raise DataError(
+            f"data.sources={data.sources}",
+            f"give rank {other} other text than rank 0",
+            "use the same files, and the same Python version for stdlib-code, on every host",
+        )
+    return prepared
+
+
+def make_task(resolved: Resolved, prepared: Prepared, mesh: Mesh) -> LanguageModelTask:
+    """The model with its initial values, and its loss."""
+    config = resolved.config
+    tokenizer = prepared.tokenizer
+    model_config = {"vocab_size": tokenizer.vocab_size, **resolved.model_config}
+    model_config |= {"eos_token_id": tokenizer.end_id, "bos_token_id": None, "pad_token_id": None}
+    score = config.router.score
+    if score is None:
+        raise RuntimeError("router.score is not resolved; load the config through dist_moe.config.resolve")
+    model = build_model(config.model.architecture, model_config, score, mesh, config.run.seed)
+    if config.train.activation_checkpointing:
+        # The reentrant kind silently loses the gradient of losses that do not come out of the checkpointed function.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return LanguageModelTask(model)
+
+
+def engine_settings(resolved: Resolved, world: World) -> EngineSettings:
+    """The engine's part of the config."""
+    train = resolved.config.train
+    return EngineSettings(
+        zero_stage=resolved.config.parallel.zero_stage,
+        micro_batch=train.micro_batch,
+        accumulation=resolved.accumulation,
+        optimizer=train.optimizer,
+        gradient_clipping=train.gradient_clipping,
+        bf16=choose_precision(train.precision, world.device) == torch.bfloat16,
+        betas=tuple(train.betas),
+        momentum=train.momentum,
+        further=dict(train.deepspeed),
+    )
+
+
+def make_balancer(task: LanguageModelTask, config: Config, device: torch.device) -> Balancer:
+    """The balancer over the routers of every MoE layer."""
+    steps = config.train.schedule_steps or config.train.steps
+    settings = BalanceSettings(**config.balance.model_dump(), schedule_steps=steps)
+    return Balancer({layer.name: layer.router for layer in task.layers}, settings, device)
+
+
+def make_schedule(config: Config) -> Schedule:
+    """The learning rate's schedule."""
+    train = config.train
+    steps = train.schedule_steps or train.steps
+    return Schedule(train.learning_rate, train.warmup_steps, steps, train.final_learning_rate_ratio)

@@ -1,0 +1,142 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard and the terminal, from rank 0, on logged steps only."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_moe.comm.bootstrap import World
+from dist_moe.comm.mesh import Mesh
+from dist_moe.comm.reduce import sum_scalars
+from dist_moe.config import Config, Resolved, dump_config
+from dist_moe.data.corpus import Prepared
+from dist_moe.model.task import LanguageModelTask
+from dist_moe.observe.console import RunConsole
+from dist_moe.observe.metrics import EvaluationMetrics, step_metrics
+from dist_moe.observe.record import RunRecorder
+from dist_moe.observe.tensorboard import TensorBoardWriter
+from dist_moe.observe.watch import LoadWatch
+from dist_moe.train.step import StepRecord
+
+
+class Report:
+    """Collects what the logged steps need. Every rank holds one and calls it alike; only rank 0's has outlets."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        mesh: Mesh,
+        recorder: RunRecorder | None,
+        console: RunConsole | None,
+        board: TensorBoardWriter | None,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.mesh = mesh
+        self.recorder, self.console, self.board = recorder, console, board
+        self._watch = LoadWatch(config.observe.max_vio_limit, config.observe.max_vio_patience)
+        self._skipped_steps = 0
+        self._seconds = 0.0
+        self._steps = 0
+
+    def describe(self, resolved: Resolved, prepared: Prepared, task: LanguageModelTask) -> None:
+        """Write down what the run is, and tell in three lines what will be trained and which layers are balanced."""
+        if self.recorder is None or self.console is None:
+            return
+        plain = self.config.model_dump(mode="json")
+        world = {
+            "workers": self.mesh.world_size,
+            "expert_parallel": self.mesh.expert_parallel,
+            "accumulation": resolved.accumulation,
+            "backend": self.world.backend,
+            "device": str(self.world.device),
+            "launcher": self.world.place.launcher,
+            "sources": [record.__dict__ for record in prepared.records],
+            "corpus": prepared.fingerprint,
+        }
+        self.recorder.describe(plain, dump_config(self.config), world)
+        if self.board is not None:
+            self.board.hyper_parameters(plain, dump_config(self.config))
+        experts = sum(p.numel() for layer in task.layers for p in layer.experts.local.parameters())
+        others = sum(p.numel() for p in task.parameters()) - experts
+        total = others + experts * self.mesh.expert_parallel
+        self.console.say(
+            f"{self.config.model.architecture}: {total / 1e6:.1f} M parameters, {resolved.experts} experts in each of "
+            f"{len(task.layers)} MoE layers; {self.mesh.world_size} workers, expert parallel "
+            f"{self.mesh.expert_parallel}, ZeRO {self.config.parallel.zero_stage}"
+        )
+        names = ", ".join(layer.name for layer in task.layers)
+        self.console.say(f"balance {self.config.balance.policy}: {names}")
+        tokens = [len(corpus.tokens) for corpus in (prepared.train, prepared.validation)]
+        self.console.say(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+
+    def step(
+        self,
+        step: int,
+        record: StepRecord,
+        biases: Sequence[Tensor],
+        learning_rate: float,
+        balance_rate: float,
+        seconds: float,
+    ) -> None:
+        """Take note of a step, and log it if it is due or was skipped; one collective on logged steps."""
+        self._seconds += seconds
+        self._steps += 1
+        self._skipped_steps += not record.taken
+        if step % self.config.observe.every and record.taken and step not in (1, self.config.train.steps):
+            return
+        nll = sum_scalars({"nll": float(record.nll_sum)}, self.world.device)["nll"]
+        step_tokens = self.config.train.global_batch * self.config.data.sequence_length
+        metrics = step_metrics(
+            step=step,
+            loss=nll / record.labels if record.labels else math.nan,
+            learning_rate=learning_rate,
+            grad_norm=record.grad_norm,
+            tokens=step * step_tokens,
+            tokens_per_s=step_tokens * self._steps / self._seconds,
+            step_ms=1e3 * self._seconds / self._steps,
+            load_L=[load.cpu() for load in record.loads],
+            bias_L=[bias.cpu() for bias in biases],
+            balance_rate=balance_rate,
+            skipped=not record.taken,
+            skipped_steps=self._skipped_steps,
+        )
+        self._seconds, self._steps = 0.0, 0
+        if self.recorder is None or self.console is None:
+            return
+        self.recorder.write(metrics.as_dict())
+        self.console.step(metrics)
+        self.console.warn(self._watch.step(metrics))
+        if self.board is not None:
+            self.board.step(metrics)
+
+    def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path) -> None:
+        """Write the final evaluation down and show where everything lies."""
+        if self.recorder is None or self.console is None:
+            return
+        self.recorder.write(metrics.as_dict())
+        if self.board is not None:
+            self.board.evaluation(metrics)
+        folder = Path(self.config.run.dir)
+        paths = {"metrics": self.recorder.metrics_path, "checkpoint": checkpoint}
+        self.console.summary(metrics, paths, folder / "tensorboard" if self.board is not None else None)
+
+
+@contextlib.contextmanager
+def open_report(config: Config, world: World, mesh: Mesh) -> Iterator[Report]:
+    """The run's report, with files and terminal open on rank 0 and none elsewhere."""
+    if world.place.rank != 0:
+        yield Report(config, world, mesh, None, None, None)
+        return
+    folder = Path(config.run.dir)
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(RunRecorder(folder))
+        board = None
+        if config.observe.tensorboard:
+            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard"))
+        console = stack.enter_context(RunConsole(config.train.steps))
+        yield Report(config, world, mesh, recorder, console, board)

@@ -1,0 +1,210 @@
+"""Weights as a Hugging Face folder: what `save_pretrained` of the class would write, sharded by who holds what.
+
+Names on disk follow Hugging Face: one expert's weights are three tensors (gate, up, down), with the global id of the
+expert in the name. Where the architecture cannot express the routing (a selection bias or another gate function on
+a family without one), the folder carries a `model_type` of its own, so that plain `transformers` refuses it rather
+than compute another function.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config.family import family_of
+from dist_moe.model.build import empty_model, materialise
+from dist_moe.model.convert import MoeLayer, find_layers
+from dist_moe.model.families import Adapter, adapter_of
+from dist_moe.moe.select import TopK
+
+OWN_PREFIX = "dist_moe_"
+INDEX = "model.safetensors.index.json"
+
+
+class WeightsError(ValueError):
+    """A weights folder that does not fit; the message lists every tensor that is missing or unexpected."""
+
+
+def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: bool) -> None:
+    """Write `folder`; every rank calls it, and each expert is written by one of the ranks that hold it.
+
+    balanced: whether a policy moves the selection bias. No rank gathers another's experts. The folder is complete
+    when the call returns on any rank.
+    """
+    adapter = adapter_of(model.config.model_type)
+    layers = find_layers(model)
+    own_type = not expressible(adapter, layers[0].router.rule, balanced)
+    if mesh.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_config(model.config, layers[0].router.rule, folder, own_type)
+    _barrier()
+    shards = mesh.expert_parallel
+    name = f"model-{mesh.ep_rank + 1:05d}-of-{shards:05d}.safetensors"
+    tensors = dict(_expert_tensors(layers, mesh))
+    if mesh.ep_rank == 0:
+        tensors |= dict(_dense_tensors(model, layers, _bias_name(adapter, own_type)))
+    if mesh.edp_rank == 0:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
+    listing = {key: (name, tensor.numel() * tensor.element_size()) for key, tensor in tensors.items()}
+    listings: list[Any] = [None] * mesh.world_size
+    if mesh.world_size > 1:
+        dist.all_gather_object(listings, listing)
+    else:
+        listings = [listing]
+    if mesh.rank == 0:
+        _write_index(folder, listings)
+    _barrier()
+
+
+def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
+    """Open a folder written by `save_weights`, or by `save_pretrained` of a known family -> a model on the CPU in fp32.
+
+    Only this rank's experts are read. Errors: WeightsError with all missing and unexpected tensors, or for a folder
+    that is none.
+    """
+    config, score = read_config(folder)
+    model = empty_model(config, score, mesh)
+    materialise(model)
+    adapter, layers = adapter_of(config.model_type), find_layers(model)
+    wanted = dict(_expert_tensors(layers, mesh))
+    stored_bias = _bias_name(adapter, own_type=_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
+    wanted |= dict(_dense_tensors(model, layers, stored_bias))
+    for layer in layers:
+        layer.router.selection_bias.zero_()
+    found = _tensor_files(folder)
+    missing = sorted(set(wanted) - set(found))
+    unexpected = sorted(name for name in set(found) - set(wanted) if not _is_other_expert(name, layers))
+    if missing or unexpected:
+        raise WeightsError(
+            f"{folder} does not fit {config.model_type}: missing {missing or 'nothing'}, unexpected "
+            f"{unexpected or 'nothing'}; use the folder of one complete checkpoint"
+        )
+    _copy(folder, found, wanted)
+    return model
+
+
+def expressible(adapter: Adapter, rule: TopK, balanced: bool) -> bool:
+    """Whether plain `transformers` computes the same routing from the family's own config and weights."""
+    family = family_of(adapter.architecture)
+    return (
+        rule.score == adapter.score
+        and (adapter.bias is not None or not balanced)
+        and (family.scaling is not None or rule.scaling == 1.0)
+        and (family.groups is not None or rule.groups == 1)
+    )
+
+
+def read_config(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """The Hugging Face config of a weights folder, ours or theirs, and the gate function."""
+    raw = _raw_config(folder)
+    ours = raw.pop("dist_moe", {})
+    model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
+    adapter = adapter_of(model_type)
+    return AutoConfig.for_model(model_type, **raw), ours.get("score", adapter.score)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder} has no config.json; give the step-NNNNNN folder of a run, or its model folder")
+    raw: dict[str, Any] = json.loads(path.read_text())
+    return raw
+
+
+def _write_config(config: PretrainedConfig, rule: TopK, folder: Path, own_type: bool) -> None:
+    raw = config.to_diff_dict()
+    raw["architectures"] = [type(config).__name__.removesuffix("Config") + "ForCausalLM"]
+    if own_type:
+        raw["model_type"] = OWN_PREFIX + config.model_type
+        raw["dist_moe"] = {"score": rule.score}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def _bias_name(adapter: Adapter, own_type: bool) -> str | None:
+    """Under which name the selection bias stands in the files; None where they have none."""
+    return adapter.bias or ("selection_bias" if own_type else None)
+
+
+def _expert_tensors(layers: list[MoeLayer], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    """(name on disk, view into the parameter) of every expert that this rank holds."""
+    for layer in layers:
+        local = layer.experts.local
+        half = local.gate_up_proj.shape[1] // 2
+        for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+            prefix = f"{layer.name}.experts.{expert}"
+            gate_up = local.gate_up_proj.detach()[place]
+            yield f"{prefix}.gate_proj.weight", gate_up[:half]
+            yield f"{prefix}.up_proj.weight", gate_up[half:]
+            yield f"{prefix}.down_proj.weight", local.down_proj.detach()[place]
+
+
+def _dense_tensors(model: PreTrainedModel, layers: list[MoeLayer], bias: str | None) -> Iterator[tuple[str, Tensor]]:
+    """(name on disk, tensor) of everything that is not a routed expert; tied weights once."""
+    routers = tuple(f"{layer.name}." for layer in layers)
+    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
+    for name, tensor in model.state_dict().items():
+        if name == tied or (name.startswith(routers) and ".experts.local." in name):
+            continue
+        if name.endswith(".selection_bias"):
+            if bias is not None:
+                yield name.removesuffix("selection_bias") + bias, tensor
+            continue
+        yield name, tensor
+
+
+def _is_other_expert(name: str, layers: list[MoeLayer]) -> bool:
+    """Whether a name is that of an expert which exists, but on another rank."""
+    match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight", name)
+    return match is not None and any(
+        layer.name == match[1] and int(match[2]) < layer.experts.experts for layer in layers
+    )
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    """Name of each stored tensor -> the file that holds it."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path.name)
+    if not found:
+        raise WeightsError(f"{folder} holds no *.safetensors; give the step-NNNNNN folder of a run, or its model folder")
+    return found
+
+
+def _copy(folder: Path, found: dict[str, str], wanted: dict[str, Tensor]) -> None:
+    misshapen = []
+    for file_name in sorted({found[name] for name in wanted}):
+        with safe_open(folder / file_name, framework="pt") as file:
+            for name in (name for name in wanted if found[name] == file_name):
+                stored = file.get_tensor(name)
+                if stored.shape != wanted[name].shape:
+                    misshapen.append(f"{name} {list(stored.shape)} instead of {list(wanted[name].shape)}")
+                else:
+                    wanted[name].copy_(stored)
+    if misshapen:
+        raise WeightsError(f"{folder} holds tensors of another shape: {misshapen}; its config.json is of another model")
+
+
+def _write_index(folder: Path, listings: list[dict[str, tuple[str, int]]]) -> None:
+    files: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for listing in listings:
+        files |= {key: name for key, (name, _) in listing.items()}
+        sizes |= {key: size for key, (_, size) in listing.items()}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(torch.zeros(1)) if dist.get_backend() == "gloo" else dist.barrier()

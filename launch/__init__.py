@@ -1,0 +1,1 @@
+"""Turns a checked configuration into the command of a launcher, and follows the processes that it starts."""

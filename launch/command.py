@@ -1,0 +1,101 @@
+"""What all launchers' commands share: their record, the workers' environment and arguments, a free port."""
+
+import os
+import random
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.config.schema import Config
+
+LOOPBACK = "127.0.0.1"
+# What an outer launcher may have left in the environment, and what would make the workers take part in its
+# job.
+OUTER_JOB = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+OUTER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+
+
+class LaunchError(RuntimeError):
+    """A job that cannot be started; the message carries value, rule and remedy."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A launcher's command, ready to run.
+
+    launcher: its name. argv: program and arguments. environment: the whole environment of the launcher, which
+    hands it on to the workers.
+    """
+
+    launcher: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def line(self, base: Mapping[str, str]) -> str:
+        """The command as one line for a shell whose environment is `base`."""
+        removed = [part for name in sorted(base.keys() - self.environment.keys()) for part in ("-u", name)]
+        changed = [f"{k}={v}" for k, v in sorted(self.environment.items()) if base.get(k) != v]
+        return shlex.join(["env", *removed, *changed, *self.argv] if removed or changed else self.argv)
+
+
+def worker_arguments(config_path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    """What each worker is called with; the same as a person would type after `dist-moe`."""
+    return ("train", str(config_path), *overrides)
+
+
+def worker_environment(config: Config, workers: int, base: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a job with all its workers on this host: `base`, less an outer job's variables, plus
+
+    OMP_NUM_THREADS: threads of each worker, from `run.threads`.
+    PATH: the folder of this Python first, so that a tool of its environment (ninja) is found in the workers.
+    PYTHONSAFEPATH: set, so that `python -m` takes dist_moe from where this process has it, not from a folder
+    of that name in the working folder.
+    GLOO_SOCKET_IFNAME: the loopback interface, unless it is set. Gloo else looks up the host's name, which
+    some hosts resolve to an address that nobody answers: it then waits until its time-out.
+    """
+    kept = {k: v for k, v in base.items() if k not in OUTER_JOB and not k.startswith(OUTER_PREFIXES)}
+    programs = str(Path(sys.executable).parent)
+    return {
+        "GLOO_SOCKET_IFNAME": "lo",
+        **kept,
+        "OMP_NUM_THREADS": str(threads_per_worker(config.run.threads, workers)),
+        "PYTHONSAFEPATH": "1",
+        "PATH": os.pathsep.join([programs, *filter(None, [base.get("PATH")])]),
+    }
+
+
+def threads_per_worker(threads: int | str, workers: int) -> int:
+    """The number of threads of each worker; "auto" shares out the cores that this process may use."""
+    return threads if isinstance(threads, int) else max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def free_port() -> int:
+    """A TCP port on the loopback address that nobody uses now.
+
+    It lies below the range from which the kernel gives ports to outgoing connections, so that none of those
+    takes it in the seconds until the workers listen on it. A LaunchError if 100 tries find none.
+    """
+    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first_outgoing = int(range_file.read_text().split()[0]) if range_file.exists() else 32768
+    low, high = (10000, first_outgoing) if first_outgoing > 12000 else (10000, 65536)
+    for port in random.SystemRandom().sample(range(low, high), k=100):
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return port
+    raise LaunchError(
+        f"100 ports from {low} to {high} were tried on {LOOPBACK} and none is free; end other jobs"
+    )

@@ -1,0 +1,23 @@
+"""Fixtures that every test may ask for."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.dist.pool import RankPool
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that is marked `gpu` where there is no CUDA device."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """A pool of up to 4 processes: `ranks.run(function, world_size, *args)` gives one result per rank."""
+    with RankPool(size=4) as pool:
+        yield pool

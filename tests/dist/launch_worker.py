@@ -1,0 +1,67 @@
+"""A worker for the tests of launching: joins the others, meets them once, then does what LAUNCH_ACT says."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from dist_moe.comm.bootstrap import join_world, read_place
+from dist_moe.comm.failure import exit_hard, report_failure
+from dist_moe.config import ConfigError, Violation, load_config
+
+
+def main() -> None:
+    """Called as `train CONFIG [key=value]...`, like the real worker."""
+    config = load_config(sys.argv[2], sys.argv[3:])
+    place = read_place(os.environ)
+    with (
+        report_failure(config.run.dir, place.rank),
+        join_world(place, "gloo", config.parallel.timeout_s),
+        exit_hard(config.run.dir, place.rank),
+    ):
+        meet()
+        sys.stdout.write(f"rank {place.rank} of {place.world_size} is up\n")
+        sys.stdout.flush()
+        act(os.environ["LAUNCH_ACT"], place.rank)
+
+
+def act(name: str, rank: int) -> None:
+    """Rank 1 does what the name says, while the others wait for it in a collective."""
+    if name == "config":
+        raise ConfigError([Violation("data.sources", "x", "is not there", "name another")])
+    if name == "stray":
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+    if name == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == 1:
+        misbehave(name)
+    elif name == "deaf":
+        time.sleep(600)
+    meet()
+
+
+def misbehave(name: str) -> None:
+    """Does not come back, but for "finish"."""
+    if name in ("raise", "deaf"):
+        raise ValueError("boom\n\nin two paragraphs")
+    if name == "leave":
+        sys.exit(3)
+    if name == "vanish":
+        os._exit(0)
+    if name in ("stand", "stray"):
+        time.sleep(600)
+    if name in signal.Signals.__members__:
+        os.kill(os.getpid(), signal.Signals[name])
+
+
+def meet() -> None:
+    """Waits in a collective for every rank."""
+    dist.all_reduce(torch.ones(1))
+
+
+if __name__ == "__main__":
+    main()

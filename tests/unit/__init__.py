@@ -1,0 +1,1 @@
+"""Tests of one process, in folders that mirror the package."""

@@ -1,0 +1,120 @@
+"""The measures of the load: on matrices made by hand, against a slow twin, and against uniform draws."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_moe.balance.load import cov_floor, dead_experts, load_cov, load_entropy, max_vio, max_vio_floor
+
+MEASURES = [max_vio, load_cov, load_entropy, dead_experts]
+
+# Rows and columns differ, so that a reduction over the layers gives other numbers or another length.
+HAND_LE = torch.tensor([[4, 0, 0], [2, 2, 2], [1, 1, 4], [0, 0, 0]])
+
+
+def test_trap_T19_metrics_over_the_right_axis() -> None:
+    assert max_vio(HAND_LE).tolist() == pytest.approx([2.0, 0.0, 1.0, 0.0])
+    assert load_cov(HAND_LE).tolist() == pytest.approx([math.sqrt(2), 0.0, math.sqrt(2) / 2, 0.0])
+    entropy_third = -(2 / 6 * math.log(1 / 6) + 4 / 6 * math.log(4 / 6)) / math.log(3)
+    assert load_entropy(HAND_LE).tolist() == pytest.approx([0.0, 1.0, entropy_third, 1.0])
+    assert dead_experts(HAND_LE).tolist() == [2, 0, 0, 3]
+
+
+def test_trap_T19_metrics_over_the_right_axis_where_there_are_as_many_layers_as_experts() -> None:
+    square_LE = torch.tensor([[6, 0], [3, 3]])
+    assert max_vio(square_LE).tolist() == [1.0, 0.0]
+    assert load_cov(square_LE).tolist() == [1.0, 0.0]
+    assert load_entropy(square_LE).tolist() == [0.0, 1.0]
+    assert dead_experts(square_LE).tolist() == [1, 0]
+
+
+def test_trap_T05_counts_are_int64_and_one_assignment_in_2_to_the_25_shows() -> None:
+    load_E = torch.tensor([2**25 + 1, 2**25])
+    assert load_E.float()[0] == load_E.float()[1], "float32 cannot tell these counts apart"
+    assert float(max_vio(load_E)) == pytest.approx(0.5 / (2**25 + 0.5), rel=1e-6)
+    assert float(load_cov(load_E)) == pytest.approx(0.5 / (2**25 + 0.5), rel=1e-6)
+    assert max_vio(load_E).dtype == load_cov(load_E).dtype == load_entropy(load_E).dtype == torch.float64
+    assert dead_experts(load_E).dtype == torch.int64
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool])
+def test_trap_T05_counts_are_int64_or_refused(
+    measure: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    with pytest.raises(TypeError, match=rf"{dtype}; counts are torch\.int64"):
+        measure(torch.ones(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_malformed_load_is_refused(measure: Callable[[Tensor], Tensor]) -> None:
+    for shape in ((), (2, 3, 4), (0,), (3, 0)):
+        with pytest.raises(ValueError, match=r"it is \[E\] or \[L, E\]"):
+            measure(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match="holds -3; a count is never negative"):
+        measure(torch.tensor([1, -3]))
+
+
+def test_a_model_without_layers_has_no_measures() -> None:
+    for measure in MEASURES:
+        assert measure(torch.zeros(0, 4, dtype=torch.int64)).shape == (0,)
+
+
+def test_one_expert_is_always_even() -> None:
+    one_E = torch.tensor([7])
+    assert [float(measure(one_E)) for measure in MEASURES] == [0.0, 0.0, 1.0, 0.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 2**40), min_size=2, max_size=9))
+def test_measures_agree_with_a_slow_twin(counts: list[int]) -> None:
+    load_E = torch.tensor(counts)
+    total, mean = sum(counts), sum(counts) / len(counts)
+    if total == 0:
+        expected = [0.0, 0.0, 1.0]
+    else:
+        variance = sum((count - mean) ** 2 for count in counts) / len(counts)
+        shares = [count / total for count in counts if count]
+        entropy = -sum(share * math.log(share) for share in shares) / math.log(len(counts))
+        expected = [(max(counts) - mean) / mean, math.sqrt(variance) / mean, entropy]
+    found = [float(measure(load_E)) for measure in (max_vio, load_cov, load_entropy)]
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert int(dead_experts(load_E)) == counts.count(0)
+    stacked_LE = torch.stack([load_E, load_E.flip(0)])
+    assert max_vio(stacked_LE).tolist() == pytest.approx([expected[0]] * 2, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("experts", "assignments", "floor"),
+    [(8, 2 * 1024, 0.090), (8, 2 * 4096, 0.045), (8, 2 * 16384, 0.022), (64, 6 * 2048, 0.173)],
+)
+def test_the_floor_of_max_vio_is_the_published_one(experts: int, assignments: int, floor: float) -> None:
+    assert max_vio_floor(experts, assignments) == pytest.approx(floor, rel=0.03)
+
+
+@pytest.mark.parametrize(("experts", "assignments"), [(2, 4096), (8, 2048), (64, 12288)])
+def test_floors_are_what_uniform_routing_shows(experts: int, assignments: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(experts, (600, assignments), generator=generator)
+    load_LE = torch.stack([torch.bincount(row, minlength=experts) for row in drawn])
+    # 600 batches leave an error of 3 % (2 experts) or less; the formula's own is below 3 %.
+    assert max_vio_floor(experts, assignments) == pytest.approx(float(max_vio(load_LE).mean()), rel=0.06)
+    root_mean_square = float(load_cov(load_LE).square().mean().sqrt())
+    assert cov_floor(experts, assignments) == pytest.approx(root_mean_square, rel=0.06)
+
+
+def test_floors_at_the_edges() -> None:
+    # The larger of two standard normals is 1 / sqrt(pi) on average, and one alone is 0.
+    assert max_vio_floor(2, 2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-6)
+    assert max_vio_floor(1, 100) == pytest.approx(0.0, abs=1e-9)
+    assert max_vio_floor(8, 0) == cov_floor(8, 0) == cov_floor(1, 100) == 0.0
+    for floor in (max_vio_floor, cov_floor):
+        with pytest.raises(ValueError, match="experts=0; a layer has at least 1"):
+            floor(0, 10)
+        with pytest.raises(ValueError, match="assignments=-1; it is at least 0"):
+            floor(8, -1)

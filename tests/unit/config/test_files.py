@@ -1,0 +1,84 @@
+"""The files in configs/: complete, commented in the schema's words, and able to run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_moe.config import Config, load_config, resolve
+from dist_moe.config.explain import field_paths
+from tests.unit.config.files import CONFIGS
+
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def description(path: str) -> str:
+    section, _, name = path.partition(".")
+    annotation = Config.model_fields[section].annotation
+    assert annotation is not None
+    return annotation.model_fields[name].description
+
+
+def comments_above(text: str) -> dict[str, str]:
+    """The comment lines right above each key of a section, as one line."""
+    section, comment, found = "", [], {}
+    for line in text.splitlines():
+        bare = line.strip()
+        if bare.startswith("#"):
+            comment.append(bare.removeprefix("#").strip())
+            continue
+        indent = len(line) - len(line.lstrip())
+        if bare and indent == 0:
+            section = bare.partition(":")[0]
+        elif bare and indent == 2:
+            found[f"{section}.{bare.partition(':')[0]}"] = " ".join(comment)
+        comment = []
+    return found
+
+
+def test_there_are_files() -> None:
+    assert "debug.yaml" in [path.name for path in FILES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_file_names_every_field_and_no_other(path: Path) -> None:
+    written = yaml.safe_load(path.read_text())
+    named = [f"{section}.{name}" for section, names in written.items() for name in names]
+    assert named == list(field_paths())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_field_carries_its_description(path: Path) -> None:
+    comments = comments_above(path.read_text())
+    for field in field_paths():
+        meaning = description(field)
+        assert f"{meaning[0].upper()}{meaning[1:]}." in comments[field], field
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_file_loads_and_fits_one_worker(path: Path) -> None:
+    assert resolve(load_config(path), workers=1).expert_parallel == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 6, 12])
+def test_the_debug_run_fits_many_worker_counts(workers: int) -> None:
+    assert resolve(load_config(CONFIGS / "debug.yaml"), workers).expert_parallel == workers
+
+
+def test_every_description_follows_give() -> None:
+    for field in field_paths():
+        assert description(field).startswith(("the ", "whether ")), field
+
+
+def test_importing_the_package_does_not_import_the_heavy_libraries() -> None:
+    program = (
+        "import sys; import dist_moe.config; "
+        "print([name for name in ('torch', 'transformers', 'deepspeed', 'numpy') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

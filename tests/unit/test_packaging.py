@@ -1,0 +1,56 @@
+"""What is installed: the packages under their names, from any folder, and versions inside their ranges."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import dist_moe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def project() -> dict[str, list[str]]:
+    """The requirements by extra; "" is what is always installed."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {"": table["dependencies"]} | table["optional-dependencies"]
+
+
+def pins() -> dict[str, str]:
+    """The exact versions in constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+def test_every_requirement_has_a_pin_inside_its_range() -> None:
+    pinned = pins()
+    requirements = [Requirement(line) for lines in project().values() for line in lines]
+    for requirement in requirements:
+        if requirement.name != dist_moe.DISTRIBUTION:
+            version = pinned[requirement.name.lower()]
+            assert requirement.specifier.contains(version), (
+                f"{requirement} against {version} in constraints.txt"
+            )
+
+
+def test_the_installed_names_import_from_any_folder(tmp_path: Path) -> None:
+    code = (
+        "import dist_moe, dist_moe.launch, dist_moe_entry as e; print(dist_moe.__version__, e.find_fault())"
+    )
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [dist_moe.__version__, "None"], done.stderr
+
+
+def test_make_alone_lists_every_task() -> None:
+    done = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    listed = set(re.findall(r"^  make ([a-z]+) ", done.stdout, re.M))
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)
+    assert phony and listed == set(phony[1].split())
