@@ -48,9 +48,7 @@ def main() -> None:
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,
-    launcher: Annotated[
-        Launcher, typer.Option(help="The program that starts the workers.")
-    ] = Launcher.deepspeed,
+    launcher: Annotated[Launcher, typer.Option(help="The program that starts the workers.")] = Launcher.deepspeed,
     workers: Workers = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, and stop.")] = False,
 ) -> None:

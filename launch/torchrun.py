@@ -31,6 +31,8 @@ def torchrun_command(
         *("--master-port", str(free_port())),
         *("--local-addr", LOOPBACK),
         *("--max-restarts", "0"),
+        # Without it every job leaves a folder behind in the system's place for temporary files.
+        *("--log-dir", str(Path(config.run.dir) / "torchrun")),
         *("--module", module),
     ]
     argv = (

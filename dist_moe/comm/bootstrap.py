@@ -68,7 +68,9 @@ def _read_dialect(environment: Mapping[str, str], launcher: str, names: tuple[st
     def number(name: str, default: int) -> int:
         text = environment.get(name, str(default))
         if not text.strip().isdigit():
-            raise PlaceError(f"{name}={text!r} is not a whole number >= 0; the launcher sets it, so start the worker by one")
+            raise PlaceError(
+                f"{name}={text!r} is not a whole number >= 0; the launcher sets it, so start the worker by one"
+            )
         return int(text)
 
     rank, world_size = number(names[0], 0), number(names[1], 1)
@@ -89,7 +91,9 @@ def choose_backend(requested: str) -> str:
     if requested == "auto":
         return "nccl" if torch.cuda.is_available() else "gloo"
     if requested == "nccl" and not torch.cuda.is_available():
-        raise PlaceError("parallel.backend=nccl needs a CUDA device and torch sees none; use parallel.backend=auto or gloo")
+        raise PlaceError(
+            "parallel.backend=nccl needs a CUDA device and torch sees none; use parallel.backend=auto or gloo"
+        )
     return requested
 
 
@@ -111,9 +115,7 @@ def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
         yield World(place, device, backend)
         return
     _fill_rendezvous(place)
-    dist.init_process_group(
-        backend, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout_s)
-    )
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout_s))
     try:
         yield World(place, device, backend)
     finally:

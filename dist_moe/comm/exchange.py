@@ -18,9 +18,7 @@ def exchange_counts(counts_PN: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received_PN
 
 
-def exchange_rows(
-    rows_RD: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup
-) -> Tensor:
+def exchange_rows(rows_RD: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Send consecutive blocks of rows, send[p] of them to rank p, and receive receive[p] from rank p -> rows_QD.
 
     Any block may be empty, in either direction, also all of them. The gradient travels the same way back. Every rank

@@ -102,7 +102,7 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
             # lost.
             time.sleep(END_BY_LAUNCH_S)
     finally:
-        raise SystemExit(code)
+        os._exit(code)
 
 
 def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:

@@ -54,6 +54,4 @@ def deepspeed_violations(settings: Mapping[str, Any]) -> list[Violation]:
 
 
 def _owned(dotted: str, value: Any, field: str) -> Violation:
-    return Violation(
-        f"train.deepspeed.{dotted}", value, "is not set here", f"remove it; {field} sets it in DeepSpeed"
-    )
+    return Violation(f"train.deepspeed.{dotted}", value, "is not set here", f"remove it; {field} sets it in DeepSpeed")

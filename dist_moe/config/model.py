@@ -169,9 +169,7 @@ def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
     return NEUTRAL.get(name) if value is None else value
 
 
-def _routing_violations(
-    config: Config, family: Family, experts: int, filled: dict[str, Any]
-) -> list[Violation]:
+def _routing_violations(config: Config, family: Family, experts: int, filled: dict[str, Any]) -> list[Violation]:
     """What the routing values break among themselves; `filled` holds them by our names."""
 
     def violation(name: str, rule: str, remedy: str) -> Violation:

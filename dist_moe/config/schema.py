@@ -18,9 +18,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Frozen, and strict: no unknown key, no text for a number, no infinity."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -63,9 +61,7 @@ class RouterConfig(Section):
         default="top_k",
         description="the rule by which a token takes experts: top_k (the same number for each token)",
     )
-    top_k: int | None = Field(
-        default=None, ge=1, description="the experts each token takes (1 or more), or null"
-    )
+    top_k: int | None = Field(default=None, ge=1, description="the experts each token takes (1 or more), or null")
     score: Score | None = Field(
         default=None,
         description="the gate function from logits to scores: sigmoid, softmax, or null (the family's own)",
@@ -126,8 +122,7 @@ class ParallelConfig(Section):
     )
     backend: Literal["auto", "nccl", "gloo"] = Field(
         default="auto",
-        description="the library of the collectives: nccl (GPU), gloo (CPU), or auto (nccl where there "
-        "is CUDA)",
+        description="the library of the collectives: nccl (GPU), gloo (CPU), or auto (nccl where there is CUDA)",
     )
     timeout_s: float = Field(default=600, gt=0, description="the time limit of each collective, in seconds")
 
@@ -151,8 +146,7 @@ class DataConfig(Section):
     sequence_length: int = Field(ge=2, description="the tokens of one sequence (2 or more)")
     tokenizer: Literal["bytes", "bpe"] = Field(
         default="bytes",
-        description="the tokenizer: bytes (256 tokens and the end token) or bpe (trained on the training "
-        "text)",
+        description="the tokenizer: bytes (256 tokens and the end token) or bpe (trained on the training text)",
     )
     vocabulary: int = Field(
         default=8192,
@@ -174,20 +168,16 @@ class TrainConfig(Section):
     schedule_steps: int | None = Field(
         default=None,
         ge=1,
-        description="the optimizer steps that the schedules are stretched over (steps or more), or null "
-        "(steps)",
+        description="the optimizer steps that the schedules are stretched over (steps or more), or null (steps)",
     )
     global_batch: int = Field(
         ge=1,
-        description="the sequences of one optimizer step, all workers together; divides by workers * "
-        "micro_batch",
+        description="the sequences of one optimizer step, all workers together; divides by workers * micro_batch",
     )
-    micro_batch: int = Field(
-        ge=1, description="the sequences a worker puts through the model at once (1 or more)"
-    )
+    micro_batch: int = Field(ge=1, description="the sequences a worker puts through the model at once (1 or more)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="the number format of the weights in use: fp32, bf16, or auto (bf16 on CUDA, else fp32)",
+        description="the number format of the weights in use: fp32, bf16, or auto (bf16 where the device computes it natively, else fp32)",
     )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the optimizer: adamw or sgd")
     learning_rate: float = Field(ge=0, description="the highest learning rate, reached after the warm-up")
@@ -209,9 +199,7 @@ class TrainConfig(Section):
         default=(0.9, 0.95),
         description="the two decay rates of AdamW's moments, a list of two numbers (0 to below 1)",
     )
-    momentum: float = Field(
-        default=0.0, ge=0, lt=1, description="the momentum of sgd (0 to below 1; 0 with adamw)"
-    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="the momentum of sgd (0 to below 1; 0 with adamw)")
     gradient_clipping: float = Field(
         default=1.0,
         ge=0,
@@ -238,9 +226,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When the run is saved."""
 
-    every: int = Field(
-        default=0, ge=0, description="the optimizer steps between checkpoints (0: one at the end only)"
-    )
+    every: int = Field(default=0, ge=0, description="the optimizer steps between checkpoints (0: one at the end only)")
 
 
 class ObserveConfig(Section):
@@ -280,7 +266,5 @@ class Config(Section):
     )
     data: DataConfig = Field(description="the text and how it becomes tokens")
     train: TrainConfig = Field(description="the optimization")
-    checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="when the run is saved"
-    )
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the run is saved")
     observe: ObserveConfig = Field(default_factory=ObserveConfig, description="what is shown, and how often")

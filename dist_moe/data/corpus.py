@@ -70,9 +70,7 @@ def prepare(
     f < 1, the chance of a document to fall to validation. Raises DataError, also if a split would be empty.
     """
     if not 0 < validation_fraction < 1:
-        raise DataError(
-            f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1"
-        )
+        raise DataError(f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1")
     records = fetch_sources(sources, cache)
     settings: dict[str, Any] = {
         "format": FORMAT,
@@ -94,9 +92,7 @@ def prepare(
 def open_prepared(folder: Path) -> Prepared:
     """Open what `prepare` made, mapping its files; DataError if the folder is not whole."""
     if not _is_whole(folder):
-        raise DataError(
-            str(folder), "is not a folder of prepared tokens, or a damaged one", "prepare the data again"
-        )
+        raise DataError(str(folder), "is not a folder of prepared tokens, or a damaged one", "prepare the data again")
     manifest = json.loads((folder / "manifest.json").read_text())
     tokenizer = load_tokenizer(folder / "tokenizer")
     train, validation = (_open_split(folder, split, manifest, tokenizer.end_id) for split in SPLITS)

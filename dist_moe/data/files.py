@@ -84,8 +84,6 @@ def _parse(line: bytes, path: Path, place: str) -> Document:
         if not isinstance(value, str):
             raise DataError(place, f"has a field {key!r} that is not a string", remedy)
         if HALF_PAIR.search(value):
-            raise DataError(
-                place, f"has a field {key!r} with half of a surrogate pair", "write whole characters"
-            )
+            raise DataError(place, f"has a field {key!r} with half of a surrogate pair", "write whole characters")
     content_hash = hashlib.sha256(entry["text"].encode()).hexdigest()[:16]
     return Document(entry.get("domain", path.stem), entry.get("name", content_hash), entry["text"])

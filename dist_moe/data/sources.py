@@ -43,9 +43,7 @@ def fetch_sources(names: Sequence[str], cache: Path) -> list[SourceRecord]:
         raise DataError("data.sources=[]", "names no source", f"name at least one, for example {BUILT_IN[0]}")
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
-        raise DataError(
-            f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "name each source once"
-        )
+        raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "name each source once")
     return [_record(name, cache) for name in names]
 
 
@@ -86,9 +84,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, inner, names in os.walk(root):
-        inner[:] = [
-            each for each in inner if each not in SKIPPED_FOLDERS and not each.startswith(SKIPPED_PREFIXES)
-        ]
+        inner[:] = [each for each in inner if each not in SKIPPED_FOLDERS and not each.startswith(SKIPPED_PREFIXES)]
         for file_name in names:
             if file_name.endswith(".py") and not file_name.startswith(SKIPPED_PREFIXES):
                 path = Path(folder, file_name)

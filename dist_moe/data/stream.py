@@ -54,9 +54,7 @@ class Stream:
     def __init__(self, corpus: Corpus, sequence_length: int, seed: int) -> None:
         """sequence_length: tokens of a row, at least 2; seed: at least 0. Raises ValueError otherwise."""
         if sequence_length < 2 or seed < 0:
-            raise ValueError(
-                f"sequence_length={sequence_length}, seed={seed}: lengths start at 2, seeds at 0"
-            )
+            raise ValueError(f"sequence_length={sequence_length}, seed={seed}: lengths start at 2, seeds at 0")
         self._corpus = corpus
         self._length = sequence_length
         self._seed = seed
@@ -139,6 +137,4 @@ def gather(corpus: Corpus, order: Order, rows_B: np.ndarray, length: int) -> Bat
 
 def _check(first_row: int, rows: int) -> None:
     if first_row < 0 or rows < 1:
-        raise ValueError(
-            f"first_row={first_row}, rows={rows}: rows count from 0, and at least 1 is asked for"
-        )
+        raise ValueError(f"first_row={first_row}, rows={rows}: rows count from 0, and at least 1 is asked for")

@@ -106,7 +106,8 @@ def derived_seed(seed: int, name: str) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups {"name", "params", "weight_decay"}: no decay on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)

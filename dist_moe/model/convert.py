@@ -1,8 +1,9 @@
 """Conversion from outside: the router and the experts of each MoE block of a Hugging Face model are replaced."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.model.families import Adapter
@@ -10,6 +11,8 @@ from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class MoeLayer(NamedTuple):
@@ -55,7 +58,9 @@ def _convert_block(name: str, block: nn.Module, adapter: Adapter, rule: TopK, me
     experts, double_width, width = theirs.get_parameter("gate_up_proj").shape
     with theirs.get_parameter("gate_up_proj").device:
         router = Router(experts, width, rule)
-        local = GroupedExperts(len(mesh.local_experts(experts)), width, double_width // 2, theirs.act_fn)
+        local = GroupedExperts(
+            len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, theirs.act_fn)
+        )
         layer = ExpertParallelLayer(local, experts, mesh)
     setattr(block, adapter.router, router)
     setattr(block, adapter.experts, layer)

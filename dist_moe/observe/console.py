@@ -76,17 +76,13 @@ class RunConsole:
         if self._progress is None:
             self.say(line)
             return
-        self._progress.update(
-            self._progress.task_ids[0], completed=metrics.step, description=line, refresh=True
-        )
+        self._progress.update(self._progress.task_ids[0], completed=metrics.step, description=line, refresh=True)
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
         """Show one evaluation as a line."""
         self.say(evaluation_line(metrics))
 
-    def summary(
-        self, metrics: EvaluationMetrics, paths: Mapping[str, Path], tensorboard: Path | None
-    ) -> None:
+    def summary(self, metrics: EvaluationMetrics, paths: Mapping[str, Path], tensorboard: Path | None) -> None:
         """Print the end of the run: quality, balance of each layer, and where the results lie.
 
         Args:
@@ -146,15 +142,10 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
     table = Table(title=f"Load over {metrics.tokens:,} validation tokens", title_justify="left")
     for heading in ("layer", "MaxVio_global", "floor", "least / mean", "most / mean"):
         table.add_column(heading, justify="right")
-    rows = zip(
-        metrics.load, metrics.max_vio_global_per_layer, metrics.max_vio_global_floor_per_layer, strict=True
-    )
+    rows = zip(metrics.load, metrics.max_vio_global_per_layer, metrics.max_vio_global_floor_per_layer, strict=True)
     for layer, (load, value, floor) in enumerate(rows):
         mean = sum(load) / len(load)
-        ends = [
-            f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-"
-            for count in (min(load), max(load))
-        ]
+        ends = [f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-" for count in (min(load), max(load))]
         table.add_row(str(layer), f"{value:.3f}", f"{floor:.3f}", *ends)
     if metrics.load:
         table.add_section()

@@ -55,9 +55,7 @@ def draw_load(load: Sequence[Sequence[int]]) -> Image:
     """
     experts = max((len(row) for row in load), default=0)
     if experts == 0:
-        raise ValueError(
-            f"the load has {len(load)} layers and no expert; a picture needs one; draw MoE models only"
-        )
+        raise ValueError(f"the load has {len(load)} layers and no expert; a picture needs one; draw MoE models only")
     text_height = _FIGURE_HEIGHT * _TEXT_SCALE
     left = max(_text_width(str(len(load) - 1)) + 6, CELL_PX)
     top = text_height + 8

@@ -103,8 +103,7 @@ def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
     for layer, load_E in enumerate(load_L):
         if load_E.dim() != 1:
             raise ValueError(
-                f"the load of layer {layer} has shape {tuple(load_E.shape)}; it is [E]; "
-                "pass one tensor per layer"
+                f"the load of layer {layer} has shape {tuple(load_E.shape)}; it is [E]; pass one tensor per layer"
             )
     loads = [load_E.cpu() for load_E in load_L]
     sizes = [(load_E.numel(), int(load_E.sum())) for load_E in loads]

@@ -114,16 +114,12 @@ class TensorBoardWriter:
             self._scalars(metrics.step, balance)
             for layer, value in enumerate(metrics.max_vio_global_per_layer):
                 self._scalars(metrics.step, {f"max_vio_global/layer_{layer:02d}": value})
-            self._writer.add_image(
-                "load/validation", draw_load(metrics.load), metrics.step, dataformats="HWC"
-            )
+            self._writer.add_image("load/validation", draw_load(metrics.load), metrics.step, dataformats="HWC")
 
     @property
     def _writer(self) -> SummaryWriter:
         if self._open_writer is None:
-            raise RuntimeError(
-                f"the writer of {self.folder} is not open; write inside `with TensorBoardWriter(...)`"
-            )
+            raise RuntimeError(f"the writer of {self.folder} is not open; write inside `with TensorBoardWriter(...)`")
         return self._open_writer
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -20,9 +20,7 @@ class LoadWatch:
 
     def __init__(self, limit: float, patience: int) -> None:
         if patience < 1:
-            raise ValueError(
-                f"patience={patience}; it counts logged steps, at least 1; use 1 to warn at once"
-            )
+            raise ValueError(f"patience={patience}; it counts logged steps, at least 1; use 1 to warn at once")
         self.limit = limit
         self.patience = patience
         self._dead: set[tuple[int, int]] = set()  # (layer, expert)

@@ -11,14 +11,10 @@ What is done here that DeepSpeed 0.19.8 does not do, each held by a test in test
 import contextlib
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-
-# DeepSpeed picks its accelerator when it is imported and logs at INFO through a logger of its own.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
 
 import deepspeed
 import torch
@@ -101,24 +97,24 @@ class Engine:
 
     def _step_whole(self) -> StepResult:
         """ZeRO 0: gradients are reduced and whole on every rank; norm, clipping and skip are ours."""
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = self._global_norm(parameters)
+        gradients = [(p.grad, is_moe_param(p)) for p in self.module.parameters() if p.grad is not None]
+        norm = self._global_norm(gradients)
         if not math.isfinite(norm):
             self._skip()
             return StepResult(False, math.nan)
         limit = self.settings.gradient_clipping
         if limit > 0:
             coefficient = min(1.0, limit / (norm + 1e-6))
-            for parameter in parameters:
-                parameter.grad.mul_(coefficient)
+            for gradient, _ in gradients:
+                gradient.mul_(coefficient)
         self._engine.step()
         return StepResult(True, norm)
 
-    def _global_norm(self, parameters: list[nn.Parameter]) -> float:
+    def _global_norm(self, gradients: list[tuple[Tensor, bool]]) -> float:
         """sqrt(dense^2 + sum over the expert-parallel group of expert^2); a function of the same values on all ranks."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for parameter in parameters:
-            squares[int(is_moe_param(parameter))] += parameter.grad.double().square().sum()
+        for gradient, is_expert in gradients:
+            squares[int(is_expert)] += gradient.double().square().sum()
         if self.mesh.ep_group is not None:
             dist.all_reduce(squares[1:], group=self.mesh.ep_group)
         return float(squares.sum().sqrt())
@@ -161,7 +157,10 @@ def start_engine(
     module.add_module("expert_marker", ExpertMarker(experts))
     optimizer = _make_optimizer(parameter_groups, settings)
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_json(settings, mesh.world_size), dist_init_required=False
+        model=module,
+        optimizer=optimizer,
+        config=deepspeed_json(settings, mesh.world_size),
+        dist_init_required=False,
     )
     try:
         yield Engine(engine, settings, mesh)

@@ -74,7 +74,7 @@ def evaluate(task: nn.Module, text: HeldOut, mesh: Mesh, device: torch.device, s
 
 def _forward(
     task: nn.Module, text: HeldOut, first: int, mesh: Mesh, device: torch.device
-) -> tuple[float, int, int, Sequence[Tensor]]:
+) -> tuple[float, int, int, list[Tensor]]:
     """One forward of this rank: sum of -ln p in nats, label tokens, bytes of text they stand for, loads."""
     row = first + mesh.rank * text.micro_batch
     batch = text.stream.in_order(row, text.micro_batch)

@@ -46,7 +46,12 @@ def run(resolved: Resolved, place: Place) -> None:
 
 
 def train(
-    resolved: Resolved, engine: Engine, balancer: Balancer, task: LanguageModelTask, prepared: Prepared, report: Report
+    resolved: Resolved,
+    engine: Engine,
+    balancer: Balancer,
+    task: LanguageModelTask,
+    prepared: Prepared,
+    report: Report,
 ) -> None:
     """The steps of the run, its checkpoints, and the evaluation at its end."""
     config, mesh = resolved.config, engine.mesh
@@ -135,7 +140,7 @@ def engine_settings(resolved: Resolved, world: World) -> EngineSettings:
         optimizer=train.optimizer,
         gradient_clipping=train.gradient_clipping,
         bf16=choose_precision(train.precision, world.device) == torch.bfloat16,
-        betas=tuple(train.betas),
+        betas=(train.betas[0], train.betas[1]),
         momentum=train.momentum,
         further=dict(train.deepspeed),
     )

@@ -50,7 +50,9 @@ def train_step(engine: Engine, balancer: Balancer, batches: Sequence[Batch], lea
         nll_sum += output.nll_sum
         result = engine.step(learning_rate)
     if result is None:
-        raise RuntimeError(f"{len(batches)} micro-batches did not end a step; the engine was started for another number")
+        raise RuntimeError(
+            f"{len(batches)} micro-batches did not end a step; the engine was started for another number"
+        )
     loads = balancer.step() if result.taken else balancer.discard()
     return StepRecord(result.taken, result.grad_norm, nll_sum, labels, loads)
 

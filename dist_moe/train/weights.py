@@ -177,7 +177,9 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path.name)
     if not found:
-        raise WeightsError(f"{folder} holds no *.safetensors; give the step-NNNNNN folder of a run, or its model folder")
+        raise WeightsError(
+            f"{folder} holds no *.safetensors; give the step-NNNNNN folder of a run, or its model folder"
+        )
     return found
 
 

@@ -58,7 +58,9 @@ class Case:
     steps: int = 1
     checkpointing: bool = False
     policy: str = "loss_free"
-    poison: str | None = None  # "loss": rank 1's loss is infinite in the first step; "expert": one expert's gradient
+    poison: str | None = (
+        None  # "loss": rank 1's loss is infinite in the first step; "expert": one expert's gradient
+    )
     model: dict[str, Any] = field(default_factory=lambda: dict(DEEPSEEK))
 
 
@@ -78,7 +80,9 @@ def ragged_batch(seed: int = 0, rows: int = ROWS) -> Batch:
     targets_BS[documents_BS < 0] = IGNORED
     targets_BS[1] = IGNORED
     targets_BS[2, : LENGTH // 2] = IGNORED
-    return Batch(tokens_BS, targets_BS, documents_BS, positions_BS * (documents_BS >= 0), documents_BS.clamp(max=0))
+    return Batch(
+        tokens_BS, targets_BS, documents_BS, positions_BS * (documents_BS >= 0), documents_BS.clamp(max=0)
+    )
 
 
 def part(batch: Batch, first: int, rows: int) -> Batch:
@@ -101,10 +105,15 @@ def make_task(case: Case, mesh: Mesh) -> LanguageModelTask:
     return LanguageModelTask(model)
 
 
-def make_balancer(task: LanguageModelTask, policy: str = "loss_free", rate: float = 0.01) -> Balancer:
+def make_balancer(
+    task: LanguageModelTask,
+    policy: str = "loss_free",
+    rate: float = 0.01,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
+) -> Balancer:
     """A balancer of the task's routers."""
     settings = BalanceSettings(policy, rate, "constant", 100)
-    return Balancer({layer.name: layer.router for layer in task.layers}, settings, torch.device("cpu"))
+    return Balancer({layer.name: layer.router for layer in task.layers}, settings, device)
 
 
 @dataclass
@@ -196,7 +205,9 @@ def named_experts(task: LanguageModelTask, mesh: Mesh, values: dict[str, Tensor]
         if ".experts.local." not in name:
             named[name] = value
             continue
-        experts = next(layer.experts.experts for layer in task.layers if name.startswith(f"model.{layer.name}."))
+        experts = next(
+            layer.experts.experts for layer in task.layers if name.startswith(f"model.{layer.name}.")
+        )
         for place, expert in enumerate(mesh.local_experts(experts)):
             named[name.replace(".local.", f".{expert}.")] = value[place]
     return named
@@ -222,5 +233,7 @@ def reference(case: Case, dtype: torch.dtype) -> tuple[float, float, dict[str, T
     )
     output.loss.backward()
     gradients = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
-    norm = torch.sqrt(sum((g.double().square().sum() for g in gradients.values()), torch.zeros((), dtype=torch.float64)))
+    norm = torch.sqrt(
+        sum((g.double().square().sum() for g in gradients.values()), torch.zeros((), dtype=torch.float64))
+    )
     return float(output.loss.detach()), float(norm), named_experts(task, mesh, gradients)

@@ -10,7 +10,7 @@ import pytest
 
 from dist_moe.launch.processes import read_process
 
-LIMIT_S = 60.0
+LIMIT_S = 30.0
 OPENING = """
 import contextlib, sys, threading, time
 from dist_moe.comm.failure import exit_hard, report_failure

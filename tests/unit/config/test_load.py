@@ -184,7 +184,7 @@ def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
 def test_a_configuration_is_frozen() -> None:
     config = debug()
     with pytest.raises(ValidationError, match="frozen"):
-        config.train.steps = 3
+        config.train.steps = 3  # type: ignore[misc]
 
 
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()

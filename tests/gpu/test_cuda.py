@@ -1,0 +1,86 @@
+"""On a CUDA device: the layer against its CPU twin, the engine on NCCL in a world of one, and the main job."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_moe.comm.bootstrap import Place, join_world
+from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.model.build import parameter_groups
+from dist_moe.moe.experts import GroupedExperts, grouped_linear
+from dist_moe.moe.layer import ExpertParallelLayer
+from dist_moe.train.engine import EngineSettings, start_engine
+from dist_moe.train.step import train_step
+from tests.dist.small import DEEPSEEK, ROWS, Case, make_balancer, make_task, ragged_batch, share
+
+pytestmark = pytest.mark.gpu
+ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_linear_equals_a_loop_on_the_cpu(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts_e = torch.tensor([5, 0, 17, 2])
+    rows = torch.randn(24, 32, generator=generator).to(dtype).cuda().requires_grad_()
+    weight = torch.randn(4, 48, 32, generator=generator).to(dtype).cuda().requires_grad_()
+    ends = counts_e.cumsum(0).to(device="cuda", dtype=torch.int32)
+    found = grouped_linear(rows, weight, ends)
+    found.float().square().sum().backward()
+    wide_rows, wide_weight = (t.detach().double().cpu().requires_grad_() for t in (rows, weight))
+    parts = zip(wide_rows.split(counts_e.tolist()), wide_weight, strict=True)
+    wanted = torch.cat([part @ one.T for part, one in parts])
+    wanted.square().sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in ((found, wanted), (rows.grad, wide_rows.grad), (weight.grad, wide_weight.grad)):
+        assert ours is not None and theirs is not None
+        error = (ours.detach().double().cpu() - theirs.detach()).norm() / theirs.detach().norm()
+        assert error < tolerance
+
+
+def test_the_layer_gives_the_same_gradients_twice_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    layer = ExpertParallelLayer(GroupedExperts(4, 32, 16, torch.nn.functional.silu), 4, ALONE)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    layer.cuda().bfloat16()
+    hidden = torch.randn(4096, 32, device="cuda", dtype=torch.bfloat16)
+    ids = torch.rand(4096, 4, device="cuda").topk(2).indices
+    weights = torch.rand(4096, 2, device="cuda", dtype=torch.bfloat16)
+    gradients = []
+    for _ in range(2):
+        leaf = hidden.clone().requires_grad_()
+        layer.zero_grad()
+        layer(leaf, ids, weights).float().square().sum().backward()
+        gradients.append([leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())])  # type: ignore
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_world_of_one_on_nccl_trains(stage: int, bf16: bool) -> None:
+    case = Case(zero_stage=stage, bf16=bf16, clipping=1.0, model=dict(DEEPSEEK))
+    with join_world(Place(), "nccl", 60) as world:
+        mesh = make_mesh(1)
+        task = make_task(case, mesh)
+        settings = EngineSettings(stage, ROWS, 1, "adamw", 1.0, bf16)
+        losses = []
+        with start_engine(task, parameter_groups(task.model, 0.1), settings, mesh) as engine:
+            balancer = make_balancer(task, device=world.device)
+            batches = share(ragged_batch(), mesh, 1)
+            for _ in range(20):
+                record = train_step(engine, balancer, batches, 1e-2)
+                losses.append(float(record.nll_sum) / record.labels)
+                assert record.taken
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_main_job_on_the_device(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dist_moe", "train", "configs/quickstart.yaml", f"run.dir={tmp_path}"]
+    subprocess.run(command, check=True, timeout=900, cwd=Path(__file__).parents[2])
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["bits_per_byte"] <= 2.6
+    assert max(last["max_vio_global_per_layer"]) < 0.25
