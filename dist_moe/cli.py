@@ -84,7 +84,7 @@ def train(
 ) -> None:
     """Be one worker of a run, or all of it without a launcher."""
     restore_visible_devices()
-    from dist_moe.comm.bootstrap import PlaceError, read_place
+    from dist_moe.comm.place import PlaceError, read_place
     from dist_moe.comm.failure import report_failure
     from dist_moe.config import load_config, resolve
 
@@ -101,7 +101,7 @@ def train(
 @app.command()
 def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None) -> None:
     """Measure a checkpoint on the validation text, and print the result as one JSON object."""
-    from dist_moe.comm.bootstrap import PlaceError, read_place
+    from dist_moe.comm.place import PlaceError, read_place
     from dist_moe.train.evaluate import evaluate_checkpoint
     from dist_moe.train.weights import WeightsError
 

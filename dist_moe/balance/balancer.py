@@ -15,9 +15,12 @@ UpdateRule = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class Biased(Protocol):
-    """A router, as the balancer sees it: it owns an fp32 [E] buffer of this name."""
+    """A router, as the balancer sees it: it owns an fp32 [E] buffer, and a weight that is trained or frozen."""
 
     selection_bias: Tensor
+
+    @property
+    def weight(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,10 @@ class Balancer:
         loads = self._reduce_window()
         rate = self.settings.rate_at(self.taken)
         if self._rule is not None:
-            for bias_E, load_E in zip(self.biases, loads, strict=True):
-                bias_E.copy_(self._rule(bias_E, load_E, rate))
+            for router, load_E in zip(self.routers.values(), loads, strict=True):
+                bias_E = router.selection_bias
+                if router.weight.requires_grad:  # a frozen router must not drift by its bias either
+                    bias_E.copy_(self._rule(bias_E, load_E, rate))
         self.taken += 1
         return loads
 

@@ -1,33 +1,16 @@
-"""Who am I: the place of this process in the job, read from the environment of whichever launcher started it."""
+"""Joins this process to the job: backend, device and process group, for the length of a context."""
 
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-
-class PlaceError(ValueError):
-    """The environment names a place that cannot exist (value, rule and remedy in the message)."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """The place of one worker in the job.
-
-    rank and world_size count workers over all hosts, local_rank and local_world_size those of this host; launcher
-    is the dialect that the values were read from ("env" covers deepspeed and torchrun; "none" is a world of one).
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    launcher: str = "none"
+from dist_moe.comm.place import Place, PlaceError
 
 
 @dataclass(frozen=True)
@@ -37,53 +20,6 @@ class World:
     place: Place
     device: torch.device
     backend: str
-
-
-# launcher -> the variables that hold (rank, world size, local rank, local world size)
-DIALECTS = {
-    "env": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "openmpi": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-}
-
-
-def read_place(environment: Mapping[str, str]) -> Place:
-    """Read the worker's place from `environment`; without a launcher's variables it is a world of one.
-
-    Errors: PlaceError where a value is no integer, or a rank is not below its world size.
-    """
-    for launcher, names in DIALECTS.items():
-        if names[0] in environment and names[1] in environment:
-            return _read_dialect(environment, launcher, names)
-    return Place()
-
-
-def _read_dialect(environment: Mapping[str, str], launcher: str, names: tuple[str, str, str, str]) -> Place:
-    def number(name: str, default: int) -> int:
-        text = environment.get(name, str(default))
-        if not text.strip().isdigit():
-            raise PlaceError(
-                f"{name}={text!r} is not a whole number >= 0; the launcher sets it, so start the worker by one"
-            )
-        return int(text)
-
-    rank, world_size = number(names[0], 0), number(names[1], 1)
-    local_rank = number(names[2], 0)
-    # DeepSpeed's launcher sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE.
-    local_world_size = number(names[3], number("LOCAL_SIZE", world_size if launcher == "env" else 1))
-    if not rank < world_size:
-        raise PlaceError(f"{names[0]}={rank} must be below {names[1]}={world_size}; unset both, or start by a launcher")
-    if not local_rank < local_world_size:
-        raise PlaceError(
-            f"{names[2]}={local_rank} must be below {names[3]}={local_world_size}; unset both, or start by a launcher"
-        )
-    return Place(rank, world_size, local_rank, local_world_size, launcher)
 
 
 def choose_backend(requested: str) -> str:

@@ -182,6 +182,9 @@ def _routing_violations(config: Config, family: Family, experts: int, filled: di
     if top_k is None or not 1 <= top_k <= experts:
         rule = f"is not within the model's {experts} experts"
         found.append(violation("top_k", rule, f"use 1 to {experts}"))
+    elif top_k == 1 and filled["normalise"]:
+        rule = "makes the weight of a token's one expert 1 whatever its score, so the router cannot learn"
+        found.append(violation("normalise", rule, "set it to false, or top_k above 1"))
     if filled["scaling"] <= 0:
         found.append(violation("scaling", "turns the weights off or around", "give a factor above 0"))
     # A group is judged by its two best experts (arXiv 2412.19437, section 2.1.2), so it needs two.

@@ -16,30 +16,40 @@ from dist_moe.moe.select import Score, TopK
 
 
 def build_model(
-    architecture: str, model_config: Mapping[str, Any], score: Score, mesh: Mesh, seed: int
+    architecture: str,
+    model_config: Mapping[str, Any],
+    score: Score,
+    mesh: Mesh,
+    seed: int,
+    scaling: float | None = None,
 ) -> PreTrainedModel:
     """A model with initial values on the CPU, in fp32, holding the experts of this rank alone.
 
-    model_config: keyword arguments of the Hugging Face config class. Every value depends on `seed`, the name of its
-    module and, for experts, the global id of the expert: on nothing of the layout.
+    model_config: keyword arguments of the Hugging Face config class. scaling: factor on the mixture weights where
+    the family has no field for it. Every value depends on `seed`, the name of its module and, for experts, the
+    global id of the expert: on nothing of the layout.
     """
-    model = empty_model(AutoConfig.for_model(architecture, **model_config), score, mesh)
+    config = AutoConfig.for_model(architecture, **model_config)
+    model = empty_model(config, routing_rule(config, score, scaling), mesh)
     materialise(model)
     initialise(model, seed)
     return model
 
 
-def empty_model(config: PretrainedConfig, score: Score, mesh: Mesh) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, rule: TopK, mesh: Mesh) -> PreTrainedModel:
     """The converted model on the meta device: shapes without memory."""
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    convert(model, adapter_of(config.model_type), routing_rule(config, score), mesh)
+    convert(model, adapter_of(config.model_type), rule, mesh)
     return model
 
 
-def routing_rule(config: PretrainedConfig, score: Score) -> TopK:
-    """The top-K rule that a Hugging Face config states, with the gate function `score`."""
+def routing_rule(config: PretrainedConfig, score: Score, scaling: float | None = None) -> TopK:
+    """The top-K rule that a Hugging Face config states, with the gate function `score`.
+
+    scaling: factor on the weights where the family has no field for it; None is 1.
+    """
     family = family_of(config.model_type)
 
     def stated(field: str | None, default: Any) -> Any:
@@ -49,7 +59,7 @@ def routing_rule(config: PretrainedConfig, score: Score) -> TopK:
         top_k=stated(family.top_k, None),
         score=score,
         normalise=bool(stated(family.normalise, False)),
-        scaling=float(stated(family.scaling, 1.0)),
+        scaling=float(stated(family.scaling, 1.0 if scaling is None else scaling)),
         groups=int(stated(family.groups, 1) or 1),
         top_groups=int(stated(family.top_groups, 1) or 1),
     )

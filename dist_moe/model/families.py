@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dist_moe.config.family import Score
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -19,7 +21,7 @@ class Adapter:
     router: str
     experts: str
     bias: str | None
-    score: str
+    score: Score
 
 
 ADAPTERS: dict[str, Adapter] = {

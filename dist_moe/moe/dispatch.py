@@ -47,7 +47,7 @@ def combine(results_QD: Tensor, weights_TK: Tensor, receipt: Receipt, mesh: Mesh
     tokens, slots = weights_TK.shape
     filled = results_QD.new_zeros(tokens * slots, results_QD.shape[1])
     filled = filled.index_copy(0, receipt.slots_R, results_QD)
-    return (filled.view(tokens, slots, -1) * weights_TK.unsqueeze(-1)).sum(dim=1)
+    return (filled.view(tokens, slots, results_QD.shape[1]) * weights_TK.unsqueeze(-1)).sum(dim=1)
 
 
 def _sort_slots(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class _TakeRows(torch.autograd.Function):
         gradient_RD = gradients[0]
         filled = gradient_RD.new_zeros(ctx.tokens * ctx.slots, gradient_RD.shape[1])
         filled.index_copy_(0, slots_R, gradient_RD)
-        return filled.view(ctx.tokens, ctx.slots, -1).sum(dim=1), None, None
+        return filled.view(ctx.tokens, ctx.slots, gradient_RD.shape[1]).sum(dim=1), None, None
 
 
 class _Permute(torch.autograd.Function):

@@ -61,4 +61,6 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return gradients[0].contiguous()
+        gradient = gradients[0]
+        # An empty tensor counts as contiguous whatever its strides are.
+        return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)

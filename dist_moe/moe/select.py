@@ -65,7 +65,7 @@ def select_top_k(
 
 def _keep_top_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:
     """Leave each token the experts of its best groups; a group's score is the sum of its two best (DeepSeek-V3)."""
-    choice_TGe = choice_TE.view(choice_TE.shape[0], groups, -1)
+    choice_TGe = choice_TE.unflatten(1, (groups, -1))
     group_scores_TG = choice_TGe.topk(min(2, choice_TGe.shape[-1]), dim=-1).values.sum(dim=-1)
     kept = group_scores_TG.topk(top_groups, dim=-1).indices
     closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)

@@ -11,21 +11,27 @@ What is done here that DeepSpeed 0.19.8 does not do, each held by a test in test
 import contextlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.moe.layer import MoE
-from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.layer import ExpertParallelLayer
+
+if not torch.cuda.is_available():
+    # DeepSpeed looks for its device when it is imported, and warns of the CPU that it falls back to.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.moe.layer import MoE  # noqa: E402
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer  # noqa: E402
+from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 
 
 @dataclass(frozen=True)

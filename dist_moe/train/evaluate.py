@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_moe.comm.bootstrap import join_world, read_place
+from dist_moe.comm.bootstrap import join_world
 from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.comm.place import read_place
 from dist_moe.comm.reduce import sum_counts, sum_scalars
 from dist_moe.config import load_config
 from dist_moe.data.cache import cache_folder

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.balance.balancer import Balancer, BalanceSettings
-from dist_moe.comm.bootstrap import Place, World, join_world
+from dist_moe.comm.bootstrap import World, join_world
+from dist_moe.comm.failure import exit_hard
 from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.comm.place import Place
 from dist_moe.config import Config, Resolved
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
@@ -33,6 +35,7 @@ def run(resolved: Resolved, place: Place) -> None:
     set_threads(config.run.threads, place)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(place, config.parallel.backend, config.parallel.timeout_s))
+        stack.enter_context(exit_hard(config.run.dir, place.rank))
         mesh = make_mesh(resolved.expert_parallel)
         report = stack.enter_context(open_report(config, world, mesh))
         prepared = prepare_together(config, place)
@@ -123,7 +126,7 @@ def make_task(resolved: Resolved, prepared: Prepared, mesh: Mesh) -> LanguageMod
     score = config.router.score
     if score is None:
         raise RuntimeError("router.score is not resolved; load the config through dist_moe.config.resolve")
-    model = build_model(config.model.architecture, model_config, score, mesh, config.run.seed)
+    model = build_model(config.model.architecture, model_config, score, mesh, config.run.seed, config.router.scaling)
     if config.train.activation_checkpointing:
         # The reentrant kind silently loses the gradient of losses that do not come out of the checkpointed function.
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,14 +1,16 @@
 """Weights as a Hugging Face folder: what `save_pretrained` of the class would write, sharded by who holds what.
 
 Names on disk follow Hugging Face: one expert's weights are three tensors (gate, up, down), with the global id of the
-expert in the name. Where the architecture cannot express the routing (a selection bias or another gate function on
-a family without one), the folder carries a `model_type` of its own, so that plain `transformers` refuses it rather
-than compute another function.
+expert in the name. Where the architecture cannot express the routing (a selection bias, another gate function, a
+scaling on a family without one), the folder carries a `model_type` of its own, so that plain `transformers` refuses
+it rather than compute another function, and config.json says in its section `dist_moe` what the family's own fields
+do not say.
 """
 
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.family import family_of
-from dist_moe.model.build import empty_model, materialise
+from dist_moe.model.build import empty_model, materialise, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.families import Adapter, adapter_of
 from dist_moe.moe.select import TopK
@@ -38,14 +39,17 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
     """Write `folder`; every rank calls it, and each expert is written by one of the ranks that hold it.
 
     balanced: whether a policy moves the selection bias. No rank gathers another's experts. The folder is complete
-    when the call returns on any rank.
+    when the call returns on any rank. The tensors keep their dtype, which config.json names.
     """
     adapter = adapter_of(model.config.model_type)
     layers = find_layers(model)
-    own_type = not expressible(adapter, layers[0].router.rule, balanced)
+    biased = balanced or any(bool(layer.router.selection_bias.any()) for layer in layers)
+    own_type = not expressible(model.config, layers[0].router.rule, biased)
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_config(model.config, layers[0].router.rule, folder, own_type)
+        for shard in folder.glob("*.safetensors"):  # of an earlier save, perhaps on more ranks
+            shard.unlink()
+        _write_config(model, layers[0].router.rule, folder, own_type)
     _barrier()
     shards = mesh.expert_parallel
     name = f"model-{mesh.ep_rank + 1:05d}-of-{shards:05d}.safetensors"
@@ -71,8 +75,8 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     Only this rank's experts are read. Errors: WeightsError with all missing and unexpected tensors, or for a folder
     that is none.
     """
-    config, score = read_config(folder)
-    model = empty_model(config, score, mesh)
+    config, rule = read_config(folder)
+    model = empty_model(config, rule, mesh)
     materialise(model)
     adapter, layers = adapter_of(config.model_type), find_layers(model)
     wanted = dict(_expert_tensors(layers, mesh))
@@ -92,24 +96,26 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     return model
 
 
-def expressible(adapter: Adapter, rule: TopK, balanced: bool) -> bool:
+def expressible(config: PretrainedConfig, rule: TopK, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
-    family = family_of(adapter.architecture)
-    return (
-        rule.score == adapter.score
-        and (adapter.bias is not None or not balanced)
-        and (family.scaling is not None or rule.scaling == 1.0)
-        and (family.groups is not None or rule.groups == 1)
-    )
+    bias_has_a_place = adapter_of(config.model_type).bias is not None
+    return not _beyond(config, rule) and (bias_has_a_place or not biased)
 
 
-def read_config(folder: Path) -> tuple[PretrainedConfig, Any]:
-    """The Hugging Face config of a weights folder, ours or theirs, and the gate function."""
+def read_config(folder: Path) -> tuple[PretrainedConfig, TopK]:
+    """The Hugging Face config of a weights folder, ours or theirs, and its rule of routing."""
     raw = _raw_config(folder)
     ours = raw.pop("dist_moe", {})
     model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
     adapter = adapter_of(model_type)
-    return AutoConfig.for_model(model_type, **raw), ours.get("score", adapter.score)
+    config = AutoConfig.for_model(model_type, **raw)
+    return config, replace(routing_rule(config, adapter.score), **ours)
+
+
+def _beyond(config: PretrainedConfig, rule: TopK) -> dict[str, Any]:
+    """The fields of `rule` that differ from what the family computes from `config`."""
+    stated = asdict(routing_rule(config, adapter_of(config.model_type).score))
+    return {name: value for name, value in asdict(rule).items() if value != stated[name]}
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
@@ -120,14 +126,15 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _write_config(config: PretrainedConfig, rule: TopK, folder: Path, own_type: bool) -> None:
-    raw = config.to_diff_dict()
-    raw["architectures"] = [type(config).__name__.removesuffix("Config") + "ForCausalLM"]
+def _write_config(model: PreTrainedModel, rule: TopK, folder: Path, own_type: bool) -> None:
+    raw = model.config.to_diff_dict()
+    raw["architectures"] = [type(model).__name__]
+    raw["dtype"] = str(model.dtype).removeprefix("torch.")
     if own_type:
-        raw["model_type"] = OWN_PREFIX + config.model_type
-        raw["dist_moe"] = {"score": rule.score}
+        raw["model_type"] = OWN_PREFIX + model.config.model_type
+        raw["dist_moe"] = _beyond(model.config, rule)
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    GenerationConfig.from_model_config(model.config).save_pretrained(folder)
 
 
 def _bias_name(adapter: Adapter, own_type: bool) -> str | None:
@@ -185,16 +192,21 @@ def _tensor_files(folder: Path) -> dict[str, str]:
 
 def _copy(folder: Path, found: dict[str, str], wanted: dict[str, Tensor]) -> None:
     misshapen = []
-    for file_name in sorted({found[name] for name in wanted}):
-        with safe_open(folder / file_name, framework="pt") as file:
-            for name in (name for name in wanted if found[name] == file_name):
-                stored = file.get_tensor(name)
-                if stored.shape != wanted[name].shape:
-                    misshapen.append(f"{name} {list(stored.shape)} instead of {list(wanted[name].shape)}")
-                else:
-                    wanted[name].copy_(stored)
+    for name, stored in _stored(folder, found, list(wanted)):
+        if stored.shape != wanted[name].shape:
+            misshapen.append(f"{name} {list(stored.shape)} instead of {list(wanted[name].shape)}")
+        else:
+            wanted[name].copy_(stored)
     if misshapen:
         raise WeightsError(f"{folder} holds tensors of another shape: {misshapen}; its config.json is of another model")
+
+
+def _stored(folder: Path, found: dict[str, str], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each of `names`, file by file; each file is opened once and nothing else of it is read."""
+    for file_name in sorted({found[name] for name in names}):
+        with safe_open(folder / file_name, framework="pt") as file:
+            for name in (name for name in names if found[name] == file_name):
+                yield name, file.get_tensor(name)
 
 
 def _write_index(folder: Path, listings: list[dict[str, tuple[str, int]]]) -> None:

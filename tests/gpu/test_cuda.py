@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_moe.comm.bootstrap import Place, join_world
+from dist_moe.comm.bootstrap import join_world
 from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.comm.place import Place
 from dist_moe.model.build import parameter_groups
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.layer import ExpertParallelLayer

@@ -44,9 +44,7 @@ def test_trap_T05_counts_are_int64_and_one_assignment_in_2_to_the_25_shows() -> 
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool])
-def test_trap_T05_counts_are_int64_or_refused(
-    measure: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> None:
+def test_trap_T05_counts_are_int64_or_refused(measure: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"{dtype}; counts are torch\.int64"):
         measure(torch.ones(4, dtype=dtype))
 

@@ -1,0 +1,78 @@
+"""One MoE layer on real ranks against its slow twin: the work of a rank, and the comparison."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from dist_moe.comm.mesh import make_mesh
+from dist_moe.moe.experts import GroupedExperts
+from dist_moe.moe.layer import ExpertParallelLayer
+from tests.dist.pool import RankPool
+from tests.twin import LayerCase, Pass, slow_pass
+
+
+def fast_passes(rank: int, world_size: int, cases: Sequence[LayerCase], fill_with_nan: bool = False) -> list[Pass]:
+    """A forward and backward for each case. fill_with_nan: memory that nothing wrote holds NaN."""
+    torch.use_deterministic_algorithms(fill_with_nan)
+    return [fast_pass(rank, case) for case in cases]
+
+
+def fast_pass(rank: int, case: LayerCase) -> Pass:
+    """One forward and backward of the layer as one rank of the joined world."""
+    mesh = make_mesh(case.expert_parallel)
+    held = mesh.local_experts(case.experts)
+    local = GroupedExperts(len(held), case.width, case.expert_width, F.silu).to(case.dtype)
+    with torch.no_grad():
+        for parameter, values_E in zip(local.parameters(), case.draw_experts(), strict=True):
+            parameter.copy_(values_E[held.start : held.stop])
+    hidden_TD, ids_TK, weights_TK, probe_TD = case.draw(rank)
+    hidden_TD.requires_grad_()
+    weights_TK.requires_grad_()
+    mixed_TD = ExpertParallelLayer(local, case.experts, mesh)(hidden_TD, ids_TK, weights_TK)
+    (mixed_TD * probe_TD).sum().backward()
+    gradients = [leaf.grad for leaf in (hidden_TD, weights_TK, local.gate_up_proj, local.down_proj)]
+    assert all(gradient is not None for gradient in gradients), "each leaf gets a gradient, if only of zeros"
+    return Pass(mixed_TD.detach(), gradients[0], gradients[1], held, gradients[2], gradients[3])  # type: ignore
+
+
+def check_against_twin(ranks: RankPool, cases: Sequence[LayerCase], fill_with_nan: bool = False) -> None:
+    """Run `cases`, all for as many ranks, and hold the results and every gradient against the twin's."""
+    workers = len(cases[0].tokens)
+    passes_of_rank = ranks.run(fast_passes, workers, cases, fill_with_nan, timeout_s=30)
+    for case, passes in zip(cases, zip(*passes_of_rank, strict=True), strict=True):
+        for first in range(0, workers, case.expert_parallel):
+            members = range(first, first + case.expert_parallel)
+            _check_row(case, members, [passes[rank] for rank in members])
+
+
+def _check_row(case: LayerCase, members: Sequence[int], passes: Sequence[Pass]) -> None:
+    """The ranks of one row of the mesh: they see each other's tokens and hold each expert once."""
+    twin = slow_pass(case, members)
+    first = 0
+    for rank, found in zip(members, passes, strict=True):
+        mine = slice(first, first + case.tokens[rank])
+        held = slice(found.held.start, found.held.stop)
+        wanted = dataclasses.replace(
+            twin,
+            mixed_TD=twin.mixed_TD[mine],
+            hidden_gradient_TD=twin.hidden_gradient_TD[mine],
+            weights_gradient_TK=twin.weights_gradient_TK[mine],
+            gate_up_gradient=twin.gate_up_gradient[held],
+            down_gradient=twin.down_gradient[held],
+        )
+        assert_close(found, wanted, case.dtype)
+        first = mine.stop
+
+
+def assert_close(found: Pass, wanted: Pass, dtype: torch.dtype) -> None:
+    """Every tensor of a pass, to the rounding of the dtype."""
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for field in dataclasses.fields(Pass):
+        ours, twins = getattr(found, field.name), getattr(wanted, field.name)
+        if isinstance(ours, torch.Tensor):
+            torch.testing.assert_close(
+                ours, twins, rtol=tolerance, atol=tolerance, msg=partial("{}: {}".format, field.name)
+            )

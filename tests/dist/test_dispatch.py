@@ -1,0 +1,121 @@
+"""The way of the rows over real ranks: against the slow twin, at the edges of emptiness, and where it costs nothing."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_moe.comm.mesh import make_mesh
+from dist_moe.moe.dispatch import combine, dispatch
+from tests.dist.layers import check_against_twin, fast_pass
+from tests.dist.pool import RankPool
+from tests.twin import LayerCase
+
+
+@st.composite
+def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int) -> LayerCase:
+    """Random sizes: experts and ranks without tokens, skew, and padding among them."""
+    experts = expert_parallel * draw(st.integers(1, 4))
+    top_k = draw(st.integers(1, min(4, experts)))
+    takers = draw(st.sets(st.integers(0, experts - 1), min_size=top_k))
+    return LayerCase(
+        expert_parallel=expert_parallel,
+        tokens=tuple(draw(st.lists(st.integers(0, 9), min_size=workers, max_size=workers))),
+        experts=experts,
+        top_k=top_k,
+        takers=draw(st.sampled_from([None, tuple(sorted(takers))])),
+        padding=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        skew=draw(st.sampled_from([0.0, 2.0, 6.0])),
+        width=draw(st.sampled_from([4, 5, 8])),
+        expert_width=draw(st.sampled_from([3, 4])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+def test_a_layer_equals_its_slow_twin(ranks: RankPool, workers: int, expert_parallel: int) -> None:
+    @settings(max_examples=5, deadline=None)
+    @given(st.lists(layer_cases(workers, expert_parallel), min_size=6, max_size=12))
+    def check(cases: list[LayerCase]) -> None:
+        check_against_twin(ranks, cases)
+
+    check()
+
+
+EMPTY = {
+    "an expert receives nothing": LayerCase(2, (5, 6), 4, 2, takers=(0, 1, 2)),
+    "a rank receives nothing": LayerCase(2, (5, 6), 4, 2, takers=(0, 1)),
+    "one rank receives everything of three others": LayerCase(4, (5, 6, 7, 3), 8, 1, takers=(5,)),
+    "a rank has no tokens": LayerCase(4, (5, 0, 7, 3), 8, 2),
+    "a rank has padding alone, and no rank has anything for it": LayerCase(2, (4, 0), 4, 2, takers=(0, 1)),
+    "every token is padding": LayerCase(4, (5, 6, 7, 3), 8, 2, padding=1.0),
+    "nobody has a token": LayerCase(2, (0, 0), 4, 2),
+    "alone, and without a token": LayerCase(1, (0,), 4, 2),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_trap_T28_experts_and_ranks_that_receive_nothing(ranks: RankPool, name: str) -> None:
+    dtypes = (torch.float32, torch.float64)
+    check_against_twin(ranks, [dataclasses.replace(EMPTY[name], dtype=dtype) for dtype in dtypes])
+
+
+def test_trap_T33_prime_token_counts_that_differ_on_every_rank(ranks: RankPool) -> None:
+    check_against_twin(ranks, [LayerCase(4, (7, 2, 13, 5), 12, 3, skew=1.0)])
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 2)])
+def test_trap_T27_memory_that_nothing_wrote_reaches_no_result(
+    ranks: RankPool, workers: int, expert_parallel: int
+) -> None:
+    case = LayerCase(expert_parallel, (7, 5)[:workers], 4, 2, padding=0.5, dtype=torch.float32)
+    assert (case.draw(0)[1] < 0).any(), "some slots stay empty"
+    check_against_twin(ranks, [case], fill_with_nan=True)
+
+
+def multiply_by_expert(rank: int, world_size: int, case: LayerCase) -> list[torch.Tensor]:
+    """Dispatch, multiply each row by the id of the expert it lies at, combine."""
+    mesh = make_mesh(case.expert_parallel)
+    hidden_TD, ids_TK, weights_TK, _ = case.draw(rank)
+    there = dispatch(hidden_TD, ids_TK, case.experts, mesh)
+    expert_of_row_Q = torch.tensor(mesh.local_experts(case.experts)).repeat_interleave(there.counts_e)
+    results_QD = there.rows_QD * expert_of_row_Q.unsqueeze(1)
+    return [combine(results_QD, weights_TK, there.receipt, mesh), hidden_TD, ids_TK, weights_TK]
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 2), (4, 2), (4, 4)])
+def test_trap_T36_with_expert_i_multiplying_by_i_the_output_is_known(
+    ranks: RankPool, workers: int, expert_parallel: int
+) -> None:
+    case = LayerCase(expert_parallel, (5, 9, 6, 7)[:workers], 12, 3, padding=0.2)
+    for mixed_TD, hidden_TD, ids_TK, weights_TK in ranks.run(multiply_by_expert, workers, case):
+        factor_T = (weights_TK * ids_TK.clamp(min=0)).sum(dim=1)
+        torch.testing.assert_close(mixed_TD, hidden_TD * factor_T.unsqueeze(1))
+
+
+def count_exchanges(rank: int, world_size: int, case: LayerCase) -> int:
+    """All-to-all calls of one forward and backward; each goes through."""
+    calls = []
+    real = dist.all_to_all_single
+
+    def counted(*tensors: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*tensors, **options)
+
+    dist.all_to_all_single = counted
+    try:
+        fast_pass(rank, case)
+    finally:
+        dist.all_to_all_single = real
+    return len(calls)
+
+
+def test_trap_T31_without_expert_parallelism_nothing_is_exchanged(ranks: RankPool) -> None:
+    assert ranks.run(count_exchanges, 2, LayerCase(1, (5, 6), 4, 2)) == [0, 0]
+    # Counts, rows, results; and back the gradients of results and of rows.
+    assert ranks.run(count_exchanges, 2, LayerCase(2, (5, 6), 4, 2)) == [5, 5]

@@ -1,0 +1,156 @@
+"""Parity in small: 12 cases that cover every pair of values; `python -m tests.parity` trains them all."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.dist.pool import RankPool
+from tests.parity.case import LAUNCHERS, OPTIMIZERS, POOL, Case, covering, every_case
+from tests.parity.check import check_checkpointing, check_controls, check_launched, check_pool
+from tests.parity.reference import Reference, find_reference
+from tests.parity.report import Row, show
+from tests.parity.setting import CLIPPING
+from tests.parity.trace import Trace, compare, read_trace
+from tests.parity.train import train
+
+PAIRS = covering(every_case(POOL), 2)
+TWICE = Case(POOL, 4, 2, 2, 3, "adamw")
+DEGREE_4 = Case(POOL, 4, 4, 1, 3, "sgd")
+LAUNCHED = Case(POOL, 2, 2, 1, 3, "adamw")
+
+
+@pytest.fixture(scope="module")
+def references(ranks: RankPool) -> dict[str, Reference]:
+    return {optimizer: find_reference(ranks, optimizer) for optimizer in OPTIMIZERS}
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[Case, Trace]:
+    """The traces of the runs so far, for the tests that compare with the same case."""
+    return {}
+
+
+@pytest.fixture
+def tell() -> Iterator[Callable[[Row], None]]:
+    """Fails on a row with a fault; at least one row must come."""
+    rows: list[Row] = []
+
+    def hear(row: Row) -> None:
+        rows.append(row)
+        assert not row.faults, f"{row.case} ({row.what}): {row.faults}\n{row.difference}"
+
+    yield hear
+    assert rows
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_trap_T50_losses_and_norms_are_those_of_one_worker(
+    ranks: RankPool, references: dict[str, Reference], known: dict[Case, Trace], case: Case
+) -> None:
+    """T22, T24, T47, T48, T50: 20 steps, clipped in every one, under SGD and under AdamW."""
+    reference = references[case.optimizer]
+    known[case] = train(ranks, case, reference.seed).trace
+    difference = compare(known[case], reference.trace)
+    assert not difference.faults(), difference
+
+
+def test_two_runs_on_one_layout_are_equal_bit_for_bit(
+    ranks: RankPool, references: dict[str, Reference], tell: Callable[[Row], None]
+) -> None:
+    check_pool(ranks, [TWICE], references, tell)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_s_run_is_the_pool_s_bit_for_bit(
+    ranks: RankPool,
+    references: dict[str, Reference],
+    known: dict[Case, Trace],
+    tell: Callable[[Row], None],
+    launcher: str,
+) -> None:
+    check_launched(ranks, [dataclasses.replace(LAUNCHED, start=launcher)], references, known, tell)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_expert_gradients_times_the_degree_are_noticed(
+    ranks: RankPool, references: dict[str, Reference], tell: Callable[[Row], None], optimizer: str
+) -> None:
+    degree = 4 if optimizer == "sgd" else 2
+    check_controls(ranks, [Case(POOL, 4, degree, 1, 3, optimizer)], references, tell)
+
+
+def test_trap_T01_activation_checkpointing_changes_nothing(
+    ranks: RankPool, references: dict[str, Reference], known: dict[Case, Trace], tell: Callable[[Row], None]
+) -> None:
+    """T1, T2: the same losses, loads, biases and weights, bit for bit."""
+    check_checkpointing(ranks, [LAUNCHED], references, known, tell)
+
+
+def test_the_small_set_covers_every_pair() -> None:
+    cases = every_case(POOL)
+    assert len(cases) == 72
+    assert len(PAIRS) <= 14
+    for first, second in itertools.combinations(["workers", "expert_parallel", "zero_stage", "micro_batches", "optimizer"], 2):
+        wanted = {(getattr(case, first), getattr(case, second)) for case in cases}
+        assert {(getattr(case, first), getattr(case, second)) for case in PAIRS} == wanted
+
+
+LONG = 2.5 * CLIPPING
+TRACE = Trace(
+    losses=(5.0, 4.0, 4.0),
+    norms=(LONG, LONG),
+    loads=(((600, 400), (500, 500)), ((500, 500), (501, 499))),
+    biases={"a": (0.1, -0.1)},
+    files={"model-00001-of-00001.safetensors": "0"},
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"losses": (5.0, 4.0, 4.0005)}, "losses differ by 1.2e-04"),
+        ({"losses": (5.0, math.nan, 4.0)}, "losses differ by nan"),
+        ({"norms": (LONG, LONG * 1.0002)}, "norms differ by 2.0e-04"),
+        ({"norms": (LONG, math.nan)}, "norms differ by nan"),
+        ({"loads": (((601, 399), (500, 500)), TRACE.loads[1])}, "loads differ in step 1"),
+        ({"loads": (TRACE.loads[0], ((500, 500), (504, 496)))}, "0.15% of a step's assignments differ"),
+        ({"biases": {"a": (0.1, -0.2)}}, "biases differ though all loads are equal"),
+    ],
+)
+def test_a_difference_is_a_fault(change: dict[str, object], fault: str) -> None:
+    assert not compare(TRACE, TRACE).faults()
+    faults = compare(dataclasses.replace(TRACE, **change), TRACE).faults()
+    assert any(found.startswith(fault) for found in faults), faults
+
+
+def test_a_gradient_that_is_hardly_clipped_is_a_fault() -> None:
+    short = dataclasses.replace(TRACE, norms=(LONG, 1.9 * CLIPPING))
+    assert compare(short, short).faults() == ["clipping keeps 0.53 of a gradient, more than half"]
+
+
+def test_a_later_assignment_may_differ_and_then_a_bias() -> None:
+    changed = dataclasses.replace(
+        TRACE, loads=(TRACE.loads[0], ((500, 500), (502, 498))), biases={"a": (0.1, -0.12)}
+    )
+    assert not compare(changed, TRACE).faults()
+    assert changed.unequal(TRACE) == ["loads", "biases"]
+
+
+def test_a_run_that_did_not_log_every_step_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n')
+    with pytest.raises(ValueError, match="does not hold 20 logged steps"):
+        read_trace(tmp_path)
+
+
+def test_one_fault_fails_the_whole() -> None:
+    good = Row(DEGREE_4, "parity", compare(TRACE, TRACE), "", [], 1.0)
+    bad = dataclasses.replace(good, faults=["losses differ"])
+    console = Console(record=True, quiet=False, width=160)
+    assert show([good, good], console)
+    assert not show([good, bad], console)
+    assert "1 of 2 hold" in console.export_text()

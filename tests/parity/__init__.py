@@ -1,0 +1,1 @@
+"""Parity: one config gives the same losses on every layout and launcher, shown by training on all of them."""

@@ -1,0 +1,75 @@
+"""The checks: each trains cases and gives one row for each."""
+
+from collections.abc import Callable, Mapping
+
+from tests.dist.pool import RankPool
+from tests.parity.case import POOL, Case
+from tests.parity.reference import Reference
+from tests.parity.report import Row
+from tests.parity.trace import Trace, compare
+from tests.parity.train import train, train_with_wrong_experts
+
+Tell = Callable[[Row], None]
+
+
+def check_pool(
+    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], tell: Tell
+) -> dict[Case, Trace]:
+    """Train each case twice in the pool: as the reference within the tolerance, and twice the same bit for bit."""
+    traces = {}
+    for case in cases:
+        reference = references[case.optimizer]
+        once, again = (train(pool, case, reference.seed) for _ in range(2))
+        difference = compare(once.trace, reference.trace)
+        unequal = [f"{name} of two runs differ" for name in once.trace.unequal(again.trace)]
+        seconds = once.seconds + again.seconds
+        tell(Row(case, "parity", difference, "a second run", difference.faults() + unequal, seconds))
+        traces[case] = once.trace
+    return traces
+
+
+def check_launched(
+    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: Mapping[Case, Trace], tell: Tell
+) -> None:
+    """Train each case with its launcher: as the reference, and as the same layout in the pool bit for bit."""
+    for case in cases:
+        reference = references[case.optimizer]
+        twin = in_pool(case)
+        expected = known[twin] if twin in known else train(pool, twin, reference.seed).trace
+        trained = train(pool, case, reference.seed)
+        difference = compare(trained.trace, reference.trace)
+        unequal = [f"{name} differ from the pool's" for name in trained.trace.unequal(expected)]
+        tell(Row(case, "parity", difference, "the pool", difference.faults() + unequal, trained.seconds))
+
+
+def check_controls(
+    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], tell: Tell
+) -> None:
+    """Train each case with expert gradients times the degree: losses and norms must both break the rule."""
+    for case in cases:
+        reference = references[case.optimizer]
+        trained = train(pool, case, reference.seed, worker=train_with_wrong_experts)
+        difference = compare(trained.trace, reference.trace)
+        found = " ".join(difference.faults())
+        missed = [f"a wrong gradient is not seen in the {name}" for name in ("losses", "norms") if name not in found]
+        what = f"control: expert gradients x {case.expert_parallel}"
+        tell(Row(case, what, difference, "", missed, trained.seconds))
+
+
+def check_checkpointing(
+    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: Mapping[Case, Trace], tell: Tell
+) -> None:
+    """Train each case with activation checkpointing: as without it, bit for bit."""
+    for case in cases:
+        reference = references[case.optimizer]
+        expected = known[case] if case in known else train(pool, case, reference.seed).trace
+        trained = train(pool, case, reference.seed, ("train.activation_checkpointing=true",))
+        difference = compare(trained.trace, reference.trace)
+        unequal = [f"{name} differ from the run without" for name in trained.trace.unequal(expected)]
+        faults = difference.faults() + unequal
+        tell(Row(case, "activation checkpointing", difference, "without it", faults, trained.seconds))
+
+
+def in_pool(case: Case) -> Case:
+    """The same layout and optimizer, started by the pool."""
+    return Case(POOL, case.workers, case.expert_parallel, case.zero_stage, case.micro_batches, case.optimizer)

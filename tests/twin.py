@@ -1,0 +1,117 @@
+"""The slow twins: selection, and the experts' mixture, token by token on one process that sees all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_moe.moe.select import TopK
+
+
+def slow_select(
+    logits_E: Tensor, rule: TopK, score_bias_E: Tensor | None, logit_bias_E: Tensor | None
+) -> tuple[list[int], Tensor]:
+    """The experts of one token, best first, and their weights with the graph to the logits."""
+
+    def gate(logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits) if rule.score == "sigmoid" else torch.softmax(logits, dim=0)
+
+    shifted = logits_E if logit_bias_E is None else logits_E + logit_bias_E
+    choice = gate(shifted).tolist()
+    if score_bias_E is not None:
+        choice = [value + bias for value, bias in zip(choice, score_bias_E.tolist(), strict=True)]
+    size = len(choice) // rule.groups
+    groups = [range(first, first + size) for first in range(0, len(choice), size)]
+    groups.sort(key=lambda group: -sum(sorted(choice[expert] for expert in group)[-2:]))
+    open_to_it = [expert for group in groups[: rule.top_groups] for expert in group]
+    ids = sorted(open_to_it, key=lambda expert: -choice[expert])[: rule.top_k]
+    weights_K = gate(logits_E)[ids]
+    if rule.normalise:
+        weights_K = weights_K / weights_K.sum()
+    return ids, weights_K * rule.scaling
+
+
+def slow_mixture(
+    hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Each token's sum of weight times down(silu(gate(x)) * up(x)) over its experts; an id of -1 adds nothing."""
+    mixed = []
+    for hidden_D, ids, weights_K in zip(hidden_TD, ids_TK.tolist(), weights_TK, strict=True):
+        total_D = torch.zeros_like(hidden_D)
+        for expert, weight in zip(ids, weights_K, strict=True):
+            if expert >= 0:
+                gate_F, up_F = (gate_up_EHD[expert] @ hidden_D).chunk(2)
+                total_D = total_D + weight * (down_EDF[expert] @ (F.silu(gate_F) * up_F))
+        mixed.append(total_D)
+    return torch.stack(mixed) if mixed else torch.zeros_like(hidden_TD)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """Tokens, experts and ranks for one forward and backward of a layer.
+
+    tokens: of each rank. top_k: slots of a token. takers: experts that tokens may take, at least top_k of them;
+    None is all. padding: share of the tokens that take none. skew: how unevenly the takers are loved (0: evenly).
+    """
+
+    expert_parallel: int
+    tokens: tuple[int, ...]
+    experts: int
+    top_k: int
+    takers: tuple[int, ...] | None = None
+    padding: float = 0.0
+    skew: float = 0.0
+    width: int = 8
+    expert_width: int = 4
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def draw(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden_TD, ids_TK, weights_TK and the probe_TD whose inner product with the result is the loss."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + rank)
+        tokens = self.tokens[rank]
+        takers = torch.tensor(self.takers or range(self.experts))
+        love = torch.exp(self.skew * torch.linspace(-1, 1, len(takers))).expand(tokens, -1)
+        ids_TK = torch.zeros(0, self.top_k, dtype=torch.int64)
+        if tokens:
+            ids_TK = takers[torch.multinomial(love, self.top_k, generator=generator)]
+        ids_TK[torch.rand(tokens, generator=generator) < self.padding] = -1
+        floats = torch.randn(tokens, 2 * self.width + self.top_k, generator=generator, dtype=torch.float64)
+        hidden_TD, probe_TD, weights_TK = floats.split([self.width, self.width, self.top_k], dim=1)
+        return hidden_TD.to(self.dtype), ids_TK, weights_TK.to(self.dtype), probe_TD.to(self.dtype)
+
+    def draw_experts(self) -> tuple[Tensor, Tensor]:
+        """gate_up_EHD and down_EDF of all experts."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.experts, 3 * self.expert_width, self.width)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) / self.width**0.5
+        gate_up_EHD, down_EFD = values.split([2 * self.expert_width, self.expert_width], dim=1)
+        return gate_up_EHD.to(self.dtype), down_EFD.transpose(1, 2).contiguous().to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and backward gave on a rank; the experts' gradients are of the experts in `held`."""
+
+    mixed_TD: Tensor
+    hidden_gradient_TD: Tensor
+    weights_gradient_TK: Tensor
+    held: range
+    gate_up_gradient: Tensor
+    down_gradient: Tensor
+
+
+def slow_pass(case: LayerCase, ranks: Sequence[int]) -> Pass:
+    """The twin over the tokens of `ranks`, one after the other, with all experts at hand."""
+    draws = [case.draw(rank) for rank in ranks]
+    hidden_TD, ids_TK, weights_TK, probe_TD = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    leaves = [hidden_TD, weights_TK, *case.draw_experts()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    mixed_TD = slow_mixture(hidden_TD, ids_TK, weights_TK, leaves[2], leaves[3])
+    if mixed_TD.requires_grad:  # no token took an expert otherwise
+        (mixed_TD * probe_TD).sum().backward()
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    return Pass(mixed_TD.detach(), gradients[0], gradients[1], range(case.experts), gradients[2], gradients[3])

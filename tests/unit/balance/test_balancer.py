@@ -1,0 +1,137 @@
+"""The balancer in one process: its window, its schedule, which layers it moves, and which it leaves."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_moe.balance.balancer import Balancer, BalanceSettings
+from dist_moe.moe.router import Router
+from dist_moe.moe.select import TopK
+
+CPU = torch.device("cpu")
+PLAIN = BalanceSettings("loss_free", 0.5, "constant", 10)
+NONE = BalanceSettings("none", 0.5, "constant", 10)
+
+
+def make_routers(*experts: int) -> dict[str, Router]:
+    """A router for each number of experts."""
+    return {f"layer.{place}": Router(count, 4, TopK(1, "sigmoid")) for place, count in enumerate(experts)}
+
+
+def counts(*values: int) -> Tensor:
+    """A load."""
+    return torch.tensor(values)
+
+
+def test_the_window_is_the_sum_of_its_micro_batches() -> None:
+    balancer = Balancer(make_routers(2), PLAIN, CPU)
+    balancer.observe([counts(5, 0)])
+    balancer.observe([counts(0, 6)])
+    assert [load.tolist() for load in balancer.step()] == [[5, 6]]
+    assert balancer.biases[0].tolist() == [0.5, -0.5], "not -0.5, 0.5 of the first, nor 0, 0 of one after the other"
+
+
+def test_trap_T07_every_step_begins_a_new_window() -> None:
+    balancer = Balancer(make_routers(2), PLAIN, CPU)
+    balancer.observe([counts(9, 1)])
+    balancer.step()
+    balancer.observe([counts(1, 2)])
+    assert [load.tolist() for load in balancer.step()] == [[1, 2]]
+    assert balancer.biases[0].tolist() == [0.0, 0.0], "down and up again; the first window weighs no more"
+
+
+def test_trap_T13_a_window_that_is_discarded_leaves_no_trace() -> None:
+    linear = BalanceSettings("loss_free", 0.5, "linear", 2)
+    balancer = Balancer(make_routers(2), linear, CPU)
+    balancer.observe([counts(9, 1)])
+    assert [load.tolist() for load in balancer.discard()] == [[9, 1]], "it is still shown"
+    assert (balancer.biases[0].tolist(), balancer.taken) == ([0.0, 0.0], 0)
+    balancer.observe([counts(1, 2)])
+    balancer.step()
+    assert (balancer.biases[0].tolist(), balancer.taken) == ([0.5, -0.5], 1), "at the first step's rate"
+
+
+def test_trap_T15_layers_with_different_numbers_of_experts() -> None:
+    balancer = Balancer(make_routers(2, 5, 3), PLAIN, CPU)
+    loads = [counts(1, 0), counts(0, 0, 0, 4, 1), counts(2, 2, 2)]
+    balancer.observe(loads)
+    assert [load.tolist() for load in balancer.step()] == [load.tolist() for load in loads]
+    assert [bias.tolist() for bias in balancer.biases] == [
+        [-0.5, 0.5],
+        [0.5, 0.5, 0.5, -0.5, 0.0],
+        [0.0, 0.0, 0.0],
+    ]
+
+
+def test_trap_T15_the_policy_none_shows_the_load_and_moves_nothing() -> None:
+    balancer = Balancer(make_routers(2, 3), NONE, CPU)
+    balancer.observe([counts(7, 0), counts(0, 0, 7)])
+    assert [load.tolist() for load in balancer.step()] == [[7, 0], [0, 0, 7]]
+    assert not any(bias.any() for bias in balancer.biases)
+    assert (NONE.rate_at(0), balancer.taken) == (0.0, 1)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, NONE], ids=["loss_free", "none"])
+def test_trap_T16_a_model_without_moe_layers_is_stepped_too(settings: BalanceSettings) -> None:
+    balancer = Balancer({}, settings, CPU)
+    balancer.observe([])
+    assert (balancer.step(), balancer.discard(), balancer.biases, balancer.taken) == ([], [], [], 1)
+
+
+def test_loads_for_another_number_of_layers_are_an_error() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        Balancer(make_routers(2, 2), PLAIN, CPU).observe([counts(1, 1)])
+
+
+def test_trap_T14_a_frozen_router_keeps_its_bias() -> None:
+    routers = make_routers(2, 2)
+    routers["layer.0"].requires_grad_(False)
+    balancer = Balancer(routers, PLAIN, CPU)
+    balancer.observe([counts(9, 1), counts(9, 1)])
+    assert [load.tolist() for load in balancer.step()] == [[9, 1], [9, 1]], "it is still shown"
+    assert [bias.tolist() for bias in balancer.biases] == [[0.0, 0.0], [-0.5, 0.5]]
+
+
+def test_it_writes_into_the_buffer_that_the_model_has_now() -> None:
+    routers = make_routers(2)
+    balancer = Balancer(routers, PLAIN, CPU)
+    routers["layer.0"].bfloat16()
+    routers["layer.0"].selection_bias = torch.tensor([1.0, 1.0])
+    balancer.observe([counts(9, 1)])
+    balancer.step()
+    assert routers["layer.0"].state_dict()["selection_bias"].tolist() == [0.5, 1.5]
+
+
+def test_trap_T12_a_bias_in_half_precision_is_refused() -> None:
+    routers = make_routers(2)
+    routers["layer.0"].register_buffer("selection_bias", torch.zeros(2, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"bias of layer\.0 is torch\.bfloat16; it is fp32"):
+        Balancer(routers, PLAIN, CPU)
+
+
+def test_an_unknown_policy_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"balance\.policy='auction' is unknown; use none or loss_free"):
+        Balancer({}, BalanceSettings("auction", 0.1, "constant", 10), CPU)
+
+
+def test_the_linear_schedule_falls_to_nothing() -> None:
+    linear = BalanceSettings("loss_free", 0.4, "linear", 4)
+    assert [linear.rate_at(taken) for taken in range(6)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
+    assert PLAIN.rate_at(10_000) == 0.5
+
+
+def test_the_linear_schedule_moves_the_bias() -> None:
+    balancer = Balancer(make_routers(2), BalanceSettings("loss_free", 0.5, "linear", 2), CPU)
+    moved = []
+    for _ in range(3):
+        balancer.observe([counts(9, 1)])
+        balancer.step()
+        moved.append(balancer.biases[0].tolist())
+    assert moved == [[-0.5, 0.5], [-0.75, 0.75], [-0.75, 0.75]]
+
+
+def test_centring_holds_the_mean() -> None:
+    balancer = Balancer(make_routers(4), BalanceSettings("loss_free", 0.5, "constant", 10, centre=True), CPU)
+    balancer.observe([counts(9, 1, 1, 1)])
+    balancer.step()
+    assert balancer.biases[0].tolist() == [-0.75, 0.25, 0.25, 0.25]

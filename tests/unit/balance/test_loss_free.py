@@ -1,0 +1,80 @@
+"""The sign rule: against a reference in numpy, in integers, and what becomes of the mean of the bias."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_moe.balance.loss_free import loss_free_update
+
+
+def reference(bias_E: Tensor, load_E: Tensor, rate: float) -> np.ndarray:
+    """Wang et al. 2024, Algorithm 1, lines 4 to 6: c_i, their mean, e_i = mean - c_i, b_i + u * sign(e_i)."""
+    counts_E = np.array([int(count) for count in load_E], dtype=object)
+    errors_E = [int(counts_E.sum()) - len(counts_E) * count for count in counts_E]
+    signs_E = np.array([(error > 0) - (error < 0) for error in errors_E], dtype=np.float32)
+    return bias_E.numpy() + np.float32(rate) * signs_E
+
+
+@given(
+    load=st.lists(st.integers(0, 2**40), min_size=1, max_size=12),
+    rate=st.sampled_from([0.001, 0.01, 1.0]),
+    seed=st.integers(0, 100),
+)
+def test_the_rule_is_algorithm_1(load: list[int], rate: float, seed: int) -> None:
+    bias_E = torch.randn(len(load), generator=torch.Generator().manual_seed(seed))
+    before_E, load_E = bias_E.clone(), torch.tensor(load)
+    found_E = loss_free_update(bias_E, load_E, rate)
+    assert found_E.dtype == torch.float32
+    assert np.array_equal(found_E.numpy(), reference(bias_E, load_E, rate))
+    assert torch.equal(bias_E, before_E), "a new tensor"
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=12), st.permutations(range(12)))
+def test_experts_have_no_order(load: list[int], permutation: list[int]) -> None:
+    load_E, bias_E = torch.tensor(load), torch.zeros(len(load))
+    order = torch.tensor([place for place in permutation if place < len(load)])
+    moved_E = loss_free_update(bias_E, load_E, 0.01)
+    assert torch.equal(loss_free_update(bias_E, load_E[order], 0.01), moved_E[order])
+
+
+def test_the_sign_by_hand() -> None:
+    load_E = torch.tensor([1, 4, 3, 4])  # mean 3
+    assert loss_free_update(torch.zeros(4), load_E, 0.5).tolist() == [0.5, -0.5, 0.0, -0.5]
+    assert not loss_free_update(torch.zeros(4), torch.zeros(4, dtype=torch.int64), 0.5).any()
+
+
+def test_trap_T05_one_token_above_2_to_the_24_has_a_sign() -> None:
+    load_E = torch.tensor([2**24 + 1, 2**24])
+    assert load_E.float()[0] == load_E.float()[1], "fp32 cannot tell these counts apart"
+    assert loss_free_update(torch.zeros(2), load_E, 1.0).tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize(("bias_dtype", "load_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.int64)])
+def test_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match="takes int64 counts and an fp32 bias"):
+        loss_free_update(torch.zeros(4, dtype=bias_dtype), torch.ones(4, dtype=load_dtype), 0.1)
+
+
+HOT_E = torch.tensor([93, 1, 1, 1, 1, 1, 1, 1])  # one hot expert of 8
+
+
+def after(steps: int, centre: bool) -> Tensor:
+    """The bias after so many steps with the hot expert, at u = 0.001."""
+    bias_E = torch.zeros(8)
+    for _ in range(steps):
+        bias_E = loss_free_update(bias_E, HOT_E, 0.001, centre)
+    return bias_E
+
+
+def test_trap_T11_the_plain_rule_drifts_by_three_quarters_of_u_a_step() -> None:
+    assert float(after(1, centre=False).mean()) == pytest.approx(0.75e-3, rel=1e-5)
+    assert float(after(1000, centre=False).mean()) == pytest.approx(0.75, rel=1e-3)
+
+
+def test_trap_T11_the_centred_rule_holds_the_mean_and_keeps_the_gaps() -> None:
+    centred_E, plain_E = after(1000, centre=True), after(1000, centre=False)
+    assert float(centred_E.mean()) == pytest.approx(0.0, abs=1e-5)
+    torch.testing.assert_close(centred_E - centred_E[0], plain_E - plain_E[0], rtol=1e-3, atol=1e-3)

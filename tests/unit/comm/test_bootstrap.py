@@ -1,0 +1,64 @@
+"""The backend of the machine, and the group that a worker joins for the length of a context."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_moe.comm.bootstrap import choose_backend, join_world
+from dist_moe.comm.place import Place, PlaceError, read_place
+from tests.dist.pool import RankPool
+
+
+def test_the_backend_is_the_one_that_the_machine_has() -> None:
+    assert choose_backend("gloo") == "gloo"
+    assert choose_backend("auto") == ("nccl" if torch.cuda.is_available() else "gloo")
+    if not torch.cuda.is_available():
+        with pytest.raises(PlaceError, match="backend=nccl needs a CUDA device"):
+            choose_backend("nccl")
+
+
+def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:
+    """A world of one that nobody launched, in a process that has no group."""
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+    with join_world(read_place(os.environ), "gloo", 30) as world:
+        dist.all_reduce(torch.ones(1))
+        found = dist.get_world_size()
+        names = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    return found, world.backend, names, dist.is_initialized()
+
+
+def test_a_world_of_one_needs_no_launcher_and_ends_with_its_context(ranks: RankPool) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    assert ranks.run(alone, 1) == [(1, "gloo", variables, False)]
+
+
+def joined_twice(rank: int, world_size: int) -> tuple[int, bool]:
+    """A group that exists already is used, and left alone."""
+    with join_world(read_place(os.environ), "gloo", 30) as world:
+        total = torch.tensor([world.place.rank])
+        dist.all_reduce(total)
+    return int(total), dist.is_initialized()
+
+
+def test_a_group_that_exists_is_used_and_left(ranks: RankPool) -> None:
+    assert ranks.run(joined_twice, 2) == [(1, True), (1, True)]
+
+
+def nowhere_to_meet(rank: int, world_size: int) -> str:
+    """Many workers whose launcher gave no address."""
+    dist.destroy_process_group()
+    os.environ.pop("MASTER_ADDR")
+    os.environ.pop("MASTER_PORT")
+    with pytest.raises(PlaceError) as error, join_world(Place(0, 2, 0, 2, "openmpi"), "gloo", 5):
+        pass
+    return str(error.value)
+
+
+def test_workers_without_an_address_to_meet_at_are_told_what_to_export(ranks: RankPool) -> None:
+    (message,) = ranks.run(nowhere_to_meet, 1)
+    assert "MASTER_ADDR and MASTER_PORT not set: 2 workers (openmpi)" in message
+    assert "-x MASTER_PORT" in message

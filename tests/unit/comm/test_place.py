@@ -1,0 +1,43 @@
+"""The place of a worker, read from the environment of each launcher."""
+
+import pytest
+
+from dist_moe.comm.place import Place, PlaceError, read_place
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+OPENMPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in
+           {"RANK": "5", "SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}.items()}  # fmt: skip
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [(TORCHRUN, "env"), (DEEPSPEED, "env"), (OPENMPI, "openmpi"), (MPICH, "mpich"), (SLURM, "slurm")],
+)
+def test_every_launcher_says_the_same_in_its_own_words(environment: dict[str, str], launcher: str) -> None:
+    assert read_place(environment) == Place(5, 8, 1, 4, launcher)
+
+
+def test_without_a_launcher_it_is_a_world_of_one() -> None:
+    assert read_place({}) == Place(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
+    assert read_place({"RANK": "3"}) == Place(), "half a dialect is none"
+
+
+def test_a_worker_that_torchrun_started_inside_a_slurm_job_is_torchruns() -> None:
+    assert read_place(SLURM | {**TORCHRUN, "RANK": "6"}).rank == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": "two"}, "RANK='two' is not a whole number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' is not a whole number"),
+        ({"RANK": "8"}, "RANK=8 must be below WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4 must be below LOCAL_WORLD_SIZE=4"),
+    ],
+)
+def test_a_place_that_cannot_exist_is_an_error(change: dict[str, str], message: str) -> None:
+    with pytest.raises(PlaceError, match=message):
+        read_place(TORCHRUN | change)

@@ -1,0 +1,58 @@
+"""Dispatch on one rank: order of the rows, padding, and the permutations behind the exchange."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.moe.dispatch import _invert, _order_by_expert, combine, dispatch
+
+ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
+IDS_TK = torch.tensor([[2, 0], [-1, -1], [0, 3], [2, 3]])
+HIDDEN_TD = torch.arange(8.0).view(4, 2)
+
+
+def test_rows_lie_by_expert_and_within_one_by_token() -> None:
+    there = dispatch(HIDDEN_TD, IDS_TK, 5, ALONE)
+    assert there.counts_e.tolist() == [2, 0, 2, 2, 0]
+    assert (there.counts_e.dtype, there.counts_e.device.type) == (torch.int64, "cpu")
+    token_of_row = [0, 2, 0, 3, 2, 3]
+    assert torch.equal(there.rows_QD, HIDDEN_TD[token_of_row])
+
+
+def test_a_token_that_is_not_routed_gets_zero_and_no_gradient() -> None:
+    hidden_TD = HIDDEN_TD.clone().requires_grad_()
+    weights_TK = torch.tensor([[1.0, 2.0], [7.0, 7.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
+    there = dispatch(hidden_TD, IDS_TK, 5, ALONE)
+    mixed_TD = combine(there.rows_QD, weights_TK, there.receipt, ALONE)
+    assert torch.equal(mixed_TD, HIDDEN_TD * torch.tensor([3.0, 0.0, 7.0, 11.0]).unsqueeze(1))
+    mixed_TD.sum().backward()
+    assert hidden_TD.grad is not None and hidden_TD.grad[:, 0].tolist() == [3.0, 0.0, 7.0, 11.0]
+    assert weights_TK.grad is not None and weights_TK.grad[1].tolist() == [0.0, 0.0]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_the_order_by_expert_is_a_stable_sort(senders: int, local: int, data: st.DataObject) -> None:
+    table = st.lists(st.integers(0, 3), min_size=local, max_size=local)
+    counts_Pe = torch.tensor(data.draw(st.lists(table, min_size=senders, max_size=senders)))
+    arriving = [(p, e) for p in range(senders) for e in range(local) for _ in range(int(counts_Pe[p, e]))]
+    order_Q = _order_by_expert(counts_Pe)
+    assert [arriving[place] for place in order_Q] == sorted(arriving, key=lambda sender_expert: sender_expert[1])
+    assert torch.equal(order_Q[_invert(order_Q)], torch.arange(len(arriving)))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_no_token_passes_through(top_k: int) -> None:
+    hidden_TD = torch.zeros(0, 4, requires_grad=True)
+    there = dispatch(hidden_TD, torch.zeros(0, top_k, dtype=torch.int64), 3, ALONE)
+    assert there.counts_e.tolist() == [0, 0, 0]
+    mixed_TD = combine(there.rows_QD, torch.zeros(0, top_k), there.receipt, ALONE)
+    mixed_TD.sum().backward()
+    assert mixed_TD.shape == (0, 4) and hidden_TD.grad is not None
+
+
+def test_a_token_may_take_the_same_expert_twice() -> None:
+    there = dispatch(HIDDEN_TD, torch.tensor([[1, 1]]).expand(4, 2), 2, ALONE)
+    assert there.counts_e.tolist() == [0, 8]
+    assert torch.equal(combine(there.rows_QD, torch.ones(4, 2), there.receipt, ALONE), 2 * HIDDEN_TD)

@@ -1,0 +1,80 @@
+"""The experts of a rank: grouped products against one product per expert, and their backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_moe.moe.experts import GroupedExperts, grouped_linear
+
+
+def one_by_one(rows_QD: Tensor, weight_eHD: Tensor, counts: list[int]) -> Tensor:
+    """The slow twin: each expert's rows by themselves."""
+    parts = rows_QD.split(counts)
+    return torch.cat([part @ weight_HD.T for part, weight_HD in zip(parts, weight_eHD, strict=True)])
+
+
+def ends(counts: list[int]) -> Tensor:
+    """Where each group ends."""
+    return torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.sampled_from([0, 0, 1, 3, 7]), min_size=1, max_size=5),
+    sizes=st.sampled_from([(4, 8), (8, 4), (5, 3), (4, 6)]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_grouped_linear_equals_one_product_per_expert(
+    counts: list[int], sizes: tuple[int, int], dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    width, out = sizes
+    values = torch.randn(sum(counts), width + out, generator=generator, dtype=torch.float64)
+    rows_QD, probe_QH = values[:, :width].to(dtype).contiguous(), values[:, width:].to(dtype)
+    weight_eHD = torch.randn(len(counts), out, width, generator=generator, dtype=torch.float64).to(dtype)
+    fast = [rows_QD.requires_grad_(), weight_eHD.requires_grad_()]
+    slow = [leaf.detach().clone().requires_grad_() for leaf in fast]
+    found_QH, wanted_QH = grouped_linear(fast[0], fast[1], ends(counts)), one_by_one(slow[0], slow[1], counts)
+    for result_QH in (found_QH, wanted_QH):
+        (result_QH * probe_QH).sum().backward()
+    gradients = [[leaf.grad for leaf in leaves] for leaves in (fast, slow)]
+    torch.testing.assert_close([found_QH, *gradients[0]], [wanted_QH, *gradients[1]], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_trap_T38_backward_takes_an_expanded_gradient(dtype: torch.dtype) -> None:
+    """The gradient of a sum is one number in every place, with stride 0."""
+    experts = GroupedExperts(2, 16, 8, F.silu).to(dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    rows_QD = torch.ones(5, 16, dtype=dtype, requires_grad=True)
+    results_QD = experts(rows_QD, torch.tensor([2, 3]))
+    (wanted_QD,) = torch.autograd.grad(results_QD, rows_QD, torch.ones_like(results_QD), retain_graph=True)
+    (found_QD,) = torch.autograd.grad(results_QD.sum(), rows_QD)
+    assert found_QD.any() and torch.equal(found_QD, wanted_QD)
+
+
+def test_gate_stands_above_up_and_down_comes_last() -> None:
+    experts = GroupedExperts(1, 4, 4, F.relu)
+    with torch.no_grad():
+        experts.gate_up_proj[0, :4] = 2 * torch.eye(4)
+        experts.gate_up_proj[0, 4:] = 5 * torch.eye(4)
+        experts.down_proj[0] = torch.eye(4).roll(1, dims=0)
+    row = torch.tensor([[1.0, -1.0, 2.0, 0.0]])
+    # relu(2x) * 5x, each value then moved one place on.
+    assert experts(row, torch.tensor([1])).tolist() == [[0.0, 10.0, 0.0, 40.0]]
+
+
+def test_no_rows_give_no_results_and_zero_gradients() -> None:
+    for dtype in (torch.float32, torch.float64):
+        experts = GroupedExperts(3, 8, 4, F.silu).to(dtype)
+        rows_QD = torch.zeros(0, 8, dtype=dtype, requires_grad=True)
+        results_QD = experts(rows_QD, torch.zeros(3, dtype=torch.int64))
+        assert results_QD.shape == (0, 8)
+        results_QD.sum().backward()
+        for parameter in experts.parameters():
+            assert parameter.grad is not None and not parameter.grad.any()

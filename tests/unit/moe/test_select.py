@@ -1,0 +1,109 @@
+"""Selection of experts: against the slow twin, and what the bias may and may not touch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_moe.moe.select import Score, TopK, gate_scores, select_top_k
+from tests.twin import slow_select
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> tuple[TopK, int]:
+    """A rule that some number of experts can follow, and that number."""
+    groups = draw(st.sampled_from([1, 1, 2, 3, 4]))
+    size = draw(st.integers(2, 4))
+    top_groups = draw(st.integers(1, groups))
+    rule = TopK(
+        top_k=draw(st.integers(1, min(4, top_groups * size))),
+        score=draw(st.sampled_from(["sigmoid", "softmax"])),
+        normalise=draw(st.booleans()),
+        scaling=draw(st.sampled_from([1.0, 2.5])),
+        groups=groups,
+        top_groups=top_groups,
+    )
+    return rule, groups * size
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rule_and_experts=rules(),
+    tokens=st.integers(0, 6),
+    biased=st.sampled_from(["not", "score", "logit"]),
+    seed=st.integers(0, 10_000),
+)
+def test_selection_equals_its_slow_twin(
+    rule_and_experts: tuple[TopK, int], tokens: int, biased: str, seed: int
+) -> None:
+    rule, experts = rule_and_experts
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(tokens, experts, generator=generator, dtype=torch.float64, requires_grad=True)
+    twins_TE = logits_TE.detach().clone().requires_grad_()
+    bias_E = torch.randn(experts, generator=generator)
+    score_bias_E, logit_bias_E = bias_E if biased == "score" else None, bias_E if biased == "logit" else None
+    probe_TK = torch.randn(tokens, rule.top_k, generator=generator, dtype=torch.float64)
+
+    found = select_top_k(logits_TE, rule, score_bias_E, logit_bias_E)
+    wanted = [slow_select(logits_E, rule, score_bias_E, logit_bias_E) for logits_E in twins_TE]
+
+    assert found.ids_TK.dtype == torch.int64
+    assert found.ids_TK.tolist() == [ids for ids, _ in wanted]
+    (found.weights_TK * probe_TK).sum().backward()
+    if tokens:
+        weights_TK = torch.stack([weights_K for _, weights_K in wanted])
+        torch.testing.assert_close(found.weights_TK, weights_TK, rtol=1e-12, atol=1e-12)
+        (weights_TK * probe_TK).sum().backward()
+        torch.testing.assert_close(logits_TE.grad, twins_TE.grad, rtol=1e-9, atol=1e-12)
+
+
+LOGITS_TE = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.5, -0.5, 1.5, -1.5]])
+BIAS_E = torch.tensor([0.0, 0.0, 0.0, 9.0])  # everyone is sent to expert 3
+
+
+def biased(rule: TopK, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Selection with the bias where this score takes it."""
+    if rule.score == "sigmoid":
+        return select_top_k(logits_TE, rule, score_bias_E=bias_E)
+    return select_top_k(logits_TE, rule, logit_bias_E=bias_E)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_trap_T18_the_bias_selects_and_never_reaches_the_mixture_weight(score: Score) -> None:
+    ids_TK, weights_TK = biased(TopK(top_k=2, score=score), LOGITS_TE, BIAS_E)
+    assert ids_TK.tolist() == [[3, 0], [3, 2]]
+    assert torch.equal(weights_TK, gate_scores(LOGITS_TE, score).gather(1, ids_TK))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_trap_T18_the_bias_has_no_gradient(score: Score) -> None:
+    bias_E, logits_TE = BIAS_E.clone().requires_grad_(), LOGITS_TE.clone().requires_grad_()
+    biased(TopK(top_k=2, score=score), logits_TE, bias_E)[1].sum().backward()
+    assert bias_E.grad is None
+    assert logits_TE.grad is not None and logits_TE.grad.any()
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_trap_T18_the_gate_gets_a_gradient_at_top_1(score: Score) -> None:
+    logits_TE = LOGITS_TE.clone().requires_grad_()
+    biased(TopK(top_k=1, score=score), logits_TE, BIAS_E)[1].sum().backward()
+    assert logits_TE.grad is not None
+    assert (logits_TE.grad[:, 3] > 0.01).all()
+
+
+def test_a_bias_as_large_as_the_gap_of_two_scores_turns_the_choice() -> None:
+    rule = TopK(top_k=1, score="sigmoid")
+    gap = float(LOGITS_TE[0, 0].sigmoid() - LOGITS_TE[0, 1].sigmoid())
+    for bias, wanted in ((gap - 1e-3, 0), (gap + 1e-3, 1)):
+        bias_E = torch.tensor([0.0, bias, 0.0, 0.0])
+        assert select_top_k(LOGITS_TE[:1], rule, score_bias_E=bias_E).ids_TK.tolist() == [[wanted]]
+
+
+def test_groups_are_closed_whatever_their_experts_score() -> None:
+    # Group 0 holds the best expert, group 1 the better pair; biases below zero do not open a closed group.
+    scores_TE = torch.tensor([[0.9, 0.1, 0.6, 0.7]])
+    rule = TopK(top_k=2, score="sigmoid", groups=2, top_groups=1)
+    assert select_top_k(scores_TE.logit(), rule).ids_TK.tolist() == [[3, 2]]
+    bias_E = torch.full((4,), -5.0)
+    assert select_top_k(scores_TE.logit(), rule, score_bias_E=bias_E).ids_TK.tolist() == [[3, 2]]

@@ -1,0 +1,38 @@
+"""What the configuration says of routing is what the model of a run does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_moe.config import Config, resolve
+from dist_moe.data.corpus import Prepared, prepare
+from dist_moe.moe.select import TopK
+from dist_moe.train.loop import make_task
+from tests.unit.config.files import debug, qwen
+from tests.unit.model.samples import ALONE
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Document {n}.", "name": str(n)}) + "\n" for n in range(40)))
+    return prepare([str(text)], "bytes", 0, 0.5, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        (qwen("router.scaling=2.5", "router.score=sigmoid"), TopK(2, "sigmoid", scaling=2.5)),
+        (qwen("router.top_k=3", "router.normalise=true"), TopK(3, "softmax", normalise=True)),
+        (
+            debug("router.groups=4", "router.top_groups=2", "router.scaling=1.75", "router.normalise=false"),
+            TopK(2, "sigmoid", scaling=1.75, groups=4, top_groups=2),
+        ),
+    ],
+    ids=["not in Qwen3's config", "in Qwen3's config", "in DeepSeek's config"],
+)
+def test_every_router_value_reaches_every_router(prepared: Prepared, config: Config, rule: TopK) -> None:
+    task = make_task(resolve(config, workers=1), prepared, ALONE)
+    assert len(task.layers) > 0
+    assert {layer.router.rule for layer in task.layers} == {rule}
