@@ -84,8 +84,8 @@ def train(
 ) -> None:
     """Be one worker of a run, or all of it without a launcher."""
     restore_visible_devices()
-    from dist_moe.comm.place import PlaceError, read_place
     from dist_moe.comm.failure import report_failure
+    from dist_moe.comm.place import PlaceError, read_place
     from dist_moe.config import load_config, resolve
 
     with errors_in_plain_words(PlaceError):

@@ -96,6 +96,4 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise LaunchError(
-        f"100 ports from {low} to {high} were tried on {LOOPBACK} and none is free; end other jobs"
-    )
+    raise LaunchError(f"100 ports from {low} to {high} were tried on {LOOPBACK} and none is free; end other jobs")

@@ -57,9 +57,7 @@ def run(command: Command, run_dir: str | Path, workers: int) -> Outcome:
         finally:
             end_all(launcher, watch, others, received)
     if received:
-        return Outcome(
-            128 + received[0], f"stopped by {signal.Signals(received[0]).name}; every process has ended"
-        )
+        return Outcome(128 + received[0], f"stopped by {signal.Signals(received[0]).name}; every process has ended")
     return verdict(command, code, watch)
 
 
@@ -95,9 +93,7 @@ def grace(watch: Watch) -> float | None:
     return None if watch.unfinished() else FINISHED_GRACE_S
 
 
-def end_all(
-    launcher: subprocess.Popen[bytes], watch: Watch, others: Collection[int], received: list[int]
-) -> None:
+def end_all(launcher: subprocess.Popen[bytes], watch: Watch, others: Collection[int], received: list[int]) -> None:
     """Ends all that descends from this process, but for `others`, and returns when nothing of it is left.
 
     A second signal from the user, or the end of the grace, turns SIGTERM into SIGKILL.
@@ -164,8 +160,7 @@ def sole_user(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LaunchError(
-                f"run.dir={folder} is in use by a job that still runs; "
-                "wait for it, end it, or set another run.dir"
+                f"run.dir={folder} is in use by a job that still runs; wait for it, end it, or set another run.dir"
             ) from None
         yield
 

@@ -68,8 +68,8 @@ def _fill_rendezvous(place: Place) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise PlaceError(
-            f"{' and '.join(missing)} not set: {place.world_size} workers ({place.launcher}) need the address of rank 0; "
-            "export both in the launcher's command, for example -x MASTER_ADDR=host0 -x MASTER_PORT=29500"
+            f"{' and '.join(missing)} not set: {place.world_size} workers ({place.launcher}) need the address of "
+            "rank 0; export both in the launcher's command, for example -x MASTER_ADDR=host0 -x MASTER_PORT=29500"
         )
     os.environ.update(
         RANK=str(place.rank),

@@ -177,7 +177,8 @@ class TrainConfig(Section):
     micro_batch: int = Field(ge=1, description="the sequences a worker puts through the model at once (1 or more)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="the number format of the weights in use: fp32, bf16, or auto (bf16 where the device computes it natively, else fp32)",
+        description="the number format of the weights in use: fp32, bf16, or auto "
+        "(bf16 where the device computes it natively, else fp32)",
     )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the optimizer: adamw or sgd")
     learning_rate: float = Field(ge=0, description="the highest learning rate, reached after the warm-up")

@@ -60,7 +60,7 @@ class Router(nn.Module):
         return load_E
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden: [..., D] -> (logits_TE fp32, weights_TK in the dtype of hidden, ids_TK int64), as Hugging Face asks."""
+        """hidden: [..., D] -> (logits_TE fp32, weights_TK in the dtype of hidden, ids_TK int64), as blocks expect."""
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         dtype = torch.promote_types(torch.float32, hidden.dtype)
         # Autocast would bring the matmul down to bf16, whose 8 bits tie and flip close scores.

@@ -28,10 +28,10 @@ if not torch.cuda.is_available():
     # DeepSpeed looks for its device when it is imported, and warns of the CPU that it falls back to.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.moe.layer import MoE  # noqa: E402
-from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer  # noqa: E402
-from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
+import deepspeed
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups as deepspeed_groups
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Engine:
         return StepResult(True, norm)
 
     def _global_norm(self, gradients: list[tuple[Tensor, bool]]) -> float:
-        """sqrt(dense^2 + sum over the expert-parallel group of expert^2); a function of the same values on all ranks."""
+        """sqrt(dense^2 + sum over the expert-parallel group of expert^2), the same on all ranks."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for gradient, is_expert in gradients:
             squares[int(is_expert)] += gradient.double().square().sum()

@@ -27,6 +27,7 @@ from tests.parity.check import check_checkpointing, check_controls, check_launch
 from tests.parity.reference import find_reference
 from tests.parity.report import Row, show
 from tests.parity.setting import CLOSEST
+from tests.parity.trace import Trace
 
 
 class Extent(StrEnum):
@@ -59,7 +60,8 @@ def main(
         references = {optimizer: find_reference(pool, optimizer) for optimizer in OPTIMIZERS}
         for optimizer, found in references.items():
             console.print(f"{optimizer}: seed {found.seed}, closest decision {found.closest:.1e} (>= {CLOSEST:.0e})")
-        traces = check_pool(pool, pooled, references, tell)
+        traces: dict[Case, Trace] = {}
+        check_pool(pool, pooled, references, traces, tell)
         controls = [Case(POOL, 4, degree, 1, 3, optimizer) for degree in (2, 4) for optimizer in OPTIMIZERS]
         check_controls(pool, controls, references, tell)
         recomputed = [Case(POOL, 2, 2, 1, 3, optimizer) for optimizer in OPTIMIZERS]

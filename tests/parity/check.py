@@ -1,5 +1,6 @@
 """The checks: each trains cases and gives one row for each."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 from tests.dist.pool import RankPool
@@ -13,38 +14,36 @@ Tell = Callable[[Row], None]
 
 
 def check_pool(
-    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], tell: Tell
-) -> dict[Case, Trace]:
-    """Train each case twice in the pool: as the reference within the tolerance, and twice the same bit for bit."""
-    traces = {}
+    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: dict[Case, Trace], tell: Tell
+) -> None:
+    """Train each case twice in the pool: as the reference within the tolerance, and twice the same bit for bit.
+
+    known: traces of cases in the pool, here and below; a run that is there is not made again, one that is made is
+    added.
+    """
     for case in cases:
         reference = references[case.optimizer]
-        once, again = (train(pool, case, reference.seed) for _ in range(2))
-        difference = compare(once.trace, reference.trace)
-        unequal = [f"{name} of two runs differ" for name in once.trace.unequal(again.trace)]
-        seconds = once.seconds + again.seconds
-        tell(Row(case, "parity", difference, "a second run", difference.faults() + unequal, seconds))
-        traces[case] = once.trace
-    return traces
+        expected = pooled(pool, case, reference, known)
+        again = train(pool, case, reference.seed)
+        difference = compare(again.trace, reference.trace)
+        unequal = [f"{name} of two runs differ" for name in again.trace.unequal(expected)]
+        tell(Row(case, "parity", difference, "a first run", difference.faults() + unequal, again.seconds))
 
 
 def check_launched(
-    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: Mapping[Case, Trace], tell: Tell
+    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: dict[Case, Trace], tell: Tell
 ) -> None:
     """Train each case with its launcher: as the reference, and as the same layout in the pool bit for bit."""
     for case in cases:
         reference = references[case.optimizer]
-        twin = in_pool(case)
-        expected = known[twin] if twin in known else train(pool, twin, reference.seed).trace
+        expected = pooled(pool, dataclasses.replace(case, start=POOL), reference, known)
         trained = train(pool, case, reference.seed)
         difference = compare(trained.trace, reference.trace)
         unequal = [f"{name} differ from the pool's" for name in trained.trace.unequal(expected)]
         tell(Row(case, "parity", difference, "the pool", difference.faults() + unequal, trained.seconds))
 
 
-def check_controls(
-    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], tell: Tell
-) -> None:
+def check_controls(pool: RankPool, cases: list[Case], references: Mapping[str, Reference], tell: Tell) -> None:
     """Train each case with expert gradients times the degree: losses and norms must both break the rule."""
     for case in cases:
         reference = references[case.optimizer]
@@ -57,12 +56,12 @@ def check_controls(
 
 
 def check_checkpointing(
-    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: Mapping[Case, Trace], tell: Tell
+    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: dict[Case, Trace], tell: Tell
 ) -> None:
     """Train each case with activation checkpointing: as without it, bit for bit."""
     for case in cases:
         reference = references[case.optimizer]
-        expected = known[case] if case in known else train(pool, case, reference.seed).trace
+        expected = pooled(pool, case, reference, known)
         trained = train(pool, case, reference.seed, ("train.activation_checkpointing=true",))
         difference = compare(trained.trace, reference.trace)
         unequal = [f"{name} differ from the run without" for name in trained.trace.unequal(expected)]
@@ -70,6 +69,8 @@ def check_checkpointing(
         tell(Row(case, "activation checkpointing", difference, "without it", faults, trained.seconds))
 
 
-def in_pool(case: Case) -> Case:
-    """The same layout and optimizer, started by the pool."""
-    return Case(POOL, case.workers, case.expert_parallel, case.zero_stage, case.micro_batches, case.optimizer)
+def pooled(pool: RankPool, case: Case, reference: Reference, known: dict[Case, Trace]) -> Trace:
+    """The trace of a case in the pool, from `known` or else trained now."""
+    if case not in known:
+        known[case] = train(pool, case, reference.seed).trace
+    return known[case]

@@ -12,6 +12,10 @@ from dist_moe.train.loop import make_task
 from tests.unit.config.files import debug, qwen
 from tests.unit.model.samples import ALONE
 
+DEEPSEEK = (
+    "num_experts_per_tok=3", "norm_topk_prob=false", "routed_scaling_factor=1.75", "n_group=4", "topk_group=2"
+)  # fmt: skip
+
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Prepared:
@@ -24,10 +28,10 @@ def prepared(tmp_path: Path) -> Prepared:
     ("config", "rule"),
     [
         (qwen("router.scaling=2.5", "router.score=sigmoid"), TopK(2, "sigmoid", scaling=2.5)),
-        (qwen("router.top_k=3", "router.normalise=true"), TopK(3, "softmax", normalise=True)),
+        (qwen("router.normalise=true"), TopK(2, "softmax", normalise=True)),
         (
-            debug("router.groups=4", "router.top_groups=2", "router.scaling=1.75", "router.normalise=false"),
-            TopK(2, "sigmoid", scaling=1.75, groups=4, top_groups=2),
+            debug(*(f"model.config.{setting}" for setting in DEEPSEEK), "router.score=softmax"),
+            TopK(3, "softmax", scaling=1.75, groups=4, top_groups=2),
         ),
     ],
     ids=["not in Qwen3's config", "in Qwen3's config", "in DeepSeek's config"],
