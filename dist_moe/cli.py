@@ -62,12 +62,11 @@ def launch(
         settings = load_config(config, overrides or ())
         make = deepspeed_command if launcher is Launcher.deepspeed else torchrun_command
         command = make(settings, workers, config, overrides or ())
+        # Costs the import of the model's config class, a few seconds; in return no process starts in vain.
+        check(config, overrides, workers)
         if dry_run:
-            check(config, overrides, workers)
             print(command.line(os.environ))
             return
-        # What depends on the model's own class is checked by the workers, before they meet: they import it
-        # anyway, and importing it here too would make every start wait for it twice.
         outcome = run(command, settings.run.dir, workers)
     if outcome.message:
         complain(outcome.message)
@@ -85,10 +84,10 @@ def train(
     """Be one worker of a run, or all of it without a launcher."""
     restore_visible_devices()
     from dist_moe.comm.failure import report_failure
-    from dist_moe.comm.place import PlaceError, read_place
+    from dist_moe.comm.place import read_place
     from dist_moe.config import load_config, resolve
 
-    with errors_in_plain_words(PlaceError):
+    with errors_in_plain_words():
         settings = load_config(config, overrides or ())
         place = read_place(os.environ)
     with report_failure(settings.run.dir, place.rank):
@@ -101,11 +100,10 @@ def train(
 @app.command()
 def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None) -> None:
     """Measure a checkpoint on the validation text, and print the result as one JSON object."""
-    from dist_moe.comm.place import PlaceError, read_place
+    from dist_moe.comm.place import read_place
     from dist_moe.train.evaluate import evaluate_checkpoint
-    from dist_moe.train.weights import WeightsError
 
-    with errors_in_plain_words(PlaceError, WeightsError):
+    with errors_in_plain_words():
         result = evaluate_checkpoint(checkpoint, overrides or ())
         if read_place(os.environ).rank == 0:
             print(json.dumps(result))
@@ -121,9 +119,8 @@ def generate(
 ) -> None:
     """Continue a text with a checkpoint's model."""
     from dist_moe.train.generate import generate as continue_text
-    from dist_moe.train.weights import WeightsError
 
-    with errors_in_plain_words(WeightsError):
+    with errors_in_plain_words():
         print(continue_text(checkpoint, prompt, tokens, temperature, seed))
 
 
@@ -169,16 +166,13 @@ def restore_visible_devices() -> None:
 
 
 @contextlib.contextmanager
-def errors_in_plain_words(*further: type[Exception]) -> Iterator[None]:
+def errors_in_plain_words() -> Iterator[None]:
     """Turns an error that is the user's to mend into its message and exit code 2, without a traceback."""
-    from dist_moe.config import ConfigError
-    from dist_moe.data.errors import DataError
-    from dist_moe.launch.command import LaunchError
+    from dist_moe.config.errors import UserError
 
-    mendable: tuple[type[Exception], ...] = (ConfigError, DataError, LaunchError, *further)
     try:
         yield
-    except mendable as error:
+    except UserError as error:
         complain(str(error))
         raise typer.Exit(2) from None
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_moe.config.errors import UserError
 from dist_moe.config.schema import Config
 
 LOOPBACK = "127.0.0.1"
@@ -26,7 +27,7 @@ OUTER_JOB = (
 OUTER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
-class LaunchError(RuntimeError):
+class LaunchError(UserError, RuntimeError):
     """A job that cannot be started; the message carries value, rule and remedy."""
 
 

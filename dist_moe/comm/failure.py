@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from dist_moe.config.errors import ConfigError
+from dist_moe.config.errors import ConfigError, UserError
 
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
-CONFIG_ERROR_CODE = 2
+USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 END_BY_LAUNCH_S = 5.0
 
@@ -76,8 +76,8 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
         end_process(folder, rank, stop, stop.code if isinstance(stop.code, int) else 1)
     except KeyboardInterrupt as stop:
         end_process(folder, rank, stop, INTERRUPTED_CODE)
-    except ConfigError as error:
-        end_process(folder, rank, error, CONFIG_ERROR_CODE)
+    except UserError as error:
+        end_process(folder, rank, error, USER_ERROR_CODE)
     except BaseException as error:
         end_process(folder, rank, error, 1)
 
@@ -90,13 +90,13 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
             trace = "".join(traceback.format_exception(error))
             with contextlib.suppress(OSError):  # A full disk must not keep the traceback from stderr.
                 write_atomically(error_file(folder, rank), error_report(rank, error, code, trace))
-            if not isinstance(error, ConfigError):
+            if not isinstance(error, UserError):
                 sys.stderr.write(f"rank {rank} failed:\n{trace}")
-            elif rank == 0 and not launched:
+            elif not launched and (rank == 0 or not isinstance(error, ConfigError)):
                 sys.stderr.write(f"{error}\n")
         write_record(folder, rank, "failed", code=code)
         flush_output()
-        if launched and isinstance(error, ConfigError):
+        if launched and isinstance(error, UserError):
             # The launch ends the job as soon as it sees the report, and a launcher that is ended says
             # nothing; one that sees a worker end writes a page about it below which the message would be
             # lost.

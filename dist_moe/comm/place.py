@@ -6,8 +6,10 @@ Without torch, so that a worker knows its rank, and can be named, before the slo
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dist_moe.config.errors import UserError
 
-class PlaceError(ValueError):
+
+class PlaceError(UserError, ValueError):
     """The environment names a place that cannot exist (value, rule and remedy in the message)."""
 
 

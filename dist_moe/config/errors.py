@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: one violation, and the error that carries all of them."""
+"""Errors that are the user's to mend, first of all those of a configuration: all of its violations at once."""
 
 import difflib
 import json
@@ -37,7 +37,11 @@ class Violation(NamedTuple):
         return f"{subject} {self.rule}; {self.remedy}"
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """An error that is the user's to mend: its message says what, why and how, and a traceback would say no more."""
+
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; `violations` holds everything that is wrong with it."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:

@@ -1,7 +1,9 @@
 """The error that every part of the data pipeline raises: the value, the rule it breaks, and the remedy."""
 
+from dist_moe.config.errors import UserError
 
-class DataError(Exception):
+
+class DataError(UserError):
     """Data that cannot be fetched, read or split.
 
     value is what was met (a source name, `file:line`, a setting), rule what it breaks, remedy what to do

@@ -1,6 +1,7 @@
 """Evaluation on held-out text: loss, bits per byte, and the load over the whole set."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.place import read_place
 from dist_moe.comm.reduce import sum_counts, sum_scalars
 from dist_moe.config import load_config
+from dist_moe.config.family import family_of
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.stream import Stream
 from dist_moe.data.tokenizer import load_tokenizer
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
 from dist_moe.observe.metrics import EvaluationMetrics, evaluation_metrics
-from dist_moe.train.weights import WeightsError, load_weights
+from dist_moe.train.weights import WeightsError, load_weights, read_config
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,6 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
     -> the record that the run itself writes at its end. Works alone or as one worker of a launcher. Errors:
     WeightsError where the folder is no checkpoint or its tokenizer is not the one that the text gives.
     """
-    import os
-
     config_file = checkpoint / "config.yaml"
     if not config_file.is_file():
         raise WeightsError(f"{checkpoint} has no config.yaml; give a step-NNNNNN folder of a run")
@@ -127,9 +127,6 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
 
 
 def _experts_divide(checkpoint: Path, workers: int) -> bool:
-    from dist_moe.config.family import family_of
-    from dist_moe.train.weights import read_config
-
     config, _ = read_config(model_folder(checkpoint))
     experts: int = getattr(config, family_of(config.model_type).experts)
     return experts % workers == 0

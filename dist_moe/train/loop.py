@@ -33,12 +33,13 @@ def run(resolved: Resolved, place: Place) -> None:
     """Train as one worker: everything that `dist-moe train` does after the config was checked."""
     config = resolved.config
     set_threads(config.run.threads, place)
+    prepared = prepare_text(config)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(place, config.parallel.backend, config.parallel.timeout_s))
         stack.enter_context(exit_hard(config.run.dir, place.rank))
         mesh = make_mesh(resolved.expert_parallel)
         report = stack.enter_context(open_report(config, world, mesh))
-        prepared = prepare_together(config, place)
+        check_same_text(config, prepared, place)
         task = make_task(resolved, prepared, mesh)
         report.describe(resolved, prepared, task)
         settings = engine_settings(resolved, world)
@@ -94,27 +95,27 @@ def set_threads(threads: int | str, place: Place) -> None:
     torch.set_num_threads(threads if isinstance(threads, int) else max(1, cores // place.local_world_size))
 
 
-def prepare_together(config: Config, place: Place) -> Prepared:
-    """Tokenise once per host: the first rank of each host works, the others open what it made."""
+def prepare_text(config: Config) -> Prepared:
+    """Fetch and tokenise, or open what is there.
+
+    Every worker calls it before the workers meet: those of one host wait for each other at a file, without a
+    time limit, and a text that cannot be had stops each of them with the same word.
+    """
     data = config.data
+    return prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
 
-    def work() -> Prepared:
-        return prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
 
-    prepared = work() if place.local_rank == 0 else None
-    if place.world_size > 1:
-        dist.barrier()
-    prepared = prepared or work()
+def check_same_text(config: Config, prepared: Prepared, place: Place) -> None:
+    """Errors: DataError where ranks hold different tokens, which two hosts may come to. A collective call."""
     fingerprints: list[str] = [""] * place.world_size
     dist.all_gather_object(fingerprints, prepared.fingerprint)
-    other = next((rank for rank, print_ in enumerate(fingerprints) if print_ != fingerprints[0]), None)
+    other = next((rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]), None)
     if other is not None:
         raise DataError(
-            f"data.sources={data.sources}",
+            f"data.sources={config.data.sources}",
             f"give rank {other} other text than rank 0",
             "use the same files, and the same Python version for stdlib-code, on every host",
         )
-    return prepared
 
 
 def make_task(resolved: Resolved, prepared: Prepared, mesh: Mesh) -> LanguageModelTask:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config.errors import UserError
 from dist_moe.model.build import empty_model, materialise, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.families import Adapter, adapter_of
@@ -31,7 +32,7 @@ OWN_PREFIX = "dist_moe_"
 INDEX = "model.safetensors.index.json"
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """A weights folder that does not fit; the message lists every tensor that is missing or unexpected."""
 
 

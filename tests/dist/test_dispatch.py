@@ -52,7 +52,7 @@ EMPTY = {
     "a rank receives nothing": LayerCase(2, (5, 6), 4, 2, takers=(0, 1)),
     "one rank receives everything of three others": LayerCase(4, (5, 6, 7, 3), 8, 1, takers=(5,)),
     "a rank has no tokens": LayerCase(4, (5, 0, 7, 3), 8, 2),
-    "a rank has padding alone, and no rank has anything for it": LayerCase(2, (4, 0), 4, 2, takers=(0, 1)),
+    "a rank has no tokens, and none are sent to it": LayerCase(2, (4, 0), 4, 2, takers=(0, 1)),
     "every token is padding": LayerCase(4, (5, 6, 7, 3), 8, 2, padding=1.0),
     "nobody has a token": LayerCase(2, (0, 0), 4, 2),
     "alone, and without a token": LayerCase(1, (0,), 4, 2),

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -123,7 +124,7 @@ TRACE = Trace(
         ({"biases": {"a": (0.1, -0.2)}}, "biases differ though all loads are equal"),
     ],
 )
-def test_a_difference_is_a_fault(change: dict[str, object], fault: str) -> None:
+def test_a_difference_is_a_fault(change: dict[str, Any], fault: str) -> None:
     assert not compare(TRACE, TRACE).faults()
     faults = compare(dataclasses.replace(TRACE, **change), TRACE).faults()
     assert any(found.startswith(fault) for found in faults), faults

@@ -49,10 +49,11 @@ def train(
         folder = Path(name)
         changes = [*overrides(case, seed, folder), *further]
         started_s = time.monotonic()
+        returned = None
         if case.start == POOL:
             returned = pool.run(worker or train_worker, case.workers, changes, timeout_s=LIMIT_S)[0]
         else:
-            returned = launch(case, changes)
+            launch(case, changes)
         return Trained(read_trace(folder), time.monotonic() - started_s, returned)
 
 

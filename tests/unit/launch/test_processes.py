@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dist_moe.launch.processes import adopting_orphans, descendants, read_process, send
+from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
 
 LIMIT_S = 30.0
 
@@ -20,6 +20,11 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def newcomers(others: set[int]) -> list[Process]:
+    """The descendants of this process, but for `others`."""
+    return [process for pid, process in descendants(os.getpid()).items() if pid not in others]
 
 
 def test_a_process_is_read_while_it_lives_after_it_ended_and_when_it_is_gone() -> None:
@@ -50,11 +55,12 @@ def test_a_name_with_spaces_and_brackets_is_no_obstacle() -> None:
 
 
 def test_descendants_have_the_orphans_in_other_sessions_too() -> None:
+    others = set(descendants(os.getpid()))  # of other tests, such as the pool of ranks
     with adopting_orphans():
         shell = subprocess.Popen(["/bin/sh", "-c", "setsid sleep 600 & exec true"])
         shell.wait()
-        wait_for(lambda: [p for p in descendants(os.getpid()).values() if p.parent == os.getpid()])
-        orphans = [p for p in descendants(os.getpid()).values() if p.pid != shell.pid]
+        wait_for(lambda: [p for p in newcomers(others) if p.parent == os.getpid()])
+        orphans = newcomers({*others, shell.pid})
         for orphan in orphans:
             send(orphan, signal.SIGKILL)
             os.waitpid(orphan.pid, 0)

@@ -42,7 +42,7 @@ def test_grouped_linear_equals_one_product_per_expert(
     for result_QH in (found_QH, wanted_QH):
         (result_QH * probe_QH).sum().backward()
     gradients = [[leaf.grad for leaf in leaves] for leaves in (fast, slow)]
-    torch.testing.assert_close([found_QH, *gradients[0]], [wanted_QH, *gradients[1]], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close([found_QH, *gradients[0]], [wanted_QH, *gradients[1]], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
