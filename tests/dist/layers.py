@@ -41,7 +41,7 @@ def fast_pass(rank: int, case: LayerCase) -> Pass:
 def check_against_twin(ranks: RankPool, cases: Sequence[LayerCase], fill_with_nan: bool = False) -> None:
     """Run `cases`, all for as many ranks, and hold the results and every gradient against the twin's."""
     workers = len(cases[0].tokens)
-    passes_of_rank = ranks.run(fast_passes, workers, cases, fill_with_nan, timeout_s=30)
+    passes_of_rank = ranks.run(fast_passes, workers, cases, fill_with_nan, timeout_s=60)
     for case, passes in zip(cases, zip(*passes_of_rank, strict=True), strict=True):
         for first in range(0, workers, case.expert_parallel):
             members = range(first, first + case.expert_parallel)

@@ -162,7 +162,7 @@ def test_trap_T30_an_uneven_last_batch_of_the_evaluation(ranks: RankPool, worker
     rows = [1, 7, 9]
     task = make_task(Case(), ALONE)
     wanted = [evaluate(task, held_out(count), ALONE, CPU, 1).as_dict() for count in rows]
-    for found in ranks.run(evaluations, workers, expert_parallel, rows, timeout_s=30):
+    for found in ranks.run(evaluations, workers, expert_parallel, rows, timeout_s=60):
         for ours, theirs in zip(found, wanted, strict=True):
             assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-6)
             for key in ("tokens", "bytes", "load"):

@@ -30,7 +30,7 @@ def exchange(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_rows_arrive_by_sender_and_gradients_return_to_their_rows(ranks: RankPool) -> None:
-    for rank, (arrived, gradient) in enumerate(ranks.run(exchange, 3, timeout_s=30)):
+    for rank, (arrived, gradient) in enumerate(ranks.run(exchange, 3, timeout_s=60)):
         assert arrived.tolist() == [label(p, rank, row) for p in range(3) for row in range(SEND[p][rank])]
         assert gradient.tolist() == [10 * label(rank, q, row) for q in range(3) for row in range(SEND[rank][q])]
 
