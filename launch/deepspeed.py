@@ -17,6 +17,8 @@ from dist_moe.launch.command import (
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 KEPT_DEVICES = "DIST_MOE_VISIBLE_DEVICES"
+# Under /dev, where the drivers of NVIDIA, of Windows' subsystem, of AMD and of Intel show a device.
+DEVICE_FILES = ("nvidia*", "dxg", "kfd", "dri/renderD*", "accel*")
 
 
 def deepspeed_command(
@@ -43,6 +45,9 @@ def deepspeed_command(
     environment = worker_environment(config, workers, base)
     if VISIBLE_DEVICES in base:
         environment[KEPT_DEVICES] = base[VISIBLE_DEVICES]
+    if not any(any(Path("/dev").glob(pattern)) for pattern in DEVICE_FILES):
+        # Each of DeepSpeed's processes would look for a device, and warn of the CPU that it falls back to.
+        environment["DS_ACCELERATOR"] = base.get("DS_ACCELERATOR", "cpu")
     arguments = [
         # A list of hosts that another job keeps at the default place would send this one to those hosts.
         *("--hostfile", os.devnull),

@@ -15,7 +15,7 @@ from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
 from dist_moe.launch.watch import Watch
 
-LOOK_S = 0.05
+LOOK_S = 0.1
 # After a worker has failed, the launcher has this long to end the others; DeepSpeed's looks once a second.
 LAUNCHER_GRACE_S = 3.0
 # After the last worker has finished its work, all have this long to leave.
