@@ -92,6 +92,11 @@ def train(
         place = read_place(os.environ)
     with report_failure(settings.run.dir, place.rank):
         resolved = resolve(settings, place.world_size)
+        from dist_moe.comm.bootstrap import choose_backend
+
+        if choose_backend(settings.parallel.backend, place) == "gloo":
+            # Before DeepSpeed is imported, which would else take a CUDA device that it finds.
+            os.environ["DS_ACCELERATOR"] = "cpu"
         from dist_moe.train.loop import run
 
         run(resolved, place)

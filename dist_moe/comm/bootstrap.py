@@ -22,15 +22,27 @@ class World:
     backend: str
 
 
-def choose_backend(requested: str) -> str:
-    """The backend for `parallel.backend`: "auto" is nccl where CUDA is, gloo elsewhere. Errors: nccl without CUDA."""
+def choose_backend(requested: str, place: Place) -> str:
+    """The backend for `parallel.backend`: nccl computes on CUDA, one device for each worker, and gloo on the CPU.
+
+    "auto" is nccl where this host has a CUDA device for each of its workers, gloo elsewhere. Errors: PlaceError for
+    nccl with fewer devices than workers.
+    """
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "auto":
-        return "nccl" if torch.cuda.is_available() else "gloo"
-    if requested == "nccl" and not torch.cuda.is_available():
+        return "nccl" if devices >= place.local_world_size else "gloo"
+    if requested == "nccl" and devices < place.local_world_size:
         raise PlaceError(
-            "parallel.backend=nccl needs a CUDA device and torch sees none; use parallel.backend=auto or gloo"
+            f"parallel.backend=nccl needs a CUDA device for each of this host's {place.local_world_size} workers and "
+            f"torch sees {devices}; start fewer workers, or use parallel.backend=auto or gloo"
         )
     return requested
+
+
+def set_threads(threads: int | str, place: Place) -> None:
+    """Give this worker its share of the host's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads if isinstance(threads, int) else max(1, cores // place.local_world_size))
 
 
 @contextlib.contextmanager
@@ -40,13 +52,11 @@ def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
     A world of one needs no launcher: it meets itself on a free port. Every collective ends after `timeout_s`
     seconds with an error instead of waiting for ever. A group that exists already (a test's) is used and left alone.
     """
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, place)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    elif torch.cuda.is_available() and place.world_size == 1:
-        device = torch.device("cuda", 0)
     if dist.is_initialized():
         yield World(place, device, backend)
         return

@@ -64,8 +64,9 @@ def _read_dialect(environment: Mapping[str, str], launcher: str, names: tuple[st
 
     rank, world_size = number(names[0], 0), number(names[1], 1)
     local_rank = number(names[2], 0)
-    # DeepSpeed's launcher sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE.
-    local_world_size = number(names[3], number("LOCAL_SIZE", world_size if launcher == "env" else 1))
+    # DeepSpeed's launcher sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE; Slurm tells the tasks of a node only
+    # if it was asked for a number of them, and then this rank knows of those up to itself.
+    local_world_size = number(names[3], number("LOCAL_SIZE", world_size if launcher == "env" else local_rank + 1))
     if not rank < world_size:
         raise PlaceError(f"{names[0]}={rank} must be below {names[1]}={world_size}; unset both, or start by a launcher")
     if not local_rank < local_world_size:

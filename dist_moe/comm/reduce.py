@@ -31,11 +31,3 @@ def sum_scalars(scalars: Mapping[str, float], device: torch.device) -> dict[str,
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(packed)
     return dict(zip(scalars, packed.tolist(), strict=True))
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank where `flag` is true on at least one."""
-    packed = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    return bool(packed.item())

@@ -28,6 +28,22 @@ RECORDED_DISTRIBUTIONS = (
 )
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Move what an earlier run left in `folder` into a folder `earlier-N` in it -> that folder; None if it held no run.
+
+    Two runs in one metrics.jsonl could not be told apart, and nothing is deleted.
+    """
+    if not (folder / "metrics.jsonl").is_file():
+        return None
+    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for name in ("metrics.jsonl", "run.json", "config.yaml", "tensorboard", "checkpoints"):
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    return aside
+
+
 class RunRecorder:
     """Writes a run's metrics line by line; for one process of the run, as a context manager.
 

@@ -33,8 +33,11 @@ def save_checkpoint(config: Config, task: LanguageModelTask, prepared: Prepared,
     if mesh.rank == 0:
         prepared.tokenizer.save(partial / "model")
         (partial / "config.yaml").write_text(dump_config(config))
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = final.with_name(final.name + ".replaced")
+        if final.exists():
+            os.replace(final, replaced)
         os.replace(partial, final)
+        shutil.rmtree(replaced, ignore_errors=True)
     if mesh.world_size > 1:
         dist.barrier()
     return final

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_moe.comm.bootstrap import join_world
+from dist_moe.comm.bootstrap import join_world, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.place import read_place
 from dist_moe.comm.reduce import sum_counts, sum_scalars
@@ -110,16 +110,17 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
         raise WeightsError(f"{checkpoint} has no config.yaml; give a step-NNNNNN folder of a run")
     config = load_config(config_file, overrides)
     place = read_place(os.environ)
+    set_threads(config.run.threads, place)
+    data = config.data
+    prepared = prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
+    stored = load_tokenizer(model_folder(checkpoint))
+    if not np.array_equal(stored.token_bytes_V, prepared.tokenizer.token_bytes_V):
+        raise WeightsError(
+            f"the tokenizer of {checkpoint} is not the one that data.sources={data.sources} gives now; the text has "
+            "changed since, so evaluate where it has not"
+        )
     with join_world(place, config.parallel.backend, config.parallel.timeout_s) as world:
         mesh = make_mesh(place.world_size if _experts_divide(checkpoint, place.world_size) else 1)
-        data = config.data
-        prepared = prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
-        stored = load_tokenizer(model_folder(checkpoint))
-        if not np.array_equal(stored.token_bytes_V, prepared.tokenizer.token_bytes_V):
-            raise WeightsError(
-                f"the tokenizer of {checkpoint} is not the one that data.sources={data.sources} gives now; the text "
-                "has changed since, so evaluate where it has not"
-            )
         task = LanguageModelTask(load_weights(model_folder(checkpoint), mesh)).to(world.device)
         text = held_out(prepared, data.sequence_length, config.observe.validation_sequences, config.train.micro_batch)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint.name.startswith("step-") else 0

@@ -1,7 +1,6 @@
 """The loop around the step: start everything, train, log, save, evaluate, and end everything in reverse."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 
@@ -9,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.balance.balancer import Balancer, BalanceSettings
-from dist_moe.comm.bootstrap import World, join_world
+from dist_moe.comm.bootstrap import World, join_world, set_threads
 from dist_moe.comm.failure import exit_hard
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.place import Place
@@ -87,12 +86,6 @@ def micro_batches(stream: Stream, resolved: Resolved, mesh: Mesh, step: int) -> 
     first = (step - 1) * train.global_batch + mesh.rank * share
     for offset in range(0, share, train.micro_batch):
         yield stream.batch(first + offset, train.micro_batch)
-
-
-def set_threads(threads: int | str, place: Place) -> None:
-    """Give this worker its share of the host's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads if isinstance(threads, int) else max(1, cores // place.local_world_size))
 
 
 def prepare_text(config: Config) -> Prepared:

@@ -15,7 +15,7 @@ from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.console import RunConsole
 from dist_moe.observe.metrics import EvaluationMetrics, step_metrics
-from dist_moe.observe.record import RunRecorder
+from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.observe.watch import LoadWatch
 from dist_moe.train.step import StepRecord
@@ -132,10 +132,13 @@ def open_report(config: Config, world: World, mesh: Mesh) -> Iterator[Report]:
         yield Report(config, world, mesh, None, None, None)
         return
     folder = Path(config.run.dir)
+    aside = set_aside(folder)
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(RunRecorder(folder))
         board = None
         if config.observe.tensorboard:
             board = stack.enter_context(TensorBoardWriter(folder / "tensorboard"))
         console = stack.enter_context(RunConsole(config.train.steps))
+        if aside is not None:
+            console.say(f"what an earlier run left in {folder} is now in {aside}")
         yield Report(config, world, mesh, recorder, console, board)

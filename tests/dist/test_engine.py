@@ -135,3 +135,14 @@ def test_a_run_goes_on_after_a_skipped_step(ranks: RankPool, stage: int) -> None
     assert all(torch.isfinite(weight).all() for weight in merged(traces).values())
     assert all(torch.equal(a, b) for a, b in zip(traces[0].biases, traces[1].biases, strict=True))
     assert any(bias.any() for bias in traces[0].biases)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trap_T48_zero_0_clips_by_a_norm_that_holds_the_experts(ranks: RankPool, bf16: bool) -> None:
+    dtype = torch.bfloat16 if bf16 else torch.float64
+    _, norm, _ = expected(dtype)
+    rate = 1e4 if bf16 else 1.0
+    case = Case(expert_parallel=4, zero_stage=0, clipping=0.2 * norm, bf16=bf16, learning_rate=rate)
+    traces = ranks.run(run_case, 4, case)
+    assert traces[0].norms[0] == pytest.approx(norm, rel=0.01 if bf16 else 1e-4)
+    assert_gradients(gradients_of(traces, rate), 0.2, 0.06 if bf16 else 2e-4, dtype)

@@ -24,9 +24,7 @@ def main(
     names: Annotated[
         list[str] | None, typer.Argument(help="Only mutants whose name or trap contains one of these.")
     ] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Mutants tried at the same time, each on its own copy.")
-    ] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Mutants tried at the same time, each on its own copy.")] = 2,
     limit_s: Annotated[float, typer.Option(min=1, help="Seconds after which a test is ended.")] = 300,
     root: Annotated[Path, typer.Option(help="The tree, a git checkout.")] = ROOT,
 ) -> None:
@@ -38,16 +36,12 @@ def main(
         console.print(str(error), markup=False, style="red")
         raise typer.Exit(1) from None
     if names and not mutants:
-        console.print(
-            f"no mutant's name or trap contains {' or '.join(names)}; see tests/mutants/mutants.toml"
-        )
+        console.print(f"no mutant's name or trap contains {' or '.join(names)}; see tests/mutants/mutants.toml")
         raise typer.Exit(1)
     with contextlib.ExitStack() as stack:
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for _ in range(min(jobs, len(mutants))):
-            copy = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="dist-moe-mutants-"))
-            ).resolve()
+            copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dist-moe-mutants-"))).resolve()
             copy_tree(root, copy)
             copies.put(copy)
         if mutants:

@@ -47,9 +47,7 @@ class Mutant:
         if not (root / self.file).is_file():
             found.append(f"no file {self.file}")
         elif (count := (root / self.file).read_text().count(self.find)) != 1:
-            found.append(
-                f"find = {self.find!r} occurs {count} times in {self.file}; it must occur exactly once"
-            )
+            found.append(f"find = {self.find!r} occurs {count} times in {self.file}; it must occur exactly once")
         if self.find == self.replace:
             found.append("find and replace are equal; replace must change the code")
         return [f"mutant {self.name!r}: {fault}" for fault in found]
@@ -68,9 +66,7 @@ def read_catalogue(root: Path) -> list[Mutant]:
         raise CatalogueError(wrong)
     mutants = [Mutant(**entry) for entry in entries]
     names = [mutant.name for mutant in mutants]
-    wrong = [
-        f"mutant {name!r} is listed more than once" for name in sorted(set(names)) if names.count(name) > 1
-    ]
+    wrong = [f"mutant {name!r} is listed more than once" for name in sorted(set(names)) if names.count(name) > 1]
     wrong += [fault for mutant in mutants for fault in mutant.faults(root)]
     if wrong:
         raise CatalogueError(wrong)

@@ -87,25 +87,17 @@ def test_imports_go_one_way(source: Source) -> None:
 
 @pytest.mark.parametrize("package", ONLY_IMPORTER)
 def test_each_of_these_has_one_importer(package: str) -> None:
-    importers = {
-        str(file.path) for file in OURS if any(starts_with(name, package) for name in file.imports())
-    }
+    importers = {str(file.path) for file in OURS if any(starts_with(name, package) for name in file.imports())}
     assert importers <= {ONLY_IMPORTER[package]}
 
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
-    modules = [
-        ".".join((*source.package, source.path.stem))
-        for source in OURS
-        if source.layer in ("config", "launch")
-    ]
+    modules = [".".join((*source.package, source.path.stem)) for source in OURS if source.layer in ("config", "launch")]
     names = [name.removesuffix(".__init__") for name in modules if name != "dist_moe.launch.entry"]
     code = "import sys, importlib\n" + "".join(
         f"importlib.import_module({name!r})\n" for name in [*names, "dist_moe.cli"]
     )
-    code += (
-        "print(*sorted({'torch', 'transformers', 'deepspeed', 'tensorboard', 'numpy'} & set(sys.modules)))"
-    )
+    code += "print(*sorted({'torch', 'transformers', 'deepspeed', 'tensorboard', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
 
@@ -161,8 +153,5 @@ def test_imports_are_seen_wherever_they_stand(path: str, text: str, layer: str, 
 
 def test_depth_counts_blocks_but_not_elif() -> None:
     assert depth(ast.parse("if a:\n    b\nelif c:\n    d\nelif e:\n    f")) == 1
-    assert (
-        depth(ast.parse("for a in b:\n    if c:\n        with d:\n            while e:\n                f"))
-        == 4
-    )
+    assert depth(ast.parse("for a in b:\n    if c:\n        with d:\n            while e:\n                f")) == 4
     assert depth(ast.parse("try:\n    a\nexcept E:\n    if b:\n        c")) == 2

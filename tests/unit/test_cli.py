@@ -77,9 +77,7 @@ def test_fetching_shows_what_is_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert re.search(r"stdlib-code.*[0-9,]{7,}.*[0-9a-f]{64}", result.stdout)
 
 
-def test_an_unknown_source_is_told_without_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_source_is_told_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path))
     result = invoke("data", "fetch", "stdlib-cod")
     assert result.exit_code == 2

@@ -37,9 +37,7 @@ def foreign(folder: Path, text: str | None) -> Path:
     (folder / "foreign" / "dist_moe").mkdir(parents=True)
     if text is not None:
         (folder / "foreign" / "dist_moe" / "__init__.py").write_text(text)
-        (folder / "foreign" / "dist_moe" / "cli.py").write_text(
-            "def main():\n    print('the wrong program')\n"
-        )
+        (folder / "foreign" / "dist_moe" / "cli.py").write_text("def main():\n    print('the wrong program')\n")
     return folder / "foreign"
 
 

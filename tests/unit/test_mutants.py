@@ -47,9 +47,7 @@ def project(folder: Path, *entries: dict[str, str]) -> Path:
 def run_mutants(root: Path, *arguments: str) -> tuple[int, str]:
     """The exit code and what was printed."""
     argv = [sys.executable, "-m", "tests.mutants", "--root", str(root), *arguments]
-    done = subprocess.run(
-        argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
-    )
+    done = subprocess.run(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
     return done.returncode, done.stdout
 
 

@@ -32,24 +32,18 @@ def test_every_requirement_has_a_pin_inside_its_range() -> None:
     for requirement in requirements:
         if requirement.name != dist_moe.DISTRIBUTION:
             version = pinned[requirement.name.lower()]
-            assert requirement.specifier.contains(version), (
-                f"{requirement} against {version} in constraints.txt"
-            )
+            assert requirement.specifier.contains(version), f"{requirement} against {version} in constraints.txt"
 
 
 def test_the_installed_names_import_from_any_folder(tmp_path: Path) -> None:
-    code = (
-        "import dist_moe, dist_moe.launch, dist_moe_entry as e; print(dist_moe.__version__, e.find_fault())"
-    )
+    code = "import dist_moe, dist_moe.launch, dist_moe_entry as e; print(dist_moe.__version__, e.find_fault())"
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [dist_moe.__version__, "None"], done.stderr
 
 
 def test_make_alone_lists_every_task() -> None:
-    done = subprocess.run(
-        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     listed = set(re.findall(r"^  make ([a-z]+) ", done.stdout, re.M))
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)

@@ -12,11 +12,13 @@ from tests.dist.pool import RankPool
 
 
 def test_the_backend_is_the_one_that_the_machine_has() -> None:
-    assert choose_backend("gloo") == "gloo"
-    assert choose_backend("auto") == ("nccl" if torch.cuda.is_available() else "gloo")
-    if not torch.cuda.is_available():
-        with pytest.raises(PlaceError, match="backend=nccl needs a CUDA device"):
-            choose_backend("nccl")
+    devices = torch.cuda.device_count()
+    many = Place(0, devices + 1, 0, devices + 1, "env")
+    assert choose_backend("gloo", Place()) == "gloo"
+    assert choose_backend("auto", Place()) == ("nccl" if devices else "gloo")
+    assert choose_backend("auto", many) == "gloo", "one worker more than there are devices"
+    with pytest.raises(PlaceError, match=f"each of this host's {devices + 1} workers and torch sees {devices}"):
+        choose_backend("nccl", many)
 
 
 def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:

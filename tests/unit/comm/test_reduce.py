@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.comm.reduce import any_rank, sum_counts, sum_scalars
+from dist_moe.comm.reduce import sum_counts, sum_scalars
 from tests.dist.pool import RankPool
 
 CPU = torch.device("cpu")
@@ -23,11 +23,10 @@ def test_a_world_of_one_sums_over_itself() -> None:
     counts = [torch.tensor([3, 4]), torch.tensor(5)]
     assert [count.tolist() for count in sum_counts(counts, CPU)] == [[3, 4], 5]
     assert sum_scalars({"nats": 1.5, "tokens": 2}, CPU) == {"nats": 1.5, "tokens": 2.0}
-    assert any_rank(True, CPU) and not any_rank(False, CPU)
 
 
-def sums(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, float], list[bool], int]:
-    """Counts above 2**24 that differ by one, numbers, flags; and the collectives that the counts took."""
+def sums(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, float], int]:
+    """Counts above 2**24 that differ by one, numbers; and the collectives that the counts took."""
     shapes = [torch.tensor([2**24 + rank, 1]), torch.tensor(2**53 * rank + 1), torch.zeros(0, dtype=torch.int64)]
     calls = []
     real = dist.all_reduce
@@ -41,17 +40,15 @@ def sums(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, float], li
         summed = sum_counts([*shapes, torch.ones(2, 3, dtype=torch.int64)], CPU)
     finally:
         dist.all_reduce = real
-    flags = [any_rank(flag, CPU) for flag in (rank == 1, False, True)]
-    return summed, sum_scalars({"nats": 0.5 + rank, "tokens": 7}, CPU), flags, len(calls)
+    return summed, sum_scalars({"nats": 0.5 + rank, "tokens": 7}, CPU), len(calls)
 
 
 def test_trap_T05_counts_above_2_to_the_24_are_summed_to_the_last_unit(ranks: RankPool) -> None:
-    for counts, scalars, flags, collectives in ranks.run(sums, 2):
+    for counts, scalars, collectives in ranks.run(sums, 2):
         assert [count.dtype for count in counts] == [torch.int64] * 4
         assert [count.tolist() for count in counts] == [[2**25 + 1, 2], 2**53 + 2, [], [[2] * 3] * 2]
         assert collectives == 1
         assert scalars == {"nats": 2.0, "tokens": 14.0}
-        assert flags == [True, False, True]
 
 
 def nothing_then_something(rank: int, world_size: int) -> int:

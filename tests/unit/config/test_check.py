@@ -52,9 +52,7 @@ def test_automatic_expert_parallelism_is_the_largest_common_divisor(workers: int
         (8, 4, "does not divide the 4 workers; use 1, 2 or 4"),
     ],
 )
-def test_trap_T35_expert_parallelism_that_does_not_divide_is_told_first(
-    asked: int, workers: int, line: str
-) -> None:
+def test_trap_T35_expert_parallelism_that_does_not_divide_is_told_first(asked: int, workers: int, line: str) -> None:
     config = qwen(f"parallel.expert_parallel={asked}", "train.global_batch=24")
     found = violations(config, workers)
     assert list(found) == ["parallel.expert_parallel"]
@@ -85,9 +83,7 @@ def test_batches_divide_or_the_remedy_works(workers: int) -> None:
             refused += 1
             ((key, violation),) = found.items()
             first, _, other = violation.remedy.partition(", or ")
-            for number in map(
-                int, re.findall(r"\d+", violation.remedy if key == "train.micro_batch" else first)
-            ):
+            for number in map(int, re.findall(r"\d+", violation.remedy if key == "train.micro_batch" else first)):
                 better = (batch, number) if key == "train.micro_batch" else (number, micro)
                 assert not violations(with_batch(*better), workers)
             for number in map(int, re.findall(r"\d+", other) if key == "train.global_batch" else ()):

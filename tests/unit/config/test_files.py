@@ -78,7 +78,5 @@ def test_importing_the_package_does_not_import_the_heavy_libraries() -> None:
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'numpy') if name in sys.modules])"
     )
     root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

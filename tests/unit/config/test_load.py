@@ -40,9 +40,7 @@ def test_defaults_are_those_of_the_schema(tmp_path: Path) -> None:
 
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones() -> None:
-    config = debug(
-        "train.steps=7", "train.steps=9", "train.betas=[0.8, 0.9]", "run.threads=2", "router.score=softmax"
-    )
+    config = debug("train.steps=7", "train.steps=9", "train.betas=[0.8, 0.9]", "run.threads=2", "router.score=softmax")
     assert (config.train.steps, config.train.betas) == (9, (0.8, 0.9))
     assert (config.run.threads, config.router.score) == (2, "softmax")
     assert config.train.global_batch == 12
@@ -138,9 +136,7 @@ def test_deepspeed_keys_of_ours_are_refused_with_our_field() -> None:
         "parallel.zero_stage sets it in DeepSpeed",
     ]
     assert len(refused("train.deepspeed.zero_optimization=3")) == 1
-    allowed = debug(
-        "train.deepspeed={zero_optimization: {overlap_comm: false}, communication_data_type: fp32}"
-    )
+    allowed = debug("train.deepspeed={zero_optimization: {overlap_comm: false}, communication_data_type: fp32}")
     assert allowed.train.deepspeed["zero_optimization"] == {"overlap_comm": False}
 
 
@@ -191,15 +187,11 @@ plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) |
 free = st.dictionaries(
     st.text(), st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
-names = st.text(min_size=1) | st.sampled_from(
-    ["1e-6", "on", "null", "0o7", "12:30", "2024-01-01", " a ", "a: b"]
-)
+names = st.text(min_size=1) | st.sampled_from(["1e-6", "on", "null", "0o7", "12:30", "2024-01-01", " a ", "a: b"])
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    keys=free, name=names, rate=st.floats(0, 1e9), betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2)
-)
+@given(keys=free, name=names, rate=st.floats(0, 1e9), betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2))
 def test_what_is_dumped_loads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, keys: dict, name: str, rate: float, betas: tuple[float, float]
 ) -> None:

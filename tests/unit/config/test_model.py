@@ -109,9 +109,7 @@ def test_a_bpe_vocabulary_must_fit() -> None:
 
 
 def test_routing_values_are_written_into_the_model() -> None:
-    bare = debug(
-        "model.config.num_experts_per_tok=null", "model.config.n_group=null", "model.config.topk_group=null"
-    )
+    bare = debug("model.config.num_experts_per_tok=null", "model.config.n_group=null", "model.config.topk_group=null")
     router = {"top_k": 3, "groups": 4, "top_groups": 2, "scaling": 2.0, "normalise": False}
     wanted = bare.router.model_copy(update=router)
     without_scale = {
@@ -130,9 +128,7 @@ def test_a_class_default_is_used_and_blamed_by_its_name() -> None:
     lean = {key: value for key, value in config.model.config.items() if key not in ("n_group", "topk_group")}
     config = config.model_copy(update={"model": config.model.model_copy(update={"config": lean})})
     assert list(violations(config)) == ["model.config.n_group"]  # DeepSeek-V3's own 8 groups, of 12 experts
-    assert not violations(
-        config.model_copy(update={"router": debug("router={groups: 2, top_groups: 1}").router})
-    )
+    assert not violations(config.model_copy(update={"router": debug("router={groups: 2, top_groups: 1}").router}))
 
 
 @pytest.mark.parametrize("name", ["top_k=3", "scaling=2.0", "normalise=false", "groups=2", "top_groups=2"])

@@ -51,9 +51,7 @@ def test_every_document_is_in_its_split_once(source: str, tmp_path: Path, tokeni
     for corpus in (prepared.train, prepared.validation):
         assert corpus.text_bytes == prepared.tokenizer.token_bytes_V[corpus.tokens].sum()
         assert corpus.tokens.dtype == np.uint16
-        assert all(
-            isinstance(each, np.memmap) for each in (corpus.tokens, corpus.starts_N1, corpus.domains_N)
-        )
+        assert all(isinstance(each, np.memmap) for each in (corpus.tokens, corpus.starts_N1, corpus.domains_N))
     listed = (prepared.folder / "validation.documents.jsonl").read_text().splitlines()
     assert {json.loads(line)["name"] for line in listed} == held_out
 
@@ -95,9 +93,7 @@ def test_prepared_tokens_are_opened_not_made_again(source: str, tmp_path: Path) 
     assert prepare([source], "bytes", 0, 0.3, tmp_path).fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize(
-    "name", ["train.tokens", "validation.starts", "manifest.json", "tokenizer/tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["train.tokens", "validation.starts", "manifest.json", "tokenizer/tokenizer.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_damaged_tokens_are_made_again(source: str, tmp_path: Path, name: str, damage: str) -> None:
     first = prepare([source], "bytes", 0, 0.3, tmp_path)
@@ -133,9 +129,7 @@ def test_error_while_preparing_leaves_nothing_that_opens(source: str, tmp_path: 
     assert not [path for path in (tmp_path / "tokens").iterdir() if (path / "manifest.json").exists()]
 
 
-@pytest.mark.parametrize(
-    ("fraction", "split", "remedy"), [(0.99, "train", "lower"), (0.01, "validation", "raise")]
-)
+@pytest.mark.parametrize(("fraction", "split", "remedy"), [(0.99, "train", "lower"), (0.01, "validation", "raise")])
 def test_empty_split_is_refused(tmp_path: Path, fraction: float, split: str, remedy: str) -> None:
     (tmp_path / "only.txt").write_text("one document alone")
     with pytest.raises(DataError, match=f"{split} split empty.*; {remedy} data.validation_fraction"):

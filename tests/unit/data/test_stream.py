@@ -43,9 +43,7 @@ def _slow_epoch(documents: list[list[int]], order: list[int], length: int) -> li
 
 def _rows(batch: Batch) -> list[list[tuple[int, ...]]]:
     assert all(column.dtype == torch.int64 for column in batch)
-    return [
-        list(zip(*(column[b].tolist() for column in batch), strict=True)) for b in range(len(batch.tokens_BS))
-    ]
+    return [list(zip(*(column[b].tolist() for column in batch), strict=True)) for b in range(len(batch.tokens_BS))]
 
 
 @given(documents=DOCUMENTS, length=st.integers(2, 20), seed=st.integers(0, 5), data=st.data())
@@ -78,9 +76,7 @@ def test_every_token_has_its_loss_once_an_epoch(documents: list[list[int]], leng
     stream = Stream(_corpus(documents), length, seed)
     for epoch in range(2):
         batch = stream.batch(epoch * stream.rows_per_epoch, stream.rows_per_epoch)
-        pairs = sorted(
-            zip(batch.tokens_BS.flatten().tolist(), batch.targets_BS.flatten().tolist(), strict=True)
-        )
+        pairs = sorted(zip(batch.tokens_BS.flatten().tolist(), batch.targets_BS.flatten().tolist(), strict=True))
         expected = [pair for each in documents for pair in zip(each, [*each[1:], END], strict=True)]
         assert [pair for pair in pairs if pair[1] != -100] == sorted(expected)
         assert ((batch.targets_BS != -100).sum(dim=1) > 0).all()

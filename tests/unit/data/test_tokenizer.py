@@ -95,9 +95,7 @@ def test_training_is_the_same_in_another_process() -> None:
         "from tests.unit.data.test_tokenizer import _bpe; import hashlib;"
         "print(hashlib.sha256(_bpe().backend.to_str().encode()).hexdigest())"
     )
-    answers = {
-        subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parents[3]) for _ in "ab"
-    }
+    answers = {subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parents[3]) for _ in "ab"}
     assert len(answers) == 1
 
 

@@ -44,9 +44,7 @@ def test_a_process_is_read_while_it_lives_after_it_ended_and_when_it_is_gone() -
 
 def test_a_name_with_spaces_and_brackets_is_no_obstacle() -> None:
     rename = "import ctypes; ctypes.CDLL(None).prctl(15, b') Z 1 (x'); print(flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", rename], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", rename], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout and child.stdout.readline()
         process = read_process(child.pid)
         child.kill()

@@ -130,9 +130,7 @@ def test_a_lost_connection_is_not_named_where_its_cause_is_known(workers: Worker
     assert [failure.rank for failure in watch.failures()] == [1, 0]
 
 
-def test_a_kill_is_named_before_an_error_that_was_seen_a_little_earlier(
-    workers: Workers, watch: Watch
-) -> None:
+def test_a_kill_is_named_before_an_error_that_was_seen_a_little_earlier(workers: Workers, watch: Watch) -> None:
     workers.add()
     killed = workers.add()
     watch.look()

@@ -88,9 +88,7 @@ def test_the_summary_names_quality_balance_and_where_to_look(tmp_path: Path) -> 
     shown = RunConsole(steps=20, console=Console(file=buffer, width=100))
     shown.summary(evaluation_sample(), {"metrics": tmp_path / "metrics.jsonl"}, tensorboard=tmp_path / "tb")
     text = buffer.getvalue()
-    cells = [
-        [part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")
-    ]
+    cells = [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert cells[0] == ["0", "1.000", "0.189", "0.00 (expert 1)", "2.00 (expert 0)"]
     assert cells[1] == ["1", "0.000", "0.230", "1.00 (expert 0)", "1.00 (expert 0)"]
     assert cells[2] == ["mean", "0.500", "0.210", "", ""]

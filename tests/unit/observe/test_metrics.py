@@ -111,9 +111,7 @@ def test_trap_T05_counts_are_int64_in_records() -> None:
 
 def test_trap_T12_a_bias_that_is_not_float32_is_refused() -> None:
     step = step_sample().as_dict()
-    given = {
-        key: step[key] for key in ("step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s")
-    }
+    given = {key: step[key] for key in ("step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s")}
     given |= {"step_ms": 1.0, "balance_rate": 0.0, "skipped": False, "skipped_steps": 0}
     load_E = torch.tensor([1, 1])
     with pytest.raises(TypeError, match=r"layer 0 has dtype torch\.bfloat16"):

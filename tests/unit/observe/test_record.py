@@ -125,9 +125,7 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch
     stray.write_text("y = 1\n")
     commit = git(tmp_path, "rev-parse", "HEAD")
     assert source_state(tracked) == {"commit": commit, "dirty": False}
-    assert source_state(stray) == {"commit": None, "dirty": None}, (
-        "an installed copy below somebody's repository"
-    )
+    assert source_state(stray) == {"commit": None, "dirty": None}, "an installed copy below somebody's repository"
     tracked.write_text("x = 2\n")
     assert source_state(tracked) == {"commit": commit, "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

@@ -35,9 +35,7 @@ def test_max_vio_over_the_limit_is_said_after_patience_steps_in_a_row() -> None:
     said = [watch.step(step_sample(step=step, loads=(EVEN, UNEVEN))) for step in (10, 20, 30, 40, 50, 60, 70)]
     assert [len(lines) for lines in said] == [0, 0, 1, 0, 0, 0, 0]
     (line,) = said[2]
-    assert line.startswith(
-        "step 30: layer 1: MaxVio 2.70 (floor 0.10) is above 1 for 3 logged steps in a row; "
-    )
+    assert line.startswith("step 30: layer 1: MaxVio 2.70 (floor 0.10) is above 1 for 3 logged steps in a row; ")
 
 
 def test_one_even_step_starts_the_count_again() -> None:

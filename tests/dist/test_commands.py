@@ -1,0 +1,107 @@
+"""The commands of the README as a user types them: real launchers, a real checkpoint, a real crash."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_moe.data.stream import NO_LOSS
+from dist_moe.model.task import IGNORED
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SHORT = ("train.steps=2", "observe.every=1", "checkpoint.every=0", "observe.tensorboard=false", "train.warmup_steps=1")
+PLAIN = {
+    "deepspeed": (
+        *(str(BIN / "deepspeed"), "--no_local_rank", "--num_accelerators", "2", "--master_port", "29731"),
+        *("--module", "dist_moe"),
+    ),
+    "torchrun": (
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29732"),
+        *("-m", "dist_moe"),
+    ),
+}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def call(*argv: str) -> str:
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One short run through each launcher, started by hand."""
+    folders = {}
+    for launcher, command in PLAIN.items():
+        folders[launcher] = tmp_path_factory.mktemp(launcher) / "run"
+        call(*command, "train", "configs/debug.yaml", f"run.dir={folders[launcher]}", *SHORT)
+    return folders
+
+
+def test_launchers_started_by_hand_train_alike(runs: dict[str, Path]) -> None:
+    deepspeed, torchrun = (lines(runs[name]) for name in ("deepspeed", "torchrun"))
+    assert [step["loss"] for step in deepspeed[:2]] == [step["loss"] for step in torchrun[:2]]
+    assert [step["load"] for step in deepspeed] == [step["load"] for step in torchrun]
+    assert deepspeed[-1]["event"] == "validation"
+
+
+def test_a_checkpoint_evaluates_as_the_run_did_and_generates(runs: dict[str, Path]) -> None:
+    checkpoint = runs["torchrun"] / "checkpoints" / "step-000002"
+    found = json.loads(call(str(BIN / "dist-moe"), "evaluate", str(checkpoint)))
+    wanted = lines(runs["torchrun"])[-1]
+    assert found["load"] == wanted["load"]
+    assert found["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=1e-6)
+    greedy = (str(BIN / "dist-moe"), "generate", str(checkpoint), "--prompt", "import os", "--tokens", "5")
+    text = call(*greedy, "--temperature", "0")
+    assert text.startswith("import os") and text == call(*greedy, "--temperature", "0")
+
+
+def test_a_second_run_in_the_same_folder_sets_the_first_aside(runs: dict[str, Path]) -> None:
+    folder = runs["deepspeed"]
+    before = (folder / "metrics.jsonl").read_bytes()
+    call(sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", f"run.dir={folder}", *SHORT)
+    assert (folder / "earlier-1" / "metrics.jsonl").read_bytes() == before
+    assert (folder / "earlier-1" / "checkpoints" / "step-000002" / "model" / "config.json").is_file()
+    assert [line["step"] for line in lines(folder)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_worker_killed_in_training_ends_the_job_and_is_named(launcher: str, tmp_path: Path) -> None:
+    argv = (str(BIN / "dist-moe"), "launch", "configs/debug.yaml", "--launcher", launcher, f"run.dir={tmp_path}")
+    long = ("train.steps=100000", "observe.every=1", "observe.tensorboard=false")
+    job = subprocess.Popen(
+        [*argv, *long], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics, deadline_s = tmp_path / "metrics.jsonl", time.monotonic() + 150
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        assert job.poll() is None and time.monotonic() < deadline_s
+        time.sleep(0.1)
+    pids = [json.loads((tmp_path / "workers" / f"rank-{rank}.json").read_text())["pid"] for rank in (0, 1)]
+    os.kill(pids[1], signal.SIGKILL)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_the_text_and_the_model_mean_the_same_target_without_loss() -> None:
+    assert NO_LOSS == IGNORED
+
+
+def test_the_documents_hold_no_unfilled_place() -> None:
+    assert not [path.name for path in ROOT.glob("*.md") if "@@" in path.read_text()]
