@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_moe.launch.processes import read_process
+from dist_moe.launch.processes import collected_status, read_process
 
 # Signals that neither a launcher nor a dying peer sends: they come before any error of another rank within
 # this time.
@@ -84,9 +84,10 @@ class Watch:
                 continue
             process = read_process(record["pid"])
             if process is None or process.start_time != record["start_time"]:
-                self._end(rank, None)
+                # The launcher has been quicker to ask; only the handle still knows.
+                self._end(rank, collected_status(self.handles[rank]) if rank in self.handles else None)
             elif process.ended:
-                self._end(rank, os.waitstatus_to_exitcode(process.status))
+                self._end(rank, process.status)
 
     def pids(self) -> set[int]:
         return {record["pid"] for record in self.records.values()}
@@ -111,11 +112,12 @@ class Watch:
         with contextlib.suppress(ProcessLookupError):
             self.handles[rank] = os.pidfd_open(record["pid"])
 
-    def _end(self, rank: int, code: int | None) -> None:
-        """Notes that a worker has ended; `code` as `subprocess` has a return code, None if unknown."""
+    def _end(self, rank: int, status: int | None) -> None:
+        """Notes that a worker has ended; `status` as `os.waitpid` gives it, None if unknown."""
         if rank in self.handles:
             os.close(self.handles.pop(rank))
         state = (read_record(self.run_dir, rank) or {}).get("state")
+        code = None if status is None else os.waitstatus_to_exitcode(status)
         self.deaths[rank] = silent_end(time.time(), rank, code, finished=state == "finished")
 
 

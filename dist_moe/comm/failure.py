@@ -53,9 +53,9 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
 
     The report is `errors/rank-N.txt` (time, rank, exit code, exception type, message, traceback), the same
     traceback on stderr, and the state "failed" in `workers/rank-N.json`. The exit code is 2 for a
-    `ConfigError`, the code of a `SystemExit`, 130 for Ctrl-C (which is no error and gets no file), and 1
-    otherwise. A `ConfigError` is the same on every rank and the user's to mend: it is told once, without a
-    traceback, by `dist-moe launch` or by rank 0.
+    `UserError`, the code of a `SystemExit`, 130 for Ctrl-C (which is no error and gets no file), and 1
+    otherwise. A `UserError` is told without a traceback, and a `ConfigError`, which is the same on every rank,
+    once: by `dist-moe launch` or by rank 0.
 
     Why the exit is hard (`os._exit`): a rank that raises while the others stand in a collective must be gone
     at once, since its closed connections are what frees them. An ordinary exit first unwinds the context

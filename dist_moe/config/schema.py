@@ -122,7 +122,8 @@ class ParallelConfig(Section):
     )
     backend: Literal["auto", "nccl", "gloo"] = Field(
         default="auto",
-        description="the library of the collectives: nccl (GPU), gloo (CPU), or auto (nccl where there is CUDA)",
+        description="the library of the collectives: nccl (GPU), gloo (CPU), or auto (nccl where each worker "
+        "has a GPU of its own)",
     )
     timeout_s: float = Field(default=600, gt=0, description="the time limit of each collective, in seconds")
 

@@ -28,6 +28,7 @@ from dist_moe.train.evaluate import HeldOut, evaluate
 from dist_moe.train.loop import run
 from dist_moe.train.step import train_step
 from dist_moe.train.weights import load_weights, save_weights
+from tests.collectives import counted
 from tests.dist.small import LENGTH, ROWS, VOCABULARY, Case, make_balancer, make_task, ragged_batch, share
 
 CPU = torch.device("cpu")
@@ -109,18 +110,8 @@ def layers_of_many_sizes(rank: int, world_size: int, policy: str) -> tuple[list[
     routers = {f"layer.{place}": Router(count, 4, TopK(1, "sigmoid")) for place, count in enumerate((2, 5, 3))}
     balancer = Balancer(routers, BalanceSettings(policy, 0.5, "constant", 10), CPU)
     balancer.observe([torch.arange(router.experts) * (rank + 1) for router in routers.values()])
-    calls = []
-    real = dist.all_reduce
-
-    def counted(*tensors: Any, **options: Any) -> Any:
-        calls.append(1)
-        return real(*tensors, **options)
-
-    dist.all_reduce = counted
-    try:
+    with counted("all_reduce") as calls:
         loads = balancer.step()
-    finally:
-        dist.all_reduce = real
     return [load.tolist() for load in loads], [bias.tolist() for bias in balancer.biases], len(calls)
 
 

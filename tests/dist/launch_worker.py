@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def act(name: str, rank: int) -> None:
-    """Rank 1 does what the name says, while the others wait for it in a collective."""
+    """Rank 1 does what the name says, while the others wait for it in an all-to-all, as between experts."""
     if name == "config":
         raise ConfigError([Violation("data.sources", "x", "is not there", "name another")])
     if name == "stray":
@@ -60,8 +60,9 @@ def misbehave(name: str) -> None:
 
 
 def meet() -> None:
-    """Waits in a collective for every rank."""
-    dist.all_reduce(torch.ones(1))
+    """Waits in an all-to-all for every rank."""
+    sent = torch.ones(dist.get_world_size(), 4)
+    dist.all_to_all_single(torch.empty_like(sent), sent)
 
 
 if __name__ == "__main__":

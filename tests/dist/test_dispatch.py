@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe.dispatch import combine, dispatch
+from tests.collectives import counted
 from tests.dist.layers import check_against_twin, fast_pass
 from tests.dist.pool import RankPool
 from tests.twin import LayerCase
@@ -100,18 +100,8 @@ def test_trap_T36_with_expert_i_multiplying_by_i_the_output_is_known(
 
 def count_exchanges(rank: int, world_size: int, case: LayerCase) -> int:
     """All-to-all calls of one forward and backward; each goes through."""
-    calls = []
-    real = dist.all_to_all_single
-
-    def counted(*tensors: Any, **options: Any) -> Any:
-        calls.append(1)
-        return real(*tensors, **options)
-
-    dist.all_to_all_single = counted
-    try:
+    with counted("all_to_all_single") as calls:
         fast_pass(rank, case)
-    finally:
-        dist.all_to_all_single = real
     return len(calls)
 
 

@@ -1,13 +1,11 @@
 """Sums over all ranks: counts to the last unit, named numbers, and flags."""
 
-from typing import Any
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.comm.reduce import sum_counts, sum_scalars
+from tests.collectives import counted
 from tests.dist.pool import RankPool
 
 CPU = torch.device("cpu")
@@ -28,18 +26,8 @@ def test_a_world_of_one_sums_over_itself() -> None:
 def sums(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, float], int]:
     """Counts above 2**24 that differ by one, numbers; and the collectives that the counts took."""
     shapes = [torch.tensor([2**24 + rank, 1]), torch.tensor(2**53 * rank + 1), torch.zeros(0, dtype=torch.int64)]
-    calls = []
-    real = dist.all_reduce
-
-    def counted(*tensors: Any, **options: Any) -> Any:
-        calls.append(1)
-        return real(*tensors, **options)
-
-    dist.all_reduce = counted
-    try:
+    with counted("all_reduce") as calls:
         summed = sum_counts([*shapes, torch.ones(2, 3, dtype=torch.int64)], CPU)
-    finally:
-        dist.all_reduce = real
     return summed, sum_scalars({"nats": 0.5 + rank, "tokens": 7}, CPU), len(calls)
 
 
