@@ -1,53 +1,38 @@
-"""The balancer: the window of load counts, the one collective per step, and the update of every layer's bias."""
+"""The balancer: the window of counts, the one collective per step, and the update of what routers keep."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dist_moe.balance.loss_free import loss_free_update
-from dist_moe.comm.reduce import sum_counts
-
-# (bias_E fp32, load_E int64 over all ranks, rate) -> the next bias_E
-UpdateRule = Callable[[Tensor, Tensor, float], Tensor]
-
-
-class Biased(Protocol):
-    """A router, as the balancer sees it: it owns an fp32 [E] buffer, and a weight that is trained or frozen."""
-
-    selection_bias: Tensor
-
-    @property
-    def weight(self) -> Tensor: ...
+from dist_moe.balance.budget import Controller, control, start_controller
+from dist_moe.balance.policy import BalanceSettings, update_rule
+from dist_moe.balance.quantile import BINS
+from dist_moe.balance.tally import Tally, add_tallies, sum_tallies
 
 
-@dataclass(frozen=True)
-class BalanceSettings:
-    """What the balancer needs to know of the config.
+class Balanced(Protocol):
+    """A router, as the balancer sees it: what it writes there, and whether it may.
 
-    policy: "none" or "loss_free". rate: u at the first step. schedule: "constant", or "linear", which falls to 0 at
-    `schedule_steps` taken steps. centre: whether the mean of the bias is held at 0.
+    selection_bias: fp32 [E]. last_load: int64 [E]. threshold: fp32 scalar, None without threshold routing.
     """
 
-    policy: str
-    rate: float
-    schedule: str
-    schedule_steps: int
-    centre: bool = False
+    selection_bias: Tensor
+    last_load: Tensor
+    threshold: Tensor | None
 
-    def rate_at(self, taken: int) -> float:
-        """The rate u for the update after `taken` steps were taken before."""
-        if self.policy == "none":
-            return 0.0
-        if self.schedule == "constant":
-            return self.rate
-        return self.rate * max(0.0, 1.0 - taken / self.schedule_steps)
+    @property
+    def balanced(self) -> bool: ...
+
+    @property
+    def most(self) -> int:
+        """Experts a token takes at most."""
+        ...
 
 
 class Balancer:
-    """Counts the load of one optimizer step over all ranks and moves each layer's selection bias by it.
+    """Counts the routing of one optimizer step over all ranks, and by it moves each layer's bias and the threshold.
 
     routers: layer name -> router (layers may differ in E). Their buffers are written in place and looked up anew each
     time, so that the buffer which the model uses and saves is the one that is updated. The counts of a window are
@@ -56,7 +41,7 @@ class Balancer:
     same integers.
     """
 
-    def __init__(self, routers: Mapping[str, Biased], settings: BalanceSettings, device: torch.device) -> None:
+    def __init__(self, routers: Mapping[str, Balanced], settings: BalanceSettings, device: torch.device) -> None:
         for name, router in routers.items():
             if router.selection_bias.dtype != torch.float32:
                 raise TypeError(
@@ -66,7 +51,8 @@ class Balancer:
         self.settings = settings
         self.device = device
         self.taken = 0
-        self._rule = _rule_of(settings)
+        self.controller = self._start_controller()
+        self._rule = update_rule(settings)
         self._window = self._empty_window()
 
     @property
@@ -74,43 +60,94 @@ class Balancer:
         """selection_bias [E] of each layer, fp32: the routers' own buffers."""
         return [router.selection_bias for router in self.routers.values()]
 
-    def observe(self, loads: Sequence[Tensor]) -> None:
-        """Add one micro-batch: loads[l] is the int64 load_E of layer l on this rank, in the order of `routers`."""
-        self._window = [seen + load for seen, load in zip(self._window, loads, strict=True)]
+    @property
+    def threshold(self) -> float | None:
+        """The threshold in use; None without threshold routing."""
+        held = [router.threshold for router in self.routers.values() if router.threshold is not None]
+        return float(held[0]) if held else None
+
+    def observe(self, tallies: Sequence[Tally]) -> None:
+        """Add one micro-batch: the counts of each layer on this rank, in the order of `routers`."""
+        self._window = add_tallies(self._window, tallies)
 
     @torch.no_grad()
-    def step(self) -> list[Tensor]:
-        """After a step that was taken: reduce the window, update every bias, begin a new window.
+    def step(self) -> list[Tally]:
+        """After a step that was taken: reduce the window, update every layer, begin a new window.
 
-        -> load_E of each layer over all ranks (int64). The one collective is made under policy "none" too, since
-        the load is shown under every policy. All ranks call it alike.
+        -> the counts of each layer over all ranks. The one collective is made under policy "none" too, since the load
+        is shown under every policy. All ranks call it alike.
         """
-        loads = self._reduce_window()
+        tallies = self._reduce_window()
         rate = self.settings.rate_at(self.taken)
-        if self._rule is not None:
-            for router, load_E in zip(self.routers.values(), loads, strict=True):
-                bias_E = router.selection_bias
-                if router.weight.requires_grad:  # a frozen router must not drift by its bias either
-                    bias_E.copy_(self._rule(bias_E, load_E, rate))
+        for router, tally in zip(self.routers.values(), tallies, strict=True):
+            if not router.balanced:
+                continue
+            router.last_load.copy_(tally.load_E)
+            if self._rule is not None and not self.settings.frozen_at(self.taken):
+                router.selection_bias.copy_(self._rule(router.selection_bias, tally, rate))
+        self._control_threshold(tallies)
         self.taken += 1
-        return loads
+        return tallies
 
-    def discard(self) -> list[Tensor]:
+    def discard(self) -> list[Tally]:
         """After a step that was skipped: the counts are reduced for the record, and move nothing."""
         return self._reduce_window()
 
-    def _reduce_window(self) -> list[Tensor]:
-        loads = sum_counts(self._window, self.device)
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next update depends on: int, fp32 and int64, equal on all ranks."""
+        layers = {
+            name: {"selection_bias": router.selection_bias.clone(), "last_load": router.last_load.clone()}
+            for name, router in self.routers.items()
+        }
+        controller = None if self.controller is None else tuple(self.controller)
+        return {"taken": self.taken, "controller": controller, "layers": layers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`. Errors: ValueError where it is of other layers, or of another kind of routing."""
+        if set(state["layers"]) != set(self.routers) or (state["controller"] is None) != (self.controller is None):
+            raise ValueError(
+                f"the state is of the layers {sorted(state['layers'])} and controller {state['controller']}; this "
+                f"balancer has {sorted(self.routers)} and {self.controller}; use the config of the run that wrote it"
+            )
+        for name, router in self.routers.items():
+            router.selection_bias.copy_(state["layers"][name]["selection_bias"])
+            router.last_load.copy_(state["layers"][name]["last_load"])
+        self.taken = state["taken"]
+        if state["controller"] is not None:
+            self._set_controller(Controller(*state["controller"]))
+
+    def _start_controller(self) -> Controller | None:
+        threshold = self.threshold
+        return None if self.settings.budget is None or threshold is None else start_controller(threshold)
+
+    def _control_threshold(self, tallies: Sequence[Tally]) -> None:
+        budget = self.settings.budget
+        if self.controller is None or budget is None or not any(router.balanced for router in self.routers.values()):
+            return
+        assignments = sum(int(tally.load_E.sum()) for tally in tallies)
+        tokens = sum(int(tally.takers_K.sum()) for tally in tallies)
+        if tokens:
+            self._set_controller(control(self.controller, assignments / tokens, budget))
+
+    def _set_controller(self, controller: Controller) -> None:
+        self.controller = controller
+        for router in self.routers.values():
+            if router.threshold is not None:
+                router.threshold.fill_(controller.threshold)
+
+    def _reduce_window(self) -> list[Tally]:
+        tallies = sum_tallies(self._window, self.device)
         self._window = self._empty_window()
-        return loads
+        return tallies
 
-    def _empty_window(self) -> list[Tensor]:
-        return [torch.zeros(bias.numel(), dtype=torch.int64, device=self.device) for bias in self.biases]
+    def _empty_window(self) -> list[Tally]:
+        return [self._empty_tally(router) for router in self.routers.values()]
 
+    def _empty_tally(self, router: Balanced) -> Tally:
+        experts = router.selection_bias.numel()
 
-def _rule_of(settings: BalanceSettings) -> UpdateRule | None:
-    if settings.policy == "none":
-        return None
-    if settings.policy == "loss_free":
-        return lambda bias_E, load_E, rate: loss_free_update(bias_E, load_E, rate, settings.centre)
-    raise ValueError(f"balance.policy={settings.policy!r} is unknown; use none or loss_free")
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+        margins_EQ = zeros(experts, BINS) if self.settings.counts_margins else None
+        return Tally(zeros(experts), zeros(router.most), margins_EQ)

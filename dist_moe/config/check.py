@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
+from dist_moe.config.balancing import balancing_violations
 from dist_moe.config.errors import ConfigError, Violation, divisors, listed
 from dist_moe.config.model import read_model
 from dist_moe.config.schema import Config, TrainConfig
@@ -43,6 +44,9 @@ def resolve(config: Config, workers: int) -> Resolved:
     violations += _schedule_violations(config.train)
     if experts is not None:
         violations += _expert_parallel_violations(config, workers, experts)
+    accumulation = max(1, config.train.global_batch // (workers * config.train.micro_batch))
+    if facts is not None:
+        violations += balancing_violations(config, facts.router, facts.experts, accumulation)
     if violations or facts is None:
         raise ConfigError(violations)
     train, asked = config.train, config.parallel.expert_parallel
@@ -51,7 +55,7 @@ def resolve(config: Config, workers: int) -> Resolved:
         config=config.model_copy(update={"router": facts.router, "train": filled}),
         workers=workers,
         expert_parallel=gcd(workers, facts.experts) if asked == "auto" else asked,
-        accumulation=train.global_batch // (workers * train.micro_batch),
+        accumulation=accumulation,
         experts=facts.experts,
         model_config=facts.arguments,
     )

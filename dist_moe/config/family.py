@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Architecture = Literal["deepseek_v3", "qwen3_moe"]
-Score = Literal["sigmoid", "softmax"]
+Score = Literal["sigmoid", "softmax", "softmax_selected", "sqrt_softplus"]
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,10 @@ def read_model(config: Config) -> Reading:
     if routing := _routing_violations(config, family, experts, filled):
         return Reading(None, experts, [*violations, *routing])
     written = {field: filled[name] for name, field in fields.items() if field is not None}
-    router = config.router.model_copy(update={**filled, "score": config.router.score or family.score})
+    filled["score"] = config.router.score or family.score
+    if config.router.selection == "threshold":
+        filled["max_experts"] = config.router.max_experts or experts
+    router = config.router.model_copy(update=filled)
     arguments = {**arguments, **written, **_no_special_tokens()}
     return Reading(ModelFacts(arguments, experts, router), experts, violations)
 
@@ -182,7 +185,7 @@ def _routing_violations(config: Config, family: Family, experts: int, filled: di
     if top_k is None or not 1 <= top_k <= experts:
         rule = f"is not within the model's {experts} experts"
         found.append(violation("top_k", rule, f"use 1 to {experts}"))
-    elif top_k == 1 and filled["normalise"]:
+    elif top_k == 1 and filled["normalise"] and config.router.selection != "threshold":
         rule = "makes the weight of a token's one expert 1 whatever its score, so the router cannot learn"
         found.append(violation("normalise", rule, "set it to false, or top_k above 1"))
     if filled["scaling"] <= 0:

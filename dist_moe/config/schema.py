@@ -5,20 +5,16 @@ A description is worded to follow "give": errors end with it, and the files in `
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from dist_moe.config.deepspeed_keys import deepspeed_violations
-from dist_moe.config.family import Architecture, Score
+from dist_moe.config.family import Architecture
+from dist_moe.config.routing import BalanceConfig, RouterConfig
+from dist_moe.config.section import Section
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Frozen, and strict: no unknown key, no text for a number, no infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -51,60 +47,6 @@ class ModelConfig(Section):
     config: dict[str, Any] = Field(
         description="the keys of the family's Hugging Face config class; a key left out keeps the "
         "default of that class, and vocab_size comes from the tokenizer",
-    )
-
-
-class RouterConfig(Section):
-    """How a token finds its experts; null means what the Hugging Face config says."""
-
-    selection: Literal["top_k"] = Field(
-        default="top_k",
-        description="the rule by which a token takes experts: top_k (the same number for each token)",
-    )
-    top_k: int | None = Field(default=None, ge=1, description="the experts each token takes (1 or more), or null")
-    score: Score | None = Field(
-        default=None,
-        description="the gate function from logits to scores: sigmoid, softmax, or null (the family's own)",
-    )
-    normalise: bool | None = Field(
-        default=None,
-        description="whether the weights of a token's experts are divided by their sum: true, false or null",
-    )
-    scaling: float | None = Field(
-        default=None, gt=0, description="the factor on the weights of a token's experts (above 0), or null"
-    )
-    groups: int | None = Field(
-        default=None,
-        ge=1,
-        description="the number of groups the experts are divided into (1: no groups), or null",
-    )
-    top_groups: int | None = Field(
-        default=None,
-        ge=1,
-        description="the number of groups a token may take experts from (1 or more), or null",
-    )
-
-
-class BalanceConfig(Section):
-    """How the load of the experts is kept even."""
-
-    policy: Literal["none", "loss_free"] = Field(
-        default="loss_free",
-        description="the balancer: loss_free (a bias for each expert, moved by the sign of its load "
-        "error; arXiv 2408.15664) or none",
-    )
-    rate: float = Field(
-        default=0.001,
-        ge=0,
-        description="the change of an expert's bias in one optimizer step, in units of the score",
-    )
-    schedule: Literal["constant", "linear"] = Field(
-        default="constant",
-        description="the rate over the run: constant, or linear (falls to 0 at train.schedule_steps)",
-    )
-    centre: bool = Field(
-        default=False,
-        description="whether each layer's biases are moved to mean 0 after an update (the paper does not)",
     )
 
 

@@ -9,34 +9,31 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.family import family_of
+from dist_moe.config.family import Score, family_of
+from dist_moe.config.schema import BalanceConfig, RouterConfig
 from dist_moe.model.convert import MoeLayer, convert, find_layers
 from dist_moe.model.families import adapter_of
-from dist_moe.moe.select import Score, TopK
+from dist_moe.moe.router import Router
+from dist_moe.moe.select import OVER_LOGITS, Forced, Rule, Threshold, TopK
 
 
 def build_model(
-    architecture: str,
-    model_config: Mapping[str, Any],
-    score: Score,
-    mesh: Mesh,
-    seed: int,
-    scaling: float | None = None,
+    architecture: str, model_config: Mapping[str, Any], rule: Rule | Score, mesh: Mesh, seed: int
 ) -> PreTrainedModel:
     """A model with initial values on the CPU, in fp32, holding the experts of this rank alone.
 
-    model_config: keyword arguments of the Hugging Face config class. scaling: factor on the mixture weights where
-    the family has no field for it. Every value depends on `seed`, the name of its module and, for experts, the
-    global id of the expert: on nothing of the layout.
+    model_config: keyword arguments of the Hugging Face config class. rule: how tokens find experts; a gate function
+    alone stands for the family's own rule with it. Every value depends on `seed`, the name of its module and, for
+    experts, the global id of the expert: on nothing of the layout.
     """
     config = AutoConfig.for_model(architecture, **model_config)
-    model = empty_model(config, routing_rule(config, score, scaling), mesh)
+    model = empty_model(config, family_rule(config, rule) if isinstance(rule, str) else rule, mesh)
     materialise(model)
     initialise(model, seed)
     return model
 
 
-def empty_model(config: PretrainedConfig, rule: TopK, mesh: Mesh) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh) -> PreTrainedModel:
     """The converted model on the meta device: shapes without memory."""
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -45,11 +42,8 @@ def empty_model(config: PretrainedConfig, rule: TopK, mesh: Mesh) -> PreTrainedM
     return model
 
 
-def routing_rule(config: PretrainedConfig, score: Score, scaling: float | None = None) -> TopK:
-    """The top-K rule that a Hugging Face config states, with the gate function `score`.
-
-    scaling: factor on the weights where the family has no field for it; None is 1.
-    """
+def family_rule(config: PretrainedConfig, score: Score) -> TopK:
+    """The top-K rule that a Hugging Face config states, with the gate function `score`."""
     family = family_of(config.model_type)
 
     def stated(field: str | None, default: Any) -> Any:
@@ -59,10 +53,28 @@ def routing_rule(config: PretrainedConfig, score: Score, scaling: float | None =
         top_k=stated(family.top_k, None),
         score=score,
         normalise=bool(stated(family.normalise, False)),
-        scaling=float(stated(family.scaling, 1.0 if scaling is None else scaling)),
+        scaling=float(stated(family.scaling, 1.0)),
         groups=int(stated(family.groups, 1) or 1),
         top_groups=int(stated(family.top_groups, 1) or 1),
     )
+
+
+def routing_rule(router: RouterConfig, balance: BalanceConfig) -> Rule:
+    """The rule of a resolved configuration, in which every field of `router` is filled."""
+    score, top_k, normalise, scaling = router.score, router.top_k, router.normalise, router.scaling
+    if score is None or top_k is None or normalise is None or scaling is None:
+        raise RuntimeError("router.* is not resolved; load the config through dist_moe.config.resolve")
+    shapes_mixture = balance.shapes == "mixture"
+    if router.selection == "threshold":
+        most = router.max_experts
+        if most is None:
+            raise RuntimeError("router.max_experts is not resolved; load the config through dist_moe.config.resolve")
+        return Threshold(router.threshold, most, normalise, scaling, shapes_mixture)
+    if router.selection != "top_k":
+        return Forced(top_k, router.skew if router.selection == "zipf" else 0.0, score, normalise, scaling)
+    groups, top_groups = router.groups or 1, router.top_groups or 1
+    multiplicative = balance.form == "multiplicative" and score not in OVER_LOGITS
+    return TopK(top_k, score, normalise, scaling, groups, top_groups, multiplicative, shapes_mixture)
 
 
 def materialise(model: PreTrainedModel) -> None:
@@ -74,6 +86,9 @@ def materialise(model: PreTrainedModel) -> None:
     model.to_empty(device="cpu")
     model.tie_weights()
     for module in model.modules():
+        if isinstance(module, Router):
+            module.reset_state()
+            continue
         persistent = set(module.state_dict(keep_vars=True).keys())
         own = [name for name, buffer in module.named_buffers(recurse=False) if name not in persistent]
         if own:
@@ -96,7 +111,7 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
 
 def _initialise_layer(layer: MoeLayer, std: float, seed: int) -> None:
     _fill_normal(layer.router.weight, std, derived_seed(seed, f"{layer.name}.router"))
-    layer.router.selection_bias.zero_()
+    layer.router.reset_state()
     mesh, local = layer.experts.mesh, layer.experts.local
     for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
         for kind, weight_eHD in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):

@@ -10,7 +10,7 @@ from dist_moe.model.families import Adapter
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import TopK
+from dist_moe.moe.select import Rule
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -23,7 +23,7 @@ class MoeLayer(NamedTuple):
     experts: ExpertParallelLayer
 
 
-def convert(model: nn.Module, adapter: Adapter, rule: TopK, mesh: Mesh) -> list[MoeLayer]:
+def convert(model: nn.Module, adapter: Adapter, rule: Rule, mesh: Mesh) -> list[MoeLayer]:
     """Replace router and experts of every MoE block of `model`, in place -> the layers in the model's order.
 
     On a model that lies on the meta device this allocates nothing, and afterwards the model has the parameters of
@@ -53,7 +53,7 @@ def _sibling_router(modules: dict[str, nn.Module], experts_name: str) -> Router:
     return next(child for child in block.children() if isinstance(child, Router))
 
 
-def _convert_block(name: str, block: nn.Module, adapter: Adapter, rule: TopK, mesh: Mesh) -> MoeLayer:
+def _convert_block(name: str, block: nn.Module, adapter: Adapter, rule: Rule, mesh: Mesh) -> MoeLayer:
     theirs = block.get_submodule(adapter.experts)
     experts, double_width, width = theirs.get_parameter("gate_up_proj").shape
     with theirs.get_parameter("gate_up_proj").device:

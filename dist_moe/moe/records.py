@@ -19,6 +19,18 @@ class Routing(NamedTuple):
     weights_TK: Tensor
 
 
+class Routed(NamedTuple):
+    """What one forward of a router leaves behind, for the losses and the balancer.
+
+    logits_TE: fp32 or wider, with the graph. ids_TK: as in Routing. mask_T: bool, the tokens that exist; None
+    means all.
+    """
+
+    logits_TE: Tensor
+    ids_TK: Tensor
+    mask_T: Tensor | None
+
+
 class Receipt(NamedTuple):
     """What `combine` needs to bring rows back to their tokens.
 

@@ -1,4 +1,4 @@
-"""The router: a linear map to routing logits, the selection bias, and the load of its last forward."""
+"""The router: a linear map to routing logits, the selection bias, and the record of its last forward."""
 
 from collections.abc import Callable
 
@@ -6,58 +6,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_moe.moe.records import Routing
-from dist_moe.moe.select import TopK, select_top_k
+from dist_moe.moe.records import Routed
+from dist_moe.moe.select import Forced, Rule, Threshold, select
 
 
 class Router(nn.Module):
     """Routes tokens by `rule`; holds the one sanctioned state of the design.
 
     A Hugging Face block calls its router with the hidden states alone and expects fixed results, so what else goes in
-    or out is kept here: `selection_bias` (fp32 [E], a buffer, written by the balancer alone), the mask of the tokens
-    that exist, and the load of the current forward. The load is counted only between `open_record` and
-    `close_record`, which surround the whole model's forward. Recomputation under activation checkpointing runs
-    in the backward pass, when the record is closed, so it cannot count a token twice; it finds the same mask and the
-    same bias and therefore routes alike.
+    or out is kept here: `selection_bias` (fp32 [E], a buffer, written by the balancer alone), `threshold` (fp32
+    scalar, a buffer, with threshold routing), `last_load` (int64 [E], a buffer that no checkpoint of the model
+    holds: the load of the last optimizer step, for the auxiliary loss over it), the mask of the tokens that exist,
+    and the record of the current forward. The record is kept only between `open_record` and `close_record`,
+    which surround the whole model's forward. Recomputation under activation checkpointing runs in the backward
+    pass, when the record is closed, so it cannot count a token twice; it finds the same mask and the same bias and
+    therefore routes alike.
 
     weight: [E, D]. The logits are computed in fp32 whatever the model's precision is.
     """
 
     selection_bias: Tensor
+    last_load: Tensor
 
-    def __init__(self, experts: int, width: int, rule: TopK) -> None:
+    def __init__(self, experts: int, width: int, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
         self.experts = experts
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32))
+        self.register_buffer("last_load", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.threshold: Tensor | None = None
+        if isinstance(rule, Threshold):
+            self.register_buffer("threshold", torch.tensor(rule.threshold, dtype=torch.float32))
         self._mask_T: Tensor | None = None
-        self._load_E: Tensor | None = None
+        self._open = False
+        self._routed: Routed | None = None
+
+    @property
+    def balanced(self) -> bool:
+        """Whether a balancer may move what is kept here: neither a frozen router nor a forced one must drift."""
+        return self.weight.requires_grad and not isinstance(self.rule, Forced)
+
+    @property
+    def most(self) -> int:
+        """Experts a token takes at most."""
+        return self.rule.most
+
+    def reset_state(self) -> None:
+        """Give the buffers the values of a run that begins; on the meta device they have none."""
+        self.selection_bias.zero_()
+        self.last_load.zero_()
+        if self.threshold is not None and isinstance(self.rule, Threshold):
+            self.threshold.fill_(self.rule.threshold)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        """Follow `.to`, `.bfloat16()` and their like, but keep the bias in fp32: 0.5 + 0.001 is 0.5 in bf16."""
-        bias_E = self.selection_bias
+        """Follow `.to`, `.bfloat16()` and their like, but keep the state in fp32: 0.5 + 0.001 is 0.5 in bf16."""
+        bias_E, threshold = self.selection_bias, self.threshold
         super()._apply(fn, recurse)
         if self.selection_bias.dtype != torch.float32:
             self.selection_bias = bias_E.to(self.selection_bias.device)
+        if threshold is not None and self.threshold is not None and self.threshold.dtype != torch.float32:
+            self.threshold = threshold.to(self.threshold.device)
         return self
 
     def open_record(self, mask_T: Tensor | None) -> None:
         """Begin a forward: only tokens where `mask_T` (bool) is true are routed and counted; None means all."""
         self._mask_T = mask_T
-        self._load_E = torch.zeros(self.experts, dtype=torch.int64, device=self.weight.device)
+        self._open, self._routed = True, None
 
-    def close_record(self) -> Tensor:
-        """End the forward and return its load_E: int64, assignments to each expert on this rank.
+    def close_record(self) -> Routed:
+        """End the forward and return what it left.
 
         In training the mask stays, because recomputation in the backward pass needs it.
         """
-        load_E, self._load_E = self._load_E, None
+        routed, self._routed, self._open = self._routed, None, False
         if not self.training:
             self._mask_T = None
-        if load_E is None:
-            raise RuntimeError("close_record without open_record: the forward of this router was not opened")
-        return load_E
+        if routed is None:
+            raise RuntimeError("close_record without open_record and one forward of this router after it")
+        return routed
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden: [..., D] -> (logits_TE fp32, weights_TK in the dtype of hidden, ids_TK int64), as blocks expect."""
@@ -66,17 +93,12 @@ class Router(nn.Module):
         # Autocast would bring the matmul down to bf16, whose 8 bits tie and flip close scores.
         with torch.autocast(hidden.device.type, enabled=False):
             logits_TE = F.linear(hidden_TD.to(dtype), self.weight.to(dtype))
-            routing = self._select(logits_TE)
-        if self._load_E is not None:
-            ids = routing.ids_TK.reshape(-1)
-            self._load_E += torch.bincount(ids[ids >= 0], minlength=self.experts)
-        return logits_TE, routing.weights_TK.to(hidden.dtype), routing.ids_TK
-
-    def _select(self, logits_TE: Tensor) -> Routing:
-        if self.rule.score == "sigmoid":
-            routing = select_top_k(logits_TE, self.rule, score_bias_E=self.selection_bias)
-        else:
-            routing = select_top_k(logits_TE, self.rule, logit_bias_E=self.selection_bias)
-        if self._mask_T is None:
-            return routing
-        return routing._replace(ids_TK=routing.ids_TK.masked_fill(~self._mask_T.unsqueeze(-1), -1))
+            routing = select(logits_TE, self.rule, self.selection_bias, self.threshold)
+        ids_TK = routing.ids_TK
+        if self._mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~self._mask_T.unsqueeze(-1), -1)
+        if self._open:
+            if self._routed is not None:
+                raise RuntimeError("a router ran twice in one forward of the model; its record holds one run")
+            self._routed = Routed(logits_TE, ids_TK, self._mask_T)
+        return logits_TE, routing.weights_TK.to(hidden.dtype), ids_TK

@@ -1,17 +1,19 @@
 """Pure selection: routing logits in, experts and mixture weights out.
 
-Shapes: T tokens, E experts, K experts a token takes, G groups of experts.
+Shapes: T tokens, E experts, K experts a token takes at most, G groups of experts.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dist_moe.config.family import Score
 from dist_moe.moe.records import Routing
 
-Score = Literal["sigmoid", "softmax"]
+OVER_LOGITS = ("softmax", "softmax_selected")  # gate functions of all logits together: their bias is added to logits
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class TopK:
 
     top_k: experts a token takes. score: the gate function. normalise: divide a token's weights by their sum.
     scaling: factor on the weights. groups, top_groups: DeepSeek-V3's group-limited selection; groups=1 is none.
+    multiplicative: a bias b multiplies a score by exp(b) rather than being added to it. shapes_mixture: the mixture
+    weights follow the biased scores too.
     """
 
     top_k: int
@@ -28,11 +32,100 @@ class TopK:
     scaling: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    multiplicative: bool = False
+    shapes_mixture: bool = False
+
+    @property
+    def most(self) -> int:
+        """Experts a token takes at most."""
+        return self.top_k
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The rule of threshold routing over softmax probabilities (Huang et al. 2024, arXiv 2403.07652, section 3.1).
+
+    threshold: the cumulative probability that a token's experts reach; the router may hold a newer value.
+    max_experts: experts a token takes at most. normalise, scaling, shapes_mixture: as of `TopK`; the paper
+    takes the probabilities as they are.
+    """
+
+    threshold: float
+    max_experts: int
+    normalise: bool = False
+    scaling: float = 1.0
+    shapes_mixture: bool = False
+    score: Score = "softmax"
+
+    @property
+    def most(self) -> int:
+        """Experts a token takes at most."""
+        return self.max_experts
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Experts drawn at random instead of chosen, for benchmarks: expert i with probability ~ 1 / (i + 1)**skew.
+
+    skew: Zipf's exponent; 0 draws uniformly. The weights are those of `TopK` for the drawn experts.
+    """
+
+    top_k: int
+    skew: float
+    score: Score
+    normalise: bool = False
+    scaling: float = 1.0
+
+    @property
+    def most(self) -> int:
+        """Experts a token takes at most."""
+        return self.top_k
+
+
+Rule = TopK | Threshold | Forced
+
+
+class Inputs(NamedTuple):
+    """Where a bias enters the selection: log_weight_E, for example, makes choice = score * exp(log_weight)."""
+
+    score_bias_E: Tensor | None = None
+    logit_bias_E: Tensor | None = None
+    log_weight_E: Tensor | None = None
+
+
+def bias_inputs(rule: Rule, bias_E: Tensor) -> Inputs:
+    """The place of a router's bias: on the logits of a softmax, and after any other gate function.
+
+    Adding b to the logits of a softmax multiplies its probabilities by exp(b) and makes them sum to 1 again.
+    """
+    if isinstance(rule, Forced):
+        return Inputs()
+    if rule.score in OVER_LOGITS:
+        return Inputs(logit_bias_E=bias_E)
+    if isinstance(rule, TopK) and rule.multiplicative:
+        return Inputs(log_weight_E=bias_E)
+    return Inputs(score_bias_E=bias_E)
 
 
 def gate_scores(logits_TE: Tensor, score: Score) -> Tensor:
-    """The gate function, in fp32 or wider: sigmoid of each logit, or softmax over the experts -> scores_TE."""
-    return logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(dim=-1)
+    """The gate function, in fp32 or wider -> scores_TE; `softmax_selected` gives the softmax over all experts."""
+    if score == "sigmoid":
+        return logits_TE.sigmoid()
+    if score == "sqrt_softplus":
+        return F.softplus(logits_TE).sqrt()
+    return logits_TE.softmax(dim=-1)
+
+
+def select(logits_TE: Tensor, rule: Rule, bias_E: Tensor, threshold: Tensor | float | None = None) -> Routing:
+    """The experts and weights of each token by any rule; `threshold` replaces the one of a `Threshold` rule."""
+    inputs = bias_inputs(rule, bias_E)
+    if isinstance(rule, Threshold):
+        return select_by_threshold(
+            logits_TE, rule, rule.threshold if threshold is None else threshold, inputs.logit_bias_E
+        )
+    if isinstance(rule, Forced):
+        return _weigh(logits_TE, _draw(logits_TE, rule), TopK(rule.top_k, rule.score, rule.normalise, rule.scaling))
+    return select_top_k(logits_TE, rule, *inputs)
 
 
 def select_top_k(
@@ -40,27 +133,72 @@ def select_top_k(
     rule: TopK,
     score_bias_E: Tensor | None = None,
     logit_bias_E: Tensor | None = None,
+    log_weight_E: Tensor | None = None,
 ) -> Routing:
     """Select the experts of each token by biased scores and weigh them by the unbiased ones.
 
     logits_TE: fp32 or wider. score_bias_E is added after the gate function (Loss-Free Balancing on sigmoid scores:
-    Wang et al. 2024, arXiv 2408.15664, equation 3), logit_bias_E before it (any bias on softmax scores). Both shape
-    the selection alone: they have no gradient and never reach the weights.
+    Wang et al. 2024, arXiv 2408.15664, equation 3), logit_bias_E before it (any bias on softmax scores), and
+    exp(log_weight_E) multiplies the scores. They shape the selection alone, unless rule.shapes_mixture says
+    otherwise, and have no gradient.
     """
-    scores_TE = gate_scores(logits_TE, rule.score)
     with torch.no_grad():
-        choice_TE = scores_TE.detach()
-        if logit_bias_E is not None:
-            choice_TE = gate_scores(logits_TE.detach() + logit_bias_E, rule.score)
-        if score_bias_E is not None:
-            choice_TE = choice_TE + score_bias_E
+        choice_TE = biased_scores(logits_TE.detach(), rule, Inputs(score_bias_E, logit_bias_E, log_weight_E))
         if rule.groups > 1:
             choice_TE = _keep_top_groups(choice_TE, rule.groups, rule.top_groups)
         ids_TK = choice_TE.topk(rule.top_k, dim=-1).indices
-    weights_TK = scores_TE.gather(1, ids_TK)
+    if rule.shapes_mixture and logit_bias_E is not None:
+        logits_TE = logits_TE + logit_bias_E
+    return _weigh(logits_TE, ids_TK, rule)
+
+
+def biased_scores(logits_TE: Tensor, rule: TopK, inputs: Inputs) -> Tensor:
+    """What top-K selection compares: the scores with the bias in its place."""
+    if inputs.logit_bias_E is not None:
+        logits_TE = logits_TE + inputs.logit_bias_E
+    scores_TE = gate_scores(logits_TE, rule.score)
+    if inputs.log_weight_E is not None:
+        scores_TE = scores_TE * inputs.log_weight_E.exp()
+    return scores_TE if inputs.score_bias_E is None else scores_TE + inputs.score_bias_E
+
+
+def select_by_threshold(
+    logits_TE: Tensor, rule: Threshold, threshold: Tensor | float, logit_bias_E: Tensor | None = None
+) -> Routing:
+    """For each token the fewest experts, in order of probability, whose probabilities add up to the threshold.
+
+    The expert with which the sum reaches it is taken; at least one is, and at most rule.max_experts (Huang et al.
+    2024, arXiv 2403.07652, section 3.1). logit_bias_E shapes the order and the sum (exp of it is a weight of the
+    expert's probability), and the mixture weights where rule.shapes_mixture says so. -> Routing with as many columns
+    as the token with most experts has; a slot that a token leaves empty has id -1 and weight 0.
+    """
+    biased_TE = logits_TE if logit_bias_E is None else logits_TE + logit_bias_E
+    with torch.no_grad():
+        sorted_TE, order_TE = biased_TE.detach().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        before_TE = F.pad(sorted_TE.cumsum(dim=-1)[:, :-1], (1, 0))
+        taken_TE = before_TE < threshold
+        taken_TE[:, 0] = True
+        taken_TE[:, rule.max_experts :] = False
+        most = int(taken_TE.sum(dim=1).max()) if len(taken_TE) else 1
+        taken_TK, order_TK = taken_TE[:, :most], order_TE[:, :most]
+    probabilities_TE = (biased_TE if rule.shapes_mixture else logits_TE).softmax(dim=-1)
+    weights_TK = probabilities_TE.gather(1, order_TK) * taken_TK
+    return Routing(order_TK.masked_fill(~taken_TK, -1), _scaled(weights_TK, rule))
+
+
+def _weigh(logits_TE: Tensor, ids_TK: Tensor, rule: TopK) -> Routing:
+    """The mixture weights of the experts that were selected."""
+    if rule.score == "softmax_selected":
+        weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
+    else:
+        weights_TK = gate_scores(logits_TE, rule.score).gather(1, ids_TK)
+    return Routing(ids_TK, _scaled(weights_TK, rule))
+
+
+def _scaled(weights_TK: Tensor, rule: TopK | Threshold) -> Tensor:
     if rule.normalise:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return Routing(ids_TK, weights_TK * rule.scaling)
+    return weights_TK * rule.scaling
 
 
 def _keep_top_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:
@@ -70,3 +208,12 @@ def _keep_top_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:
     kept = group_scores_TG.topk(top_groups, dim=-1).indices
     closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)
     return choice_TGe.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).view_as(choice_TE)
+
+
+def _draw(logits_TE: Tensor, rule: Forced) -> Tensor:
+    """K different experts a token, the same ones in each call: recomputation must route as the forward did."""
+    tokens, experts = logits_TE.shape
+    generator = torch.Generator().manual_seed(0)
+    gumbel_TE = -torch.empty(tokens, experts).exponential_(generator=generator).log()
+    ranks_E = torch.arange(1, experts + 1, dtype=torch.float32)
+    return (gumbel_TE - rule.skew * ranks_E.log()).topk(rule.top_k, dim=-1).indices.to(logits_TE.device)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from dist_moe.balance.balancer import Balancer, BalanceSettings
+from dist_moe.balance.balancer import Balancer
+from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balance.policy import BalanceSettings
 from dist_moe.comm.bootstrap import World, join_world, set_threads
 from dist_moe.comm.failure import exit_hard
 from dist_moe.comm.mesh import Mesh, make_mesh
@@ -17,7 +19,7 @@ from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.errors import DataError
 from dist_moe.data.stream import Batch, Stream
-from dist_moe.model.build import build_model, parameter_groups
+from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.checkpoint import save_checkpoint
 from dist_moe.train.engine import Engine, EngineSettings, start_engine
@@ -117,14 +119,18 @@ def make_task(resolved: Resolved, prepared: Prepared, mesh: Mesh) -> LanguageMod
     tokenizer = prepared.tokenizer
     model_config = {"vocab_size": tokenizer.vocab_size, **resolved.model_config}
     model_config |= {"eos_token_id": tokenizer.end_id, "bos_token_id": None, "pad_token_id": None}
-    score = config.router.score
-    if score is None:
-        raise RuntimeError("router.score is not resolved; load the config through dist_moe.config.resolve")
-    model = build_model(config.model.architecture, model_config, score, mesh, config.run.seed, config.router.scaling)
+    rule = routing_rule(config.router, config.balance)
+    model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
     if config.train.activation_checkpointing:
         # The reentrant kind silently loses the gradient of losses that do not come out of the checkpointed function.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LanguageModelTask(model)
+    losses = RoutingLosses(
+        balance=config.balance.auxiliary_loss,
+        scope=config.balance.auxiliary_scope,
+        z=config.balance.z_loss,
+        entropy=config.router.entropy_loss,
+    )
+    return LanguageModelTask(model, losses, balance_settings(config).counts_margins)
 
 
 def engine_settings(resolved: Resolved, world: World) -> EngineSettings:
@@ -145,9 +151,23 @@ def engine_settings(resolved: Resolved, world: World) -> EngineSettings:
 
 def make_balancer(task: LanguageModelTask, config: Config, device: torch.device) -> Balancer:
     """The balancer over the routers of every MoE layer."""
-    steps = config.train.schedule_steps or config.train.steps
-    settings = BalanceSettings(**config.balance.model_dump(), schedule_steps=steps)
-    return Balancer({layer.name: layer.router for layer in task.layers}, settings, device)
+    return Balancer({layer.name: layer.router for layer in task.layers}, balance_settings(config), device)
+
+
+def balance_settings(config: Config) -> BalanceSettings:
+    """The balancer's part of the config."""
+    balance = config.balance
+    return BalanceSettings(
+        policy=balance.policy,
+        rate=balance.rate,
+        schedule=balance.schedule,
+        schedule_steps=config.train.schedule_steps or config.train.steps,
+        centre=balance.centre,
+        proportional=None if balance.rule is None else balance.rule == "proportional",
+        freeze_at=balance.freeze_at,
+        clip=balance.clip,
+        budget=config.router.budget,
+    )
 
 
 def make_schedule(config: Config) -> Schedule:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
+from dist_moe.balance.tally import Tally
 from dist_moe.comm.reduce import sum_counts
 from dist_moe.data.stream import Batch
 from dist_moe.model.task import IGNORED, Output
@@ -21,14 +22,22 @@ class StepRecord:
     """What a step leaves behind.
 
     taken: false where it was skipped. grad_norm: global 2-norm before clipping. nll_sum: this rank's sum of -ln p,
-    fp32 scalar, nats. labels: label tokens of the global batch. loads: int64 load_E of each layer over all ranks.
+    fp32 scalar, nats. auxiliary: this rank's mean over its micro-batches of the routing losses, whose mean over the
+    ranks is their part of the loss. labels: label tokens of the global batch. tallies: the counts of each layer over
+    all ranks.
     """
 
     taken: bool
     grad_norm: float
     nll_sum: Tensor
+    auxiliary: Tensor
     labels: int
-    loads: list[Tensor]
+    tallies: list[Tally]
+
+    @property
+    def loads(self) -> list[Tensor]:
+        """int64 load_E of each layer over all ranks."""
+        return [tally.load_E for tally in self.tallies]
 
 
 def train_step(engine: Engine, balancer: Balancer, batches: Sequence[Batch], learning_rate: float) -> StepRecord:
@@ -37,34 +46,40 @@ def train_step(engine: Engine, balancer: Balancer, batches: Sequence[Batch], lea
     The bias that routes in this step is the one from before it. A step that is skipped, because its gradient is not
     finite on some rank, moves no weight, no moment and no bias.
     """
-    labels = count_labels(batches, engine.device)
+    labels, tokens = count_labels(batches, engine.device)
     # DeepSpeed divides by the micro-batches and averages over the ranks; this undoes both, so that the loss is the
-    # mean over the label tokens of the global batch, however it was divided up.
-    scale = torch.tensor(engine.mesh.world_size * len(batches) / max(1, labels), device=engine.device)
-    nll_sum = torch.zeros((), device=engine.device)
+    # mean over the label tokens of the global batch, however it was divided up, and the routing losses that over all
+    # its tokens.
+    parts = engine.mesh.world_size * len(batches)
+    scale, token_scale = (torch.tensor(parts / max(1, count), device=engine.device) for count in (labels, tokens))
+    nll_sum, auxiliary = torch.zeros((), device=engine.device), torch.zeros((), device=engine.device)
     result = None
     for batch in batches:
-        output = forward(engine, batch, scale)
+        output = forward(engine, batch, scale, token_scale)
         engine.backward(output.loss)
-        balancer.observe(output.loads)
+        balancer.observe(output.tallies)
         nll_sum += output.nll_sum
+        auxiliary += output.auxiliary / len(batches)
         result = engine.step(learning_rate)
     if result is None:
         raise RuntimeError(
             f"{len(batches)} micro-batches did not end a step; the engine was started for another number"
         )
-    loads = balancer.step() if result.taken else balancer.discard()
-    return StepRecord(result.taken, result.grad_norm, nll_sum, labels, loads)
+    tallies = balancer.step() if result.taken else balancer.discard()
+    return StepRecord(result.taken, result.grad_norm, nll_sum, auxiliary, labels, tallies)
 
 
-def forward(engine: Engine, batch: Batch, scale: Tensor) -> Output:
+def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) -> Output:
     """The module's output for one micro-batch."""
     mask_BS = batch.documents_BS >= 0
     inputs = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS)
-    return engine.forward(*(tensor.to(engine.device) for tensor in inputs), scale)
+    return engine.forward(*(tensor.to(engine.device) for tensor in inputs), scale, token_scale)
 
 
-def count_labels(batches: Sequence[Batch], device: torch.device) -> int:
-    """Label tokens of the global batch: summed over the micro-batches and over all ranks."""
-    labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), torch.zeros((), dtype=torch.int64))
-    return int(sum_counts([labels], device)[0])
+def count_labels(batches: Sequence[Batch], device: torch.device) -> tuple[int, int]:
+    """Label tokens and tokens of the global batch: summed over the micro-batches and over all ranks."""
+    none = torch.zeros((), dtype=torch.int64)
+    labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), none)
+    tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
+    counts = sum_counts([labels, tokens], device)
+    return int(counts[0]), int(counts[1])

@@ -23,12 +23,14 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.errors import UserError
-from dist_moe.model.build import empty_model, materialise, routing_rule
+from dist_moe.model.build import empty_model, family_rule, materialise
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.families import Adapter, adapter_of
-from dist_moe.moe.select import TopK
+from dist_moe.moe.select import Forced, Rule, Threshold, TopK
 
 OWN_PREFIX = "dist_moe_"
+# What config.json calls the kinds of rules.
+RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": Threshold, "forced": Forced}
 INDEX = "model.safetensors.index.json"
 
 
@@ -84,7 +86,7 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     stored_bias = _bias_name(adapter, own_type=_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
     wanted |= dict(_dense_tensors(model, layers, stored_bias))
     for layer in layers:
-        layer.router.selection_bias.zero_()
+        layer.router.reset_state()
     found = _tensor_files(folder)
     missing = sorted(set(wanted) - set(found))
     unexpected = sorted(name for name in set(found) - set(wanted) if not _is_other_expert(name, layers))
@@ -97,25 +99,31 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     return model
 
 
-def expressible(config: PretrainedConfig, rule: TopK, biased: bool) -> bool:
+def expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
     bias_has_a_place = adapter_of(config.model_type).bias is not None
     return not _beyond(config, rule) and (bias_has_a_place or not biased)
 
 
-def read_config(folder: Path) -> tuple[PretrainedConfig, TopK]:
+def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
     """The Hugging Face config of a weights folder, ours or theirs, and its rule of routing."""
     raw = _raw_config(folder)
     ours = raw.pop("dist_moe", {})
     model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
     adapter = adapter_of(model_type)
     config = AutoConfig.for_model(model_type, **raw)
-    return config, replace(routing_rule(config, adapter.score), **ours)
+    kind = RULES[ours.pop("selection", "top_k")]
+    if kind is not TopK:
+        return config, kind(**ours)
+    return config, replace(family_rule(config, adapter.score), **ours)
 
 
-def _beyond(config: PretrainedConfig, rule: TopK) -> dict[str, Any]:
-    """The fields of `rule` that differ from what the family computes from `config`."""
-    stated = asdict(routing_rule(config, adapter_of(config.model_type).score))
+def _beyond(config: PretrainedConfig, rule: Rule) -> dict[str, Any]:
+    """What config.json has to say of `rule`, because the family computes something else from its own fields."""
+    if not isinstance(rule, TopK):
+        kind = next(name for name, known in RULES.items() if isinstance(rule, known))
+        return {"selection": kind, **asdict(rule)}
+    stated = asdict(family_rule(config, adapter_of(config.model_type).score))
     return {name: value for name, value in asdict(rule).items() if value != stated[name]}
 
 
@@ -127,7 +135,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _write_config(model: PreTrainedModel, rule: TopK, folder: Path, own_type: bool) -> None:
+def _write_config(model: PreTrainedModel, rule: Rule, folder: Path, own_type: bool) -> None:
     raw = model.config.to_diff_dict()
     raw["architectures"] = [type(model).__name__]
     raw["dtype"] = str(model.dtype).removeprefix("torch.")

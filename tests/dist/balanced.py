@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_moe.balance.balancer import Balancer, BalanceSettings
+from dist_moe.balance.balancer import Balancer
+from dist_moe.balance.policy import BalanceSettings
+from dist_moe.balance.tally import Tally
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.place import read_place
 from dist_moe.config import load_config, resolve
@@ -109,10 +111,11 @@ def layers_of_many_sizes(rank: int, world_size: int, policy: str) -> tuple[list[
     """Layers of 2, 5 and 3 experts, other loads on each rank -> loads, biases, and the collectives of the step."""
     routers = {f"layer.{place}": Router(count, 4, TopK(1, "sigmoid")) for place, count in enumerate((2, 5, 3))}
     balancer = Balancer(routers, BalanceSettings(policy, 0.5, "constant", 10), CPU)
-    balancer.observe([torch.arange(router.experts) * (rank + 1) for router in routers.values()])
+    seen = [torch.arange(router.experts) * (rank + 1) for router in routers.values()]
+    balancer.observe([Tally(load_E, load_E.sum().view(1)) for load_E in seen])
     with counted("all_reduce") as calls:
-        loads = balancer.step()
-    return [load.tolist() for load in loads], [bias.tolist() for bias in balancer.biases], len(calls)
+        tallies = balancer.step()
+    return [tally.load_E.tolist() for tally in tallies], [bias.tolist() for bias in balancer.biases], len(calls)
 
 
 def whole_run(rank: int, world_size: int, folder: str) -> tuple[str, list[dict[str, Any]]]:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer, BalanceSettings
+from dist_moe.balance.balancer import Balancer
+from dist_moe.balance.policy import BalanceSettings
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.data.stream import Batch
 from dist_moe.model.build import build_model, parameter_groups

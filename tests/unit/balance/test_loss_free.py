@@ -54,7 +54,7 @@ def test_trap_T05_one_token_above_2_to_the_24_has_a_sign() -> None:
 
 @pytest.mark.parametrize(("bias_dtype", "load_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.int64)])
 def test_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match="takes int64 counts and an fp32 bias"):
+    with pytest.raises(TypeError, match=r"takes int64 counts|takes and gives fp32"):
         loss_free_update(torch.zeros(4, dtype=bias_dtype), torch.ones(4, dtype=load_dtype), 0.1)
 
 

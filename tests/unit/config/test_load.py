@@ -101,8 +101,11 @@ def test_a_wrong_key_names_the_nearest(override: str, line: str) -> None:
         ("data.sources=[1]", "data.sources[0]=1 should be a valid string;"),
         ("data.sequence_length=1", "data.sequence_length=1 should be greater than or equal to 2;"),
         ("data.validation_fraction=1", "data.validation_fraction=1 should be less than 1;"),
-        ("router.selection=top_p", "router.selection=top_p should be 'top_k';"),
-        ("balance.policy=null", "balance.policy=null should be 'none' or 'loss_free';"),
+        ("router.selection=top_p", "router.selection=top_p should be 'top_k', 'threshold', 'uniform' or 'zipf';"),
+        (
+            "balance.policy=null",
+            "balance.policy=null should be 'none', 'loss_free', 'adaptive_weight',",
+        ),
         ("model.architecture=mixtral", "model.architecture=mixtral should be 'deepseek_v3' or 'qwen3_moe';"),
     ],
 )

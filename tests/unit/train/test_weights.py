@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.data.tokenizer import byte_tokenizer
-from dist_moe.model.build import build_model
+from dist_moe.model.build import build_model, family_rule
 from dist_moe.model.convert import find_layers
+from dist_moe.moe.select import TopK
 from dist_moe.train.weights import WeightsError, load_weights, save_weights
 from tests.unit.model.samples import ALONE, FAMILIES, logits, perturb, small_model, stored_tensors, tokens
 
@@ -131,10 +132,12 @@ def beyond(case: str) -> PreTrainedModel:
         return small_model("qwen3_moe", score="sigmoid")
     if case == "scaling on Qwen3":
         settings, score = FAMILIES["qwen3_moe"]
-        return build_model("qwen3_moe", settings, score, ALONE, seed=0, scaling=2.5)
+        rule = family_rule(AutoConfig.for_model("qwen3_moe", **settings), score)
+        return build_model("qwen3_moe", settings, replace(rule, scaling=2.5), ALONE, seed=0)
     model = small_model("qwen3_moe")
     if case == "groups on Qwen3":
         for layer in find_layers(model):
+            assert isinstance(layer.router.rule, TopK)
             layer.router.rule = replace(layer.router.rule, groups=4, top_groups=1)
     else:
         set_biases(model)

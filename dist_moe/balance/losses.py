@@ -1,0 +1,92 @@
+"""The auxiliary losses of routing, for comparison with balancing by bias, and together with it.
+
+Each is a SUM over this rank's tokens of one micro-batch. Whoever adds it to the training loss multiplies it by the
+coefficient and by one over the tokens of the GLOBAL batch, so that it is weighed alike on every layout. Layers are
+never joined before the product: opposite imbalances of two layers would cancel.
+
+Shapes: T = B * S tokens, E experts, K experts a token takes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["micro_batch", "sequence", "global_batch"]
+
+
+@dataclass(frozen=True)
+class RoutingLosses:
+    """Coefficients, 0 for a loss that is off; each counts for every MoE layer by itself.
+
+    balance: of `balance_loss` over `scope`. z: of `z_loss`. entropy: of `entropy_loss`.
+    """
+
+    balance: float = 0.0
+    scope: Scope = "global_batch"
+    z: float = 0.0
+    entropy: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to compute."""
+        return bool(self.balance or self.z or self.entropy)
+
+
+def gate_shares(scores_TE: Tensor) -> Tensor:
+    """The scores divided by their sum over the experts: what a loss takes for the probability of an expert."""
+    return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+
+
+def balance_loss(shares_TE: Tensor, fractions_E: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Sum over tokens of E * sum_i f_i p_i: 1 for each token where load or probability is even.
+
+    shares_TE: probabilities with the graph. fractions_E: f, the share of the assignments that each expert received,
+    without graph; over the micro-batch (GShard: Lepikhin et al. 2020, arXiv 2006.16668, section 2.2, and Switch: Fedus
+    et al. 2021, arXiv 2101.03961, equation 4) or over the global batch (Qiu et al. 2025, arXiv 2501.11873).
+    """
+    return shares_TE.shape[-1] * (masked(shares_TE, mask_T) @ fractions_E.to(shares_TE.dtype)).sum()
+
+
+def sequence_balance_loss(shares_TE: Tensor, ids_TK: Tensor, sequences: int) -> Tensor:
+    """The same with the load fractions of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, equations 17-20).
+
+    Tokens lie sequence after sequence, equally many in each; an id of -1 is an empty slot, and a token without
+    any id is padding.
+    """
+    experts = shares_TE.shape[-1]
+    ids_BK = ids_TK.reshape(sequences, -1)
+    load_BE = shares_TE.new_zeros(sequences, experts + 1).scatter_add_(
+        1, ids_BK + 1, torch.ones_like(ids_BK, dtype=shares_TE.dtype)
+    )[:, 1:]
+    fractions_BE = load_BE / load_BE.sum(dim=-1, keepdim=True).clamp(min=1)
+    present_T = (ids_TK >= 0).any(dim=1)
+    shares_BSE = masked(shares_TE, present_T).view(sequences, -1, experts)
+    return experts * torch.einsum("bse,be->", shares_BSE, fractions_BE)
+
+
+def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Sum over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE: Zoph et al. 2022, arXiv 2202.08906,
+    equation 5).
+    """
+    return masked(logits_TE.logsumexp(dim=-1).square(), mask_T).sum()
+
+
+def entropy_loss(shares_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Sum over tokens of the entropy of their probabilities, in nats, which keeps threshold routing from spreading
+    (Huang et al. 2024, arXiv 2403.07652, section 3.2; its coefficient is 1e-4).
+    """
+    return masked(torch.special.entr(shares_TE).sum(dim=-1), mask_T).sum()
+
+
+def load_fractions(load_E: Tensor) -> Tensor:
+    """c_i / sum(c), fp32; 0 everywhere without any load."""
+    return (load_E.double() / load_E.sum().clamp(min=1)).to(torch.float32)
+
+
+def masked(values: Tensor, mask_T: Tensor | None) -> Tensor:
+    """`values` [T, ...] with 0 in the rows that do not count."""
+    if mask_T is None:
+        return values
+    return values * mask_T.view(-1, *[1] * (values.dim() - 1))

@@ -1,0 +1,98 @@
+"""Whether the router and the balancer of a configuration fit together, and fit the model."""
+
+from dist_moe.config.combinations import refusal
+from dist_moe.config.errors import Violation, listed
+from dist_moe.config.schema import Config, RouterConfig
+
+FORCED = ("uniform", "zipf")
+
+
+def balancing_violations(config: Config, router: RouterConfig, experts: int, accumulation: int) -> list[Violation]:
+    """What is wrong between `router` (every field filled), `config.balance`, and a model of `experts` experts.
+
+    accumulation: micro-batches of each worker in an optimizer step.
+    """
+    found = _combination(config, router)
+    found += _threshold(router, experts) if router.selection == "threshold" else _fixed_number(router)
+    if config.balance.policy == "quantile":
+        found += _quantile(router, experts)
+    return found + _fields_of_policies(config, accumulation)
+
+
+def _combination(config: Config, router: RouterConfig) -> list[Violation]:
+    refused = refusal(router.selection, str(router.score), config.balance.policy)
+    if refused is None:
+        return []
+    by_selection = router.selection in FORCED or (router.selection == "threshold" and router.score != "softmax")
+    key, value = ("router.selection", router.selection) if by_selection else ("balance.policy", config.balance.policy)
+    return [Violation(key, value, *refused)]
+
+
+def _threshold(router: RouterConfig, experts: int) -> list[Violation]:
+    found = []
+    most = router.max_experts or experts
+    if most > experts:
+        rule = f"is more than the model's {experts} experts"
+        found.append(Violation("router.max_experts", most, rule, f"use 1 to {experts}, or null"))
+    if router.normalise and most == 1:
+        rule = "makes the weight of a token's one expert 1 whatever its probability, so the router cannot learn"
+        found.append(Violation("router.normalise", True, rule, "set it to false, or max_experts above 1"))
+    if router.groups != 1:
+        rule = "limits a token to some groups, which threshold routing does not know"
+        found.append(Violation("router.groups", router.groups, rule, "set it to 1"))
+    if router.budget is not None and not 1 <= router.budget <= min(most, experts):
+        rule = f"cannot be held, since a token takes 1 to {min(most, experts)} experts"
+        found.append(Violation("router.budget", router.budget, rule, f"give 1 to {min(most, experts)}, or null"))
+    return found
+
+
+def _fixed_number(router: RouterConfig) -> list[Violation]:
+    found = []
+    for name in ("budget", "max_experts"):
+        if (value := getattr(router, name)) is not None:
+            rule = f"has no meaning with router.selection={router.selection}, where each token takes top_k experts"
+            found.append(Violation(f"router.{name}", value, rule, "set it to null, or router.selection=threshold"))
+    if router.score == "softmax_selected" and router.top_k == 1:
+        rule = "makes the weight of a token's one expert 1 whatever its score, so the router cannot learn"
+        found.append(Violation("router.score", router.score, rule, "use softmax, or top_k above 1"))
+    return found
+
+
+def _quantile(router: RouterConfig, experts: int) -> list[Violation]:
+    if router.selection == "threshold":
+        return []  # the combination is refused already
+    found = []
+    if router.top_k == experts:
+        rule = f"gives each token all {experts} experts, so there is nothing to balance"
+        found.append(Violation("router.top_k", router.top_k, rule, f"use 1 to {experts - 1}, or balance.policy=none"))
+    if router.groups != 1:
+        rule = "closes groups of experts to a token, which balance.policy=quantile does not foresee"
+        found.append(Violation("router.groups", router.groups, rule, "set it to 1, or balance.policy=loss_free"))
+    return found
+
+
+def _fields_of_policies(config: Config, accumulation: int) -> list[Violation]:
+    """Fields that one policy alone reads, set away from their default under another."""
+    balance = config.balance
+    owners = {
+        "shapes": ("adaptive_weight",),
+        "cadence": ("adaptive_weight",),
+        "clip": ("adaptive_weight",),
+        "form": ("loss_free",),
+        "rule": ("loss_free", "adaptive_weight"),
+        "freeze_at": ("loss_free", "adaptive_weight", "quantile"),
+    }
+    found = []
+    for name, policies in owners.items():
+        value, default = getattr(balance, name), type(balance).model_fields[name].default
+        if value != default and balance.policy not in policies:
+            rule = f"has no meaning with balance.policy={balance.policy}"
+            found.append(Violation(f"balance.{name}", value, rule, f"leave it out, or use {listed(policies)}"))
+    if balance.policy == "auxiliary" and balance.auxiliary_loss == 0:
+        rule = "leaves balance.policy=auxiliary without a loss"
+        found.append(Violation("balance.auxiliary_loss", 0.0, rule, "give a coefficient above 0, such as 0.01"))
+    if balance.policy == "adaptive_weight" and balance.cadence == "micro_batch" and accumulation > 1:
+        rule = f"would change the routing within a step of {accumulation} micro-batches"
+        remedy = "use step, or raise train.micro_batch until a step is one micro-batch for each worker"
+        found.append(Violation("balance.cadence", balance.cadence, rule, remedy))
+    return found

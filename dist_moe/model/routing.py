@@ -1,0 +1,48 @@
+"""What is made of a router's record once the model's forward is over: counts for the balancer, and losses."""
+
+import torch
+from torch import Tensor
+
+from dist_moe.balance.losses import (
+    RoutingLosses,
+    balance_loss,
+    entropy_loss,
+    gate_shares,
+    load_fractions,
+    sequence_balance_loss,
+    z_loss,
+)
+from dist_moe.balance.quantile import count_margins
+from dist_moe.balance.tally import Tally, count_routing
+from dist_moe.moe.records import Routed
+from dist_moe.moe.router import Router
+from dist_moe.moe.select import OVER_LOGITS, gate_scores
+
+
+@torch.no_grad()
+def tally_routing(router: Router, routed: Routed, counts_margins: bool) -> Tally:
+    """The counts of one forward of `router` on this rank."""
+    tally = count_routing(routed.ids_TK, router.experts, router.most)
+    if not counts_margins:
+        return tally
+    # The bias is added to what the margins are measured in: the logits of a softmax, else the scores.
+    over_logits = router.rule.score in OVER_LOGITS
+    scores_TE = routed.logits_TE if over_logits else gate_scores(routed.logits_TE, router.rule.score)
+    margins_EQ = count_margins(scores_TE, router.selection_bias, router.most, routed.mask_T)
+    return tally._replace(margins_EQ=margins_EQ)
+
+
+def routing_loss(losses: RoutingLosses, router: Router, routed: Routed, tally: Tally, sequences: int) -> Tensor:
+    """The routing losses of one layer, summed over this rank's tokens and weighed by their coefficients."""
+    shares_TE = gate_shares(gate_scores(routed.logits_TE, router.rule.score))
+    terms = []
+    if losses.balance and losses.scope == "sequence":
+        terms.append(losses.balance * sequence_balance_loss(shares_TE, routed.ids_TK, sequences))
+    elif losses.balance:
+        load_E = tally.load_E if losses.scope == "micro_batch" else router.last_load
+        terms.append(losses.balance * balance_loss(shares_TE, load_fractions(load_E), routed.mask_T))
+    if losses.z:
+        terms.append(losses.z * z_loss(routed.logits_TE, routed.mask_T))
+    if losses.entropy:
+        terms.append(losses.entropy * entropy_loss(shares_TE, routed.mask_T))
+    return torch.stack(terms).sum()
