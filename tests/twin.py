@@ -1,5 +1,6 @@
 """The slow twins: selection, and the experts' mixture, token by token on one process that sees all."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,27 +8,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_moe.moe.select import TopK
+from dist_moe.moe.select import Inputs, Threshold, TopK
 
 
-def slow_select(
-    logits_E: Tensor, rule: TopK, score_bias_E: Tensor | None, logit_bias_E: Tensor | None
-) -> tuple[list[int], Tensor]:
+def slow_gate(logits_E: Tensor, score: str) -> Tensor:
+    """The gate function of one token."""
+    if score == "sigmoid":
+        return 1 / (1 + torch.exp(-logits_E))
+    if score == "sqrt_softplus":
+        return torch.sqrt(torch.log1p(torch.exp(logits_E)))
+    return torch.exp(logits_E) / torch.exp(logits_E).sum()
+
+
+def slow_select(logits_E: Tensor, rule: TopK, inputs: Inputs) -> tuple[list[int], Tensor]:
     """The experts of one token, best first, and their weights with the graph to the logits."""
-
-    def gate(logits: Tensor) -> Tensor:
-        return torch.sigmoid(logits) if rule.score == "sigmoid" else torch.softmax(logits, dim=0)
-
-    shifted = logits_E if logit_bias_E is None else logits_E + logit_bias_E
-    choice = gate(shifted).tolist()
-    if score_bias_E is not None:
-        choice = [value + bias for value, bias in zip(choice, score_bias_E.tolist(), strict=True)]
+    shifted_E = logits_E if inputs.logit_bias_E is None else logits_E + inputs.logit_bias_E
+    choice = slow_gate(shifted_E, rule.score).tolist()
+    if inputs.log_weight_E is not None:
+        choice = [value * math.exp(bias) for value, bias in zip(choice, inputs.log_weight_E.tolist(), strict=True)]
+    if inputs.score_bias_E is not None:
+        choice = [value + bias for value, bias in zip(choice, inputs.score_bias_E.tolist(), strict=True)]
     size = len(choice) // rule.groups
     groups = [range(first, first + size) for first in range(0, len(choice), size)]
     groups.sort(key=lambda group: -sum(sorted(choice[expert] for expert in group)[-2:]))
     open_to_it = [expert for group in groups[: rule.top_groups] for expert in group]
     ids = sorted(open_to_it, key=lambda expert: -choice[expert])[: rule.top_k]
-    weights_K = gate(logits_E)[ids]
+    mixing_E = shifted_E if rule.shapes_mixture else logits_E
+    weights_K = slow_gate(mixing_E[ids] if rule.score == "softmax_selected" else mixing_E, rule.score)
+    if rule.score != "softmax_selected":
+        weights_K = weights_K[ids]
+    if rule.normalise:
+        weights_K = weights_K / weights_K.sum()
+    return ids, weights_K * rule.scaling
+
+
+def slow_select_by_threshold(
+    logits_E: Tensor, rule: Threshold, threshold: float, logit_bias_E: Tensor | None
+) -> tuple[list[int], Tensor]:
+    """The experts of one token, most probable first, taken until they reach the threshold; and their weights."""
+    biased_E = logits_E if logit_bias_E is None else logits_E + logit_bias_E
+    choice = slow_gate(biased_E, "softmax").tolist()
+    ids: list[int] = []
+    reached = 0.0
+    for expert in sorted(range(len(choice)), key=lambda expert: -choice[expert]):
+        if ids and (reached >= threshold or len(ids) == rule.max_experts):
+            break
+        ids.append(expert)
+        reached += choice[expert]
+    weights_K = slow_gate(biased_E if rule.shapes_mixture else logits_E, "softmax")[ids]
     if rule.normalise:
         weights_K = weights_K / weights_K.sum()
     return ids, weights_K * rule.scaling
@@ -54,6 +82,7 @@ class LayerCase:
 
     tokens: of each rank. top_k: slots of a token. takers: experts that tokens may take, at least top_k of them;
     None is all. padding: share of the tokens that take none. skew: how unevenly the takers are loved (0: evenly).
+    ragged: tokens take 1 to top_k experts, as with threshold routing.
     """
 
     expert_parallel: int
@@ -63,6 +92,7 @@ class LayerCase:
     takers: tuple[int, ...] | None = None
     padding: float = 0.0
     skew: float = 0.0
+    ragged: bool = False
     width: int = 8
     expert_width: int = 4
     dtype: torch.dtype = torch.float64
@@ -78,6 +108,9 @@ class LayerCase:
         if tokens:
             ids_TK = takers[torch.multinomial(love, self.top_k, generator=generator)]
         ids_TK[torch.rand(tokens, generator=generator) < self.padding] = -1
+        if self.ragged:
+            taken_T1 = torch.randint(1, self.top_k + 1, (tokens, 1), generator=generator)
+            ids_TK[torch.arange(self.top_k) >= taken_T1] = -1
         floats = torch.randn(tokens, 2 * self.width + self.top_k, generator=generator, dtype=torch.float64)
         hidden_TD, probe_TD, weights_TK = floats.split([self.width, self.width, self.top_k], dim=1)
         return hidden_TD.to(self.dtype), ids_TK, weights_TK.to(self.dtype), probe_TD.to(self.dtype)

@@ -27,6 +27,7 @@ class Router(nn.Module):
 
     selection_bias: Tensor
     last_load: Tensor
+    threshold: Tensor | None
 
     def __init__(self, experts: int, width: int, rule: Rule) -> None:
         super().__init__()
@@ -35,9 +36,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32))
         self.register_buffer("last_load", torch.zeros(experts, dtype=torch.int64), persistent=False)
-        self.threshold: Tensor | None = None
-        if isinstance(rule, Threshold):
-            self.register_buffer("threshold", torch.tensor(rule.threshold, dtype=torch.float32))
+        start = torch.tensor(rule.threshold, dtype=torch.float32) if isinstance(rule, Threshold) else None
+        self.register_buffer("threshold", start)
         self._mask_T: Tensor | None = None
         self._open = False
         self._routed: Routed | None = None

@@ -4,13 +4,12 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.balance.balancer import Balancer
@@ -98,7 +97,7 @@ def biases_in_bf16(rank: int, world_size: int, folder: str) -> list[list[Tensor]
     with started(Case(expert_parallel=world_size, bf16=True), world_size) as (engine, task):
         for layer in task.layers:
             layer.router.selection_bias += 0.5
-        balancer = make_balancer(task, rate=1e-3)
+        balancer = make_balancer(task, BalanceSettings("loss_free", 1e-3, "constant", 100))
         train_step(engine, balancer, share(ragged_batch(), engine.mesh, 1), 0.0)
         assert {parameter.dtype for parameter in task.parameters()} == {torch.bfloat16}
         save_weights(task.model, engine.mesh, Path(folder), balanced=True)
@@ -118,8 +117,10 @@ def layers_of_many_sizes(rank: int, world_size: int, policy: str) -> tuple[list[
     return [tally.load_E.tolist() for tally in tallies], [bias.tolist() for bias in balancer.biases], len(calls)
 
 
-def whole_run(rank: int, world_size: int, folder: str) -> tuple[str, list[dict[str, Any]]]:
-    """One step of configs/debug.yaml on a text of its own -> what it printed, and its metrics."""
+def whole_run(
+    rank: int, world_size: int, folder: str, overrides: Sequence[str] = ()
+) -> tuple[str, list[dict[str, Any]]]:
+    """One step of configs/debug.yaml on a text of its own, with `overrides` -> what it printed, and its metrics."""
     os.environ["DIST_MOE_CACHE"] = f"{folder}/cache"
     config = load_config(
         CONFIG,
@@ -131,6 +132,7 @@ def whole_run(rank: int, world_size: int, folder: str) -> tuple[str, list[dict[s
             "train.warmup_steps=0",
             "checkpoint.every=0",
             "observe.tensorboard=false",
+            *overrides,
         ],
     )
     with contextlib.redirect_stdout(io.StringIO()) as printed:

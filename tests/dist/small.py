@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
+from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.policy import BalanceSettings
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.data.stream import Batch
 from dist_moe.model.build import build_model, parameter_groups
-from dist_moe.model.task import IGNORED, LanguageModelTask
+from dist_moe.model.task import IGNORED, NO_LOSSES, LanguageModelTask
+from dist_moe.moe.select import Rule
 from dist_moe.train.engine import Engine, EngineSettings, start_engine
 from dist_moe.train.step import StepRecord, train_step
 
@@ -63,6 +65,14 @@ class Case:
         None  # "loss": rank 1's loss is infinite in the first step; "expert": one expert's gradient
     )
     model: dict[str, Any] = field(default_factory=lambda: dict(DEEPSEEK))
+    rule: Rule | None = None  # None: the family's own
+    losses: RoutingLosses = NO_LOSSES
+    balance: BalanceSettings | None = None  # None: `policy` with a rate of 0.01
+
+    @property
+    def settings(self) -> BalanceSettings:
+        """What the balancer is told."""
+        return self.balance or BalanceSettings(self.policy, 0.01, "constant", 100)
 
 
 def ragged_batch(seed: int = 0, rows: int = ROWS) -> Batch:
@@ -100,20 +110,22 @@ def share(batch: Batch, mesh: Mesh, accumulation: int) -> list[Batch]:
 
 def make_task(case: Case, mesh: Mesh) -> LanguageModelTask:
     """The small model with the initial values of seed 0."""
-    model = build_model("deepseek_v3", case.model, "sigmoid", mesh, seed=0)
+    model = build_model("deepseek_v3", case.model, case.rule or "sigmoid", mesh, seed=0)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LanguageModelTask(model)
+    task = LanguageModelTask(model, case.losses, case.settings.counts_margins)
+    if case.losses.scope == "global_batch" and case.losses.balance:
+        for layer in task.layers:  # as after a step
+            layer.router.last_load.copy_(torch.arange(layer.router.experts) ** 2)
+    return task
 
 
 def make_balancer(
     task: LanguageModelTask,
-    policy: str = "loss_free",
-    rate: float = 0.01,
+    settings: BalanceSettings = Case().settings,  # noqa: B008  (a constant)
     device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
 ) -> Balancer:
     """A balancer of the task's routers."""
-    settings = BalanceSettings(policy, rate, "constant", 100)
     return Balancer({layer.name: layer.router for layer in task.layers}, settings, device)
 
 
@@ -126,6 +138,8 @@ class Trace:
     taken: list[bool]
     loads: list[list[list[int]]]
     biases: list[Tensor]
+    state: dict[str, Any]
+    experts_per_token: list[float]
     weights: dict[str, Tensor]
     moments: list[Tensor]
 
@@ -143,7 +157,7 @@ def run_case(rank: int, world_size: int, case: Case) -> Trace:
         bf16=case.bf16,
     )
     with start_engine(task, parameter_groups(task.model, 0.1), settings, mesh) as engine:
-        balancer = make_balancer(task, case.policy)
+        balancer = make_balancer(task, case.settings)
         if case.poison == "expert" and rank == world_size - 1:
             _poison_expert(task)
         records = [_one_step(engine, balancer, case, step, rank, world_size) for step in range(case.steps)]
@@ -184,6 +198,12 @@ def trace(
         taken=[record.taken for record, _ in records],
         loads=[[load.tolist() for load in record.loads] for record, _ in records],
         biases=[bias.clone() for bias in balancer.biases],
+        state=balancer.state_dict(),
+        experts_per_token=[
+            sum(int(tally.load_E.sum()) for tally in record.tallies)
+            / max(1, sum(int(tally.takers_K.sum()) for tally in record.tallies))
+            for record, _ in records
+        ],
         weights=named_weights(task, mesh),
         moments=[
             value.detach().clone()
@@ -231,6 +251,7 @@ def reference(case: Case, dtype: torch.dtype) -> tuple[float, float, dict[str, T
         batch.positions_BS,
         batch.documents_BS >= 0,
         torch.tensor(1.0 / float(labels), dtype=torch.promote_types(dtype, torch.float32)),
+        torch.tensor(1.0 / float((batch.documents_BS >= 0).sum()), dtype=torch.promote_types(dtype, torch.float32)),
     )
     output.loss.backward()
     gradients = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}

@@ -28,6 +28,7 @@ def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int) -> LayerCas
         experts=experts,
         top_k=top_k,
         takers=draw(st.sampled_from([None, tuple(sorted(takers))])),
+        ragged=draw(st.booleans()),
         padding=draw(st.sampled_from([0.0, 0.3, 1.0])),
         skew=draw(st.sampled_from([0.0, 2.0, 6.0])),
         width=draw(st.sampled_from([4, 5, 8])),

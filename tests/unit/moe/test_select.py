@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.moe.select import Score, TopK, gate_scores, select_top_k
+from dist_moe.config.family import Score
+from dist_moe.moe.select import Inputs, TopK, bias_inputs, biased_scores, gate_scores, select_top_k
 from tests.twin import slow_select
+
+SCORES: list[Score] = ["sigmoid", "softmax", "softmax_selected", "sqrt_softplus"]
 
 
 @st.composite
@@ -18,35 +21,36 @@ def rules(draw: st.DrawFn) -> tuple[TopK, int]:
     top_groups = draw(st.integers(1, groups))
     rule = TopK(
         top_k=draw(st.integers(1, min(4, top_groups * size))),
-        score=draw(st.sampled_from(["sigmoid", "softmax"])),
+        score=draw(st.sampled_from(SCORES)),
         normalise=draw(st.booleans()),
         scaling=draw(st.sampled_from([1.0, 2.5])),
         groups=groups,
         top_groups=top_groups,
+        shapes_mixture=draw(st.booleans()),
     )
     return rule, groups * size
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     rule_and_experts=rules(),
     tokens=st.integers(0, 6),
-    biased=st.sampled_from(["not", "score", "logit"]),
+    biased=st.sampled_from([None, "score_bias_E", "logit_bias_E", "log_weight_E"]),
     seed=st.integers(0, 10_000),
 )
 def test_selection_equals_its_slow_twin(
-    rule_and_experts: tuple[TopK, int], tokens: int, biased: str, seed: int
+    rule_and_experts: tuple[TopK, int], tokens: int, biased: str | None, seed: int
 ) -> None:
     rule, experts = rule_and_experts
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, experts, generator=generator, dtype=torch.float64, requires_grad=True)
     twins_TE = logits_TE.detach().clone().requires_grad_()
     bias_E = torch.randn(experts, generator=generator)
-    score_bias_E, logit_bias_E = bias_E if biased == "score" else None, bias_E if biased == "logit" else None
+    inputs = Inputs(**{biased: bias_E}) if biased else Inputs()
     probe_TK = torch.randn(tokens, rule.top_k, generator=generator, dtype=torch.float64)
 
-    found = select_top_k(logits_TE, rule, score_bias_E, logit_bias_E)
-    wanted = [slow_select(logits_E, rule, score_bias_E, logit_bias_E) for logits_E in twins_TE]
+    found = select_top_k(logits_TE, rule, *inputs)
+    wanted = [slow_select(logits_E, rule, inputs) for logits_E in twins_TE]
 
     assert found.ids_TK.dtype == torch.int64
     assert found.ids_TK.tolist() == [ids for ids, _ in wanted]
@@ -56,6 +60,37 @@ def test_selection_equals_its_slow_twin(
         torch.testing.assert_close(found.weights_TK, weights_TK, rtol=1e-12, atol=1e-12)
         (weights_TK * probe_TK).sum().backward()
         torch.testing.assert_close(logits_TE.grad, twins_TE.grad, rtol=1e-9, atol=1e-12)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_a_weight_on_probabilities_is_its_logarithm_on_logits(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+    log_weight_E = torch.randn(6, generator=generator)
+    rule = TopK(top_k=2, score="softmax")
+    by_weight, by_logit = (
+        select_top_k(logits_TE, rule, log_weight_E=log_weight_E),
+        select_top_k(logits_TE, rule, logit_bias_E=log_weight_E),
+    )
+    assert torch.equal(by_weight.ids_TK, by_logit.ids_TK)
+    weighted_TE = logits_TE.softmax(dim=1) * log_weight_E.exp()
+    shares_TE = biased_scores(logits_TE, rule, Inputs(logit_bias_E=log_weight_E))
+    torch.testing.assert_close(shares_TE, weighted_TE / weighted_TE.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("score", "multiplicative", "wanted"),
+    [
+        ("sigmoid", False, "score_bias_E"),
+        ("sqrt_softplus", False, "score_bias_E"),
+        ("sigmoid", True, "log_weight_E"),
+        ("softmax", False, "logit_bias_E"),
+        ("softmax_selected", False, "logit_bias_E"),
+    ],
+)
+def test_the_bias_has_one_place(score: Score, multiplicative: bool, wanted: str) -> None:
+    rule = TopK(top_k=1, score=score, multiplicative=multiplicative)
+    assert {name for name, value in bias_inputs(rule, BIAS_E)._asdict().items() if value is not None} == {wanted}
 
 
 LOGITS_TE = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.5, -0.5, 1.5, -1.5]])

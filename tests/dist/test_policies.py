@@ -1,0 +1,179 @@
+"""Policies over ranks, micro-batches, recomputation, skips and evaluation: the same numbers, or none at all."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dist_moe.balance.losses import RoutingLosses
+from dist_moe.comm.mesh import Mesh
+from tests.dist.balanced import CPU, evaluate, held_out
+from tests.dist.policies import (
+    FORCED,
+    LOSSES,
+    POLICIES,
+    THRESHOLD,
+    case_of,
+    given_logits,
+    mean_of_local_quantiles,
+    settings,
+)
+from tests.dist.pool import RankPool
+from tests.dist.small import Case, Trace, make_balancer, make_task, named_weights, reference, run_case
+
+ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
+
+
+def assert_same_state(found: object, wanted: object) -> None:
+    """Equal bit for bit, through dicts and tensors."""
+    if isinstance(wanted, dict):
+        assert isinstance(found, dict) and found.keys() == wanted.keys()
+        for key in wanted:
+            assert_same_state(found[key], wanted[key])
+    elif isinstance(wanted, torch.Tensor):
+        assert isinstance(found, torch.Tensor) and found.dtype == wanted.dtype and torch.equal(found, wanted)
+    else:
+        assert found == wanted
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_trap_T10_counts_and_state_are_those_of_one_rank_exactly(ranks: RankPool, name: str) -> None:
+    ((wanted, state),) = ranks.run(given_logits, 1, name)
+    moved = any(layer["selection_bias"].any() for layer in state["layers"].values())
+    assert moved == (name != "threshold")
+    for workers in (2, 4):
+        for found, found_state in ranks.run(given_logits, workers, name):
+            assert_same_state(found_state, state)
+            for step, wanted_step in zip(found, wanted, strict=True):
+                for tally, wanted_tally in zip(step, wanted_step, strict=True):
+                    assert_same_state(tally._asdict(), wanted_tally._asdict())
+
+
+def test_trap_T10_a_mean_of_local_quantiles_is_another_bias(ranks: RankPool) -> None:
+    """The control: what the histograms are for."""
+    (one,) = ranks.run(mean_of_local_quantiles, 1)
+    two, again = ranks.run(mean_of_local_quantiles, 2)
+    assert torch.equal(two, again)
+    assert (two - one).abs().max() > 0.01
+
+
+def gradients(traces: list[Trace], case: Case) -> dict[str, torch.Tensor]:
+    """What plain SGD took from every parameter, weight decay included."""
+    before = named_weights(make_task(case, ALONE), ALONE)
+    after: dict[str, torch.Tensor] = {}
+    for trace in traces:
+        after |= trace.weights
+    return {name: (before[name] - after[name]).double() / case.learning_rate for name in before}
+
+
+def with_decay(wanted: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
+    """A reference's gradients with the weight decay of 0.1 that SGD adds to matrices but embeddings."""
+    before = named_weights(make_task(case, ALONE), ALONE)
+    decayed = {name for name in before if before[name].ndim >= 2 and "embed_tokens" not in name}
+    return {name: g.double() + (0.1 * before[name].double() if name in decayed else 0) for name, g in wanted.items()}
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], rtol: float = 5e-4) -> None:
+    """Tensor by tensor, in units of its own norm or a thousandth of the whole."""
+    floor = 1e-3 * float(torch.stack([gradient.norm() for gradient in wanted.values()]).norm())
+    for name, gradient in wanted.items():
+        error = float((found[name] - gradient).norm())
+        assert error <= rtol * max(float(gradient.norm()), floor), name
+
+
+LAYOUTS = [(1, 1, 1), (1, 1, 4), (2, 2, 1), (4, 2, 1), (4, 4, 2)]  # workers, expert parallel, accumulation
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel", "accumulation"), LAYOUTS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_trap_T20_the_gradient_of_a_routing_loss_is_that_of_one_process(
+    ranks: RankPool, workers: int, expert_parallel: int, accumulation: int, name: str
+) -> None:
+    """T20, T47: rows with padding, so that ranks and micro-batches differ in their number of tokens."""
+    case = Case(expert_parallel=expert_parallel, accumulation=accumulation, losses=LOSSES[name])
+    _, _, wanted = reference(case, torch.float64)
+    found = gradients(ranks.run(run_case, workers, case), case)
+    assert_close(found, with_decay(wanted, case))
+    _, _, without = reference(dataclasses.replace(case, losses=RoutingLosses()), torch.float64)
+    router = "model.model.layers.1.mlp.gate.weight"
+    assert (wanted[router] - without[router]).norm() > 0.05 * without[router].norm(), "the loss weighs"
+
+
+def test_trap_T20_the_loss_of_micro_batches_is_theirs_wherever_they_run(ranks: RankPool) -> None:
+    """Two rows each on 1, 2 and 4 workers; other micro-batches have other load fractions, and another gradient."""
+    losses = RoutingLosses(balance=3.0, scope="micro_batch")
+    alone = Case(accumulation=4, losses=losses)
+    wanted = gradients(ranks.run(run_case, 1, alone), alone)
+    for workers, accumulation in ((2, 2), (4, 1)):
+        case = dataclasses.replace(alone, accumulation=accumulation, expert_parallel=2)
+        assert_close(gradients(ranks.run(run_case, workers, case), case), wanted)
+    whole = dataclasses.replace(alone, accumulation=1)
+    with pytest.raises(AssertionError, match=r"model\.\S+\nassert"):
+        assert_close(gradients(ranks.run(run_case, 1, whole), whole), wanted)
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel", "accumulation"), LAYOUTS)
+@pytest.mark.parametrize("name", ["threshold", "adaptive weight"])
+def test_trap_T22_gradients_of_other_routers_equal_the_reference(
+    ranks: RankPool, workers: int, expert_parallel: int, accumulation: int, name: str
+) -> None:
+    case = case_of(name, expert_parallel=expert_parallel, accumulation=accumulation)
+    loss, norm, wanted = reference(case, torch.float64)
+    traces = ranks.run(run_case, workers, case)
+    assert sum(trace.losses[0] for trace in traces) == pytest.approx(loss, rel=1e-5)
+    assert traces[0].norms[0] == pytest.approx(norm, rel=1e-4)
+    assert_close(gradients(traces, case), with_decay(wanted, case))
+
+
+@pytest.mark.parametrize("name", ["threshold, budget", "quantile", "adaptive weight"])
+def test_trap_T01_recomputation_changes_nothing_for_any_policy(ranks: RankPool, name: str) -> None:
+    plain = case_of(name, expert_parallel=2, accumulation=2, steps=2, losses=RoutingLosses(1.0, "sequence", 0.1, 0.1))
+    wanted = ranks.run(run_case, 2, plain)
+    found = ranks.run(run_case, 2, dataclasses.replace(plain, checkpointing=True))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.loads, ours.losses, ours.norms) == (theirs.loads, theirs.losses, theirs.norms)
+        assert_same_state(ours.state, theirs.state)
+        assert_same_state(ours.weights, theirs.weights)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_trap_T13_a_skipped_step_leaves_the_state_of_every_policy(ranks: RankPool, name: str) -> None:
+    case = case_of(name, expert_parallel=2, poison="loss", steps=1)
+    untouched = ranks.run(run_case, 2, dataclasses.replace(case, steps=0))
+    for ours, before in zip(ranks.run(run_case, 2, case), untouched, strict=True):
+        assert ours.taken == [False]
+        assert_same_state(ours.state, before.state)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_trap_T14_evaluation_leaves_the_state_of_every_policy(name: str) -> None:
+    case = case_of(name)
+    task = make_task(case, ALONE)
+    balancer = make_balancer(task, case.settings)
+    before = balancer.state_dict()
+    evaluate(task, held_out(rows=5), ALONE, CPU, 1)
+    assert_same_state(balancer.state_dict(), before)
+
+
+def test_trap_T17_forced_routing_moves_no_bias(ranks: RankPool) -> None:
+    case = Case(rule=FORCED, balance=settings("loss_free"), steps=2)
+    (trace,) = ranks.run(run_case, 1, case)
+    assert trace.loads[0][0][0] > 2 * trace.loads[0][0][-1], "it is uneven"
+    assert not any(bias.any() for bias in trace.biases)
+    assert not any(layer["last_load"].any() for layer in trace.state["layers"].values())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_budget_is_held_within_two_percent_in_training(ranks: RankPool, workers: int) -> None:
+    case = Case(
+        expert_parallel=workers,
+        rule=THRESHOLD,
+        balance=settings("adaptive_weight", budget=3.0),
+        steps=60,
+        optimizer="adamw",
+        learning_rate=1e-4,
+    )
+    trace = ranks.run(run_case, workers, case)[0]
+    means = trace.experts_per_token[-20:]
+    assert sum(means) / len(means) == pytest.approx(3.0, rel=0.02)
+    assert abs(trace.experts_per_token[0] - 3.0) > 0.3, "it was not there from the start"

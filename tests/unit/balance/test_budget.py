@@ -1,0 +1,47 @@
+"""The controller of the budget: on probabilities of every shape, from every start, and where it cannot win."""
+
+import pytest
+import torch
+
+from dist_moe.balance.budget import HIGHEST, control, start_controller
+from dist_moe.moe.select import Threshold, select_by_threshold
+
+
+def run(sharpness: float, budget: float, start: float, experts: int = 16, steps: int = 60) -> list[float]:
+    """The mean number of experts in each step, over fresh tokens."""
+    generator = torch.Generator().manual_seed(0)
+    state, rule, means = start_controller(start), Threshold(start, experts), []
+    for _ in range(steps):
+        logits_TE = sharpness * torch.randn(2048, experts, generator=generator)
+        ids_TK = select_by_threshold(logits_TE, rule, state.threshold).ids_TK
+        means.append(float((ids_TK >= 0).sum()) / len(ids_TK))
+        state = control(state, means[-1], budget)
+    return means
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("budget", [1.5, 2.0, 6.0])
+@pytest.mark.parametrize("start", [0.1, 0.4, 0.9])
+def test_the_mean_holds_the_budget_within_two_percent(sharpness: float, budget: float, start: float) -> None:
+    tail = run(sharpness, budget, start)[-20:]
+    assert sum(tail) / len(tail) == pytest.approx(budget, rel=0.02)
+    assert max(abs(mean - budget) for mean in tail) < 0.06 * budget, "it does not swing"
+
+
+def test_a_budget_that_cannot_be_met_does_not_wind_up() -> None:
+    """One expert always reaches the threshold; once the tokens change, the controller is back in a few steps."""
+    state = start_controller(0.4)
+    for _ in range(500):
+        state = control(state, measured=1.0, budget=2.0)
+    assert state.threshold == pytest.approx(HIGHEST)
+    below = 0
+    while state.threshold > 0.9:
+        state = control(state, measured=4.0, budget=2.0)
+        below += 1
+    assert below < 30
+
+
+def test_the_threshold_rises_where_tokens_take_too_few() -> None:
+    state = start_controller(0.4)
+    assert control(state, 1.0, 2.0).threshold > 0.4 > control(state, 3.0, 2.0).threshold
+    assert control(state, 2.0, 2.0).threshold == pytest.approx(0.4)

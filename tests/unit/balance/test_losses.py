@@ -1,0 +1,118 @@
+"""The auxiliary losses against loops of a few lines, on numbers made by hand, and under padding."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_moe.balance.losses import (
+    balance_loss,
+    entropy_loss,
+    gate_shares,
+    load_fractions,
+    sequence_balance_loss,
+    z_loss,
+)
+
+
+def slow_balance_loss(shares: list[list[float]], ids: list[list[int]]) -> float:
+    """T * E * sum over experts of (its share of the assignments) * (its mean probability), for one set of tokens."""
+    kept = [token for token, taken in enumerate(ids) if any(expert >= 0 for expert in taken)]
+    if not kept:
+        return 0.0
+    experts = len(shares[0])
+    assignments = [expert for taken in ids for expert in taken if expert >= 0]
+    total = 0.0
+    for expert in range(experts):
+        fraction = assignments.count(expert) / len(assignments)
+        total += fraction * sum(shares[token][expert] for token in kept) / len(kept)
+    return len(kept) * experts * total
+
+
+@settings(deadline=None)
+@given(sequences=st.integers(1, 3), length=st.integers(1, 5), experts=st.integers(2, 6), seed=st.integers(0, 1000))
+def test_both_losses_are_their_loops(sequences: int, length: int, experts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sequences * length
+    shares_TE = gate_shares(torch.rand(tokens, experts, generator=generator, dtype=torch.float64))
+    ids_TK = torch.randint(-1, experts, (tokens, 2), generator=generator)
+    ids_TK[torch.rand(tokens, generator=generator) < 0.3] = -1
+    mask_T = (ids_TK >= 0).any(dim=1)
+    load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=experts)
+    whole = balance_loss(shares_TE, load_fractions(load_E), mask_T)
+    assert float(whole) == pytest.approx(slow_balance_loss(shares_TE.tolist(), ids_TK.tolist()), rel=1e-5)
+    apart = sum(
+        slow_balance_loss(shares_TE[start : start + length].tolist(), ids_TK[start : start + length].tolist())
+        for start in range(0, tokens, length)
+    )
+    assert float(sequence_balance_loss(shares_TE, ids_TK, sequences)) == pytest.approx(apart, rel=1e-9)
+
+
+def test_a_level_load_costs_one_for_each_token() -> None:
+    shares_TE = torch.full((6, 3), 1 / 3)
+    assert float(balance_loss(shares_TE, load_fractions(torch.tensor([4, 4, 4])))) == pytest.approx(6.0)
+    ids_TK = torch.tensor([[0, 1], [2, 0], [1, 2]] * 2)
+    assert float(sequence_balance_loss(shares_TE, ids_TK, 2)) == pytest.approx(6.0)
+
+
+def test_all_load_and_all_probability_on_one_expert_costs_as_many_as_there_are() -> None:
+    shares_TE = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 5)
+    assert float(balance_loss(shares_TE, load_fractions(torch.tensor([5, 0, 0, 0])))) == pytest.approx(20.0)
+
+
+def test_trap_T21_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
+    """Each layer sends all its tokens to an expert of its own; joined before the product they would look level."""
+    first_TE, second_TE = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[0.0, 1.0]] * 4)
+    loads = torch.tensor([4, 0]), torch.tensor([0, 4])
+    apart = sum(
+        float(balance_loss(shares_TE, load_fractions(load_E)))
+        for shares_TE, load_E in zip((first_TE, second_TE), loads, strict=True)
+    )
+    joined = float(balance_loss(torch.cat([first_TE, second_TE]), load_fractions(loads[0] + loads[1])))
+    assert (apart, joined) == (16.0, 8.0)
+
+
+def test_the_gradient_takes_from_the_greedy_and_gives_to_the_starved() -> None:
+    logits_TE = torch.zeros(4, 3, requires_grad=True)
+    balance_loss(logits_TE.softmax(dim=1), load_fractions(torch.tensor([6, 2, 0]))).backward()
+    assert logits_TE.grad is not None
+    gradient_E = logits_TE.grad.sum(dim=0)
+    assert gradient_E[0] > gradient_E[1] > gradient_E[2] and gradient_E[0] > 0 > gradient_E[2]
+
+
+def test_z_loss_is_the_squared_logarithm_of_the_partition() -> None:
+    logits_TE = torch.tensor([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0]])
+    wanted = sum(math.log(sum(math.exp(value) for value in row)) ** 2 for row in logits_TE[:2].tolist())
+    assert float(z_loss(logits_TE, torch.tensor([True, True, False]))) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_entropy_is_in_nats_and_0_where_nothing_is_open() -> None:
+    shares_TE = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]])
+    assert float(entropy_loss(shares_TE, torch.tensor([True, True, False]))) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("mask", [[False] * 3, [True, False, True]])
+def test_trap_T04_padding_costs_nothing_and_gets_no_gradient(mask: list[bool]) -> None:
+    logits_TE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask_T = torch.tensor(mask)
+    ids_TK = torch.tensor([[0], [1], [0]]).masked_fill(~mask_T.unsqueeze(1), -1)
+    shares_TE = logits_TE.softmax(dim=1)
+    terms: list[Tensor] = [
+        balance_loss(shares_TE, load_fractions(torch.tensor([2, 0, 0, 0])), mask_T),
+        sequence_balance_loss(shares_TE, ids_TK, 1),
+        z_loss(logits_TE, mask_T),
+        entropy_loss(shares_TE, mask_T),
+    ]
+    for term in terms:
+        (gradient_TE,) = torch.autograd.grad(term, logits_TE, retain_graph=True)
+        assert not gradient_TE[~mask_T].any()
+        assert bool(gradient_TE[mask_T].any()) == any(mask)
+        assert math.isfinite(float(term.detach()))
+
+
+def test_fractions_without_any_load_are_0() -> None:
+    assert load_fractions(torch.zeros(3, dtype=torch.int64)).tolist() == [0.0] * 3
+    assert load_fractions(torch.tensor([3, 1])).tolist() == [0.75, 0.25]

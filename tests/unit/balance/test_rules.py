@@ -1,0 +1,131 @@
+"""The update rules against numpy, over random sizes, and what holds for each of them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_moe.balance.adaptive_weight import adaptive_weight_update
+from dist_moe.balance.loss_free import loss_free_update
+from dist_moe.balance.policy import BalanceSettings, UpdateRule, update_rule
+from dist_moe.balance.tally import Tally
+
+loads = st.lists(st.integers(0, 2**40), min_size=1, max_size=12)
+
+
+def errors(load: list[int]) -> np.ndarray:
+    """(mean - c) / mean, in fp64; 0 without any load."""
+    counts_E = np.array(load, dtype=np.float64)
+    return (counts_E.mean() - counts_E) / max(counts_E.mean(), 1e-300)
+
+
+def drawn(experts: int, seed: int) -> Tensor:
+    """A bias."""
+    return torch.randn(experts, generator=torch.Generator().manual_seed(seed))
+
+
+@given(load=loads, rate=st.sampled_from([0.001, 0.1, 1.0]), seed=st.integers(0, 100), centre=st.booleans())
+def test_the_proportional_rule_of_loss_free(load: list[int], rate: float, seed: int, centre: bool) -> None:
+    bias_E = drawn(len(load), seed)
+    wanted_E = bias_E.double().numpy() + rate * errors(load)
+    wanted_E -= wanted_E.mean() if centre else 0.0
+    found_E = loss_free_update(bias_E, torch.tensor(load), rate, centre, proportional=True)
+    assert found_E.dtype == torch.float32
+    np.testing.assert_allclose(found_E.numpy(), wanted_E, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    load=loads,
+    rate=st.sampled_from([0.001, 0.1, 1.0]),
+    seed=st.integers(0, 100),
+    proportional=st.booleans(),
+    clip=st.sampled_from([None, 1.5, 100.0]),
+)
+def test_the_adaptive_weight(load: list[int], rate: float, seed: int, proportional: bool, clip: float | None) -> None:
+    """In weights, not in logarithms: w * exp(rate * e), over the geometric mean, within 1 / clip .. clip."""
+    log_weight_E = drawn(len(load), seed)
+    error_E = errors(load) if proportional else np.sign(errors(load))
+    weight_E = np.exp(log_weight_E.double().numpy()) * np.exp(rate * error_E)
+    weight_E /= np.exp(np.log(weight_E).mean())
+    weight_E = weight_E if clip is None else np.clip(weight_E, 1 / clip, clip)
+    found_E = adaptive_weight_update(log_weight_E, torch.tensor(load), rate, clip, proportional)
+    np.testing.assert_allclose(found_E.double().exp().numpy(), weight_E, rtol=2e-5, atol=1e-5)
+
+
+@given(load=loads, seed=st.integers(0, 100))
+def test_adaptive_weights_are_the_centred_proportional_bias_on_logits(load: list[int], seed: int) -> None:
+    bias_E, load_E = drawn(len(load), seed), torch.tensor(load)
+    assert torch.equal(
+        adaptive_weight_update(bias_E, load_E, 0.1), loss_free_update(bias_E, load_E, 0.1, True, proportional=True)
+    )
+
+
+RULES: dict[str, UpdateRule] = {
+    f"{policy}-{proportional}": rule
+    for policy in ("loss_free", "adaptive_weight")
+    for proportional in (False, True)
+    if (rule := update_rule(BalanceSettings(policy, 0.1, "constant", 10, proportional=proportional)))
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_level_load_is_a_fixed_point(name: str) -> None:
+    level = Tally(torch.full((6,), 7), torch.tensor([42]))
+    bias_E = drawn(6, 0)
+    bias_E -= bias_E.mean()
+    torch.testing.assert_close(RULES[name](bias_E, level, 0.1), bias_E, rtol=0, atol=1e-6)
+    empty = Tally(torch.zeros(6, dtype=torch.int64), torch.tensor([0]))
+    torch.testing.assert_close(RULES[name](bias_E, empty, 0.1), bias_E, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_greedy_expert_falls_and_a_starved_one_rises(name: str) -> None:
+    moved_E = RULES[name](torch.zeros(3), Tally(torch.tensor([8, 4, 0]), torch.tensor([12])), 0.1)
+    assert moved_E[0] < moved_E[1] < moved_E[2]
+
+
+@given(load=st.lists(st.integers(0, 1000), min_size=2, max_size=12))
+def test_trap_T11_adaptive_weights_keep_their_geometric_mean(load: list[int]) -> None:
+    log_weight_E = torch.zeros(len(load))
+    for _ in range(50):
+        log_weight_E = adaptive_weight_update(log_weight_E, torch.tensor(load), 0.1)
+    assert float(log_weight_E.mean()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_clip_that_bounds_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"clip=1\.0; it bounds"):
+        adaptive_weight_update(torch.zeros(2), torch.tensor([1, 2]), 0.1, clip=1.0)
+
+
+@pytest.mark.parametrize(("bias_dtype", "load_dtype"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int64)])
+def test_trap_T05_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"takes int64 counts|takes and gives fp32"):
+        adaptive_weight_update(torch.zeros(4, dtype=bias_dtype), torch.ones(4, dtype=load_dtype), 0.1)
+
+
+def test_the_policy_s_own_choices() -> None:
+    """Null in the config: the paper's rule."""
+    tally = Tally(torch.tensor([9, 1, 1, 1]), torch.tensor([12]))
+    own = {
+        policy: update_rule(BalanceSettings(policy, 0.1, "constant", 10)) for policy in ("loss_free", "adaptive_weight")
+    }
+    assert own["loss_free"] and own["adaptive_weight"]
+    assert own["loss_free"](torch.zeros(4), tally, 1.0).tolist() == [-1, 1, 1, 1], "the sign, not centred"
+    torch.testing.assert_close(
+        own["adaptive_weight"](torch.zeros(4), tally, 1.0), torch.tensor([-2.0, 2 / 3, 2 / 3, 2 / 3])
+    )
+
+
+@pytest.mark.parametrize("policy", ["none", "auxiliary"])
+def test_no_bias_moves_without_a_rule(policy: str) -> None:
+    settings = BalanceSettings(policy, 0.1, "constant", 10)
+    assert update_rule(settings) is None
+    assert settings.rate_at(0) == 0.0
+
+
+def test_a_frozen_schedule_stands_still() -> None:
+    settings = BalanceSettings("loss_free", 0.5, "linear", 10, freeze_at=3)
+    assert [settings.rate_at(taken) for taken in range(5)] == pytest.approx([0.5, 0.45, 0.4, 0.0, 0.0])
+    assert [settings.frozen_at(taken) for taken in (2, 3)] == [False, True]
