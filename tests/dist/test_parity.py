@@ -12,23 +12,24 @@ import pytest
 from rich.console import Console
 
 from tests.dist.pool import RankPool
-from tests.parity.case import LAUNCHERS, OPTIMIZERS, POOL, Case, covering, every_case
+from tests.parity.case import LAUNCHERS, POOL, Case, covering, every_case, other_routings
 from tests.parity.check import check_checkpointing, check_controls, check_launched, check_pool
-from tests.parity.reference import Reference, find_reference
+from tests.parity.reference import References
 from tests.parity.report import Row, show
 from tests.parity.setting import CLIPPING
 from tests.parity.trace import Trace, compare, read_trace
 from tests.parity.train import train
 
 PAIRS = covering(every_case(POOL), 2)
+OTHERS = other_routings([Case(POOL, 4, 2, 2, 3, "sgd"), Case(POOL, 2, 2, 0, 1, "adamw")])
 TWICE = Case(POOL, 4, 4, 2, 1, "adamw")
 CONTROLS = [Case(POOL, 4, 4, 0, 1, "sgd"), Case(POOL, 2, 2, 2, 1, "adamw")]
 LAUNCHED = Case(POOL, 2, 2, 1, 3, "adamw")
 
 
 @pytest.fixture(scope="module")
-def references(ranks: RankPool) -> dict[str, Reference]:
-    return {optimizer: find_reference(ranks, optimizer) for optimizer in OPTIMIZERS}
+def references(ranks: RankPool) -> References:
+    return References(ranks)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +51,19 @@ def tell() -> Iterator[Callable[[Row], None]]:
     assert rows
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=str)
+@pytest.mark.parametrize("case", [*PAIRS, *OTHERS], ids=str)
 def test_trap_T50_losses_and_norms_are_those_of_one_worker(
-    ranks: RankPool, references: dict[str, Reference], known: dict[Case, Trace], case: Case
+    ranks: RankPool, references: References, known: dict[Case, Trace], case: Case
 ) -> None:
     """T22, T24, T47, T48, T50: 20 steps, clipped in every one, under SGD and under AdamW."""
-    reference = references[case.optimizer]
+    reference = references[case]
     known[case] = train(ranks, case, reference.seed).trace
     difference = compare(known[case], reference.trace)
     assert not difference.faults(), difference
 
 
 def test_two_runs_on_one_layout_are_equal_bit_for_bit(
-    ranks: RankPool, references: dict[str, Reference], known: dict[Case, Trace], tell: Callable[[Row], None]
+    ranks: RankPool, references: References, known: dict[Case, Trace], tell: Callable[[Row], None]
 ) -> None:
     check_pool(ranks, [TWICE], references, known, tell)
 
@@ -70,7 +71,7 @@ def test_two_runs_on_one_layout_are_equal_bit_for_bit(
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_s_run_is_the_pool_s_bit_for_bit(
     ranks: RankPool,
-    references: dict[str, Reference],
+    references: References,
     known: dict[Case, Trace],
     tell: Callable[[Row], None],
     launcher: str,
@@ -80,13 +81,13 @@ def test_a_launcher_s_run_is_the_pool_s_bit_for_bit(
 
 @pytest.mark.parametrize("case", CONTROLS, ids=str)
 def test_expert_gradients_times_the_degree_are_noticed(
-    ranks: RankPool, references: dict[str, Reference], tell: Callable[[Row], None], case: Case
+    ranks: RankPool, references: References, tell: Callable[[Row], None], case: Case
 ) -> None:
     check_controls(ranks, [case], references, tell)
 
 
 def test_trap_T01_activation_checkpointing_changes_nothing(
-    ranks: RankPool, references: dict[str, Reference], known: dict[Case, Trace], tell: Callable[[Row], None]
+    ranks: RankPool, references: References, known: dict[Case, Trace], tell: Callable[[Row], None]
 ) -> None:
     """T1, T2: the same losses, loads, biases and weights, bit for bit."""
     check_checkpointing(ranks, [LAUNCHED], references, known, tell)

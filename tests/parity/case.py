@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 WORKERS = (1, 2, 4)
 EXPERT_PARALLEL = (1, 2, 4)
@@ -11,13 +11,17 @@ MICRO_BATCHES = (1, 3)  # in one step, on each worker: without and with accumula
 OPTIMIZERS = ("sgd", "adamw")
 POOL = "pool"
 LAUNCHERS = ("deepspeed", "torchrun")
+LOSS_FREE = "loss_free"
+OTHERS = ("threshold", "adaptive_weight", "quantile", "auxiliary")  # the keys of setting.ROUTING
 
 Values = frozenset[tuple[int, object]]  # (place of the field, its value)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: what starts its workers (the pool of the tests, or a launcher), its layout, and its optimizer."""
+    """One run: what starts its workers (the pool of the tests, or a launcher), its layout, its optimizer, and how it
+    routes and balances.
+    """
 
     start: str
     workers: int
@@ -25,21 +29,28 @@ class Case:
     zero_stage: int
     micro_batches: int
     optimizer: str
+    routing: str = LOSS_FREE
 
     def __str__(self) -> str:
         layout = f"w{self.workers}-ep{self.expert_parallel}-z{self.zero_stage}-m{self.micro_batches}"
-        return f"{self.start}-{layout}-{self.optimizer}"
+        routing = "" if self.routing == LOSS_FREE else f"-{self.routing}"
+        return f"{self.start}-{layout}-{self.optimizer}{routing}"
 
-
-def reference_case(optimizer: str) -> Case:
-    """One worker, nothing sharded, the whole global batch at once: what all others are held against."""
-    return Case(POOL, 1, 1, 0, 1, optimizer)
+    @property
+    def reference(self) -> "Case":
+        """One worker, nothing sharded, the whole global batch at once: what the others are held against."""
+        return Case(POOL, 1, 1, 0, 1, self.optimizer, self.routing)
 
 
 def every_case(*starts: str) -> list[Case]:
     """The full cross, less what cannot be: the expert-parallel degree divides the workers."""
     cross = itertools.product(starts, WORKERS, EXPERT_PARALLEL, ZERO_STAGES, MICRO_BATCHES, OPTIMIZERS)
     return [Case(*values) for values in cross if values[1] % values[2] == 0]
+
+
+def other_routings(layouts: Sequence[Case]) -> list[Case]:
+    """The layouts with each of the other routings."""
+    return [replace(case, routing=routing) for routing in OTHERS for case in layouts]
 
 
 def combinations(case: Case, size: int) -> set[Values]:

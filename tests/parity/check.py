@@ -1,11 +1,11 @@
 """The checks: each trains cases and gives one row for each."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from tests.dist.pool import RankPool
 from tests.parity.case import POOL, Case
-from tests.parity.reference import Reference
+from tests.parity.reference import Reference, References
 from tests.parity.report import Row
 from tests.parity.trace import Trace, compare
 from tests.parity.train import train, train_with_wrong_experts
@@ -13,16 +13,14 @@ from tests.parity.train import train, train_with_wrong_experts
 Tell = Callable[[Row], None]
 
 
-def check_pool(
-    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: dict[Case, Trace], tell: Tell
-) -> None:
+def check_pool(pool: RankPool, cases: list[Case], references: References, known: dict[Case, Trace], tell: Tell) -> None:
     """Train each case twice in the pool: as the reference within the tolerance, and twice the same bit for bit.
 
     known: traces of cases in the pool, here and below; a run that is there is not made again, one that is made is
     added.
     """
     for case in cases:
-        reference = references[case.optimizer]
+        reference = references[case]
         expected = pooled(pool, case, reference, known)
         again = train(pool, case, reference.seed)
         difference = compare(again.trace, reference.trace)
@@ -31,11 +29,11 @@ def check_pool(
 
 
 def check_launched(
-    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: dict[Case, Trace], tell: Tell
+    pool: RankPool, cases: list[Case], references: References, known: dict[Case, Trace], tell: Tell
 ) -> None:
     """Train each case with its launcher: as the reference, and as the same layout in the pool bit for bit."""
     for case in cases:
-        reference = references[case.optimizer]
+        reference = references[case]
         expected = pooled(pool, dataclasses.replace(case, start=POOL), reference, known)
         trained = train(pool, case, reference.seed)
         difference = compare(trained.trace, reference.trace)
@@ -43,10 +41,10 @@ def check_launched(
         tell(Row(case, "parity", difference, "the pool", difference.faults() + unequal, trained.seconds))
 
 
-def check_controls(pool: RankPool, cases: list[Case], references: Mapping[str, Reference], tell: Tell) -> None:
+def check_controls(pool: RankPool, cases: list[Case], references: References, tell: Tell) -> None:
     """Train each case with expert gradients times the degree: losses and norms must both break the rule."""
     for case in cases:
-        reference = references[case.optimizer]
+        reference = references[case]
         trained = train(pool, case, reference.seed, worker=train_with_wrong_experts)
         difference = compare(trained.trace, reference.trace)
         found = " ".join(difference.faults())
@@ -56,11 +54,11 @@ def check_controls(pool: RankPool, cases: list[Case], references: Mapping[str, R
 
 
 def check_checkpointing(
-    pool: RankPool, cases: list[Case], references: Mapping[str, Reference], known: dict[Case, Trace], tell: Tell
+    pool: RankPool, cases: list[Case], references: References, known: dict[Case, Trace], tell: Tell
 ) -> None:
     """Train each case with activation checkpointing: as without it, bit for bit."""
     for case in cases:
-        reference = references[case.optimizer]
+        reference = references[case]
         expected = pooled(pool, case, reference, known)
         trained = train(pool, case, reference.seed, ("train.activation_checkpointing=true",))
         difference = compare(trained.trace, reference.trace)

@@ -26,7 +26,7 @@ class Row:
 
 def show(rows: list[Row], console: Console) -> bool:
     """Print every row and the sum of them -> whether there is no fault."""
-    table = Table("started by", "workers", "EP", "ZeRO", "micro-batches", "optimizer", "purpose")
+    table = Table("started by", "workers", "EP", "ZeRO", "micro-batches", "optimizer", "routing", "purpose")
     for heading in ("loss", "norm", "assignments", "s"):
         table.add_column(heading, justify="right")
     table.add_column("bit for bit as")
@@ -38,6 +38,7 @@ def show(rows: list[Row], console: Console) -> bool:
             case.start,
             *map(str, layout),
             case.optimizer,
+            case.routing,
             row.what,
             f"{difference.loss:.1e}",
             f"{difference.norm:.1e}",

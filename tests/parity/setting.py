@@ -28,9 +28,32 @@ CONFIG = CONFIGS / "debug.yaml"
 STEPS = 20
 GLOBAL_BATCH = 12
 CLIPPING = 0.1
-FIRST_SEED = {"adamw": 13, "sgd": 29}
+FIRST_SEED = {
+    ("adamw", "loss_free"): 13,
+    ("sgd", "loss_free"): 29,
+    ("adamw", "threshold"): 1,
+    ("sgd", "threshold"): 1,
+    ("adamw", "adaptive_weight"): 1,
+    ("sgd", "adaptive_weight"): 7,
+    ("adamw", "quantile"): 14,
+    ("sgd", "quantile"): 8,
+    ("adamw", "auxiliary"): 2,
+    ("sgd", "auxiliary"): 19,
+}
+THRESHOLD = ("router.selection=threshold", "router.score=softmax", "router.threshold=0.3", "router.max_experts=6")
+ROUTING = {
+    "loss_free": (),
+    "threshold": (*THRESHOLD, "balance.policy=none"),
+    "adaptive_weight": (*THRESHOLD, "balance.policy=adaptive_weight", "router.budget=3"),
+    "quantile": ("balance.policy=quantile",),
+    "auxiliary": ("balance.policy=auxiliary", "balance.auxiliary_loss=0.1", "balance.auxiliary_scope=global_batch"),
+}
+"""What each routing changes: the router, the balancer, or both."""
 CLOSEST = 5e-6
 """In units of the score, which is between 0 and 1."""
+CLOSEST_PROBABILITY = 1e-6
+"""With threshold routing: probabilities of 12 experts are about a tenth of a score, and so are their differences."""
+
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1.0}
 
 
@@ -65,4 +88,10 @@ def overrides(case: Case, seed: int, folder: Path) -> list[str]:
         "observe.every=1",
         "observe.tensorboard=false",
         f"observe.validation_sequences={GLOBAL_BATCH}",
+        *ROUTING[case.routing],
     ]
+
+
+def closest_allowed(routing: str) -> float:
+    """How close a decision of the reference may be."""
+    return CLOSEST_PROBABILITY if "router.selection=threshold" in ROUTING[routing] else CLOSEST

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dist_moe.comm.place import read_place
 from dist_moe.config import load_config, resolve
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.router import Router
+from dist_moe.moe.select import Threshold, TopK, bias_inputs, biased_scores
 from dist_moe.train.loop import run
 from tests.dist.pool import RankPool
 from tests.parity.case import POOL, Case
@@ -81,14 +82,25 @@ def train_and_find_closest(rank: int, world_size: int, changes: list[str]) -> fl
         nonlocal closest
         if isinstance(module, Router) and module.training:
             logits_TE, _, ids_TK = outputs
-            routed_T = ids_TK[:, 0] >= 0
-            choice_TE = torch.sigmoid(logits_TE.detach()[routed_T]) + module.selection_bias
-            best_TK = choice_TE.topk(ids_TK.shape[1] + 1).values
-            closest = min(closest, float((best_TK[:, -2] - best_TK[:, -1]).min()))
+            closest = min(closest, closest_choice(module, logits_TE.detach()[ids_TK[:, 0] >= 0]))
 
     with register_module_forward_hook(look):
         train_worker(rank, world_size, changes)
     return closest
+
+
+def closest_choice(router: Router, logits_TE: Tensor) -> float:
+    """How little a score, or a sum of probabilities, would have to change for a token to take other experts."""
+    rule, inputs = router.rule, bias_inputs(router.rule, router.selection_bias)
+    if isinstance(rule, TopK):
+        best_TK = biased_scores(logits_TE, rule, inputs).topk(rule.top_k + 1).values
+        return float((best_TK[:, -2] - best_TK[:, -1]).min())
+    assert isinstance(rule, Threshold) and inputs.logit_bias_E is not None and router.threshold is not None
+    sorted_TE = (logits_TE + inputs.logit_bias_E).softmax(dim=1).sort(dim=1, descending=True).values
+    before_TE = sorted_TE.cumsum(dim=1)[:, : rule.max_experts - 1]
+    taken_T1 = 1 + (before_TE < router.threshold).sum(dim=1, keepdim=True)
+    last_T1, next_T1 = (sorted_TE.gather(1, taken_T1 - shift) for shift in (1, 0))
+    return float(torch.minimum((before_TE - router.threshold).abs().min(), (last_T1 - next_T1).min()))
 
 
 def train_with_wrong_experts(rank: int, world_size: int, changes: list[str]) -> int:
