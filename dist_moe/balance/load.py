@@ -1,8 +1,9 @@
 """Measures of how evenly experts are loaded, and the values that chance alone gives them.
 
-Shapes: L MoE layers, E routed experts of a layer. Every measure reduces the last dim, the experts.
+Shapes: L MoE layers, E routed experts of a layer, M batches. Every measure reduces the last dim, the experts.
 """
 
+import functools
 import math
 
 import torch
@@ -47,6 +48,21 @@ def load_cov(load_LE: Tensor) -> Tensor:
     return _where_loaded(mean_L, variance_L.sqrt() / mean_L, empty=0.0)
 
 
+def load_deviation_percent(load_LE: Tensor) -> Tensor:
+    """Standard deviation over the experts of their shares of the assignments, in percent: 100 * CoV / E.
+
+    Args:
+        load_LE: [L, E] or [E] int64, assignments that each expert received.
+
+    Returns:
+        [L] or [] float64, percent of the layer's assignments; 0 for a layer that received none.
+
+    Raises:
+        TypeError, ValueError: as `max_vio`.
+    """
+    return 100.0 * load_cov(load_LE) / load_LE.shape[-1]
+
+
 def load_entropy(load_LE: Tensor) -> Tensor:
     """Shannon entropy of the shares of the load, divided by log E.
 
@@ -82,6 +98,43 @@ def dead_experts(load_LE: Tensor) -> Tensor:
         TypeError, ValueError: as `max_vio`.
     """
     return (_checked(load_LE) == 0).sum(dim=-1)
+
+
+def mean_max_vio(load_ME: Tensor) -> tuple[float, float]:
+    """MaxVio of each of a layer's batches, averaged over the batches -> (MaxVio, its floor).
+
+    The mean of the batches' own MaxVio, not that of their summed load, in which one batch levels another. The floor
+    is the mean of the floors with each batch's own assignments.
+
+    Args:
+        load_ME: [M, E] int64, assignments that each expert received in each batch; M at least 1.
+
+    Raises:
+        TypeError, ValueError: as `max_vio`.
+    """
+    values_M = max_vio(load_ME)
+    floors = [max_vio_floor(load_ME.shape[-1], total) for total in load_ME.sum(dim=-1).tolist()]
+    return float(values_M.mean()), math.fsum(floors) / len(floors)
+
+
+def rank_load(load_LE: Tensor, ranks: int) -> Tensor:
+    """Largest / mean number of rows that the expert-parallel ranks receive, each for its block of experts.
+
+    Args:
+        load_LE: [L, E] or [E] int64, assignments that each expert received.
+        ranks: the expert-parallel degree; rank r holds experts r * E / ranks to (r + 1) * E / ranks - 1.
+
+    Returns:
+        [L] or [] float64, 1 and above; 1 for one rank and for a layer that received no assignment. Chance alone
+        gives 1 + max_vio_floor(ranks, assignments).
+
+    Raises:
+        TypeError, ValueError: as `max_vio`; ValueError where `ranks` does not divide the experts.
+    """
+    experts = _checked(load_LE).shape[-1]
+    if ranks < 1 or experts % ranks:
+        raise ValueError(f"ranks={ranks} does not divide {experts} experts; pass the expert-parallel degree")
+    return 1.0 + max_vio(load_LE.unflatten(-1, (ranks, experts // ranks)).sum(dim=-1))
 
 
 def max_vio_floor(experts: int, assignments: int) -> float:
@@ -122,6 +175,47 @@ def cov_floor(experts: int, assignments: int) -> float:
     return math.sqrt((experts - 1) / assignments) if assignments else 0.0
 
 
+def load_deviation_percent_floor(experts: int, assignments: int) -> float:
+    """`cov_floor` as a standard deviation of shares, 100 * cov_floor / E percent. Arguments and errors as there."""
+    return 100.0 * cov_floor(experts, assignments) / experts
+
+
+def load_entropy_floor(experts: int, assignments: int) -> float:
+    """Expected `load_entropy` of uniformly drawn assignments, to first order 1 - (E-1) / (2 A ln E), at least 0.
+
+    Chance takes (E-1) / (2A) from the entropy of counts (Miller 1955), so a level router shows this value and not 1.
+    What it takes is in truth 2 to 3 per cent more at A/E = 10, and 4 to 9 at A/E = 5.
+
+    Args:
+        experts: E, at least 1; 1 gives 1.
+        assignments: A, tokens times experts per token; 0 gives 1, as the measure does.
+
+    Raises:
+        ValueError: experts below 1 or assignments below 0.
+    """
+    _check_sizes(experts, assignments)
+    if experts == 1 or assignments == 0:
+        return 1.0
+    return max(0.0, 1.0 - (experts - 1) / (2 * assignments * math.log(experts)))
+
+
+def dead_experts_floor(experts: int, assignments: int) -> float:
+    """Expected number of experts without one of A uniformly drawn assignments, E * (1 - 1/E)**A.
+
+    Exact for the multinomial; high where each token takes K different experts.
+
+    Args:
+        experts: E, at least 1.
+        assignments: A, tokens times experts per token.
+
+    Raises:
+        ValueError: experts below 1 or assignments below 0.
+    """
+    _check_sizes(experts, assignments)
+    return float(experts * (1.0 - 1.0 / experts) ** assignments)
+
+
+@functools.cache
 def _expected_maximum_of_normals(count: int) -> float:
     # E[M] = integral over x > 0 of P(M > x) - P(M < -x), with P(M < x) = Phi(x)**count; nothing beyond 12.
     x = torch.linspace(0.0, 12.0, 4801, dtype=torch.float64)

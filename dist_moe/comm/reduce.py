@@ -1,4 +1,4 @@
-"""Reductions over all ranks: integer counts exactly, and named scalars packed into one collective."""
+"""Reductions over ranks: integer counts exactly, and named scalars packed into one collective."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,11 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def sum_counts(counts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Sum int64 tensors of any shapes over all ranks in ONE all-reduce -> tensors of the same shapes, int64.
+def sum_counts(counts: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Sum int64 tensors of any shapes over the ranks in ONE all-reduce -> tensors of the same shapes, int64.
 
     Integers, because a float32 counter above 2**24 loses single tokens and bf16 has flipped the sign of a load error.
-    Every rank calls it with the same shapes; an empty list makes no collective. Errors: TypeError for another dtype.
+    group: the ranks that are summed over, this one among them; None is all of them. Every rank of it calls it with
+    the same shapes; an empty list makes no collective. Errors: TypeError for another dtype.
     """
     wrong = [str(count.dtype) for count in counts if count.dtype != torch.int64]
     if wrong:
@@ -19,8 +20,8 @@ def sum_counts(counts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if not counts:
         return []
     packed = torch.cat([count.reshape(-1).to(device) for count in counts])
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(packed)
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(packed, group=group)
     sizes = [count.numel() for count in counts]
     return [part.view(count.shape) for part, count in zip(packed.split(sizes), counts, strict=True)]
 

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dist_moe.observe.metrics import EvaluationMetrics, StepMetrics
+from dist_moe.observe.evaluation import EvaluationMetrics
+from dist_moe.observe.metrics import StepMetrics
 
 
 class RunConsole:
@@ -120,6 +121,11 @@ def step_line(metrics: StepMetrics, steps: int, left_s: float | None) -> str:
     ]
     if metrics.load:
         parts.append(f"MaxVio {metrics.max_vio:.3f} (floor {metrics.max_vio_floor:.3f})")
+    if metrics.threshold is not None:
+        parts.append(f"experts/token {metrics.experts_per_token:.2f}")
+        parts.append(f"threshold {metrics.threshold:.3f}")
+    if metrics.auxiliary_loss:
+        parts.append(f"auxiliary loss {metrics.auxiliary_loss:.3g}")
     if metrics.skipped_steps:
         parts.append(f"skipped {metrics.skipped_steps}" + (" (this one too)" if metrics.skipped else ""))
     parts.append(f"left {duration(left_s)}")
@@ -138,18 +144,33 @@ def evaluation_line(metrics: EvaluationMetrics) -> str:
 
 
 def summary_table(metrics: EvaluationMetrics) -> Table:
-    """MaxVio_global of each layer beside its floor, its least and most loaded expert, and the mean."""
+    """Of each layer, and as a mean: MaxVio_global beside its floor, the deviation, the least and most loaded expert.
+
+    Where tokens took different numbers of experts, how many they took too.
+    """
     table = Table(title=f"Load over {metrics.tokens:,} validation tokens", title_justify="left")
-    for heading in ("layer", "MaxVio_global", "floor", "least / mean", "most / mean"):
+    varies = sum(count > 0 for count in metrics.experts_per_token_histogram) > 1
+    headings = ["layer", "MaxVio_global", "floor", "deviation", "least / mean", "most / mean"]
+    for heading in [*headings, "experts/token"] if varies else headings:
         table.add_column(heading, justify="right")
-    rows = zip(metrics.load, metrics.max_vio_global_per_layer, metrics.max_vio_global_floor_per_layer, strict=True)
-    for layer, (load, value, floor) in enumerate(rows):
+    rows = zip(
+        metrics.load,
+        metrics.max_vio_global_per_layer,
+        metrics.max_vio_global_floor_per_layer,
+        metrics.load_deviation_percent_per_layer,
+        metrics.experts_per_token_per_layer,
+        strict=True,
+    )
+    for layer, (load, value, floor, deviation, taken) in enumerate(rows):
         mean = sum(load) / len(load)
         ends = [f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-" for count in (min(load), max(load))]
-        table.add_row(str(layer), f"{value:.3f}", f"{floor:.3f}", *ends)
+        cells = [str(layer), f"{value:.3f}", f"{floor:.3f}", f"{deviation:.2f} %", *ends, f"{taken:.2f}"]
+        table.add_row(*cells[: len(table.columns)])
     if metrics.load:
         table.add_section()
-        table.add_row("mean", f"{metrics.max_vio_global:.3f}", f"{metrics.max_vio_global_floor:.3f}", "", "")
+        means = [f"{metrics.max_vio_global:.3f}", f"{metrics.max_vio_global_floor:.3f}"]
+        cells = ["mean", *means, f"{metrics.load_deviation_percent:.2f} %", "", "", f"{metrics.experts_per_token:.2f}"]
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 

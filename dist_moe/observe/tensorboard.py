@@ -1,6 +1,6 @@
 """TensorBoard's view of a run: curves, curves per layer, pictures of the load, and the hyper-parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -8,20 +8,80 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.heatmap import draw_load
-from dist_moe.observe.metrics import EvaluationMetrics, StepMetrics
+from dist_moe.observe.metrics import StepMetrics
 
 _VALIDATION_TAGS = ("validation/loss", "validation/bits_per_byte", "validation/max_vio_global")
-_CHARTS_WITH_FLOOR = {
-    "balance": {
-        "MaxVio and its floor": ["Multiline", ["balance/max_vio", "balance/max_vio_floor"]],
-        "Load CoV and its floor": ["Multiline", ["balance/load_cov", "balance/load_cov_floor"]],
-        "MaxVio_global and its floor": [
-            "Multiline",
-            ["validation/max_vio_global", "validation/max_vio_global_floor"],
-        ],
-    }
+# Tag -> field of StepMetrics or EvaluationMetrics; a curve of each layer has the tag "<group>/layer_NN".
+_STEP_TAGS = {
+    "train/loss": "loss",
+    "train/auxiliary_loss": "auxiliary_loss",
+    "train/learning_rate": "learning_rate",
+    "train/grad_norm": "grad_norm",
+    "train/tokens": "tokens",
+    "train/skipped_steps": "skipped_steps",
+    "speed/tokens_per_s": "tokens_per_s",
+    "speed/step_ms": "step_ms",
 }
+_BALANCE_TAGS = {
+    "balance/max_vio": "max_vio",
+    "balance/max_vio_floor": "max_vio_floor",
+    "balance/max_vio_computation": "max_vio_computation",
+    "balance/max_vio_computation_floor": "max_vio_computation_floor",
+    "balance/load_cov": "load_cov",
+    "balance/load_cov_floor": "load_cov_floor",
+    "balance/load_deviation_percent": "load_deviation_percent",
+    "balance/load_deviation_percent_floor": "load_deviation_percent_floor",
+    "balance/load_entropy": "load_entropy",
+    "balance/load_entropy_floor": "load_entropy_floor",
+    "balance/dead_experts": "dead_experts",
+    "balance/dead_experts_floor": "dead_experts_floor",
+    "balance/rank_load": "rank_load",
+    "balance/rank_load_floor": "rank_load_floor",
+    "balance/rate": "balance_rate",
+    "balance/threshold": "threshold",
+    "balance/experts_per_token": "experts_per_token",
+    "balance/experts_per_token_p50": "experts_per_token_p50",
+    "balance/experts_per_token_p99": "experts_per_token_p99",
+}
+_BALANCE_LAYER_TAGS = {
+    "max_vio": "max_vio_per_layer",
+    "max_vio_computation": "max_vio_computation_per_layer",
+    "load_deviation_percent": "load_deviation_percent_per_layer",
+    "rank_load": "rank_load_per_layer",
+    "experts_per_token": "experts_per_token_per_layer",
+}
+_EVALUATION_TAGS = {"validation/loss": "validation_loss", "validation/bits_per_byte": "bits_per_byte"}
+_EVALUATION_BALANCE_TAGS = {
+    "validation/max_vio_global": "max_vio_global",
+    "validation/max_vio_global_floor": "max_vio_global_floor",
+    "validation/load_cov": "load_cov",
+    "validation/load_cov_floor": "load_cov_floor",
+    "validation/load_deviation_percent": "load_deviation_percent",
+    "validation/load_deviation_percent_floor": "load_deviation_percent_floor",
+    "validation/experts_per_token": "experts_per_token",
+    "validation/experts_per_token_p50": "experts_per_token_p50",
+    "validation/experts_per_token_p99": "experts_per_token_p99",
+}
+_EVALUATION_LAYER_TAGS = {
+    "max_vio_global": "max_vio_global_per_layer",
+    "load_deviation_percent_global": "load_deviation_percent_per_layer",
+    "experts_per_token_global": "experts_per_token_per_layer",
+}
+# Title -> tag of a value whose floor is drawn beside it.
+_WITH_FLOOR = {
+    "MaxVio and its floor": "balance/max_vio",
+    "MaxVio_computation and its floor": "balance/max_vio_computation",
+    "Load CoV and its floor": "balance/load_cov",
+    "Load deviation in percent and its floor": "balance/load_deviation_percent",
+    "Load entropy and its floor": "balance/load_entropy",
+    "Dead experts and their floor": "balance/dead_experts",
+    "Rank load and its floor": "balance/rank_load",
+    "MaxVio_global and its floor": "validation/max_vio_global",
+    "Load deviation of the validation in percent and its floor": "validation/load_deviation_percent",
+}
+_CHARTS_WITH_FLOOR = {"balance": {title: ["Multiline", [tag, f"{tag}_floor"]] for title, tag in _WITH_FLOOR.items()}}
 
 
 class TensorBoardWriter:
@@ -64,57 +124,28 @@ class TensorBoardWriter:
         self._writer.add_text("config", indented)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write the curves of one logged step, of each layer, and the picture of its load."""
-        self._scalars(
-            metrics.step,
-            {
-                "train/loss": metrics.loss,
-                "train/learning_rate": metrics.learning_rate,
-                "train/grad_norm": metrics.grad_norm,
-                "train/tokens": metrics.tokens,
-                "train/skipped_steps": metrics.skipped_steps,
-                "speed/tokens_per_s": metrics.tokens_per_s,
-                "speed/step_ms": metrics.step_ms,
-            },
-        )
+        """Write the curves of one logged step and of each layer, and the pictures of its load and of its tokens."""
+        self._scalars(metrics.step, _fields(metrics, _STEP_TAGS))
         if not metrics.load:
             return
-        self._scalars(
-            metrics.step,
-            {
-                "balance/max_vio": metrics.max_vio,
-                "balance/max_vio_floor": metrics.max_vio_floor,
-                "balance/load_cov": metrics.load_cov,
-                "balance/load_cov_floor": metrics.load_cov_floor,
-                "balance/load_entropy": metrics.load_entropy,
-                "balance/dead_experts": metrics.dead_experts,
-                "balance/rate": metrics.balance_rate,
-            },
-        )
-        for layer, value in enumerate(metrics.max_vio_per_layer):
-            self._scalars(metrics.step, {f"max_vio/layer_{layer:02d}": value})
+        self._scalars(metrics.step, _fields(metrics, _BALANCE_TAGS))
+        self._layers(metrics.step, _fields(metrics, _BALANCE_LAYER_TAGS))
         for layer, bias in enumerate(metrics.bias_per_layer):
             if bias is not None:
                 extremes = {f"bias_min/layer_{layer:02d}": bias.min, f"bias_max/layer_{layer:02d}": bias.max}
                 self._scalars(metrics.step, extremes)
+        self._histogram(metrics.step, "experts_per_token/step", metrics.experts_per_token_histogram)
         self._writer.add_image("load/step", draw_load(metrics.load), metrics.step, dataformats="HWC")
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Write the curves of one evaluation, MaxVio_global of each layer, and the picture of its load."""
-        losses = {
-            "validation/loss": metrics.validation_loss,
-            "validation/bits_per_byte": metrics.bits_per_byte,
-        }
-        self._scalars(metrics.step, losses)
-        if metrics.load:
-            balance = {
-                "validation/max_vio_global": metrics.max_vio_global,
-                "validation/max_vio_global_floor": metrics.max_vio_global_floor,
-            }
-            self._scalars(metrics.step, balance)
-            for layer, value in enumerate(metrics.max_vio_global_per_layer):
-                self._scalars(metrics.step, {f"max_vio_global/layer_{layer:02d}": value})
-            self._writer.add_image("load/validation", draw_load(metrics.load), metrics.step, dataformats="HWC")
+        """Write the curves of one evaluation and of each layer, and the pictures of its load and of its tokens."""
+        self._scalars(metrics.step, _fields(metrics, _EVALUATION_TAGS))
+        if not metrics.load:
+            return
+        self._scalars(metrics.step, _fields(metrics, _EVALUATION_BALANCE_TAGS))
+        self._layers(metrics.step, _fields(metrics, _EVALUATION_LAYER_TAGS))
+        self._histogram(metrics.step, "experts_per_token/validation", metrics.experts_per_token_histogram)
+        self._writer.add_image("load/validation", draw_load(metrics.load), metrics.step, dataformats="HWC")
 
     @property
     def _writer(self) -> SummaryWriter:
@@ -122,9 +153,36 @@ class TensorBoardWriter:
             raise RuntimeError(f"the writer of {self.folder} is not open; write inside `with TensorBoardWriter(...)`")
         return self._open_writer
 
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def _scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            if value is not None:
+                self._writer.add_scalar(tag, value, step)
+
+    def _layers(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
+        for group, values_L in values.items():
+            self._scalars(step, {f"{group}/layer_{layer:02d}": value for layer, value in enumerate(values_L)})
+
+    def _histogram(self, step: int, tag: str, counts: Sequence[int]) -> None:
+        """One bar for each whole number from 1, as high as its count; nothing where all counts are 0."""
+        taken = [number for number, count in enumerate(counts, start=1) if count]
+        if not taken:
+            return
+        numbers = range(1, len(counts) + 1)
+        self._writer.add_histogram_raw(
+            tag,
+            min=taken[0],
+            max=taken[-1],
+            num=sum(counts),
+            sum=sum(number * count for number, count in zip(numbers, counts, strict=True)),
+            sum_squares=sum(number**2 * count for number, count in zip(numbers, counts, strict=True)),
+            bucket_limits=[number + 0.5 for number in numbers],
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
+
+def _fields(metrics: StepMetrics | EvaluationMetrics, names: Mapping[str, str]) -> dict[str, Any]:
+    return {tag: getattr(metrics, name) for tag, name in names.items()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dist_moe.balance.tally import Tally, add_tallies, sum_tallies
 from dist_moe.comm.bootstrap import join_world, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.place import read_place
-from dist_moe.comm.reduce import sum_counts, sum_scalars
+from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import load_config
 from dist_moe.config.family import family_of
 from dist_moe.data.cache import cache_folder
@@ -22,7 +23,7 @@ from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.stream import Stream
 from dist_moe.data.tokenizer import load_tokenizer
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
-from dist_moe.observe.metrics import EvaluationMetrics, evaluation_metrics
+from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
 from dist_moe.train.weights import WeightsError, load_weights, read_config
 
 
@@ -55,30 +56,32 @@ def evaluate(task: nn.Module, text: HeldOut, mesh: Mesh, device: torch.device, s
     """
     stride = mesh.world_size * text.micro_batch
     nats, labels, text_bytes = 0.0, 0, 0
-    loads: list[Tensor] | None = None
+    tallies: list[Tally] | None = None
     was_training = task.training
     task.eval()
     try:
         for first in range(0, text.rows, stride):
-            batch_nats, batch_labels, batch_bytes, batch_loads = _forward(task, text, first, mesh, device)
+            batch_nats, batch_labels, batch_bytes, batch_tallies = _forward(task, text, first, mesh, device)
             nats, labels, text_bytes = nats + batch_nats, labels + batch_labels, text_bytes + batch_bytes
-            loads = batch_loads if loads is None else [a + b for a, b in zip(loads, batch_loads, strict=True)]
+            tallies = batch_tallies if tallies is None else add_tallies(tallies, batch_tallies)
     finally:
         task.train(was_training)
+    summed = sum_tallies(tallies or [], device)
     total = sum_scalars({"nats": nats, "labels": labels, "bytes": text_bytes}, device)
     return evaluation_metrics(
         step=step,
         total_nats=total["nats"],
         tokens=int(total["labels"]),
         text_bytes=int(total["bytes"]),
-        load_L=[load.cpu() for load in sum_counts(loads or [], device)],
+        load_L=[tally.load_E.cpu() for tally in summed],
+        takers_L=[tally.takers_K.cpu() for tally in summed],
     )
 
 
 def _forward(
     task: nn.Module, text: HeldOut, first: int, mesh: Mesh, device: torch.device
-) -> tuple[float, int, int, list[Tensor]]:
-    """One forward of this rank: sum of -ln p in nats, label tokens, bytes of text they stand for, loads."""
+) -> tuple[float, int, int, list[Tally]]:
+    """One forward of this rank: sum of -ln p in nats, label tokens, bytes of text they stand for, counts."""
     row = first + mesh.rank * text.micro_batch
     batch = text.stream.in_order(row, text.micro_batch)
     # Rows past the limit belong to the corpus but not to this evaluation.
@@ -91,7 +94,9 @@ def _forward(
     nats = float(output.nll_sum)
     if not math.isfinite(nats):
         nats = math.nan
-    return nats, counted.size, int(text.token_bytes_V[counted].sum()), output.loads
+    # The balancer sees nothing of an evaluation, so its histograms are neither kept nor summed.
+    tallies = [tally._replace(margins_EQ=None) for tally in output.tallies]
+    return nats, counted.size, int(text.token_bytes_V[counted].sum()), tallies
 
 
 def model_folder(checkpoint: Path) -> Path:

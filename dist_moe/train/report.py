@@ -14,10 +14,12 @@ from dist_moe.config import Config, Resolved, dump_config
 from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.console import RunConsole
-from dist_moe.observe.metrics import EvaluationMetrics, step_metrics
+from dist_moe.observe.evaluation import EvaluationMetrics
+from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.observe.watch import LoadWatch
+from dist_moe.train.computation import computation_max_vio
 from dist_moe.train.step import StepRecord
 
 
@@ -82,27 +84,39 @@ class Report:
         balance_rate: float,
         seconds: float,
     ) -> None:
-        """Take note of a step, and log it if it is due or was skipped; one collective on logged steps."""
+        """Take note of a step, and log it if it is due or was skipped.
+
+        biases: those after the step. Logged steps take one collective over all ranks, and with expert parallelism one
+        within its group. Every rank calls it for every step, and decides alike whether it is logged.
+        """
         self._seconds += seconds
         self._steps += 1
         self._skipped_steps += not record.taken
         if step % self.config.observe.every and record.taken and step not in (1, self.config.train.steps):
             return
-        nll = sum_scalars({"nll": float(record.nll_sum)}, self.world.device)["nll"]
+        nll, auxiliary, computation_L = self._over_ranks(record)
         step_tokens = self.config.train.global_batch * self.config.data.sequence_length
-        metrics = step_metrics(
+        progress = Progress(
             step=step,
             loss=nll / record.labels if record.labels else math.nan,
+            auxiliary_loss=auxiliary,
             learning_rate=learning_rate,
             grad_norm=record.grad_norm,
             tokens=step * step_tokens,
             tokens_per_s=step_tokens * self._steps / self._seconds,
             step_ms=1e3 * self._seconds / self._steps,
-            load_L=[load.cpu() for load in record.loads],
-            bias_L=[bias.cpu() for bias in biases],
-            balance_rate=balance_rate,
             skipped=not record.taken,
             skipped_steps=self._skipped_steps,
+            balance_rate=balance_rate,
+            threshold=record.threshold,
+        )
+        metrics = step_metrics(
+            progress,
+            load_L=[load.cpu() for load in record.loads],
+            takers_L=[tally.takers_K.cpu() for tally in record.tallies],
+            computation_L=computation_L,
+            bias_L=[bias.cpu() for bias in biases],
+            expert_parallel=self.mesh.expert_parallel,
         )
         self._seconds, self._steps = 0.0, 0
         if self.recorder is None or self.console is None:
@@ -112,6 +126,18 @@ class Report:
         self.console.warn(self._watch.step(metrics))
         if self.board is not None:
             self.board.step(metrics)
+
+    def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
+        """Over all ranks: the sum of -ln p, the auxiliary loss, and of each layer MaxVio_computation and its floor."""
+        scalars = {"nll": float(record.nll_sum), "auxiliary": float(record.auxiliary)}
+        computation_L = computation_max_vio(record.micro_loads, self.mesh, self.world.device)
+        for layer, (value, floor) in enumerate(computation_L):
+            scalars |= {f"value {layer}": value, f"floor {layer}": floor}
+        sums = sum_scalars(scalars, self.world.device)
+        # The ranks of a group hold the same value, and groups are of one size: the mean over ranks is that over groups.
+        means = {name: total / self.mesh.world_size for name, total in sums.items()}
+        pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(computation_L))]
+        return sums["nll"], means["auxiliary"], pairs
 
     def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path) -> None:
         """Write the final evaluation down and show where everything lies."""

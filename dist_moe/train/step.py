@@ -24,7 +24,8 @@ class StepRecord:
     taken: false where it was skipped. grad_norm: global 2-norm before clipping. nll_sum: this rank's sum of -ln p,
     fp32 scalar, nats. auxiliary: this rank's mean over its micro-batches of the routing losses, whose mean over the
     ranks is their part of the loss. labels: label tokens of the global batch. tallies: the counts of each layer over
-    all ranks.
+    all ranks. micro_loads: this rank's own int64 load_E, for each micro-batch a list over the layers. threshold: the
+    one that routed this step, from before its update; None without threshold routing.
     """
 
     taken: bool
@@ -33,6 +34,8 @@ class StepRecord:
     auxiliary: Tensor
     labels: int
     tallies: list[Tally]
+    micro_loads: list[list[Tensor]]
+    threshold: float | None
 
     @property
     def loads(self) -> list[Tensor]:
@@ -53,6 +56,7 @@ def train_step(engine: Engine, balancer: Balancer, batches: Sequence[Batch], lea
     parts = engine.mesh.world_size * len(batches)
     scale, token_scale = (torch.tensor(parts / max(1, count), device=engine.device) for count in (labels, tokens))
     nll_sum, auxiliary = torch.zeros((), device=engine.device), torch.zeros((), device=engine.device)
+    micro_loads, threshold = [], balancer.threshold
     result = None
     for batch in batches:
         output = forward(engine, batch, scale, token_scale)
@@ -60,13 +64,14 @@ def train_step(engine: Engine, balancer: Balancer, batches: Sequence[Batch], lea
         balancer.observe(output.tallies)
         nll_sum += output.nll_sum
         auxiliary += output.auxiliary / len(batches)
+        micro_loads.append(output.loads)
         result = engine.step(learning_rate)
     if result is None:
         raise RuntimeError(
             f"{len(batches)} micro-batches did not end a step; the engine was started for another number"
         )
     tallies = balancer.step() if result.taken else balancer.discard()
-    return StepRecord(result.taken, result.grad_norm, nll_sum, auxiliary, labels, tallies)
+    return StepRecord(result.taken, result.grad_norm, nll_sum, auxiliary, labels, tallies, micro_loads, threshold)
 
 
 def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) -> Output:

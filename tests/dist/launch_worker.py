@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.comm.bootstrap import join_world
-from dist_moe.comm.place import read_place
 from dist_moe.comm.failure import exit_hard, report_failure
+from dist_moe.comm.place import read_place
 from dist_moe.config import ConfigError, Violation, load_config
 
 

@@ -122,7 +122,7 @@ def make_task(case: Case, mesh: Mesh) -> LanguageModelTask:
 
 def make_balancer(
     task: LanguageModelTask,
-    settings: BalanceSettings = Case().settings,  # noqa: B008  (a constant)
+    settings: BalanceSettings = Case().settings,
     device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
 ) -> Balancer:
     """A balancer of the task's routers."""

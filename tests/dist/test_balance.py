@@ -165,6 +165,6 @@ def test_trap_T30_an_uneven_last_batch_of_the_evaluation(ranks: RankPool, worker
     for found in ranks.run(evaluations, workers, expert_parallel, rows, timeout_s=60):
         for ours, theirs in zip(found, wanted, strict=True):
             assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-6)
-            for key in ("tokens", "bytes", "load"):
+            for key in ("tokens", "bytes", "load", "experts_per_token_histogram"):
                 assert ours[key] == theirs[key]
     assert sum(wanted[1]["load"][0]) == 7 * 24 * DEEPSEEK["num_experts_per_tok"]

@@ -1,7 +1,6 @@
 """The way of the rows over real ranks: against the slow twin, at the edges of emptiness, and where it costs nothing."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch

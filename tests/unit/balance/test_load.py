@@ -9,9 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.load import cov_floor, dead_experts, load_cov, load_entropy, max_vio, max_vio_floor
+from dist_moe.balance.load import (
+    cov_floor,
+    dead_experts,
+    dead_experts_floor,
+    load_cov,
+    load_deviation_percent,
+    load_deviation_percent_floor,
+    load_entropy,
+    load_entropy_floor,
+    max_vio,
+    max_vio_floor,
+    mean_max_vio,
+    rank_load,
+)
 
-MEASURES = [max_vio, load_cov, load_entropy, dead_experts]
+
+def load_of_two_ranks(load_LE: Tensor) -> Tensor:
+    """`rank_load` where two ranks hold the experts, or one, if they are not even in number."""
+    return rank_load(load_LE, 2 if load_LE.dim() and load_LE.shape[-1] % 2 == 0 else 1)
+
+
+MEASURES = [max_vio, load_cov, load_deviation_percent, load_entropy, dead_experts, load_of_two_ranks]
+FLOORS = [max_vio_floor, cov_floor, load_deviation_percent_floor, load_entropy_floor, dead_experts_floor]
 
 # Rows and columns differ, so that a reduction over the layers gives other numbers or another length.
 HAND_LE = torch.tensor([[4, 0, 0], [2, 2, 2], [1, 1, 4], [0, 0, 0]])
@@ -20,6 +40,8 @@ HAND_LE = torch.tensor([[4, 0, 0], [2, 2, 2], [1, 1, 4], [0, 0, 0]])
 def test_trap_T19_metrics_over_the_right_axis() -> None:
     assert max_vio(HAND_LE).tolist() == pytest.approx([2.0, 0.0, 1.0, 0.0])
     assert load_cov(HAND_LE).tolist() == pytest.approx([math.sqrt(2), 0.0, math.sqrt(2) / 2, 0.0])
+    # Shares of 100, 0 and 0 per cent deviate from a third by the root of (66.7^2 + 2 * 33.3^2) / 3.
+    assert load_deviation_percent(HAND_LE).tolist() == pytest.approx([47.1405, 0.0, 23.5702, 0.0], abs=1e-4)
     entropy_third = -(2 / 6 * math.log(1 / 6) + 4 / 6 * math.log(4 / 6)) / math.log(3)
     assert load_entropy(HAND_LE).tolist() == pytest.approx([0.0, 1.0, entropy_third, 1.0])
     assert dead_experts(HAND_LE).tolist() == [2, 0, 0, 3]
@@ -29,8 +51,28 @@ def test_trap_T19_metrics_over_the_right_axis_where_there_are_as_many_layers_as_
     square_LE = torch.tensor([[6, 0], [3, 3]])
     assert max_vio(square_LE).tolist() == [1.0, 0.0]
     assert load_cov(square_LE).tolist() == [1.0, 0.0]
+    assert load_deviation_percent(square_LE).tolist() == [50.0, 0.0]
+    assert rank_load(square_LE, 2).tolist() == [2.0, 1.0]
     assert load_entropy(square_LE).tolist() == [0.0, 1.0]
     assert dead_experts(square_LE).tolist() == [1, 0]
+
+
+def test_trap_T19_the_load_of_ranks_is_that_of_blocks_of_experts_in_order() -> None:
+    load_LE = torch.tensor([[4, 2, 1, 1, 0, 4], [1, 3, 3, 1, 2, 2], [0, 0, 0, 0, 0, 0]])
+    assert rank_load(load_LE, 2).tolist() == pytest.approx([7 / 6, 7 / 6, 1.0])
+    assert rank_load(load_LE, 3).tolist() == pytest.approx([6 / 4, 1.0, 1.0]), "experts 0 and 1, 2 and 3, 4 and 5"
+    assert rank_load(load_LE, 6).tolist() == pytest.approx([2.0, 1.5, 1.0])
+    assert rank_load(load_LE, 1).tolist() == [1.0, 1.0, 1.0]
+    for ranks in (0, 4):
+        with pytest.raises(ValueError, match=f"ranks={ranks} does not divide 6 experts"):
+            rank_load(load_LE, ranks)
+
+
+def test_trap_T19_batches_are_measured_before_they_are_averaged() -> None:
+    load_ME = torch.tensor([[4, 0, 0], [0, 4, 0], [2, 2, 2], [0, 0, 0]])
+    value, floor = mean_max_vio(load_ME)
+    assert value == pytest.approx((2.0 + 2.0 + 0.0 + 0.0) / 4), "their sum, 6, 6, 2, has 2 / 7"
+    assert floor == pytest.approx((2 * max_vio_floor(3, 4) + max_vio_floor(3, 6)) / 4)
 
 
 def test_trap_T05_counts_are_int64_and_one_assignment_in_2_to_the_25_shows() -> None:
@@ -65,7 +107,7 @@ def test_a_model_without_layers_has_no_measures() -> None:
 
 def test_one_expert_is_always_even() -> None:
     one_E = torch.tensor([7])
-    assert [float(measure(one_E)) for measure in MEASURES] == [0.0, 0.0, 1.0, 0.0]
+    assert [float(measure(one_E)) for measure in MEASURES] == [0.0, 0.0, 0.0, 1.0, 0.0, 1.0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,6 +125,10 @@ def test_measures_agree_with_a_slow_twin(counts: list[int]) -> None:
     found = [float(measure(load_E)) for measure in (max_vio, load_cov, load_entropy)]
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert int(dead_experts(load_E)) == counts.count(0)
+    shares = [count / total if total else 1 / len(counts) for count in counts]
+    deviation = math.sqrt(sum((share - 1 / len(counts)) ** 2 for share in shares) / len(counts))
+    assert float(load_deviation_percent(load_E)) == pytest.approx(100 * deviation, rel=1e-9, abs=1e-7)
+    assert float(rank_load(load_E, len(counts))) == pytest.approx(1 + expected[0], rel=1e-9)
     stacked_LE = torch.stack([load_E, load_E.flip(0)])
     assert max_vio(stacked_LE).tolist() == pytest.approx([expected[0]] * 2, rel=1e-9, abs=1e-9)
 
@@ -104,14 +150,32 @@ def test_floors_are_what_uniform_routing_shows(experts: int, assignments: int) -
     assert max_vio_floor(experts, assignments) == pytest.approx(float(max_vio(load_LE).mean()), rel=0.06)
     root_mean_square = float(load_cov(load_LE).square().mean().sqrt())
     assert cov_floor(experts, assignments) == pytest.approx(root_mean_square, rel=0.06)
+    root_mean_square = float(load_deviation_percent(load_LE).square().mean().sqrt())
+    assert load_deviation_percent_floor(experts, assignments) == pytest.approx(root_mean_square, rel=0.06)
+    # Half of what is lost is the square of a CoV; with 2 experts, one square, it spreads by sqrt(2 / 600) = 6 %.
+    lost = 1 - float(load_entropy(load_LE).mean())
+    assert 1 - load_entropy_floor(experts, assignments) == pytest.approx(lost, rel=0.15)
+
+
+@pytest.mark.parametrize(("experts", "assignments", "dead"), [(8, 16, 0.945), (64, 128, 8.526), (4, 1, 3.0)])
+def test_the_floor_of_dead_experts_is_what_uniform_routing_shows(experts: int, assignments: int, dead: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(experts, (2000, assignments), generator=generator)
+    load_LE = torch.stack([torch.bincount(row, minlength=experts) for row in drawn])
+    assert dead_experts_floor(experts, assignments) == pytest.approx(dead, abs=1e-3)
+    assert dead_experts_floor(experts, assignments) == pytest.approx(float(dead_experts(load_LE).double().mean()), 0.03)
 
 
 def test_floors_at_the_edges() -> None:
     # The larger of two standard normals is 1 / sqrt(pi) on average, and one alone is 0.
     assert max_vio_floor(2, 2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-6)
     assert max_vio_floor(1, 100) == pytest.approx(0.0, abs=1e-9)
-    assert max_vio_floor(8, 0) == cov_floor(8, 0) == cov_floor(1, 100) == 0.0
-    for floor in (max_vio_floor, cov_floor):
+    assert max_vio_floor(8, 0) == cov_floor(8, 0) == cov_floor(1, 100) == load_deviation_percent_floor(8, 0) == 0.0
+    assert load_entropy_floor(8, 0) == load_entropy_floor(1, 100) == 1.0, "as the measure has it"
+    assert load_entropy_floor(8, 1) == 0.0, "the first order alone would be negative"
+    assert load_entropy_floor(8, 70) == pytest.approx(1 - 7 / (2 * 70 * math.log(8)))
+    assert (dead_experts_floor(8, 0), dead_experts_floor(1, 0), dead_experts_floor(1, 5)) == (8.0, 1.0, 0.0)
+    for floor in FLOORS:
         with pytest.raises(ValueError, match="experts=0; a layer has at least 1"):
             floor(0, 10)
         with pytest.raises(ValueError, match="assignments=-1; it is at least 0"):

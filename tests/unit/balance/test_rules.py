@@ -105,7 +105,7 @@ def test_trap_T05_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: 
         adaptive_weight_update(torch.zeros(4, dtype=bias_dtype), torch.ones(4, dtype=load_dtype), 0.1)
 
 
-def test_the_policy_s_own_choices() -> None:
+def test_trap_T11_adaptive_weights_are_centred_of_themselves() -> None:
     """Null in the config: the paper's rule."""
     tally = Tally(torch.tensor([9, 1, 1, 1]), torch.tensor([12]))
     own = {

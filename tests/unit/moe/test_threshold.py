@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_moe.moe.router import Router
 from dist_moe.moe.select import Threshold, select_by_threshold
 from tests.twin import slow_select_by_threshold
 
@@ -93,3 +94,19 @@ def test_trap_T18_the_weight_of_an_expert_shapes_the_choice_and_not_the_mixture(
     shaped = select_by_threshold(logits_TE, Threshold(0.5, 3, shapes_mixture=True), 0.5, log_weight_E)
     assert shaped.ids_TK.tolist() == [[2]]
     torch.testing.assert_close(shaped.weights_TK, torch.tensor([[1.0 / 1.36]]))
+
+
+def test_trap_T36_each_weight_is_that_of_its_expert() -> None:
+    """Probabilities in another order than the experts' numbers."""
+    probabilities = [0.05, 0.3, 0.15, 0.5]
+    routing = select_by_threshold(torch.tensor([probabilities]).log(), Threshold(0.9, 4), 0.9)
+    assert routing.ids_TK.tolist() == [[3, 1, 2]]
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[0.5, 0.3, 0.15]]))
+
+
+def test_trap_T12_the_threshold_stays_fp32_whatever_the_model_becomes() -> None:
+    router = Router(4, 8, Threshold(0.4001, 4))
+    router.bfloat16()
+    assert router.threshold is not None
+    assert (router.threshold.dtype, float(router.threshold)) == (torch.float32, pytest.approx(0.4001))
+    assert "threshold" in router.state_dict() and "last_load" not in router.state_dict()

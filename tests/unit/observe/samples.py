@@ -3,34 +3,77 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from dist_moe.observe.metrics import EvaluationMetrics, StepMetrics, evaluation_metrics, step_metrics
+from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
+from dist_moe.observe.metrics import Progress, StepMetrics, step_metrics
 
+Counts = Sequence[Sequence[int]]
 UNEVEN = ([40, 0, 20], [20, 20, 20, 20])
+VARYING = ([20, 5, 10], [40, 20])  # by layer: tokens that took one expert, two, three; they add up to UNEVEN
 
 
-def step_sample(
-    step: int = 10, loads: Sequence[Sequence[int]] = UNEVEN, loss: float = 2.5, skipped: bool = False
-) -> StepMetrics:
-    """A step with these counts, a bias that rises by 0.25 per expert from -0.25, and fixed other numbers."""
-    return step_metrics(
+def progress_sample(
+    step: int = 10,
+    loss: float = 2.5,
+    skipped: bool = False,
+    threshold: float | None = None,
+    auxiliary_loss: float = 0.0,
+) -> Progress:
+    """Fixed numbers besides those that are named."""
+    return Progress(
         step=step,
         loss=loss,
+        auxiliary_loss=auxiliary_loss,
         learning_rate=0.001,
         grad_norm=0.75,
         tokens=64 * step,
         tokens_per_s=12_345.6,
         step_ms=20.0,
-        load_L=[torch.tensor(load) for load in loads],
-        bias_L=[torch.arange(len(load)) / 4 - 0.25 for load in loads],
-        balance_rate=0.002,
         skipped=skipped,
         skipped_steps=int(skipped),
+        balance_rate=0.002,
+        threshold=threshold,
     )
 
 
-def evaluation_sample(step: int = 20, loads: Sequence[Sequence[int]] = UNEVEN) -> EvaluationMetrics:
+def step_sample(
+    step: int = 10,
+    loads: Counts = UNEVEN,
+    loss: float = 2.5,
+    skipped: bool = False,
+    takers: Counts | None = None,
+    threshold: float | None = None,
+    auxiliary_loss: float = 0.0,
+) -> StepMetrics:
+    """A step with these counts; by default of two experts for each token.
+
+    The bias rises by 0.25 per expert from -0.25, MaxVio_computation is 1.5 in layer 0, 2.5 in layer 1, ...
+    """
+    return step_metrics(
+        progress_sample(step, loss, skipped, threshold, auxiliary_loss),
+        load_L=[torch.tensor(load) for load in loads],
+        takers_L=takers_of(loads, takers),
+        computation_L=[(1.5 + layer, 0.25) for layer in range(len(loads))],
+        bias_L=[torch.arange(len(load)) / 4 - 0.25 for load in loads],
+        expert_parallel=1,
+    )
+
+
+def evaluation_sample(step: int = 20, loads: Counts = UNEVEN, takers: Counts | None = None) -> EvaluationMetrics:
     """An evaluation over 100 label tokens of 2 nats, 250 bytes of text, with these counts."""
     return evaluation_metrics(
-        step=step, total_nats=200.0, tokens=100, text_bytes=250, load_L=[torch.tensor(load) for load in loads]
+        step=step,
+        total_nats=200.0,
+        tokens=100,
+        text_bytes=250,
+        load_L=[torch.tensor(load) for load in loads],
+        takers_L=takers_of(loads, takers),
     )
+
+
+def takers_of(loads: Counts, takers: Counts | None) -> list[Tensor]:
+    """`takers`, or counts of tokens that took two experts each, the last one of an odd load one."""
+    if takers is None:
+        takers = [[sum(load) % 2, sum(load) // 2] for load in loads]
+    return [torch.tensor(counts, dtype=torch.int64) for counts in takers]

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from dist_moe.observe.console import RunConsole, duration, step_line
-from tests.unit.observe.samples import evaluation_sample, step_sample
+from tests.unit.observe.samples import VARYING, evaluation_sample, step_sample
 
 
 class Clock:
@@ -24,6 +24,10 @@ def buffer_console(terminal: bool) -> tuple[Console, io.StringIO]:
     buffer = io.StringIO()
     width = 140 if terminal else 40  # a file that rich takes for narrow must not fold lines
     return Console(file=buffer, force_terminal=terminal, width=width, color_system=None), buffer
+
+
+def table_cells(text: str) -> list[list[str]]:
+    return [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
 
 
 def test_each_logged_step_is_one_line_in_a_file() -> None:
@@ -79,6 +83,13 @@ def test_skipped_steps_show_in_the_line_only_if_there_are_any() -> None:
     assert "skipped 1 (this one too)" in step_line(step_sample(skipped=True), steps=20, left_s=None)
 
 
+def test_experts_per_token_and_auxiliary_losses_show_in_the_line_only_where_there_is_something_to_see() -> None:
+    plain = step_line(step_sample(), steps=20, left_s=None)
+    assert not [word for word in ("experts/token", "threshold", "auxiliary") if word in plain]
+    shown = step_line(step_sample(takers=VARYING, threshold=0.4, auxiliary_loss=0.0123), steps=20, left_s=None)
+    assert "  experts/token 1.47  threshold 0.400  auxiliary loss 0.0123  left" in shown
+
+
 def test_a_model_without_moe_layers_shows_no_max_vio() -> None:
     assert "MaxVio" not in step_line(step_sample(loads=()), steps=20, left_s=3.0)
 
@@ -88,14 +99,23 @@ def test_the_summary_names_quality_balance_and_where_to_look(tmp_path: Path) -> 
     shown = RunConsole(steps=20, console=Console(file=buffer, width=100))
     shown.summary(evaluation_sample(), {"metrics": tmp_path / "metrics.jsonl"}, tensorboard=tmp_path / "tb")
     text = buffer.getvalue()
-    cells = [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert cells[0] == ["0", "1.000", "0.189", "0.00 (expert 1)", "2.00 (expert 0)"]
-    assert cells[1] == ["1", "0.000", "0.230", "1.00 (expert 0)", "1.00 (expert 0)"]
-    assert cells[2] == ["mean", "0.500", "0.210", "", ""]
+    assert table_cells(text) == [
+        ["0", "1.000", "0.189", "27.22 %", "0.00 (expert 1)", "2.00 (expert 0)"],
+        ["1", "0.000", "0.230", "0.00 %", "1.00 (expert 0)", "1.00 (expert 0)"],
+        ["mean", "0.500", "0.210", "13.61 %", "", ""],
+    ]
+    assert "experts/token" not in text, "each took two"
     assert "validation loss  2.0000 nats/token after 20 steps" in text
     assert "bits per byte    1.1542" in text
     assert f"metrics          {tmp_path}/metrics.jsonl\n" in text
     assert f"curves           tensorboard --logdir {tmp_path}/tb\n" in text
+
+
+def test_the_summary_says_how_many_experts_tokens_took_where_that_varies() -> None:
+    buffer = io.StringIO()
+    RunConsole(steps=20, console=Console(file=buffer, width=120)).summary(evaluation_sample(takers=VARYING), {}, None)
+    assert "experts/token" in buffer.getvalue()
+    assert [cells[-1] for cells in table_cells(buffer.getvalue())] == ["1.71", "1.33", "1.47"]
 
 
 def test_the_summary_without_tensorboard_or_tokens_or_layers() -> None:

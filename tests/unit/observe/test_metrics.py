@@ -2,13 +2,22 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from dist_moe.balance.load import cov_floor, max_vio_floor
-from dist_moe.observe.metrics import evaluation_metrics, measure_load, step_metrics
-from tests.unit.observe.samples import evaluation_sample, step_sample
+from dist_moe.balance.load import (
+    cov_floor,
+    dead_experts_floor,
+    load_deviation_percent_floor,
+    load_entropy_floor,
+    max_vio_floor,
+)
+from dist_moe.observe.evaluation import evaluation_metrics
+from dist_moe.observe.measures import measure_load
+from dist_moe.observe.metrics import step_metrics
+from tests.unit.observe.samples import VARYING, evaluation_sample, progress_sample, step_sample
 
 PROMISED_STEP_KEYS = {
     "step",
@@ -31,7 +40,36 @@ PROMISED_STEP_KEYS = {
     "skipped_steps",
     "step_ms",
     "balance_rate",
+    "auxiliary_loss",
+    "threshold",
+    "load_deviation_percent",
+    "load_deviation_percent_floor",
+    "load_deviation_percent_per_layer",
+    "load_entropy_floor",
+    "dead_experts_floor",
+    "max_vio_computation",
+    "max_vio_computation_floor",
+    "max_vio_computation_per_layer",
+    "rank_load",
+    "rank_load_floor",
+    "rank_load_per_layer",
+    "experts_per_token",
+    "experts_per_token_p50",
+    "experts_per_token_p99",
+    "experts_per_token_histogram",
+    "experts_per_token_per_layer",
 }
+
+
+def given(**other: Any) -> dict[str, Any]:
+    """What a step of one layer of two experts is made of, with `other` in its place."""
+    return {
+        "load_L": [torch.tensor([1, 1])],
+        "takers_L": [torch.tensor([2])],
+        "computation_L": [(0.0, 0.5)],
+        "bias_L": [None],
+        "expert_parallel": 1,
+    } | other
 
 
 def test_a_step_measures_layers_with_different_numbers_of_experts() -> None:
@@ -42,6 +80,8 @@ def test_a_step_measures_layers_with_different_numbers_of_experts() -> None:
     assert metrics.dead_experts == 1
     assert metrics.max_vio == pytest.approx(0.5)
     assert metrics.load_cov == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert metrics.load_deviation_percent_per_layer == pytest.approx((100 * math.sqrt(2 / 3) / 3, 0.0))
+    assert metrics.load_deviation_percent == pytest.approx(100 * math.sqrt(2 / 3) / 6)
     first_entropy = (math.log(3) - 2 / 3 * math.log(2)) / math.log(3)
     assert metrics.load_entropy == pytest.approx((first_entropy + 1) / 2)
 
@@ -51,15 +91,65 @@ def test_floors_come_from_each_layers_own_experts_and_assignments() -> None:
     assert metrics.max_vio_floor_per_layer == pytest.approx((max_vio_floor(3, 60), max_vio_floor(4, 80)))
     assert metrics.max_vio_floor == pytest.approx((max_vio_floor(3, 60) + max_vio_floor(4, 80)) / 2)
     assert metrics.load_cov_floor == pytest.approx((cov_floor(3, 60) + cov_floor(4, 80)) / 2)
+    deviations = [load_deviation_percent_floor(3, 60), load_deviation_percent_floor(4, 80)]
+    assert metrics.load_deviation_percent_floor == pytest.approx(sum(deviations) / 2)
+    assert metrics.load_entropy_floor == pytest.approx((load_entropy_floor(3, 60) + load_entropy_floor(4, 80)) / 2)
+    few = step_sample(loads=([3, 0, 1], [2, 2]))
+    assert few.dead_experts_floor == pytest.approx(dead_experts_floor(3, 4) + dead_experts_floor(2, 4)), "a sum"
+
+
+def test_the_load_of_ranks_is_each_layers_own_and_floors_are_of_ranks() -> None:
+    loads = [torch.tensor([40, 0, 20, 0]), torch.tensor([5, 5, 10, 10, 10, 40])]
+    metrics = step_metrics(
+        progress_sample(),
+        load_L=loads,
+        takers_L=[torch.tensor([60]), torch.tensor([80])],
+        computation_L=[(0.5, 0.25), (1.5, 0.75)],
+        bias_L=[None, None],
+        expert_parallel=2,
+    )
+    assert metrics.rank_load_per_layer == pytest.approx((40 / 30, 60 / 40))
+    assert metrics.rank_load == pytest.approx((40 / 30 + 60 / 40) / 2)
+    assert metrics.rank_load_floor == pytest.approx(1 + (max_vio_floor(2, 60) + max_vio_floor(2, 80)) / 2)
+    alone = step_sample()
+    assert (alone.rank_load, alone.rank_load_per_layer) == (1.0, (1.0, 1.0))
+    assert alone.rank_load_floor == pytest.approx(1.0)
+
+
+def test_max_vio_computation_is_the_mean_of_what_the_layers_had() -> None:
+    metrics = step_sample()
+    assert metrics.max_vio_computation_per_layer == (1.5, 2.5)
+    assert (metrics.max_vio_computation, metrics.max_vio_computation_floor) == (2.0, 0.25)
+
+
+@pytest.mark.parametrize("sample", [step_sample, evaluation_sample])
+def test_experts_per_token_over_layers_of_different_k(sample: Any) -> None:
+    metrics = sample(takers=VARYING)
+    assert metrics.experts_per_token_histogram == (60, 25, 10)
+    assert metrics.experts_per_token == pytest.approx((60 + 2 * 25 + 3 * 10) / 95)
+    assert (metrics.experts_per_token_p50, metrics.experts_per_token_p99) == (1, 3)
+    assert metrics.experts_per_token_per_layer == pytest.approx((60 / 35, 80 / 60))
+    constant = sample()
+    assert constant.experts_per_token_histogram == (0, 70)
+    assert (constant.experts_per_token, constant.experts_per_token_p50, constant.experts_per_token_p99) == (2.0, 2, 2)
+
+
+def test_what_a_step_is_told_stands_in_its_record() -> None:
+    record = step_sample(threshold=0.25, auxiliary_loss=0.125).as_dict()
+    assert (record["threshold"], record["auxiliary_loss"]) == (0.25, 0.125)
+    assert step_sample().threshold is None
+    assert list(record)[:3] == ["event", "step", "loss"], "what a reader looks for stands first"
 
 
 def test_the_range_of_each_bias_and_none_for_a_layer_without() -> None:
     metrics = step_metrics(
-        step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, tokens_per_s=1.0, step_ms=1.0,
+        progress_sample(),
         load_L=[torch.tensor([1, 1, 1]), torch.tensor([1, 1])],
+        takers_L=[torch.tensor([3]), torch.tensor([2])],
+        computation_L=[(0.0, 0.5)] * 2,
         bias_L=[torch.tensor([-0.5, 0.25, 0.0]), None],
-        balance_rate=0.0, skipped=False, skipped_steps=0,
-    )  # fmt: skip
+        expert_parallel=1,
+    )
     record = metrics.as_dict()
     assert record["bias_per_layer"] == ({"min": -0.5, "max": 0.25, "abs_mean": 0.25}, None)
 
@@ -80,7 +170,9 @@ def test_records_are_frozen() -> None:
 def test_a_model_without_moe_layers_has_no_balance() -> None:
     metrics = step_sample(loads=())
     assert math.isnan(metrics.max_vio) and math.isnan(metrics.max_vio_floor)
-    assert metrics.load == metrics.max_vio_per_layer == ()
+    assert math.isnan(metrics.max_vio_computation) and math.isnan(metrics.rank_load)
+    assert metrics.load == metrics.max_vio_per_layer == metrics.experts_per_token_histogram == ()
+    assert (metrics.experts_per_token, metrics.experts_per_token_p50, metrics.dead_experts_floor) == (0.0, 0, 0.0)
     assert metrics.dead_experts == 0
 
 
@@ -91,6 +183,12 @@ def test_an_evaluation_gives_nats_per_token_and_bits_per_byte() -> None:
     assert metrics.max_vio_global_per_layer == pytest.approx((1.0, 0.0))
     assert metrics.max_vio_global == pytest.approx(0.5)
     assert metrics.max_vio_global_floor == pytest.approx((max_vio_floor(3, 60) + max_vio_floor(4, 80)) / 2)
+    assert metrics.load_cov == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert metrics.load_cov_floor == pytest.approx((cov_floor(3, 60) + cov_floor(4, 80)) / 2)
+    assert metrics.load_deviation_percent_per_layer == pytest.approx((100 * math.sqrt(2 / 3) / 3, 0.0))
+    assert metrics.load_deviation_percent == pytest.approx(100 * math.sqrt(2 / 3) / 6)
+    deviations = [load_deviation_percent_floor(3, 60), load_deviation_percent_floor(4, 80)]
+    assert metrics.load_deviation_percent_floor == pytest.approx(sum(deviations) / 2)
     record = metrics.as_dict()
     assert (record["event"], record["tokens"], record["bytes"]) == ("validation", 100, 250)
     assert record["load"] == ((40, 0, 20), (20, 20, 20, 20))
@@ -99,7 +197,7 @@ def test_an_evaluation_gives_nats_per_token_and_bits_per_byte() -> None:
 @pytest.mark.parametrize(("tokens", "text_bytes"), [(0, 5), (5, 0)])
 def test_an_evaluation_of_nothing_is_refused(tokens: int, text_bytes: int) -> None:
     with pytest.raises(ValueError, match=f"evaluated {tokens} label tokens and {text_bytes} bytes"):
-        evaluation_metrics(step=0, total_nats=0.0, tokens=tokens, text_bytes=text_bytes, load_L=[])
+        evaluation_metrics(step=0, total_nats=0.0, tokens=tokens, text_bytes=text_bytes, load_L=[], takers_L=[])
 
 
 def test_trap_T05_counts_are_int64_in_records() -> None:
@@ -107,19 +205,24 @@ def test_trap_T05_counts_are_int64_in_records() -> None:
     assert measure_load([torch.tensor([big, 0])]).load == ((big, 0),)
     with pytest.raises(TypeError, match=r"counts are torch\.int64"):
         measure_load([torch.tensor([1.0, 2.0])])
+    with pytest.raises(TypeError, match=r"counts are torch\.int64"):
+        step_metrics(progress_sample(), **given(takers_L=[torch.tensor([2.0])]))
 
 
 def test_trap_T12_a_bias_that_is_not_float32_is_refused() -> None:
-    step = step_sample().as_dict()
-    given = {key: step[key] for key in ("step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s")}
-    given |= {"step_ms": 1.0, "balance_rate": 0.0, "skipped": False, "skipped_steps": 0}
-    load_E = torch.tensor([1, 1])
     with pytest.raises(TypeError, match=r"layer 0 has dtype torch\.bfloat16"):
-        step_metrics(**given, load_L=[load_E], bias_L=[torch.zeros(2, dtype=torch.bfloat16)])
+        step_metrics(progress_sample(), **given(bias_L=[torch.zeros(2, dtype=torch.bfloat16)]))
     with pytest.raises(ValueError, match=r"layer 0 has shape \(3,\), its load \(2,\)"):
-        step_metrics(**given, load_L=[load_E], bias_L=[torch.zeros(3)])
+        step_metrics(progress_sample(), **given(bias_L=[torch.zeros(3)]))
     with pytest.raises(ValueError, match="0 biases for 1 loads"):
-        step_metrics(**given, load_L=[load_E], bias_L=[])
+        step_metrics(progress_sample(), **given(bias_L=[]))
+
+
+def test_figures_of_another_number_of_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 counts of tokens for 1 loads"):
+        step_metrics(progress_sample(), **given(takers_L=[]))
+    with pytest.raises(ValueError, match="2 computation loads for 1 loads"):
+        step_metrics(progress_sample(), **given(computation_L=[(0.0, 0.5)] * 2))
 
 
 def test_a_stack_of_layers_is_not_one_layer() -> None:

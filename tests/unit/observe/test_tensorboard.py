@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dist_moe.observe.heatmap import draw_load
 from dist_moe.observe.tensorboard import TensorBoardWriter
-from tests.unit.observe.samples import UNEVEN, evaluation_sample, step_sample
+from tests.unit.observe.samples import UNEVEN, VARYING, evaluation_sample, step_sample
 
 
 def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0, "histograms": 0})
     events.Reload()
     return events
 
@@ -51,6 +52,70 @@ def test_curves_of_evaluations_are_read_back(tmp_path: Path) -> None:
     assert scalars(events, "validation/bits_per_byte") == [(20, pytest.approx(200 / math.log(2) / 250))]
     assert scalars(events, "validation/max_vio_global") == [(20, 0.5)]
     assert scalars(events, "max_vio_global/layer_00") == [(20, 1.0)]
+    metrics = evaluation_sample(step=20)
+    names = ["load_cov", "load_deviation_percent", "load_cov_floor", "load_deviation_percent_floor"]
+    names += ["experts_per_token", "experts_per_token_p50", "experts_per_token_p99"]
+    for name in names:
+        assert scalars(events, f"validation/{name}") == [(20, pytest.approx(getattr(metrics, name)))]
+    deviation = metrics.load_deviation_percent_per_layer[0]
+    assert scalars(events, "load_deviation_percent_global/layer_00") == [(20, pytest.approx(deviation))]
+    assert scalars(events, "experts_per_token_global/layer_01") == [(20, 2.0)]
+
+
+def test_every_balance_figure_of_a_step_has_its_own_curve(tmp_path: Path) -> None:
+    metrics = step_sample(loads=([3, 0, 1], [20, 20, 10, 10]), takers=VARYING, threshold=0.25, auxiliary_loss=0.125)
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(metrics)
+    events = read(tmp_path)
+    names = {tag.partition("/")[2] for tag in events.Tags()["scalars"] if tag.startswith("balance/")}
+    with_floor = {"max_vio", "max_vio_computation", "load_cov", "load_deviation_percent", "load_entropy"}
+    with_floor |= {"dead_experts", "rank_load"}
+    alone = {"experts_per_token", "experts_per_token_p50", "experts_per_token_p99", "threshold"}
+    assert names == with_floor | {f"{name}_floor" for name in with_floor} | alone | {"rate"}
+    for name in names - {"rate"}:
+        assert scalars(events, f"balance/{name}") == [(10, pytest.approx(getattr(metrics, name)))]
+    for group in ("max_vio_computation", "load_deviation_percent", "rank_load", "experts_per_token"):
+        for layer, value in enumerate(getattr(metrics, f"{group}_per_layer")):
+            assert scalars(events, f"{group}/layer_{layer:02d}") == [(10, pytest.approx(value))]
+    assert scalars(events, "train/auxiliary_loss") == [(10, 0.125)]
+
+
+def test_without_threshold_routing_there_is_no_curve_of_it(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(step_sample())
+    assert "balance/threshold" not in read(tmp_path).Tags()["scalars"]
+
+
+def test_the_histogram_of_experts_per_token_has_a_bar_for_each_number(tmp_path: Path) -> None:
+    nothing = ([0, 0, 0], [0, 0])
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(step_sample(step=10, takers=VARYING))
+        writer.step(step_sample(step=20))
+        writer.step(step_sample(step=30, takers=nothing))
+        writer.evaluation(evaluation_sample(step=20, takers=VARYING))
+    events = read(tmp_path)
+    varying, constant = events.Histograms("experts_per_token/step")
+    (validation,) = events.Histograms("experts_per_token/validation")
+    assert validation.histogram_value == varying.histogram_value
+    found = varying.histogram_value
+    assert (varying.step, found.min, found.max, found.num, found.sum) == (10, 1, 3, 95, 140)
+    assert found.sum_squares == 60 + 4 * 25 + 9 * 10
+    assert dict(zip(found.bucket_limit, found.bucket, strict=True)) == {1.5: 60, 2.5: 25, 3.5: 10}
+    found = constant.histogram_value
+    assert (constant.step, found.min, found.max, found.num, found.sum) == (20, 2, 2, 70, 140)
+
+
+def test_every_chart_with_a_floor_draws_curves_that_are_written(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(step_sample())
+        writer.evaluation(evaluation_sample())
+    events = read(tmp_path)
+    (tensor,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
+    charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
+    assert len(charts) == 9
+    assert {tag for chart in charts for tag in chart} <= set(events.Tags()["scalars"])
+    assert all(floor == f"{tag}_floor" for tag, floor in charts)
 
 
 def test_the_pictures_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) -> None:

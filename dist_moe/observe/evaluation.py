@@ -1,0 +1,90 @@
+"""The record of one evaluation, and the pure function that builds it.
+
+Shapes: L MoE layers, E routed experts of a layer, K experts that a token takes at most.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dist_moe.observe.measures import mean, measure_load, shared_figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationMetrics:
+    """One evaluation, all ranks. Load measures are those of the whole pass (MaxVio_global).
+
+    A value is the mean over layers, where it is not said otherwise, and NaN for a model without MoE layers. A floor is
+    what chance alone gives.
+    """
+
+    step: int
+    validation_loss: float  # nats per label token
+    bits_per_byte: float
+    tokens: int  # label tokens
+    bytes: int  # of text that the label tokens stand for
+    max_vio_global: float
+    max_vio_global_floor: float
+    load_cov: float
+    load_cov_floor: float
+    load_deviation_percent: float  # standard deviation of the experts' shares of the assignments
+    load_deviation_percent_floor: float
+    experts_per_token: float  # over the tokens of all layers, like the three below; 0 without tokens
+    experts_per_token_p50: int
+    experts_per_token_p99: int
+    experts_per_token_histogram: tuple[int, ...]  # tokens that took 1, 2, .. K experts
+    max_vio_global_per_layer: tuple[float, ...]
+    max_vio_global_floor_per_layer: tuple[float, ...]
+    load_deviation_percent_per_layer: tuple[float, ...]
+    experts_per_token_per_layer: tuple[float, ...]
+    load: tuple[tuple[int, ...], ...]  # [L][E] assignments
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line of metrics.jsonl: `"event": "validation"` and every field."""
+        return {"event": "validation", **asdict(self)}
+
+
+def evaluation_metrics(
+    *,
+    step: int,
+    total_nats: float,
+    tokens: int,
+    text_bytes: int,
+    load_L: Sequence[Tensor],
+    takers_L: Sequence[Tensor],
+) -> EvaluationMetrics:
+    """Build the record of one evaluation from sums over all its rows and ranks.
+
+    Args:
+        step: training steps behind the evaluated weights.
+        total_nats: cross entropy summed over the label tokens.
+        tokens: label tokens, at least 1.
+        text_bytes: bytes of text that the label tokens stand for, at least 1.
+        load_L: L tensors [E] int64, counts of the whole evaluation.
+        takers_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
+
+    Raises:
+        TypeError: a load or the counts of tokens are not int64.
+        ValueError: no token or no byte was evaluated, or counts are malformed.
+    """
+    if tokens < 1 or text_bytes < 1:
+        raise ValueError(
+            f"evaluated {tokens} label tokens and {text_bytes} bytes; a loss per token and byte needs one "
+            "of each at least; evaluate more sequences (observe.validation_sequences)"
+        )
+    measures = measure_load(load_L)
+    return EvaluationMetrics(
+        step=step,
+        validation_loss=total_nats / tokens,
+        bits_per_byte=total_nats / math.log(2) / text_bytes,
+        tokens=tokens,
+        bytes=text_bytes,
+        max_vio_global=mean(measures.max_vio_per_layer),
+        max_vio_global_floor=mean(measures.max_vio_floor_per_layer),
+        max_vio_global_per_layer=measures.max_vio_per_layer,
+        max_vio_global_floor_per_layer=measures.max_vio_floor_per_layer,
+        **shared_figures(measures, takers_L),
+    )

@@ -1,0 +1,112 @@
+"""What the counts of a step or of an evaluation say about each layer: pure functions from counts to figures.
+
+Shapes: L MoE layers, E routed experts of a layer, K experts that a token takes at most (layers may differ in E and K,
+so counts are lists of L tensors).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dist_moe.balance.load import (
+    cov_floor,
+    dead_experts,
+    dead_experts_floor,
+    load_cov,
+    load_deviation_percent,
+    load_deviation_percent_floor,
+    load_entropy,
+    load_entropy_floor,
+    max_vio,
+    max_vio_floor,
+)
+from dist_moe.balance.takers import experts_per_token, experts_per_token_percentile, sum_takers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadMeasures:
+    """What one set of counts says about each layer, with the value that chance alone gives."""
+
+    load: tuple[tuple[int, ...], ...]  # [L][E] assignments
+    max_vio_per_layer: tuple[float, ...]
+    max_vio_floor_per_layer: tuple[float, ...]
+    load_cov_per_layer: tuple[float, ...]
+    load_cov_floor_per_layer: tuple[float, ...]
+    load_deviation_percent_per_layer: tuple[float, ...]
+    load_deviation_percent_floor_per_layer: tuple[float, ...]
+    load_entropy_per_layer: tuple[float, ...]
+    load_entropy_floor_per_layer: tuple[float, ...]
+    dead_experts_per_layer: tuple[int, ...]
+    dead_experts_floor_per_layer: tuple[float, ...]
+
+
+def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
+    """Measure the load of each layer.
+
+    Args:
+        load_L: L tensors [E] int64 of global counts, on any device; E may differ from layer to layer.
+
+    Raises:
+        TypeError: a load is not int64.
+        ValueError: a load is not one-dimensional, has no expert, or holds a negative count.
+    """
+    for layer, load_E in enumerate(load_L):
+        if load_E.dim() != 1:
+            raise ValueError(
+                f"the load of layer {layer} has shape {tuple(load_E.shape)}; it is [E]; pass one tensor per layer"
+            )
+    loads = [load_E.cpu() for load_E in load_L]
+    sizes = [(load_E.numel(), int(load_E.sum())) for load_E in loads]
+    return LoadMeasures(
+        load=tuple(tuple(load_E.tolist()) for load_E in loads),
+        max_vio_per_layer=tuple(float(max_vio(load_E)) for load_E in loads),
+        max_vio_floor_per_layer=tuple(max_vio_floor(*size) for size in sizes),
+        load_cov_per_layer=tuple(float(load_cov(load_E)) for load_E in loads),
+        load_cov_floor_per_layer=tuple(cov_floor(*size) for size in sizes),
+        load_deviation_percent_per_layer=tuple(float(load_deviation_percent(load_E)) for load_E in loads),
+        load_deviation_percent_floor_per_layer=tuple(load_deviation_percent_floor(*size) for size in sizes),
+        load_entropy_per_layer=tuple(float(load_entropy(load_E)) for load_E in loads),
+        load_entropy_floor_per_layer=tuple(load_entropy_floor(*size) for size in sizes),
+        dead_experts_per_layer=tuple(int(dead_experts(load_E)) for load_E in loads),
+        dead_experts_floor_per_layer=tuple(dead_experts_floor(*size) for size in sizes),
+    )
+
+
+def shared_figures(measures: LoadMeasures, takers_L: Sequence[Tensor]) -> dict[str, Any]:
+    """The fields that the record of a step and that of an evaluation have in common, by name.
+
+    Args:
+        measures: of the load.
+        takers_L: L tensors [K] int64, tokens that took 1, 2, .. K experts, on any device.
+
+    Raises:
+        TypeError: counts are not int64.
+        ValueError: counts are not one-dimensional or negative, or are of another number of layers than the load.
+    """
+    if len(takers_L) != len(measures.load):
+        raise ValueError(
+            f"{len(takers_L)} counts of tokens for {len(measures.load)} loads; each layer has one of each; "
+            "pass both of every layer"
+        )
+    takers_K = sum_takers(takers_L)
+    return {
+        "load": measures.load,
+        "load_cov": mean(measures.load_cov_per_layer),
+        "load_cov_floor": mean(measures.load_cov_floor_per_layer),
+        "load_deviation_percent": mean(measures.load_deviation_percent_per_layer),
+        "load_deviation_percent_floor": mean(measures.load_deviation_percent_floor_per_layer),
+        "load_deviation_percent_per_layer": measures.load_deviation_percent_per_layer,
+        "experts_per_token": experts_per_token(takers_K),
+        "experts_per_token_p50": experts_per_token_percentile(takers_K, 50),
+        "experts_per_token_p99": experts_per_token_percentile(takers_K, 99),
+        "experts_per_token_histogram": tuple(takers_K.tolist()),
+        "experts_per_token_per_layer": tuple(experts_per_token(takers_K) for takers_K in takers_L),
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean over layers; NaN for a model without MoE layers."""
+    return math.fsum(values) / len(values) if values else math.nan

@@ -1,0 +1,85 @@
+"""What a rank does in the tests of what a run shows: steps that are reported, and the loads of micro-batches."""
+
+import contextlib
+import io
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_moe.balance.tally import Tally
+from dist_moe.comm.bootstrap import World
+from dist_moe.comm.mesh import make_mesh
+from dist_moe.comm.place import read_place
+from dist_moe.config import load_config
+from dist_moe.train.report import open_report
+from dist_moe.train.step import StepRecord, train_step
+from tests.collectives import counted
+from tests.dist.balanced import CONFIG, CPU, started
+from tests.dist.small import Case, make_balancer, ragged_batch, share
+
+MICRO_BATCHES = 3
+SIZES = (8, 4)  # experts of the two layers
+
+
+@dataclass(frozen=True)
+class Reported:
+    """collectives: all-reduces of a logged step, of one that is not due, and of a skipped one. lines: of
+    metrics.jsonl, on rank 0.
+    """
+
+    collectives: list[int]
+    lines: list[dict[str, Any]]
+
+
+def micro_loads(rank: int) -> list[list[Tensor]]:
+    """Loads of a rank made by hand: one expert of each layer is hot, another one on each rank and micro-batch."""
+    loads = []
+    for micro_batch in range(MICRO_BATCHES):
+        hot = rank + 2 * micro_batch
+        loads.append([torch.ones(size, dtype=torch.int64).index_fill(0, torch.tensor(hot % size), 9) for size in SIZES])
+    return loads
+
+
+def reported(rank: int, world_size: int, expert_parallel: int, folder: str) -> Reported:
+    """Report steps with the loads of `micro_loads`, an auxiliary loss of 1 + rank and a threshold of one half."""
+    overrides = [f"run.dir={folder}", "observe.tensorboard=false", "observe.every=10", "train.steps=20"]
+    config = load_config(CONFIG, overrides)
+    world = World(read_place(os.environ), CPU, "gloo")
+    mesh = make_mesh(expert_parallel)
+    everywhere = [load for one in range(world_size) for load in micro_loads(one)]
+    load_L = [torch.stack(layer).sum(dim=0) for layer in zip(*everywhere, strict=True)]
+    tallies = [Tally(load_E, torch.tensor([int(load_E.sum()), 0])) for load_E in load_L]
+    record = StepRecord(
+        taken=True,
+        grad_norm=1.0,
+        nll_sum=torch.tensor(2.0),
+        auxiliary=torch.tensor(1.0 + rank),
+        labels=4 * world_size,
+        tallies=tallies,
+        micro_loads=micro_loads(rank),
+        threshold=0.5,
+    )
+    biases = [torch.zeros(size) for size in SIZES]
+    collectives = []
+    with contextlib.redirect_stdout(io.StringIO()), open_report(config, world, mesh) as report:
+        for step, taken in ((1, True), (2, True), (3, False)):
+            with counted("all_reduce") as calls:
+                report.step(step, replace(record, taken=taken), biases, 0.1, 0.01, 1.0)
+            collectives.append(len(calls))
+    text = Path(folder, "metrics.jsonl").read_text() if rank == 0 else ""
+    return Reported(collectives, [json.loads(line) for line in text.splitlines()])
+
+
+def loads_of_a_step(rank: int, world_size: int, expert_parallel: int) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """A step of two micro-batches -> this rank's loads of each of them, and the loads of the step."""
+    case = Case(expert_parallel=expert_parallel, accumulation=2)
+    with started(case, world_size) as (engine, task):
+        record = train_step(engine, make_balancer(task), share(ragged_batch(), engine.mesh, 2), 1.0)
+        assert {load.dtype for loads in record.micro_loads for load in loads} == {torch.int64}
+        own = [[load.tolist() for load in loads] for loads in record.micro_loads]
+        return own, [load.tolist() for load in record.loads]
