@@ -1,0 +1,1 @@
+"""Studies: what the design claims, measured again on small or artificial cases."""

@@ -1,0 +1,95 @@
+"""The folder that the study of policies leaves: results.json, table.md and policies.png."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dist_moe.observe.record import host, source_state, versions
+from dist_moe.study.policies import CONTENDERS, HEADINGS, Result, Run, ratio, rows
+
+
+def write_comparison(out: Path, runs: Sequence[Run], results: Sequence[Result]) -> None:
+    """Write everything, over what an earlier study left in the same files."""
+    made = {"versions": versions(), "source": source_state(Path(__file__)), "host": host()}
+    plain = {
+        "made": made,
+        "contenders": [asdict(contender) for contender in CONTENDERS],
+        "commands": [list(run.argv[3:]) for run in runs],
+        "results": [asdict(result) for result in results],
+    }
+    (out / "results.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(markdown(results), encoding="utf-8")
+    draw(out / "policies.png", results)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table for a page, and below it what adaptive weights do to threshold routing."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|---|{'---:|' * (len(HEADINGS) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    return "\n".join([*lines, "", *findings(results), ""])
+
+
+def terminal_table(results: Sequence[Result]) -> Table:
+    """The same for the terminal."""
+    title = "Held-out text: mean over seeds ± standard deviation"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    cells = rows(results)
+    table.add_column(HEADINGS[0], no_wrap=True)
+    for heading, *column in list(zip(HEADINGS, *cells, strict=True))[1:]:
+        # Narrow terminals break cells between words, never inside a number.
+        longest = max(len(word) for cell in (heading, *column) for word in cell.split())
+        table.add_column(heading, justify="right", min_width=longest)
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def findings(results: Sequence[Result]) -> list[str]:
+    """How many times lower adaptive weights make the load deviation of threshold routing."""
+    lines = []
+    for field, place in (("deviation_percent", "mean over layers"), ("deviation_percent_worst", "worst layer")):
+        mean, least = ratio(results, field, "threshold", "threshold + adaptive weights")
+        lines.append(
+            f"Adaptive weights lower the load deviation of threshold routing {mean:.1f} times ({place}; at least "
+            f"{least:.1f} times in each seed)."
+        )
+    return lines
+
+
+def draw(path: Path, results: Sequence[Result]) -> None:
+    """Write a PNG: loss and imbalance of every run, a row for each policy."""
+    names = list(dict.fromkeys(result.contender for result in results))
+    figure = Figure(figsize=(11, 1.6 + 0.45 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, balance, deviation = figure.subplots(1, 3, sharey=True)
+    _dots(loss, names, results, "validation_loss", "#0072B2", "validation loss, nats a token")
+    _dots(balance, names, results, "max_vio_worst", "#E69F00", "")
+    _dots(balance, names, results, "max_vio", "#0072B2", "MaxVio_global: mean of layers, and worst layer (orange)")
+    _dots(deviation, names, results, "deviation_percent_worst", "#E69F00", "")
+    _dots(deviation, names, results, "deviation_percent", "#0072B2", "load deviation in percent, likewise")
+    for axes, floor in ((balance, "max_vio_floor"), (deviation, "deviation_percent_floor")):
+        axes.set_xscale("log")
+        axes.axvline(min(getattr(result, floor) for result in results), color="black", linestyle="--", linewidth=1)
+    loss.set_yticks(range(len(names)), names)
+    loss.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def _dots(axes: Axes, names: list[str], results: Sequence[Result], field: str, colour: str, label: str) -> None:
+    axes.scatter(
+        [getattr(result, field) for result in results],
+        [names.index(result.contender) for result in results],
+        color=colour,
+        s=22,
+        alpha=0.8,
+    )
+    axes.grid(True, linewidth=0.4, alpha=0.6)
+    if label:
+        axes.set_xlabel(label, fontsize=9)
