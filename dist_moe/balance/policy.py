@@ -21,10 +21,10 @@ CENTRE = {"loss_free": False, "adaptive_weight": True, "quantile": True}
 class BalanceSettings:
     """What the balancer needs to know of the config.
 
-    policy: "none" and "auxiliary" move no bias. rate: u at the first step. schedule: "constant", or "linear", which
-    falls to 0 at `schedule_steps` taken steps. centre, proportional: None is the policy's own. freeze_at: taken
-    steps after which no bias moves. clip: bounds of adaptive weights. budget: experts a token takes on average,
-    with threshold routing; None leaves the threshold alone.
+    policy: "none" and "auxiliary" move no bias. rate: u at the first step. schedule: "constant", or "linear" or
+    "quadratic", which fall to 0 at `schedule_steps` taken steps. centre, proportional: None is the policy's own.
+    freeze_at: taken steps after which no bias moves. clip: bounds of adaptive weights. budget: experts a token takes
+    on average, with threshold routing; None leaves the threshold alone.
     """
 
     policy: str
@@ -48,7 +48,8 @@ class BalanceSettings:
             return 0.0
         if self.schedule == "constant":
             return self.rate
-        return self.rate * max(0.0, 1.0 - taken / self.schedule_steps)
+        left = max(0.0, 1.0 - taken / self.schedule_steps)
+        return self.rate * (left if self.schedule == "linear" else left**2)
 
     def frozen_at(self, taken: int) -> bool:
         """Whether biases stand still from now on."""

@@ -93,9 +93,10 @@ class BalanceConfig(Section):
         ge=0,
         description="the change of an expert's bias in one optimizer step, in units of the score",
     )
-    schedule: Literal["constant", "linear"] = Field(
+    schedule: Literal["constant", "linear", "quadratic"] = Field(
         default="constant",
-        description="the rate over the run: constant, or linear (falls to 0 at train.schedule_steps)",
+        description="the rate over the run: constant, linear or quadratic (both fall to 0 at train.schedule_steps, "
+        "linearly, or as the square of what is left of the run)",
     )
     freeze_at: int | None = Field(
         default=None, ge=0, description="the optimizer steps after which no bias moves any more, or null (never)"

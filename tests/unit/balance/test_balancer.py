@@ -126,6 +126,11 @@ def test_the_linear_schedule_falls_to_nothing() -> None:
     assert PLAIN.rate_at(10_000) == 0.5
 
 
+def test_the_quadratic_schedule_falls_faster_at_first() -> None:
+    quadratic = BalanceSettings("loss_free", 0.4, "quadratic", 4)
+    assert [quadratic.rate_at(taken) for taken in range(6)] == pytest.approx([0.4, 0.225, 0.1, 0.025, 0.0, 0.0])
+
+
 def test_the_linear_schedule_moves_the_bias() -> None:
     balancer = Balancer(make_routers(2), BalanceSettings("loss_free", 0.5, "linear", 2), CPU)
     moved = []

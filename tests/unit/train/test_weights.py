@@ -14,7 +14,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.data.tokenizer import byte_tokenizer
 from dist_moe.model.build import build_model, family_rule
 from dist_moe.model.convert import find_layers
-from dist_moe.moe.select import TopK
+from dist_moe.moe.select import Forced, Rule, Threshold, TopK
 from dist_moe.train.weights import WeightsError, load_weights, save_weights
 from tests.unit.model.samples import ALONE, FAMILIES, logits, perturb, small_model, stored_tensors, tokens
 
@@ -134,6 +134,19 @@ def beyond(case: str) -> PreTrainedModel:
         settings, score = FAMILIES["qwen3_moe"]
         rule = family_rule(AutoConfig.for_model("qwen3_moe", **settings), score)
         return build_model("qwen3_moe", settings, replace(rule, scaling=2.5), ALONE, seed=0)
+    rules: dict[str, Rule] = {
+        "threshold": Threshold(0.3, 3, shapes_mixture=True),
+        "forced": Forced(2, 1.0, "sigmoid"),
+        "multiplicative": TopK(2, "sigmoid", normalise=True, multiplicative=True),
+        "softmax after": TopK(2, "softmax_selected"),
+    }
+    if case in rules:
+        model = build_model("deepseek_v3", FAMILIES["deepseek_v3"][0], rules[case], ALONE, seed=0)
+        set_biases(model)
+        for layer in find_layers(model):
+            if layer.router.threshold is not None:
+                layer.router.threshold.fill_(0.55)  # as a budget would have it
+        return model
     model = small_model("qwen3_moe")
     if case == "groups on Qwen3":
         for layer in find_layers(model):
@@ -144,10 +157,11 @@ def beyond(case: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["bias on Qwen3", "sigmoid on Qwen3", "scaling on Qwen3", "groups on Qwen3", "softmax on DeepSeek"],
-)
+ON_DEEPSEEK = ["softmax on DeepSeek", "threshold", "forced", "multiplicative", "softmax after"]
+ON_QWEN = ["bias on Qwen3", "sigmoid on Qwen3", "scaling on Qwen3", "groups on Qwen3"]
+
+
+@pytest.mark.parametrize("case", [*ON_QWEN, *ON_DEEPSEEK])
 def test_routing_beyond_the_architecture_is_refused_by_plain_transformers_and_opened_here(
     tmp_path: Path, case: str
 ) -> None:
