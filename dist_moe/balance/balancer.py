@@ -51,6 +51,7 @@ class Balancer:
         self.settings = settings
         self.device = device
         self.taken = 0
+        self.controller: Controller | None = None
         self.controller = self._start_controller()
         self._rule = update_rule(settings)
         self._window = self._empty_window()
@@ -63,6 +64,8 @@ class Balancer:
     @property
     def threshold(self) -> float | None:
         """The threshold in use; None without threshold routing."""
+        if self.controller is not None:
+            return self.controller.threshold
         held = [router.threshold for router in self.routers.values() if router.threshold is not None]
         return float(held[0]) if held else None
 
@@ -113,27 +116,34 @@ class Balancer:
             router.selection_bias.copy_(state["layers"][name]["selection_bias"])
             router.last_load.copy_(state["layers"][name]["last_load"])
         self.taken = state["taken"]
+        self._window = self._empty_window()
         if state["controller"] is not None:
             self._set_controller(Controller(*state["controller"]))
 
     def _start_controller(self) -> Controller | None:
-        threshold = self.threshold
-        return None if self.settings.budget is None or threshold is None else start_controller(threshold)
+        held = [float(router.threshold) for router in self._controlled() if router.threshold is not None]
+        return start_controller(held[0]) if self.settings.budget is not None and held else None
+
+    def _controlled(self) -> list[Balanced]:
+        """The routers whose threshold the budget's controller moves."""
+        return [router for router in self.routers.values() if router.balanced and router.threshold is not None]
 
     def _control_threshold(self, tallies: Sequence[Tally]) -> None:
         budget = self.settings.budget
-        if self.controller is None or budget is None or not any(router.balanced for router in self.routers.values()):
+        pairs = zip(self.routers.values(), tallies, strict=True)
+        counted = [tally for router, tally in pairs if router.balanced and router.threshold is not None]
+        if self.controller is None or budget is None or not counted:
             return
-        assignments = sum(int(tally.load_E.sum()) for tally in tallies)
-        tokens = sum(int(tally.takers_K.sum()) for tally in tallies)
+        sums = torch.stack([count.sum() for tally in counted for count in (tally.load_E, tally.takers_K)]).tolist()
+        assignments, tokens = sum(sums[::2]), sum(sums[1::2])
         if tokens:
             self._set_controller(control(self.controller, assignments / tokens, budget))
 
     def _set_controller(self, controller: Controller) -> None:
         self.controller = controller
-        for router in self.routers.values():
-            if router.threshold is not None:
-                router.threshold.fill_(controller.threshold)
+        for router in self._controlled():
+            assert router.threshold is not None
+            router.threshold.fill_(controller.threshold)
 
     def _reduce_window(self) -> list[Tally]:
         tallies = sum_tallies(self._window, self.device)

@@ -44,7 +44,8 @@ def balance_loss(shares_TE: Tensor, fractions_E: Tensor, mask_T: Tensor | None =
 
     shares_TE: probabilities with the graph. fractions_E: f, the share of the assignments that each expert received,
     without graph; over the micro-batch (GShard: Lepikhin et al. 2020, arXiv 2006.16668, section 2.2, and Switch: Fedus
-    et al. 2021, arXiv 2101.03961, equation 4) or over the global batch (Qiu et al. 2025, arXiv 2501.11873).
+    et al. 2021, arXiv 2101.03961, equation 4) or over the global batch (Qiu et al. 2025, arXiv 2501.11873; here that of
+    the last optimizer step, where the paper accumulates the current one's over its micro-batches).
     """
     return shares_TE.shape[-1] * (masked(shares_TE, mask_T) @ fractions_E.to(shares_TE.dtype)).sum()
 
@@ -52,8 +53,9 @@ def balance_loss(shares_TE: Tensor, fractions_E: Tensor, mask_T: Tensor | None =
 def sequence_balance_loss(shares_TE: Tensor, ids_TK: Tensor, sequences: int) -> Tensor:
     """The same with the load fractions of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, equations 17-20).
 
-    Tokens lie sequence after sequence, equally many in each; an id of -1 is an empty slot, and a token without
-    any id is padding.
+    ids_TK: the experts by unbiased scores, as equation 18 has it; a bias that levels the load would switch the loss
+    off. Tokens lie sequence after sequence, equally many in each; an id of -1 is an empty slot, and a token without any
+    id is padding.
     """
     experts = shares_TE.shape[-1]
     ids_BK = ids_TK.reshape(sequences, -1)
@@ -77,7 +79,9 @@ def entropy_loss(shares_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """Sum over tokens of the entropy of their probabilities, in nats, which keeps threshold routing from spreading
     (Huang et al. 2024, arXiv 2403.07652, section 3.2; its coefficient is 1e-4).
     """
-    return masked(torch.special.entr(shares_TE).sum(dim=-1), mask_T).sum()
+    # Bounded, because the slope of p ln p is infinite at 0, to which a softmax underflows.
+    logarithms_TE = shares_TE.clamp_min(torch.finfo(shares_TE.dtype).tiny).log()
+    return masked(-(shares_TE * logarithms_TE).sum(dim=-1), mask_T).sum()
 
 
 def load_fractions(load_E: Tensor) -> Tensor:
@@ -89,4 +93,4 @@ def masked(values: Tensor, mask_T: Tensor | None) -> Tensor:
     """`values` [T, ...] with 0 in the rows that do not count."""
     if mask_T is None:
         return values
-    return values * mask_T.view(-1, *[1] * (values.dim() - 1))
+    return torch.where(mask_T.view(-1, *[1] * (values.dim() - 1)), values, 0)

@@ -43,8 +43,8 @@ class BalanceSettings:
         return self.policy == "quantile"
 
     def rate_at(self, taken: int) -> float:
-        """The rate u for the update after `taken` steps were taken before."""
-        if self.policy in ("none", "auxiliary") or self.frozen_at(taken):
+        """The rate u for the update after `taken` steps were taken before; 0 for a policy that has none."""
+        if self.policy in ("none", "auxiliary", "quantile") or self.frozen_at(taken):
             return 0.0
         if self.schedule == "constant":
             return self.rate

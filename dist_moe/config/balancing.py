@@ -14,6 +14,10 @@ def balancing_violations(config: Config, router: RouterConfig, experts: int, acc
     """
     found = _combination(config, router)
     found += _threshold(router, experts) if router.selection == "threshold" else _fixed_number(router)
+    found += _forced(config, router) if router.selection in FORCED else []
+    if router.skew != RouterConfig.model_fields["skew"].default and router.selection != "zipf":
+        rule = f"has no meaning with router.selection={router.selection}"
+        found.append(Violation("router.skew", router.skew, rule, "leave it out, or set router.selection=zipf"))
     if config.balance.policy == "quantile":
         found += _quantile(router, experts)
     return found + _fields_of_policies(config, accumulation)
@@ -40,21 +44,38 @@ def _threshold(router: RouterConfig, experts: int) -> list[Violation]:
     if router.groups != 1:
         rule = "limits a token to some groups, which threshold routing does not know"
         found.append(Violation("router.groups", router.groups, rule, "set it to 1"))
-    if router.budget is not None and not 1 <= router.budget <= min(most, experts):
+    if router.budget is not None and not 1 <= router.budget < min(most, experts):
         rule = f"cannot be held, since a token takes 1 to {min(most, experts)} experts"
-        found.append(Violation("router.budget", router.budget, rule, f"give 1 to {min(most, experts)}, or null"))
+        remedy = f"give 1 to below {min(most, experts)}, or null"
+        found.append(Violation("router.budget", router.budget, rule, remedy))
     return found
 
 
 def _fixed_number(router: RouterConfig) -> list[Violation]:
     found = []
-    for name in ("budget", "max_experts"):
-        if (value := getattr(router, name)) is not None:
+    for name in ("threshold", "budget", "max_experts"):
+        if (value := getattr(router, name)) != RouterConfig.model_fields[name].default:
             rule = f"has no meaning with router.selection={router.selection}, where each token takes top_k experts"
-            found.append(Violation(f"router.{name}", value, rule, "set it to null, or router.selection=threshold"))
+            found.append(Violation(f"router.{name}", value, rule, "leave it out, or set router.selection=threshold"))
     if router.score == "softmax_selected" and router.top_k == 1:
         rule = "makes the weight of a token's one expert 1 whatever its score, so the router cannot learn"
         found.append(Violation("router.score", router.score, rule, "use softmax, or top_k above 1"))
+    return found
+
+
+def _forced(config: Config, router: RouterConfig) -> list[Violation]:
+    """What asks forced routing to be anything but drawn at random."""
+    found = []
+    for name in ("auxiliary_loss", "z_loss"):
+        if value := getattr(config.balance, name):
+            rule = f"shapes scores that router.selection={router.selection} does not look at"
+            found.append(Violation(f"balance.{name}", value, rule, "set it to 0"))
+    if router.entropy_loss:
+        rule = f"shapes scores that router.selection={router.selection} does not look at"
+        found.append(Violation("router.entropy_loss", router.entropy_loss, rule, "set it to 0"))
+    if router.groups != 1:
+        rule = f"limits a token to some groups, which router.selection={router.selection} does not know"
+        found.append(Violation("router.groups", router.groups, rule, "set it to 1"))
     return found
 
 

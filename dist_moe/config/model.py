@@ -59,6 +59,9 @@ def read_model(config: Config) -> Reading:
     violations = _key_violations(config, cls, known)
     arguments = {key: value for key, value in config.model.config.items() if key in known}
     fields = routing_fields(family)
+    if config.router.selection == "threshold":
+        # What a family says of the weights of K experts is not said of these: raw, as in the paper, where null.
+        fields |= {"normalise": None, "scaling": None}
     for name, field in fields.items():
         wanted = getattr(config.router, name)
         if wanted is None:

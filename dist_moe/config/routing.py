@@ -34,7 +34,7 @@ class RouterConfig(Section):
         default=None,
         gt=0,
         description="the experts a token takes on average, held by a controller that moves the threshold "
-        "(1 to max_experts), or null (the threshold stays)",
+        "(1 to below max_experts), or null (the threshold stays)",
     )
     entropy_loss: float = Field(
         default=0.0,
@@ -43,7 +43,9 @@ class RouterConfig(Section):
         "paper of threshold routing has 1e-4)",
     )
     skew: float = Field(
-        default=1.0, ge=0, description="the exponent of zipf: expert i is drawn with probability ~ 1 / (i + 1)^skew"
+        default=1.0,
+        ge=0,
+        description="the exponent of zipf: a token first draws expert i with probability ~ 1 / (i + 1)^skew",
     )
     score: Score | None = Field(
         default=None,
@@ -91,7 +93,8 @@ class BalanceConfig(Section):
     rate: float = Field(
         default=0.001,
         ge=0,
-        description="the change of an expert's bias in one optimizer step, in units of the score",
+        description="the change of an expert's bias in one optimizer step, in units of the score (of the logit for "
+        "a softmax)",
     )
     schedule: Literal["constant", "linear", "quadratic"] = Field(
         default="constant",

@@ -16,7 +16,7 @@ from dist_moe.balance.quantile import count_margins
 from dist_moe.balance.tally import Tally, count_routing
 from dist_moe.moe.records import Routed
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import OVER_LOGITS, gate_scores
+from dist_moe.moe.select import OVER_LOGITS, gate_scores, select
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def routing_loss(losses: RoutingLosses, router: Router, routed: Routed, tally: T
     shares_TE = gate_shares(gate_scores(routed.logits_TE, router.rule.score))
     terms = []
     if losses.balance and losses.scope == "sequence":
-        terms.append(losses.balance * sequence_balance_loss(shares_TE, routed.ids_TK, sequences))
+        terms.append(losses.balance * sequence_balance_loss(shares_TE, unbiased_ids(router, routed), sequences))
     elif losses.balance:
         load_E = tally.load_E if losses.scope == "micro_batch" else router.last_load
         terms.append(losses.balance * balance_loss(shares_TE, load_fractions(load_E), routed.mask_T))
@@ -46,3 +46,11 @@ def routing_loss(losses: RoutingLosses, router: Router, routed: Routed, tally: T
     if losses.entropy:
         terms.append(losses.entropy * entropy_loss(shares_TE, routed.mask_T))
     return torch.stack(terms).sum()
+
+
+@torch.no_grad()
+def unbiased_ids(router: Router, routed: Routed) -> Tensor:
+    """ids_TK that the scores alone would have chosen."""
+    none_E = torch.zeros_like(router.selection_bias)
+    ids_TK = select(routed.logits_TE, router.rule, none_E, router.threshold).ids_TK
+    return ids_TK if routed.mask_T is None else ids_TK.masked_fill(~routed.mask_T.unsqueeze(-1), -1)

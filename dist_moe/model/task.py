@@ -80,7 +80,7 @@ class LanguageModelTask(nn.Module):
             logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         tallies = [
-            tally_routing(layer.router, routed, self.counts_margins)
+            tally_routing(layer.router, routed, self.counts_margins and self.training)
             for layer, routed in zip(self.layers, records, strict=True)
         ]
         loss, auxiliary = nll_sum * scale, torch.zeros_like(nll_sum)

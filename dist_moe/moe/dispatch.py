@@ -45,9 +45,8 @@ def combine(results_QD: Tensor, weights_TK: Tensor, receipt: Receipt, mesh: Mesh
         arrived_QD = _Permute.apply(results_QD, _invert(receipt.expert_order_Q))
         results_QD = exchange_rows(arrived_QD, receipt.receive, receipt.send, mesh.ep_group)
     tokens, slots = weights_TK.shape
-    filled = results_QD.new_zeros(tokens * slots, results_QD.shape[1])
-    filled = filled.index_copy(0, receipt.slots_R, results_QD)
-    return (filled.view(tokens, slots, results_QD.shape[1]) * weights_TK.unsqueeze(-1)).sum(dim=1)
+    weighted_RD = results_QD * weights_TK.reshape(-1).index_select(0, receipt.slots_R).unsqueeze(-1)
+    return _SumRows.apply(weighted_RD, receipt.slots_R, tokens, slots)
 
 
 def _sort_slots(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -72,8 +71,22 @@ def _invert(order: Tensor) -> Tensor:
     return inverse
 
 
+def _sum_by_token(rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
+    """The sum of each token's rows, in the order of its slots, accumulated in fp32 or wider -> [T, D].
+
+    One addition per slot number, in which a token occurs at most once: so the order is fixed on a GPU too, and the cost
+    is that of the rows there are, however many slots the token with the most experts has.
+    """
+    summed_TD = rows_RD.new_zeros(tokens, rows_RD.shape[1], dtype=torch.promote_types(torch.float32, rows_RD.dtype))
+    slot_R = slots_R % slots
+    rows_of_slot = torch.bincount(slot_R, minlength=slots).tolist()
+    for part in torch.argsort(slot_R, stable=True).split(rows_of_slot):
+        summed_TD.index_add_(0, slots_R[part] // slots, rows_RD[part].to(summed_TD.dtype))
+    return summed_TD.to(rows_RD.dtype)
+
+
 class _TakeRows(torch.autograd.Function):
-    """rows = hidden[slot // K]. The gradient of a token is the sum of its K slots in fixed order.
+    """rows = hidden[slot // K]. The gradient of a token is the sum of its slots in fixed order.
 
     PyTorch's own backward of this indexing adds rows atomically on a GPU, in an order that changes from run to run.
     """
@@ -87,10 +100,22 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (slots_R,) = ctx.saved_tensors
-        gradient_RD = gradients[0]
-        filled = gradient_RD.new_zeros(ctx.tokens * ctx.slots, gradient_RD.shape[1])
-        filled.index_copy_(0, slots_R, gradient_RD)
-        return filled.view(ctx.tokens, ctx.slots, gradient_RD.shape[1]).sum(dim=1), None, None
+        return _sum_by_token(gradients[0], slots_R, ctx.tokens, ctx.slots), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """The transpose of `_TakeRows`: a token's sum over its slots, whose gradient is that token's for each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
+        ctx.save_for_backward(slots_R)
+        ctx.slots = slots
+        return _sum_by_token(rows_RD, slots_R, tokens, slots)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (slots_R,) = ctx.saved_tensors
+        return gradients[0].index_select(0, slots_R // ctx.slots), None, None, None
 
 
 class _Permute(torch.autograd.Function):

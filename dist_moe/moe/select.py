@@ -65,9 +65,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Forced:
-    """Experts drawn at random instead of chosen, for benchmarks: expert i with probability ~ 1 / (i + 1)**skew.
+    """Experts drawn instead of chosen, for benchmarks.
 
-    skew: Zipf's exponent; 0 draws uniformly. The weights are those of `TopK` for the drawn experts.
+    top_k: experts a token takes. The first is expert i with probability ~ 1 / (i + 1)**skew (Zipf; 0 is uniform), and
+    each further one is drawn likewise from those left. The weights are those of `TopK` for the drawn experts.
     """
 
     top_k: int
@@ -83,6 +84,7 @@ class Forced:
 
 
 Rule = TopK | Threshold | Forced
+_32_BITS = 0xFFFFFFFF
 
 
 class Inputs(NamedTuple):
@@ -112,7 +114,8 @@ def gate_scores(logits_TE: Tensor, score: Score) -> Tensor:
     if score == "sigmoid":
         return logits_TE.sigmoid()
     if score == "sqrt_softplus":
-        return F.softplus(logits_TE).sqrt()
+        # The root's slope is infinite at 0, to which softplus underflows.
+        return F.softplus(logits_TE).clamp_min(torch.finfo(logits_TE.dtype).tiny).sqrt()
     return logits_TE.softmax(dim=-1)
 
 
@@ -146,7 +149,7 @@ def select_top_k(
         choice_TE = biased_scores(logits_TE.detach(), rule, Inputs(score_bias_E, logit_bias_E, log_weight_E))
         if rule.groups > 1:
             choice_TE = _keep_top_groups(choice_TE, rule.groups, rule.top_groups)
-        ids_TK = choice_TE.topk(rule.top_k, dim=-1).indices
+        ids_TK = _highest(choice_TE, rule.top_k)
     if rule.shapes_mixture and logit_bias_E is not None:
         logits_TE = logits_TE + logit_bias_E
     return _weigh(logits_TE, ids_TK, rule)
@@ -201,19 +204,30 @@ def _scaled(weights_TK: Tensor, rule: TopK | Threshold) -> Tensor:
     return weights_TK * rule.scaling
 
 
+def _highest(values_TN: Tensor, count: int) -> Tensor:
+    """The places of the highest values, equal ones in their order; `topk` gives those in an order of its own."""
+    return values_TN.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
 def _keep_top_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:
     """Leave each token the experts of its best groups; a group's score is the sum of its two best (DeepSeek-V3)."""
     choice_TGe = choice_TE.unflatten(1, (groups, -1))
     group_scores_TG = choice_TGe.topk(min(2, choice_TGe.shape[-1]), dim=-1).values.sum(dim=-1)
-    kept = group_scores_TG.topk(top_groups, dim=-1).indices
+    kept = _highest(group_scores_TG, top_groups)
     closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)
     return choice_TGe.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).view_as(choice_TE)
 
 
 def _draw(logits_TE: Tensor, rule: Forced) -> Tensor:
-    """K different experts a token, the same ones in each call: recomputation must route as the forward did."""
-    tokens, experts = logits_TE.shape
-    generator = torch.Generator().manual_seed(0)
-    gumbel_TE = -torch.empty(tokens, experts).exponential_(generator=generator).log()
-    ranks_E = torch.arange(1, experts + 1, dtype=torch.float32)
-    return (gumbel_TE - rule.skew * ranks_E.log()).topk(rule.top_k, dim=-1).indices.to(logits_TE.device)
+    """K different experts a token, by noise made of the bits of its logits (Gumbel's top-K).
+
+    So they differ between tokens, layers and steps, recomputation finds the same ones, and nothing is random but the
+    logits. The noise is murmur3's last mixing of the bits of each logit and the number of its expert.
+    """
+    experts_E = torch.arange(logits_TE.shape[-1], device=logits_TE.device)
+    mixed_TE = (logits_TE.float().contiguous().view(torch.int32).long() + 0x9E3779B9 * (experts_E + 1)) & _32_BITS
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed_TE = ((mixed_TE ^ (mixed_TE >> shift)) * factor) & _32_BITS
+    uniform_TE = ((mixed_TE ^ (mixed_TE >> 16)).double() + 0.5) / 2.0**32
+    gumbel_TE = -(-uniform_TE.log()).log()
+    return _highest(gumbel_TE - rule.skew * (experts_E + 1).double().log(), rule.top_k)

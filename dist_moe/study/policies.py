@@ -21,7 +21,7 @@ from dist_moe.config.errors import UserError
 
 POLL_S = 0.5
 SOFTMAX = ("router.score=softmax",)
-THRESHOLD = (*SOFTMAX, "router.selection=threshold", "router.threshold=0.4", "model.config.norm_topk_prob=false")
+THRESHOLD = (*SOFTMAX, "router.selection=threshold", "router.threshold=0.4")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def save_checkpoint(config: Config, task: LanguageModelTask, prepared: Prepared,
     if mesh.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    save_weights(task.model, mesh, partial / "model", balanced=config.balance.policy != "none")
+    save_weights(task.model, mesh, partial / "model", balanced=config.balance.policy not in ("none", "auxiliary"))
     if mesh.rank == 0:
         prepared.tokenizer.save(partial / "model")
         (partial / "config.yaml").write_text(dump_config(config))

@@ -124,13 +124,7 @@ def make_task(resolved: Resolved, prepared: Prepared, mesh: Mesh) -> LanguageMod
     if config.train.activation_checkpointing:
         # The reentrant kind silently loses the gradient of losses that do not come out of the checkpointed function.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    losses = RoutingLosses(
-        balance=config.balance.auxiliary_loss,
-        scope=config.balance.auxiliary_scope,
-        z=config.balance.z_loss,
-        entropy=config.router.entropy_loss,
-    )
-    return LanguageModelTask(model, losses, balance_settings(config).counts_margins)
+    return LanguageModelTask(model, routing_losses(config), balance_settings(config).counts_margins)
 
 
 def engine_settings(resolved: Resolved, world: World) -> EngineSettings:
@@ -152,6 +146,12 @@ def engine_settings(resolved: Resolved, world: World) -> EngineSettings:
 def make_balancer(task: LanguageModelTask, config: Config, device: torch.device) -> Balancer:
     """The balancer over the routers of every MoE layer."""
     return Balancer({layer.name: layer.router for layer in task.layers}, balance_settings(config), device)
+
+
+def routing_losses(config: Config) -> RoutingLosses:
+    """The part of the config that is added to the loss."""
+    balance = config.balance
+    return RoutingLosses(balance.auxiliary_loss, balance.auxiliary_scope, balance.z_loss, config.router.entropy_loss)
 
 
 def balance_settings(config: Config) -> BalanceSettings:

@@ -64,6 +64,7 @@ class Case:
     poison: str | None = (
         None  # "loss": rank 1's loss is infinite in the first step; "expert": one expert's gradient
     )
+    poison_step: int = 0
     model: dict[str, Any] = field(default_factory=lambda: dict(DEEPSEEK))
     rule: Rule | None = None  # None: the family's own
     losses: RoutingLosses = NO_LOSSES
@@ -168,7 +169,7 @@ def _one_step(
     engine: Engine, balancer: Balancer, case: Case, step: int, rank: int, world_size: int
 ) -> tuple[StepRecord, float]:
     batches = share(ragged_batch(seed=step), engine.mesh, case.accumulation)
-    poisoned = case.poison == "loss" and rank == world_size - 1 and step == 0
+    poisoned = case.poison == "loss" and rank == world_size - 1 and step == case.poison_step
     handle = None
     if poisoned:
         norm = engine.module.model.model.norm  # type: ignore[union-attr]

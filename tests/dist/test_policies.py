@@ -19,7 +19,16 @@ from tests.dist.policies import (
     settings,
 )
 from tests.dist.pool import RankPool
-from tests.dist.small import Case, Trace, make_balancer, make_task, named_weights, reference, run_case
+from tests.dist.small import (
+    Case,
+    Trace,
+    make_balancer,
+    make_task,
+    named_weights,
+    ragged_batch,
+    reference,
+    run_case,
+)
 
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
 
@@ -99,6 +108,24 @@ def test_trap_T20_the_gradient_of_a_routing_loss_is_that_of_one_process(
     assert (wanted[router] - without[router]).norm() > 0.05 * without[router].norm(), "the loss weighs"
 
 
+def test_trap_T20_the_global_loss_knows_the_step_before_on_every_layout(ranks: RankPool) -> None:
+    """Two real steps; the load of the first, over all ranks and micro-batches, weighs in the gradient of the second."""
+    alone = Case(losses=LOSSES["global_batch"], steps=2, learning_rate=0.1)
+    (wanted,) = ranks.run(run_case, 1, alone)
+    assert all(layer["last_load"].sum() == 2 * wanted_tokens(1) for layer in wanted.state["layers"].values())
+    spread = dataclasses.replace(alone, expert_parallel=2, accumulation=2)
+    for trace in ranks.run(run_case, 4, spread):
+        assert trace.norms == pytest.approx(wanted.norms, rel=1e-4)
+        assert trace.loads[1] == wanted.loads[1]
+        for name, weight in trace.weights.items():
+            torch.testing.assert_close(weight, wanted.weights[name], rtol=1e-4, atol=1e-5)
+
+
+def wanted_tokens(step: int) -> int:
+    """Tokens of a global batch that are routed."""
+    return int((ragged_batch(step).documents_BS >= 0).sum())
+
+
 def test_trap_T20_the_loss_of_micro_batches_is_theirs_wherever_they_run(ranks: RankPool) -> None:
     """Two rows each on 1, 2 and 4 workers; other micro-batches have other load fractions, and another gradient."""
     losses = RoutingLosses(balance=3.0, scope="micro_batch")
@@ -138,21 +165,34 @@ def test_trap_T01_recomputation_changes_nothing_for_any_policy(ranks: RankPool, 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_trap_T13_a_skipped_step_leaves_the_state_of_every_policy(ranks: RankPool, name: str) -> None:
-    case = case_of(name, expert_parallel=2, poison="loss", steps=1)
-    untouched = ranks.run(run_case, 2, dataclasses.replace(case, steps=0))
-    for ours, before in zip(ranks.run(run_case, 2, case), untouched, strict=True):
-        assert ours.taken == [False]
-        assert_same_state(ours.state, before.state)
+    """A step, and one that is skipped: the state is that after the first, neither moved nor begun anew."""
+    once = case_of(name, expert_parallel=2, steps=1)
+    skipped = dataclasses.replace(once, steps=2, poison="loss", poison_step=1)
+    wanted = ranks.run(run_case, 2, once)
+    assert wanted[0].state["taken"] == 1
+    for ours, theirs in zip(ranks.run(run_case, 2, skipped), wanted, strict=True):
+        assert ours.taken == [True, False]
+        assert_same_state(ours.state, theirs.state)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_trap_T14_evaluation_leaves_the_state_of_every_policy(name: str) -> None:
-    case = case_of(name)
-    task = make_task(case, ALONE)
-    balancer = make_balancer(task, case.settings)
-    before = balancer.state_dict()
-    evaluate(task, held_out(rows=5), ALONE, CPU, 1)
-    assert_same_state(balancer.state_dict(), before)
+    """And the window: the step after it is that without it."""
+    states = []
+    for evaluated in (False, True):
+        case = case_of(name)
+        task = make_task(case, ALONE)
+        balancer = make_balancer(task, case.settings)
+        for seed in range(2):
+            batch = ragged_batch(seed)
+            mask_BS = batch.documents_BS >= 0
+            output = task(batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS, torch.tensor(1.0))
+            balancer.observe(output.tallies)
+            if evaluated:
+                evaluate(task, held_out(rows=5), ALONE, CPU, 1)
+            balancer.step()
+        states.append(balancer.state_dict())
+    assert_same_state(states[1], states[0])
 
 
 def test_trap_T17_forced_routing_moves_no_bias(ranks: RankPool) -> None:

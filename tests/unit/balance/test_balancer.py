@@ -5,9 +5,10 @@ import torch
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.policy import BalanceSettings
+from dist_moe.balance.quantile import BINS
 from dist_moe.balance.tally import Tally
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import TopK
+from dist_moe.moe.select import Threshold, TopK
 
 CPU = torch.device("cpu")
 PLAIN = BalanceSettings("loss_free", 0.5, "constant", 10)
@@ -146,3 +147,69 @@ def test_centring_holds_the_mean() -> None:
     balancer.observe([counts(9, 1, 1, 1)])
     balancer.step()
     assert balancer.biases[0].tolist() == [-0.75, 0.25, 0.25, 0.25]
+
+
+def threshold_routers() -> dict[str, Router]:
+    """Two routers by threshold, of four experts."""
+    return {name: Router(4, 4, Threshold(0.4, 4)) for name in ("a", "b")}
+
+
+BUDGET = BalanceSettings("adaptive_weight", 0.1, "constant", 10, budget=2.0)
+ONE_EACH = Tally(torch.tensor([9, 1, 1, 1]), torch.tensor([12, 0, 0, 0]))
+
+
+def test_trap_T14_a_frozen_router_keeps_its_threshold() -> None:
+    routers = threshold_routers()
+    routers["a"].requires_grad_(False)
+    balancer = Balancer(routers, BUDGET, CPU)
+    balancer.observe([ONE_EACH._replace(takers_K=torch.tensor([0, 0, 0, 3])), ONE_EACH])
+    balancer.step()
+    assert routers["a"].threshold is not None and routers["b"].threshold is not None
+    assert float(routers["a"].threshold) == pytest.approx(0.4)
+    assert float(routers["b"].threshold) > 0.45, "its own tokens took 1, whatever those of the other did"
+    assert balancer.threshold == pytest.approx(float(routers["b"].threshold))
+
+
+def test_a_frozen_schedule_stops_every_policy() -> None:
+    settings = BalanceSettings("quantile", 0.0, "constant", 10, freeze_at=0)
+    balancer = Balancer(make_routers(2), settings, CPU)
+    margins_EQ = torch.zeros(2, BINS, dtype=torch.int64)
+    margins_EQ[0, 10], margins_EQ[1, 900] = 5, 5
+    balancer.observe([counts(9, 1)._replace(margins_EQ=margins_EQ)])
+    balancer.step()
+    assert not balancer.biases[0].any()
+    moving = Balancer(make_routers(2), BalanceSettings("quantile", 0.0, "constant", 10), CPU)
+    moving.observe([counts(9, 1)._replace(margins_EQ=margins_EQ)])
+    moving.step()
+    assert moving.biases[0][0] > 0 > moving.biases[0][1]
+    assert settings.rate_at(0) == 0.0, "it has no rate"
+
+
+def test_trap_T44_a_run_goes_on_from_its_state() -> None:
+    """Five steps are three, the state carried over, and two; a window that was open there is forgotten (T7)."""
+    steps = [Tally(torch.tensor([9, 1, 1, step]), torch.tensor([6 + step, 3, 0, 0])) for step in range(5)]
+
+    def run(balancer: Balancer, tallies: list[Tally]) -> Balancer:
+        for tally in tallies:
+            balancer.observe([tally, tally])
+            balancer.step()
+        return balancer
+
+    whole = run(Balancer(threshold_routers(), BUDGET, CPU), steps)
+    first = run(Balancer(threshold_routers(), BUDGET, CPU), steps[:3])
+    second = Balancer(threshold_routers(), BUDGET, CPU)
+    second.observe([steps[0], steps[0]])
+    second.load_state_dict(first.state_dict())
+    run(second, steps[3:])
+    for name in ("a", "b"):
+        assert torch.equal(second.routers[name].selection_bias, whole.routers[name].selection_bias)
+        assert torch.equal(second.routers[name].last_load, whole.routers[name].last_load)
+    assert (second.taken, second.controller) == (whole.taken, whole.controller)
+    assert second.routers["a"].threshold is not None and second.controller is not None
+    assert float(second.routers["a"].threshold) == pytest.approx(second.controller.threshold)
+
+
+def test_the_state_of_another_model_is_refused() -> None:
+    state = Balancer(threshold_routers(), BUDGET, CPU).state_dict()
+    with pytest.raises(ValueError, match=r"the state is of the layers \['a', 'b'\]"):
+        Balancer(make_routers(4), PLAIN, CPU).load_state_dict(state)

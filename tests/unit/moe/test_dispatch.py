@@ -1,9 +1,13 @@
 """Dispatch on one rank: order of the rows, padding, and the permutations behind the exchange."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.dispatch import _invert, _order_by_expert, combine, dispatch
@@ -56,3 +60,30 @@ def test_a_token_may_take_the_same_expert_twice() -> None:
     there = dispatch(HIDDEN_TD, torch.tensor([[1, 1]]).expand(4, 2), 2, ALONE)
     assert there.counts_e.tolist() == [0, 8]
     assert torch.equal(combine(there.rows_QD, torch.ones(4, 2), there.receipt, ALONE), 2 * HIDDEN_TD)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_one_token_with_many_experts_makes_no_room_for_all_others() -> None:
+    """200 tokens with one expert and one with 64: rows for 264 assignments, not for 201 x 64."""
+    ids_TK = torch.full((201, 64), -1)
+    ids_TK[:, 0] = torch.arange(201) % 64
+    ids_TK[100] = torch.arange(64)
+    hidden_TD = torch.randn(201, 48, requires_grad=True)
+    weights_TK = torch.rand(201, 64)
+    with Largest() as largest:
+        dispatched = dispatch(hidden_TD, ids_TK, 64, ALONE)
+        combine(dispatched.rows_QD, weights_TK, dispatched.receipt, ALONE).sum().backward()
+    assert largest.numel <= max(264 * 48, ids_TK.numel())

@@ -42,5 +42,14 @@ def test_trap_T02_the_same_experts_are_drawn_again_and_the_random_state_is_left_
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_other_tokens_draw_other_experts_wherever_they_lie() -> None:
+    """So the parts of a batch, on ranks or in micro-batches, are together as even as the whole."""
+    rule = Forced(top_k=2, skew=0.0, score="softmax")
+    whole = select(LOGITS_TE, rule, BIAS_E).ids_TK
+    parts = [select(part, rule, BIAS_E).ids_TK for part in LOGITS_TE.split(500)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(parts[0], parts[1])
+
+
 def test_trap_T17_a_forced_router_is_not_balanced() -> None:
     assert not Router(8, 4, Forced(top_k=2, skew=0.0, score="softmax")).balanced

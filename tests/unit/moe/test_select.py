@@ -142,3 +142,11 @@ def test_groups_are_closed_whatever_their_experts_score() -> None:
     assert select_top_k(scores_TE.logit(), rule).ids_TK.tolist() == [[3, 2]]
     bias_E = torch.full((4,), -5.0)
     assert select_top_k(scores_TE.logit(), rule, score_bias_E=bias_E).ids_TK.tolist() == [[3, 2]]
+
+
+@pytest.mark.parametrize("experts", [12, 64])
+def test_trap_T37_equal_scores_go_to_the_first_experts(experts: int) -> None:
+    logits_TE = torch.zeros(5, experts)
+    assert select_top_k(logits_TE, TopK(3, "sigmoid")).ids_TK.tolist() == [[0, 1, 2]] * 5
+    grouped = TopK(3, "sigmoid", groups=4, top_groups=1)
+    assert select_top_k(logits_TE, grouped).ids_TK.tolist() == [[0, 1, 2]] * 5

@@ -1,0 +1,74 @@
+"""Every key of router and balance arrives where it acts: in the rule, in the balancer's settings, or in the losses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_moe.config import load_config, resolve
+from dist_moe.model.build import routing_rule
+from dist_moe.moe.select import Forced, Threshold, TopK
+from dist_moe.train.loop import balance_settings, routing_losses
+
+DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
+SOFTMAX = ["router.score=softmax"]
+THRESHOLD = [*SOFTMAX, "router.selection=threshold"]
+ADAPTIVE = [*SOFTMAX, "balance.policy=adaptive_weight"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([], TopK(2, "sigmoid", normalise=True)),
+        (["router.score=sqrt_softplus"], TopK(2, "sqrt_softplus", normalise=True)),
+        (["model.config.n_group=3", "model.config.topk_group=2"], TopK(2, "sigmoid", True, 1.0, 3, 2)),
+        (["balance.form=multiplicative"], TopK(2, "sigmoid", normalise=True, multiplicative=True)),
+        ([*ADAPTIVE, "balance.shapes=mixture"], TopK(2, "softmax", normalise=True, shapes_mixture=True)),
+        ([*THRESHOLD, "router.threshold=0.7"], Threshold(0.7, 12)),
+        (
+            [*THRESHOLD, "router.max_experts=3", "router.normalise=true", "router.scaling=2"],
+            Threshold(0.4, 3, True, 2.0),
+        ),
+        (["router.selection=zipf", "router.skew=2", "balance.policy=none"], Forced(2, 2.0, "sigmoid", True)),
+        (["router.selection=uniform", "balance.policy=none"], Forced(2, 0.0, "sigmoid", True)),
+    ],
+)
+def test_the_rule(overrides: list[str], wanted: Any) -> None:
+    config = resolve(load_config(DEBUG, overrides), 1).config
+    assert routing_rule(config.router, config.balance) == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "wanted"),
+    [
+        (["balance.policy=quantile"], "policy", "quantile"),
+        (["balance.rate=0.5"], "rate", 0.5),
+        (["balance.schedule=quadratic"], "schedule", "quadratic"),
+        (["train.schedule_steps=77"], "schedule_steps", 77),
+        (["balance.centre=true"], "centre", True),
+        ([], "centre", False),
+        (["balance.rule=proportional"], "proportional", True),
+        (["balance.rule=sign"], "proportional", False),
+        (["balance.freeze_at=3"], "freeze_at", 3),
+        ([*ADAPTIVE, "balance.centre=null", "balance.clip=7"], "clip", 7.0),
+        ([*THRESHOLD, "router.budget=3"], "budget", 3.0),
+    ],
+)
+def test_the_settings_of_the_balancer(overrides: list[str], field: str, wanted: Any) -> None:
+    config = resolve(load_config(DEBUG, overrides), 1).config
+    assert getattr(balance_settings(config), field) == wanted
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "wanted"),
+    [
+        ("balance.auxiliary_loss=0.5", "balance", 0.5),
+        ("balance.auxiliary_scope=sequence", "scope", "sequence"),
+        ("balance.z_loss=0.25", "z", 0.25),
+        ("router.entropy_loss=0.125", "entropy", 0.125),
+    ],
+)
+def test_the_losses(override: str, field: str, wanted: Any) -> None:
+    config = resolve(load_config(DEBUG, [override]), 1).config
+    assert getattr(routing_losses(config), field) == wanted
+    assert routing_losses(config).any == (field != "scope")
