@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_moe.balance.balancer import Balancer
 from dist_moe.comm.bootstrap import join_world
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.place import Place
 from dist_moe.model.build import parameter_groups
+from dist_moe.model.routing import tally_routing
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.layer import ExpertParallelLayer
+from dist_moe.moe.router import Router
 from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.step import train_step
+from tests.dist.policies import EXPERTS, POLICIES, logits_of
 from tests.dist.small import DEEPSEEK, ROWS, Case, make_balancer, make_task, ragged_batch, share
 
 pytestmark = pytest.mark.gpu
@@ -77,6 +81,24 @@ def test_a_world_of_one_on_nccl_trains(stage: int, bf16: bool) -> None:
                 losses.append(float(record.nll_sum) / record.labels)
                 assert record.taken
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_counts_and_moves_on_the_device_as_on_the_cpu(name: str) -> None:
+    """The same logits give the same integers, and those the same bias."""
+    rule, balance = POLICIES[name]
+    states = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        router = Router(EXPERTS, EXPERTS, rule).to(device)
+        torch.nn.init.eye_(router.weight)
+        balancer = Balancer({"layer": router}, balance, device)
+        for step in range(3):
+            router.open_record(None)
+            router(logits_of(step, 0).to(device))
+            balancer.observe([tally_routing(router, router.close_record(), balance.counts_margins)])
+            balancer.step()
+        states.append([router.selection_bias.cpu(), router.last_load.cpu()])
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)
 
 
 def test_the_main_job_on_the_device(tmp_path: Path) -> None:
