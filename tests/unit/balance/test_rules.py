@@ -114,7 +114,7 @@ def test_trap_T11_adaptive_weights_are_centred_of_themselves() -> None:
     assert own["loss_free"] and own["adaptive_weight"]
     assert own["loss_free"](torch.zeros(4), tally, 1.0).tolist() == [-1, 1, 1, 1], "the sign, not centred"
     torch.testing.assert_close(
-        own["adaptive_weight"](torch.zeros(4), tally, 1.0), torch.tensor([-2.0, 2 / 3, 2 / 3, 2 / 3])
+        own["adaptive_weight"](torch.full((4,), 0.5), tally, 1.0), torch.tensor([-2.0, 2 / 3, 2 / 3, 2 / 3])
     )
 
 
