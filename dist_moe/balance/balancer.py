@@ -51,7 +51,6 @@ class Balancer:
         self.settings = settings
         self.device = device
         self.taken = 0
-        self.controller: Controller | None = None
         self.controller = self._start_controller()
         self._rule = update_rule(settings)
         self._window = self._empty_window()

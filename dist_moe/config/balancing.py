@@ -66,13 +66,15 @@ def _fixed_number(router: RouterConfig) -> list[Violation]:
 def _forced(config: Config, router: RouterConfig) -> list[Violation]:
     """What asks forced routing to be anything but drawn at random."""
     found = []
-    for name in ("auxiliary_loss", "z_loss"):
-        if value := getattr(config.balance, name):
+    losses = {
+        "balance.auxiliary_loss": config.balance.auxiliary_loss,
+        "balance.z_loss": config.balance.z_loss,
+        "router.entropy_loss": router.entropy_loss,
+    }
+    for key, value in losses.items():
+        if value:
             rule = f"shapes scores that router.selection={router.selection} does not look at"
-            found.append(Violation(f"balance.{name}", value, rule, "set it to 0"))
-    if router.entropy_loss:
-        rule = f"shapes scores that router.selection={router.selection} does not look at"
-        found.append(Violation("router.entropy_loss", router.entropy_loss, rule, "set it to 0"))
+            found.append(Violation(key, value, rule, "set it to 0"))
     if router.groups != 1:
         rule = f"limits a token to some groups, which router.selection={router.selection} does not know"
         found.append(Violation("router.groups", router.groups, rule, "set it to 1"))

@@ -8,11 +8,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dist_moe.observe.record import host, source_state, versions
 from dist_moe.study.policies import CONTENDERS, HEADINGS, Result, Run, ratio, rows
+from dist_moe.study.table import fitted_table
 
 
 def write_comparison(out: Path, runs: Sequence[Run], results: Sequence[Result]) -> None:
@@ -38,17 +38,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 def terminal_table(results: Sequence[Result]) -> Table:
     """The same for the terminal."""
-    title = "Held-out text: mean over seeds ± standard deviation"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    cells = rows(results)
-    table.add_column(HEADINGS[0], no_wrap=True)
-    for heading, *column in list(zip(HEADINGS, *cells, strict=True))[1:]:
-        # Narrow terminals break cells between words, never inside a number.
-        longest = max(len(word) for cell in (heading, *column) for word in cell.split())
-        table.add_column(heading, justify="right", min_width=longest)
-    for row in cells:
-        table.add_row(*row)
-    return table
+    return fitted_table("Held-out text: mean over seeds ± standard deviation", HEADINGS, rows(results))
 
 
 def findings(results: Sequence[Result]) -> list[str]:

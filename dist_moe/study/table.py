@@ -68,16 +68,20 @@ def terminal_tables(plan: Plan, runs: Sequence[Run]) -> list[Table]:
     tables = []
     for experts, caption in captions(plan, runs).items():
         cells = rows([run for run in runs if run.experts == experts])
-        table = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=0)
-        table.add_column(HEADINGS[0], no_wrap=True)
-        for heading, *column in list(zip(HEADINGS, *cells, strict=True))[1:]:
-            # Narrow terminals break cells between words, never inside a number.
-            longest = max(len(word) for cell in (heading, *column) for word in cell.split())
-            table.add_column(heading, justify="right", min_width=longest)
-        for row in cells:
-            table.add_row(*row)
-        tables.append(table)
+        tables.append(fitted_table(caption, HEADINGS, cells))
     return tables
+
+
+def fitted_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
+    """A table for the terminal; a narrow one breaks its cells between words, never inside a number."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column(headings[0], no_wrap=True)
+    for heading, *column in list(zip(headings, *cells, strict=True))[1:]:
+        longest = max(len(word) for cell in (heading, *column) for word in cell.split())
+        table.add_column(heading, justify="right", min_width=longest)
+    for row in cells:
+        table.add_row(*row)
+    return table
 
 
 def markdown(plan: Plan, runs: Sequence[Run]) -> str:
