@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -148,10 +149,11 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
 
     Where tokens took different numbers of experts, how many they took too.
     """
-    table = Table(title=f"Load over {metrics.tokens:,} validation tokens", title_justify="left")
+    title = f"Load over {metrics.tokens:,} validation tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     varies = sum(count > 0 for count in metrics.experts_per_token_histogram) > 1
     headings = ["layer", "MaxVio_global", "floor", "deviation", "least / mean", "most / mean"]
-    for heading in [*headings, "experts/token"] if varies else headings:
+    for heading in [*headings, "experts\n/token"] if varies else headings:
         table.add_column(heading, justify="right")
     rows = zip(
         metrics.load,

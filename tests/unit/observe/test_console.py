@@ -1,6 +1,7 @@
 """What the terminal shows, written by rich into a buffer, as a terminal and as a file."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def buffer_console(terminal: bool) -> tuple[Console, io.StringIO]:
 
 
 def table_cells(text: str) -> list[list[str]]:
-    return [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    rows = [line for line in text.splitlines() if re.match(r" +(\d+|mean) +\d", line)]
+    return [re.findall(r"mean|[\d.]+(?: %| \(expert \d+\))?", row) for row in rows]
 
 
 def test_each_logged_step_is_one_line_in_a_file() -> None:
@@ -96,15 +98,15 @@ def test_a_model_without_moe_layers_shows_no_max_vio() -> None:
 
 def test_the_summary_names_quality_balance_and_where_to_look(tmp_path: Path) -> None:
     buffer = io.StringIO()
-    shown = RunConsole(steps=20, console=Console(file=buffer, width=100))
+    shown = RunConsole(steps=20, console=Console(file=buffer, width=80))
     shown.summary(evaluation_sample(), {"metrics": tmp_path / "metrics.jsonl"}, tensorboard=tmp_path / "tb")
     text = buffer.getvalue()
     assert table_cells(text) == [
         ["0", "1.000", "0.189", "27.22 %", "0.00 (expert 1)", "2.00 (expert 0)"],
         ["1", "0.000", "0.230", "0.00 %", "1.00 (expert 0)", "1.00 (expert 0)"],
-        ["mean", "0.500", "0.210", "13.61 %", "", ""],
+        ["mean", "0.500", "0.210", "13.61 %"],
     ]
-    assert "experts/token" not in text, "each took two"
+    assert "/token" not in text.replace("nats/token", ""), "each took two"
     assert "validation loss  2.0000 nats/token after 20 steps" in text
     assert "bits per byte    1.1542" in text
     assert f"metrics          {tmp_path}/metrics.jsonl\n" in text
@@ -113,14 +115,15 @@ def test_the_summary_names_quality_balance_and_where_to_look(tmp_path: Path) -> 
 
 def test_the_summary_says_how_many_experts_tokens_took_where_that_varies() -> None:
     buffer = io.StringIO()
-    RunConsole(steps=20, console=Console(file=buffer, width=120)).summary(evaluation_sample(takers=VARYING), {}, None)
-    assert "experts/token" in buffer.getvalue()
+    RunConsole(steps=20, console=Console(file=buffer, width=80)).summary(evaluation_sample(takers=VARYING), {}, None)
+    assert "experts \n" in buffer.getvalue()
+    assert "/token \n" in buffer.getvalue()
     assert [cells[-1] for cells in table_cells(buffer.getvalue())] == ["1.71", "1.33", "1.47"]
 
 
 def test_the_summary_without_tensorboard_or_tokens_or_layers() -> None:
     buffer = io.StringIO()
-    shown = RunConsole(steps=20, console=Console(file=buffer, width=100))
+    shown = RunConsole(steps=20, console=Console(file=buffer, width=80))
     shown.summary(evaluation_sample(loads=([0, 0],)), {}, tensorboard=None)
     shown.summary(evaluation_sample(loads=()), {}, tensorboard=None)
     assert "tensorboard" not in buffer.getvalue()
