@@ -5,6 +5,9 @@ m_i = score_i - that threshold, expert i is taken where m_i > -b_i; so the share
 b_i = -quantile_{1 - K/E}(m_i). There is no rate. Across ranks the margins are counted in histograms, whose sum is
 exact; a mean of local quantiles would be another number.
 
+Source: J. Su, "MoE travelogue 6: optimal allocation", 2026, kexue.fm/archives/11619, where it follows
+from an allocation problem. The histogram is ours.
+
 Shapes: T tokens, E experts, K experts a token takes, Q bins.
 """
 
