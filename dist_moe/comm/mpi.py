@@ -1,0 +1,397 @@
+"""A backend of torch.distributed over MPI, for tensors on the CPU: `parallel.backend: mpi`.
+
+Each collective is one nonblocking MPI operation on the memory of the tensors themselves; only 16-bit floats, which MPI
+cannot add, and tensors with gaps travel by a copy. Who waits tests the operation again and again, so that a time-out
+can end the wait, which a blocking MPI call has no means for. Progress is made by MPI itself and whenever somebody waits.
+
+MPI orders operations by the communicator that they are started on: each process group has one of its own.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor
+
+NAME = "mpi4py"
+"""The backend's name in torch, whose own "mpi" has to be compiled in."""
+
+TESTS_BEFORE_YIELD = 200
+TESTS_BEFORE_SLEEP = 2000
+SLEEP_S = 50e-6
+
+UNITS = {1: MPI.BYTE, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
+"""What carries elements that nobody computes with, by their size in bytes: a count of elements reaches further than
+one of bytes, and MPI's counts end at 2^31."""
+
+NUMBERS = {
+    torch.float32: MPI.FLOAT,
+    torch.float64: MPI.DOUBLE,
+    torch.int8: MPI.INT8_T,
+    torch.uint8: MPI.UINT8_T,
+    torch.int16: MPI.INT16_T,
+    torch.int32: MPI.INT32_T,
+    torch.int64: MPI.INT64_T,
+}
+STAND_INS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+"""What a reduction computes with instead: the sum of 16-bit floats is rounded once, at its end."""
+
+OPERATIONS = (
+    (dist.ReduceOp.SUM, MPI.SUM, MPI.SUM, MPI.MAX),
+    (dist.ReduceOp.AVG, MPI.SUM, MPI.OP_NULL, MPI.OP_NULL),
+    (dist.ReduceOp.PRODUCT, MPI.PROD, MPI.PROD, MPI.MIN),
+    (dist.ReduceOp.MIN, MPI.MIN, MPI.MIN, MPI.MIN),
+    (dist.ReduceOp.MAX, MPI.MAX, MPI.MAX, MPI.MAX),
+    (dist.ReduceOp.BAND, MPI.OP_NULL, MPI.BAND, MPI.MIN),
+    (dist.ReduceOp.BOR, MPI.OP_NULL, MPI.BOR, MPI.MAX),
+    (dist.ReduceOp.BXOR, MPI.OP_NULL, MPI.BXOR, MPI.BXOR),
+)
+"""torch's reduction, then MPI's of floats, of integers, and of truth values, which are bytes 0 and 1."""
+
+
+def register() -> str:
+    """Make the backend known to torch -> the name to give to `dist.init_process_group`."""
+    if NAME not in dist.Backend.backend_list:
+        dist.Backend.register_backend(NAME, _create_group, extended_api=True, devices=["cpu"])
+    return NAME
+
+
+def share(value: Any) -> Any:
+    """The value that rank 0 of the MPI job gives, on every rank; before torch has a process group."""
+    return MPI.COMM_WORLD.bcast(value, root=0)
+
+
+def _create_group(options: Any, _: Any) -> "MPIGroup":
+    """What torch calls for each process group, on its members.
+
+    options.global_ranks_in_group is empty for the group of all. Errors: RuntimeError where torch's ranks are not MPI's.
+    """
+    world = MPI.COMM_WORLD
+    ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
+    if options.group_size > world.size or ranks[options.group_rank] != world.rank:
+        raise RuntimeError(
+            f"rank {ranks[options.group_rank]} of a group of {options.group_size} is rank {world.rank} of "
+            f"{world.size} for MPI; start the workers by mpirun, which gives both their ranks, or use "
+            "parallel.backend=gloo"
+        )
+    members = world.group.Incl(ranks)
+    return MPIGroup(world.Create_group(members), options.timeout)
+
+
+class Pending(dist.Work):
+    """A collective on its way.
+
+    It holds the tensors whose memory MPI works on. `finish` is what remains to be done when the data is there.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        requests: list[MPI.Request],
+        held: Sequence[Any],
+        timeout: timedelta,
+        outputs: Sequence[Tensor] = (),
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._what, self._requests, self._held, self._timeout = what, requests, held, timeout
+        self._outputs, self._finish = list(outputs), finish
+        self._statuses = [MPI.Status() for _ in requests]
+        self._done = False
+
+    def is_completed(self) -> bool:
+        if not self._done and MPI.Request.Testall(self._requests, self._statuses):
+            if self._finish is not None:
+                self._finish()
+            self._done, self._held = True, ()
+        return self._done
+
+    def is_success(self) -> bool:
+        return self.is_completed()
+
+    def exception(self) -> None:
+        return None
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Return when the data is there. RuntimeError after `timeout`, or that of the group where it is 0."""
+        if self.is_completed():
+            return True
+        limit_s = (timeout or self._timeout).total_seconds()
+        begun_s = time.monotonic()
+        for test in itertools.count():
+            if self.is_completed():
+                return True
+            if test > TESTS_BEFORE_YIELD:
+                time.sleep(0 if test < TESTS_BEFORE_SLEEP else SLEEP_S)
+                if time.monotonic() - begun_s > limit_s:
+                    raise RuntimeError(f"{self._what} timed out after {limit_s:g} s: another rank did not take part")
+        raise AssertionError
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def result(self) -> list[Tensor]:
+        self.wait()
+        return self._outputs
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        """A future that is done: this call waits."""
+        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        future.set_result(self.result())
+        return future
+
+    def _source_rank(self) -> int:
+        self.wait()
+        return self._statuses[0].Get_source()
+
+    source_rank = _source_rank
+
+
+class MPIGroup(dist.ProcessGroup):
+    """The ranks of one MPI communicator, with the collectives that torch calls on a process group.
+
+    Arguments and the fields of `opts` are torch's; roots and peers are ranks of the group. Each method returns at once;
+    the tensors are free when the work is done. Errors: TypeError for a reduction that MPI has not.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
+        super().__init__(comm.rank, comm.size)
+        self._comm, self._timeout = comm, timeout
+        self._started: list[Pending] = []
+
+    def getBackendName(self) -> str:  # noqa: N802  (torch's name)
+        return NAME
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> Pending:
+        dense = _Dense(tensors[0])
+        request = self._comm.Ibcast(_elements(dense.tensor), root=opts.rootRank)
+        return self._pending("broadcast", [request], dense, tensors, dense.put_back)
+
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> Pending:
+        return self.allreduce_coalesced(tensors, opts)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> Pending:
+        sums = [_Numbers(tensor, opts.reduceOp, self._comm.size) for tensor in tensors]
+        requests = [self._comm.Iallreduce(MPI.IN_PLACE, one.buffer, op=one.op) for one in sums]
+        return self._pending("all-reduce", requests, sums, tensors, _each([one.put_back for one in sums]))
+
+    def reduce(self, tensors: list[Tensor], opts: Any) -> Pending:
+        one = _Numbers(tensors[0], opts.reduceOp, self._comm.size)
+        if self._comm.rank != opts.rootRank:
+            request = self._comm.Ireduce(one.buffer, None, op=one.op, root=opts.rootRank)
+            return self._pending("reduce", [request], one)
+        request = self._comm.Ireduce(MPI.IN_PLACE, one.buffer, op=one.op, root=opts.rootRank)
+        return self._pending("reduce", [request], one, tensors, one.put_back)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Pending:
+        return self.all_gather_single_coalesced([output], [input], opts)
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Pending:
+        given, taken = [one.contiguous() for one in inputs], [_Dense(one) for one in outputs]
+        requests = [
+            self._comm.Iallgather(_elements(source), _elements(target.tensor))
+            for source, target in zip(given, taken, strict=True)
+        ]
+        return self._pending("all-gather", requests, (given, taken), outputs, _each([one.put_back for one in taken]))
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Pending:
+        return self._gather_all([outputs[0]], inputs)
+
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Pending:
+        return self._gather_all([list(of_input) for of_input in zip(*outputs, strict=True)], inputs)
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Pending:
+        given = inputs[0].contiguous()
+        if self._comm.rank != opts.rootRank:
+            return self._pending("gather", [self._comm.Igather(_elements(given), None, root=opts.rootRank)], given)
+        taken = given.new_empty(self._comm.size * given.numel())
+        request = self._comm.Igather(_elements(given), _elements(taken), root=opts.rootRank)
+        return self._pending("gather", [request], (given, taken), outputs[0], _spread(taken, outputs[0]))
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Pending:
+        taken = _Dense(outputs[0])
+        given = _joined(inputs[0]) if self._comm.rank == opts.rootRank else None
+        source = None if given is None else _elements(given)
+        request = self._comm.Iscatter(source, _elements(taken.tensor), root=opts.rootRank)
+        return self._pending("scatter", [request], (given, taken), outputs, taken.put_back)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> Pending:
+        return self.reduce_scatter_single_coalesced([output], [input], opts)
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Pending:
+        return self._scatter_sums(outputs, [[one] for one in inputs], opts)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Pending:
+        return self._scatter_sums(outputs, inputs, opts)
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
+    ) -> Pending:
+        given, taken = input.contiguous(), _Dense(output)
+        request = self._comm.Ialltoallv(
+            _blocks(given, self._row_blocks(given, input_splits)),
+            _blocks(taken.tensor, self._row_blocks(output, output_splits)),
+        )
+        return self._pending("all-to-all", [request], (given, taken), [output], taken.put_back)
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Pending:
+        given, sizes = _joined(inputs), [one.numel() for one in outputs]
+        taken = given.new_empty(sum(sizes))
+        request = self._comm.Ialltoallv(_blocks(given, [one.numel() for one in inputs]), _blocks(taken, sizes))
+        return self._pending("all-to-all", [request], (given, taken), outputs, _spread(taken, outputs))
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int) -> Pending:
+        given = tensors[0].contiguous()
+        return self._pending("send", [self._comm.Isend(_elements(given), dest=dst, tag=tag)], given)
+
+    def recv(self, tensors: list[Tensor], src: int, tag: int) -> Pending:
+        taken = _Dense(tensors[0])
+        request = self._comm.Irecv(_elements(taken.tensor), source=src, tag=tag)
+        return self._pending("receive", [request], taken, tensors, taken.put_back)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> Pending:
+        return self.recv(tensors, MPI.ANY_SOURCE, tag)
+
+    def barrier(self, opts: Any = None) -> Pending:
+        return self._pending("barrier", [self._comm.Ibarrier()], ())
+
+    # What torch 2.11 calls the same.
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
+    def _gather_all(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Pending:
+        """outputs[i][r]: what rank r has in inputs[i]. The sizes of one i may differ from rank to rank."""
+        given = [one.contiguous() for one in inputs]
+        sizes = [[one.numel() for one in of_input] for of_input in outputs]
+        taken = [one.new_empty(sum(size)) for one, size in zip(given, sizes, strict=True)]
+        requests = [
+            self._comm.Iallgatherv(_elements(source), _blocks(target, size))
+            for source, target, size in zip(given, taken, sizes, strict=True)
+        ]
+        finish = _each([_spread(flat, of_input) for flat, of_input in zip(taken, outputs, strict=True)])
+        return self._pending("all-gather", requests, (given, taken), [t for one in outputs for t in one], finish)
+
+    def _scatter_sums(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Pending:
+        """inputs[i]: what is added for all ranks, one tensor for each, or one of the parts of all."""
+        held, requests = [], []
+        for output, parts in zip(outputs, inputs, strict=True):
+            given = _Numbers(_joined(parts), opts.reduceOp, self._comm.size)
+            taken = _Numbers(output, opts.reduceOp, self._comm.size)
+            sizes = [one.numel() for one in parts] if len(parts) == self._comm.size else None
+            if sizes is None or len(set(sizes)) == 1:
+                requests.append(self._comm.Ireduce_scatter_block(given.buffer, taken.buffer, op=given.op))
+            else:
+                requests.append(self._comm.Ireduce_scatter(given.buffer, taken.buffer, sizes, op=given.op))
+            held.append((given, taken))
+        return self._pending("reduce-scatter", requests, held, outputs, _each([one.put_back for _, one in held]))
+
+    def _row_blocks(self, rows: Tensor, splits: Sequence[int]) -> list[int]:
+        """How many elements each rank has a part in, where `splits` counts rows; empty for equal parts."""
+        if not splits:
+            return [rows.numel() // self._comm.size] * self._comm.size
+        width = math.prod(rows.shape[1:])
+        return [count * width for count in splits]
+
+    def _pending(
+        self,
+        what: str,
+        requests: list[MPI.Request],
+        held: Any,
+        outputs: Sequence[Tensor] = (),
+        finish: Callable[[], None] | None = None,
+    ) -> Pending:
+        """The work of operations that were started, kept until it is done even if the caller lets go of it."""
+        work = Pending(f"{what} among {self._comm.size} ranks", requests, held, self._timeout, outputs, finish)
+        self._started = [one for one in self._started if not one.is_completed()]
+        self._started.append(work)
+        return work
+
+
+class _Dense:
+    """A tensor without gaps for MPI to work on: `target` itself, or a copy that `put_back` writes to it."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+        self.tensor = target.contiguous()
+
+    def put_back(self) -> None:
+        if self.tensor is not self._target:
+            self._target.copy_(self.tensor)
+
+
+class _Numbers:
+    """The elements of `target` as MPI computes with them.
+
+    buffer: memory and datatype for MPI; `target`'s own memory where that can be. op: MPI's. put_back: writes
+    the outcome to `target`. Errors: TypeError where MPI has no such reduction.
+    """
+
+    def __init__(self, target: Tensor, reduction: Any, ranks: int) -> None:
+        average = reduction == dist.ReduceOp.AVG
+        self.op = _operation(target.dtype, reduction)
+        self._target, self._divisor = target, ranks if average else 1
+        self._work = target.to(STAND_INS.get(target.dtype, target.dtype)).contiguous()
+        if target.dtype == torch.bool:
+            self._work = self._work.view(torch.uint8)
+        self.buffer = [_memory(self._work), NUMBERS[self._work.dtype]]
+
+    def put_back(self) -> None:
+        if self._divisor > 1:
+            self._work /= self._divisor
+        if self._work.data_ptr() != self._target.data_ptr():
+            self._target.copy_(self._work)
+
+
+def _operation(dtype: torch.dtype, reduction: Any) -> MPI.Op:
+    """MPI's operation for torch's reduction of such elements."""
+    kind = "truth values" if dtype == torch.bool else "floats" if dtype.is_floating_point else "integers"
+    for theirs, *ours in OPERATIONS:
+        found = dict(zip(("floats", "integers", "truth values"), ours, strict=True))[kind]
+        if reduction == theirs and found != MPI.OP_NULL and not dtype.is_complex:
+            return found
+    raise TypeError(f"MPI has no {reduction} of {dtype}; add {kind} up, or use parallel.backend=gloo")
+
+
+def _memory(dense: Tensor) -> MPI.buffer:
+    return MPI.buffer.fromaddress(dense.data_ptr(), dense.numel() * dense.element_size())
+
+
+def _elements(dense: Tensor) -> list[Any]:
+    """All of a tensor as one message."""
+    return [_memory(dense), UNITS[dense.element_size()]]
+
+
+def _blocks(dense: Tensor, sizes: Sequence[int]) -> list[Any]:
+    """A tensor as consecutive messages of these numbers of elements, one for each rank."""
+    return [_memory(dense), (sizes, [0, *itertools.accumulate(sizes)][:-1]), UNITS[dense.element_size()]]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+
+
+def _spread(flat: Tensor, targets: Sequence[Tensor]) -> Callable[[], None]:
+    """What copies consecutive parts of `flat` into the targets."""
+
+    def spread() -> None:
+        for part, target in zip(flat.split([one.numel() for one in targets]), targets, strict=True):
+            target.copy_(part.view(target.shape))
+
+    return spread
+
+
+def _each(steps: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
