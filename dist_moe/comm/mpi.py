@@ -9,6 +9,7 @@ MPI orders operations by the communicator that they are started on: each process
 
 import itertools
 import math
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -65,6 +66,20 @@ def register() -> str:
 def share(value: Any) -> Any:
     """The value that rank 0 of the MPI job gives, on every rank; before torch has a process group."""
     return MPI.COMM_WORLD.bcast(value, root=0)
+
+
+def address_of_rank_0() -> str:
+    """Where the others reach rank 0 -> an IPv4 address, the loopback's where all are on one host; on every rank.
+
+    It is the address that rank 0's host sends from to that of another rank, whose name it has to know.
+    """
+    names = MPI.COMM_WORLD.allgather(socket.gethostname())
+    elsewhere = next((name for name in names if name != names[0]), "127.0.0.1")
+    if MPI.COMM_WORLD.rank == 0:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))  # sends nothing
+            return share(str(probe.getsockname()[0]))
+    return share(None)
 
 
 def _create_group(options: Any, _: Any) -> "MPIGroup":
@@ -354,11 +369,14 @@ class _Numbers:
 def _operation(dtype: torch.dtype, reduction: Any) -> MPI.Op:
     """MPI's operation for torch's reduction of such elements."""
     kind = "truth values" if dtype == torch.bool else "floats" if dtype.is_floating_point else "integers"
+    name = "such reduction"
     for theirs, *ours in OPERATIONS:
-        found = dict(zip(("floats", "integers", "truth values"), ours, strict=True))[kind]
-        if reduction == theirs and found != MPI.OP_NULL and not dtype.is_complex:
-            return found
-    raise TypeError(f"MPI has no {reduction} of {dtype}; add {kind} up, or use parallel.backend=gloo")
+        if reduction == theirs:
+            name = theirs.name
+            found = dict(zip(("floats", "integers", "truth values"), ours, strict=True))[kind]
+            if found != MPI.OP_NULL and not dtype.is_complex:
+                return found
+    raise TypeError(f"the MPI backend has no {name} of {dtype}; take another, or parallel.backend=gloo")
 
 
 def _memory(dense: Tensor) -> MPI.buffer:

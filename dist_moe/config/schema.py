@@ -62,10 +62,10 @@ class ParallelConfig(Section):
         default=1,
         description="the ZeRO stage of DeepSpeed: 0 nothing is sharded, 1 optimizer states, 2 gradients too",
     )
-    backend: Literal["auto", "nccl", "gloo"] = Field(
+    backend: Literal["auto", "nccl", "gloo", "mpi"] = Field(
         default="auto",
-        description="the library of the collectives: nccl (GPU), gloo (CPU), or auto (nccl where each worker "
-        "has a GPU of its own)",
+        description="the library of the collectives: nccl (GPU), gloo (CPU), mpi (CPU, under mpirun), or auto (nccl "
+        "where each worker has a GPU of its own, else mpi where mpirun started them, else gloo)",
     )
     timeout_s: float = Field(default=600, gt=0, description="the time limit of each collective, in seconds")
 

@@ -1,0 +1,30 @@
+"""Starts a program under this environment's own mpirun."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 240.0
+
+
+def mpirun(ranks: int, arguments: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` on `ranks` ranks of this host, more than it has cores if need be."""
+    command = [
+        str(Path(sys.executable).parent / "mpirun"),
+        *("--oversubscribe", "--bind-to", "none"),
+        *("-n", str(ranks)),
+        *(sys.executable, "-W", "ignore", *arguments),
+    ]
+    environment = {
+        **os.environ,
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
+        **variables,
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)

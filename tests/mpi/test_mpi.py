@@ -1,0 +1,39 @@
+"""The MPI backend in real jobs of mpirun: every collective, its errors, and a training run as under gloo."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_moe.launch.command import free_port
+from tests.mpi.mpirun import ROOT, mpirun
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_collective_gives_what_gloo_gives(ranks: int) -> None:
+    job = mpirun(ranks, ["-m", "tests.mpi.collectives", str(free_port())])
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert job.stdout.count(" agreed") == ranks, job.stdout
+
+
+def test_what_gloo_has_not_and_what_goes_wrong() -> None:
+    job = mpirun(3, ["-m", "tests.mpi.odds", str(free_port())])
+    assert job.stdout.count("is through") == 3, job.stdout + job.stderr
+
+
+def steps(run_dir: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "step"]
+
+
+def test_plain_mpirun_trains_and_meets_without_an_address(tmp_path: Path) -> None:
+    """Nothing is exported; `auto` is MPI's backend under mpirun. The losses are gloo's to rounding."""
+    config = ["-m", "dist_moe", "train", str(ROOT / "configs" / "debug.yaml"), "train.steps=6", "observe.every=1"]
+    for backend in ("auto", "gloo"):
+        job = mpirun(2, [*config, f"parallel.backend={backend}", f"run.dir={tmp_path / backend}"], PYTHONSAFEPATH="1")
+        assert job.returncode == 0, job.stdout + job.stderr
+    described = json.loads((tmp_path / "auto" / "run.json").read_text())
+    assert described["layout"]["backend"] == "mpi"
+    ours, theirs = steps(tmp_path / "auto"), steps(tmp_path / "gloo")
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-6)
+    assert ours[0]["load"] == theirs[0]["load"]
