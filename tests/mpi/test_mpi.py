@@ -33,7 +33,7 @@ def test_plain_mpirun_trains_and_meets_without_an_address(tmp_path: Path) -> Non
         job = mpirun(2, [*config, f"parallel.backend={backend}", f"run.dir={tmp_path / backend}"], PYTHONSAFEPATH="1")
         assert job.returncode == 0, job.stdout + job.stderr
     described = json.loads((tmp_path / "auto" / "run.json").read_text())
-    assert described["layout"]["backend"] == "mpi"
+    assert described["world"]["backend"] == "mpi"
     ours, theirs = steps(tmp_path / "auto"), steps(tmp_path / "gloo")
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-6)
     assert ours[0]["load"] == theirs[0]["load"]

@@ -50,17 +50,31 @@ def test_a_group_that_exists_is_used_and_left(ranks: RankPool) -> None:
     assert ranks.run(joined_twice, 2) == [(1, True), (1, True)]
 
 
+def another_mpi(rank: int, world_size: int) -> str:
+    """The variables of an mpirun, in a process that no mpirun started."""
+    dist.destroy_process_group()
+    os.environ.pop("MASTER_ADDR")
+    with pytest.raises(PlaceError) as error, join_world(Place(0, 2, 0, 2, "openmpi"), "gloo", 5):
+        pass
+    return str(error.value)
+
+
+def test_an_mpi_other_than_the_one_that_started_the_workers_is_told(ranks: RankPool) -> None:
+    (message,) = ranks.run(another_mpi, 1)
+    assert "2 workers (openmpi) were started, and mpi4py knows of 1: it uses Open MPI v" in message
+
+
 def nowhere_to_meet(rank: int, world_size: int) -> str:
     """Many workers whose launcher gave no address."""
     dist.destroy_process_group()
     os.environ.pop("MASTER_ADDR")
     os.environ.pop("MASTER_PORT")
-    with pytest.raises(PlaceError) as error, join_world(Place(0, 2, 0, 2, "openmpi"), "gloo", 5):
+    with pytest.raises(PlaceError) as error, join_world(Place(0, 2, 0, 2, "slurm"), "gloo", 5):
         pass
     return str(error.value)
 
 
 def test_workers_without_an_address_to_meet_at_are_told_what_to_export(ranks: RankPool) -> None:
     (message,) = ranks.run(nowhere_to_meet, 1)
-    assert "MASTER_ADDR and MASTER_PORT not set: 2 workers (openmpi)" in message
+    assert "MASTER_ADDR and MASTER_PORT not set: 2 workers (slurm)" in message
     assert "-x MASTER_PORT" in message
