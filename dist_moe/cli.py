@@ -211,6 +211,28 @@ def policies(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+@study_app.command()
+def exchange(
+    repetitions: Annotated[int, typer.Option(min=1, help="All-to-alls of each backend and size.")] = 200,
+) -> None:
+    """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
+    import torch.distributed as dist
+
+    from dist_moe.comm.bootstrap import join_world, set_threads
+    from dist_moe.comm.place import read_place
+    from dist_moe.study.exchange import HEADINGS, SIZES_BYTES, measure, rows
+    from dist_moe.study.table import fitted_table
+
+    with errors_in_plain_words():
+        place = read_place(os.environ)
+        set_threads(1, place)
+        with join_world(place, "mpi", 60):
+            groups = {"mpi": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
+            timings = measure(groups, repetitions, SIZES_BYTES)
+    if place.rank == 0:
+        Console().print(fitted_table(f"All-to-all on {place.world_size} ranks", HEADINGS, rows(timings)))
+
+
 def check(config: Path, overrides: list[str] | None, workers: int) -> str:
     """The whole configuration as YAML; ConfigError with every rule that it breaks for this many workers."""
     from dist_moe.config import dump_config, load_config, resolve

@@ -1,0 +1,75 @@
+"""The speed of the all-to-all: MPI's backend beside gloo's, in turns in one job of mpirun.
+
+Every rank sends an equal part to every rank. One repetition is one all-to-all of each backend, whoever comes first
+alternating, so that what else the host does falls on both alike.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+SIZES_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)
+"""Of what one rank sends in all."""
+WARM_UP = 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median of one all-to-all, on the slowest rank.
+
+    size_bytes: what one rank sends in all, its part to itself included. times_us: by the name of the backend.
+    """
+
+    size_bytes: int
+    times_us: dict[str, float]
+
+    def ratio(self, slower: str, faster: str) -> float:
+        """How many times longer the first takes."""
+        return self.times_us[slower] / self.times_us[faster]
+
+    def bandwidth_gb_per_s(self, backend: str) -> float:
+        """Of what one rank sends, 10^9 bytes a second."""
+        return self.size_bytes / self.times_us[backend] / 1e3
+
+
+def measure(groups: dict[str, dist.ProcessGroup], repetitions: int, sizes_bytes: Sequence[int]) -> list[Timing]:
+    """Time every size on groups of the same ranks; the same on every rank. Errors: those of torch.distributed."""
+    return [_measure_size(groups, repetitions, size_bytes) for size_bytes in sizes_bytes]
+
+
+def _measure_size(groups: dict[str, dist.ProcessGroup], repetitions: int, size_bytes: int) -> Timing:
+    sent = torch.zeros(size_bytes, dtype=torch.uint8)
+    received = torch.empty_like(sent)
+    taken_s: dict[str, list[float]] = {name: [] for name in groups}
+    order = list(groups)
+    for repetition in range(-WARM_UP, repetitions):
+        order.reverse()
+        for name in order:
+            dist.barrier(group=groups[name])
+            began_s = time.perf_counter()
+            dist.all_to_all_single(received, sent, group=groups[name])
+            if repetition >= 0:
+                taken_s[name].append(time.perf_counter() - began_s)
+    medians_us = torch.tensor([median(taken_s[name]) * 1e6 for name in groups], dtype=torch.float64)
+    dist.all_reduce(medians_us, dist.ReduceOp.MAX)
+    return Timing(size_bytes, dict(zip(groups, medians_us.tolist(), strict=True)))
+
+
+HEADINGS = ("bytes a rank", "gloo, us", "mpi, us", "gloo / mpi", "gloo, GB/s", "mpi, GB/s")
+
+
+def rows(timings: Sequence[Timing]) -> list[list[str]]:
+    """One row for each size, as `HEADINGS` says."""
+    return [
+        [
+            f"{one.size_bytes:,}",
+            *(f"{one.times_us[name]:,.0f}" for name in ("gloo", "mpi")),
+            f"{one.ratio('gloo', 'mpi'):.1f}",
+            *(f"{one.bandwidth_gb_per_s(name):.2f}" for name in ("gloo", "mpi")),
+        ]
+        for one in timings
+    ]
