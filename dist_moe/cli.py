@@ -30,6 +30,7 @@ class Launcher(StrEnum):
 
     deepspeed = "deepspeed"
     torchrun = "torchrun"
+    mpirun = "mpirun"
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -57,13 +58,14 @@ def launch(
     """Train on several workers of this host; Ctrl-C ends them all."""
     from dist_moe.config import load_config
     from dist_moe.launch.deepspeed import deepspeed_command
+    from dist_moe.launch.mpirun import mpirun_command
     from dist_moe.launch.process import run
     from dist_moe.launch.torchrun import torchrun_command
 
     with errors_in_plain_words():
         settings = load_config(config, overrides or ())
-        make = deepspeed_command if launcher is Launcher.deepspeed else torchrun_command
-        command = make(settings, workers, config, overrides or ())
+        make = {"deepspeed": deepspeed_command, "torchrun": torchrun_command, "mpirun": mpirun_command}
+        command = make[launcher](settings, workers, config, overrides or ())
         # Costs the import of the model's config class, a few seconds; in return no process starts in vain.
         check(config, overrides, workers)
         if dry_run:
