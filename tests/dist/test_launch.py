@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCHERS = ("deepspeed", "torchrun")
+LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 WORKERS = 2
 START_LIMIT_S = 120.0
 END_LIMIT_S = 15.0
@@ -109,7 +109,7 @@ def test_the_first_rank_that_raises_is_named(start: Callable[[str, str], Job], l
 
 @pytest.mark.parametrize(
     ("launcher", "act", "code"),
-    [("deepspeed", "SIGKILL", 137), ("torchrun", "SIGKILL", 137), ("torchrun", "SIGTERM", 143)],
+    [("deepspeed", "SIGKILL", 137), ("torchrun", "SIGKILL", 137), ("torchrun", "SIGTERM", 143), ("mpirun", "SIGKILL", 137)],
 )
 def test_a_rank_that_is_killed_is_named(
     start: Callable[[str, str], Job], launcher: str, act: str, code: int
