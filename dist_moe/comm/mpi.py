@@ -112,29 +112,33 @@ def _create_group(options: Any, _: Any) -> "MPIGroup":
 class Pending(dist.Work):
     """A collective on its way.
 
-    It holds the tensors whose memory MPI works on. `finish` is what remains to be done when the data is there.
+    It holds the tensors whose memory MPI works on, and `started` holds it, until the data is there, also where the
+    caller lets go of it. `finish` is what remains to be done then.
     """
 
     def __init__(
         self,
         what: str,
         requests: list[MPI.Request],
-        held: Sequence[Any],
+        held: Any,
         timeout: timedelta,
-        outputs: Sequence[Tensor] = (),
-        finish: Callable[[], None] | None = None,
+        outputs: Sequence[Tensor],
+        finish: Callable[[], None] | None,
+        started: "set[Pending]",
     ) -> None:
         super().__init__()
         self._what, self._requests, self._held, self._timeout = what, requests, held, timeout
-        self._outputs, self._finish = list(outputs), finish
+        self._outputs, self._finish, self._started = list(outputs), finish, started
         self._statuses = [MPI.Status() for _ in requests]
         self._done = False
+        started.add(self)
 
     def is_completed(self) -> bool:
         if not self._done and MPI.Request.Testall(self._requests, self._statuses):
             if self._finish is not None:
                 self._finish()
-            self._done, self._held = True, ()
+            self._done, self._held, self._finish = True, None, None
+            self._started.discard(self)
         return self._done
 
     def is_success(self) -> bool:
@@ -188,7 +192,7 @@ class MPIGroup(dist.ProcessGroup):
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
         super().__init__(comm.rank, comm.size)
         self._comm, self._timeout = comm, timeout
-        self._started: list[Pending] = []
+        self._started: set[Pending] = set()
 
     def getBackendName(self) -> str:  # noqa: N802  (torch's name)
         return NAME
@@ -334,11 +338,8 @@ class MPIGroup(dist.ProcessGroup):
         outputs: Sequence[Tensor] = (),
         finish: Callable[[], None] | None = None,
     ) -> Pending:
-        """The work of operations that were started, kept until it is done even if the caller lets go of it."""
-        work = Pending(f"{what} among {self._comm.size} ranks", requests, held, self._timeout, outputs, finish)
-        self._started = [one for one in self._started if not one.is_completed()]
-        self._started.append(work)
-        return work
+        what = f"{what} among {self._comm.size} ranks"
+        return Pending(what, requests, held, self._timeout, outputs, finish, self._started)
 
 
 class _Dense:
