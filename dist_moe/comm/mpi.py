@@ -338,6 +338,8 @@ class MPIGroup(dist.ProcessGroup):
         outputs: Sequence[Tensor] = (),
         finish: Callable[[], None] | None = None,
     ) -> Pending:
+        for forgotten in tuple(self._started):
+            forgotten.is_completed()
         what = f"{what} among {self._comm.size} ranks"
         return Pending(what, requests, held, self._timeout, outputs, finish, self._started)
 
