@@ -22,7 +22,10 @@ from dist_moe.launch.command import (
 
 PROBE_LIMIT_S = 60.0
 LIBRARY_PROBE = "from mpi4py import MPI; print(MPI.Get_library_version())"
-FAMILIES = {"OpenMPI": r"Open MPI\)? v?(\d+\.\d+\.\d+)", "MPICH": r"(?:MPICH Version|HYDRA[\s\S]*?Version):\s*(\d+\.\d+[^\s]*)"}
+FAMILIES = {
+    "OpenMPI": r"Open MPI\)? v?(\d+\.\d+\.\d+)",
+    "MPICH": r"(?:MPICH Version|HYDRA[\s\S]*?Version):\s*(\d+\.\d+[^\s]*)",
+}
 """How a family's library, and its mpirun asked for `--version`, give their number."""
 
 
@@ -87,8 +90,8 @@ def loaded_mpi(environment: Mapping[str, str]) -> Mpi:
     found = identify(told.stdout)
     if found is None:
         raise LaunchError(
-            f"--launcher mpirun knows {' and '.join(FAMILIES)}, and mpi4py loads {told.stdout.splitlines()[0]!r}; start "
-            "the workers by that MPI's own launcher, as `... python -m dist_moe train CONFIG`"
+            f"--launcher mpirun knows {' and '.join(FAMILIES)}, and mpi4py loads {told.stdout.splitlines()[0]!r}; "
+            "start the workers by that MPI's own launcher, as `... python -m dist_moe train CONFIG`"
         )
     return found
 

@@ -86,8 +86,7 @@ def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
 
 def _meets_by_mpi(place: Place) -> bool:
     """Whether workers of another backend need MPI to learn the address of rank 0, and have it."""
-    unset = "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
-    return unset and place.launcher in MPI_LAUNCHERS and importlib.util.find_spec("mpi4py") is not None
+    return _unset() and place.launcher in MPI_LAUNCHERS and importlib.util.find_spec("mpi4py") is not None
 
 
 def _load_mpi(place: Place) -> ModuleType:
@@ -110,11 +109,12 @@ def _load_mpi(place: Place) -> ModuleType:
 
 def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:
     """Write the variables that torch and DeepSpeed read their rendezvous from, where the launcher left them out."""
-    unset = "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
     if place.world_size == 1 and "MASTER_PORT" not in os.environ:
         os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(_free_port()))
-    elif mpi and mpi.share(unset):
-        os.environ.update(mpi.share({"MASTER_ADDR": mpi.address_of_rank_0(), "MASTER_PORT": str(_free_port())}))
+    elif mpi and mpi.gathered(_unset())[0]:
+        names = mpi.gathered(socket.gethostname())
+        found = (_address_towards(names), str(_free_port())) if place.rank == 0 else None
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.gathered(found)[0]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise PlaceError(
@@ -127,6 +127,18 @@ def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:
         LOCAL_RANK=str(place.local_rank),
         LOCAL_WORLD_SIZE=str(place.local_world_size),
     )
+
+
+def _unset() -> bool:
+    return "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
+
+
+def _address_towards(names: list[str]) -> str:
+    """The IPv4 address by which this host, the first of `names`, sends to another of them, or loopback."""
+    elsewhere = next((name for name in names if name != names[0]), LOOPBACK)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere, 9))  # only asks the routing table
+        return str(probe.getsockname()[0])
 
 
 def _free_port() -> int:

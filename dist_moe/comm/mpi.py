@@ -1,16 +1,12 @@
 """A backend of torch.distributed over MPI, for tensors on the CPU: `parallel.backend: mpi`.
 
 Each collective is one nonblocking MPI operation on the memory of the tensors themselves; only 16-bit floats, which MPI
-cannot add, and tensors with gaps travel by a copy. Who waits tests the operation again and again, so that a time-out
-can end the wait, which a blocking MPI call has no means for. Progress is made by MPI itself and whenever somebody waits.
-
-MPI orders operations by the communicator that they are started on: each process group has one of its own.
+cannot add, and tensors with gaps travel by a copy. A blocking MPI call would have no time-out. MPI orders operations by
+the communicator that they are started on: each process group has one of its own.
 """
 
 import itertools
 import math
-import socket
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,16 +16,13 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from dist_moe.comm.pending import Dense, Pending, each, joined, spread
+
 NAME = "mpi4py"
 """The backend's name in torch, whose own "mpi" has to be compiled in."""
 
-TESTS_BEFORE_YIELD = 200
-TESTS_BEFORE_SLEEP = 2000
-SLEEP_S = 50e-6
-
 UNITS = {1: MPI.BYTE, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
-"""What carries elements that nobody computes with, by their size in bytes: a count of elements reaches further than
-one of bytes, and MPI's counts end at 2^31."""
+"""What carries elements that nobody computes with, by their bytes; MPI counts to 2^31, so not in bytes."""
 
 NUMBERS = {
     torch.float32: MPI.FLOAT,
@@ -63,9 +56,9 @@ def register() -> str:
     return NAME
 
 
-def share(value: Any) -> Any:
-    """The value that rank 0 of the MPI job gives, on every rank; before torch has a process group."""
-    return MPI.COMM_WORLD.bcast(value, root=0)
+def gathered(value: Any) -> list[Any]:
+    """What every rank of the MPI job gives, in their order; before torch has a process group."""
+    return MPI.COMM_WORLD.allgather(value)
 
 
 def world_size() -> int:
@@ -76,20 +69,6 @@ def world_size() -> int:
 def library() -> str:
     """The name and version of the MPI that mpi4py found."""
     return MPI.Get_library_version().partition(",")[0].splitlines()[0]
-
-
-def address_of_rank_0() -> str:
-    """Where the others reach rank 0 -> an IPv4 address, the loopback's where all are on one host; on every rank.
-
-    It is the address that rank 0's host sends from to that of another rank, whose name it has to know.
-    """
-    names = MPI.COMM_WORLD.allgather(socket.gethostname())
-    elsewhere = next((name for name in names if name != names[0]), "127.0.0.1")
-    if MPI.COMM_WORLD.rank == 0:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))  # sends nothing
-            return share(str(probe.getsockname()[0]))
-    return share(None)
 
 
 def _create_group(options: Any, _: Any) -> "MPIGroup":
@@ -105,81 +84,7 @@ def _create_group(options: Any, _: Any) -> "MPIGroup":
             f"{world.size} for MPI; start the workers by mpirun, which gives both their ranks, or use "
             "parallel.backend=gloo"
         )
-    members = world.group.Incl(ranks)
-    return MPIGroup(world.Create_group(members), options.timeout)
-
-
-class Pending(dist.Work):
-    """A collective on its way.
-
-    It holds the tensors whose memory MPI works on, and `started` holds it, until the data is there, also where the
-    caller lets go of it. `finish` is what remains to be done then.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        requests: list[MPI.Request],
-        held: Any,
-        timeout: timedelta,
-        outputs: Sequence[Tensor],
-        finish: Callable[[], None] | None,
-        started: "set[Pending]",
-    ) -> None:
-        super().__init__()
-        self._what, self._requests, self._held, self._timeout = what, requests, held, timeout
-        self._outputs, self._finish, self._started = list(outputs), finish, started
-        self._statuses = [MPI.Status() for _ in requests]
-        self._done = False
-        started.add(self)
-
-    def is_completed(self) -> bool:
-        if not self._done and MPI.Request.Testall(self._requests, self._statuses):
-            if self._finish is not None:
-                self._finish()
-            self._done, self._held, self._finish = True, None, None
-            self._started.discard(self)
-        return self._done
-
-    def is_success(self) -> bool:
-        return self.is_completed()
-
-    def exception(self) -> None:
-        return None
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Return when the data is there. RuntimeError after `timeout`, or that of the group where it is 0."""
-        if self.is_completed():
-            return True
-        limit_s = (timeout or self._timeout).total_seconds()
-        begun_s = time.monotonic()
-        for test in itertools.count():
-            if self.is_completed():
-                return True
-            if test > TESTS_BEFORE_YIELD:
-                time.sleep(0 if test < TESTS_BEFORE_SLEEP else SLEEP_S)
-                if time.monotonic() - begun_s > limit_s:
-                    raise RuntimeError(f"{self._what} timed out after {limit_s:g} s: another rank did not take part")
-        raise AssertionError
-
-    def synchronize(self) -> None:
-        self.wait()
-
-    def result(self) -> list[Tensor]:
-        self.wait()
-        return self._outputs
-
-    def get_future(self) -> torch.futures.Future[list[Tensor]]:
-        """A future that is done: this call waits."""
-        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-        future.set_result(self.result())
-        return future
-
-    def _source_rank(self) -> int:
-        self.wait()
-        return self._statuses[0].Get_source()
-
-    source_rank = _source_rank
+    return MPIGroup(world.Create_group(world.group.Incl(ranks)), options.timeout)
 
 
 class MPIGroup(dist.ProcessGroup):
@@ -194,11 +99,11 @@ class MPIGroup(dist.ProcessGroup):
         self._comm, self._timeout = comm, timeout
         self._started: set[Pending] = set()
 
-    def getBackendName(self) -> str:  # noqa: N802  (torch's name)
+    def getBackendName(self) -> str:
         return NAME
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Pending:
-        dense = _Dense(tensors[0])
+        dense = Dense(tensors[0])
         request = self._comm.Ibcast(_elements(dense.tensor), root=opts.rootRank)
         return self._pending("broadcast", [request], dense, tensors, dense.put_back)
 
@@ -208,26 +113,22 @@ class MPIGroup(dist.ProcessGroup):
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> Pending:
         sums = [_Numbers(tensor, opts.reduceOp, self._comm.size) for tensor in tensors]
         requests = [self._comm.Iallreduce(MPI.IN_PLACE, one.buffer, op=one.op) for one in sums]
-        return self._pending("all-reduce", requests, sums, tensors, _each([one.put_back for one in sums]))
+        return self._pending("all-reduce", requests, sums, tensors, each([one.put_back for one in sums]))
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Pending:
-        one = _Numbers(tensors[0], opts.reduceOp, self._comm.size)
-        if self._comm.rank != opts.rootRank:
-            request = self._comm.Ireduce(one.buffer, None, op=one.op, root=opts.rootRank)
-            return self._pending("reduce", [request], one)
-        request = self._comm.Ireduce(MPI.IN_PLACE, one.buffer, op=one.op, root=opts.rootRank)
-        return self._pending("reduce", [request], one, tensors, one.put_back)
+        one, is_root = _Numbers(tensors[0], opts.reduceOp, self._comm.size), self._comm.rank == opts.rootRank
+        given, taken = (MPI.IN_PLACE, one.buffer) if is_root else (one.buffer, None)
+        request = self._comm.Ireduce(given, taken, op=one.op, root=opts.rootRank)
+        return self._pending("reduce", [request], one, tensors, one.put_back if is_root else None)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Pending:
         return self.all_gather_single_coalesced([output], [input], opts)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Pending:
-        given, taken = [one.contiguous() for one in inputs], [_Dense(one) for one in outputs]
-        requests = [
-            self._comm.Iallgather(_elements(source), _elements(target.tensor))
-            for source, target in zip(given, taken, strict=True)
-        ]
-        return self._pending("all-gather", requests, (given, taken), outputs, _each([one.put_back for one in taken]))
+        given, taken = [one.contiguous() for one in inputs], [Dense(one) for one in outputs]
+        pairs = zip(given, taken, strict=True)
+        requests = [self._comm.Iallgather(_elements(one), _elements(all_of.tensor)) for one, all_of in pairs]
+        return self._pending("all-gather", requests, (given, taken), outputs, each([one.put_back for one in taken]))
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Pending:
         return self._gather_all([outputs[0]], inputs)
@@ -241,11 +142,11 @@ class MPIGroup(dist.ProcessGroup):
             return self._pending("gather", [self._comm.Igather(_elements(given), None, root=opts.rootRank)], given)
         taken = given.new_empty(self._comm.size * given.numel())
         request = self._comm.Igather(_elements(given), _elements(taken), root=opts.rootRank)
-        return self._pending("gather", [request], (given, taken), outputs[0], _spread(taken, outputs[0]))
+        return self._pending("gather", [request], (given, taken), outputs[0], spread(taken, outputs[0]))
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Pending:
-        taken = _Dense(outputs[0])
-        given = _joined(inputs[0]) if self._comm.rank == opts.rootRank else None
+        taken = Dense(outputs[0])
+        given = joined(inputs[0]) if self._comm.rank == opts.rootRank else None
         source = None if given is None else _elements(given)
         request = self._comm.Iscatter(source, _elements(taken.tensor), root=opts.rootRank)
         return self._pending("scatter", [request], (given, taken), outputs, taken.put_back)
@@ -254,15 +155,26 @@ class MPIGroup(dist.ProcessGroup):
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Pending:
-        return self._scatter_sums(outputs, [[one] for one in inputs], opts)
+        return self.reduce_scatter(outputs, [[one] for one in inputs], opts)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Pending:
-        return self._scatter_sums(outputs, inputs, opts)
+        """inputs[i]: what is added for all ranks, one tensor for each, or one of the parts of all."""
+        held, requests = [], []
+        for output, parts in zip(outputs, inputs, strict=True):
+            given = _Numbers(joined(parts), opts.reduceOp, self._comm.size)
+            taken = _Numbers(output, opts.reduceOp, self._comm.size)
+            if len({one.numel() for one in parts}) == 1:
+                requests.append(self._comm.Ireduce_scatter_block(given.buffer, taken.buffer, op=given.op))
+            else:
+                sizes = [one.numel() for one in parts]
+                requests.append(self._comm.Ireduce_scatter(given.buffer, taken.buffer, sizes, op=given.op))
+            held.append((given, taken))
+        return self._pending("reduce-scatter", requests, held, outputs, each([one.put_back for _, one in held]))
 
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> Pending:
-        given, taken = input.contiguous(), _Dense(output)
+        given, taken = input.contiguous(), Dense(output)
         request = self._comm.Ialltoallv(
             _blocks(given, self._row_blocks(given, input_splits)),
             _blocks(taken.tensor, self._row_blocks(output, output_splits)),
@@ -270,17 +182,17 @@ class MPIGroup(dist.ProcessGroup):
         return self._pending("all-to-all", [request], (given, taken), [output], taken.put_back)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Pending:
-        given, sizes = _joined(inputs), [one.numel() for one in outputs]
+        given, sizes = joined(inputs), [one.numel() for one in outputs]
         taken = given.new_empty(sum(sizes))
         request = self._comm.Ialltoallv(_blocks(given, [one.numel() for one in inputs]), _blocks(taken, sizes))
-        return self._pending("all-to-all", [request], (given, taken), outputs, _spread(taken, outputs))
+        return self._pending("all-to-all", [request], (given, taken), outputs, spread(taken, outputs))
 
     def send(self, tensors: list[Tensor], dst: int, tag: int) -> Pending:
         given = tensors[0].contiguous()
         return self._pending("send", [self._comm.Isend(_elements(given), dest=dst, tag=tag)], given)
 
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> Pending:
-        taken = _Dense(tensors[0])
+        taken = Dense(tensors[0])
         request = self._comm.Irecv(_elements(taken.tensor), source=src, tag=tag)
         return self._pending("receive", [request], taken, tensors, taken.put_back)
 
@@ -290,8 +202,7 @@ class MPIGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> Pending:
         return self._pending("barrier", [self._comm.Ibarrier()], ())
 
-    # What torch 2.11 calls the same.
-    _allgather_base = all_gather_single
+    _allgather_base = all_gather_single  # torch 2.11's names, from here on
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
@@ -306,22 +217,8 @@ class MPIGroup(dist.ProcessGroup):
             self._comm.Iallgatherv(_elements(source), _blocks(target, size))
             for source, target, size in zip(given, taken, sizes, strict=True)
         ]
-        finish = _each([_spread(flat, of_input) for flat, of_input in zip(taken, outputs, strict=True)])
+        finish = each([spread(flat, of_input) for flat, of_input in zip(taken, outputs, strict=True)])
         return self._pending("all-gather", requests, (given, taken), [t for one in outputs for t in one], finish)
-
-    def _scatter_sums(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Pending:
-        """inputs[i]: what is added for all ranks, one tensor for each, or one of the parts of all."""
-        held, requests = [], []
-        for output, parts in zip(outputs, inputs, strict=True):
-            given = _Numbers(_joined(parts), opts.reduceOp, self._comm.size)
-            taken = _Numbers(output, opts.reduceOp, self._comm.size)
-            sizes = [one.numel() for one in parts] if len(parts) == self._comm.size else None
-            if sizes is None or len(set(sizes)) == 1:
-                requests.append(self._comm.Ireduce_scatter_block(given.buffer, taken.buffer, op=given.op))
-            else:
-                requests.append(self._comm.Ireduce_scatter(given.buffer, taken.buffer, sizes, op=given.op))
-            held.append((given, taken))
-        return self._pending("reduce-scatter", requests, held, outputs, _each([one.put_back for _, one in held]))
 
     def _row_blocks(self, rows: Tensor, splits: Sequence[int]) -> list[int]:
         """How many elements each rank has a part in, where `splits` counts rows; empty for equal parts."""
@@ -340,20 +237,17 @@ class MPIGroup(dist.ProcessGroup):
     ) -> Pending:
         for forgotten in tuple(self._started):
             forgotten.is_completed()
-        what = f"{what} among {self._comm.size} ranks"
-        return Pending(what, requests, held, self._timeout, outputs, finish, self._started)
-
-
-class _Dense:
-    """A tensor without gaps for MPI to work on: `target` itself, or a copy that `put_back` writes to it."""
-
-    def __init__(self, target: Tensor) -> None:
-        self._target = target
-        self.tensor = target.contiguous()
-
-    def put_back(self) -> None:
-        if self.tensor is not self._target:
-            self._target.copy_(self.tensor)
+        statuses = [MPI.Status() for _ in requests]
+        return Pending(
+            f"{what} among {self._comm.size} ranks",
+            lambda: MPI.Request.Testall(requests, statuses),
+            held,
+            self._timeout,
+            outputs,
+            finish,
+            self._started,
+            lambda: statuses[0].Get_source(),
+        )
 
 
 class _Numbers:
@@ -404,25 +298,3 @@ def _elements(dense: Tensor) -> list[Any]:
 def _blocks(dense: Tensor, sizes: Sequence[int]) -> list[Any]:
     """A tensor as consecutive messages of these numbers of elements, one for each rank."""
     return [_memory(dense), (sizes, [0, *itertools.accumulate(sizes)][:-1]), UNITS[dense.element_size()]]
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-
-
-def _spread(flat: Tensor, targets: Sequence[Tensor]) -> Callable[[], None]:
-    """What copies consecutive parts of `flat` into the targets."""
-
-    def spread() -> None:
-        for part, target in zip(flat.split([one.numel() for one in targets]), targets, strict=True):
-            target.copy_(part.view(target.shape))
-
-    return spread
-
-
-def _each(steps: Sequence[Callable[[], None]]) -> Callable[[], None]:
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run

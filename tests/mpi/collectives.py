@@ -16,7 +16,16 @@ from dist_moe.comm import mpi
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 MOVED = (*FLOATS, *INTEGERS, torch.bool)
-GLOO_KNOWS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64)
+GLOO_KNOWS = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+)
 TIMEOUT = timedelta(seconds=60)
 ROUNDS = 6
 
@@ -43,7 +52,9 @@ class Pair:
     def tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Small integers, so that sums are exact in every dtype and order."""
         seed = self.draw.randrange(2**31) + 7919 * self.rank
-        numbers = torch.randint(0 if dtype == torch.uint8 else -3, 4, shape, generator=torch.Generator().manual_seed(seed))
+        numbers = torch.randint(
+            0 if dtype == torch.uint8 else -3, 4, shape, generator=torch.Generator().manual_seed(seed)
+        )
         return numbers.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""A program for mpirun: objects, averages, truth values, time-outs and mistakes, which gloo has not or has otherwise."""
+"""A program for mpirun: objects, averages, truth values, time-outs and mistakes, where gloo is no measure."""
 
 import os
 import sys
@@ -51,9 +51,9 @@ def futures_and_sources(rank: int, size: int) -> None:
 
 
 def mistakes(rank: int, size: int) -> None:
-    with pytest.raises(TypeError, match="has no AVG of torch.int64; take another"):
+    with pytest.raises(TypeError, match=r"has no AVG of torch\.int64; take another"):
         dist.all_reduce(torch.ones(1, dtype=torch.int64), dist.ReduceOp.AVG)
-    with pytest.raises(TypeError, match="has no BAND of torch.float32"):
+    with pytest.raises(TypeError, match=r"has no BAND of torch\.float32"):
         dist.all_reduce(torch.ones(1), dist.ReduceOp.BAND)
 
 
