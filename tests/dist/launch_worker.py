@@ -14,6 +14,9 @@ from dist_moe.comm.failure import exit_hard, report_failure
 from dist_moe.comm.place import read_place
 from dist_moe.config import ConfigError, Violation, load_config
 
+SEEN_S = 0.3
+"""A worker that lives this long after its record is written has been seen by the launch, on a busy host too."""
+
 
 def main() -> None:
     """Called as `train CONFIG [key=value]...`, like the real worker."""
@@ -47,6 +50,7 @@ def act(name: str, rank: int) -> None:
 
 def misbehave(name: str) -> None:
     """Does not come back, but for "finish"."""
+    time.sleep(SEEN_S)
     if name in ("raise", "deaf"):
         raise ValueError("boom\n\nin two paragraphs")
     if name == "leave":
