@@ -16,6 +16,8 @@ from dist_moe.launch.processes import Process, adopting_orphans, descendants, re
 from dist_moe.launch.watch import Watch
 
 LOOK_S = 0.1
+# Until every worker has been seen: how one ended that dies before, and that its launcher collects, stays unknown.
+FIRST_LOOK_S = 0.01
 # After a worker has failed, the launcher has this long to end the others; DeepSpeed's looks once a second.
 LAUNCHER_GRACE_S = 3.0
 # After the last worker has finished its work, all have this long to leave.
@@ -81,7 +83,7 @@ def follow(launcher: subprocess.Popen[bytes], watch: Watch, received: list[int])
             deadline = time.monotonic() + grace_s
         if deadline is not None and time.monotonic() > deadline:
             return None
-        watch.wait(LOOK_S)
+        watch.wait(LOOK_S if watch.complete() else FIRST_LOOK_S)
     return None
 
 

@@ -89,6 +89,10 @@ class Watch:
             elif process.ended:
                 self._end(rank, process.status)
 
+    def complete(self) -> bool:
+        """Whether every worker has been seen."""
+        return len(self.records) == self.size
+
     def pids(self) -> set[int]:
         return {record["pid"] for record in self.records.values()}
 

@@ -46,7 +46,7 @@ CONTENDERS = (
     Contender("loss-free, proportional, softmax", (*SOFTMAX, "balance.rule=proportional", "balance.rate=0.05")),
     Contender("quantile", ("balance.policy=quantile",)),
     Contender("threshold", (*THRESHOLD, "balance.policy=none")),
-    Contender("threshold + adaptive weights", (*THRESHOLD, "balance.policy=adaptive_weight", "balance.rate=0.1")),
+    Contender("threshold + adaptive weights", (*THRESHOLD, "balance.policy=adaptive_weight", "balance.rate=0.3")),
 )
 
 

@@ -14,6 +14,9 @@ from dist_moe.comm.failure import exit_hard, report_failure
 from dist_moe.comm.place import read_place
 from dist_moe.config import ConfigError, Violation, load_config
 
+SEEN_S = 0.3
+"""A worker that lives this long after its record is written has been seen by the launch, on a busy host too."""
+
 
 def main() -> None:
     """Called as `train CONFIG [key=value]...`, like the real worker."""
@@ -24,20 +27,26 @@ def main() -> None:
         join_world(place, "gloo", config.parallel.timeout_s),
         exit_hard(config.run.dir, place.rank),
     ):
+        name = os.environ["LAUNCH_ACT"]
+        prepare(name)
         meet()
         sys.stdout.write(f"rank {place.rank} of {place.world_size} is up\n")
         sys.stdout.flush()
-        act(os.environ["LAUNCH_ACT"], place.rank)
+        act(name, place.rank)
+
+
+def prepare(name: str) -> None:
+    """What has to be so on every rank before the test looks."""
+    if name == "stray":
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+    if name == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def act(name: str, rank: int) -> None:
     """Rank 1 does what the name says, while the others wait for it in an all-to-all, as between experts."""
     if name == "config":
         raise ConfigError([Violation("data.sources", "x", "is not there", "name another")])
-    if name == "stray":
-        subprocess.Popen(["sleep", "600"], start_new_session=True)
-    if name == "deaf":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if rank == 1:
         misbehave(name)
     elif name == "deaf":
@@ -47,6 +56,7 @@ def act(name: str, rank: int) -> None:
 
 def misbehave(name: str) -> None:
     """Does not come back, but for "finish"."""
+    time.sleep(SEEN_S)
     if name in ("raise", "deaf"):
         raise ValueError("boom\n\nin two paragraphs")
     if name == "leave":

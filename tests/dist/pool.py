@@ -275,6 +275,8 @@ def _process_group(task: Task) -> Iterator[None]:
     )
     try:
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=task.timeout_s))
+        # Without a first meeting, a rank with nothing to do would leave while another is still connecting to it.
+        torch.distributed.all_reduce(torch.zeros(1))
         yield
     finally:
         if torch.distributed.is_initialized():

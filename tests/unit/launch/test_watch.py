@@ -79,6 +79,7 @@ def test_nothing_is_wrong_with_workers_that_live(workers: Workers, watch: Watch)
     assert watch.failures() == []
     assert watch.unfinished() == [0, 1]  # rank 1 has not even appeared
     assert watch.pids() == {workers.processes[0].pid}
+    assert not watch.complete()
 
 
 def kernel_remembers() -> bool:
