@@ -104,6 +104,7 @@ def _fields_of_policies(config: Config, accumulation: int) -> list[Violation]:
         "form": ("loss_free",),
         "rule": ("loss_free", "adaptive_weight"),
         "freeze_at": ("loss_free", "adaptive_weight", "quantile"),
+        "centre": ("loss_free", "adaptive_weight", "quantile"),
     }
     found = []
     for name, policies in owners.items():
@@ -111,6 +112,9 @@ def _fields_of_policies(config: Config, accumulation: int) -> list[Violation]:
         if value != default and balance.policy not in policies:
             rule = f"has no meaning with balance.policy={balance.policy}"
             found.append(Violation(f"balance.{name}", value, rule, f"leave it out, or use {listed(policies)}"))
+    if balance.policy == "quantile" and balance.centre is False:
+        rule = "lets the biases of balance.policy=quantile drift until margins can no longer be told apart"
+        found.append(Violation("balance.centre", False, rule, "leave it out"))
     if balance.policy == "auxiliary" and balance.auxiliary_loss == 0:
         rule = "leaves balance.policy=auxiliary without a loss"
         found.append(Violation("balance.auxiliary_loss", 0.0, rule, "give a coefficient above 0, such as 0.01"))

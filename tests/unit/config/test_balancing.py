@@ -71,6 +71,12 @@ THRESHOLD = ["router.selection=threshold", "router.score=softmax"]
         ),
         (["balance.policy=auxiliary"], "balance.auxiliary_loss=0.0 leaves balance.policy=auxiliary without a loss;"),
         (["balance.shapes=mixture"], "balance.shapes=mixture has no meaning with balance.policy=loss_free;"),
+        (
+            ["balance.policy=quantile", "balance.centre=false"],
+            "balance.centre=false lets the biases of balance.policy=quantile drift until margins can no longer be told "
+            "apart; leave it out",
+        ),
+        (["balance.policy=none", "balance.centre=true"], "balance.centre=true has no meaning with balance.policy=none"),
         (["balance.clip=2"], "balance.clip=2.0 has no meaning with balance.policy=loss_free;"),
         (
             ["balance.policy=quantile", "balance.rule=sign"],
