@@ -43,8 +43,9 @@ def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, centre: bo
     """The next bias, -quantile_{1 - share}(margins) -> fp32 [E]; the old one where nothing was counted.
 
     margins_EQ: int64 [E, Q], summed over micro-batches and ALL ranks. share: K / E. Within a bin the margins are taken
-    to lie evenly. centre: subtract the mean, which changes no selection. Errors: TypeError for counts that are not
-    int64; ValueError for a share outside 0..1.
+    to lie evenly. centre: subtract the mean, which changes no selection now; a mean that drifted step by step would
+    carry the margins to where bins are wide. Errors: TypeError for counts that are not int64; ValueError for
+    a share outside 0..1.
     """
     if margins_EQ.dtype != torch.int64:
         raise TypeError(f"margins are {margins_EQ.dtype}; they are int64 counts")

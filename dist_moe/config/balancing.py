@@ -1,10 +1,9 @@
 """Whether the router and the balancer of a configuration fit together, and fit the model."""
 
-from dist_moe.config.combinations import refusal
+from dist_moe.config.combinations import FORCED, refusal
 from dist_moe.config.errors import Violation, listed
+from dist_moe.config.model import routing_key
 from dist_moe.config.schema import Config, RouterConfig
-
-FORCED = ("uniform", "zipf")
 
 
 def balancing_violations(config: Config, router: RouterConfig, experts: int, accumulation: int) -> list[Violation]:
@@ -13,13 +12,13 @@ def balancing_violations(config: Config, router: RouterConfig, experts: int, acc
     accumulation: micro-batches of each worker in an optimizer step.
     """
     found = _combination(config, router)
-    found += _threshold(router, experts) if router.selection == "threshold" else _fixed_number(router)
+    found += _threshold(config, router, experts) if router.selection == "threshold" else _fixed_number(router)
     found += _forced(config, router) if router.selection in FORCED else []
     if router.skew != RouterConfig.model_fields["skew"].default and router.selection != "zipf":
         rule = f"has no meaning with router.selection={router.selection}"
         found.append(Violation("router.skew", router.skew, rule, "leave it out, or set router.selection=zipf"))
     if config.balance.policy == "quantile":
-        found += _quantile(router, experts)
+        found += _quantile(config, router, experts)
     return found + _fields_of_policies(config, accumulation)
 
 
@@ -32,7 +31,7 @@ def _combination(config: Config, router: RouterConfig) -> list[Violation]:
     return [Violation(key, value, *refused)]
 
 
-def _threshold(router: RouterConfig, experts: int) -> list[Violation]:
+def _threshold(config: Config, router: RouterConfig, experts: int) -> list[Violation]:
     found = []
     most = router.max_experts or experts
     if most > experts:
@@ -43,7 +42,7 @@ def _threshold(router: RouterConfig, experts: int) -> list[Violation]:
         found.append(Violation("router.normalise", True, rule, "set it to false, or max_experts above 1"))
     if router.groups != 1:
         rule = "limits a token to some groups, which threshold routing does not know"
-        found.append(Violation("router.groups", router.groups, rule, "set it to 1"))
+        found.append(Violation(routing_key(config, "groups"), router.groups, rule, "set it to 1"))
     if router.budget is not None and not 1 <= router.budget < min(most, experts):
         rule = f"cannot be held, since a token takes 1 to {min(most, experts)} experts"
         remedy = f"give 1 to below {min(most, experts)}, or null"
@@ -77,20 +76,22 @@ def _forced(config: Config, router: RouterConfig) -> list[Violation]:
             found.append(Violation(key, value, rule, "set it to 0"))
     if router.groups != 1:
         rule = f"limits a token to some groups, which router.selection={router.selection} does not know"
-        found.append(Violation("router.groups", router.groups, rule, "set it to 1"))
+        found.append(Violation(routing_key(config, "groups"), router.groups, rule, "set it to 1"))
     return found
 
 
-def _quantile(router: RouterConfig, experts: int) -> list[Violation]:
+def _quantile(config: Config, router: RouterConfig, experts: int) -> list[Violation]:
     if router.selection == "threshold":
         return []  # the combination is refused already
     found = []
     if router.top_k == experts:
         rule = f"gives each token all {experts} experts, so there is nothing to balance"
-        found.append(Violation("router.top_k", router.top_k, rule, f"use 1 to {experts - 1}, or balance.policy=none"))
+        remedy = f"use 1 to {experts - 1}, or balance.policy=none"
+        found.append(Violation(routing_key(config, "top_k"), router.top_k, rule, remedy))
     if router.groups != 1:
         rule = "closes groups of experts to a token, which balance.policy=quantile does not foresee"
-        found.append(Violation("router.groups", router.groups, rule, "set it to 1, or balance.policy=loss_free"))
+        remedy = "set it to 1, or balance.policy=loss_free"
+        found.append(Violation(routing_key(config, "groups"), router.groups, rule, remedy))
     return found
 
 
@@ -104,6 +105,7 @@ def _fields_of_policies(config: Config, accumulation: int) -> list[Violation]:
         "form": ("loss_free",),
         "rule": ("loss_free", "adaptive_weight"),
         "freeze_at": ("loss_free", "adaptive_weight", "quantile"),
+        "centre": ("loss_free", "adaptive_weight", "quantile"),
     }
     found = []
     for name, policies in owners.items():
@@ -111,6 +113,9 @@ def _fields_of_policies(config: Config, accumulation: int) -> list[Violation]:
         if value != default and balance.policy not in policies:
             rule = f"has no meaning with balance.policy={balance.policy}"
             found.append(Violation(f"balance.{name}", value, rule, f"leave it out, or use {listed(policies)}"))
+    if balance.policy == "quantile" and balance.centre is False:
+        rule = "lets the biases of balance.policy=quantile drift until margins can no longer be told apart"
+        found.append(Violation("balance.centre", False, rule, "leave it out"))
     if balance.policy == "auxiliary" and balance.auxiliary_loss == 0:
         rule = "leaves balance.policy=auxiliary without a loss"
         found.append(Violation("balance.auxiliary_loss", 0.0, rule, "give a coefficient above 0, such as 0.01"))

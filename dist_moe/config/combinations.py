@@ -4,6 +4,7 @@ import itertools
 from typing import NamedTuple
 
 SELECTIONS = ("top_k", "threshold", "uniform", "zipf")
+FORCED = ("uniform", "zipf")
 SCORES = ("sigmoid", "softmax", "softmax_selected", "sqrt_softplus")
 POLICIES = ("none", "loss_free", "adaptive_weight", "quantile", "auxiliary")
 
@@ -22,7 +23,7 @@ def refusal(selection: str, score: str, policy: str) -> Refusal | None:
             "adds up probabilities over all experts, which router.score=softmax alone gives",
             "set router.score=softmax",
         )
-    if selection in ("uniform", "zipf") and policy != "none":
+    if selection in FORCED and policy != "none":
         return Refusal(
             "draws experts without looking at scores, so a balancer would move what nobody reads",
             "set balance.policy=none",

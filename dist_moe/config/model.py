@@ -88,7 +88,7 @@ def read_model(config: Config) -> Reading:
         rule = "leaves the model without experts"
         violations.append(Violation(f"model.config.{family.experts}", experts, rule, "give 1 or more"))
         return Reading(None, None, violations)
-    if routing := _routing_violations(config, family, experts, filled):
+    if routing := _routing_violations(config, experts, filled):
         return Reading(None, experts, [*violations, *routing])
     written = {field: filled[name] for name, field in fields.items() if field is not None}
     filled["score"] = config.router.score or family.score
@@ -113,6 +113,12 @@ def routing_fields(family: Family) -> dict[str, str | None]:
         "groups": family.groups,
         "top_groups": family.top_groups,
     }
+
+
+def routing_key(config: Config, name: str) -> str:
+    """The key to change for a routing value: the family's own, where `router` says nothing of it, else ours."""
+    field = routing_fields(family_of(config.model.architecture))[name]
+    return f"router.{name}" if field is None or getattr(config.router, name) is not None else f"model.config.{field}"
 
 
 def _no_special_tokens() -> dict[str, None]:
@@ -175,13 +181,11 @@ def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
     return NEUTRAL.get(name) if value is None else value
 
 
-def _routing_violations(config: Config, family: Family, experts: int, filled: dict[str, Any]) -> list[Violation]:
+def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) -> list[Violation]:
     """What the routing values break among themselves; `filled` holds them by our names."""
 
     def violation(name: str, rule: str, remedy: str) -> Violation:
-        field = routing_fields(family)[name]
-        ours = field is None or getattr(config.router, name) is not None
-        return Violation(f"router.{name}" if ours else f"model.config.{field}", filled[name], rule, remedy)
+        return Violation(routing_key(config, name), filled[name], rule, remedy)
 
     top_k, groups, top_groups = filled["top_k"], filled["groups"], filled["top_groups"]
     found = []

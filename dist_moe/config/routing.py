@@ -118,7 +118,7 @@ class BalanceConfig(Section):
     cadence: Literal["step", "micro_batch"] = Field(
         default="step",
         description="the moment at which adaptive_weight adjusts: after each optimizer step, or after each "
-        "micro_batch (only where a step is one micro-batch for each worker)",
+        "micro_batch (only where a step is one micro-batch for each worker, which comes to the same)",
     )
     shapes: Literal["selection", "mixture"] = Field(
         default="selection",

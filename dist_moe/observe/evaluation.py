@@ -39,6 +39,7 @@ class EvaluationMetrics:
     max_vio_global_per_layer: tuple[float, ...]
     max_vio_global_floor_per_layer: tuple[float, ...]
     load_deviation_percent_per_layer: tuple[float, ...]
+    load_deviation_percent_floor_per_layer: tuple[float, ...]
     experts_per_token_per_layer: tuple[float, ...]
     load: tuple[tuple[int, ...], ...]  # [L][E] assignments
 

@@ -99,6 +99,7 @@ def shared_figures(measures: LoadMeasures, takers_L: Sequence[Tensor]) -> dict[s
         "load_deviation_percent": mean(measures.load_deviation_percent_per_layer),
         "load_deviation_percent_floor": mean(measures.load_deviation_percent_floor_per_layer),
         "load_deviation_percent_per_layer": measures.load_deviation_percent_per_layer,
+        "load_deviation_percent_floor_per_layer": measures.load_deviation_percent_floor_per_layer,
         "experts_per_token": experts_per_token(takers_K),
         "experts_per_token_p50": experts_per_token_percentile(takers_K, 50),
         "experts_per_token_p99": experts_per_token_percentile(takers_K, 99),

@@ -72,9 +72,13 @@ class StepMetrics(Progress):
     max_vio_per_layer: tuple[float, ...]
     max_vio_floor_per_layer: tuple[float, ...]
     max_vio_computation_per_layer: tuple[float, ...]
+    max_vio_computation_floor_per_layer: tuple[float, ...]
     load_cov_per_layer: tuple[float, ...]
+    load_cov_floor_per_layer: tuple[float, ...]
     load_deviation_percent_per_layer: tuple[float, ...]
+    load_deviation_percent_floor_per_layer: tuple[float, ...]
     rank_load_per_layer: tuple[float, ...]
+    rank_load_floor_per_layer: tuple[float, ...]
     experts_per_token_per_layer: tuple[float, ...]
     bias_per_layer: tuple[BiasRange | None, ...]  # after this step's update; None: a layer without a bias
     load: tuple[tuple[int, ...], ...]  # [L][E] assignments, all ranks
@@ -126,6 +130,7 @@ def _balance_figures(measures: LoadMeasures) -> dict[str, Any]:
         "max_vio_per_layer": measures.max_vio_per_layer,
         "max_vio_floor_per_layer": measures.max_vio_floor_per_layer,
         "load_cov_per_layer": measures.load_cov_per_layer,
+        "load_cov_floor_per_layer": measures.load_cov_floor_per_layer,
         "load_entropy": mean(measures.load_entropy_per_layer),
         "load_entropy_floor": mean(measures.load_entropy_floor_per_layer),
         "dead_experts": sum(measures.dead_experts_per_layer),
@@ -139,19 +144,23 @@ def _computation_figures(computation_L: Sequence[tuple[float, float]], layers: i
             f"{len(computation_L)} computation loads for {layers} loads; each layer has one of each; "
             "pass both of every layer"
         )
+    values, floors = tuple(value for value, _ in computation_L), tuple(floor for _, floor in computation_L)
     return {
-        "max_vio_computation": mean([value for value, _ in computation_L]),
-        "max_vio_computation_floor": mean([floor for _, floor in computation_L]),
-        "max_vio_computation_per_layer": tuple(value for value, _ in computation_L),
+        "max_vio_computation": mean(values),
+        "max_vio_computation_floor": mean(floors),
+        "max_vio_computation_per_layer": values,
+        "max_vio_computation_floor_per_layer": floors,
     }
 
 
 def _rank_figures(load_L: Sequence[Tensor], ranks: int) -> dict[str, Any]:
     values = tuple(float(rank_load(load_E, ranks)) for load_E in load_L)
+    floors = tuple(1.0 + max_vio_floor(ranks, int(load_E.sum())) for load_E in load_L)
     return {
         "rank_load": mean(values),
-        "rank_load_floor": mean([1.0 + max_vio_floor(ranks, int(load_E.sum())) for load_E in load_L]),
+        "rank_load_floor": mean(floors),
         "rank_load_per_layer": values,
+        "rank_load_floor_per_layer": floors,
     }
 
 

@@ -47,9 +47,13 @@ _BALANCE_TAGS = {
 }
 _BALANCE_LAYER_TAGS = {
     "max_vio": "max_vio_per_layer",
+    "max_vio_floor": "max_vio_floor_per_layer",
     "max_vio_computation": "max_vio_computation_per_layer",
+    "max_vio_computation_floor": "max_vio_computation_floor_per_layer",
     "load_deviation_percent": "load_deviation_percent_per_layer",
+    "load_deviation_percent_floor": "load_deviation_percent_floor_per_layer",
     "rank_load": "rank_load_per_layer",
+    "rank_load_floor": "rank_load_floor_per_layer",
     "experts_per_token": "experts_per_token_per_layer",
 }
 _EVALUATION_TAGS = {"validation/loss": "validation_loss", "validation/bits_per_byte": "bits_per_byte"}
@@ -66,6 +70,8 @@ _EVALUATION_BALANCE_TAGS = {
 }
 _EVALUATION_LAYER_TAGS = {
     "max_vio_global": "max_vio_global_per_layer",
+    "max_vio_global_floor": "max_vio_global_floor_per_layer",
+    "load_deviation_percent_global_floor": "load_deviation_percent_floor_per_layer",
     "load_deviation_percent_global": "load_deviation_percent_per_layer",
     "experts_per_token_global": "experts_per_token_per_layer",
 }

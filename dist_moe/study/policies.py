@@ -56,6 +56,7 @@ class Result:
 
     validation_loss: nats per token. max_vio, deviation_percent: mean over layers, then that of the worst layer, then
     the floor. experts_per_token: mean over tokens and layers. tokens_per_s: of the logged steps after the first.
+    commit: of the code that made the run; None outside a git repository.
     """
 
     contender: str
@@ -69,16 +70,18 @@ class Result:
     deviation_percent_floor: float
     experts_per_token: float
     tokens_per_s: float
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its folder and its command line."""
+    """One training: its folder, its command line, and the whole configuration that this gives."""
 
     contender: Contender
     seed: int
     folder: Path
     argv: tuple[str, ...]
+    config: dict[str, Any]
 
 
 def plan_runs(config: Path, out: Path, seeds: int, overrides: Sequence[str]) -> list[Run]:
@@ -95,9 +98,9 @@ def plan_runs(config: Path, out: Path, seeds: int, overrides: Sequence[str]) -> 
                 "run.threads=1",
                 "observe.tensorboard=false",
             ]
-            resolve(load_config(config, changes), workers=1)
+            resolved = resolve(load_config(config, changes), workers=1).config.model_dump(mode="json")
             argv = (sys.executable, "-m", "dist_moe", "train", str(config), *changes)
-            runs.append(Run(contender, seed, folder, argv))
+            runs.append(Run(contender, seed, folder, argv, resolved))
     return runs
 
 
@@ -153,19 +156,20 @@ def _results(runs: Sequence[Run]) -> Iterator[Result]:
 
 
 def read_result(run: Run) -> Result | None:
-    """The result of a run that has ended with this very command line; None otherwise."""
+    """The result of a run that has ended with this very command line and configuration; None otherwise."""
     metrics, described = run.folder / "metrics.jsonl", run.folder / "run.json"
     if not metrics.is_file() or not described.is_file():
         return None
-    if tuple(json.loads(described.read_text())["argv"][1:]) != run.argv[3:]:
+    description = json.loads(described.read_text())
+    if tuple(description["argv"][1:]) != run.argv[3:] or description["config"] != run.config:
         return None
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if line["event"] == "step" and line["step"] > 1]
     ends = [line for line in lines if line["event"] == "validation"]
-    return _result(run, ends[-1], steps) if ends and steps else None
+    return _result(run, description["source"], ends[-1], steps) if ends and steps else None
 
 
-def _result(run: Run, end: dict[str, Any], steps: list[dict[str, Any]]) -> Result:
+def _result(run: Run, source: dict[str, Any], end: dict[str, Any], steps: list[dict[str, Any]]) -> Result:
     speeds = [1 / line["tokens_per_s"] for line in steps]
     return Result(
         contender=run.contender.name,
@@ -179,6 +183,7 @@ def _result(run: Run, end: dict[str, Any], steps: list[dict[str, Any]]) -> Resul
         deviation_percent_floor=end["load_deviation_percent_floor"],
         experts_per_token=end["experts_per_token"],
         tokens_per_s=1 / fmean(speeds),
+        commit=source["commit"],
     )
 
 

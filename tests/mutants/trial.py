@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,6 +95,8 @@ def try_mutant(folder: Path, mutant: Mutant, limit_s: float) -> Verdict:
         OVER_TIME: f"caught (no end within {limit_s:.0f} s)",
     }
     outcome = outcomes.get(run.code, f"BROKEN: the test did not run (pytest's exit code {run.code})")
+    if run.code == FAILED and re.search(r"^E +(NameError|ImportError|ModuleNotFoundError)\b", run.output, re.MULTILINE):
+        return Verdict(mutant, False, "BROKEN: the mutant names what is not there", run.seconds, run.output)
     return Verdict(mutant, run.code in (FAILED, OVER_TIME), outcome, run.seconds, run.output)
 
 

@@ -63,12 +63,14 @@ def test_a_survivor_a_broken_mutant_and_a_hang_are_told_apart(tmp_path: Path) ->
         tmp_path,
         {"name": "unseen", "find": "return 7", "replace": "return 8"},
         {"name": "no python", "find": "def unused():", "replace": "def unused(:"},
+        {"name": "no such name", "find": "value * 2", "replace": "value * two"},
         {"name": "endless", "find": "value * 2", "replace": "value * 3"},
     )
     code, output = run_mutants(root, "--limit-s", "20")
-    assert code == 1 and "1 of 3 mutants caught" in output, output
+    assert code == 1 and "1 of 4 mutants caught" in output, output
     assert "unseen: SURVIVED" in output
     assert "no python: BROKEN" in output
+    assert "no such name: BROKEN" in output
     assert "no end within 20" in output
 
 

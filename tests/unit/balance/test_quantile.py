@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio
+from dist_moe.balance.policy import BalanceSettings, update_rule
 from dist_moe.balance.quantile import BINS, count_margins, quantile_update
+from dist_moe.balance.tally import Tally
 from dist_moe.config.family import Score
 from dist_moe.moe.select import TopK, bias_inputs, gate_scores, select_top_k
 
@@ -79,6 +81,20 @@ def test_a_level_load_of_equal_experts_is_a_fixed_point() -> None:
     logits_TE = torch.stack([torch.arange(4.0).roll(shift) for shift in range(4)]).repeat(10, 1)
     found_E = quantile_update(torch.zeros(4), count_margins(logits_TE, torch.zeros(4), 1), 0.25)
     assert found_E.tolist() == [0.0] * 4
+
+
+def test_trap_T11_the_biases_hold_their_mean_over_a_long_run() -> None:
+    """Left alone it falls with each batch, and takes the margins to where the bins are wide."""
+    rule = update_rule(BalanceSettings("quantile", 0.1, "constant", 10))
+    assert rule
+    bias_E = torch.zeros(8)
+    for step in range(200):
+        logits_TE = torch.randn(512, 8, generator=torch.Generator().manual_seed(step))
+        margins_EQ = count_margins(logits_TE, bias_E, 2)
+        bias_E = rule(
+            bias_E, Tally(torch.zeros(8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), margins_EQ), 0
+        )
+    assert abs(float(bias_E.mean())) < 1e-6
 
 
 def test_the_sum_of_histograms_is_that_of_all_tokens_and_a_mean_of_quantiles_is_not() -> None:

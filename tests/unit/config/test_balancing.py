@@ -57,20 +57,26 @@ THRESHOLD = ["router.selection=threshold", "router.score=softmax"]
         ([*UNIFORM, "balance.auxiliary_loss=0.1"], "balance.auxiliary_loss=0.1 shapes scores that"),
         ([*UNIFORM, "balance.z_loss=0.1"], "balance.z_loss=0.1 shapes scores that"),
         ([*UNIFORM, "router.entropy_loss=0.1"], "router.entropy_loss=0.1 shapes scores that"),
-        ([*UNIFORM, *GROUPS], "router.groups=3 limits a token to some groups"),
+        ([*UNIFORM, *GROUPS], "model.config.n_group=3 limits a token to some groups"),
         ([*THRESHOLD, "router.budget=4", "router.max_experts=3"], "router.budget=4.0 cannot be held"),
         (["router.budget=2"], "router.budget=2.0 has no meaning with router.selection=top_k"),
         (["router.max_experts=2"], "router.max_experts=2 has no meaning with router.selection=top_k"),
         (
             ["balance.policy=quantile", TOP_12],
-            "router.top_k=12 gives each token all 12 experts",
+            "model.config.num_experts_per_tok=12 gives each token all 12 experts",
         ),
         (
             ["balance.policy=quantile", *GROUPS],
-            "router.groups=3 closes groups of experts to a token",
+            "model.config.n_group=3 closes groups of experts to a token",
         ),
         (["balance.policy=auxiliary"], "balance.auxiliary_loss=0.0 leaves balance.policy=auxiliary without a loss;"),
         (["balance.shapes=mixture"], "balance.shapes=mixture has no meaning with balance.policy=loss_free;"),
+        (
+            ["balance.policy=quantile", "balance.centre=false"],
+            "balance.centre=false lets the biases of balance.policy=quantile drift until margins can no longer be told "
+            "apart; leave it out",
+        ),
+        (["balance.policy=none", "balance.centre=true"], "balance.centre=true has no meaning with balance.policy=none"),
         (["balance.clip=2"], "balance.clip=2.0 has no meaning with balance.policy=loss_free;"),
         (
             ["balance.policy=quantile", "balance.rule=sign"],

@@ -53,6 +53,10 @@ PROMISED_STEP_KEYS = {
     "rank_load",
     "rank_load_floor",
     "rank_load_per_layer",
+    "rank_load_floor_per_layer",
+    "load_cov_floor_per_layer",
+    "load_deviation_percent_floor_per_layer",
+    "max_vio_computation_floor_per_layer",
     "experts_per_token",
     "experts_per_token_p50",
     "experts_per_token_p99",
@@ -90,8 +94,10 @@ def test_floors_come_from_each_layers_own_experts_and_assignments() -> None:
     metrics = step_sample()
     assert metrics.max_vio_floor_per_layer == pytest.approx((max_vio_floor(3, 60), max_vio_floor(4, 80)))
     assert metrics.max_vio_floor == pytest.approx((max_vio_floor(3, 60) + max_vio_floor(4, 80)) / 2)
+    assert metrics.load_cov_floor_per_layer == pytest.approx((cov_floor(3, 60), cov_floor(4, 80)))
     assert metrics.load_cov_floor == pytest.approx((cov_floor(3, 60) + cov_floor(4, 80)) / 2)
-    deviations = [load_deviation_percent_floor(3, 60), load_deviation_percent_floor(4, 80)]
+    deviations = (load_deviation_percent_floor(3, 60), load_deviation_percent_floor(4, 80))
+    assert metrics.load_deviation_percent_floor_per_layer == pytest.approx(deviations)
     assert metrics.load_deviation_percent_floor == pytest.approx(sum(deviations) / 2)
     assert metrics.load_entropy_floor == pytest.approx((load_entropy_floor(3, 60) + load_entropy_floor(4, 80)) / 2)
     few = step_sample(loads=([3, 0, 1], [2, 2]))
@@ -110,6 +116,7 @@ def test_the_load_of_ranks_is_each_layers_own_and_floors_are_of_ranks() -> None:
     )
     assert metrics.rank_load_per_layer == pytest.approx((40 / 30, 60 / 40))
     assert metrics.rank_load == pytest.approx((40 / 30 + 60 / 40) / 2)
+    assert metrics.rank_load_floor_per_layer == pytest.approx((1 + max_vio_floor(2, 60), 1 + max_vio_floor(2, 80)))
     assert metrics.rank_load_floor == pytest.approx(1 + (max_vio_floor(2, 60) + max_vio_floor(2, 80)) / 2)
     alone = step_sample()
     assert (alone.rank_load, alone.rank_load_per_layer) == (1.0, (1.0, 1.0))
@@ -119,6 +126,7 @@ def test_the_load_of_ranks_is_each_layers_own_and_floors_are_of_ranks() -> None:
 def test_max_vio_computation_is_the_mean_of_what_the_layers_had() -> None:
     metrics = step_sample()
     assert metrics.max_vio_computation_per_layer == (1.5, 2.5)
+    assert metrics.max_vio_computation_floor_per_layer == (0.25, 0.25)
     assert (metrics.max_vio_computation, metrics.max_vio_computation_floor) == (2.0, 0.25)
 
 
@@ -187,7 +195,8 @@ def test_an_evaluation_gives_nats_per_token_and_bits_per_byte() -> None:
     assert metrics.load_cov_floor == pytest.approx((cov_floor(3, 60) + cov_floor(4, 80)) / 2)
     assert metrics.load_deviation_percent_per_layer == pytest.approx((100 * math.sqrt(2 / 3) / 3, 0.0))
     assert metrics.load_deviation_percent == pytest.approx(100 * math.sqrt(2 / 3) / 6)
-    deviations = [load_deviation_percent_floor(3, 60), load_deviation_percent_floor(4, 80)]
+    deviations = (load_deviation_percent_floor(3, 60), load_deviation_percent_floor(4, 80))
+    assert metrics.load_deviation_percent_floor_per_layer == pytest.approx(deviations)
     assert metrics.load_deviation_percent_floor == pytest.approx(sum(deviations) / 2)
     record = metrics.as_dict()
     assert (record["event"], record["tokens"], record["bytes"]) == ("validation", 100, 250)

@@ -74,7 +74,8 @@ def test_every_balance_figure_of_a_step_has_its_own_curve(tmp_path: Path) -> Non
     assert names == with_floor | {f"{name}_floor" for name in with_floor} | alone | {"rate"}
     for name in names - {"rate"}:
         assert scalars(events, f"balance/{name}") == [(10, pytest.approx(getattr(metrics, name)))]
-    for group in ("max_vio_computation", "load_deviation_percent", "rank_load", "experts_per_token"):
+    measured = ("max_vio", "max_vio_computation", "load_deviation_percent", "rank_load")
+    for group in (*measured, *(f"{name}_floor" for name in measured), "experts_per_token"):
         for layer, value in enumerate(getattr(metrics, f"{group}_per_layer")):
             assert scalars(events, f"{group}/layer_{layer:02d}") == [(10, pytest.approx(value))]
     assert scalars(events, "train/auxiliary_loss") == [(10, 0.125)]

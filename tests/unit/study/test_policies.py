@@ -43,6 +43,8 @@ def test_real_runs_are_read_and_not_made_again(tmp_path: Path) -> None:
     assert told[-1] == "2 runs, 2 of them are there already"
     other = dataclasses.replace(runs[0], argv=(*runs[0].argv, "train.steps=3"))
     assert read_result(other) is None, "of another command line"
+    other = dataclasses.replace(runs[0], config={**runs[0].config, "balance": {}})
+    assert read_result(other) is None, "of a file that was changed since"
     write_comparison(tmp_path / "out", runs, first)
     assert (tmp_path / "out" / "policies.png").stat().st_size > 10_000
 
