@@ -33,6 +33,15 @@ class Launcher(StrEnum):
     mpirun = "mpirun"
 
 
+class Runner(StrEnum):
+    """What the deepspeed launcher starts the workers of several hosts by."""
+
+    pdsh = "pdsh"
+    openmpi = "openmpi"
+    mpich = "mpich"
+    slurm = "slurm"
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 CheckpointFolder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of the checkpoint.")]
 Overrides = Annotated[
@@ -52,26 +61,29 @@ def launch(
     config: ConfigFile,
     overrides: Overrides = None,
     launcher: Annotated[Launcher, typer.Option(help="The program that starts the workers.")] = Launcher.deepspeed,
-    workers: Workers = 2,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, and stop.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers on this host (2), where the file names no cluster.")
+    ] = None,
+    runner: Annotated[Runner, typer.Option(help="How the deepspeed launcher reaches several hosts.")] = Runner.pdsh,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts of failed workers, by torchrun.")] = 0,
+    min_hosts: Annotated[int | None, typer.Option(min=1, help="Hosts to go on with at least, by torchrun.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the commands, and stop.")] = False,
 ) -> None:
-    """Train on several workers of this host; Ctrl-C ends them all."""
+    """Train on several workers of this host, or of the hosts in the file; Ctrl-C ends them all."""
     from dist_moe.config import load_config
-    from dist_moe.launch.deepspeed import deepspeed_command
-    from dist_moe.launch.mpirun import mpirun_command
-    from dist_moe.launch.process import run
-    from dist_moe.launch.torchrun import torchrun_command
+    from dist_moe.launch.cluster import read_cluster
+    from dist_moe.launch.job import Job
 
     with errors_in_plain_words():
         settings = load_config(config, overrides or ())
-        make = {"deepspeed": deepspeed_command, "torchrun": torchrun_command, "mpirun": mpirun_command}
-        command = make[launcher](settings, workers, config, overrides or ())
+        cluster = read_cluster(settings.cluster)
+        job = Job(settings, config, overrides or (), launcher, cluster, workers, runner, max_restarts, min_hosts)
         # Costs the import of the model's config class, a few seconds; in return no process starts in vain.
-        check(config, overrides, workers)
+        check(config, overrides, job.workers)
         if dry_run:
-            print(command.line(os.environ))
+            print(*job.command(os.environ).lines(os.environ), sep="\n")
             return
-        outcome = run(command, settings.run.dir, workers)
+        outcome = job.run()
     if outcome.message:
         complain(outcome.message)
     raise typer.Exit(outcome.code)
@@ -94,6 +106,7 @@ def train(
     with errors_in_plain_words():
         settings = load_config(config, overrides or ())
         place = read_place(os.environ)
+        mind_if_asked(place.rank, settings.run.dir)
     with report_failure(settings.run.dir, place.rank):
         resolved = resolve(settings, place.world_size)
         from dist_moe.comm.bootstrap import choose_backend
@@ -248,6 +261,18 @@ def restore_visible_devices() -> None:
 
     if KEPT_DEVICES in os.environ:
         os.environ[VISIBLE_DEVICES] = os.environ[KEPT_DEVICES]
+
+
+def mind_if_asked(rank: int, run_dir: str) -> None:
+    """Puts a minder beside this worker if a launch over several hosts has started it."""
+    from dist_moe.launch.command import LAUNCH_VARIABLE
+    from dist_moe.launch.wire import SCHEME, Meeting
+
+    launch = os.environ.get(LAUNCH_VARIABLE, "")
+    if launch.startswith(SCHEME):
+        from dist_moe.launch.minder import mind
+
+        mind(Meeting.parse(launch), rank, Path(run_dir))
 
 
 @contextlib.contextmanager

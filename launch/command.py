@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shlex
 import socket
 import sys
@@ -13,6 +14,7 @@ from dist_moe.config.errors import UserError
 from dist_moe.config.schema import Config
 
 LOOPBACK = "127.0.0.1"
+LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 # What an outer launcher may have left in the environment, and what would make the workers take part in its
 # job.
 OUTER_JOB = (
@@ -24,7 +26,12 @@ OUTER_JOB = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+NO_SHELL = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
 OUTER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+
+
+# Under /dev, where the drivers of NVIDIA, of Windows' subsystem, of AMD and of Intel show a device.
+DEVICE_FILES = ("nvidia*", "dxg", "kfd", "dri/renderD*", "accel*")
 
 
 class LaunchError(UserError, RuntimeError):
@@ -36,18 +43,24 @@ class Command:
     """A launcher's command, ready to run.
 
     launcher: its name. argv: program and arguments. environment: the whole environment of the launcher, which
-    hands it on to the workers.
+    hands it on to the workers. beside: further commands that are part of the same job, one for each other host.
+    restarts: whether the launcher starts workers again that have failed.
     """
 
     launcher: str
     argv: tuple[str, ...]
     environment: Mapping[str, str]
+    beside: tuple[tuple[str, ...], ...] = ()
+    restarts: bool = False
 
-    def line(self, base: Mapping[str, str]) -> str:
-        """The command as one line for a shell whose environment is `base`."""
+    def lines(self, base: Mapping[str, str]) -> list[str]:
+        """The commands, each as one line for a shell whose environment is `base`."""
+        return [self._line(self.argv, base), *map(shlex.join, self.beside)]
+
+    def _line(self, argv: tuple[str, ...], base: Mapping[str, str]) -> str:
         removed = [part for name in sorted(base.keys() - self.environment.keys()) for part in ("-u", name)]
         changed = [f"{k}={v}" for k, v in sorted(self.environment.items()) if base.get(k) != v]
-        return shlex.join(["env", *removed, *changed, *self.argv] if removed or changed else self.argv)
+        return shlex.join(["env", *removed, *changed, *argv] if removed or changed else argv)
 
 
 def worker_arguments(config_path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
@@ -79,6 +92,11 @@ def worker_environment(config: Config, workers: int, base: Mapping[str, str]) ->
 def threads_per_worker(threads: int | str, workers: int) -> int:
     """The number of threads of each worker; "auto" shares out the cores that this process may use."""
     return threads if isinstance(threads, int) else max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def has_devices() -> bool:
+    """Whether the drivers of this host show an accelerator."""
+    return any(any(Path("/dev").glob(pattern)) for pattern in DEVICE_FILES)
 
 
 def free_port() -> int:

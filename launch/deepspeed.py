@@ -1,24 +1,32 @@
-"""The command of DeepSpeed's own launcher, for workers on this host."""
+"""The command of DeepSpeed's own launcher, for workers on this host and on several."""
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_moe.config.schema import Config
+from dist_moe.launch.cluster import (
+    Cluster,
+    carried_environment,
+    launcher_environment,
+    plain_devices,
+    without_shell_words,
+)
 from dist_moe.launch.command import (
     LOOPBACK,
     Command,
     LaunchError,
     free_port,
+    has_devices,
     worker_arguments,
     worker_environment,
 )
+from dist_moe.launch.mpirun import mpich_options, openmpi_environment, openmpi_network, openmpi_options
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 KEPT_DEVICES = "DIST_MOE_VISIBLE_DEVICES"
-# Under /dev, where the drivers of NVIDIA, of Windows' subsystem, of AMD and of Intel show a device.
-DEVICE_FILES = ("nvidia*", "dxg", "kfd", "dri/renderD*", "accel*")
 
 
 def deepspeed_command(
@@ -36,16 +44,11 @@ def deepspeed_command(
 
     base: the environment to start from. A LaunchError if this Python has no `deepspeed` beside it.
     """
-    program = Path(sys.executable).parent / "deepspeed"
-    if not program.is_file():
-        raise LaunchError(
-            f"{program} is not there, and --launcher deepspeed needs it; "
-            f"install deepspeed for {sys.executable}, or use --launcher torchrun"
-        )
+    program = _program()
     environment = worker_environment(config, workers, base)
     if VISIBLE_DEVICES in base:
         environment[KEPT_DEVICES] = base[VISIBLE_DEVICES]
-    if not any(any(Path("/dev").glob(pattern)) for pattern in DEVICE_FILES):
+    if not has_devices():
         # Each of DeepSpeed's processes would look for a device, and warn of the CPU that it falls back to.
         environment["DS_ACCELERATOR"] = base.get("DS_ACCELERATOR", "cpu")
     arguments = [
@@ -59,5 +62,68 @@ def deepspeed_command(
         "--module",
         module,
     ]
-    argv = (sys.executable, str(program), *arguments, *worker_arguments(config_path, overrides))
+    argv = (sys.executable, program, *arguments, *worker_arguments(config_path, overrides))
     return Command("deepspeed", argv, environment)
+
+
+def deepspeed_cluster_command(
+    config: Config,
+    cluster: Cluster,
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    runner: str = "pdsh",
+    base: Mapping[str, str] = os.environ,
+) -> Command:
+    """`deepspeed` over the hosts of `cluster`, by one of its runners: pdsh, openmpi, mpich or slurm.
+
+    The hosts that are left and the variables that go along are written to `launch/` in `run.dir`. LaunchError for what
+    the runner cannot do: devices other than the first ones (all but pdsh), different numbers of workers (mpich, slurm),
+    and anything that pdsh would hand to a shell unquoted.
+    """
+    folder = Path(config.run.dir).absolute() / "launch"
+    folder.mkdir(parents=True, exist_ok=True)
+    first, settings = cluster.hosts[0], cluster.settings
+    carried = carried_environment(config, cluster, base)
+    if runner != "pdsh":
+        plain_devices(cluster, f"--runner {runner}", alike=runner in ("mpich", "slurm"))
+        carried |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
+    words = worker_arguments(config_path, overrides)
+    without_shell_words("DeepSpeed's launcher", [cluster.folder, *words, *carried.values()])
+    hostfile, variables = folder / "hostfile", folder / "environment"
+    hostfile.write_text("".join(f"{host.name} slots={max(host.devices) + 1}\n" for host in cluster.hosts))
+    variables.write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
+    environment = launcher_environment(base, carried) | {"DS_ENV_FILE": str(variables)}
+    if runner == "pdsh":
+        user = () if settings.ssh_user is None else ("-l", settings.ssh_user)
+        environment["PDSH_SSH_ARGS_APPEND"] = " ".join(["-o BatchMode=yes -o ConnectTimeout=10", *user])
+        environment["PDSH_RCMD_TYPE"] = "ssh"
+    if runner == "openmpi":
+        environment |= openmpi_environment()
+    options = {
+        "openmpi": [*openmpi_options(1, room=False), *openmpi_network(cluster)],
+        "mpich": mpich_options(1, False),
+    }
+    inside = [f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts]
+    arguments = [
+        *("--hostfile", str(hostfile)),
+        *(("--include", "@".join(inside)) if runner == "pdsh" else ()),
+        *("--launcher", runner, "--force_multi", "--no_ssh_check"),
+        *((f"--launcher_args={shlex.join(options[runner])}",) if runner in options else ()),
+        *(("--ssh_port", str(settings.ssh_port)) if settings.ssh_port is not None else ()),
+        *("--master_addr", first.address, "--master_port", str(settings.port)),
+        *("--log_level", "error"),
+        "--no_local_rank",
+        # Slurm's runner forgets --module.
+        *((str(Path(cluster.python).parent / "dist-moe"),) if runner == "slurm" else ("--module", "dist_moe")),
+    ]
+    return Command("deepspeed", (sys.executable, _program(), *arguments, *words), environment)
+
+
+def _program() -> str:
+    program = Path(sys.executable).parent / "deepspeed"
+    if not program.is_file():
+        raise LaunchError(
+            f"{program} is not there, and --launcher deepspeed needs it; "
+            f"install deepspeed for {sys.executable}, or use --launcher torchrun"
+        )
+    return str(program)

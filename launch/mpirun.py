@@ -1,7 +1,8 @@
-"""The command of MPI's launcher, the mpirun of OpenMPI or MPICH, for workers on this host."""
+"""The command of MPI's launcher, the mpirun of OpenMPI or MPICH, for workers on this host and on several."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_moe.config.schema import Config
+from dist_moe.launch.cluster import Cluster, carried_environment, launcher_environment, plain_devices
 from dist_moe.launch.command import (
     LOOPBACK,
     Command,
@@ -64,6 +66,52 @@ def mpirun_command(
     environment |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
     worker = (sys.executable, "-m", module, *worker_arguments(config_path, overrides))
     return Command("mpirun", (program, *options, "-n", str(workers), *worker), environment)
+
+
+def mpirun_cluster_command(
+    config: Config,
+    cluster: Cluster,
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, str] = os.environ,
+) -> Command:
+    """`mpirun` over the hosts of `cluster`, which it reaches by ssh.
+
+    LaunchError as `mpirun_command`, and for devices other than the first ones.
+    """
+    plain_devices(cluster, "--launcher mpirun")
+    first, settings = cluster.hosts[0], cluster.settings
+    carried = carried_environment(config, cluster, base)
+    carried |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
+    environment = launcher_environment(base, carried)
+    library = loaded_mpi(environment)
+    program = mpirun_of(library, environment)
+    hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)
+    words = (cluster.python, "-m", "dist_moe", *worker_arguments(config_path, overrides))
+    if library.family == "OpenMPI":
+        environment |= openmpi_environment()
+        options = (*openmpi_options(1, room=False), *openmpi_network(cluster), "--host", hosts)
+        options += ("--wdir", cluster.folder, *(part for name in carried for part in ("-x", name)))
+    else:
+        ssh = shlex.join(cluster.ssh_options)
+        environment |= {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXTRA_ARGS": ssh}
+        options = (*mpich_options(1, room=False), "-hosts", hosts, "-wdir", cluster.folder)
+        options += ("-genvlist", ",".join(carried))
+        if settings.interface:
+            options += ("-iface", settings.interface)
+    return Command("mpirun", (program, *options, "-n", str(cluster.workers), *words), environment)
+
+
+def openmpi_environment() -> dict[str, str]:
+    """What lets OpenMPI start as root, which it refuses unless told twice."""
+    return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+
+
+def openmpi_network(cluster: Cluster) -> tuple[str, ...]:
+    """How OpenMPI logs in to other hosts, and by which interface its workers talk."""
+    interface = cluster.settings.interface
+    chosen = ("btl_tcp_if_include", interface) if interface else ("btl_tcp_if_exclude", "lo")
+    return ("--prtemca", "plm_ssh_args", shlex.join(cluster.ssh_options), "--mca", *chosen)
 
 
 def openmpi_options(threads: int, room: bool) -> tuple[str, ...]:

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from dist_moe.launch.command import Command, LaunchError
+from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
+from dist_moe.launch.hub import Hub
 from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
 from dist_moe.launch.watch import Watch
 
@@ -24,7 +25,6 @@ LAUNCHER_GRACE_S = 3.0
 FINISHED_GRACE_S = 30.0
 # After SIGTERM, a worker has this long until SIGKILL.
 WORKER_GRACE_S = 1.0
-LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 
 
 class Outcome(NamedTuple):
@@ -34,16 +34,17 @@ class Outcome(NamedTuple):
     message: str
 
 
-def run(command: Command, run_dir: str | Path, workers: int) -> Outcome:
-    """Runs the job to its end; no process of it is left when this returns.
+def run(command: Command, run_dir: str | Path, workers: int, hub: Hub | None = None) -> Outcome:
+    """Runs the job to its end; no process of it is left when this returns, on any host that can be reached.
 
     The launcher gets a session of its own, so Ctrl-C reaches this process alone, which then ends all others:
     launchers at once, since nothing of theirs is worth saving, and workers by SIGTERM, then SIGKILL. A job in
     which a worker fails is ended too, if its launcher has not done so within 3 s.
 
-    run_dir: the run's folder, in which `dist_moe.comm.failure` writes; made if needed. Exit codes: 0 if every
-    worker finished, 128 + N if signal N ended this job or the first worker that failed, else that worker's
-    own. LaunchError if another job uses the folder. Call it from the main thread, which alone hears signals.
+    run_dir: the run's folder, in which `dist_moe.comm.failure` writes; made if needed. hub: what the workers of other
+    hosts connect to; None where all are on this one. Exit codes: 0 if every worker finished, 128 + N if signal N ended
+    this job or the first worker that failed, else that worker's own. LaunchError if another job uses the folder. Call
+    it from the main thread, which alone hears signals.
     """
     folder = Path(run_dir)
     with contextlib.ExitStack() as stack:
@@ -51,62 +52,80 @@ def run(command: Command, run_dir: str | Path, workers: int) -> Outcome:
         received = stack.enter_context(heard_signals())
         stack.enter_context(adopting_orphans())
         others = set(descendants(os.getpid()))
-        watch = stack.enter_context(contextlib.closing(Watch(folder, workers)))
+        watch = hub or stack.enter_context(contextlib.closing(Watch(folder, workers)))
         watch.clear()
-        launcher = start(command)
+        launchers = start(command, hub)
         try:
-            code = follow(launcher, watch, received)
+            code = follow(launchers, watch, received, command.restarts)
         finally:
-            end_all(launcher, watch, others, received)
+            watch.let_go()
+            end_all(launchers, watch, others, received)
     if received:
         return Outcome(128 + received[0], f"stopped by {signal.Signals(received[0]).name}; every process has ended")
     return verdict(command, code, watch)
 
 
-def start(command: Command) -> subprocess.Popen[bytes]:
-    """Starts the launcher in a session of its own, and names this process to it as DIST_MOE_LAUNCH."""
+def start(command: Command, hub: Hub | None) -> list[subprocess.Popen[bytes]]:
+    """Starts each launcher in a session of its own, and names this process to it as DIST_MOE_LAUNCH."""
     me = read_process(os.getpid())
     assert me is not None
-    environment = {**command.environment, LAUNCH_VARIABLE: f"{me.pid}:{me.start_time}"}
-    return subprocess.Popen(command.argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    environment = {**command.environment, LAUNCH_VARIABLE: str(hub.meeting) if hub else f"{me.pid}:{me.start_time}"}
+    return [
+        subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        for argv in (command.argv, *command.beside)
+    ]
 
 
-def follow(launcher: subprocess.Popen[bytes], watch: Watch, received: list[int]) -> int | None:
-    """Waits for the launcher's end (its return code), or for a signal or the end of a grace (None)."""
+def follow(
+    launchers: Sequence[subprocess.Popen[bytes]], watch: Watch | Hub, received: list[int], restarts: bool
+) -> int | None:
+    """Waits for the launchers' end (the first code that is not 0), or for a signal or the end of a grace (None).
+
+    restarts: a worker's failure is the launcher's to mend.
+    """
     deadline: float | None = None
     while not received:
-        code = launcher.poll()
+        codes = [launcher.poll() for launcher in launchers]
         watch.look()
-        if code is not None:
-            return code
-        if deadline is None and (grace_s := grace(watch)) is not None:
+        if None not in codes:
+            return next((code for code in codes if code), 0)
+        if deadline is None and not restarts and (grace_s := grace(watch, any(codes))) is not None:
             deadline = time.monotonic() + grace_s
         if deadline is not None and time.monotonic() > deadline:
-            return None
+            return next((code for code in codes if code), None)
         watch.wait(LOOK_S if watch.complete() else FIRST_LOOK_S)
     return None
 
 
-def grace(watch: Watch) -> float | None:
-    """Seconds that a job may go on after a worker has failed or all have finished; None before that."""
+def grace(watch: Watch | Hub, failed: bool) -> float | None:
+    """Seconds that a job may go on after a worker or one of several launchers has failed or all workers have finished.
+
+    None before that.
+    """
     failures = watch.failures()
     if failures:
         return 0.0 if failures[0].of_config else LAUNCHER_GRACE_S
+    if failed:
+        return LAUNCHER_GRACE_S
     return None if watch.unfinished() else FINISHED_GRACE_S
 
 
-def end_all(launcher: subprocess.Popen[bytes], watch: Watch, others: Collection[int], received: list[int]) -> None:
+def end_all(
+    launchers: Sequence[subprocess.Popen[bytes]], watch: Watch | Hub, others: Collection[int], received: list[int]
+) -> None:
     """Ends all that descends from this process, but for `others`, and returns when nothing of it is left.
 
     A second signal from the user, or the end of the grace, turns SIGTERM into SIGKILL.
     """
     deadline = time.monotonic() + WORKER_GRACE_S
     told: set[tuple[int, int]] = set()
+    ours = {launcher.pid for launcher in launchers}
     while True:
-        launcher.poll()
+        for launcher in launchers:
+            launcher.poll()
         family = descendants(os.getpid())
         job = [process for process in family.values() if not belongs(process, family, others)]
-        collect([process for process in job if process.pid != launcher.pid])
+        collect([process for process in job if process.pid not in ours])
         if not job:
             return
         patient = time.monotonic() < deadline and len(received) < 2
@@ -135,7 +154,7 @@ def belongs(process: Process, family: dict[int, Process], roots: Collection[int]
     return member is not None
 
 
-def verdict(command: Command, code: int | None, watch: Watch) -> Outcome:
+def verdict(command: Command, code: int | None, watch: Watch | Hub) -> Outcome:
     """What the launcher's return code (None: it was ended) and the workers' files say about the job."""
     failures = watch.failures()
     if failures:

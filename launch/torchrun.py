@@ -1,11 +1,13 @@
-"""The command of PyTorch's launcher, for workers on this host."""
+"""The command of PyTorch's launcher, for workers on this host, and those for several."""
 
 import os
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_moe.config.schema import Config
+from dist_moe.launch.cluster import Cluster, Host, carried_environment, launcher_environment
 from dist_moe.launch.command import LOOPBACK, Command, free_port, worker_arguments, worker_environment
 
 
@@ -43,3 +45,46 @@ def torchrun_command(
         *worker_arguments(config_path, overrides),
     )
     return Command("torchrun", argv, worker_environment(config, workers, base))
+
+
+def torchrun_cluster_command(
+    config: Config,
+    cluster: Cluster,
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    restarts: int = 0,
+    fewest: int | None = None,
+    base: Mapping[str, str] = os.environ,
+) -> Command:
+    """`torchrun` on each host of `cluster`, over ssh where it is not this one; they meet at the first (c10d).
+
+    restarts: how often workers are started again after a failure. fewest: the job begins, and goes on, with this many
+    hosts at least; all of them unless told.
+    """
+    carried = carried_environment(config, cluster, base)
+    environment = launcher_environment(base, carried)
+    words, name = worker_arguments(config_path, overrides), f"dist-moe-{secrets.token_hex(4)}"
+    first, most = cluster.hosts[0], len(cluster.hosts)
+
+    def argv(host: Host) -> tuple[str, ...]:
+        arguments = [
+            *("--nnodes", f"{most if fewest is None else fewest}:{most}"),
+            *("--nproc-per-node", str(len(host.devices))),
+            *("--rdzv-backend", "c10d", "--rdzv-id", name),
+            *("--rdzv-endpoint", f"{first.address}:{cluster.settings.port}"),
+            *("--rdzv-conf", f"is_host={int(host is first)}"),
+            *("--local-addr", host.address),
+            *("--max-restarts", str(restarts)),
+            *("--log-dir", str(Path(config.run.dir) / "torchrun")),
+            *("--module", "dist_moe"),
+        ]
+        return (cluster.python, "-m", "torch.distributed.run", *arguments, *words)
+
+    def reached(host: Host) -> tuple[str, ...]:
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))}
+        if host.is_here:
+            return ("env", "-C", cluster.folder, *(f"{k}={v}" for k, v in devices.items()), *argv(host))
+        return cluster.ssh(host, argv(host), carried | devices)
+
+    commands = [reached(host) for host in cluster.hosts]
+    return Command("torchrun", commands[0], environment, tuple(commands[1:]), restarts > 0)

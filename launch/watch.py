@@ -68,6 +68,9 @@ class Watch:
         while self.handles:
             os.close(self.handles.popitem()[1])
 
+    def let_go(self) -> None:
+        """The workers of this host are ended as the descendants of this process that they are."""
+
     def wait(self, seconds: float) -> None:
         """Returns when a worker ends (its parent may soon collect how), or after this time."""
         select.select(list(self.handles.values()), [], [], seconds)
@@ -154,9 +157,14 @@ def read_report(run_dir: Path, rank: int) -> Failure | None:
     """What the worker wrote about its error, or None."""
     path = run_dir / "errors" / f"rank-{rank}.txt"
     try:
-        head = path.read_text(encoding="utf-8").split("\n\n", 1)[0]
+        return failure_of(path.read_text(encoding="utf-8"), rank, path)
     except FileNotFoundError:
         return None
+
+
+def failure_of(report: str, rank: int, path: Path) -> Failure:
+    """What the text of an error file says; path: where it lies."""
+    head = report.split("\n\n", 1)[0]
     fields = dict(line.split(": ", 1) for line in head.splitlines())
     when = datetime.fromisoformat(fields["time"]).timestamp()
     message = json.loads(fields["message"])

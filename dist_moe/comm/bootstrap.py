@@ -1,9 +1,11 @@
 """Joins this process to the job: backend, device and process group, for the length of a context."""
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from dist_moe.comm.place import Place, PlaceError
 
 LOOPBACK = "127.0.0.1"
+SIOCGIFADDR = 0x8915
 MPI_LAUNCHERS = ("openmpi", "mpich")
 
 
@@ -113,7 +116,8 @@ def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:
         os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(_free_port()))
     elif mpi and mpi.gathered(_unset())[0]:
         names = mpi.gathered(socket.gethostname())
-        found = (_address_towards(names), str(_free_port())) if place.rank == 0 else None
+        elsewhere = next((name for name in names if name != names[0]), LOOPBACK)
+        found = (address_towards(elsewhere), str(_free_port())) if place.rank == 0 else None
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.gathered(found)[0]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -121,6 +125,8 @@ def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:
             f"{' and '.join(missing)} not set: {place.world_size} workers ({place.launcher}) need the address of "
             "rank 0; export both in the launcher's command, for example -x MASTER_ADDR=host0 -x MASTER_PORT=29500"
         )
+    if place.world_size > place.local_world_size:
+        _choose_interface(os.environ["MASTER_ADDR"])
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),
@@ -129,15 +135,36 @@ def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:
     )
 
 
+def _choose_interface(target: str) -> None:
+    """Let gloo and NCCL talk by the interface that leads to rank 0, unless told otherwise.
+
+    Gloo by itself takes the one of the host's own name, which on many hosts is the loopback.
+    """
+    interface = interface_of(address_towards(target))
+    if interface is not None and interface != "lo":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface that has this IPv4 address on this host (ioctl SIOCGIFADDR), or None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
 def _unset() -> bool:
     return "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
 
 
-def _address_towards(names: list[str]) -> str:
-    """The IPv4 address by which this host, the first of `names`, sends to another of them, or loopback."""
-    elsewhere = next((name for name in names if name != names[0]), LOOPBACK)
+def address_towards(target: str) -> str:
+    """The IPv4 address by which this host sends to `target`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((elsewhere, 9))  # only asks the routing table
+        probe.connect((target, 9))  # only asks the routing table
         return str(probe.getsockname()[0])
 
 

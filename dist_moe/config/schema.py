@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from dist_moe.config.cluster import ClusterConfig
 from dist_moe.config.deepspeed_keys import deepspeed_violations
 from dist_moe.config.family import Architecture
 from dist_moe.config.routing import BalanceConfig, RouterConfig
@@ -212,3 +213,6 @@ class Config(Section):
     train: TrainConfig = Field(description="the optimization")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the run is saved")
     observe: ObserveConfig = Field(default_factory=ObserveConfig, description="what is shown, and how often")
+    cluster: ClusterConfig = Field(
+        default_factory=ClusterConfig, description="the hosts; without any the run stays on one"
+    )

@@ -91,7 +91,7 @@ def test_the_printed_line_runs_in_a_shell_as_the_command_would(config: Config) -
     command = torchrun_command(config, 2, "a.yaml", ["run.dir=my runs/$x"], base=base)
     probe = "import os, sys; print(sys.argv[1:], sorted(os.environ.items()))"
     program = " ".join([sys.executable, *command.argv[1:3]])
-    line = command.line(base).replace(program, f"{sys.executable} -c '{probe}'", 1)
+    line = command.lines(base)[0].replace(program, f"{sys.executable} -c '{probe}'", 1)
     done = subprocess.run(["/bin/sh", "-c", line], env=base, capture_output=True, text=True, check=True)
     expected = [item for item in sorted(command.environment.items())]
     assert str(list(command.argv[3:])) in done.stdout

@@ -1,0 +1,130 @@
+"""Watches a job's workers on several hosts, through the connections that their minders hold to this process."""
+
+import contextlib
+import os
+import secrets
+import select
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from dist_moe.launch.watch import Failure, failure_of, silent_end
+from dist_moe.launch.wire import Line, Meeting
+
+END_LIMIT_S = 5.0
+
+
+class Hub:
+    """What is known of the workers so far, as `watch.Watch` tells it of those of one host. Close it after use.
+
+    address: of this host, which the workers can reach. size: how many workers there are.
+    """
+
+    def __init__(self, address: str, size: int) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._server = socket.create_server((address, 0), family=family, backlog=512)
+        self.meeting = Meeting(address, self._server.getsockname()[1], secrets.token_urlsafe(16))
+        self.size = size
+        self._strangers: list[Line] = []
+        self._lines: dict[int, Line] = {}
+        self._records: dict[int, dict[str, Any]] = {}
+        self._failures: dict[int, Failure] = {}
+        self._finished: set[int] = set()
+
+    def __enter__(self) -> "Hub":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def let_go(self) -> None:
+        """Leave every worker, so that it ends, and wait until its minder says that it has."""
+        for line in self._lines.values():
+            with contextlib.suppress(OSError):
+                line.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + END_LIMIT_S
+        while self._lines and time.monotonic() < deadline:
+            self.wait(deadline - time.monotonic())
+            self.look()
+
+    def close(self) -> None:
+        for line in [*self._strangers, *self._lines.values()]:
+            line.close()
+        self._lines.clear()
+        self._server.close()
+
+    def clear(self) -> None:
+        """Nothing of an earlier run is here."""
+
+    def complete(self) -> bool:
+        """Whether every worker has been seen."""
+        return len(self._records) == self.size
+
+    def pids(self) -> set[int]:
+        """The workers among this process's own descendants: none, their minders end them."""
+        return set()
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a message comes, or after this time."""
+        select.select([self._server, *self._strangers, *self._lines.values()], [], [], max(0.0, seconds))
+
+    def look(self) -> None:
+        """Takes notice of all that has come."""
+        while ready := select.select([self._server, *self._strangers, *self._lines.values()], [], [], 0)[0]:
+            if self._server in ready:
+                self._strangers.append(Line(self._server.accept()[0]))
+            for line in [one for one in self._strangers if one in ready]:
+                self._greet(line)
+            for rank, line in [(rank, one) for rank, one in self._lines.items() if one in ready]:
+                self._hear(rank, line.take())
+
+    def unfinished(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank not in self._finished]
+
+    def failures(self) -> list[Failure]:
+        """Every failure known, the first one first, and those that only follow from another last."""
+        return sorted(self._failures.values())
+
+    def place(self, rank: int) -> str:
+        return f"rank {rank} on {self._records[rank]['host']}"
+
+    def _greet(self, line: Line) -> None:
+        """Take a connection for a worker's if its first message says so, and else close it."""
+        self._strangers.remove(line)
+        messages = line.take() or [{}]
+        record = messages[0]
+        rank = record.get("rank")
+        known = secrets.compare_digest(str(record.get("word")), self.meeting.word)
+        if not known or not isinstance(rank, int) or not 0 <= rank < self.size:
+            line.close()
+            return
+        # A launcher that restarts workers gives their ranks again.
+        self._lines[rank], self._records[rank] = line, record
+        self._failures.pop(rank, None)
+        self._finished.discard(rank)
+        if messages[1:]:
+            self._hear(rank, messages[1:])
+
+    def _hear(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
+        if messages is None:
+            self._lines.pop(rank).close()
+            if rank not in self._finished:
+                told = f"{self.place(rank)} was lost: its host ended, or the network to it was cut"
+                self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, told))
+            return
+        for message in messages:
+            if "report" in message:
+                found = failure_of(str(message["report"]), rank, Path("errors") / f"rank-{rank}.txt")
+                text = found.text.replace(f"rank {rank}", self.place(rank), 1)
+                # The clocks of hosts differ; what comes first here is first.
+                self._failures[rank] = found._replace(text=text, time=time.time())
+            elif "ended" in message:
+                self._end(rank, int(message["ended"]), bool(message.get("finished")))
+
+    def _end(self, rank: int, status: int, finished: bool) -> None:
+        end = silent_end(time.time(), rank, os.waitstatus_to_exitcode(status), finished)
+        if end.code == 0:
+            self._finished.add(rank)
+        else:
+            self._failures.setdefault(rank, end._replace(text=end.text.replace(f"rank {rank}", self.place(rank))))

@@ -1,0 +1,81 @@
+"""A job as `dist-moe launch` was asked for it: on this host or a cluster, by one of the launchers."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.config.schema import Config
+from dist_moe.launch.cluster import Cluster
+from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
+from dist_moe.launch.deepspeed import deepspeed_cluster_command, deepspeed_command
+from dist_moe.launch.hub import Hub
+from dist_moe.launch.mpirun import mpirun_cluster_command, mpirun_command
+from dist_moe.launch.preflight import check_hosts
+from dist_moe.launch.process import Outcome, run
+from dist_moe.launch.torchrun import torchrun_cluster_command, torchrun_command
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the commands; asked_workers: None for all slots of a cluster, or two on this host."""
+
+    config: Config
+    config_path: Path
+    overrides: Sequence[str]
+    launcher: str
+    cluster: Cluster | None
+    asked_workers: int | None = None
+    runner: str = "pdsh"
+    restarts: int = 0
+    fewest_hosts: int | None = None
+
+    @property
+    def workers(self) -> int:
+        return self.cluster.workers if self.cluster else self.asked_workers or 2
+
+    def command(self, base: Mapping[str, str]) -> Command:
+        """LaunchError where this launcher cannot do what is asked."""
+        if self.asked_workers not in (None, self.workers):
+            raise LaunchError(
+                f"--workers {self.asked_workers} contradicts the {self.workers} slots of the cluster; leave it out, or "
+                "choose hosts by cluster.include"
+            )
+        if (self.restarts or self.fewest_hosts) and (self.launcher != "torchrun" or not self.cluster):
+            raise LaunchError(
+                "--max-restarts and --min-hosts are torchrun's, over several hosts; leave them out, or use "
+                "--launcher torchrun with a cluster"
+            )
+        if self.cluster is None:
+            make = {"deepspeed": deepspeed_command, "torchrun": torchrun_command, "mpirun": mpirun_command}
+            return make[self.launcher](self.config, self.workers, self.config_path, self.overrides, base=base)
+        what = (self.config, self.cluster, self.config_path, self.overrides)
+        if self.launcher == "torchrun":
+            return torchrun_cluster_command(*what, self.restarts, self.fewest_hosts, base)
+        if self.launcher == "mpirun":
+            return mpirun_cluster_command(*what, base)
+        return deepspeed_cluster_command(*what, self.runner, base)
+
+    def run(self) -> Outcome:
+        """Check the hosts, and run the job to its end."""
+        if self.cluster is None:
+            return run(self.command(os.environ), self.config.run.dir, self.workers)
+        with Hub(address_towards(self.cluster), self.workers) as hub:
+            check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
+            base = {**os.environ, LAUNCH_VARIABLE: str(hub.meeting)}
+            return run(self.command(base), self.config.run.dir, self.workers, hub)
+
+
+def address_towards(cluster: Cluster) -> str:
+    """The address of this host that the cluster's hosts can reach it by."""
+    away = [host.address for host in cluster.hosts if not host.is_here]
+    target = away[0] if away else cluster.hosts[0].address
+    with socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))  # only asks the routing table
+        except OSError as error:
+            raise LaunchError(
+                f"no network leads to {target} ({error.strerror}); mend the cluster's addresses"
+            ) from None
+        return str(probe.getsockname()[0])

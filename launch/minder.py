@@ -1,0 +1,158 @@
+"""Minds one worker on its host: its output, how it ends, and that it ends when the launch does.
+
+A launch over several hosts cannot see their processes. So each worker there is the child of a small process, made
+before anything heavy is imported, that is connected to the launch: it passes lines on, with the rank before each, keeps
+them in a file, reports the worker's error and exit, and ends all that the worker left when either of the two is gone.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from dist_moe.launch.command import LAUNCH_VARIABLE
+from dist_moe.launch.processes import adopting_orphans, descendants, read_process, send
+from dist_moe.launch.watch import read_record
+from dist_moe.launch.wire import Line, Meeting
+
+CONNECT_LIMIT_S = 10.0
+LOOK_S = 0.1
+# After SIGTERM, a worker has this long until SIGKILL.
+GRACE_S = 1.0
+# A worker's output may be held open by a process that it left behind.
+DRAIN_S = 1.0
+PR_SET_PDEATHSIG = 1
+UNREACHABLE_CODE = 1
+
+
+def mind(meeting: Meeting, rank: int, run_dir: Path) -> None:
+    """Split this process in two: the worker, in which this returns, and its minder, which ends as the worker does.
+
+    Call it before any thread starts. The worker's launch (DIST_MOE_LAUNCH) is the minder from here on.
+    """
+    try:
+        connection = socket.create_connection(meeting[:2], timeout=CONNECT_LIMIT_S)
+    except OSError as error:
+        place = f"{meeting.address}, port {meeting.port}"
+        sys.stderr.write(f"rank {rank} on {socket.gethostname()} cannot reach the launch at {place}: {error}\n")
+        sys.stderr.flush()
+        os._exit(UNREACHABLE_CODE)
+    connection.settimeout(None)
+    line = Line(connection)
+    pipes = [os.pipe(), os.pipe()]
+    me = read_process(os.getpid())
+    assert me is not None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    worker = os.fork()
+    if worker == 0:
+        line.close()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for target, (reading, writing) in enumerate(pipes, start=1):
+            os.dup2(writing, target)
+            os.close(reading)
+            os.close(writing)
+        os.environ[LAUNCH_VARIABLE] = f"{me.pid}:{me.start_time}"
+        return
+    for _, writing in pipes:
+        os.close(writing)
+    line.give({"word": meeting.word, "rank": rank, "host": socket.gethostname(), "pid": worker})
+    with adopting_orphans():
+        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes]).run()
+
+
+class Minder:
+    """The life of one worker, seen from beside it."""
+
+    def __init__(self, line: Line, worker: int, rank: int, run_dir: Path, outputs: list[int]) -> None:
+        self.line, self.worker, self.run_dir, self.rank = line, worker, run_dir, rank
+        self.handle = os.pidfd_open(worker)
+        self.prefix = f"[{rank}@{socket.gethostname()}] ".encode()
+        # The worker's stdout and stderr -> ours, and what of a line has come.
+        self.outputs = dict(zip(outputs, (1, 2), strict=True))
+        self.begun = {output: b"" for output in outputs}
+        self.told = False
+        self.ending: float | None = None
+
+    def run(self) -> NoReturn:
+        """Until the worker has ended, and nothing of it is left; leaves with its exit code."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the worker too
+        signal.signal(signal.SIGTERM, self._pass_on)
+        logs = self.run_dir / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"rank-{self.rank}.log").open("wb", buffering=0) as self.log:
+            connected = True
+            while not select.select([self.handle], [], [], 0)[0]:
+                sources = [self.handle, *self.outputs, *([self.line] if connected else [])]
+                ready = select.select(sources, [], [], LOOK_S)[0]
+                self._copy([one for one in ready if isinstance(one, int)])
+                self._report()
+                if self.line in ready and self.line.take() is None:
+                    connected, self.ending = False, self.ending or time.monotonic()
+                if self.ending is not None:
+                    self._end_all(time.monotonic() - self.ending > GRACE_S)
+            status = os.waitpid(self.worker, 0)[1]
+            self._drain()
+        self._report()
+        while self._end_all(at_once=True):
+            time.sleep(LOOK_S / 5)
+        state = (read_record(self.run_dir, self.rank) or {}).get("state")
+        self.line.give({"ended": status, "finished": state == "finished"})
+        self.line.close()
+        code = os.waitstatus_to_exitcode(status)
+        os._exit(code if code >= 0 else 128 - code)
+
+    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.handle, signum)
+
+    def _report(self) -> None:
+        """Send the worker's error report as soon as it is written."""
+        path = self.run_dir / "errors" / f"rank-{self.rank}.txt"
+        if not self.told and path.is_file():
+            self.told = True
+            self.line.give({"report": path.read_text(encoding="utf-8", errors="replace")[-100_000:]})
+
+    def _end_all(self, at_once: bool) -> bool:
+        """Ask, or make, whatever descends from here to end; whether anything was there."""
+        left = [process for process in descendants(os.getpid()).values() if not process.ended]
+        for process in left:
+            send(process, signal.SIGKILL if at_once else signal.SIGTERM)
+        return bool(left)
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN_S
+        while self.outputs and time.monotonic() < deadline:
+            self._copy(select.select(list(self.outputs), [], [], LOOK_S)[0])
+        for output in list(self.outputs):
+            self._write(output, end=True)
+
+    def _copy(self, ready: list[int]) -> None:
+        for output in ready:
+            if output not in self.outputs:
+                continue
+            part = os.read(output, 1 << 16)
+            self.begun[output] += part
+            self._write(output, end=not part)
+            if not part:
+                os.close(output)
+                del self.outputs[output], self.begun[output]
+
+    def _write(self, output: int, end: bool) -> None:
+        """Pass whole lines on, and at the end what there is of one."""
+        *lines, self.begun[output] = self.begun[output].split(b"\n")
+        if end and self.begun[output]:
+            lines.append(self.begun[output])
+        if not lines:
+            return
+        self.log.write(b"".join(line + b"\n" for line in lines))
+        # A launcher that has gone away is no reason to stop the worker here: the launch decides.
+        with contextlib.suppress(OSError):
+            os.write(self.outputs[output], b"".join(self.prefix + line + b"\n" for line in lines))

@@ -1,0 +1,68 @@
+"""The connection between a launch and what minds each of its workers: one JSON object per line, both ways."""
+
+import json
+import socket
+from typing import Any, NamedTuple
+
+LONGEST_BYTES = 1 << 20
+SCHEME = "tcp://"
+# A peer that is cut off, or whose host died, is given up after 30 s.
+KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
+
+
+class Meeting(NamedTuple):
+    """Where a launch listens, and the word by which it knows its own workers."""
+
+    address: str
+    port: int
+    word: str
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.word}@{self.address}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Meeting":
+        word, _, place = text.removeprefix(SCHEME).partition("@")
+        address, _, port = place.rpartition(":")
+        return cls(address, int(port), word)
+
+
+class Line:
+    """A connected socket that gives and takes whole messages."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._received = b""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEP_ALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def give(self, message: dict[str, Any]) -> bool:
+        """Send a message; False where nobody is there to take it."""
+        try:
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return False
+        return True
+
+    def take(self) -> list[dict[str, Any]] | None:
+        """What has come, once the socket is readable; None at the end of the connection, and after nonsense."""
+        try:
+            part = self.connection.recv(1 << 16)
+        except OSError:
+            return None
+        self._received += part
+        *lines, self._received = self._received.split(b"\n")
+        if not part or len(self._received) > LONGEST_BYTES:
+            return None
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            return None
+        return messages if all(isinstance(one, dict) for one in messages) else None
+
+    def close(self) -> None:
+        self.connection.close()

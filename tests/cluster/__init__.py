@@ -1,0 +1,1 @@
+"""Jobs over several hosts: network namespaces with their own addresses, processes and ssh servers."""

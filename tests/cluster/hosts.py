@@ -1,0 +1,169 @@
+"""Several hosts on one machine: network namespaces on a bridge, each with its own processes, name and ssh server.
+
+Needs root, and the Debian packages openssh-server, openssh-client, iproute2 and pdsh.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+NETWORK = "10.77.0"
+UP_LIMIT_S = 20.0
+TOOLS = ("ip", "ssh", "ssh-keygen", "unshare", "nsenter")
+
+SSHD = """\
+Port 22
+ListenAddress {address}
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/authorized_keys
+PidFile {folder}/{name}.pid
+PasswordAuthentication no
+PermitRootLogin yes
+StrictModes no
+UsePAM no
+MaxStartups 100
+Subsystem sftp internal-sftp
+"""
+# What becomes the first process of a host: it sets up what is its own, and then is the ssh server.
+START = """\
+hostname {name}
+mount --bind {folder}/ssh /root/.ssh
+mount --bind {folder}/hosts /etc/hosts
+mount -t tmpfs -o size=256m tmpfs /dev/shm
+ip link set lo up
+exec /usr/sbin/sshd -D -e -f {folder}/{name}.conf
+"""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host that is up; pid: its first process, with which all of it ends."""
+
+    name: str
+    address: str
+    pid: int
+
+    def argv(self, command: Sequence[str], folder: Path) -> list[str]:
+        """What runs a command there."""
+        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-p", "-m", f"--wdns={folder}", *command]
+
+    def run(self, command: Sequence[str], folder: Path, limit_s: float, **variables: str) -> "Ended":
+        began_s = time.monotonic()
+        done = subprocess.run(
+            self.argv(command, folder), env=environment() | variables, capture_output=True, text=True, timeout=limit_s
+        )
+        return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began_s)
+
+    def end(self) -> None:
+        """As if its power were cut, but that the kernel still says goodbye for its connections."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def cut_off(self) -> None:
+        """Pull its cable; what is on its way is lost."""
+        _ip("link", "set", f"b-{self.name}", "down", namespace=f"{self.name.rstrip('0123456789')}-bridge")
+
+    def processes(self) -> list[str]:
+        """The command lines of all that runs there, but its ssh server and what looks."""
+        listing = subprocess.run(
+            self.argv(["ps", "-eo", "pid=,args="], Path("/")), capture_output=True, text=True, check=False
+        ).stdout.splitlines()
+        return [line for line in listing if "sshd" not in line and "ps -eo" not in line]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    output: str
+    errors: str
+    seconds: float
+
+
+def environment() -> dict[str, str]:
+    """Of a login, not of the tests."""
+    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+
+
+@contextlib.contextmanager
+def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
+    """`count` hosts PREFIX0, PREFIX1, .. that reach each other by ssh without being asked anything."""
+    for tool in TOOLS:
+        assert shutil.which(tool), f"{tool} is not installed"
+    folder = Path(tempfile.mkdtemp(prefix="dist-moe-hosts-"))
+    bridge = f"{prefix}-bridge"
+    names = [f"{prefix}{number}" for number in range(count)]
+    addresses = {name: f"{NETWORK}.{number + 1}" for number, name in enumerate(names)}
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        _keys(folder, addresses)
+        _ip("netns", "add", bridge)
+        _ip("link", "add", "hub", "type", "bridge", namespace=bridge)
+        _ip("link", "set", "hub", "up", namespace=bridge)
+        for name in names:
+            _connect(name, addresses[name], bridge)
+            processes.append(_start(folder, name, addresses[name]))
+        yield [Host(name, addresses[name], _first_process(each)) for name, each in zip(names, processes, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for name in [*names, bridge]:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keys(folder: Path, addresses: dict[str, str]) -> None:
+    own = folder / "ssh"
+    own.mkdir(mode=0o700)
+    for path in (folder / "host_key", own / "id_ed25519"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+    shutil.copy(own / "id_ed25519.pub", folder / "authorized_keys")
+    host_key = (folder / "host_key.pub").read_text().rsplit(" ", 1)[0]
+    known = [f"{name},{address} {host_key}\n" for name, address in addresses.items()]
+    (own / "known_hosts").write_text("".join(known))
+    lines = ["127.0.0.1 localhost\n", *(f"{address} {name}\n" for name, address in addresses.items())]
+    (folder / "hosts").write_text("".join(lines))
+
+
+def _connect(name: str, address: str, bridge: str) -> None:
+    """A namespace with one interface, eth0, whose other end is a port of the bridge."""
+    _ip("netns", "add", name)
+    _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
+    _ip("link", "set", f"b-{name}", "master", "hub", "up", namespace=bridge)
+    _ip("address", "add", f"{address}/24", "dev", "eth0", namespace=name)
+    _ip("link", "set", "eth0", "up", namespace=name)
+
+
+def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
+    (folder / f"{name}.conf").write_text(SSHD.format(folder=folder, name=name, address=address))
+    Path("/root/.ssh").mkdir(mode=0o700, exist_ok=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    apart = ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
+    command = ["ip", "netns", "exec", name, *apart, "sh", "-ec", START.format(folder=folder, name=name)]
+    log = (folder / f"{name}.log").open("wb")
+    process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    deadline = time.monotonic() + UP_LIMIT_S
+    while "Server listening" not in (folder / f"{name}.log").read_text(errors="replace"):
+        said = (folder / f"{name}.log").read_text(errors="replace")
+        assert process.poll() is None and time.monotonic() < deadline, f"{name} does not come up: {said}"
+        time.sleep(0.02)
+    return process
+
+
+def _first_process(outer: subprocess.Popen[bytes]) -> int:
+    """The child of `unshare` (which `ip netns exec` has become): process 1 of its host."""
+    return int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
+
+
+def _ip(*arguments: str, namespace: str | None = None) -> None:
+    inside = () if namespace is None else ("-n", namespace)
+    subprocess.run(["ip", *inside, *arguments], check=True, capture_output=True, text=True)
