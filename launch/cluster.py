@@ -136,6 +136,8 @@ def carried_environment(config: Config, cluster: Cluster, base: Mapping[str, str
     return {
         "OMP_NUM_THREADS": str(threads_per_worker(config.run.threads, most)),
         "PYTHONSAFEPATH": "1",
+        # Where hosts have names in one direction only, each connection would be a warning.
+        "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         **({} if has_devices() else {"DS_ACCELERATOR": "cpu"}),
         **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}),
         **({LAUNCH_VARIABLE: base[LAUNCH_VARIABLE]} if LAUNCH_VARIABLE in base else {}),
@@ -157,7 +159,7 @@ def without_shell_words(told: str, texts: Sequence[str]) -> None:
         if not NO_SHELL.fullmatch(text):
             raise LaunchError(
                 f"{text!r} reaches a shell through {told}, which does not quote it; write it with letters, digits and "
-                "@%+=:,./-_ alone (values may stand in the file), or use --launcher torchrun"
+                "@+=:,./-_ alone (values may stand in the file), or use --launcher torchrun"
             )
 
 

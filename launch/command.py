@@ -26,7 +26,8 @@ OUTER_JOB = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-NO_SHELL = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
+# What a shell, and pdsh with its %h and %n, leave as it is.
+NO_SHELL = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 OUTER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 

@@ -88,7 +88,8 @@ def deepspeed_cluster_command(
         plain_devices(cluster, f"--runner {runner}", alike=runner in ("mpich", "slurm"))
         carried |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
     words = worker_arguments(config_path, overrides)
-    without_shell_words("DeepSpeed's launcher", [cluster.folder, *words, *carried.values()])
+    shell = [cluster.folder, cluster.python, *words] if runner == "pdsh" else []
+    without_shell_words("DeepSpeed's launcher", [*shell, *carried.values()])
     hostfile, variables = folder / "hostfile", folder / "environment"
     hostfile.write_text("".join(f"{host.name} slots={max(host.devices) + 1}\n" for host in cluster.hosts))
     variables.write_text("".join(f"{name}={value}\n" for name, value in carried.items()))

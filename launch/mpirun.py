@@ -1,9 +1,11 @@
 """The command of MPI's launcher, the mpirun of OpenMPI or MPICH, for workers on this host and on several."""
 
+import ipaddress
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,9 +111,15 @@ def openmpi_environment() -> dict[str, str]:
 
 def openmpi_network(cluster: Cluster) -> tuple[str, ...]:
     """How OpenMPI logs in to other hosts, and by which interface its workers talk."""
-    interface = cluster.settings.interface
-    chosen = ("btl_tcp_if_include", interface) if interface else ("btl_tcp_if_exclude", "lo")
-    return ("--prtemca", "plm_ssh_args", shlex.join(cluster.ssh_options), "--mca", *chosen)
+    told = cluster.settings.interface or subnet([host.address for host in cluster.hosts])
+    return ("--prtemca", "plm_ssh_args", shlex.join(cluster.ssh_options), "--mca", "btl_tcp_if_include", told)
+
+
+def subnet(addresses: Sequence[str]) -> str:
+    """The smallest network, as 10.0.0.0/30, that all these IPv4 addresses or names of hosts lie in."""
+    numbers = [int(ipaddress.IPv4Address(socket.gethostbyname(one))) for one in addresses]
+    varying = max(number ^ numbers[0] for number in numbers).bit_length()
+    return str(ipaddress.IPv4Network((numbers[0] >> varying << varying, 32 - varying)))
 
 
 def openmpi_options(threads: int, room: bool) -> tuple[str, ...]:
