@@ -31,6 +31,8 @@ class Launcher(StrEnum):
     deepspeed = "deepspeed"
     torchrun = "torchrun"
     mpirun = "mpirun"
+    slurm = "slurm"
+    kubernetes = "kubernetes"
 
 
 class Runner(StrEnum):
@@ -80,6 +82,9 @@ def launch(
         job = Job(settings, config, overrides or (), launcher, cluster, workers, runner, max_restarts, min_hosts)
         # Costs the import of the model's config class, a few seconds; in return no process starts in vain.
         check(config, overrides, job.workers)
+        if launcher in (Launcher.slurm, Launcher.kubernetes):
+            print(job.text() if dry_run else job.submit())
+            return
         if dry_run:
             print(*job.command(os.environ).lines(os.environ), sep="\n")
             return

@@ -11,9 +11,11 @@ from dist_moe.launch.cluster import Cluster
 from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
 from dist_moe.launch.deepspeed import deepspeed_cluster_command, deepspeed_command
 from dist_moe.launch.hub import Hub
+from dist_moe.launch.kubernetes import apply, kubernetes_objects, manifest
 from dist_moe.launch.mpirun import mpirun_cluster_command, mpirun_command
 from dist_moe.launch.preflight import check_hosts
 from dist_moe.launch.process import Outcome, run
+from dist_moe.launch.slurm import slurm_script, submit
 from dist_moe.launch.torchrun import torchrun_cluster_command, torchrun_command
 
 
@@ -33,6 +35,10 @@ class Job:
 
     @property
     def workers(self) -> int:
+        if self.launcher == "slurm":
+            return self.config.slurm.nodes * self.config.slurm.tasks_per_node
+        if self.launcher == "kubernetes":
+            return self.config.kubernetes.pods * self.config.kubernetes.workers_per_pod
         return self.cluster.workers if self.cluster else self.asked_workers or 2
 
     def command(self, base: Mapping[str, str]) -> Command:
@@ -56,6 +62,16 @@ class Job:
         if self.launcher == "mpirun":
             return mpirun_cluster_command(*what, base)
         return deepspeed_cluster_command(*what, self.runner, base)
+
+    def text(self) -> str:
+        """What a scheduler is given: Slurm's batch script, or the manifest for Kubernetes."""
+        if self.launcher == "slurm":
+            return slurm_script(self.config, self.config_path, self.overrides)
+        return manifest(kubernetes_objects(self.config))
+
+    def submit(self) -> str:
+        """Hand it to the scheduler -> what that says."""
+        return submit(self.config, self.text()) if self.launcher == "slurm" else apply(self.text())
 
     def run(self) -> Outcome:
         """Check the hosts, and run the job to its end."""

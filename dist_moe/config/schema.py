@@ -12,6 +12,7 @@ from dist_moe.config.cluster import ClusterConfig
 from dist_moe.config.deepspeed_keys import deepspeed_violations
 from dist_moe.config.family import Architecture
 from dist_moe.config.routing import BalanceConfig, RouterConfig
+from dist_moe.config.scheduler import KubernetesConfig, SlurmConfig
 from dist_moe.config.section import Section
 
 Auto = Literal["auto"]
@@ -215,4 +216,8 @@ class Config(Section):
     observe: ObserveConfig = Field(default_factory=ObserveConfig, description="what is shown, and how often")
     cluster: ClusterConfig = Field(
         default_factory=ClusterConfig, description="the hosts; without any the run stays on one"
+    )
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig, description="the job that Slurm is asked for")
+    kubernetes: KubernetesConfig = Field(
+        default_factory=KubernetesConfig, description="the job that Kubernetes is asked for"
     )

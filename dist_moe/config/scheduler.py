@@ -1,0 +1,62 @@
+"""What Slurm and Kubernetes are asked for, as written in a run's file."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dist_moe.config.cluster import Name
+from dist_moe.config.section import Section
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$")]
+ImageName = Annotated[str, Field(pattern=r"^[\w][\w./:@-]*$")]
+
+
+class SlurmConfig(Section):
+    """A job of Slurm (sbatch)."""
+
+    nodes: int = Field(default=1, ge=1, description="the nodes of the job (1 or more)")
+    tasks_per_node: int = Field(
+        default=1, ge=1, description="the workers on each node, one for each device (1 or more)"
+    )
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="the CPU cores of each worker, or null (Slurm's own choice)"
+    )
+    gpus_per_node: int = Field(default=0, ge=0, description="the GPUs of each node (0: none)")
+    partition: Name | None = Field(default=None, description="the partition, or null (Slurm's own choice)")
+    account: Name | None = Field(default=None, description="the account to charge, or null (Slurm's own choice)")
+    time: str | None = Field(
+        default=None,
+        pattern=r"^(\d+-)?\d+(:\d+){0,2}$",
+        description="the time limit, as 30 (minutes), 1:30:00 or 2-00:00:00, or null (that of the partition)",
+    )
+    signal_s: int = Field(
+        default=120,
+        ge=0,
+        description="the seconds before the time limit at which workers are sent SIGUSR1 and the job is queued again "
+        "(0: never)",
+    )
+    job_name: Name = Field(default="dist-moe", description="the name of the job")
+
+
+class KubernetesConfig(Section):
+    """An Indexed Job of Kubernetes, one pod for each host."""
+
+    name: ObjectName = Field(default="dist-moe", description="the name of the job, its service and its configuration")
+    namespace: ObjectName | None = Field(default=None, description="the namespace, or null (that of kubectl)")
+    image: ImageName = Field(default="dist-moe:cpu", description="the container image, as `make docker` builds it")
+    pods: int = Field(default=2, ge=1, description="the pods, one for each node (1 or more)")
+    workers_per_pod: int = Field(
+        default=1, ge=1, description="the workers in each pod, one for each device (1 or more)"
+    )
+    cpu: Quantity = Field(default="2", description="the CPU cores of each pod, as 2 or 500m")
+    memory: Quantity = Field(default="4Gi", description="the memory of each pod, as 4Gi")
+    gpus: int = Field(default=0, ge=0, description="the GPUs of each pod (0: none)")
+    shared_memory: Quantity = Field(
+        default="1Gi", description="the /dev/shm of each pod, which workers of one pod share"
+    )
+    claim: ObjectName = Field(
+        default="dist-moe-runs", description="the PersistentVolumeClaim (ReadWriteMany) that run.dir lies in"
+    )
+    retries: int = Field(default=3, ge=0, description="the pods that may fail before the job does (0 or more)")
+    tensorboard: bool = Field(default=True, description="whether a TensorBoard is deployed beside the job")
