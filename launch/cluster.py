@@ -19,6 +19,7 @@ from dist_moe.launch.command import (
     has_devices,
     threads_per_worker,
 )
+from dist_moe.launch.wire import is_own
 from dist_moe.launch.hostfile import chosen, read_hostfile
 
 CONNECT_LIMIT_S = 10
@@ -37,12 +38,7 @@ class Host:
     @property
     def is_here(self) -> bool:
         """Whether it is the machine that this process runs on."""
-        with socket.socket(socket.AF_INET6 if ":" in self.address else socket.AF_INET) as probe:
-            try:
-                probe.bind((self.address, 0))
-            except OSError:
-                return False
-        return True
+        return is_own(self.address)
 
 
 @dataclass(frozen=True)

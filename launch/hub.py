@@ -72,12 +72,14 @@ class Hub:
     def look(self) -> None:
         """Takes notice of all that has come."""
         while ready := select.select([self._server, *self._strangers, *self._lines.values()], [], [], 0)[0]:
-            if self._server in ready:
-                self._strangers.append(Line(self._server.accept()[0]))
+            known = [(rank, line) for rank, line in self._lines.items() if line in ready]
             for line in [one for one in self._strangers if one in ready]:
                 self._greet(line)
-            for rank, line in [(rank, one) for rank, one in self._lines.items() if one in ready]:
-                self._hear(rank, line.take())
+            for rank, line in known:
+                if self._lines.get(rank) is line:
+                    self._hear(rank, line.take())
+            if self._server in ready:
+                self._strangers.append(Line(self._server.accept()[0]))
 
     def unfinished(self) -> list[int]:
         return [rank for rank in range(self.size) if rank not in self._finished]

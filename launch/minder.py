@@ -103,6 +103,9 @@ class Minder:
         self._report()
         while self._end_all(at_once=True):
             time.sleep(LOOK_S / 5)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         state = (read_record(self.run_dir, self.rank) or {}).get("state")
         self.line.give({"ended": status, "finished": state == "finished"})
         self.line.close()

@@ -80,8 +80,8 @@ def _ask(cluster: Cluster, host: Host, question: dict[str, Any]) -> dict[str, An
 
 def _faults(cluster: Cluster, config: Config, config_path: Path, host: Host, answer: dict[str, Any]) -> Iterator[str]:
     settings = cluster.settings
-    if answer["address"]:
-        yield f"its address {host.address} is not its own ({answer['address']}); give cluster.hosts its address"
+    if not answer["address"]:
+        yield f"the address {host.address} is not its own; give the host's entry in cluster.hosts the right one"
     elif answer["port"]:
         yield f"port {settings.port} cannot be used ({answer['port']}); set cluster.port to a free one"
     if answer["meeting"]:

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dist_moe.launch.wire import is_own
+
 DISTRIBUTIONS = ("torch", "deepspeed", "transformers", "numpy", "mpi4py")
 CONNECT_LIMIT_S = 5.0
 
@@ -29,7 +31,7 @@ def look(question: dict[str, Any]) -> dict[str, Any]:
         "mark": question["mark"] is None or Path(question["run_dir"], question["mark"]).is_file(),
         "writable": writable(Path(question["run_dir"])),
         "meeting": reach(*question["meeting"]),
-        "address": bound(question["address"], 0),
+        "address": is_own(question["address"]),
         "port": "" if question["port"] is None else bound(question["address"], question["port"]),
         "interface": question["interface"] is None
         or question["interface"] in dict(map(reversed, socket.if_nameindex())),

@@ -68,7 +68,7 @@ def slurm_script(
         "gpus-per-node": slurm.gpus_per_node or None,
         "partition": slurm.partition,
         "account": slurm.account,
-        "time": slurm.time,
+        "time": slurm.minutes,
         "output": run_dir / "logs" / "slurm-%j.log",
         "open-mode": "append",
         "signal": f"B:USR1@{slurm.signal_s}" if slurm.signal_s else None,

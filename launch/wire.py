@@ -66,3 +66,13 @@ class Line:
 
     def close(self) -> None:
         self.connection.close()
+
+
+def is_own(address: str) -> bool:
+    """Whether this host has the IP address: then it is the one by which it would send there."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # only asks the routing table
+        except OSError:
+            return False
+        return bool(probe.getsockname()[0] == address)

@@ -25,10 +25,8 @@ class SlurmConfig(Section):
     gpus_per_node: int = Field(default=0, ge=0, description="the GPUs of each node (0: none)")
     partition: Name | None = Field(default=None, description="the partition, or null (Slurm's own choice)")
     account: Name | None = Field(default=None, description="the account to charge, or null (Slurm's own choice)")
-    time: str | None = Field(
-        default=None,
-        pattern=r"^(\d+-)?\d+(:\d+){0,2}$",
-        description="the time limit, as 30 (minutes), 1:30:00 or 2-00:00:00, or null (that of the partition)",
+    minutes: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="the time limit in minutes, or null (that of the partition)"
     )
     signal_s: int = Field(
         default=120,

@@ -1,0 +1,163 @@
+"""The connection between a launch and its workers' minders: real sockets, real processes, on this host."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_moe.launch.hub import Hub
+from dist_moe.launch.wire import LONGEST_BYTES, Line, Meeting
+
+WORKER = """
+import os, subprocess, sys, time
+from pathlib import Path
+from dist_moe.launch.minder import mind
+from dist_moe.launch.wire import Meeting
+mind(Meeting.parse(sys.argv[1]), 0, Path(sys.argv[2]))
+print("hello", flush=True)
+print("oops", file=sys.stderr, flush=True)
+exec(sys.argv[3])
+"""
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub("127.0.0.1", 1) as opened:
+        yield opened
+
+
+def start(hub: Hub, run_dir: Path, act: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", WORKER, str(hub.meeting), str(run_dir), act]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(hub: Hub, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        hub.wait(0.1)
+        hub.look()
+
+
+def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(hub: Hub, tmp_path: Path) -> None:
+    act = """
+from dist_moe.comm.failure import write_record
+write_record(Path(sys.argv[2]), 0, "finished", code=0)
+"""
+    worker = start(hub, tmp_path, act)
+    until(hub, lambda: not hub.unfinished())
+    output, errors = worker.communicate(timeout=LIMIT_S)
+    prefix = f"[0@{socket.gethostname()}] "
+    assert (worker.returncode, output, errors) == (0, f"{prefix}hello\n", f"{prefix}oops\n")
+    assert (tmp_path / "logs" / "rank-0.log").read_text() == "hello\noops\n"
+    assert hub.failures() == []
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "told"),
+    [
+        ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL (signal 9)"),
+        ("sys.exit(3)", 3, "ended with exit code 3 and without a report"),
+        ("os._exit(0)", 1, "ended with exit code 0 before its work was done"),
+    ],
+)
+def test_an_end_without_a_report_is_told_with_rank_and_host(
+    hub: Hub, tmp_path: Path, act: str, code: int, told: str
+) -> None:
+    worker = start(hub, tmp_path, act)
+    until(hub, lambda: bool(hub.failures()))
+    (failure,) = hub.failures()
+    assert failure.code == code and failure.text.startswith(f"rank 0 on {socket.gethostname()} {told}")
+    worker.communicate(timeout=LIMIT_S)
+    assert worker.returncode == (code if told.startswith("was") or code == 3 else 0)
+
+
+def test_the_report_of_an_error_comes_before_its_end(hub: Hub, tmp_path: Path) -> None:
+    act = """
+from dist_moe.comm.failure import report_failure
+with report_failure(sys.argv[2], 0):
+    raise ValueError("boom")
+"""
+    worker = start(hub, tmp_path, act)
+    until(hub, lambda: bool(hub.failures()))
+    assert hub.failures()[0].text.startswith(f"rank 0 on {socket.gethostname()} failed with ValueError: boom")
+    worker.communicate(timeout=LIMIT_S)
+    assert worker.returncode == 1
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_worker_and_what_it_started_end_with_the_launch(hub: Hub, tmp_path: Path, deaf: bool) -> None:
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
+    act = f"""
+{ignore}
+stray = subprocess.Popen(["sleep", "600"], start_new_session=True)
+Path(sys.argv[2], "pid").write_text(str(stray.pid))
+time.sleep(600)
+"""
+    worker = start(hub, tmp_path, act)
+    until(hub, lambda: hub.complete() and (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    began_s = time.monotonic()
+    hub.let_go()
+    assert time.monotonic() - began_s < 4
+    worker.communicate(timeout=LIMIT_S)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_worker_does_not_outlive_its_minder(hub: Hub, tmp_path: Path) -> None:
+    act = 'Path(sys.argv[2], "pid").write_text(str(os.getpid())); time.sleep(600)'
+    worker = start(hub, tmp_path, act)
+    until(hub, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    worker.send_signal(signal.SIGKILL)
+    until(hub, lambda: bool(hub.failures()))
+    assert "was lost: its host ended, or the network to it was cut" in hub.failures()[0].text
+    worker.communicate(timeout=LIMIT_S)
+    deadline = time.monotonic() + LIMIT_S
+    while Path("/proc", (tmp_path / "pid").read_text()).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "said", [b"\n", b"not json\n", b"[1]\n", b'{"word": "x", "rank": 0}\n', b'{"word": "x"', b"a" * (LONGEST_BYTES + 2)]
+)
+def test_a_stranger_is_turned_away(hub: Hub, said: bytes) -> None:
+    with socket.create_connection(hub.meeting[:2], timeout=LIMIT_S) as stranger:
+        stranger.sendall(said[: 1 << 16])
+        for _ in range(5):
+            hub.wait(0.05)
+            hub.look()
+    hub.look()
+    assert not hub.complete() and hub.failures() == []
+
+
+def test_a_worker_that_cannot_reach_its_launch_says_so(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        meeting = Meeting("127.0.0.1", closed.getsockname()[1], "word")
+    argv = [sys.executable, "-c", WORKER, str(meeting), str(tmp_path), ""]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 1 and f"cannot reach the launch at 127.0.0.1, port {meeting.port}" in done.stderr
+
+
+def test_a_meeting_is_read_as_it_is_written() -> None:
+    meeting = Meeting("10.0.0.1", 1234, "s-e_cret")
+    assert Meeting.parse(str(meeting)) == meeting
+
+
+def test_messages_come_whole_though_they_travel_in_parts() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname()) as sender:
+        line = Line(server.accept()[0])
+        sender.sendall(b'{"a": 1}\n{"b"')
+        assert line.take() == [{"a": 1}]
+        sender.sendall(b": 2}\n")
+        assert line.take() == [{"b": 2}]
+        line.close()
