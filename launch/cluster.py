@@ -19,8 +19,8 @@ from dist_moe.launch.command import (
     has_devices,
     threads_per_worker,
 )
-from dist_moe.launch.wire import is_own
 from dist_moe.launch.hostfile import chosen, read_hostfile
+from dist_moe.launch.wire import is_own
 
 CONNECT_LIMIT_S = 10
 # DeepSpeed's launcher carries what begins so to other hosts unasked, and lets their shells read it.

@@ -96,7 +96,7 @@ def bound(address: str, port: int) -> str:
     try:
         socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
     except OSError as error:
-        return str(error.strerror)
+        return os.strerror(error.errno or 0)
     return ""
 
 

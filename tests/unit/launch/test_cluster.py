@@ -18,7 +18,7 @@ from dist_moe.launch.mpirun import mpirun_cluster_command, subnet
 from dist_moe.launch.torchrun import torchrun_cluster_command
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
-HOSTS = "cluster.hosts=[{name: a, slots: 2, address: 192.0.2.1}, {name: b, slots: 2, address: 192.0.2.2}]"
+HOSTS = "cluster.hosts=[{name: a, slots: 2, address: 203.0.113.1}, {name: b, slots: 2, address: 203.0.113.2}]"
 NASTY = "x\"; touch /tmp/struck; $(touch /tmp/struck) `touch /tmp/struck` ' %n"
 MAKERS = {
     "torchrun": torchrun_cluster_command,
@@ -42,8 +42,8 @@ def words_there(command: Command) -> list[str]:
 def test_the_file_says_which_hosts_and_in_which_order(tmp_path: Path) -> None:
     _, cluster = job(tmp_path, "cluster.exclude=b:0")
     assert [(host.name, host.devices, host.address) for host in cluster.hosts] == [
-        ("a", (0, 1), "192.0.2.1"),
-        ("b", (1,), "192.0.2.2"),
+        ("a", (0, 1), "203.0.113.1"),
+        ("b", (1,), "203.0.113.2"),
     ]
     assert cluster.workers == 3
     assert read_cluster(load_config(CONFIG).cluster) is None
@@ -55,7 +55,7 @@ def test_the_file_says_which_hosts_and_in_which_order(tmp_path: Path) -> None:
         (["cluster.hostfile=hosts"], "are both set; set one of the two"),
         (["cluster.hosts=[{name: a}, {name: a}]"], "a name twice"),
         (["cluster.hosts=[{name: no-such-host.invalid}]"], "means no address here"),
-        (["cluster.hosts=[{name: localhost}, {name: b, address: 192.0.2.2}]"], "give the first host's own address"),
+        (["cluster.hosts=[{name: localhost}, {name: b, address: 203.0.113.2}]"], "give the first host's own address"),
     ],
 )
 def test_hosts_that_cannot_be_are_refused(overrides: Sequence[str], told: str) -> None:
@@ -91,9 +91,9 @@ def test_each_host_is_given_its_devices_and_its_own_address(tmp_path: Path) -> N
     command = torchrun_cluster_command(config, cluster, "a.yaml", restarts=3, fewest=1)
     there = words_there(command)
     assert "CUDA_VISIBLE_DEVICES=1" in there
-    for name, value in (("--nnodes", "1:2"), ("--nproc-per-node", "1"), ("--local-addr", "192.0.2.2")):
+    for name, value in (("--nnodes", "1:2"), ("--nproc-per-node", "1"), ("--local-addr", "203.0.113.2")):
         assert there[there.index(name) + 1] == value
-    assert there[there.index("--rdzv-endpoint") + 1] == "192.0.2.1:29500"
+    assert there[there.index("--rdzv-endpoint") + 1] == "203.0.113.1:29500"
     assert there[there.index("--max-restarts") + 1] == "3" and command.restarts
 
 

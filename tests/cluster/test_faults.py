@@ -1,0 +1,191 @@
+"""Faults between hosts, struck for real: each is told with host and remedy, and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dist_moe
+from tests.cluster.conftest import Launch, Start, until_gone, write_config
+from tests.cluster.hosts import Host, hosts
+
+LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
+LONG = 100_000
+READY_S = 60.0
+"""A preflight with an ssh that gives up after 10 s, and the imports of a busy machine."""
+
+
+def worker_of(launch: Launch, rank: int) -> int:
+    """The pid, on this machine, of a rank's worker: the child whose environment names it."""
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "environ").read_bytes().split(b"\0")
+            status = (folder / "status").read_text()
+        except (OSError, ValueError):
+            continue
+        ranks = {f"RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()}
+        if ranks & set(words) and b"-m" in (folder / "cmdline").read_bytes().split(b"\0"):
+            parent = int(status.split("PPid:\t")[1].split()[0])
+            if b"dist_moe\0train" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                return int(folder.name)
+    raise AssertionError(f"no worker of rank {rank} is there")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_killed_rank_of_another_host_is_named(start: Start, three: list[Host], launcher: str) -> None:
+    launch = start((1, 1), "--launcher", launcher, steps=LONG)
+    launch.wait_for("step 2/")
+    os.kill(worker_of(launch, 1), signal.SIGKILL)
+    struck_s = time.monotonic()
+    ended = launch.end(60)
+    assert ended.code == 137, ended.errors
+    assert "rank 1 on node1 was ended by SIGKILL (signal 9)" in ended.errors
+    assert time.monotonic() - struck_s < 15
+    assert not until_gone(three)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host], launcher: str) -> None:
+    launch = start((1, 1), "--launcher", launcher, steps=LONG)
+    launch.wait_for("step 2/")
+    assert any("dist_moe train" in line for line in three[1].processes())
+    os.kill(children_of(launch.process.pid)[0], signal.SIGINT)
+    ended = launch.end(30)
+    assert (ended.code, ended.errors.strip().splitlines()[-1]) == (130, "stopped by SIGINT; every process has ended")
+    assert not until_gone(three)
+
+
+def test_a_launch_that_is_killed_takes_its_workers_with_it(start: Start, three: list[Host]) -> None:
+    launch = start((1, 1), "--launcher", "torchrun", steps=LONG)
+    launch.wait_for("step 2/")
+    os.kill(children_of(launch.process.pid)[0], signal.SIGKILL)
+    launch.end(30)
+    assert not until_gone(three)
+
+
+def children_of(pid: int) -> list[int]:
+    """Of `nsenter`: the process 1 hop in, which is the launch."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] or [pid]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[list[Host]]:
+    """Two hosts of their own, to be broken."""
+    with hosts(2, prefix="frail") as up:
+        yield up
+
+
+def launch_on(pair: list[Host], folder: Path, *arguments: str) -> Launch:
+    write_config(folder, pair, (1, 1), LONG)
+    return Launch(pair[0], folder, ("--launcher", "torchrun", *arguments))
+
+
+def test_a_host_that_dies_is_named(pair: list[Host], tmp_path: Path) -> None:
+    launch = launch_on(pair, tmp_path)
+    launch.wait_for("step 2/")
+    pair[1].end()
+    ended = launch.end(60)
+    assert ended.code != 0 and "rank 1 on frail1 was lost: its host ended" in ended.errors, ended.errors
+    assert not until_gone(pair[:1])
+
+
+def test_a_host_that_is_cut_off_is_named_and_ends_its_workers(pair: list[Host], tmp_path: Path) -> None:
+    launch = launch_on(pair, tmp_path)
+    launch.wait_for("step 2/")
+    pair[1].cut_off()
+    struck_s = time.monotonic()
+    ended = launch.end(90)
+    assert ended.code != 0 and "rank 1 on frail1 was lost" in ended.errors, ended.errors
+    while pair[1].processes() and time.monotonic() - struck_s < 60:
+        time.sleep(0.2)
+    assert not until_gone(pair)
+
+
+def test_everything_that_stands_in_the_way_is_told_at_once(start: Start, three: list[Host], tmp_path: Path) -> None:
+    """A host that was never there, a port that is taken, other code: three lines, and no worker started."""
+    other = tmp_path / "other.py"
+    package = Path(dist_moe.__file__)
+    other.write_text(package.read_text() + "\n# another version\n")
+    subprocess.run(three[1].argv(["mount", "--bind", str(other), str(package)], Path("/")), check=True)
+    holder = subprocess.Popen(
+        three[0].argv(
+            [sys.executable, "-c", "import socket, time\ns = socket.create_server(('', 29500))\ntime.sleep(99)"],
+            Path("/"),
+        )
+    )
+    try:
+        entries = "[{name: node0}, {name: node1}, {name: ghost, address: 10.77.0.99}]"
+        ended = start((1, 1), "--launcher", "torchrun", f"cluster.hosts={entries}", "train.global_batch=24").end(
+            READY_S
+        )
+    finally:
+        holder.kill()
+        holder.wait()
+        subprocess.run(three[1].argv(["umount", str(package)], Path("/")), check=True)
+    assert ended.code == 2
+    assert "ghost: ssh cannot log in" in ended.errors and "or leave it out (cluster.exclude)" in ended.errors
+    assert "node0: port 29500 cannot be used (Address already in use); set cluster.port" in ended.errors
+    assert "node1: its dist_moe is not that of node0; copy the same code to both" in ended.errors
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
+    start: Start, three: list[Host], tmp_path: Path
+) -> None:
+    import numpy
+
+    found = next(Path(numpy.__file__).parents[1].glob("numpy-*.dist-info/METADATA"))
+    other = tmp_path / "METADATA"
+    other.write_text(found.read_text().replace(f"\nVersion: {numpy.__version__}\n", "\nVersion: 2.0.0\n", 1))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "unshared").mkdir()
+    mounts = [
+        (three[1], other, found),
+        (three[1], tmp_path / "unshared", tmp_path / "run"),
+        (three[0], tmp_path / "empty", Path("/root/.ssh/id_ed25519")),
+    ]
+    (tmp_path / "empty").rmdir()
+    (tmp_path / "empty").write_text("no key\n")
+    (tmp_path / "empty").chmod(0o600)
+    for host, source, target in mounts[:2]:
+        subprocess.run(host.argv(["mount", "--bind", str(source), str(target)], Path("/")), check=True)
+    try:
+        ended = start((1, 1), "--launcher", "torchrun").end(READY_S)
+        assert ended.code == 2
+        assert f"node1: numpy is 2.0.0, and {numpy.__version__} on node0; install the same" in ended.errors
+        assert "node1: run.dir=run is not the same folder as here; share it, or set" in ended.errors
+        host, source, target = mounts[2]
+        subprocess.run(host.argv(["mount", "--bind", str(source), str(target)], Path("/")), check=True)
+        try:
+            ended = start((1, 1), "--launcher", "torchrun").end(READY_S)
+        finally:
+            subprocess.run(host.argv(["umount", str(target)], Path("/")), check=True)
+        assert ended.code == 2 and "node1: ssh cannot log in" in ended.errors, ended.errors
+        assert "Permission denied" in ended.errors and "try `ssh node1 true` by hand" in ended.errors
+    finally:
+        for host, _, target in mounts[:2]:
+            subprocess.run(host.argv(["umount", str(target)], Path("/")), check=True)
+
+
+def test_a_worker_that_fails_is_started_again_by_torchrun(start: Start, three: list[Host]) -> None:
+    launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=40)
+    launch.wait_for("step 2/")
+    os.kill(worker_of(launch, 1), signal.SIGKILL)
+    ended = launch.end()
+    assert ended.code == 0, ended.errors
+    assert ended.output.count("step 1/40") == 2, "no checkpoint yet, so it began again"
+
+
+def test_a_torchrun_that_lost_a_host_goes_on_with_the_other(pair: list[Host], tmp_path: Path) -> None:
+    launch = launch_on(pair, tmp_path, "--max-restarts", "3", "--min-hosts", "1", "train.steps=60")
+    launch.wait_for("step 2/")
+    pair[1].end()
+    ended = launch.end(150)
+    assert ended.code == 0, ended.errors
+    assert "1 workers, expert parallel 1" in ended.output

@@ -1,0 +1,83 @@
+"""Every launcher over several hosts: the losses of one host, on any layout, and every rank's lines kept."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Start, write_config
+from tests.cluster.hosts import Host
+
+LAYOUTS = {"2 hosts x 1": (1, 1), "2 hosts x 2": (2, 2), "3 hosts x 1": (1, 1, 1)}
+LAUNCHERS = {
+    "deepspeed by pdsh": ("--launcher", "deepspeed"),
+    "deepspeed by openmpi": ("--launcher", "deepspeed", "--runner", "openmpi"),
+    "torchrun": ("--launcher", "torchrun"),
+    "mpirun": ("--launcher", "mpirun"),
+}
+CLOSE = 1e-4
+"""Relative; the sum over workers has another order."""
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] if line["event"] == "step" else line["validation_loss"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the same run in one process of one host."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_config(folder, [], (), 4)
+    argv = [sys.executable, "-m", "dist_moe", "train", "run.yaml"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(argv, cwd=folder, env=variables, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_losses_are_those_of_one_host(
+    start: Start, alone: list[float], tmp_path: Path, launcher: str, layout: str
+) -> None:
+    launch = start(LAYOUTS[layout], *LAUNCHERS[launcher])
+    ended = launch.end()
+    assert ended.code == 0, ended.output + ended.errors
+    found = losses(tmp_path / "run")
+    assert len(found) == len(alone) == 5
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    workers = sum(LAYOUTS[layout])
+    assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == [
+        f"rank-{rank}.log" for rank in range(workers)
+    ]
+    assert (
+        f"[0@node0] deepseek_v3: 0.2 M parameters, 12 experts in each of 2 MoE layers; {workers} workers"
+        in ended.output
+    )
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["world"]["backend"] == ("mpi" if "mpi" in launcher else "gloo")
+
+
+def test_the_plain_deepspeed_command_trains_over_a_hostfile(
+    three: list[Host], alone: list[float], tmp_path: Path
+) -> None:
+    write_config(tmp_path, [], (), 4)
+    (tmp_path / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    program = str(Path(sys.executable).parent / "deepspeed")
+    argv = [program, "--hostfile", "hosts", "--no_local_rank", "--module", "dist_moe", "train", "run.yaml"]
+    variables = {"DS_ACCELERATOR": "cpu", "PYTHONSAFEPATH": "1"}
+    ended = three[0].run([sys.executable, *argv], tmp_path, 200, **variables)
+    assert ended.code == 0, ended.output + ended.errors
+    found = losses(tmp_path / "run")
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+
+
+def test_hosts_that_are_left_out_do_nothing(start: Start, tmp_path: Path) -> None:
+    launch = start((1, 1, 1), "cluster.include=node0@node2", "--launcher", "torchrun")
+    ended = launch.end()
+    assert ended.code == 0, ended.errors
+    assert "2 workers, expert parallel 2" in ended.output
