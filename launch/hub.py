@@ -5,9 +5,10 @@ import os
 import secrets
 import select
 import socket
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dist_moe.launch.watch import Failure, failure_of, silent_end
 from dist_moe.launch.wire import Line, Meeting
@@ -18,14 +19,17 @@ END_LIMIT_S = 5.0
 class Hub:
     """What is known of the workers so far, as `watch.Watch` tells it of those of one host. Close it after use.
 
+    What they print is printed here, each line after rank and host, and kept by rank in `logs/` of the run's folder.
+
     address: of this host, which the workers can reach. size: how many workers there are.
     """
 
-    def __init__(self, address: str, size: int) -> None:
+    def __init__(self, address: str, size: int, run_dir: Path) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._server = socket.create_server((address, 0), family=family, backlog=512)
         self.meeting = Meeting(address, self._server.getsockname()[1], secrets.token_urlsafe(16))
         self.size = size
+        self._logs = run_dir / "logs"
         self._strangers: list[Line] = []
         self._lines: dict[int, Line] = {}
         self._records: dict[int, dict[str, Any]] = {}
@@ -55,7 +59,9 @@ class Hub:
         self._server.close()
 
     def clear(self) -> None:
-        """Nothing of an earlier run is here."""
+        """Removes what an earlier run left."""
+        for path in self._logs.glob("rank-*.log"):
+            path.unlink(missing_ok=True)
 
     def complete(self) -> bool:
         """Whether every worker has been seen."""
@@ -116,13 +122,26 @@ class Hub:
                 self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, told))
             return
         for message in messages:
-            if "report" in message:
+            if "output" in message:
+                self._print(rank, sys.stderr if message["output"] == 2 else sys.stdout, str(message.get("text", "")))
+            elif "report" in message:
                 found = failure_of(str(message["report"]), rank, Path("errors") / f"rank-{rank}.txt")
                 text = found.text.replace(f"rank {rank}", self.place(rank), 1)
                 # The clocks of hosts differ; what comes first here is first.
                 self._failures[rank] = found._replace(text=text, time=time.time())
             elif "ended" in message:
                 self._end(rank, int(message["ended"]), bool(message.get("finished")))
+
+    def _print(self, rank: int, stream: TextIO, text: str) -> None:
+        """A full disk or a closed terminal is no reason to end the job."""
+        prefix = f"[{rank}@{self._records[rank]['host']}] "
+        with contextlib.suppress(OSError, ValueError):
+            stream.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
+            stream.flush()
+        with contextlib.suppress(OSError):
+            self._logs.mkdir(parents=True, exist_ok=True)
+            with (self._logs / f"rank-{rank}.log").open("a", encoding="utf-8") as log:
+                log.write(text + "\n")
 
     def _end(self, rank: int, status: int, finished: bool) -> None:
         end = silent_end(time.time(), rank, os.waitstatus_to_exitcode(status), finished)

@@ -77,7 +77,7 @@ class Job:
         """Check the hosts, and run the job to its end."""
         if self.cluster is None:
             return run(self.command(os.environ), self.config.run.dir, self.workers)
-        with Hub(address_towards(self.cluster), self.workers) as hub:
+        with Hub(address_towards(self.cluster), self.workers, Path(self.config.run.dir)) as hub:
             check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
             base = {**os.environ, LAUNCH_VARIABLE: str(hub.meeting)}
             return run(self.command(base), self.config.run.dir, self.workers, hub)

@@ -1,8 +1,8 @@
 """Minds one worker on its host: its output, how it ends, and that it ends when the launch does.
 
 A launch over several hosts cannot see their processes. So each worker there is the child of a small process, made
-before anything heavy is imported, that is connected to the launch: it passes lines on, with the rank before each, keeps
-them in a file, reports the worker's error and exit, and ends all that the worker left when either of the two is gone.
+before anything heavy is imported, that is connected to the launch: it sends what the worker prints, reports its error
+and exit, and ends all that the worker left when either of the two is gone.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ LOOK_S = 0.1
 GRACE_S = 1.0
 # A worker's output may be held open by a process that it left behind.
 DRAIN_S = 1.0
+LONGEST_LINE = 1 << 17
 PR_SET_PDEATHSIG = 1
 UNREACHABLE_CODE = 1
 
@@ -74,8 +75,7 @@ class Minder:
     def __init__(self, line: Line, worker: int, rank: int, run_dir: Path, outputs: list[int]) -> None:
         self.line, self.worker, self.run_dir, self.rank = line, worker, run_dir, rank
         self.handle = os.pidfd_open(worker)
-        self.prefix = f"[{rank}@{socket.gethostname()}] ".encode()
-        # The worker's stdout and stderr -> ours, and what of a line has come.
+        # The worker's stdout and stderr -> 1 and 2, and what of a line has come.
         self.outputs = dict(zip(outputs, (1, 2), strict=True))
         self.begun = {output: b"" for output in outputs}
         self.told = False
@@ -85,21 +85,18 @@ class Minder:
         """Until the worker has ended, and nothing of it is left; leaves with its exit code."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the worker too
         signal.signal(signal.SIGTERM, self._pass_on)
-        logs = self.run_dir / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"rank-{self.rank}.log").open("wb", buffering=0) as self.log:
-            connected = True
-            while not select.select([self.handle], [], [], 0)[0]:
-                sources = [self.handle, *self.outputs, *([self.line] if connected else [])]
-                ready = select.select(sources, [], [], LOOK_S)[0]
-                self._copy([one for one in ready if isinstance(one, int)])
-                self._report()
-                if self.line in ready and self.line.take() is None:
-                    connected, self.ending = False, self.ending or time.monotonic()
-                if self.ending is not None:
-                    self._end_all(time.monotonic() - self.ending > GRACE_S)
-            status = os.waitpid(self.worker, 0)[1]
-            self._drain()
+        connected = True
+        while not select.select([self.handle], [], [], 0)[0]:
+            sources = [self.handle, *self.outputs, *([self.line] if connected else [])]
+            ready = select.select(sources, [], [], LOOK_S)[0]
+            self._copy([one for one in ready if isinstance(one, int)])
+            self._report()
+            if self.line in ready and self.line.take() is None:
+                connected, self.ending = False, self.ending or time.monotonic()
+            if self.ending is not None:
+                self._end_all(time.monotonic() - self.ending > GRACE_S)
+        status = os.waitpid(self.worker, 0)[1]
+        self._drain()
         self._report()
         while self._end_all(at_once=True):
             time.sleep(LOOK_S / 5)
@@ -135,7 +132,7 @@ class Minder:
         while self.outputs and time.monotonic() < deadline:
             self._copy(select.select(list(self.outputs), [], [], LOOK_S)[0])
         for output in list(self.outputs):
-            self._write(output, end=True)
+            self._give_lines(output, end=True)
 
     def _copy(self, ready: list[int]) -> None:
         for output in ready:
@@ -143,19 +140,16 @@ class Minder:
                 continue
             part = os.read(output, 1 << 16)
             self.begun[output] += part
-            self._write(output, end=not part)
+            self._give_lines(output, end=not part)
             if not part:
                 os.close(output)
                 del self.outputs[output], self.begun[output]
 
-    def _write(self, output: int, end: bool) -> None:
-        """Pass whole lines on, and at the end what there is of one."""
-        *lines, self.begun[output] = self.begun[output].split(b"\n")
-        if end and self.begun[output]:
-            lines.append(self.begun[output])
-        if not lines:
-            return
-        self.log.write(b"".join(line + b"\n" for line in lines))
-        # A launcher that has gone away is no reason to stop the worker here: the launch decides.
-        with contextlib.suppress(OSError):
-            os.write(self.outputs[output], b"".join(self.prefix + line + b"\n" for line in lines))
+    def _give_lines(self, output: int, end: bool) -> None:
+        """Send whole lines, and at the end, or where a line is too long for a message, what there is of one."""
+        whole, newline, rest = self.begun[output].rpartition(b"\n")
+        if end or len(rest) > LONGEST_LINE:
+            whole, newline, rest = self.begun[output], b"", b""
+        self.begun[output] = rest
+        if whole or newline:
+            self.line.give({"output": self.outputs[output], "text": whole.decode(errors="replace")})

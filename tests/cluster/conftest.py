@@ -1,5 +1,6 @@
 """Three hosts for all tests of this folder, and what runs `dist-moe launch` on the first of them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -28,6 +29,11 @@ class Launch:
         command = host.argv([str(DIST_MOE), "launch", "run.yaml", *arguments], folder)
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(command, env=environment(), stdout=output, stderr=errors)
+
+    @property
+    def pid(self) -> int:
+        """Of the launch itself, which nsenter has started as its child."""
+        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text())
 
     def wait_for(self, words: str) -> None:
         """Until its output has them."""
@@ -61,7 +67,7 @@ def start(three: list[Host], tmp_path: Path) -> Iterator[Start]:
     yield launch
     for one in launches:
         if one.process.poll() is None:
-            one.process.send_signal(signal.SIGTERM)
+            os.kill(one.pid, signal.SIGTERM)
             one.process.wait(timeout=30)
     left = until_gone(three)
     assert not left, left

@@ -54,7 +54,7 @@ def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host]
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
     launch.wait_for("step 2/")
     assert any("dist_moe train" in line for line in three[1].processes())
-    os.kill(children_of(launch.process.pid)[0], signal.SIGINT)
+    os.kill(launch.pid, signal.SIGINT)
     ended = launch.end(30)
     assert (ended.code, ended.errors.strip().splitlines()[-1]) == (130, "stopped by SIGINT; every process has ended")
     assert not until_gone(three)
@@ -63,14 +63,9 @@ def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host]
 def test_a_launch_that_is_killed_takes_its_workers_with_it(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", steps=LONG)
     launch.wait_for("step 2/")
-    os.kill(children_of(launch.process.pid)[0], signal.SIGKILL)
+    os.kill(launch.pid, signal.SIGKILL)
     launch.end(30)
     assert not until_gone(three)
-
-
-def children_of(pid: int) -> list[int]:
-    """Of `nsenter`: the process 1 hop in, which is the launch."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] or [pid]
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ LIMIT_S = 20.0
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub("127.0.0.1", 1) as opened:
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub("127.0.0.1", 1, tmp_path) as opened:
         yield opened
 
 
@@ -46,16 +46,18 @@ def until(hub: Hub, true: Callable[[], bool]) -> None:
         hub.look()
 
 
-def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(hub: Hub, tmp_path: Path) -> None:
+def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     act = """
 from dist_moe.comm.failure import write_record
 write_record(Path(sys.argv[2]), 0, "finished", code=0)
 """
     worker = start(hub, tmp_path, act)
     until(hub, lambda: not hub.unfinished())
-    output, errors = worker.communicate(timeout=LIMIT_S)
+    assert (*worker.communicate(timeout=LIMIT_S), worker.returncode) == ("", "", 0)
     prefix = f"[0@{socket.gethostname()}] "
-    assert (worker.returncode, output, errors) == (0, f"{prefix}hello\n", f"{prefix}oops\n")
+    assert capsys.readouterr() == (f"{prefix}hello\n", f"{prefix}oops\n")
     assert (tmp_path / "logs" / "rank-0.log").read_text() == "hello\noops\n"
     assert hub.failures() == []
 
