@@ -8,9 +8,10 @@ What is crossed:
   in step 1 and then differ in at most 0.1 % of the assignments, and both runs are equal bit for bit.
 - The other routings (threshold routing; the same with adaptive weights and a budget; quantile; the auxiliary loss over
   the global batch) train on layouts in which every pair of values occurs, and are held to the same.
-- Both launchers, deepspeed and torchrun, start `dist-moe launch` on cases in which every combination of any THREE
-  of launcher, workers, expert parallel, stage, accumulation and optimizer occurs. Each is held to the same, and is
-  equal bit for bit to the same case in the pool. `--launched all` takes all 144 (about an hour on two cores).
+- The launchers deepspeed, torchrun and mpirun (with the MPI backend) start `dist-moe launch` on cases in which every
+  combination of any THREE of launcher, workers, expert parallel, stage, accumulation and optimizer occurs. Each is held
+  to the same, and is equal bit for bit to the same case in the pool, or over MPI to a second run of itself.
+  `--launched all` takes all 216 (an hour and a half on two cores).
 - Controls: expert gradients times the expert-parallel degree must break both the losses' and the norms' rule.
 - Activation checkpointing, on against off, in one case of each optimizer: equal bit for bit.
 """

@@ -10,7 +10,9 @@ ZERO_STAGES = (0, 1, 2)
 MICRO_BATCHES = (1, 3)  # in one step, on each worker: without and with accumulation
 OPTIMIZERS = ("sgd", "adamw")
 POOL = "pool"
-LAUNCHERS = ("deepspeed", "torchrun")
+LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
+OVER_MPI = "mpirun"
+"""Its workers exchange by MPI, which adds in another order than the pool's gloo."""
 LOSS_FREE = "loss_free"
 OTHERS = ("threshold", "adaptive_weight", "quantile", "auxiliary")  # the keys of setting.ROUTING
 
