@@ -82,7 +82,7 @@ class LayerCase:
 
     tokens: of each rank. top_k: slots of a token. takers: experts that tokens may take, at least top_k of them;
     None is all. padding: share of the tokens that take none. skew: how unevenly the takers are loved (0: evenly).
-    ragged: tokens take 1 to top_k experts, as with threshold routing.
+    ragged: tokens take 1 to top_k experts, as with threshold routing. ranks_per_node: as for `make_mesh`.
     """
 
     expert_parallel: int
@@ -97,6 +97,7 @@ class LayerCase:
     expert_width: int = 4
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    ranks_per_node: int = 0
 
     def draw(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden_TD, ids_TK, weights_TK and the probe_TD whose inner product with the result is the loss."""

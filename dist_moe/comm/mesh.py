@@ -1,5 +1,8 @@
 """The mesh: which ranks hold which experts, as one frozen value that is passed by argument."""
 
+import itertools
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -15,13 +18,15 @@ class Mesh:
 
     Rank r sits at (r // expert_parallel, r % expert_parallel). The ranks of one row exchange tokens and hold
     different experts; the ranks of one column hold the same experts (DeepSpeed orders its groups the same way).
-    `ep_group` is the process group of this rank's row, None where expert_parallel is 1.
+    `ep_group` is the process group of this rank's row, None where expert_parallel is 1. `nodes`: how the row lies on
+    several hosts, None where it does not or where tokens are to travel as if it did not.
     """
 
     world_size: int
     rank: int
     expert_parallel: int
     ep_group: dist.ProcessGroup | None = None
+    nodes: "Nodes | None" = None
 
     def __post_init__(self) -> None:
         if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
@@ -52,16 +57,76 @@ class Mesh:
         return range(self.ep_rank * local, (self.ep_rank + 1) * local)
 
 
-def make_mesh(expert_parallel: int) -> Mesh:
-    """Lay the joined world out and create every row's process group (a collective call: all ranks make it)."""
+@dataclass(frozen=True)
+class Nodes:
+    """An expert-parallel row of N hosts with G ranks each, seen from one rank.
+
+    between: the N ranks with its place on their hosts, one of each host. within: the G ranks of its host.
+    """
+
+    between: Mesh
+    within: Mesh
+
+
+def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
+    """Lay the joined world out and create every row's process groups (a collective call: all ranks make it).
+
+    ranks_per_node: where rows lie on several hosts with so many consecutive ranks each, tokens travel in two hops; 0:
+    in one.
+    """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     mesh = Mesh(world_size, rank, expert_parallel)
     if expert_parallel == 1:
         return mesh
-    groups = [
-        dist.new_group(list(range(start, start + expert_parallel))) for start in range(0, world_size, expert_parallel)
-    ]
-    return Mesh(world_size, rank, expert_parallel, groups[mesh.edp_rank])
+    rows = [range(start, start + expert_parallel) for start in range(0, world_size, expert_parallel)]
+    groups = [dist.new_group(list(row)) for row in rows]
+    nodes = None
+    if ranks_per_node:
+        nodes = [_make_nodes(row, ranks_per_node, rank) for row in rows][mesh.edp_rank]
+    return Mesh(world_size, rank, expert_parallel, groups[mesh.edp_rank], nodes)
+
+
+def ranks_per_node(exchange: str, expert_parallel: int) -> int:
+    """What `make_mesh` is to be told for `parallel.exchange`, from where the ranks are (a collective call).
+
+    Errors: MeshError for "hierarchical" where rows do not lie on several hosts, the same number of ranks on each.
+    """
+    if exchange == "flat" or expert_parallel == 1:
+        return 0
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    found = block_of_hosts(hosts, expert_parallel)
+    if found == 0 and exchange == "hierarchical":
+        raise MeshError(
+            f"parallel.exchange=hierarchical needs rows of {expert_parallel} workers that lie on several hosts, "
+            f"as many on each, and they lie on {', '.join(hosts)}; use auto or flat"
+        )
+    return found
+
+
+def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:
+    """How many consecutive ranks of one host every row is made of; 0 where there is no such number below a row's.
+
+    hosts: that of each rank.
+    """
+    rows = [hosts[start : start + expert_parallel] for start in range(0, len(hosts), expert_parallel)]
+    blocks = [[(host, len(list(ranks))) for host, ranks in itertools.groupby(row)] for row in rows]
+    sizes = {size for row in blocks for _, size in row}
+    apart = all(len({host for host, _ in row}) == len(row) for row in blocks)
+    size = sizes.pop()
+    return size if not sizes and apart and size < expert_parallel else 0
+
+
+def _make_nodes(row: range, per_node: int, rank: int) -> Nodes | None:
+    """Every rank makes all groups of a row, in the same order; None for a rank of another row."""
+    count = len(row) // per_node
+    between = [dist.new_group(list(row[place::per_node])) for place in range(per_node)]
+    within = [dist.new_group(list(row[node * per_node : (node + 1) * per_node])) for node in range(count)]
+    if rank not in row:
+        return None
+    node, place = divmod(rank - row.start, per_node)
+    inside = Mesh(per_node, place, per_node, within[node] if per_node > 1 else None)
+    return Nodes(Mesh(count, node, count, between[place]), inside)
 
 
 def divisors(number: int) -> list[int]:

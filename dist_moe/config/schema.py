@@ -60,6 +60,11 @@ class ParallelConfig(Section):
         description="the number of workers that share one set of experts; it divides the workers and the "
         "experts (auto: the largest number that does)",
     )
+    exchange: Literal["auto", "flat", "hierarchical"] = Field(
+        default="auto",
+        description="the way of tokens to their experts: flat (one all-to-all), hierarchical (first to each host, once "
+        "for all experts there, then within it), or auto (hierarchical between hosts with as many workers each)",
+    )
     zero_stage: Literal[0, 1, 2] = Field(
         default=1,
         description="the ZeRO stage of DeepSpeed: 0 nothing is sharded, 1 optimizer states, 2 gradients too",

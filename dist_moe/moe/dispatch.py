@@ -26,7 +26,7 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dis
     ids_TK: int64 in [-1, experts). With an expert-parallel size of 1 nothing is communicated.
     """
     slots_R, counts_E = _sort_slots(ids_TK, experts)
-    rows_RD = _TakeRows.apply(hidden_TD, slots_R, ids_TK.shape[1])
+    rows_RD = take_rows(hidden_TD, slots_R, ids_TK.shape[1])
     if mesh.ep_group is None:
         return Dispatched(rows_RD, counts_E.cpu(), Receipt(slots_R, None, [], []))
     local = experts // mesh.expert_parallel
@@ -46,7 +46,17 @@ def combine(results_QD: Tensor, weights_TK: Tensor, receipt: Receipt, mesh: Mesh
         results_QD = exchange_rows(arrived_QD, receipt.receive, receipt.send, mesh.ep_group)
     tokens, slots = weights_TK.shape
     weighted_RD = results_QD * weights_TK.reshape(-1).index_select(0, receipt.slots_R).unsqueeze(-1)
-    return _SumRows.apply(weighted_RD, receipt.slots_R, tokens, slots)
+    return sum_rows(weighted_RD, receipt.slots_R, tokens, slots)
+
+
+def take_rows(hidden_TD: Tensor, slots_R: Tensor, slots: int) -> Tensor:
+    """The row of the token of each slot (slot = token * `slots` + its number among them) -> rows_RD."""
+    return _TakeRows.apply(hidden_TD, slots_R, slots)
+
+
+def sum_rows(rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
+    """The sum of each token's rows, in the order of its slots -> [T, D]."""
+    return _SumRows.apply(rows_RD, slots_R, tokens, slots)
 
 
 def _sort_slots(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.dispatch import combine, dispatch
 from dist_moe.moe.experts import GroupedExperts
+from dist_moe.moe.hierarchy import mix_over_hosts
 
 
 class ExpertParallelLayer(nn.Module):
@@ -21,6 +22,15 @@ class ExpertParallelLayer(nn.Module):
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """hidden_TD, ids_TK (int64, -1: not routed), weights_TK -> mixed_TD in the dtype of hidden_TD."""
-        dispatched = dispatch(hidden_TD, ids_TK, self.experts, self.mesh)
+        nodes = self.mesh.nodes
+        if nodes is None:
+            return self._mix(hidden_TD, ids_TK, weights_TK, self.mesh)
+        mixed_TD = mix_over_hosts(hidden_TD, ids_TK, weights_TK, self.experts, nodes, self._mix)
+        return mixed_TD.to(hidden_TD.dtype)
+
+    def _mix(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, mesh: Mesh) -> Tensor:
+        """Over the ranks of `mesh`, and the experts that they hold together."""
+        experts = self.experts // self.mesh.expert_parallel * mesh.expert_parallel
+        dispatched = dispatch(hidden_TD, ids_TK, experts, mesh)
         results_QD = self.local(dispatched.rows_QD, dispatched.counts_e)
-        return combine(results_QD, weights_TK, dispatched.receipt, self.mesh).to(hidden_TD.dtype)
+        return combine(results_QD, weights_TK, dispatched.receipt, mesh).to(hidden_TD.dtype)

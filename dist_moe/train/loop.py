@@ -12,7 +12,7 @@ from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.policy import BalanceSettings
 from dist_moe.comm.bootstrap import World, join_world, set_threads
 from dist_moe.comm.failure import exit_hard
-from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.place import Place
 from dist_moe.config import Config, Resolved
 from dist_moe.data.cache import cache_folder
@@ -38,7 +38,8 @@ def run(resolved: Resolved, place: Place) -> None:
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(place, config.parallel.backend, config.parallel.timeout_s))
         stack.enter_context(exit_hard(config.run.dir, place.rank))
-        mesh = make_mesh(resolved.expert_parallel)
+        per_node = ranks_per_node(config.parallel.exchange, resolved.expert_parallel)
+        mesh = make_mesh(resolved.expert_parallel, per_node)
         report = stack.enter_context(open_report(config, world, mesh))
         check_same_text(config, prepared, place)
         task = make_task(resolved, prepared, mesh)

@@ -1,11 +1,16 @@
 """One MoE layer on real ranks against its slow twin: the work of a rank, and the comparison."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe.experts import GroupedExperts
@@ -22,7 +27,7 @@ def fast_passes(rank: int, world_size: int, cases: Sequence[LayerCase], fill_wit
 
 def fast_pass(rank: int, case: LayerCase) -> Pass:
     """One forward and backward of the layer as one rank of the joined world."""
-    mesh = make_mesh(case.expert_parallel)
+    mesh = make_mesh(case.expert_parallel, case.ranks_per_node)
     held = mesh.local_experts(case.experts)
     local = GroupedExperts(len(held), case.width, case.expert_width, F.silu).to(case.dtype)
     with torch.no_grad():
@@ -36,6 +41,24 @@ def fast_pass(rank: int, case: LayerCase) -> Pass:
     gradients = [leaf.grad for leaf in (hidden_TD, weights_TK, local.gate_up_proj, local.down_proj)]
     assert all(gradient is not None for gradient in gradients), "each leaf gets a gradient, if only of zeros"
     return Pass(mixed_TD.detach(), gradients[0], gradients[1], held, gradients[2], gradients[3])  # type: ignore
+
+
+def bytes_between_hosts(rank: int, world_size: int, case: LayerCase) -> int:
+    """What this rank sends to ranks of the other host, of two hosts of two ranks, in a forward and backward."""
+    sent = 0
+    whole = dist.all_to_all_single
+
+    def counting(output: Tensor, given: Tensor, receive: Any = None, send: Any = None, group: Any = None) -> Any:
+        nonlocal sent
+        members = dist.get_process_group_ranks(group)
+        rows = send or [len(given) // len(members)] * len(members)
+        row_bytes = given.element_size() * math.prod(given.shape[1:])
+        sent += sum(count * row_bytes for count, one in zip(rows, members, strict=True) if one // 2 != rank // 2)
+        return whole(output, given, receive, send, group=group)
+
+    with mock.patch.object(dist, "all_to_all_single", counting):
+        fast_pass(rank, case)
+    return sent
 
 
 def check_against_twin(ranks: RankPool, cases: Sequence[LayerCase], fill_with_nan: bool = False) -> None:

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe.dispatch import combine, dispatch
 from tests.collectives import counted
-from tests.dist.layers import check_against_twin, fast_pass
+from tests.dist.layers import bytes_between_hosts, check_against_twin, fast_pass
 from tests.dist.pool import RankPool
 from tests.twin import LayerCase
 
 
 @st.composite
-def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int) -> LayerCase:
+def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int, per_node: int) -> LayerCase:
     """Random sizes: experts and ranks without tokens, skew, and padding among them."""
     experts = expert_parallel * draw(st.integers(1, 4))
     top_k = draw(st.integers(1, min(4, experts)))
@@ -34,13 +34,19 @@ def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int) -> LayerCas
         expert_width=draw(st.sampled_from([3, 4])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),
         seed=draw(st.integers(0, 1000)),
+        ranks_per_node=per_node,
     )
 
 
-@pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
-def test_a_layer_equals_its_slow_twin(ranks: RankPool, workers: int, expert_parallel: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "expert_parallel", "per_node"),
+    [(1, 1, 0), (2, 1, 0), (2, 2, 0), (4, 2, 0), (4, 4, 0), (2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 4, 2)],
+)
+def test_a_layer_equals_its_slow_twin(ranks: RankPool, workers: int, expert_parallel: int, per_node: int) -> None:
+    """per_node: in two hops between hosts of so many ranks; 0: in one."""
+
     @settings(max_examples=5, deadline=None)
-    @given(st.lists(layer_cases(workers, expert_parallel), min_size=6, max_size=12))
+    @given(st.lists(layer_cases(workers, expert_parallel, per_node), min_size=6, max_size=12))
     def check(cases: list[LayerCase]) -> None:
         check_against_twin(ranks, cases)
 
@@ -61,8 +67,24 @@ EMPTY = {
 
 @pytest.mark.parametrize("name", EMPTY)
 def test_trap_T28_experts_and_ranks_that_receive_nothing(ranks: RankPool, name: str) -> None:
+    case = EMPTY[name]
+    hops = (0, 1) if case.expert_parallel > 1 else (0,)
     dtypes = (torch.float32, torch.float64)
-    check_against_twin(ranks, [dataclasses.replace(EMPTY[name], dtype=dtype) for dtype in dtypes])
+    check_against_twin(
+        ranks, [dataclasses.replace(case, dtype=dtype, ranks_per_node=hop) for dtype in dtypes for hop in hops]
+    )
+
+
+def test_in_two_hops_a_row_goes_to_a_host_once(ranks: RankPool) -> None:
+    """Every token takes four experts of the second host: to it one row instead of four, and one gradient back."""
+    case = LayerCase(4, (64, 64, 64, 64), 16, 4, takers=(8, 9, 14, 15), width=64)
+    flat, hops = (
+        ranks.run(bytes_between_hosts, 4, dataclasses.replace(case, ranks_per_node=per_node)) for per_node in (0, 2)
+    )
+    row = 64 * 64 * 8  # of all tokens of a rank, in bytes
+    # Rows to the second host and results back; gradients of results, and of rows back. Counts and weights are little.
+    assert [round(sent / row) for sent in flat] == [8, 8, 8, 8]
+    assert [round(sent / row) for sent in hops] == [2, 2, 2, 2]
 
 
 def test_trap_T33_prime_token_counts_that_differ_on_every_rank(ranks: RankPool) -> None:

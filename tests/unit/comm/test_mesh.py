@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.mesh import Mesh, MeshError, divisors, make_mesh
+from dist_moe.comm.mesh import Mesh, MeshError, block_of_hosts, divisors, make_mesh
 from tests.dist.pool import RankPool
 
 
@@ -43,3 +43,20 @@ def test_each_row_of_ranks_has_a_group_of_its_own(ranks: RankPool) -> None:
     assert ranks.run(row_of, 4, 2) == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert ranks.run(row_of, 2, 2) == [[0, 1], [0, 1]]
     assert ranks.run(row_of, 2, 1) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expert_parallel", "block"),
+    [
+        ("aabb", 4, 2),
+        ("abcd", 4, 1),
+        ("aabb", 2, 0),  # each row on one host
+        ("abab", 4, 0),  # not in blocks
+        ("aaab", 4, 0),  # not in equal ones
+        ("aabbccdd", 4, 2),
+        ("aabbcccc", 4, 0),  # the second row lies on one host
+        ("abcabc", 3, 1),
+    ],
+)
+def test_rows_that_lie_on_several_hosts_in_equal_blocks(hosts: str, expert_parallel: int, block: int) -> None:
+    assert block_of_hosts(list(hosts), expert_parallel) == block
