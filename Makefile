@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 TYPES := build/types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check lint types format parity mutants tensorboard clean
+.PHONY: help setup train test test-cluster docker docker-train check lint types format parity mutants tensorboard clean
 
 help: ## list the tasks
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make the virtual environment with everything that is needed (about 2 minutes)
 
@@ -26,6 +26,16 @@ train: $(STAMP) ## train CONFIG (the quick start) on WORKERS processes
 
 test: $(STAMP) ## run the tests; those for a GPU only where there is one
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(STAMP) ## the tests over several hosts: network namespaces of this machine (root; installs Debian packages)
+	sh tests/cluster/packages.sh
+	$(BIN)/python -m pytest --override-ini addopts="--import-mode=importlib -ra" tests/cluster $(ARGS)
+
+docker: ## build the image dist-moe:cpu
+	docker build -f docker/Dockerfile --target cpu -t dist-moe:cpu .
+
+docker-train: docker ## train the debug run in two containers, with TensorBoard on port 6006
+	docker compose -f docker/compose.yaml up --abort-on-container-failure worker0 worker1 tensorboard
 
 check: lint types test ## lint, types and tests
 
