@@ -1,0 +1,64 @@
+"""A real controller and two nodes: the script that we write trains, is told before its limit, and is queued again."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import DIST_MOE, write_config
+from tests.cluster.hosts import Host
+from tests.cluster.slurm import Slurm, slurm
+from tests.cluster.test_launchers import CLOSE, alone, losses  # noqa: F401  (a fixture)
+
+LIMIT_S = 200.0
+
+
+@pytest.fixture(scope="module")
+def controlled(three: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with slurm(three[:2], tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+def submitted(controlled: Slurm, folder: Path, *overrides: str) -> str:
+    """Hand a run to Slurm by `dist-moe launch` -> the number of its job."""
+    options = ["--launcher", "slurm", "slurm.nodes=2", *overrides]
+    ended = controlled.run([str(DIST_MOE), "launch", "run.yaml", *options], folder)
+    assert ended.code == 0 and ended.output.startswith("Submitted batch job "), ended.errors
+    return ended.output.split()[-1]
+
+
+def until(controlled: Slurm, number: str, **wanted: str) -> dict[str, str]:
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        job = controlled.job(number)
+        if all(job.get(name) == value for name, value in wanted.items()):
+            return job
+        assert time.monotonic() < deadline and job.get("JobState") != "FAILED", job
+        time.sleep(1)
+
+
+def test_a_job_over_two_nodes_trains_as_on_one_host(
+    controlled: Slurm,
+    alone: list[float],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    write_config(tmp_path, [], (), 4)
+    number = submitted(controlled, tmp_path)
+    until(controlled, number, JobState="COMPLETED")
+    found = losses(tmp_path / "run")
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    log = (tmp_path / "run" / "logs" / f"slurm-{number}.log").read_text()
+    assert "0: deepseek_v3: 0.2 M parameters" in log and "2 workers, expert parallel 2" in log
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world"]["launcher"] == "slurm"
+
+
+def test_a_job_is_told_before_its_limit_and_queued_again(controlled: Slurm, tmp_path: Path) -> None:
+    write_config(tmp_path, [], (), 100_000)
+    number = submitted(controlled, tmp_path, "slurm.minutes=1", "slurm.signal_s=20")
+    until(controlled, number, JobState="RUNNING", Restarts="0")
+    until(controlled, number, JobState="RUNNING", Restarts="1")
+    controlled.run(["scancel", number], tmp_path)
+    until(controlled, number, JobState="CANCELLED")
