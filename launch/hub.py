@@ -3,7 +3,6 @@
 import contextlib
 import os
 import secrets
-import select
 import socket
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dist_moe.launch.watch import Failure, failure_of, silent_end
-from dist_moe.launch.wire import Line, Meeting
+from dist_moe.launch.wire import Line, Meeting, ready
 
 END_LIMIT_S = 5.0
 
@@ -73,18 +72,18 @@ class Hub:
 
     def wait(self, seconds: float) -> None:
         """Returns when a message comes, or after this time."""
-        select.select([self._server, *self._strangers, *self._lines.values()], [], [], max(0.0, seconds))
+        ready([self._server, *self._strangers, *self._lines.values()], seconds)
 
     def look(self) -> None:
         """Takes notice of all that has come."""
-        while ready := select.select([self._server, *self._strangers, *self._lines.values()], [], [], 0)[0]:
-            known = [(rank, line) for rank, line in self._lines.items() if line in ready]
-            for line in [one for one in self._strangers if one in ready]:
+        while spoken := ready([self._server, *self._strangers, *self._lines.values()], 0):
+            known = [(rank, line) for rank, line in self._lines.items() if line in spoken]
+            for line in [one for one in self._strangers if one in spoken]:
                 self._greet(line)
             for rank, line in known:
                 if self._lines.get(rank) is line:
                     self._hear(rank, line.take())
-            if self._server in ready:
+            if self._server in spoken:
                 self._strangers.append(Line(self._server.accept()[0]))
 
     def unfinished(self) -> list[int]:

@@ -1,7 +1,9 @@
 """The connection between a launch and what minds each of its workers: one JSON object per line, both ways."""
 
 import json
+import selectors
 import socket
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 LONGEST_BYTES = 1 << 20
@@ -66,6 +68,14 @@ class Line:
 
     def close(self) -> None:
         self.connection.close()
+
+
+def ready(sources: Sequence[Any], seconds: float) -> list[Any]:
+    """Those that can be read, as soon as there is one, or after this time; select(2) knows no more than 1,024 files."""
+    with selectors.DefaultSelector() as selector:
+        for source in sources:
+            selector.register(source, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(max(0.0, seconds))]
 
 
 def is_own(address: str) -> bool:
