@@ -61,9 +61,9 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     loss, balance, deviation = figure.subplots(1, 3, sharey=True)
     _dots(loss, names, results, "validation_loss", "#0072B2", "validation loss, nats a token")
     _dots(balance, names, results, "max_vio_worst", "#E69F00", "")
-    _dots(balance, names, results, "max_vio", "#0072B2", "MaxVio_global: mean of layers, and worst layer (orange)")
+    _dots(balance, names, results, "max_vio", "#0072B2", "MaxVio_global (orange: worst layer)")
     _dots(deviation, names, results, "deviation_percent_worst", "#E69F00", "")
-    _dots(deviation, names, results, "deviation_percent", "#0072B2", "load deviation in percent, likewise")
+    _dots(deviation, names, results, "deviation_percent", "#0072B2", "load deviation, % (orange: worst layer)")
     for axes, floor in ((balance, "max_vio_floor"), (deviation, "deviation_percent_floor")):
         axes.set_xscale("log")
         axes.axvline(min(getattr(result, floor) for result in results), color="black", linestyle="--", linewidth=1)
