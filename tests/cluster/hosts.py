@@ -149,11 +149,11 @@ def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
     Path("/run/sshd").mkdir(exist_ok=True)
     apart = ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
     command = ["ip", "netns", "exec", name, *apart, "sh", "-ec", START.format(folder=folder, name=name)]
-    log = (folder / f"{name}.log").open("wb")
-    process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    path = folder / f"{name}.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     deadline = time.monotonic() + UP_LIMIT_S
-    while "Server listening" not in (folder / f"{name}.log").read_text(errors="replace"):
-        said = (folder / f"{name}.log").read_text(errors="replace")
+    while "Server listening" not in (said := path.read_text(errors="replace")):
         assert process.poll() is None and time.monotonic() < deadline, f"{name} does not come up: {said}"
         time.sleep(0.02)
     return process
