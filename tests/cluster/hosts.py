@@ -44,11 +44,12 @@ exec /usr/sbin/sshd -D -e -f {folder}/{name}.conf
 
 @dataclass(frozen=True)
 class Host:
-    """One host that is up; pid: its first process, with which all of it ends."""
+    """One host that is up; pid: its first process, with which all of it ends. bridge: where its cable is plugged in."""
 
     name: str
     address: str
     pid: int
+    bridge: str
 
     def argv(self, command: Sequence[str], folder: Path) -> list[str]:
         """What runs a command there."""
@@ -68,7 +69,7 @@ class Host:
 
     def cut_off(self) -> None:
         """Pull its cable; what is on its way is lost."""
-        _ip("link", "set", f"b-{self.name}", "down", namespace=f"{self.name.rstrip('0123456789')}-bridge")
+        _ip("link", "set", f"b-{self.name}", "down", namespace=self.bridge)
 
     def processes(self) -> list[str]:
         """The command lines of all that runs there, but its ssh server and what looks."""
@@ -95,11 +96,15 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
-    """`count` hosts PREFIX0, PREFIX1, .. that reach each other by ssh without being asked anything."""
+    """`count` hosts PREFIX0, PREFIX1, .. that reach each other by ssh without being asked anything.
+
+    Their namespaces bear the number of this process, so that other hosts, also those of a run that was killed, are not
+    in the way.
+    """
     for tool in TOOLS:
         assert shutil.which(tool), f"{tool} is not installed"
     folder = Path(tempfile.mkdtemp(prefix="dist-moe-hosts-"))
-    bridge = f"{prefix}-bridge"
+    bridge = _namespace(f"{prefix}-bridge")
     names = [f"{prefix}{number}" for number in range(count)]
     addresses = {name: f"{NETWORK}.{number + 1}" for number, name in enumerate(names)}
     processes: list[subprocess.Popen[bytes]] = []
@@ -111,14 +116,19 @@ def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
         for name in names:
             _connect(name, addresses[name], bridge)
             processes.append(_start(folder, name, addresses[name]))
-        yield [Host(name, addresses[name], _first_process(each)) for name, each in zip(names, processes, strict=True)]
+        started = zip(names, processes, strict=True)
+        yield [Host(name, addresses[name], _first_process(process), bridge) for name, process in started]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-        for name in [*names, bridge]:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+        for namespace in [*map(_namespace, names), bridge]:
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _namespace(name: str) -> str:
+    return f"{name}-{os.getpid()}"
 
 
 def _keys(folder: Path, addresses: dict[str, str]) -> None:
@@ -136,11 +146,12 @@ def _keys(folder: Path, addresses: dict[str, str]) -> None:
 
 def _connect(name: str, address: str, bridge: str) -> None:
     """A namespace with one interface, eth0, whose other end is a port of the bridge."""
-    _ip("netns", "add", name)
-    _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
+    own = _namespace(name)
+    _ip("netns", "add", own)
+    _ip("link", "add", "eth0", "netns", own, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
     _ip("link", "set", f"b-{name}", "master", "hub", "up", namespace=bridge)
-    _ip("address", "add", f"{address}/24", "dev", "eth0", namespace=name)
-    _ip("link", "set", "eth0", "up", namespace=name)
+    _ip("address", "add", f"{address}/24", "dev", "eth0", namespace=own)
+    _ip("link", "set", "eth0", "up", namespace=own)
 
 
 def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
@@ -148,7 +159,7 @@ def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
     Path("/root/.ssh").mkdir(mode=0o700, exist_ok=True)
     Path("/run/sshd").mkdir(exist_ok=True)
     apart = ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
-    command = ["ip", "netns", "exec", name, *apart, "sh", "-ec", START.format(folder=folder, name=name)]
+    command = ["ip", "netns", "exec", _namespace(name), *apart, "sh", "-ec", START.format(folder=folder, name=name)]
     path = folder / f"{name}.log"
     with path.open("wb") as log:
         process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
