@@ -111,7 +111,7 @@ def train(
     with errors_in_plain_words():
         settings = load_config(config, overrides or ())
         place = read_place(os.environ)
-        mind_if_asked(place.rank, settings.run.dir)
+        mind_if_asked(place.rank, place.world_size, settings.run.dir)
     with report_failure(settings.run.dir, place.rank):
         resolved = resolve(settings, place.world_size)
         from dist_moe.comm.bootstrap import choose_backend
@@ -268,7 +268,7 @@ def restore_visible_devices() -> None:
         os.environ[VISIBLE_DEVICES] = os.environ[KEPT_DEVICES]
 
 
-def mind_if_asked(rank: int, run_dir: str) -> None:
+def mind_if_asked(rank: int, world_size: int, run_dir: str) -> None:
     """Puts a minder beside this worker if a launch over several hosts has started it."""
     from dist_moe.launch.command import LAUNCH_VARIABLE
     from dist_moe.launch.wire import SCHEME, Meeting
@@ -277,7 +277,7 @@ def mind_if_asked(rank: int, run_dir: str) -> None:
     if launch.startswith(SCHEME):
         from dist_moe.launch.minder import mind
 
-        mind(Meeting.parse(launch), rank, Path(run_dir))
+        mind(Meeting.parse(launch), rank, world_size, Path(run_dir))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ class Hub:
 
     What they print is printed here, each line after rank and host, and kept by rank in `logs/` of the run's folder.
 
-    address: of this host, which the workers can reach. size: how many workers there are.
+    address: of this host, which the workers can reach. size: how many workers there are; a launcher that goes on with
+    fewer, after it lost a host, changes it.
     """
 
     def __init__(self, address: str, size: int, run_dir: Path) -> None:
@@ -29,7 +30,9 @@ class Hub:
         self.meeting = Meeting(address, self._server.getsockname()[1], secrets.token_urlsafe(16))
         self.size = size
         self._logs = run_dir / "logs"
+        # Connections that have not said whose they are, and those of workers whose rank is another's by now.
         self._strangers: list[Line] = []
+        self._past: list[Line] = []
         self._lines: dict[int, Line] = {}
         self._records: dict[int, dict[str, Any]] = {}
         self._failures: dict[int, Failure] = {}
@@ -43,17 +46,18 @@ class Hub:
 
     def let_go(self) -> None:
         """Leave every worker, so that it ends, and wait until its minder says that it has."""
-        for line in self._lines.values():
+        for line in [*self._past, *self._lines.values()]:
             with contextlib.suppress(OSError):
                 line.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + END_LIMIT_S
-        while self._lines and time.monotonic() < deadline:
+        while (self._lines or self._past) and time.monotonic() < deadline:
             self.wait(deadline - time.monotonic())
             self.look()
 
     def close(self) -> None:
-        for line in [*self._strangers, *self._lines.values()]:
+        for line in [*self._strangers, *self._past, *self._lines.values()]:
             line.close()
+        self._past.clear()
         self._lines.clear()
         self._server.close()
 
@@ -72,11 +76,14 @@ class Hub:
 
     def wait(self, seconds: float) -> None:
         """Returns when a message comes, or after this time."""
-        ready([self._server, *self._strangers, *self._lines.values()], seconds)
+        ready(self._sources(), seconds)
 
     def look(self) -> None:
         """Takes notice of all that has come."""
-        while spoken := ready([self._server, *self._strangers, *self._lines.values()], 0):
+        while spoken := ready(self._sources(), 0):
+            for line in [one for one in self._past if one in spoken and one.take() is None]:
+                self._past.remove(line)
+                line.close()
             known = [(rank, line) for rank, line in self._lines.items() if line in spoken]
             for line in [one for one in self._strangers if one in spoken]:
                 self._greet(line)
@@ -85,6 +92,9 @@ class Hub:
                     self._hear(rank, line.take())
             if self._server in spoken:
                 self._strangers.append(Line(self._server.accept()[0]))
+
+    def _sources(self) -> list[socket.socket | Line]:
+        return [self._server, *self._strangers, *self._past, *self._lines.values()]
 
     def unfinished(self) -> list[int]:
         return [rank for rank in range(self.size) if rank not in self._finished]
@@ -101,12 +111,16 @@ class Hub:
         self._strangers.remove(line)
         messages = line.take() or [{}]
         record = messages[0]
-        rank = record.get("rank")
+        rank, size = record.get("rank"), record.get("size")
         known = secrets.compare_digest(str(record.get("word")), self.meeting.word)
-        if not known or not isinstance(rank, int) or not 0 <= rank < self.size:
+        if not known or not isinstance(rank, int) or not isinstance(size, int) or not 0 <= rank < size:
             line.close()
             return
         # A launcher that restarts workers gives their ranks again.
+        self._resize(size)
+        if rank in self._lines:
+            # Closed, it would tell its minder that this launch is gone.
+            self._past.append(self._lines[rank])
         self._lines[rank], self._records[rank] = line, record
         self._failures.pop(rank, None)
         self._finished.discard(rank)
@@ -114,14 +128,21 @@ class Hub:
         if messages[1:]:
             self._hear(rank, messages[1:])
 
+    def _resize(self, size: int) -> None:
+        """Forget the ranks that are no more."""
+        self.size = size
+        for known in (self._records, self._failures):
+            for rank in [one for one in known if one >= size]:
+                del known[rank]
+
     def _hear(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
         if messages is None:
             self._lines.pop(rank).close()
-            if rank not in self._finished:
+            if rank not in self._finished and rank < self.size:
                 told = f"{self.place(rank)} was lost: its host ended, or the network to it was cut"
                 self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, told))
             return
-        for message in messages:
+        for message in messages if rank < self.size else ():
             if "output" in message:
                 self._print(rank, sys.stderr if message["output"] == 2 else sys.stdout, str(message.get("text", "")))
             elif "report" in message:

@@ -2,7 +2,8 @@
 
 A launch over several hosts cannot see their processes. So each worker there is the child of a small process, made
 before anything heavy is imported, that is connected to the launch: it sends what the worker prints, reports its error
-and exit, and ends all that the worker left when either of the two is gone.
+and exit, and ends all that the worker left when either of the two is gone. When the launch is gone it ends the
+launcher's own process on this host too, which may wait long for hosts that it cannot reach any more.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from dist_moe.launch.command import LAUNCH_VARIABLE
-from dist_moe.launch.processes import adopting_orphans, descendants, read_process, send
+from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
 from dist_moe.launch.watch import read_record
 from dist_moe.launch.wire import Line, Meeting
 
@@ -33,11 +34,12 @@ PR_SET_PDEATHSIG = 1
 UNREACHABLE_CODE = 1
 
 
-def mind(meeting: Meeting, rank: int, run_dir: Path) -> None:
+def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
     """Split this process in two: the worker, in which this returns, and its minder, which ends as the worker does.
 
     Call it before any thread starts. The worker's launch (DIST_MOE_LAUNCH) is the minder from here on.
     """
+    launcher = launcher_of(os.getppid())
     try:
         connection = socket.create_connection(meeting[:2], timeout=CONNECT_LIMIT_S)
     except OSError as error:
@@ -64,16 +66,27 @@ def mind(meeting: Meeting, rank: int, run_dir: Path) -> None:
         return
     for _, writing in pipes:
         os.close(writing)
-    line.give({"word": meeting.word, "rank": rank, "host": socket.gethostname(), "pid": worker})
+    line.give({"word": meeting.word, "rank": rank, "size": world_size, "host": socket.gethostname(), "pid": worker})
     with adopting_orphans():
-        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes]).run()
+        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher).run()
+
+
+def launcher_of(pid: int) -> Process | None:
+    """The process if it is a launcher's, which has been told of the launch as its workers were; else None."""
+    with contextlib.suppress(OSError):
+        told = f"{LAUNCH_VARIABLE}={os.environ.get(LAUNCH_VARIABLE)}".encode()
+        if told in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return read_process(pid)
+    return None
 
 
 class Minder:
     """The life of one worker, seen from beside it."""
 
-    def __init__(self, line: Line, worker: int, rank: int, run_dir: Path, outputs: list[int]) -> None:
-        self.line, self.worker, self.run_dir, self.rank = line, worker, run_dir, rank
+    def __init__(
+        self, line: Line, worker: int, rank: int, run_dir: Path, outputs: list[int], launcher: Process | None
+    ) -> None:
+        self.line, self.worker, self.run_dir, self.rank, self.launcher = line, worker, run_dir, rank, launcher
         self.handle = os.pidfd_open(worker)
         # The worker's stdout and stderr -> 1 and 2, and what of a line has come.
         self.outputs = dict(zip(outputs, (1, 2), strict=True))
@@ -92,7 +105,9 @@ class Minder:
             self._copy([one for one in ready if isinstance(one, int)])
             self._report()
             if self.line in ready and self.line.take() is None:
-                connected, self.ending = False, self.ending or time.monotonic()
+                connected, self.ending = False, time.monotonic()
+                if self.launcher is not None:
+                    send(self.launcher, signal.SIGTERM)
             if self.ending is not None:
                 self._end_all(time.monotonic() - self.ending > GRACE_S)
         status = os.waitpid(self.worker, 0)[1]
@@ -100,6 +115,8 @@ class Minder:
         self._report()
         while self._end_all(at_once=True):
             time.sleep(LOOK_S / 5)
+        if self.ending is not None and self.launcher is not None:
+            send(self.launcher, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -169,7 +169,8 @@ def verdict(command: Command, code: int | None, watch: Watch | Hub) -> Outcome:
         told = f"the {command.launcher} launcher {how} before rank {unfinished} finished or reported an error"
         return Outcome(passed_on or 1, f"{told}; see the output above")
     told = f"every rank finished, but the {command.launcher} launcher {how}; see the output above"
-    return Outcome(passed_on, told if passed_on else "")
+    # A launcher that went on without a host that it lost is not to blame for that host.
+    return Outcome(0 if command.restarts else passed_on, told if passed_on else "")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Ended, Host, environment, hosts
+from tests.cluster.hosts import Ended, Host, environment, hosts, inner
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST_MOE = Path(sys.executable).parent / "dist-moe"
@@ -33,8 +33,8 @@ class Launch:
 
     @property
     def pid(self) -> int:
-        """Of the launch itself, which nsenter has started as its child."""
-        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text())
+        """Of the launch itself."""
+        return inner(self.process)
 
     def wait_for_step(self, step: int) -> None:
         """Until its output tells of this step."""

@@ -117,7 +117,7 @@ def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
             _connect(name, addresses[name], bridge)
             processes.append(_start(folder, name, addresses[name]))
         started = zip(names, processes, strict=True)
-        yield [Host(name, addresses[name], _first_process(process), bridge) for name, process in started]
+        yield [Host(name, addresses[name], inner(process), bridge) for name, process in started]
     finally:
         for process in processes:
             process.kill()
@@ -170,8 +170,8 @@ def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def _first_process(outer: subprocess.Popen[bytes]) -> int:
-    """The child of `unshare` (which `ip netns exec` has become): process 1 of its host."""
+def inner(outer: subprocess.Popen[bytes]) -> int:
+    """The pid of what `nsenter`, or `unshare`, has started as its child, in the other space of processes."""
     return int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
 
 

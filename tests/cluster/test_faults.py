@@ -12,16 +12,22 @@ import pytest
 
 import dist_moe
 from tests.cluster.conftest import Launch, Start, told_of, until_gone, write_config
-from tests.cluster.hosts import Host, hosts
+from tests.cluster.hosts import Host, hosts, inner
 
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 LONG = 100_000
+HOLDER = """
+import socket, time
+held = socket.create_server(("", 29500))
+print("held", flush=True)
+time.sleep(99)
+"""
 READY_S = 60.0
 """A preflight with an ssh that gives up after 10 s, and the imports of a busy machine."""
 
 
 def worker_of(launch: Launch, rank: int) -> int:
-    """The pid, on this machine, of a rank's worker: the child whose environment names it."""
+    """The pid, on this machine, of a rank's worker: its environment names it, and it is its minder's twin."""
     for folder in Path("/proc").iterdir():
         try:
             words = (folder / "environ").read_bytes().split(b"\0")
@@ -29,9 +35,9 @@ def worker_of(launch: Launch, rank: int) -> int:
         except (OSError, ValueError):
             continue
         ranks = {f"RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()}
-        if ranks & set(words) and b"-m" in (folder / "cmdline").read_bytes().split(b"\0"):
+        if ranks & set(words) and b"dist_moe\0train" in (command := (folder / "cmdline").read_bytes()):
             parent = int(status.split("PPid:\t")[1].split()[0])
-            if b"dist_moe\0train" in Path(f"/proc/{parent}/cmdline").read_bytes():
+            if command == Path(f"/proc/{parent}/cmdline").read_bytes():
                 return int(folder.name)
     raise AssertionError(f"no worker of rank {rank} is there")
 
@@ -107,20 +113,16 @@ def test_everything_that_stands_in_the_way_is_told_at_once(start: Start, three: 
     package = Path(dist_moe.__file__)
     other.write_text(package.read_text() + "\n# another version\n")
     subprocess.run(three[1].argv(["mount", "--bind", str(other), str(package)], Path("/")), check=True)
-    holder = subprocess.Popen(
-        three[0].argv(
-            [sys.executable, "-c", "import socket, time\ns = socket.create_server(('', 29500))\ntime.sleep(99)"],
-            Path("/"),
-        )
-    )
+    holder = subprocess.Popen(three[0].argv([sys.executable, "-c", HOLDER], Path("/")), stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     try:
         entries = "[{name: node0}, {name: node1}, {name: ghost, address: 10.77.0.99}]"
         ended = start((1, 1), "--launcher", "torchrun", f"cluster.hosts={entries}", "train.global_batch=24").end(
             READY_S
         )
     finally:
-        holder.kill()
-        holder.wait()
+        os.kill(inner(holder), signal.SIGKILL)
+        holder.communicate()
         subprocess.run(three[1].argv(["umount", str(package)], Path("/")), check=True)
     assert ended.code == 2
     assert "ghost: ssh cannot log in" in ended.errors and "or leave it out (cluster.exclude)" in ended.errors

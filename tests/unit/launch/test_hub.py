@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.launch.command import LAUNCH_VARIABLE
 from dist_moe.launch.hub import Hub
-from dist_moe.launch.wire import LONGEST_BYTES, Line, Meeting
+from dist_moe.launch.wire import LONGEST_BYTES, Line, Meeting, ready
 
 WORKER = """
 import os, subprocess, sys, time
 from pathlib import Path
 from dist_moe.launch.minder import mind
 from dist_moe.launch.wire import Meeting
-mind(Meeting.parse(sys.argv[1]), 0, Path(sys.argv[2]))
+mind(Meeting.parse(sys.argv[1]), 0, 1, Path(sys.argv[2]))
 print("hello", flush=True)
 print("oops", file=sys.stderr, flush=True)
 exec(sys.argv[3])
@@ -125,6 +126,42 @@ def test_a_worker_does_not_outlive_its_minder(hub: Hub, tmp_path: Path) -> None:
     while Path("/proc", (tmp_path / "pid").read_text()).exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_launcher_on_the_workers_host_ends_with_the_launch(hub: Hub, tmp_path: Path) -> None:
+    """Also one that does not listen: torchrun waits for minutes for a store that it cannot reach."""
+    launcher = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.run([sys.executable, "-c", {WORKER!r}, *sys.argv[1:]])
+"""
+    argv = [sys.executable, "-c", launcher, str(hub.meeting), str(tmp_path), "time.sleep(600)"]
+    process = subprocess.Popen(argv, env={**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
+    until(hub, hub.complete)
+    hub.let_go()
+    assert process.wait(timeout=LIMIT_S) == -signal.SIGKILL
+
+
+def test_a_job_that_goes_on_with_fewer_workers_is_followed(hub: Hub) -> None:
+    """The ranks that are no more are forgotten, and a worker whose rank is another's now is not told to end."""
+
+    def greet(rank: int, size: int) -> Line:
+        line = Line(socket.create_connection(hub.meeting[:2], timeout=LIMIT_S))
+        line.give({"word": hub.meeting.word, "rank": rank, "size": size, "host": f"host of {rank} in {size}"})
+        return line
+
+    before = [greet(0, 2), greet(1, 2)]
+    until(hub, lambda: hub.size == 2 and hub.complete())
+    before[1].close()
+    until(hub, lambda: bool(hub.failures()))
+    after = greet(0, 1)
+    until(hub, lambda: hub.size == 1 and not hub.failures())
+    assert hub.complete() and hub.unfinished() == [0]
+    assert ready([before[0]], 0.2) == []
+    after.give({"ended": 0, "finished": True})
+    until(hub, lambda: not hub.unfinished())
+    for line in (before[0], after):
+        line.close()
 
 
 @pytest.mark.parametrize(
