@@ -27,7 +27,7 @@ from dist_moe.launch.command import (
 PROBE_LIMIT_S = 60.0
 LIBRARY_PROBE = "from mpi4py import MPI; print(MPI.Get_library_version())"
 FAMILIES = {
-    "OpenMPI": r"Open MPI\)? v?(\d+\.\d+\.\d+)",
+    "OpenMPI": r"Open(?: MPI|RTE)\)? v?(\d+\.\d+\.\d+)",
     "MPICH": r"(?:MPICH Version|HYDRA[\s\S]*?Version):\s*(\d+\.\d+[^\s]*)",
 }
 """How a family's library, and its mpirun asked for `--version`, give their number."""
@@ -66,6 +66,9 @@ def mpirun_command(
     options = openmpi_options(threads, room) if library.family == "OpenMPI" else mpich_options(threads, room)
     # Without them only MPI's own backend would find the other workers.
     environment |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+    if not sys.stdout.isatty():
+        # OpenMPI 4 gives its workers a terminal of its own; their output is for a file all the same.
+        environment["TTY_COMPATIBLE"] = "0"
     worker = (sys.executable, "-m", module, *worker_arguments(config_path, overrides))
     return Command("mpirun", (program, *options, "-n", str(workers), *worker), environment)
 
@@ -167,8 +170,11 @@ def mpirun_of(library: Mpi, environment: Mapping[str, str]) -> str:
 
 
 def candidates(path: str) -> Iterator[str]:
-    """Every mpirun, then every mpiexec, in the folders of `path`; the first is that of this Python."""
-    for name in ("mpirun", "mpiexec"):
+    """Every mpirun, then every mpiexec, in the folders of `path`; the first is that of this Python.
+
+    Debian has several MPIs side by side, and one of them as mpirun.
+    """
+    for name in ("mpirun", "mpiexec", "mpirun.openmpi", "mpirun.mpich"):
         for folder in path.split(os.pathsep):
             program = shutil.which(name, path=folder)
             if program:

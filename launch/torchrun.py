@@ -10,6 +10,9 @@ from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster, Host, carried_environment, launcher_environment
 from dist_moe.launch.command import LOOPBACK, Command, free_port, worker_arguments, worker_environment
 
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Workers that are started again meet in a store of their own; in torchrun's they find the addresses of the dead."""
+
 
 def torchrun_command(
     config: Config,
@@ -61,7 +64,7 @@ def torchrun_cluster_command(
     restarts: how often workers are started again after a failure. fewest: the job begins, and goes on, with this many
     hosts at least; all of them unless told.
     """
-    carried = carried_environment(config, cluster, base)
+    carried = carried_environment(config, cluster, base) | FRESH_STORE
     environment = launcher_environment(base, carried)
     words, name = worker_arguments(config_path, overrides), f"dist-moe-{secrets.token_hex(4)}"
     first, most = cluster.hosts[0], len(cluster.hosts)

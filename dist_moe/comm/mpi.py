@@ -11,42 +11,18 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from dist_moe.comm.pending import Dense, Pending, each, joined, spread
+from dist_moe.comm.pending import Dense, Pending, apart, each, joined, spread
+from dist_moe.comm.reduction import Numbers, memory
 
 NAME = "mpi4py"
 """The backend's name in torch, whose own "mpi" has to be compiled in."""
 
 UNITS = {1: MPI.BYTE, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 """What carries elements that nobody computes with, by their bytes; MPI counts to 2^31, so not in bytes."""
-
-NUMBERS = {
-    torch.float32: MPI.FLOAT,
-    torch.float64: MPI.DOUBLE,
-    torch.int8: MPI.INT8_T,
-    torch.uint8: MPI.UINT8_T,
-    torch.int16: MPI.INT16_T,
-    torch.int32: MPI.INT32_T,
-    torch.int64: MPI.INT64_T,
-}
-STAND_INS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
-"""What a reduction computes with instead: the sum of 16-bit floats is rounded once, at its end."""
-
-OPERATIONS = (
-    (dist.ReduceOp.SUM, MPI.SUM, MPI.SUM, MPI.MAX),
-    (dist.ReduceOp.AVG, MPI.SUM, MPI.OP_NULL, MPI.OP_NULL),
-    (dist.ReduceOp.PRODUCT, MPI.PROD, MPI.PROD, MPI.MIN),
-    (dist.ReduceOp.MIN, MPI.MIN, MPI.MIN, MPI.MIN),
-    (dist.ReduceOp.MAX, MPI.MAX, MPI.MAX, MPI.MAX),
-    (dist.ReduceOp.BAND, MPI.OP_NULL, MPI.BAND, MPI.MIN),
-    (dist.ReduceOp.BOR, MPI.OP_NULL, MPI.BOR, MPI.MAX),
-    (dist.ReduceOp.BXOR, MPI.OP_NULL, MPI.BXOR, MPI.BXOR),
-)
-"""torch's reduction, then MPI's of floats, of integers, and of truth values, which are bytes 0 and 1."""
 
 
 def register() -> str:
@@ -61,14 +37,14 @@ def gathered(value: Any) -> list[Any]:
     return MPI.COMM_WORLD.allgather(value)
 
 
-def world_size() -> int:
-    """How many workers MPI started; 1 where it did not."""
-    return int(MPI.COMM_WORLD.size)
-
-
 def library() -> str:
     """The name and version of the MPI that mpi4py found."""
     return MPI.Get_library_version().partition(",")[0].splitlines()[0]
+
+
+def world_size() -> int:
+    """How many workers MPI started; 1 where it did not."""
+    return int(MPI.COMM_WORLD.size)
 
 
 def _create_group(options: Any, _: Any) -> "MPIGroup":
@@ -111,12 +87,12 @@ class MPIGroup(dist.ProcessGroup):
         return self.allreduce_coalesced(tensors, opts)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> Pending:
-        sums = [_Numbers(tensor, opts.reduceOp, self._comm.size) for tensor in tensors]
+        sums = [Numbers(tensor, opts.reduceOp, self._comm.size) for tensor in tensors]
         requests = [self._comm.Iallreduce(MPI.IN_PLACE, one.buffer, op=one.op) for one in sums]
         return self._pending("all-reduce", requests, sums, tensors, each([one.put_back for one in sums]))
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Pending:
-        one, is_root = _Numbers(tensors[0], opts.reduceOp, self._comm.size), self._comm.rank == opts.rootRank
+        one, is_root = Numbers(tensors[0], opts.reduceOp, self._comm.size), self._comm.rank == opts.rootRank
         given, taken = (MPI.IN_PLACE, one.buffer) if is_root else (one.buffer, None)
         request = self._comm.Ireduce(given, taken, op=one.op, root=opts.rootRank)
         return self._pending("reduce", [request], one, tensors, one.put_back if is_root else None)
@@ -125,9 +101,12 @@ class MPIGroup(dist.ProcessGroup):
         return self.all_gather_single_coalesced([output], [input], opts)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Pending:
-        given, taken = [one.contiguous() for one in inputs], [Dense(one) for one in outputs]
-        pairs = zip(given, taken, strict=True)
-        requests = [self._comm.Iallgather(_elements(one), _elements(all_of.tensor)) for one, all_of in pairs]
+        taken = [Dense(one) for one in outputs]
+        given = [self._part(one.contiguous(), all_of.tensor) for one, all_of in zip(inputs, taken, strict=True)]
+        requests = [
+            self._comm.Iallgather(MPI.IN_PLACE if one is None else _elements(one), _elements(all_of.tensor))
+            for one, all_of in zip(given, taken, strict=True)
+        ]
         return self._pending("all-gather", requests, (given, taken), outputs, each([one.put_back for one in taken]))
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Pending:
@@ -161,8 +140,8 @@ class MPIGroup(dist.ProcessGroup):
         """inputs[i]: what is added for all ranks, one tensor for each, or one of the parts of all."""
         held, requests = [], []
         for output, parts in zip(outputs, inputs, strict=True):
-            given = _Numbers(joined(parts), opts.reduceOp, self._comm.size)
-            taken = _Numbers(output, opts.reduceOp, self._comm.size)
+            given = Numbers(apart(joined(parts), output), opts.reduceOp, self._comm.size)
+            taken = Numbers(output, opts.reduceOp, self._comm.size)
             if len({one.numel() for one in parts}) == 1:
                 requests.append(self._comm.Ireduce_scatter_block(given.buffer, taken.buffer, op=given.op))
             else:
@@ -174,7 +153,7 @@ class MPIGroup(dist.ProcessGroup):
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> Pending:
-        given, taken = input.contiguous(), Dense(output)
+        given, taken = apart(input.contiguous(), output), Dense(output)
         request = self._comm.Ialltoallv(
             _blocks(given, self._row_blocks(given, input_splits)),
             _blocks(taken.tensor, self._row_blocks(output, output_splits)),
@@ -207,6 +186,11 @@ class MPIGroup(dist.ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
+
+    def _part(self, given: Tensor, whole: Tensor) -> Tensor | None:
+        """What this rank gives to a whole; None if it lies there already."""
+        in_place = given.data_ptr() == whole.data_ptr() + self._comm.rank * given.nbytes
+        return None if in_place else apart(given, whole)
 
     def _gather_all(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Pending:
         """outputs[i][r]: what rank r has in inputs[i]. The sizes of one i may differ from rank to rank."""
@@ -250,51 +234,11 @@ class MPIGroup(dist.ProcessGroup):
         )
 
 
-class _Numbers:
-    """The elements of `target` as MPI computes with them.
-
-    buffer: memory and datatype for MPI; `target`'s own memory where that can be. op: MPI's. put_back: writes
-    the outcome to `target`. Errors: TypeError where MPI has no such reduction.
-    """
-
-    def __init__(self, target: Tensor, reduction: Any, ranks: int) -> None:
-        average = reduction == dist.ReduceOp.AVG
-        self.op = _operation(target.dtype, reduction)
-        self._target, self._divisor = target, ranks if average else 1
-        self._work = target.to(STAND_INS.get(target.dtype, target.dtype)).contiguous()
-        if target.dtype == torch.bool:
-            self._work = self._work.view(torch.uint8)
-        self.buffer = [_memory(self._work), NUMBERS[self._work.dtype]]
-
-    def put_back(self) -> None:
-        if self._divisor > 1:
-            self._work /= self._divisor
-        if self._work.data_ptr() != self._target.data_ptr():
-            self._target.copy_(self._work)
-
-
-def _operation(dtype: torch.dtype, reduction: Any) -> MPI.Op:
-    """MPI's operation for torch's reduction of such elements."""
-    kind = "truth values" if dtype == torch.bool else "floats" if dtype.is_floating_point else "integers"
-    name = "such reduction"
-    for theirs, *ours in OPERATIONS:
-        if reduction == theirs:
-            name = theirs.name
-            found = dict(zip(("floats", "integers", "truth values"), ours, strict=True))[kind]
-            if found != MPI.OP_NULL and not dtype.is_complex:
-                return found
-    raise TypeError(f"the MPI backend has no {name} of {dtype}; take another, or parallel.backend=gloo")
-
-
-def _memory(dense: Tensor) -> MPI.buffer:
-    return MPI.buffer.fromaddress(dense.data_ptr(), dense.numel() * dense.element_size())
-
-
 def _elements(dense: Tensor) -> list[Any]:
     """All of a tensor as one message."""
-    return [_memory(dense), UNITS[dense.element_size()]]
+    return [memory(dense), UNITS[dense.element_size()]]
 
 
 def _blocks(dense: Tensor, sizes: Sequence[int]) -> list[Any]:
     """A tensor as consecutive messages of these numbers of elements, one for each rank."""
-    return [_memory(dense), (sizes, [0, *itertools.accumulate(sizes)][:-1]), UNITS[dense.element_size()]]
+    return [memory(dense), (sizes, [0, *itertools.accumulate(sizes)][:-1]), UNITS[dense.element_size()]]

@@ -106,6 +106,13 @@ class Dense:
             self._target.copy_(self.tensor)
 
 
+def apart(given: Tensor, taken: Tensor) -> Tensor:
+    """`given`, or a copy where it overlaps `taken`: MPI may not write what it reads."""
+    begin, target = given.data_ptr(), taken.data_ptr()
+    overlap = begin < target + taken.nbytes and target < begin + given.nbytes
+    return given.clone() if overlap else given
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
 

@@ -24,12 +24,12 @@ Start = Callable[..., "Launch"]
 class Launch:
     """`dist-moe launch` on the first host, with all that it prints in files."""
 
-    def __init__(self, host: Host, folder: Path, arguments: tuple[str, ...]) -> None:
+    def __init__(self, host: Host, folder: Path, arguments: tuple[str, ...], **variables: str) -> None:
         self.folder, self.began_s = folder, time.monotonic()
         self.output, self.errors = folder / "stdout.txt", folder / "stderr.txt"
         command = host.argv([str(DIST_MOE), "launch", "run.yaml", *arguments], folder)
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
-            self.process = subprocess.Popen(command, env=environment(), stdout=output, stderr=errors)
+            self.process = subprocess.Popen(command, env=environment() | variables, stdout=output, stderr=errors)
 
     @property
     def pid(self) -> int:
@@ -57,12 +57,15 @@ def three() -> Iterator[list[Host]]:
 
 @pytest.fixture
 def start(three: list[Host], tmp_path: Path) -> Iterator[Start]:
-    """`start(slots, *arguments, steps=4)` launches on the first hosts, as many workers on each as `slots` says."""
+    """`start(slots, *arguments, steps=4, **variables)` launches on the first hosts.
+
+    slots: how many workers on each; (): on the first, without a cluster. variables: of the launch's environment.
+    """
     launches = []
 
-    def launch(slots: tuple[int, ...], *arguments: str, steps: int = 4, host: Host | None = None) -> Launch:
+    def launch(slots: tuple[int, ...], *arguments: str, steps: int = 4, **variables: str) -> Launch:
         write_config(tmp_path, three, slots, steps)
-        launches.append(Launch(host or three[0], tmp_path, arguments))
+        launches.append(Launch(three[0], tmp_path, arguments, **variables))
         return launches[-1]
 
     yield launch

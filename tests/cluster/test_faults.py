@@ -171,7 +171,7 @@ def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
 
 
 def test_a_worker_that_fails_is_started_again_by_torchrun(start: Start, three: list[Host]) -> None:
-    launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=40)
+    launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=20)
     launch.wait_for_step(2)
     os.kill(worker_of(launch, 1), signal.SIGKILL)
     ended = launch.end()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.comm import mpi
+from dist_moe.comm.place import read_place
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -262,7 +263,8 @@ def compare(pair: Pair, make: Callable[[Pair, torch.dtype], Action], dtype: torc
 
 def main() -> None:
     """Prints how many comparisons agreed; an error names the first that did not."""
-    rank, size = int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    place = read_place(os.environ)
+    rank, size = place.rank, place.world_size
     torch.set_num_threads(1)
     dist.init_process_group(
         mpi.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size, timeout=TIMEOUT

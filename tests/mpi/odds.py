@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.comm import mpi
+from dist_moe.comm.place import read_place
 
 
 def objects(rank: int, size: int) -> None:
@@ -79,7 +80,8 @@ def time_out(rank: int, size: int) -> None:
 
 
 def main() -> None:
-    rank, size = int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    place = read_place(os.environ)
+    rank, size = place.rank, place.world_size
     dist.init_process_group(mpi.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size)
     for step in (objects, averages_and_truth, rounded_once, futures_and_sources, mistakes, forgotten, time_out):
         step(rank, size)
