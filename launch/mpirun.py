@@ -94,7 +94,7 @@ def mpirun_cluster_command(
     hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)
     words = (cluster.python, "-m", "dist_moe", *worker_arguments(config_path, overrides))
     if library.family == "OpenMPI":
-        environment |= openmpi_environment()
+        environment |= openmpi_environment(cluster)
         options = (*openmpi_options(1, room=False), *openmpi_network(cluster), "--host", hosts)
         options += ("--wdir", cluster.folder, *(part for name in carried for part in ("-x", name)))
     else:
@@ -107,15 +107,20 @@ def mpirun_cluster_command(
     return Command("mpirun", (program, *options, "-n", str(cluster.workers), *words), environment)
 
 
-def openmpi_environment() -> dict[str, str]:
-    """What lets OpenMPI start as root, which it refuses unless told twice."""
-    return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+def openmpi_environment(cluster: Cluster) -> dict[str, str]:
+    """How OpenMPI 4 and 5 log in to other hosts, and what lets them start as root, which they refuse unless told twice.
+
+    The versions know the same settings by different names, and on the command line no name of another version.
+    """
+    ssh = shlex.join(cluster.ssh_options)
+    root = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0 else ()
+    return {"OMPI_MCA_plm_rsh_args": ssh, "PRTE_MCA_plm_ssh_args": ssh} | dict.fromkeys(root, "1")
 
 
 def openmpi_network(cluster: Cluster) -> tuple[str, ...]:
-    """How OpenMPI logs in to other hosts, and by which interface its workers talk."""
+    """By which interface OpenMPI's workers talk; OpenMPI 5 ignores the name that only 4 knows."""
     told = cluster.settings.interface or subnet([host.address for host in cluster.hosts])
-    return ("--prtemca", "plm_ssh_args", shlex.join(cluster.ssh_options), "--mca", "btl_tcp_if_include", told)
+    return ("--mca", "btl_tcp_if_include", told, "--mca", "oob_tcp_if_include", told)
 
 
 def subnet(addresses: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ class Host:
 
     def argv(self, command: Sequence[str], folder: Path) -> list[str]:
         """What runs a command there."""
-        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-p", "-m", f"--wdns={folder}", *command]
+        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-i", "-p", "-m", f"--wdns={folder}", *command]
 
     def run(self, command: Sequence[str], folder: Path, limit_s: float, **variables: str) -> "Ended":
         began_s = time.monotonic()
@@ -158,7 +158,7 @@ def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
     (folder / f"{name}.conf").write_text(SSHD.format(folder=folder, name=name, address=address))
     Path("/root/.ssh").mkdir(mode=0o700, exist_ok=True)
     Path("/run/sshd").mkdir(exist_ok=True)
-    apart = ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
+    apart = ["unshare", "--uts", "--ipc", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
     command = ["ip", "netns", "exec", _namespace(name), *apart, "sh", "-ec", START.format(folder=folder, name=name)]
     path = folder / f"{name}.log"
     with path.open("wb") as log:

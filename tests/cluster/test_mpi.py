@@ -1,4 +1,4 @@
-"""Other MPIs than this environment's own wheel, as Debian packs them: every collective, and launches on their mpirun."""
+"""Other MPIs than the wheel that is installed here, as Debian packs them: every collective, and launches by them."""
 
 import json
 import math
