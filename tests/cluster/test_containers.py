@@ -73,6 +73,12 @@ def test_the_image_has_the_versions_that_were_tested(images: Images) -> None:
     assert {name: found[name] for name in found.keys() - own} == {name: pinned[name] for name in found.keys() - own}
 
 
+def test_the_images_health_check_finds_it_healthy(images: Images) -> None:
+    container = images.engine.podman("run", "--detach", "--entrypoint", "sleep", images.cpu, "300")
+    assert health(images, container) == "healthy"
+    images.engine.podman("rm", "--force", "--time", "0", container)
+
+
 @pytest.mark.parametrize("target", ["ssh", "cuda"])
 def test_the_other_targets_build(images: Images, target: str) -> None:
     (described,) = json.loads(images.engine.podman("image", "inspect", images.build(target)))
@@ -86,7 +92,7 @@ def test_two_containers_train_together_to_the_end(images: Images, composed: Ende
     assert "exit codes: 0 0" in composed.output
     run_dir = volume(images, "dist-moe_runs") / "debug"
     described = json.loads((run_dir / "run.json").read_text())
-    assert described["world"]["world_size"] == 2, described["world"]
+    assert described["world"]["workers"] == 2, described["world"]
     found, alone = losses(run_dir), losses(alone_in_a_container)
     assert len(found) == len(alone) == 6
     assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
@@ -97,10 +103,7 @@ def test_tensorboard_stays_and_shows_the_run(images: Images, composed: Ended) ->
     tags = json.loads(images.engine.fetch(f"{PAGE}/data/plugin/scalars/tags"))
     assert "train/loss" in tags["debug/tensorboard"], tags
     container = said(images.engine.outside(*COMPOSE.split(), "ps", "-q", "tensorboard"))
-    # Without systemd nothing here calls the checks in their interval.
-    images.engine.podman("healthcheck", "run", container)
-    (described,) = json.loads(images.engine.podman("inspect", container))
-    assert described["State"]["Health"]["Status"] == "healthy"
+    assert health(images, container) == "healthy"
 
 
 def test_a_worker_that_fails_ends_the_command_with_a_failure(images: Images, composed: Ended, tmp_path: Path) -> None:
@@ -109,9 +112,16 @@ def test_a_worker_that_fails_ends_the_command_with_a_failure(images: Images, com
     broken.write_text("services:\n  worker1:\n    command: [--no-such-option]\n")
     ended = make_train(images, "-f", str(broken))
     assert ended.code != 0
-    assert "unrecognized arguments: --no-such-option" in ended.output + ended.errors
+    assert "worker1_1 exited with code 2" in ended.output
     assert ended.seconds < 100
     assert "train/loss" in images.engine.fetch(f"{PAGE}/data/plugin/scalars/tags")
+
+
+def health(images: Images, container: str) -> str:
+    """What a container is found to be, asked now: without systemd nothing here asks in the check's own interval."""
+    images.engine.podman("healthcheck", "run", container)
+    (described,) = json.loads(images.engine.podman("inspect", container))
+    return str(described["State"]["Health"]["Status"])
 
 
 def volume(images: Images, name: str) -> Path:

@@ -45,8 +45,7 @@ def node(images: Images, objects: Objects, tmp_path_factory: pytest.TempPathFact
     (folder / "claimed").mkdir()
     images.engine.podman("network", "create", NETWORK)
     yield folder
-    images.engine.podman("rm", "--all", "--force", "--time", "1")
-    images.engine.podman("network", "rm", NETWORK)
+    images.engine.podman("network", "rm", "--force", "--time", "1", NETWORK)
 
 
 def start(engine: Engine, pod: dict[str, Any], node: Path, name: str, annotations: dict[str, str]) -> str:
@@ -126,7 +125,7 @@ def test_the_pods_of_the_job_train_together_to_the_end(
     told = [images.engine.run("podman", "logs", each) for each in pods]
     assert codes == ["0", "0"], [one.output[-3000:] + one.errors[-3000:] for one in told]
     run_dir = node / "claimed" / "debug"
-    assert json.loads((run_dir / "run.json").read_text())["world"]["world_size"] == 2
+    assert json.loads((run_dir / "run.json").read_text())["world"]["workers"] == 2
     found, alone = losses(run_dir), losses(alone_in_a_container)
     assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
     assert "2 workers, expert parallel 2" in told[0].output, "rank 0 is the first pod's"
