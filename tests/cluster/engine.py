@@ -201,5 +201,6 @@ def _first_process(outer: subprocess.Popen[bytes], folder: Path) -> int:
 def _remove_groups() -> None:
     """The control groups in which podman keeps its own, where they are empty."""
     for found in Path("/sys/fs/cgroup").glob("*/libpod_parent"):
-        with contextlib.suppress(OSError):
-            found.rmdir()
+        for group in sorted(found.glob("**/"), reverse=True):
+            with contextlib.suppress(OSError):
+                group.rmdir()

@@ -28,7 +28,7 @@ Objects = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def objects(images: Images) -> Objects:
     """By kind, as printed for the debug run on two pods."""
-    command = [DIST_MOE, "launch", "configs/debug.yaml", "--launcher", "kubernetes", "--dry-run", "run.threads=1"]
+    command = [str(DIST_MOE), "launch", "configs/debug.yaml", "--launcher", "kubernetes", "--dry-run", "run.threads=1"]
     image = f"kubernetes.image={images.cpu}"
     done = subprocess.run([*command, image], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     # Of the two services the job's comes first.
