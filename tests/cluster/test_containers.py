@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Images
-from tests.cluster.engine import said
+from tests.cluster.engine import BUILD_LIMIT_S, said
 from tests.cluster.hosts import Ended
 from tests.cluster.test_launchers import CLOSE, losses
 from tests.unit.test_packaging import pins
+
+pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
 
 COMPOSE = "docker-compose -p dist-moe -f docker/compose.yaml"
 BUILD_TOOLS = ("cc", "gcc", "g++", "make", "ld", "git")

@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import DIST_MOE, ROOT, Images
-from tests.cluster.engine import Engine
+from tests.cluster.engine import BUILD_LIMIT_S, Engine
 from tests.cluster.test_launchers import CLOSE, losses
+
+pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
 
 NETWORK = "cluster"
 UNITS = {"Ki": "k", "Mi": "m", "Gi": "g"}
