@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 CONFIG ?= configs/quickstart.yaml
+COMPOSE ?= docker compose -p dist-moe -f docker/compose.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES := build/types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cluster docker docker-train check lint types format parity mutants tensorboard clean
+.PHONY: help setup train test test-cluster docker docker-train docker-down check lint types format parity mutants tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +35,15 @@ test-cluster: $(STAMP) ## the tests over several hosts: network namespaces of th
 docker: ## build the image dist-moe:cpu
 	docker build -f docker/Dockerfile --target cpu -t dist-moe:cpu .
 
-docker-train: docker ## train the debug run in two containers, with TensorBoard on port 6006
-	docker compose -f docker/compose.yaml up --abort-on-container-failure worker0 worker1 tensorboard
+# Both composes have these options; the old one ends with 0 whatever the workers do, so their codes are asked for.
+docker-train: docker ## train the debug run in two containers; TensorBoard stays on port 6006 (end: make docker-down)
+	$(COMPOSE) up -d tensorboard
+	$(COMPOSE) up --force-recreate --abort-on-container-exit worker0 worker1
+	@codes="$$(docker wait $$($(COMPOSE) ps -a -q worker0 worker1))" && echo "exit codes:" $$codes \
+		&& test "$$(echo $$codes)" = "0 0"
+
+docker-down: ## stop TensorBoard and remove the containers; the runs stay in the volume dist-moe_runs
+	$(COMPOSE) down
 
 check: lint types test ## lint, types and tests
 

@@ -7,6 +7,8 @@ cp /keys/authorized_keys "$HOME/.ssh/authorized_keys"
 if [ -f /keys/id_ed25519 ]; then
     install -m 600 /keys/id_ed25519 "$HOME/.ssh/id_ed25519"
 fi
+# Every container makes a key of its own when it starts, so none can be known before.
+printf 'Host *\n    Port 2222\n    StrictHostKeyChecking accept-new\n' > "$HOME/.ssh/config"
 if [ ! -f "$HOME/sshd/host_key" ]; then
     ssh-keygen -q -t ed25519 -N "" -f "$HOME/sshd/host_key"
 fi

@@ -54,10 +54,21 @@ def _named(wanted: KubernetesConfig, kind: str, version: str, name: str, **parts
 
 
 def _configuration(config: Config) -> dict[str, Any]:
-    """The whole configuration, with run.dir in the volume."""
-    run = config.run.model_copy(update={"dir": f"{RUNS_FOLDER}/{Path(config.run.dir).name}"})
+    """The whole configuration, with run.dir in the volume, and a number of threads.
+
+    A pod's limit is a share of time: a worker that counts cores finds all those of the node, and would be throttled.
+    """
+    threads = _cores(config.kubernetes.cpu) // config.kubernetes.workers_per_pod
+    changes: dict[str, Any] = {"dir": f"{RUNS_FOLDER}/{Path(config.run.dir).name}"}
+    changes |= {"threads": max(1, int(threads))} if config.run.threads == "auto" else {}
+    run = config.run.model_copy(update=changes)
     text = dump_config(config.model_copy(update={"run": run}))
     return _named(config.kubernetes, "ConfigMap", "v1", config.kubernetes.name, data={"run.yaml": text})
+
+
+def _cores(quantity: str) -> float:
+    """CPU cores, as Kubernetes writes them: 2, 1.5 or 500m."""
+    return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
 
 
 def _service(wanted: KubernetesConfig, port: int) -> dict[str, Any]:

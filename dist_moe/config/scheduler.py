@@ -2,12 +2,18 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dist_moe.config.cluster import Name
 from dist_moe.config.section import Section
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+# A bare number is one in YAML.
+Cores = Annotated[
+    str,
+    BeforeValidator(lambda given: str(given) if type(given) in (int, float) else given),
+    Field(pattern=r"^[0-9]+(\.[0-9]+|m)?$"),
+]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$")]
 ImageName = Annotated[str, Field(pattern=r"^[\w][\w./:@-]*$")]
 
@@ -47,7 +53,7 @@ class KubernetesConfig(Section):
     workers_per_pod: int = Field(
         default=1, ge=1, description="the workers in each pod, one for each device (1 or more)"
     )
-    cpu: Quantity = Field(default="2", description="the CPU cores of each pod, as 2 or 500m")
+    cpu: Cores = Field(default="2", description="the CPU cores of each pod, as 2 or 500m")
     memory: Quantity = Field(default="4Gi", description="the memory of each pod, as 4Gi")
     gpus: int = Field(default=0, ge=0, description="the GPUs of each pod (0: none)")
     shared_memory: Quantity = Field(

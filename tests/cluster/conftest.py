@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.engine import Engine, engine
 from tests.cluster.hosts import Ended, Host, environment, hosts, inner
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST_MOE = Path(sys.executable).parent / "dist-moe"
 LIMIT_S = 200.0
 GONE_LIMIT_S = 10.0
+BASE = "localhost/python:3.11"
 
 Start = Callable[..., "Launch"]
 
@@ -47,6 +50,35 @@ class Launch:
         self.process.wait(timeout=limit_s)
         output, errors = (path.read_text(errors="replace") for path in (self.output, self.errors))
         return Ended(self.process.returncode, output, errors, time.monotonic() - self.began_s)
+
+
+@dataclass(frozen=True)
+class Images:
+    """An engine with the image dist-moe:cpu; more targets are built on the same base."""
+
+    engine: Engine
+    cpu: str
+
+    def build(self, target: str) -> str:
+        return self.engine.build(target, BASE)
+
+
+@pytest.fixture(scope="session")
+def images() -> Iterator[Images]:
+    with engine() as up:
+        up.make_base(BASE)
+        yield Images(up, up.build("cpu", BASE))
+
+
+@pytest.fixture(scope="session")
+def alone_in_a_container(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the debug run in one process; in the image, since its text is the interpreter's own files."""
+    folder = tmp_path_factory.mktemp("alone-in-a-container")
+    folder.chmod(0o777)
+    options = ["--rm", "--network", "none", "--volume", f"{folder}:/runs"]
+    overrides = ["run.dir=/runs/debug", "run.threads=1"]
+    images.engine.podman("run", *options, images.cpu, "train", "/opt/configs/debug.yaml", *overrides, limit_s=LIMIT_S)
+    return folder / "debug"
 
 
 @pytest.fixture(scope="session")

