@@ -1,6 +1,6 @@
 """Several hosts on one machine: network namespaces on a bridge, each with its own processes, name and ssh server.
 
-Needs root, and the Debian packages openssh-server, openssh-client, iproute2 and pdsh.
+Needs root, and the Debian packages openssh-server, openssh-client, iproute2 and pdsh; a slow link needs ethtool.
 """
 
 import contextlib
@@ -61,6 +61,11 @@ class Host:
         )
         return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began_s)
 
+    @property
+    def bridge(self) -> str:
+        """The namespace of the bridge that it is plugged in to."""
+        return f"{self.name.rstrip('0123456789')}-bridge"
+
     def end(self) -> None:
         """As if its power were cut, but that the kernel still says goodbye for its connections."""
         with contextlib.suppress(ProcessLookupError):
@@ -68,7 +73,7 @@ class Host:
 
     def cut_off(self) -> None:
         """Pull its cable; what is on its way is lost."""
-        _ip("link", "set", f"b-{self.name}", "down", namespace=f"{self.name.rstrip('0123456789')}-bridge")
+        ip("link", "set", f"b-{self.name}", "down", namespace=self.bridge)
 
     def processes(self) -> list[str]:
         """The command lines of all that runs there, but its ssh server and what looks."""
@@ -105,9 +110,9 @@ def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         _keys(folder, addresses)
-        _ip("netns", "add", bridge)
-        _ip("link", "add", "hub", "type", "bridge", namespace=bridge)
-        _ip("link", "set", "hub", "up", namespace=bridge)
+        ip("netns", "add", bridge)
+        ip("link", "add", "hub", "type", "bridge", namespace=bridge)
+        ip("link", "set", "hub", "up", namespace=bridge)
         for name in names:
             _connect(name, addresses[name], bridge)
             processes.append(_start(folder, name, addresses[name]))
@@ -136,11 +141,11 @@ def _keys(folder: Path, addresses: dict[str, str]) -> None:
 
 def _connect(name: str, address: str, bridge: str) -> None:
     """A namespace with one interface, eth0, whose other end is a port of the bridge."""
-    _ip("netns", "add", name)
-    _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
-    _ip("link", "set", f"b-{name}", "master", "hub", "up", namespace=bridge)
-    _ip("address", "add", f"{address}/24", "dev", "eth0", namespace=name)
-    _ip("link", "set", "eth0", "up", namespace=name)
+    ip("netns", "add", name)
+    ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
+    ip("link", "set", f"b-{name}", "master", "hub", "up", namespace=bridge)
+    ip("address", "add", f"{address}/24", "dev", "eth0", namespace=name)
+    ip("link", "set", "eth0", "up", namespace=name)
 
 
 def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
@@ -164,6 +169,7 @@ def _first_process(outer: subprocess.Popen[bytes]) -> int:
     return int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
 
 
-def _ip(*arguments: str, namespace: str | None = None) -> None:
+def ip(*arguments: str, namespace: str | None = None) -> None:
+    """The command of that name, in a network namespace."""
     inside = () if namespace is None else ("-n", namespace)
     subprocess.run(["ip", *inside, *arguments], check=True, capture_output=True, text=True)

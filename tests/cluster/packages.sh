@@ -2,7 +2,7 @@
 # What the tests over several hosts need of Debian; nothing where all of it is there.
 set -eu
 missing=""
-for pair in sshd:openssh-server ssh:openssh-client ip:iproute2 pdsh:pdsh ps:procps slurmctld:slurmctld slurmd:slurmd srun:slurm-client; do
+for pair in sshd:openssh-server ssh:openssh-client ip:iproute2 ethtool:ethtool pdsh:pdsh ps:procps slurmctld:slurmctld slurmd:slurmd srun:slurm-client; do
     PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" > /dev/null || missing="$missing ${pair##*:}"
 done
 if [ -n "$missing" ]; then
