@@ -110,6 +110,7 @@ class Hub:
         self._lines[rank], self._records[rank] = line, record
         self._failures.pop(rank, None)
         self._finished.discard(rank)
+        self._keep(rank, "")
         if messages[1:]:
             self._hear(rank, messages[1:])
 
@@ -132,15 +133,19 @@ class Hub:
                 self._end(rank, int(message["ended"]), bool(message.get("finished")))
 
     def _print(self, rank: int, stream: TextIO, text: str) -> None:
-        """A full disk or a closed terminal is no reason to end the job."""
+        """A closed terminal is no reason to end the job."""
         prefix = f"[{rank}@{self._records[rank]['host']}] "
         with contextlib.suppress(OSError, ValueError):
             stream.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
             stream.flush()
+        self._keep(rank, text + "\n")
+
+    def _keep(self, rank: int, text: str) -> None:
+        """In the rank's log, which is there from the worker's start; a full disk is no reason to end the job."""
         with contextlib.suppress(OSError):
             self._logs.mkdir(parents=True, exist_ok=True)
             with (self._logs / f"rank-{rank}.log").open("a", encoding="utf-8") as log:
-                log.write(text + "\n")
+                log.write(text)
 
     def _end(self, rank: int, status: int, finished: bool) -> None:
         end = silent_end(time.time(), rank, os.waitstatus_to_exitcode(status), finished)

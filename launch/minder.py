@@ -87,7 +87,7 @@ class Minder:
         signal.signal(signal.SIGTERM, self._pass_on)
         connected = True
         while not select.select([self.handle], [], [], 0)[0]:
-            sources = [self.handle, *self.outputs, *([self.line] if connected else [])]
+            sources: list[int | Line] = [self.handle, *self.outputs, *([self.line] if connected else [])]
             ready = select.select(sources, [], [], LOOK_S)[0]
             self._copy([one for one in ready if isinstance(one, int)])
             self._report()

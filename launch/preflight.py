@@ -29,7 +29,7 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Me
     mark = f".launch-{secrets.token_hex(8)}"
     (run_dir / mark).touch()
     try:
-        question = {
+        question: dict[str, Any] = {
             "config": str(config_path),
             "run_dir": str(run_dir),
             "mark": mark if cluster.settings.shared_storage else None,

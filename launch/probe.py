@@ -33,8 +33,7 @@ def look(question: dict[str, Any]) -> dict[str, Any]:
         "meeting": reach(*question["meeting"]),
         "address": is_own(question["address"]),
         "port": "" if question["port"] is None else bound(question["address"], question["port"]),
-        "interface": question["interface"] is None
-        or question["interface"] in dict(map(reversed, socket.if_nameindex())),
+        "interface": question["interface"] in (None, *(name for _, name in socket.if_nameindex())),
         "devices": len(list(Path("/dev").glob("nvidia[0-9]*"))),
         "cores": len(os.sched_getaffinity(0)),
     }

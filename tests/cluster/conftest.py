@@ -1,6 +1,7 @@
 """Three hosts for all tests of this folder, and what runs `dist-moe launch` on the first of them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,17 +36,17 @@ class Launch:
         """Of the launch itself, which nsenter has started as its child."""
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text())
 
-    def wait_for(self, words: str) -> None:
-        """Until its output has them."""
+    def wait_for_step(self, step: int) -> None:
+        """Until its output tells of this step."""
         deadline = time.monotonic() + LIMIT_S
-        while words not in self.output.read_text(errors="replace"):
+        while not told_of(step, self.output.read_text(errors="replace")):
             assert self.process.poll() is None and time.monotonic() < deadline, self.errors.read_text(errors="replace")
             time.sleep(0.1)
 
     def end(self, limit_s: float = LIMIT_S) -> Ended:
         self.process.wait(timeout=limit_s)
-        told = [path.read_text(errors="replace") for path in (self.output, self.errors)]
-        return Ended(self.process.returncode, *told, time.monotonic() - self.began_s)
+        output, errors = (path.read_text(errors="replace") for path in (self.output, self.errors))
+        return Ended(self.process.returncode, output, errors, time.monotonic() - self.began_s)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +90,11 @@ def write_config(folder: Path, up: list[Host], slots: tuple[int, ...], steps: in
         assert text.count(before) == 1, before
         text = text.replace(before, after)
     (folder / "run.yaml").write_text(text)
+
+
+def told_of(step: int, output: str) -> int:
+    """How many times an output tells of a step."""
+    return len(re.findall(rf"\bstep +{step}/", output))
 
 
 def until_gone(up: list[Host]) -> list[str]:

@@ -44,11 +44,12 @@ exec /usr/sbin/sshd -D -e -f {folder}/{name}.conf
 
 @dataclass(frozen=True)
 class Host:
-    """One host that is up; pid: its first process, with which all of it ends."""
+    """One host that is up; pid: its first process, with which all of it ends. bridge: where its cable is plugged in."""
 
     name: str
     address: str
     pid: int
+    bridge: str
 
     def argv(self, command: Sequence[str], folder: Path) -> list[str]:
         """What runs a command there."""
@@ -60,11 +61,6 @@ class Host:
             self.argv(command, folder), env=environment() | variables, capture_output=True, text=True, timeout=limit_s
         )
         return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began_s)
-
-    @property
-    def bridge(self) -> str:
-        """The namespace of the bridge that it is plugged in to."""
-        return f"{self.name.rstrip('0123456789')}-bridge"
 
     def end(self) -> None:
         """As if its power were cut, but that the kernel still says goodbye for its connections."""
@@ -100,11 +96,15 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
-    """`count` hosts PREFIX0, PREFIX1, .. that reach each other by ssh without being asked anything."""
+    """`count` hosts PREFIX0, PREFIX1, .. that reach each other by ssh without being asked anything.
+
+    Their namespaces bear the number of this process, so that other hosts, also those of a run that was killed, are not
+    in the way.
+    """
     for tool in TOOLS:
         assert shutil.which(tool), f"{tool} is not installed"
     folder = Path(tempfile.mkdtemp(prefix="dist-moe-hosts-"))
-    bridge = f"{prefix}-bridge"
+    bridge = _namespace(f"{prefix}-bridge")
     names = [f"{prefix}{number}" for number in range(count)]
     addresses = {name: f"{NETWORK}.{number + 1}" for number, name in enumerate(names)}
     processes: list[subprocess.Popen[bytes]] = []
@@ -116,14 +116,19 @@ def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
         for name in names:
             _connect(name, addresses[name], bridge)
             processes.append(_start(folder, name, addresses[name]))
-        yield [Host(name, addresses[name], _first_process(each)) for name, each in zip(names, processes, strict=True)]
+        started = zip(names, processes, strict=True)
+        yield [Host(name, addresses[name], _first_process(process), bridge) for name, process in started]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-        for name in [*names, bridge]:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+        for namespace in [*map(_namespace, names), bridge]:
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _namespace(name: str) -> str:
+    return f"{name}-{os.getpid()}"
 
 
 def _keys(folder: Path, addresses: dict[str, str]) -> None:
@@ -141,11 +146,12 @@ def _keys(folder: Path, addresses: dict[str, str]) -> None:
 
 def _connect(name: str, address: str, bridge: str) -> None:
     """A namespace with one interface, eth0, whose other end is a port of the bridge."""
-    ip("netns", "add", name)
-    ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
+    own = _namespace(name)
+    ip("netns", "add", own)
+    ip("link", "add", "eth0", "netns", own, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
     ip("link", "set", f"b-{name}", "master", "hub", "up", namespace=bridge)
-    ip("address", "add", f"{address}/24", "dev", "eth0", namespace=name)
-    ip("link", "set", "eth0", "up", namespace=name)
+    ip("address", "add", f"{address}/24", "dev", "eth0", namespace=own)
+    ip("link", "set", "eth0", "up", namespace=own)
 
 
 def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
@@ -153,12 +159,12 @@ def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
     Path("/root/.ssh").mkdir(mode=0o700, exist_ok=True)
     Path("/run/sshd").mkdir(exist_ok=True)
     apart = ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
-    command = ["ip", "netns", "exec", name, *apart, "sh", "-ec", START.format(folder=folder, name=name)]
-    log = (folder / f"{name}.log").open("wb")
-    process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    command = ["ip", "netns", "exec", _namespace(name), *apart, "sh", "-ec", START.format(folder=folder, name=name)]
+    path = folder / f"{name}.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     deadline = time.monotonic() + UP_LIMIT_S
-    while "Server listening" not in (folder / f"{name}.log").read_text(errors="replace"):
-        said = (folder / f"{name}.log").read_text(errors="replace")
+    while "Server listening" not in (said := path.read_text(errors="replace")):
         assert process.poll() is None and time.monotonic() < deadline, f"{name} does not come up: {said}"
         time.sleep(0.02)
     return process

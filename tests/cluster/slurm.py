@@ -61,9 +61,10 @@ def slurm(up: list[Host], folder: Path) -> Iterator[Slurm]:
     daemons = []
     try:
         for host, program in [(up[0], "slurmctld"), *((host, "slurmd") for host in up)]:
-            log = (folder / f"{program}-{host.name}.out").open("wb")
             argv = host.argv([f"/usr/sbin/{program}", "-D"], folder)
-            daemons.append(subprocess.Popen(argv, env=variables, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
+            with (folder / f"{program}-{host.name}.out").open("wb") as log:
+                started = subprocess.Popen(argv, env=variables, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            daemons.append(started)
         running = Slurm(up[0], configuration)
         deadline = time.monotonic() + IDLE_LIMIT_S
         while (told := running.run(["sinfo", "-h", "-o", "%D %t"], folder).output.strip()) != f"{len(up)} idle":

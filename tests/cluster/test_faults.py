@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dist_moe
-from tests.cluster.conftest import Launch, Start, until_gone, write_config
+from tests.cluster.conftest import Launch, Start, told_of, until_gone, write_config
 from tests.cluster.hosts import Host, hosts
 
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
@@ -39,7 +39,7 @@ def worker_of(launch: Launch, rank: int) -> int:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_killed_rank_of_another_host_is_named(start: Start, three: list[Host], launcher: str) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
-    launch.wait_for("step 2/")
+    launch.wait_for_step(2)
     os.kill(worker_of(launch, 1), signal.SIGKILL)
     struck_s = time.monotonic()
     ended = launch.end(60)
@@ -52,7 +52,7 @@ def test_a_killed_rank_of_another_host_is_named(start: Start, three: list[Host],
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host], launcher: str) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
-    launch.wait_for("step 2/")
+    launch.wait_for_step(2)
     assert any("dist_moe train" in line for line in three[1].processes())
     os.kill(launch.pid, signal.SIGINT)
     ended = launch.end(30)
@@ -62,7 +62,7 @@ def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host]
 
 def test_a_launch_that_is_killed_takes_its_workers_with_it(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", steps=LONG)
-    launch.wait_for("step 2/")
+    launch.wait_for_step(2)
     os.kill(launch.pid, signal.SIGKILL)
     launch.end(30)
     assert not until_gone(three)
@@ -82,7 +82,7 @@ def launch_on(pair: list[Host], folder: Path, *arguments: str) -> Launch:
 
 def test_a_host_that_dies_is_named(pair: list[Host], tmp_path: Path) -> None:
     launch = launch_on(pair, tmp_path)
-    launch.wait_for("step 2/")
+    launch.wait_for_step(2)
     pair[1].end()
     ended = launch.end(60)
     assert ended.code != 0 and "rank 1 on frail1 was lost: its host ended" in ended.errors, ended.errors
@@ -91,7 +91,7 @@ def test_a_host_that_dies_is_named(pair: list[Host], tmp_path: Path) -> None:
 
 def test_a_host_that_is_cut_off_is_named_and_ends_its_workers(pair: list[Host], tmp_path: Path) -> None:
     launch = launch_on(pair, tmp_path)
-    launch.wait_for("step 2/")
+    launch.wait_for_step(2)
     pair[1].cut_off()
     struck_s = time.monotonic()
     ended = launch.end(90)
@@ -170,16 +170,16 @@ def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
 
 def test_a_worker_that_fails_is_started_again_by_torchrun(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=40)
-    launch.wait_for("step 2/")
+    launch.wait_for_step(2)
     os.kill(worker_of(launch, 1), signal.SIGKILL)
     ended = launch.end()
     assert ended.code == 0, ended.errors
-    assert ended.output.count("step 1/40") == 2, "no checkpoint yet, so it began again"
+    assert told_of(1, ended.output) == 2, "no checkpoint yet, so it began again"
 
 
 def test_a_torchrun_that_lost_a_host_goes_on_with_the_other(pair: list[Host], tmp_path: Path) -> None:
     launch = launch_on(pair, tmp_path, "--max-restarts", "3", "--min-hosts", "1", "train.steps=60")
-    launch.wait_for("step 2/")
+    launch.wait_for_step(2)
     pair[1].end()
     ended = launch.end(150)
     assert ended.code == 0, ended.errors

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dist_moe.launch.torchrun import torchrun_cluster_command
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 HOSTS = "cluster.hosts=[{name: a, slots: 2, address: 203.0.113.1}, {name: b, slots: 2, address: 203.0.113.2}]"
 NASTY = "x\"; touch /tmp/struck; $(touch /tmp/struck) `touch /tmp/struck` ' %n"
-MAKERS = {
+MAKERS: dict[str, Callable[..., Command]] = {
     "torchrun": torchrun_cluster_command,
     "mpirun": mpirun_cluster_command,
     "deepspeed": deepspeed_cluster_command,
