@@ -43,14 +43,16 @@ class Timing:
         return self.size_bytes / self.times_us[backend] / 1e3
 
 
-def run(repetitions: int) -> Table | None:
-    """Join the job that mpirun started, and measure -> the table, on rank 0. Errors: PlaceError."""
+def run(repetitions: int) -> list[Table]:
+    """Join the job that mpirun started, and measure -> the table on rank 0, none elsewhere. Errors: PlaceError."""
     place = read_place(os.environ)
     set_threads(1, place)
     with join_world(place, "mpi", TIMEOUT_S):
         groups = {"mpi": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
         timings = measure(groups, repetitions, SIZES_BYTES)
-    return fitted_table(f"All-to-all on {place.world_size} ranks", HEADINGS, rows(timings)) if place.rank == 0 else None
+    if place.rank != 0:
+        return []
+    return [fitted_table(f"All-to-all on {place.world_size} ranks", HEADINGS, rows(timings))]
 
 
 def measure(groups: dict[str, dist.ProcessGroup], repetitions: int, sizes_bytes: Sequence[int]) -> list[Timing]:

@@ -65,8 +65,8 @@ class Hops:
         return self.times_s[FLAT] / self.times_s[HIERARCHICAL]
 
 
-def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> Table | None:
-    """Join the job that a launcher started, and measure -> the table, on rank 0; `out`: JSON of the same.
+def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table]:
+    """Join the job that a launcher started, and measure -> the table on rank 0, none elsewhere; `out`: the same as JSON.
 
     Errors: MeshError where the ranks do not lie on several hosts, as many on each; PlaceError.
     """
@@ -76,12 +76,12 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> Table | No
         mesh = make_mesh(place.world_size, ranks_per_node(HIERARCHICAL, place.world_size))
         found = measure(mesh, sizes, repetitions, world.device)
     if place.rank != 0:
-        return None
+        return []
     if out is not None:
         out.write_text(json.dumps([asdict(one) | {"ratio": one.ratio} for one in found], indent=1) + "\n")
     experts = EXPERTS_OF_RANK * place.world_size
     title = f"{place.world_size} ranks of several hosts by {world.backend}, {experts} experts, medians of {repetitions}"
-    return fitted_table(title, HEADINGS, rows(found))
+    return [fitted_table(title, HEADINGS, rows(found))]
 
 
 def measure(mesh: Mesh, sizes: Sequence[Size], repetitions: int, device: torch.device) -> list[Hops]:

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.cluster.hosts import Host, environment, ip
+from tests.cluster.hosts import NETWORK, Host, environment, ip
 
 RELAY = Path(__file__).with_name("relay.py")
 OFFLOADS = ("tx", "rx", "sg", "tso", "gso", "gro")
 """They would hand the relay frames longer than the link takes, and without checksums."""
+
+CONGESTION_CONTROL = ("congctl", "cubic")
+"""Linux's own choice; what a machine has chosen instead would make other figures."""
 
 
 @contextlib.contextmanager
@@ -27,6 +30,7 @@ def slow_link(pair: list[Host], one_way_s: float, megabits_per_s: float) -> Iter
     for host in pair:
         _without_offloads(host.argv([], Path("/")), "eth0")
         bucket = ["tbf", "rate", f"{megabits_per_s}mbit", "burst", "64kb", "latency", "400ms"]
+        _run(host.argv(["ip", "route", "replace", NETWORK + ".0/24", "dev", "eth0", *CONGESTION_CONTROL], Path("/")))
         _run(host.argv(["tc", "qdisc", "add", "dev", "eth0", "root", *bucket], Path("/")))
     ip("link", "set", near, "nomaster", namespace=bridge)
     ip("link", "set", far, "master", "hub", namespace=bridge)
@@ -41,7 +45,10 @@ def slow_link(pair: list[Host], one_way_s: float, megabits_per_s: float) -> Iter
         ip("link", "delete", middle, namespace=bridge)
         ip("link", "set", near, "master", "hub", namespace=bridge)
         for host in pair:
-            _run(host.argv(["tc", "qdisc", "delete", "dev", "eth0", "root"], Path("/")))
+            _run(
+                host.argv(["ip", "route", "replace", NETWORK + ".0/24", "dev", "eth0", *CONGESTION_CONTROL], Path("/"))
+            )
+        _run(host.argv(["tc", "qdisc", "delete", "dev", "eth0", "root"], Path("/")))
 
 
 def _without_offloads(there: list[str], interface: str) -> None:
