@@ -230,8 +230,7 @@ def policies(
 
 
 @study_app.command()
-def exchange(repetitions: OutFolder = Annotated[Path, typer.Option(help="Folder for all that comes of it; made if it is not there.")]
-Repetitions = 200) -> None:
+def exchange(repetitions: Repetitions = 200) -> None:
     """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
     from dist_moe.study.exchange import run
 
@@ -245,8 +244,7 @@ def hops(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a rank; may be repeated (16, 128, 1024).")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
     width: Annotated[int, typer.Option(min=1, help="Of a token's row, in fp32.")] = 1024,
-    repetitions: OutFolder = Annotated[Path, typer.Option(help="Folder for all that comes of it; made if it is not there.")]
-Repetitions = 10,
+    repetitions: Repetitions = 10,
     out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
     """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this."""

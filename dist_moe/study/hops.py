@@ -66,9 +66,10 @@ class Hops:
 
 
 def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table]:
-    """Join the job that a launcher started, and measure -> the table on rank 0, none elsewhere; `out`: the same as JSON.
+    """Join the job that a launcher started, and measure -> the table on rank 0, none elsewhere.
 
-    Errors: MeshError where the ranks do not lie on several hosts, as many on each; PlaceError.
+    out: a file for the same as JSON. Errors: PlaceError; MeshError where the ranks do not lie on several hosts, as many
+    on each.
     """
     place = read_place(os.environ)
     set_threads(1, place)

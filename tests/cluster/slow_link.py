@@ -18,7 +18,10 @@ CONGESTION_CONTROL = ("congctl", "cubic")
 
 @contextlib.contextmanager
 def slow_link(pair: list[Host], one_way_s: float, megabits_per_s: float) -> Iterator[None]:
-    """Between two hosts, in the block: each frame arrives `one_way_s` later, and each sends so much at most."""
+    """Between two hosts, in the block: each frame arrives `one_way_s` later, and each sends so much at most.
+
+    After the block they are cut off from each other.
+    """
     first, last = pair
     bridge = last.bridge
     near, middle, far = f"b-{last.name}", f"r-{last.name}", f"h-{last.name}"
@@ -42,13 +45,6 @@ def slow_link(pair: list[Host], one_way_s: float, megabits_per_s: float) -> Iter
     finally:
         relay.kill()
         relay.wait()
-        ip("link", "delete", middle, namespace=bridge)
-        ip("link", "set", near, "master", "hub", namespace=bridge)
-        for host in pair:
-            _run(
-                host.argv(["ip", "route", "replace", NETWORK + ".0/24", "dev", "eth0", *CONGESTION_CONTROL], Path("/"))
-            )
-        _run(host.argv(["tc", "qdisc", "delete", "dev", "eth0", "root"], Path("/")))
 
 
 def _without_offloads(there: list[str], interface: str) -> None:
