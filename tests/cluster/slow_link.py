@@ -38,13 +38,12 @@ def slow_link(pair: list[Host], one_way_s: float, megabits_per_s: float) -> Iter
     ip("link", "set", near, "nomaster", namespace=bridge)
     ip("link", "set", far, "master", "hub", namespace=bridge)
     command = ["ip", "netns", "exec", bridge, sys.executable, "-S", str(RELAY), near, middle, str(one_way_s)]
-    relay = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-    try:
-        assert relay.stdout is not None and relay.stdout.readline() == "ready\n", "the relay does not start"
-        yield
-    finally:
-        relay.kill()
-        relay.wait()
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as relay:
+        try:
+            assert relay.stdout is not None and relay.stdout.readline() == "ready\n", "the relay does not start"
+            yield
+        finally:
+            relay.kill()
 
 
 def _without_offloads(there: list[str], interface: str) -> None:

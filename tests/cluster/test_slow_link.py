@@ -75,6 +75,7 @@ def test_the_link_is_as_long_and_as_thin_as_it_is_meant_to_be(far: list[Host]) -
 def torchrun(far: list[Host], program: list[str], folder: Path) -> list[list[str]]:
     """One command for each host."""
     meeting = ["--master-addr", far[0].address, "--master-port", str(PORT), "--nnodes", "2", "--nproc-per-node", "2"]
+    meeting += ["--log-dir", str(folder)]
     each = [["--node-rank", str(number), *meeting, "--module", *program] for number in range(len(far))]
     start = [sys.executable, "-m", "torch.distributed.run"]
     return [host.argv([*start, *words], folder) for host, words in zip(far, each, strict=True)]
