@@ -9,7 +9,6 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,8 +19,12 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+LOOPBACK = "127.0.0.1"
 START_LIMIT_S = 180.0
 """How long a worker may take to start and import torch, on a machine that is busy with other things."""
 GRACE_S = 10.0
@@ -86,9 +89,7 @@ class Worker:
             if 'File "<string>", line 1 in <module>' in text:
                 return f"did not answer; it was at\n{text}"
             time.sleep(0.02)
-        return (
-            f"did not answer, and wrote no whole stack within {DUMP_LIMIT_S} s\n{self.stack_file.read_text()}"
-        )
+        return f"did not answer, and wrote no whole stack within {DUMP_LIMIT_S} s\n{self.stack_file.read_text()}"
 
     def end(self) -> None:
         """Kill the process, by its own id, and wait until it is gone."""
@@ -127,9 +128,7 @@ class RankPool:
         self._end_workers()
         self._folder.cleanup()
 
-    def run(
-        self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
         """Call `function(rank, world_size, *args)` on ranks 0 .. world_size-1 inside a new gloo group.
 
         `function` must be importable (defined at the top of a module); it, `args` and the results travel by
@@ -141,9 +140,9 @@ class RankPool:
             raise ValueError(f"world_size={world_size} does not fit this pool; use 1 to {self.size}")
         try:
             self._start_workers(world_size)
-            port = _free_port()
+            meeting = _meeting_point(timeout_s)
             for rank, worker in enumerate(self._workers[:world_size]):
-                task = Task(function, rank, world_size, port, args, timeout_s)
+                task = Task(function, rank, world_size, meeting.port, args, timeout_s)
                 worker.connection.send_bytes(pickle.dumps(task))
             answers = self._collect(world_size, timeout_s)
             return self._results(answers, world_size, timeout_s)
@@ -221,11 +220,16 @@ class RankPool:
         self._workers = []
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def _meeting_point(timeout_s: float) -> "TCPStore":
+    """Where the ranks of a task find each other, for as long as it is held.
+
+    Not on rank 0, as a launcher would have it: the others may still need it when rank 0 is through, for a group without
+    it. And its port is never free between being chosen and being listened to.
+    """
+    from torch.distributed import TCPStore
+
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(LOOPBACK, 0, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
 def _serve(connection: Connection, stack_file: str) -> None:
@@ -264,17 +268,21 @@ def _process_group(task: Task) -> Iterator[None]:
     import torch
     import torch.distributed
 
+    timeout = timedelta(seconds=task.timeout_s)
     environment, folder = dict(os.environ), os.getcwd()
     os.environ.update(
         RANK=str(task.rank),
         WORLD_SIZE=str(task.world_size),
         LOCAL_RANK=str(task.rank),
         LOCAL_WORLD_SIZE=str(task.world_size),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=LOOPBACK,
         MASTER_PORT=str(task.port),
     )
     try:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=task.timeout_s))
+        store = torch.distributed.TCPStore(LOOPBACK, task.port, timeout=timeout)
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
+        )
         # Without a first meeting, a rank with nothing to do would leave while another is still connecting to it.
         torch.distributed.all_reduce(torch.zeros(1))
         yield
