@@ -53,6 +53,6 @@ def relay(one: socket.socket, other: socket.socket, delay_s: float) -> None:
 
 if __name__ == "__main__":
     os.nice(-10)  # A late frame is a longer link, and the workers take every core.
-    ports = [port(interface) for interface in sys.argv[1:3]]
+    ends = port(sys.argv[1]), port(sys.argv[2])
     print("ready", flush=True)
-    relay(*ports, float(sys.argv[3]))
+    relay(ends[0], ends[1], float(sys.argv[3]))

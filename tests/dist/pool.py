@@ -19,10 +19,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+from typing import Any
 
 LOOPBACK = "127.0.0.1"
 START_LIMIT_S = 180.0
@@ -220,16 +217,14 @@ class RankPool:
         self._workers = []
 
 
-def _meeting_point(timeout_s: float) -> "TCPStore":
-    """Where the ranks of a task find each other, for as long as it is held.
+def _meeting_point(timeout_s: float) -> Any:
+    """The TCPStore by which the ranks of a task find each other, for as long as it is held.
 
-    Not on rank 0, as a launcher would have it: the others may still need it when rank 0 is through, for a group without
-    it. And its port is never free between being chosen and being listened to.
+    Not on rank 0, as of a launcher: others may still need it when that is through. Its port is never free in between.
     """
     from torch.distributed import TCPStore
 
-    timeout = timedelta(seconds=timeout_s)
-    return TCPStore(LOOPBACK, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+    return TCPStore(LOOPBACK, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
 def _serve(connection: Connection, stack_file: str) -> None:
@@ -268,8 +263,7 @@ def _process_group(task: Task) -> Iterator[None]:
     import torch
     import torch.distributed
 
-    timeout = timedelta(seconds=task.timeout_s)
-    environment, folder = dict(os.environ), os.getcwd()
+    environment, folder, timeout = dict(os.environ), os.getcwd(), timedelta(seconds=task.timeout_s)
     os.environ.update(
         RANK=str(task.rank),
         WORLD_SIZE=str(task.world_size),
@@ -280,9 +274,8 @@ def _process_group(task: Task) -> Iterator[None]:
     )
     try:
         store = torch.distributed.TCPStore(LOOPBACK, task.port, timeout=timeout)
-        torch.distributed.init_process_group(
-            "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
-        )
+        ranks = {"rank": task.rank, "world_size": task.world_size}
+        torch.distributed.init_process_group("gloo", store=store, timeout=timeout, **ranks)
         # Without a first meeting, a rank with nothing to do would leave while another is still connecting to it.
         torch.distributed.all_reduce(torch.zeros(1))
         yield
