@@ -274,8 +274,7 @@ def _process_group(task: Task) -> Iterator[None]:
     )
     try:
         store = torch.distributed.TCPStore(LOOPBACK, task.port, timeout=timeout)
-        ranks = {"rank": task.rank, "world_size": task.world_size}
-        torch.distributed.init_process_group("gloo", store=store, timeout=timeout, **ranks)
+        torch.distributed.init_process_group("gloo", None, timeout, task.world_size, task.rank, store)
         # Without a first meeting, a rank with nothing to do would leave while another is still connecting to it.
         torch.distributed.all_reduce(torch.zeros(1))
         yield
