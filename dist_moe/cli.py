@@ -50,6 +50,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, such as train.steps=20."),
 ]
+OutFolder = Annotated[Path, typer.Option(help="Folder for all that comes of it; made if it is not there.")]
+Repetitions = Annotated[int, typer.Option(min=1, help="Measurements of each kind and size.")]
 Workers = Annotated[int, typer.Option(min=1, help="Number of workers (processes, one per device).")]
 
 
@@ -179,9 +181,7 @@ def fetch(
 
 @study_app.command()
 def controllers(
-    out: Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")] = Path(
-        "runs/study/controllers"
-    ),
+    out: OutFolder = Path("runs/study/controllers"),
     experts: Annotated[
         list[int] | None, typer.Option(help="Number of experts, 8, 64, 256 or 896; may be repeated. All by default.")
     ] = None,
@@ -211,9 +211,7 @@ def controllers(
 def policies(
     config: ConfigFile,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the results; made if it is not there.")] = Path(
-        "runs/study/policies"
-    ),
+    out: OutFolder = Path("runs/study/policies"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
 ) -> None:
@@ -232,25 +230,29 @@ def policies(
 
 
 @study_app.command()
-def exchange(
-    repetitions: Annotated[int, typer.Option(min=1, help="All-to-alls of each backend and size.")] = 200,
-) -> None:
+def exchange(repetitions: Repetitions = 200) -> None:
     """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
-    import torch.distributed as dist
-
-    from dist_moe.comm.bootstrap import join_world, set_threads
-    from dist_moe.comm.place import read_place
-    from dist_moe.study.exchange import HEADINGS, SIZES_BYTES, measure, rows
-    from dist_moe.study.table import fitted_table
+    from dist_moe.study.exchange import run
 
     with errors_in_plain_words():
-        place = read_place(os.environ)
-        set_threads(1, place)
-        with join_world(place, "mpi", 60):
-            groups = {"mpi": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
-            timings = measure(groups, repetitions, SIZES_BYTES)
-    if place.rank == 0:
-        Console().print(fitted_table(f"All-to-all on {place.world_size} ranks", HEADINGS, rows(timings)))
+        for table in run(repetitions):
+            Console().print(table)
+
+
+@study_app.command()
+def hops(
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a rank; may be repeated (16, 128, 1024).")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
+    width: Annotated[int, typer.Option(min=1, help="Of a token's row, in fp32.")] = 1024,
+    repetitions: Repetitions = 10,
+    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
+) -> None:
+    """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this."""
+    from dist_moe.study.hops import TOKENS, Size, run
+
+    with errors_in_plain_words():
+        for table in run([Size(count, top_k, width) for count in tokens or TOKENS], repetitions, out):
+            Console().print(table)
 
 
 def check(config: Path, overrides: list[str] | None, workers: int) -> str:

@@ -99,7 +99,7 @@ def deepspeed_cluster_command(
         environment["PDSH_SSH_ARGS_APPEND"] = " ".join(["-o BatchMode=yes -o ConnectTimeout=10", *user])
         environment["PDSH_RCMD_TYPE"] = "ssh"
     if runner == "openmpi":
-        environment |= openmpi_environment(cluster)
+        environment |= openmpi_environment(cluster.ssh_options)
     options = {
         "openmpi": [*openmpi_options(1, room=False), *openmpi_network(cluster)],
         "mpich": mpich_options(1, False),

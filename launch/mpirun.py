@@ -94,7 +94,7 @@ def mpirun_cluster_command(
     hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)
     words = (cluster.python, "-m", "dist_moe", *worker_arguments(config_path, overrides))
     if library.family == "OpenMPI":
-        environment |= openmpi_environment(cluster)
+        environment |= openmpi_environment(cluster.ssh_options)
         options = (*openmpi_options(1, room=False), *openmpi_network(cluster), "--host", hosts)
         options += ("--wdir", cluster.folder, *(part for name in carried for part in ("-x", name)))
     else:
@@ -107,12 +107,12 @@ def mpirun_cluster_command(
     return Command("mpirun", (program, *options, "-n", str(cluster.workers), *words), environment)
 
 
-def openmpi_environment(cluster: Cluster) -> dict[str, str]:
+def openmpi_environment(ssh_options: Sequence[str] = ()) -> dict[str, str]:
     """How OpenMPI 4 and 5 log in to other hosts, and what lets them start as root, which they refuse unless told twice.
 
     The versions know the same settings by different names, and on the command line no name of another version.
     """
-    ssh = shlex.join(cluster.ssh_options)
+    ssh = shlex.join(ssh_options)
     root = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0 else ()
     return {"OMPI_MCA_plm_rsh_args": ssh, "PRTE_MCA_plm_ssh_args": ssh} | dict.fromkeys(root, "1")
 

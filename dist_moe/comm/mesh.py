@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from dist_moe.config.errors import UserError
 
-class MeshError(ValueError):
+
+class MeshError(UserError, ValueError):
     """A mesh that cannot be laid out (value, rule and remedy in the message)."""
 
 

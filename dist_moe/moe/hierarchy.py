@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_moe.comm.exchange import exchange_counts, exchange_rows
+from dist_moe.comm.exchange import exchange_rows
 from dist_moe.comm.mesh import Mesh, Nodes
 from dist_moe.comm.packed import exchange_packed
 from dist_moe.moe.dispatch import sum_rows, take_rows
@@ -41,28 +41,20 @@ def mix_over_hosts(
     host_R, token_R = taken_TNK.any(dim=2).t().nonzero(as_tuple=True)
     taken_RK = taken_TNK[token_R, host_R]
     counts_R = taken_RK.sum(dim=1)
-    sent_N2 = torch.stack(
-        [
-            torch.bincount(host_R, minlength=hosts),
-            torch.zeros(hosts, dtype=torch.int64, device=ids_TK.device).index_add_(0, host_R, counts_R),
-        ],
-        dim=1,
-    )
-    received_N2 = exchange_counts(sent_N2, group)
-    (send_rows, send_taken), (rows, taken) = (one.t().tolist() for one in (sent_N2, received_N2))
+    taken_N = torch.zeros(hosts, dtype=torch.int64, device=ids_TK.device).index_add_(0, host_R, counts_R)
+    send_rows, send_taken = torch.stack([torch.bincount(host_R, minlength=hosts), taken_N]).tolist()
     slots_R = token_R * hosts + host_R
-    arrived_QD, counts_Q, ids_F, weights_F = exchange_packed(
+    (arrived_QD, counts_Q, ids_F, weights_F), (rows, *_) = exchange_packed(
         [
             take_rows(hidden_TD, slots_R, hosts),
-            counts_R,
-            (ids_TK % of_host)[token_R][taken_RK],
+            counts_R.int(),
+            (ids_TK % of_host)[token_R][taken_RK].int(),
             weights_TK[token_R][taken_RK],
         ],
         [send_rows, send_rows, send_taken, send_taken],
-        [rows, rows, taken, taken],
         group,
     )
-    ids_QK, weights_QK = _as_slots(counts_Q, ids_F, weights_F)
+    ids_QK, weights_QK = _as_slots(counts_Q.long(), ids_F.long(), weights_F)
     mixed_QD = on_host(arrived_QD, ids_QK, weights_QK, nodes.within)
     return sum_rows(exchange_rows(mixed_QD, rows, send_rows, group), slots_R, hidden_TD.shape[0], hosts)
 

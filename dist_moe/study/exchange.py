@@ -4,6 +4,7 @@ Every rank sends an equal part to every rank. One repetition is one all-to-all o
 alternating, so that what else the host does falls on both alike.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,16 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from rich.table import Table
+
+from dist_moe.comm.bootstrap import join_world, set_threads
+from dist_moe.comm.place import read_place
+from dist_moe.study.table import fitted_table
 
 SIZES_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)
 """Of what one rank sends in all."""
 WARM_UP = 20
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,18 @@ class Timing:
     def bandwidth_gb_per_s(self, backend: str) -> float:
         """Of what one rank sends, 10^9 bytes a second."""
         return self.size_bytes / self.times_us[backend] / 1e3
+
+
+def run(repetitions: int) -> list[Table]:
+    """Join the job that mpirun started, and measure -> the table on rank 0, none elsewhere. Errors: PlaceError."""
+    place = read_place(os.environ)
+    set_threads(1, place)
+    with join_world(place, "mpi", TIMEOUT_S):
+        groups = {"mpi": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
+        timings = measure(groups, repetitions, SIZES_BYTES)
+    if place.rank != 0:
+        return []
+    return [fitted_table(f"All-to-all on {place.world_size} ranks", HEADINGS, rows(timings))]
 
 
 def measure(groups: dict[str, dist.ProcessGroup], repetitions: int, sizes_bytes: Sequence[int]) -> list[Timing]:

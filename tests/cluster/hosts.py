@@ -1,6 +1,6 @@
 """Several hosts on one machine: network namespaces on a bridge, each with its own processes, name and ssh server.
 
-Needs root, and the Debian packages openssh-server, openssh-client, iproute2 and pdsh.
+Needs root, and the Debian packages openssh-server, openssh-client, iproute2 and pdsh; a slow link needs ethtool.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ class Host:
 
     def cut_off(self) -> None:
         """Pull its cable; what is on its way is lost."""
-        _ip("link", "set", f"b-{self.name}", "down", namespace=self.bridge)
+        ip("link", "set", f"b-{self.name}", "down", namespace=self.bridge)
 
     def processes(self) -> list[str]:
         """The command lines of all that runs there, but its ssh server and what looks."""
@@ -110,9 +110,9 @@ def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         _keys(folder, addresses)
-        _ip("netns", "add", bridge)
-        _ip("link", "add", "hub", "type", "bridge", namespace=bridge)
-        _ip("link", "set", "hub", "up", namespace=bridge)
+        ip("netns", "add", bridge)
+        ip("link", "add", "hub", "type", "bridge", namespace=bridge)
+        ip("link", "set", "hub", "up", namespace=bridge)
         for name in names:
             _connect(name, addresses[name], bridge)
             processes.append(_start(folder, name, addresses[name]))
@@ -147,11 +147,11 @@ def _keys(folder: Path, addresses: dict[str, str]) -> None:
 def _connect(name: str, address: str, bridge: str) -> None:
     """A namespace with one interface, eth0, whose other end is a port of the bridge."""
     own = _namespace(name)
-    _ip("netns", "add", own)
-    _ip("link", "add", "eth0", "netns", own, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
-    _ip("link", "set", f"b-{name}", "master", "hub", "up", namespace=bridge)
-    _ip("address", "add", f"{address}/24", "dev", "eth0", namespace=own)
-    _ip("link", "set", "eth0", "up", namespace=own)
+    ip("netns", "add", own)
+    ip("link", "add", "eth0", "netns", own, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
+    ip("link", "set", f"b-{name}", "master", "hub", "up", namespace=bridge)
+    ip("address", "add", f"{address}/24", "dev", "eth0", namespace=own)
+    ip("link", "set", "eth0", "up", namespace=own)
 
 
 def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
@@ -175,6 +175,7 @@ def inner(outer: subprocess.Popen[bytes]) -> int:
     return int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
 
 
-def _ip(*arguments: str, namespace: str | None = None) -> None:
+def ip(*arguments: str, namespace: str | None = None) -> None:
+    """The command of that name, in a network namespace."""
     inside = () if namespace is None else ("-n", namespace)
     subprocess.run(["ip", *inside, *arguments], check=True, capture_output=True, text=True)

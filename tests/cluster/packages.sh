@@ -2,7 +2,7 @@
 # What the tests over several hosts need of Debian; nothing where all of it is there.
 set -eu
 missing=""
-pairs="sshd:openssh-server ssh:openssh-client ip:iproute2 pdsh:pdsh ps:procps"
+pairs="sshd:openssh-server ssh:openssh-client ip:iproute2 ethtool:ethtool pdsh:pdsh ps:procps"
 pairs="$pairs slurmctld:slurmctld slurmd:slurmd srun:slurm-client"
 pairs="$pairs mpirun.openmpi:openmpi-bin mpirun.mpich:mpich"
 # For the containers: mmdebstrap makes the image that they are based on, since no registry need be reached.

@@ -9,7 +9,6 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+LOOPBACK = "127.0.0.1"
 START_LIMIT_S = 180.0
 """How long a worker may take to start and import torch, on a machine that is busy with other things."""
 GRACE_S = 10.0
@@ -86,9 +86,7 @@ class Worker:
             if 'File "<string>", line 1 in <module>' in text:
                 return f"did not answer; it was at\n{text}"
             time.sleep(0.02)
-        return (
-            f"did not answer, and wrote no whole stack within {DUMP_LIMIT_S} s\n{self.stack_file.read_text()}"
-        )
+        return f"did not answer, and wrote no whole stack within {DUMP_LIMIT_S} s\n{self.stack_file.read_text()}"
 
     def end(self) -> None:
         """Kill the process, by its own id, and wait until it is gone."""
@@ -127,9 +125,7 @@ class RankPool:
         self._end_workers()
         self._folder.cleanup()
 
-    def run(
-        self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
         """Call `function(rank, world_size, *args)` on ranks 0 .. world_size-1 inside a new gloo group.
 
         `function` must be importable (defined at the top of a module); it, `args` and the results travel by
@@ -141,9 +137,9 @@ class RankPool:
             raise ValueError(f"world_size={world_size} does not fit this pool; use 1 to {self.size}")
         try:
             self._start_workers(world_size)
-            port = _free_port()
+            meeting = _meeting_point(timeout_s)
             for rank, worker in enumerate(self._workers[:world_size]):
-                task = Task(function, rank, world_size, port, args, timeout_s)
+                task = Task(function, rank, world_size, meeting.port, args, timeout_s)
                 worker.connection.send_bytes(pickle.dumps(task))
             answers = self._collect(world_size, timeout_s)
             return self._results(answers, world_size, timeout_s)
@@ -221,11 +217,14 @@ class RankPool:
         self._workers = []
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def _meeting_point(timeout_s: float) -> Any:
+    """The TCPStore by which the ranks of a task find each other, for as long as it is held.
+
+    Not on rank 0, as of a launcher: others may still need it when that is through. Its port is never free in between.
+    """
+    from torch.distributed import TCPStore
+
+    return TCPStore(LOOPBACK, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
 def _serve(connection: Connection, stack_file: str) -> None:
@@ -264,17 +263,18 @@ def _process_group(task: Task) -> Iterator[None]:
     import torch
     import torch.distributed
 
-    environment, folder = dict(os.environ), os.getcwd()
+    environment, folder, timeout = dict(os.environ), os.getcwd(), timedelta(seconds=task.timeout_s)
     os.environ.update(
         RANK=str(task.rank),
         WORLD_SIZE=str(task.world_size),
         LOCAL_RANK=str(task.rank),
         LOCAL_WORLD_SIZE=str(task.world_size),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=LOOPBACK,
         MASTER_PORT=str(task.port),
     )
     try:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=task.timeout_s))
+        store = torch.distributed.TCPStore(LOOPBACK, task.port, timeout=timeout)
+        torch.distributed.init_process_group("gloo", None, timeout, task.world_size, task.rank, store)
         # Without a first meeting, a rank with nothing to do would leave while another is still connecting to it.
         torch.distributed.all_reduce(torch.zeros(1))
         yield

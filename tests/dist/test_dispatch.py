@@ -77,12 +77,13 @@ def test_trap_T28_experts_and_ranks_that_receive_nothing(ranks: RankPool, name: 
 
 def test_in_two_hops_a_row_goes_to_a_host_once(ranks: RankPool) -> None:
     """Every token takes four experts of the second host: to it one row instead of four, and one gradient back."""
-    case = LayerCase(4, (64, 64, 64, 64), 16, 4, takers=(8, 9, 14, 15), width=64)
+    case = LayerCase(4, (256, 256, 256, 256), 16, 4, takers=(8, 9, 14, 15), width=64)
     flat, hops = (
         ranks.run(bytes_between_hosts, 4, dataclasses.replace(case, ranks_per_node=per_node)) for per_node in (0, 2)
     )
-    row = 64 * 64 * 8  # of all tokens of a rank, in bytes
-    # Rows to the second host and results back; gradients of results, and of rows back. Counts and weights are little.
+    row = 256 * 64 * 8  # of all tokens of a rank, in bytes
+    # Rows to the second host and results back; gradients of results, and of rows back. Counts and weights are little,
+    # and so is what fills the first message of a rank up that has no rows to send.
     assert [round(sent / row) for sent in flat] == [8, 8, 8, 8]
     assert [round(sent / row) for sent in hops] == [2, 2, 2, 2]
 
@@ -118,6 +119,14 @@ def test_trap_T36_with_expert_i_multiplying_by_i_the_output_is_known(
     for mixed_TD, hidden_TD, ids_TK, weights_TK in ranks.run(multiply_by_expert, workers, case):
         factor_T = (weights_TK * ids_TK.clamp(min=0)).sum(dim=1)
         torch.testing.assert_close(mixed_TD, hidden_TD * factor_T.unsqueeze(1))
+
+
+def test_between_hosts_rows_that_fit_the_first_message_need_no_second(ranks: RankPool) -> None:
+    """Forward: rows with all that goes along, then three calls within the host, then results; and the way back."""
+    few, many = LayerCase(4, (3, 0, 5, 2), 8, 2, ranks_per_node=2), LayerCase(4, (3, 0, 999, 2), 8, 2, ranks_per_node=2)
+    assert ranks.run(count_exchanges, 4, few) == [9, 9, 9, 9]
+    assert ranks.run(count_exchanges, 4, many) == [10, 9, 10, 9], "ranks 0 and 2 have the same place on their hosts"
+    check_against_twin(ranks, [many])
 
 
 def count_exchanges(rank: int, world_size: int, case: LayerCase) -> int:

@@ -53,6 +53,19 @@ def surroundings(rank: int, world_size: int) -> tuple[bool, str, torch.dtype, bo
     )
 
 
+def meet_late(rank: int, world_size: int) -> int:
+    """The first two ranks are through at once; the others make a group of their own a second later."""
+    dist.new_group([0, 1])
+    if rank >= 2:
+        time.sleep(1)
+    group = dist.new_group([2, 3])
+    if rank < 2:
+        return rank
+    total = torch.ones(1)
+    dist.all_reduce(total, group=group)
+    return rank
+
+
 def raise_on(rank: int, world_size: int, bad: int) -> None:
     """One rank raises while the others wait for it."""
     if rank == bad:
@@ -169,6 +182,10 @@ def test_a_hang_names_the_silent_rank_and_leaves_no_process() -> None:
         assert pool.run(hang_on, 2, -1) == [0, 1]
         pids = pool.pids
     assert not any(is_alive(pid) for pid in pids)
+
+
+def test_ranks_that_are_through_do_not_take_the_meeting_point_with_them(ranks: RankPool) -> None:
+    assert ranks.run(meet_late, 4) == [0, 1, 2, 3]
 
 
 def test_a_result_that_cannot_travel_is_an_error(ranks: RankPool) -> None:

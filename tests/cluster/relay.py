@@ -1,0 +1,58 @@
+"""A link that takes time: frames that come in at one interface go out at the other so many seconds later, both ways.
+
+`python relay.py INTERFACE INTERFACE SECONDS`, in the network namespace of both; says `ready` and goes on until it is
+ended. Of the standard library alone, and nothing is dropped or reordered.
+"""
+
+import collections
+import contextlib
+import os
+import select
+import socket
+import sys
+import time
+
+EVERY_PROTOCOL = 0x0003  # ETH_P_ALL
+SOL_PACKET, IGNORE_OUTGOING = 263, 23
+SNDBUFFORCE, RCVBUFFORCE = 32, 33
+LONGEST_FRAME = 65_536
+ROOM_BYTES = 16 << 20
+"""For frames that the kernel holds while the relay waits for a core."""
+AT_ONCE = 64
+
+
+def port(interface: str) -> socket.socket:
+    """What sees every frame that comes in at an interface, and none that goes out."""
+    raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(EVERY_PROTOCOL))
+    raw.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
+    for option in (SNDBUFFORCE, RCVBUFFORCE):
+        raw.setsockopt(socket.SOL_SOCKET, option, ROOM_BYTES)
+    raw.bind((interface, 0))
+    return raw
+
+
+def relay(one: socket.socket, other: socket.socket, delay_s: float) -> None:
+    """For ever."""
+    ways = [(one, other), (other, one)]
+    waiting: list[collections.deque[tuple[float, bytes]]] = [collections.deque(), collections.deque()]
+    while True:
+        now_s = time.monotonic()
+        for held, (_, leaves) in zip(waiting, ways, strict=True):
+            while held and held[0][0] <= now_s:
+                leaves.send(held.popleft()[1])
+        next_s = min((held[0][0] for held in waiting if held), default=None)
+        limit_s = None if next_s is None else max(0.0, next_s - time.monotonic())
+        ready = select.select([one, other], [], [], limit_s)[0]
+        due_s = time.monotonic() + delay_s
+        for held, (enters, _) in zip(waiting, ways, strict=True):
+            if enters in ready:
+                with contextlib.suppress(BlockingIOError):
+                    for _ in range(AT_ONCE):
+                        held.append((due_s, enters.recv(LONGEST_FRAME, socket.MSG_DONTWAIT)))
+
+
+if __name__ == "__main__":
+    os.nice(-10)  # A late frame is a longer link, and the workers take every core.
+    ends = port(sys.argv[1]), port(sys.argv[2])
+    print("ready", flush=True)
+    relay(ends[0], ends[1], float(sys.argv[3]))

