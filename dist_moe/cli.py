@@ -230,7 +230,7 @@ def policies(
 
 
 @study_app.command()
-def exchange(repetitions: Repetitions = 200) -> None:
+def exchange(repetitions: Repetitions = 50) -> None:
     """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
     from dist_moe.study.exchange import run
 
