@@ -1,8 +1,8 @@
 """The speed of the all-to-all: MPI's backend beside gloo's and a mere copy, in turns in one job of mpirun.
 
 Every rank sends an equal part to every rank. One repetition is ten all-to-alls in a row of each backend, whoever comes
-first alternating, so that what else the host does falls on both alike. (Of a single one, most would be how much earlier one
-rank leaves the barrier before it than another.)
+first alternating, so that what else the host does falls on both alike. (The time of a single one would be mostly what
+one rank leaves the barrier earlier than another.)
 """
 
 import functools
