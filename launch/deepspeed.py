@@ -23,10 +23,18 @@ from dist_moe.launch.command import (
     worker_arguments,
     worker_environment,
 )
-from dist_moe.launch.mpirun import mpich_options, openmpi_environment, openmpi_network, openmpi_options
+from dist_moe.launch.mpirun import (
+    loaded_mpi,
+    mpich_options,
+    mpirun_of,
+    openmpi_environment,
+    openmpi_network,
+    openmpi_options,
+)
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 KEPT_DEVICES = "DIST_MOE_VISIBLE_DEVICES"
+MPI_RUNNERS = {"openmpi": "OpenMPI", "mpich": "MPICH"}
 
 
 def deepspeed_command(
@@ -78,7 +86,7 @@ def deepspeed_cluster_command(
 
     The hosts that are left and the variables that go along are written to `launch/` in `run.dir`. LaunchError for what
     the runner cannot do: devices other than the first ones (all but pdsh), different numbers of workers (mpich, slurm),
-    and anything that pdsh would hand to a shell unquoted.
+    another MPI than the runner's, and anything that pdsh would hand to a shell unquoted.
     """
     folder = Path(config.run.dir).absolute() / "launch"
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,9 +108,12 @@ def deepspeed_cluster_command(
         environment["PDSH_RCMD_TYPE"] = "ssh"
     if runner == "openmpi":
         environment |= openmpi_environment(cluster.ssh_options)
+    if runner in MPI_RUNNERS:
+        environment["PATH"] = _path_to_mpirun(MPI_RUNNERS[runner], folder, environment)
     options = {
         "openmpi": [*openmpi_options(1, room=False), *openmpi_network(cluster)],
         "mpich": mpich_options(1, False),
+        "slurm": slurm_options(cluster),
     }
     inside = [f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts]
     arguments = [
@@ -114,10 +125,41 @@ def deepspeed_cluster_command(
         *("--master_addr", first.address, "--master_port", str(settings.port)),
         *("--log_level", "error"),
         "--no_local_rank",
-        # Slurm's runner forgets --module.
-        *((str(Path(cluster.python).parent / "dist-moe"),) if runner == "slurm" else ("--module", "dist_moe")),
+        # Slurm's runner forgets --module, and MPICH's gives it to DeepSpeed's own script.
+        *(
+            (str(Path(cluster.python).parent / "dist-moe"),)
+            if runner in ("slurm", "mpich")
+            else ("--module", "dist_moe")
+        ),
     ]
     return Command("deepspeed", (sys.executable, _program(), *arguments, *words), environment)
+
+
+def _path_to_mpirun(family: str, folder: Path, environment: Mapping[str, str]) -> str:
+    """A PATH whose first `mpirun`, which DeepSpeed calls by that name, is of the MPI that the workers load."""
+    library = loaded_mpi(environment)
+    if library.family != family:
+        raise LaunchError(
+            f"--runner {family.lower()} needs {family}, and mpi4py loads {library}; let it load {family} "
+            "(MPI4PY_LIBMPI), or use another runner"
+        )
+    program = Path(mpirun_of(library, environment))
+    if program.name != "mpirun":
+        # No link: MPICH looks for its other programs beside the name that it was called by.
+        caller = folder / "bin" / "mpirun"
+        caller.parent.mkdir(exist_ok=True)
+        caller.write_text(f'#!/bin/sh\nexec {shlex.quote(str(program))} "$@"\n', encoding="utf-8")
+        caller.chmod(0o755)
+        program = caller
+    return f"{program.parent}{os.pathsep}{environment['PATH']}"
+
+
+def slurm_options(cluster: Cluster) -> tuple[str, ...]:
+    """Where `srun` puts the workers, which else packs them on as few nodes as hold them."""
+    names = ",".join(host.name for host in cluster.hosts)
+    each = str(len(cluster.hosts[0].devices))
+    nodes = ("--nodes", str(len(cluster.hosts)), "--nodelist", names, "--ntasks-per-node", each)
+    return (*nodes, "--kill-on-bad-exit=1")
 
 
 def _program() -> str:

@@ -63,3 +63,16 @@ def test_the_losses_are_those_of_one_process(
     world = json.loads((tmp_path / "run" / "run.json").read_text())["world"]
     assert (world["launcher"], world["backend"], world["workers"]) == (family, "mpi", 2)
     assert "\x1b" not in ended.output, "a terminal's words in a file"
+
+
+def test_deepspeeds_mpich_runner_finds_its_mpirun_and_trains(
+    start: Start,
+    alone: list[float],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    variables = variables_of("mpich", tmp_path)
+    carried = f"cluster.environment=[{', '.join(variables)}]"
+    ended = start((1, 1), "--launcher", "deepspeed", "--runner", "mpich", carried, **variables).end()
+    assert ended.code == 0, ended.output + ended.errors
+    found = losses(tmp_path / "run")
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)

@@ -55,6 +55,21 @@ def test_a_job_over_two_nodes_trains_as_on_one_host(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world"]["launcher"] == "slurm"
 
 
+def test_deepspeeds_slurm_runner_trains_as_on_one_host(
+    controlled: Slurm,
+    three: list[Host],
+    alone: list[float],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    write_config(tmp_path, three, (1, 1), 4)
+    options = ["--launcher", "deepspeed", "--runner", "slurm"]
+    ended = controlled.run([str(DIST_MOE), "launch", "run.yaml", *options], tmp_path, LIMIT_S)
+    assert ended.code == 0, ended.output + ended.errors
+    found = losses(tmp_path / "run")
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert (tmp_path / "run" / "logs" / "rank-1.log").is_file()
+
+
 def test_a_job_is_told_before_its_limit_and_queued_again(controlled: Slurm, tmp_path: Path) -> None:
     write_config(tmp_path, [], (), 100_000)
     number = submitted(controlled, tmp_path, "slurm.minutes=1", "slurm.signal_s=20")
