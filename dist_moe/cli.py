@@ -88,7 +88,7 @@ def launch(
             print(job.text() if dry_run else job.submit())
             return
         if dry_run:
-            print(*job.command(os.environ).lines(os.environ), sep="\n")
+            print(*job.shown(os.environ), sep="\n")
             return
         outcome = job.run()
     if outcome.message:
@@ -118,9 +118,9 @@ def train(
         resolved = resolve(settings, place.world_size)
         from dist_moe.comm.bootstrap import choose_backend
 
-        if choose_backend(settings.parallel.backend, place) != "nccl":
-            # Before DeepSpeed is imported, which would else take a CUDA device that it finds.
-            os.environ["DS_ACCELERATOR"] = "cpu"
+        # Before DeepSpeed is imported, which would else take a device by itself, or as the launch's host has it.
+        backend = choose_backend(settings.parallel.backend, place)
+        os.environ["DS_ACCELERATOR"] = "cuda" if backend == "nccl" else "cpu"
         from dist_moe.train.loop import run
 
         run(resolved, place)

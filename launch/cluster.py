@@ -54,15 +54,10 @@ class Cluster:
     def workers(self) -> int:
         return sum(len(host.devices) for host in self.hosts)
 
-    @property
-    def carried(self) -> tuple[str, ...]:
-        """Names of the environment variables that the user wants to go along."""
-        return tuple(self.settings.environment)
-
     def ssh(self, host: Host, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
-        """What runs `argv` in the working folder of a host, which ends when the connection does.
+        """What runs `argv` in the working folder of a host; nothing reaches its shell unquoted.
 
-        Nothing reaches the other host's shell unquoted.
+        The end of the connection does not end `argv` (`launch/leash.py` does).
         """
         variables = [f"{name}={value}" for name, value in sorted(environment.items())]
         line = f"cd {shlex.quote(self.folder)} && exec {shlex.join(['env', *variables, *argv])}"
@@ -117,7 +112,9 @@ def _address(name: str) -> str:
 
 
 def carried_environment(config: Config, cluster: Cluster, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables that the workers of every host are given, and no others but what their ssh server sets.
+    """The variables that go along to the other hosts, where workers have these and what their ssh server sets.
+
+    Workers of the launch's own host have its environment as well.
 
     base: the environment to take them from, DIST_MOE_LAUNCH (where the launch listens) among them. LaunchError where
     one that is to go along is not set here.
@@ -134,7 +131,7 @@ def carried_environment(config: Config, cluster: Cluster, base: Mapping[str, str
         "PYTHONSAFEPATH": "1",
         # Where hosts have names in one direction only, each connection would be a warning.
         "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-        **({} if has_devices() else {"DS_ACCELERATOR": "cpu"}),
+        **({} if has_devices() or config.parallel.backend == "nccl" else {"DS_ACCELERATOR": "cpu"}),
         **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}),
         **({LAUNCH_VARIABLE: base[LAUNCH_VARIABLE]} if LAUNCH_VARIABLE in base else {}),
         **{name: base[name] for name in cluster.settings.environment},

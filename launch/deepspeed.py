@@ -34,6 +34,8 @@ from dist_moe.launch.mpirun import (
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 KEPT_DEVICES = "DIST_MOE_VISIBLE_DEVICES"
+# Names the file of variables that DeepSpeed takes to other hosts.
+DEEPSPEED_VARIABLES = "DS_ENV_FILE"
 MPI_RUNNERS = {"openmpi": "OpenMPI", "mpich": "MPICH"}
 
 
@@ -100,8 +102,10 @@ def deepspeed_cluster_command(
     without_shell_words("DeepSpeed's launcher", [*shell, *carried.values()])
     hostfile, variables = folder / "hostfile", folder / "environment"
     hostfile.write_text("".join(f"{host.name} slots={max(host.devices) + 1}\n" for host in cluster.hosts))
+    variables.unlink(missing_ok=True)
+    variables.touch(mode=0o600)  # what the user lets go along may be secret
     variables.write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
-    environment = launcher_environment(base, carried) | {"DS_ENV_FILE": str(variables)}
+    environment = launcher_environment(base, carried) | {DEEPSPEED_VARIABLES: str(variables)}
     if runner == "pdsh":
         user = () if settings.ssh_user is None else ("-l", settings.ssh_user)
         environment["PDSH_SSH_ARGS_APPEND"] = " ".join(["-o BatchMode=yes -o ConnectTimeout=10", *user])
@@ -125,12 +129,7 @@ def deepspeed_cluster_command(
         *("--master_addr", first.address, "--master_port", str(settings.port)),
         *("--log_level", "error"),
         "--no_local_rank",
-        # Slurm's runner forgets --module, and MPICH's gives it to DeepSpeed's own script.
-        *(
-            (str(Path(cluster.python).parent / "dist-moe"),)
-            if runner in ("slurm", "mpich")
-            else ("--module", "dist_moe")
-        ),
+        *_worker_program(runner, cluster),
     ]
     return Command("deepspeed", (sys.executable, _program(), *arguments, *words), environment)
 
@@ -152,6 +151,13 @@ def _path_to_mpirun(family: str, folder: Path, environment: Mapping[str, str]) -
         caller.chmod(0o755)
         program = caller
     return f"{program.parent}{os.pathsep}{environment['PATH']}"
+
+
+def _worker_program(runner: str, cluster: Cluster) -> tuple[str, ...]:
+    """Slurm's runner forgets --module, and MPICH's gives it to DeepSpeed's own script."""
+    if runner in ("slurm", "mpich"):
+        return (str(Path(cluster.python).parent / "dist-moe"),)
+    return ("--module", "dist_moe")
 
 
 def slurm_options(cluster: Cluster) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def _parse(content: str, told: str) -> tuple[str, int]:
     if found is None or not NAME.fullmatch(found[1]):
         raise LaunchError(f"{told} is no line of a hostfile; write for example `host0 slots=2`")
     slots = found[2] or found[3] or "1"
-    if not slots.isdigit() or int(slots) < 1:
+    if not slots.isdecimal() or int(slots) < 1:
         raise LaunchError(f"{told} has {slots} slots; give 1 or more")
     return found[1], int(slots)
 
@@ -76,7 +76,7 @@ def _specification(key: str, text: str, hosts: Mapping[str, list[int]]) -> Slots
             raise LaunchError(f"{key}={text} names {name!r}, which is not among the hosts; use {', '.join(hosts)}")
         numbers = devices.split(",") if colon else [str(one) for one in hosts[name]]
         for number in numbers:
-            if not number.isdigit() or int(number) not in hosts[name]:
+            if not number.isdecimal() or int(number) not in hosts[name]:
                 last = len(hosts[name]) - 1
                 raise LaunchError(f"{key}={text} names device {number!r} of {name}, which has 0 to {last}; name those")
         found[name] = sorted({*found.get(name, []), *map(int, numbers)})

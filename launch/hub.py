@@ -55,6 +55,7 @@ class Hub:
             self.look()
 
     def close(self) -> None:
+        """Takes no more connections, and leaves every worker."""
         for line in [*self._strangers, *self._past, *self._lines.values()]:
             line.close()
         self._past.clear()
@@ -104,16 +105,20 @@ class Hub:
         return sorted(self._failures.values())
 
     def place(self, rank: int) -> str:
+        """For messages: the rank, and the host that it said it is on."""
         return f"rank {rank} on {self._records[rank]['host']}"
 
     def _greet(self, line: Line) -> None:
         """Take a connection for a worker's if its first message says so, and else close it."""
+        messages = line.take()
+        if messages == []:
+            return  # the rest of its first message is on its way
         self._strangers.remove(line)
-        messages = line.take() or [{}]
-        record = messages[0]
+        record = messages[0] if messages else {}
         rank, size = record.get("rank"), record.get("size")
-        known = secrets.compare_digest(str(record.get("word")), self.meeting.word)
-        if not known or not isinstance(rank, int) or not isinstance(size, int) or not 0 <= rank < size:
+        known = secrets.compare_digest(str(record.get("word")).encode(errors="replace"), self.meeting.word.encode())
+        numbers = isinstance(rank, int) and isinstance(size, int)
+        if not messages or not known or not numbers or not 0 <= rank < size:
             line.close()
             return
         # A launcher that restarts workers gives their ranks again.
@@ -131,27 +136,34 @@ class Hub:
     def _resize(self, size: int) -> None:
         """Forget the ranks that are no more."""
         self.size = size
-        for known in (self._records, self._failures):
+        self._past += [line for rank, line in self._lines.items() if rank >= size]
+        for known in (self._records, self._failures, self._lines):
             for rank in [one for one in known if one >= size]:
                 del known[rank]
 
     def _hear(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
         if messages is None:
             self._lines.pop(rank).close()
-            if rank not in self._finished and rank < self.size:
+            if rank not in self._finished:
                 told = f"{self.place(rank)} was lost: its host ended, or the network to it was cut"
                 self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, told))
             return
-        for message in messages if rank < self.size else ():
+        for message in messages:
             if "output" in message:
                 self._print(rank, sys.stderr if message["output"] == 2 else sys.stdout, str(message.get("text", "")))
             elif "report" in message:
-                found = failure_of(str(message["report"]), rank, Path("errors") / f"rank-{rank}.txt")
-                text = found.text.replace(f"rank {rank}", self.place(rank), 1)
-                # The clocks of hosts differ; what comes first here is first.
-                self._failures[rank] = found._replace(text=text, time=time.time())
+                self._failures[rank] = self._reported(rank, str(message["report"]))
             elif "ended" in message:
                 self._end(rank, int(message["ended"]), bool(message.get("finished")))
+
+    def _reported(self, rank: int, report: str) -> Failure:
+        """What an error file says; the clocks of hosts differ, so what comes first here is first."""
+        try:
+            found = failure_of(report, rank, Path("errors") / f"rank-{rank}.txt")
+        except (ValueError, KeyError):
+            told = f"{self.place(rank)} failed, and its report cannot be read: {report[:200]!r}"
+            return Failure(False, time.time(), rank, 1, told)
+        return found._replace(text=found.text.replace(f"rank {rank}", self.place(rank), 1), time=time.time())
 
     def _print(self, rank: int, stream: TextIO, text: str) -> None:
         """A closed terminal is no reason to end the job."""

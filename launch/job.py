@@ -9,7 +9,7 @@ from pathlib import Path
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster
 from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
-from dist_moe.launch.deepspeed import deepspeed_cluster_command, deepspeed_command
+from dist_moe.launch.deepspeed import DEEPSPEED_VARIABLES, deepspeed_cluster_command, deepspeed_command
 from dist_moe.launch.hub import Hub
 from dist_moe.launch.kubernetes import apply, kubernetes_objects, manifest
 from dist_moe.launch.mpirun import mpirun_cluster_command, mpirun_command
@@ -17,6 +17,9 @@ from dist_moe.launch.preflight import check_hosts
 from dist_moe.launch.process import Outcome, run
 from dist_moe.launch.slurm import slurm_script, submit
 from dist_moe.launch.torchrun import torchrun_cluster_command, torchrun_command
+
+HIDDEN = "HIDDEN"
+"""Stands for values of the user's that may be secret."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,11 @@ class Job:
 
     def command(self, base: Mapping[str, str]) -> Command:
         """LaunchError where this launcher cannot do what is asked."""
+        self._refuse_idle_options()
         if self.asked_workers not in (None, self.workers):
             raise LaunchError(
                 f"--workers {self.asked_workers} contradicts the {self.workers} slots of the cluster; leave it out, or "
                 "choose hosts by cluster.include"
-            )
-        if (self.restarts or self.fewest_hosts) and (self.launcher != "torchrun" or not self.cluster):
-            raise LaunchError(
-                "--max-restarts and --min-hosts are torchrun's, over several hosts; leave them out, or use "
-                "--launcher torchrun with a cluster"
             )
         if self.cluster is None:
             make = {"deepspeed": deepspeed_command, "torchrun": torchrun_command, "mpirun": mpirun_command}
@@ -63,8 +62,40 @@ class Job:
             return mpirun_cluster_command(*what, base)
         return deepspeed_cluster_command(*what, self.runner, base)
 
+    def shown(self, base: Mapping[str, str]) -> list[str]:
+        """The commands as lines for a shell whose environment is `base`, without what its variables hold for workers.
+
+        LaunchError as `command`.
+        """
+        names = self.cluster.settings.environment if self.cluster else ()
+        return self.command({**base, **{name: HIDDEN for name in names if name in base}}).lines(base)
+
+    def _refuse_idle_options(self) -> None:
+        """Nothing that was asked for is passed over in silence."""
+        if (self.restarts or self.fewest_hosts) and (self.launcher != "torchrun" or not self.cluster):
+            raise LaunchError(
+                "--max-restarts and --min-hosts are torchrun's, over several hosts; leave them out, or use "
+                "--launcher torchrun with a cluster"
+            )
+        if self.cluster and self.fewest_hosts and self.fewest_hosts > len(self.cluster.hosts):
+            raise LaunchError(
+                f"--min-hosts {self.fewest_hosts} is more than the {len(self.cluster.hosts)} hosts of the cluster; ask "
+                "for fewer"
+            )
+        if self.runner != "pdsh" and (self.launcher != "deepspeed" or not self.cluster):
+            raise LaunchError(
+                f"--runner {self.runner} is of the deepspeed launcher over several hosts; leave it out, or use "
+                "--launcher deepspeed with a cluster"
+            )
+        if self.launcher in ("slurm", "kubernetes") and self.asked_workers is not None:
+            raise LaunchError(
+                f"--workers {self.asked_workers} says nothing to --launcher {self.launcher}; leave it out, and set "
+                f"the numbers of its section of the file ({self.launcher})"
+            )
+
     def text(self) -> str:
-        """What a scheduler is given: Slurm's batch script, or the manifest for Kubernetes."""
+        """What a scheduler is given: Slurm's batch script, or the manifest for Kubernetes. Errors: LaunchError."""
+        self._refuse_idle_options()
         if self.launcher == "slurm":
             return slurm_script(self.config, self.config_path, self.overrides)
         return manifest(kubernetes_objects(self.config))
@@ -79,8 +110,12 @@ class Job:
             return run(self.command(os.environ), self.config.run.dir, self.workers)
         with Hub(address_towards(self.cluster), self.workers, Path(self.config.run.dir)) as hub:
             check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
-            base = {**os.environ, LAUNCH_VARIABLE: str(hub.meeting)}
-            return run(self.command(base), self.config.run.dir, self.workers, hub)
+            command = self.command({**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
+            try:
+                return run(command, self.config.run.dir, self.workers, hub)
+            finally:
+                if told := command.environment.get(DEEPSPEED_VARIABLES):
+                    Path(told).unlink(missing_ok=True)
 
 
 def address_towards(cluster: Cluster) -> str:

@@ -39,9 +39,11 @@ def apply(text: str) -> str:
         raise LaunchError(
             "--launcher kubernetes needs kubectl, not found on PATH; install it, or --dry-run and apply it"
         )
-    told = subprocess.run(
-        ["kubectl", "apply", "-f", "-"], input=text, capture_output=True, text=True, timeout=APPLY_LIMIT_S, check=False
-    )
+    argv = ["kubectl", "apply", "-f", "-"]
+    try:
+        told = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=APPLY_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"kubectl does not answer within {APPLY_LIMIT_S:g} s; see `kubectl cluster-info`") from None
     if told.returncode != 0:
         raise LaunchError(f"kubectl refused the objects: {told.stderr.strip()}")
     return told.stdout.strip()
@@ -108,6 +110,7 @@ def _job(config: Config) -> dict[str, Any]:
         ],
     }
     pod = {
+        "automountServiceAccountToken": False,
         "subdomain": wanted.name,
         "restartPolicy": "Never",
         "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER},
@@ -142,6 +145,7 @@ def _tensorboard(wanted: KubernetesConfig) -> list[dict[str, Any]]:
         "volumeMounts": [{"name": "runs", "mountPath": RUNS_FOLDER, "readOnly": True}],
     }
     pod = {
+        "automountServiceAccountToken": False,
         "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER},
         "containers": [container],
         "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": wanted.claim}}],

@@ -29,7 +29,8 @@ LOOK_S = 0.1
 GRACE_S = 1.0
 # A worker's output may be held open by a process that it left behind.
 DRAIN_S = 1.0
-LONGEST_LINE = 1 << 17
+# As JSON a character may take six bytes, and a message has room for 2^20.
+LONGEST_LINE = LONGEST_REPORT = 1 << 16
 PR_SET_PDEATHSIG = 1
 UNREACHABLE_CODE = 1
 
@@ -40,6 +41,8 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
     Call it before any thread starts. The worker's launch (DIST_MOE_LAUNCH) is the minder from here on.
     """
     launcher = launcher_of(os.getppid())
+    for left in (run_dir / "errors" / f"rank-{rank}.txt", run_dir / "workers" / f"rank-{rank}.json"):
+        left.unlink(missing_ok=True)  # an earlier worker's, which would be taken for this one's
     try:
         connection = socket.create_connection(meeting[:2], timeout=CONNECT_LIMIT_S)
     except OSError as error:
@@ -135,7 +138,7 @@ class Minder:
         path = self.run_dir / "errors" / f"rank-{self.rank}.txt"
         if not self.told and path.is_file():
             self.told = True
-            self.line.give({"report": path.read_text(encoding="utf-8", errors="replace")[-100_000:]})
+            self.line.give({"report": path.read_text(encoding="utf-8", errors="replace")[:LONGEST_REPORT]})
 
     def _end_all(self, at_once: bool) -> bool:
         """Ask, or make, whatever descends from here to end; whether anything was there."""

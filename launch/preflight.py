@@ -22,7 +22,7 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Me
 
     Reachable by ssh and able to reach the launch; the same code and versions; the same configuration file; a run.dir
     that can be written, and is the one of the launch where storage is shared; the address and interface there; the
-    port free on the first; as many GPUs as slots, where the backend is nccl.
+    port free on the first; as many GPUs as slots where the backend is nccl, and where "auto" is to choose it on some.
     """
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -50,6 +50,7 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Me
     for host, answer in seen.items():
         faults += [f"{host.name}: {fault}" for fault in _faults(cluster, config, config_path, host, answer)]
     faults += _differences(seen)
+    faults += _too_few_devices(config.parallel.backend, seen)
     if faults:
         raise LaunchError("\n".join(["the cluster is not ready:", *faults]))
 
@@ -57,11 +58,15 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Me
 def _ask(cluster: Cluster, host: Host, question: dict[str, Any]) -> dict[str, Any] | str:
     """What the host says of itself, or why it says nothing."""
     probe = (cluster.python, "-m", "dist_moe.launch.probe")
-    argv = ("env", "-C", cluster.folder, *probe) if host.is_here else cluster.ssh(host, probe, {"PYTHONSAFEPATH": "1"})
+    variables = {"PYTHONSAFEPATH": "1"}
+    here = ("env", "-C", cluster.folder, *(f"{name}={value}" for name, value in variables.items()), *probe)
+    argv = here if host.is_here else cluster.ssh(host, probe, variables)
     try:
         told = subprocess.run(
             argv, input=json.dumps(question), capture_output=True, text=True, timeout=LIMIT_S, check=False
         )
+    except OSError as error:
+        return f"cannot be asked ({error}); install what is missing on this host"
     except subprocess.TimeoutExpired:
         return f"does not answer within {LIMIT_S:g} s; see whether it is up, or leave it out (cluster.exclude)"
     last = (told.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -94,8 +99,17 @@ def _faults(cluster: Cluster, config: Config, config_path: Path, host: Host, ans
         yield f"run.dir={config.run.dir} cannot be written ({answer['writable']}); set another"
     elif not answer["mark"]:
         yield f"run.dir={config.run.dir} is not the same folder as here; share it, or set cluster.shared_storage=false"
-    if config.parallel.backend == "nccl" and answer["devices"] <= max(host.devices):
-        yield f"it has {answer['devices']} GPUs for devices {list(host.devices)}; give fewer slots"
+
+
+def _too_few_devices(backend: str, answers: dict[Host, dict[str, Any]]) -> list[str]:
+    """ "auto" is nccl where each worker has a GPU; hosts that disagree would not meet."""
+    short = {host: answer["devices"] for host, answer in answers.items() if answer["devices"] <= max(host.devices)}
+    if backend not in ("nccl", "auto") or (backend == "auto" and len(short) == len(answers)):
+        return []
+    remedy = "give fewer slots" if backend == "nccl" else "give fewer slots, or set parallel.backend=gloo"
+    return [
+        f"{host.name}: it has {count} GPUs for devices {list(host.devices)}; {remedy}" for host, count in short.items()
+    ]
 
 
 def _differences(answers: dict[Host, dict[str, Any]]) -> Sequence[str]:

@@ -54,26 +54,37 @@ def run(command: Command, run_dir: str | Path, workers: int, hub: Hub | None = N
         others = set(descendants(os.getpid()))
         watch = hub or stack.enter_context(contextlib.closing(Watch(folder, workers)))
         watch.clear()
-        launchers = start(command, hub)
-        try:
-            code = follow(launchers, watch, received, command.restarts)
-        finally:
-            watch.let_go()
-            end_all(launchers, watch, others, received)
+        launchers: list[subprocess.Popen[bytes]] = []
+        # From the last to the first, each of them whatever another raises.
+        stack.callback(end_all, launchers, watch, others, received)
+        stack.callback(release, launchers)
+        stack.callback(watch.let_go)
+        for launcher in start(command, hub):
+            launchers.append(launcher)
+        code = follow(launchers, watch, received, command.restarts)
     if received:
         return Outcome(128 + received[0], f"stopped by {signal.Signals(received[0]).name}; every process has ended")
     return verdict(command, code, watch)
 
 
-def start(command: Command, hub: Hub | None) -> list[subprocess.Popen[bytes]]:
-    """Starts each launcher in a session of its own, and names this process to it as DIST_MOE_LAUNCH."""
+def start(command: Command, hub: Hub | None) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts each launcher in a session of its own, and names this process to it as DIST_MOE_LAUNCH.
+
+    One that runs on another host has a pipe as its input, which is closed when this process ends.
+    """
     me = read_process(os.getpid())
     assert me is not None
     environment = {**command.environment, LAUNCH_VARIABLE: str(hub.meeting) if hub else f"{me.pid}:{me.start_time}"}
-    return [
-        subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        for argv in (command.argv, *command.beside)
-    ]
+    for argv in (command.argv, *command.beside):
+        given = subprocess.PIPE if argv[0] == "ssh" else subprocess.DEVNULL
+        yield subprocess.Popen(argv, env=environment, stdin=given, start_new_session=True)
+
+
+def release(launchers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Closes the input of those on other hosts, at which they end."""
+    for launcher in launchers:
+        if launcher.stdin is not None:
+            launcher.stdin.close()
 
 
 def follow(

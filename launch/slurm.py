@@ -13,10 +13,12 @@ from dist_moe.launch.cluster import without_shell_words
 from dist_moe.launch.command import LaunchError, threads_per_worker, worker_arguments
 
 SUBMIT_LIMIT_S = 60.0
+CARRIED = ("HOME", "LANG", "PATH", "USER")
+"""Variables that a job is given of its submitter's, beside those of `cluster.environment`."""
+
 SCRIPT = """\
 #!/bin/bash
-# Trains {config_path} on {nodes} nodes with {tasks} workers each. Submit it again, or let Slurm queue it again: the run
-# goes on in the same folder.
+# Trains {config_path} on {nodes} nodes with {tasks} workers each.
 {directives}
 set -euo pipefail
 
@@ -28,6 +30,7 @@ mkdir -p {logs}
 
 # Ahead of the time limit: the workers are told, and what they leave unfinished is queued again.
 again=0
+workers=
 before_the_limit() {{
     again=1
     kill -USR1 "$workers" || true
@@ -71,6 +74,8 @@ def slurm_script(
         "time": slurm.minutes,
         "output": run_dir / "logs" / "slurm-%j.log",
         "open-mode": "append",
+        # What else the submitter's environment holds stays there.
+        "export": ",".join([*CARRIED, *config.cluster.environment]),
         "signal": f"B:USR1@{slurm.signal_s}" if slurm.signal_s else None,
         "requeue": "",
     }
@@ -108,7 +113,12 @@ def submit(config: Config, script: str) -> str:
     logs.mkdir(parents=True, exist_ok=True)
     path = Path(config.run.dir) / "job.sbatch"
     path.write_text(script, encoding="utf-8")
-    told = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, timeout=SUBMIT_LIMIT_S, check=False)
+    try:
+        told = subprocess.run(
+            ["sbatch", str(path)], capture_output=True, text=True, timeout=SUBMIT_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"sbatch does not answer within {SUBMIT_LIMIT_S:g} s; see `sinfo`, and try again") from None
     if told.returncode != 0:
         raise LaunchError(f"sbatch refused {path}: {told.stderr.strip() or told.stdout.strip()}")
     return told.stdout.strip()

@@ -87,7 +87,8 @@ def torchrun_cluster_command(
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))}
         if host.is_here:
             return ("env", "-C", cluster.folder, *(f"{k}={v}" for k, v in devices.items()), *argv(host))
-        return cluster.ssh(host, argv(host), carried | devices)
+        leash = (cluster.python, "-m", "dist_moe.launch.leash")
+        return cluster.ssh(host, (*leash, *argv(host)), carried | devices)
 
     commands = [reached(host) for host in cluster.hosts]
     return Command("torchrun", commands[0], environment, tuple(commands[1:]), restarts > 0)

@@ -62,7 +62,7 @@ class Line:
             return None
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return messages if all(isinstance(one, dict) for one in messages) else None
 

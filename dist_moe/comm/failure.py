@@ -20,6 +20,8 @@ LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 END_BY_LAUNCH_S = 5.0
+# Characters of an error's own text in its report; all of it stands in the traceback.
+LONGEST_MESSAGE = 8000
 
 
 @contextlib.contextmanager
@@ -112,7 +114,7 @@ def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:
         f"rank: {rank}\n"
         f"code: {code}\n"
         f"exception: {type(error).__name__}\n"
-        f"message: {json.dumps(str(error))}\n"
+        f"message: {json.dumps(str(error)[:LONGEST_MESSAGE])}\n"
         f"\n{trace}"
     )
 

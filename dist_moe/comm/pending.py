@@ -98,8 +98,8 @@ class Dense:
     """A tensor without gaps to work on: `target` itself, or a copy that `put_back` writes to it."""
 
     def __init__(self, target: Tensor) -> None:
-        self._target = target
-        self.tensor = target.contiguous()
+        self._target = target.detach()
+        self.tensor = self._target.contiguous()
 
     def put_back(self) -> None:
         if self.tensor is not self._target:
@@ -114,6 +114,7 @@ def apart(given: Tensor, taken: Tensor) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The elements of all parts in one piece; of a single one its own memory, where it has no gaps."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
 
 
@@ -122,7 +123,7 @@ def spread(flat: Tensor, targets: Sequence[Tensor]) -> Callable[[], None]:
 
     def copy() -> None:
         for part, target in zip(flat.split([one.numel() for one in targets]), targets, strict=True):
-            target.copy_(part.view(target.shape))
+            target.detach().copy_(part.view(target.shape))
 
     return copy
 

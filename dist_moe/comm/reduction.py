@@ -42,6 +42,7 @@ class Numbers:
     def __init__(self, target: Tensor, reduction: Any, ranks: int) -> None:
         average = reduction == dist.ReduceOp.AVG
         self.op = _operation(target.dtype, reduction)
+        target = target.detach()  # a collective is no operation of autograd
         self._target, self._divisor = target, ranks if average else 1
         self._work = target.to(STAND_INS.get(target.dtype, target.dtype)).contiguous()
         if target.dtype == torch.bool:
@@ -63,10 +64,11 @@ def _operation(dtype: torch.dtype, reduction: Any) -> MPI.Op:
         if reduction == theirs:
             name = theirs.name
             found = dict(zip(("floats", "integers", "truth values"), ours, strict=True))[kind]
-            if found != MPI.OP_NULL and not dtype.is_complex:
+            if found != MPI.OP_NULL and (dtype in NUMBERS or dtype in STAND_INS or dtype == torch.bool):
                 return found
     raise TypeError(f"the MPI backend has no {name} of {dtype}; take another, or parallel.backend=gloo")
 
 
 def memory(dense: Tensor) -> MPI.buffer:
+    """The bytes of a tensor without gaps, which has to live as long as MPI works on them."""
     return MPI.buffer.fromaddress(dense.data_ptr(), dense.nbytes)

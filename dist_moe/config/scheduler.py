@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from dist_moe.config.cluster import Name
 from dist_moe.config.section import Section
@@ -14,7 +14,7 @@ Cores = Annotated[
     BeforeValidator(lambda given: str(given) if type(given) in (int, float) else given),
     Field(pattern=r"^[0-9]+(\.[0-9]+|m)?$"),
 ]
-ObjectName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$")]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$")]
 ImageName = Annotated[str, Field(pattern=r"^[\w][\w./:@-]*$")]
 
 
@@ -41,6 +41,15 @@ class SlurmConfig(Section):
         "(0: never)",
     )
     job_name: Name = Field(default="dist-moe", description="the name of the job")
+
+    @model_validator(mode="after")
+    def _signal_within_the_limit(self) -> "SlurmConfig":
+        if self.minutes is not None and self.signal_s >= self.minutes * 60:
+            raise ValueError(
+                f"signal_s={self.signal_s} is not less than the time limit, minutes={self.minutes}; give a smaller "
+                "signal_s, or 0 for no signal"
+            )
+        return self
 
 
 class KubernetesConfig(Section):

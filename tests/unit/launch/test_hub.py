@@ -142,6 +142,30 @@ subprocess.run([sys.executable, "-c", {WORKER!r}, *sys.argv[1:]])
     assert process.wait(timeout=LIMIT_S) == -signal.SIGKILL
 
 
+def test_what_an_earlier_worker_left_is_not_taken_for_this_ones(hub: Hub, tmp_path: Path) -> None:
+    """The worker itself removes it only when it gets there."""
+    (tmp_path / "errors").mkdir()
+    (tmp_path / "errors" / "rank-0.txt").write_text("time: 1\nrank: 0\n\nValueError: old\n")
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "rank-0.json").write_text('{"state": "finished"}')
+    worker = start(hub, tmp_path, "time.sleep(0.5); os._exit(0)")
+    until(hub, lambda: bool(hub.failures()))
+    assert "ended with exit code 0 before its work was done" in hub.failures()[0].text
+    worker.communicate(timeout=LIMIT_S)
+
+
+def test_a_long_report_keeps_its_head(hub: Hub, tmp_path: Path) -> None:
+    act = """
+from dist_moe.comm.failure import report_failure
+with report_failure(sys.argv[2], 0):
+    raise ValueError("boom " + "x" * 300_000)
+"""
+    worker = start(hub, tmp_path, act)
+    until(hub, lambda: bool(hub.failures()))
+    assert hub.failures()[0].text.startswith(f"rank 0 on {socket.gethostname()} failed with ValueError: boom xxx")
+    worker.communicate(timeout=LIMIT_S)
+
+
 def test_a_job_that_goes_on_with_fewer_workers_is_followed(hub: Hub) -> None:
     """The ranks that are no more are forgotten, and a worker whose rank is another's now is not told to end."""
 
@@ -158,14 +182,34 @@ def test_a_job_that_goes_on_with_fewer_workers_is_followed(hub: Hub) -> None:
     until(hub, lambda: hub.size == 1 and not hub.failures())
     assert hub.complete() and hub.unfinished() == [0]
     assert ready([before[0]], 0.2) == []
-    after.give({"ended": 0, "finished": True})
+    again = [greet(0, 2), greet(1, 2)]
+    until(hub, lambda: hub.size == 2 and hub.complete())
+    last = greet(0, 1)
+    until(hub, lambda: hub.size == 1)
+    again[1].close()
+    for _ in range(3):
+        hub.wait(0.05)
+        hub.look()
+    assert hub.failures() == []
+    last.give({"ended": 0, "finished": True})
     until(hub, lambda: not hub.unfinished())
-    for line in (before[0], after):
+    for line in (before[0], after, again[0], last):
         line.close()
 
 
 @pytest.mark.parametrize(
-    "said", [b"\n", b"not json\n", b"[1]\n", b'{"word": "x", "rank": 0}\n', b'{"word": "x"', b"a" * (LONGEST_BYTES + 2)]
+    "said",
+    [
+        b"\n",
+        b"not json\n",
+        b"[1]\n",
+        b'{"word": "x", "rank": 0}\n',
+        b'{"word": "\\u00e9", "rank": 0, "size": 1}\n',
+        b'{"word": "\\ud800", "rank": 0, "size": 1}\n',
+        b"[" * 60_000 + b"\n",
+        b'{"word": "x"',
+        b"a" * (LONGEST_BYTES + 2),
+    ],
 )
 def test_a_stranger_is_turned_away(hub: Hub, said: bytes) -> None:
     with socket.create_connection(hub.meeting[:2], timeout=LIMIT_S) as stranger:
