@@ -30,6 +30,7 @@ StrictModes no
 UsePAM no
 MaxStartups 100
 Subsystem sftp internal-sftp
+SetEnv TMPDIR={folder}/tmp-{name}
 """
 # What becomes the first process of a host: it sets up what is its own, and then is the ssh server.
 START = """\
@@ -44,16 +45,21 @@ exec /usr/sbin/sshd -D -e -f {folder}/{name}.conf
 
 @dataclass(frozen=True)
 class Host:
-    """One host that is up; pid: its first process, with which all of it ends. bridge: where its cable is plugged in."""
+    """One host that is up; pid: its first process, with which all of it ends. bridge: where its cable is plugged in.
+
+    scratch: its folder for temporary files. Hosts that shared one would find in it each other's, under the same pids.
+    """
 
     name: str
     address: str
     pid: int
     bridge: str
+    scratch: str
 
     def argv(self, command: Sequence[str], folder: Path) -> list[str]:
         """What runs a command there."""
-        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-i", "-p", "-m", f"--wdns={folder}", *command]
+        inside = ["nsenter", "-t", str(self.pid), "-n", "-u", "-i", "-p", "-m", f"--wdns={folder}"]
+        return [*inside, "env", f"TMPDIR={self.scratch}", *command]
 
     def run(self, command: Sequence[str], folder: Path, limit_s: float, **variables: str) -> "Ended":
         began_s = time.monotonic()
@@ -117,7 +123,7 @@ def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
             _connect(name, addresses[name], bridge)
             processes.append(_start(folder, name, addresses[name]))
         started = zip(names, processes, strict=True)
-        yield [Host(name, addresses[name], inner(process), bridge) for name, process in started]
+        yield [Host(name, addresses[name], inner(process), bridge, f"{folder}/tmp-{name}") for name, process in started]
     finally:
         for process in processes:
             process.kill()
@@ -155,6 +161,7 @@ def _connect(name: str, address: str, bridge: str) -> None:
 
 
 def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
+    (folder / f"tmp-{name}").mkdir()
     (folder / f"{name}.conf").write_text(SSHD.format(folder=folder, name=name, address=address))
     Path("/root/.ssh").mkdir(mode=0o700, exist_ok=True)
     Path("/run/sshd").mkdir(exist_ok=True)

@@ -66,6 +66,18 @@ def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host]
     assert not until_gone(three)
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ctrl_c_before_the_workers_are_up_leaves_nothing_either(start: Start, three: list[Host], launcher: str) -> None:
+    launch = start((1, 1), "--launcher", launcher, steps=LONG)
+    deadline = time.monotonic() + READY_S
+    while not any("run.yaml" in line or "orted" in line or "prted" in line for line in three[1].processes()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(launch.pid, signal.SIGINT)
+    assert launch.end(30).code == 130
+    assert not until_gone(three)
+
+
 def test_a_launch_that_is_killed_takes_its_workers_with_it(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", steps=LONG)
     launch.wait_for_step(2)
@@ -102,6 +114,7 @@ def test_a_host_that_is_cut_off_is_named_and_ends_its_workers(pair: list[Host], 
     struck_s = time.monotonic()
     ended = launch.end(90)
     assert ended.code != 0 and "rank 1 on frail1 was lost" in ended.errors, ended.errors
+    assert time.monotonic() - struck_s < 45
     while pair[1].processes() and time.monotonic() - struck_s < 60:
         time.sleep(0.2)
     assert not until_gone(pair)
