@@ -51,11 +51,72 @@ def futures_and_sources(rank: int, size: int) -> None:
         dist.send(torch.tensor([rank]), 0)
 
 
+def uneven_lists(rank: int, size: int) -> None:
+    """Parts of other sizes for other ranks, which gloo has not."""
+    gathered = [torch.empty(one + 1) for one in range(size)]
+    dist.all_gather(gathered, torch.full((rank + 1,), float(rank)))
+    assert [part.tolist() for part in gathered] == [[float(one)] * (one + 1) for one in range(size)]
+    added = torch.empty(rank + 1)
+    dist.reduce_scatter(added, [torch.full((one + 1,), float(rank + one)) for one in range(size)])
+    assert added.tolist() == [sum(range(size)) + size * float(rank)] * (rank + 1)
+    received = [torch.empty(rank + one) for one in range(size)]
+    dist.all_to_all(received, [torch.full((one + rank,), float(10 * rank + one)) for one in range(size)])
+    assert [part.tolist() for part in received] == [[10.0 * one + rank] * (rank + one) for one in range(size)]
+
+
+def coalesced(rank: int, size: int) -> None:
+    """Several of a kind at once, as ZeRO asks for them."""
+    inputs = [torch.full((2,), float(rank)), torch.full((3,), rank + 0.5)]
+    wholes = [torch.empty(size * len(one)) for one in inputs]
+    with dist._coalescing_manager():
+        for whole, one in zip(wholes, inputs, strict=True):
+            dist.all_gather_into_tensor(whole, one)
+    assert wholes[0].tolist() == [float(one) for one in range(size) for _ in range(2)]
+    assert wholes[1].tolist() == [one + 0.5 for one in range(size) for _ in range(3)]
+    parts = [torch.empty(2), torch.empty(3)]
+    with dist._coalescing_manager():
+        for part, whole in zip(parts, wholes, strict=True):
+            dist.reduce_scatter_tensor(part, whole)
+    assert [part.tolist() for part in parts] == [[float(size * rank)] * 2, [size * (rank + 0.5)] * 3]
+    sums = [torch.ones(2), torch.ones(3) * rank]
+    with dist._coalescing_manager():
+        for one in sums:
+            dist.all_reduce(one)
+    assert [one.tolist() for one in sums] == [[float(size)] * 2, [float(sum(range(size)))] * 3]
+
+
+def in_place(rank: int, size: int) -> None:
+    """Memory that is read and written too; what MPI forbids is done by a copy."""
+    whole = torch.zeros(2 * size)
+    whole[2 * rank : 2 * rank + 2] = rank + 1.0
+    dist.all_gather_into_tensor(whole, whole[2 * rank : 2 * rank + 2])
+    assert whole.tolist() == [one + 1.0 for one in range(size) for _ in range(2)]
+    dist.reduce_scatter_tensor(whole[:2], whole)
+    assert whole[:2].tolist() == [size * (rank + 1.0)] * 2
+    swapped = torch.arange(size) + 100 * rank
+    dist.all_to_all_single(swapped, swapped)
+    assert swapped.tolist() == [100 * one + rank for one in range(size)]
+
+
+def of_parameters(rank: int, size: int) -> None:
+    """A collective is no operation of autograd."""
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.nn.Parameter(torch.full((4, 6), float(rank), dtype=dtype))
+        dist.all_reduce(weight, dist.ReduceOp.AVG)
+        assert weight.detach().eq((size - 1) / 2).all()
+        dist.broadcast(weight[:, ::2], 0)
+        received = torch.nn.Parameter(torch.empty(size, dtype=dtype))
+        dist.all_gather([received[one : one + 1] for one in range(size)], torch.full((1,), float(rank), dtype=dtype))
+        assert received.tolist() == list(range(size))
+
+
 def mistakes(rank: int, size: int) -> None:
     with pytest.raises(TypeError, match=r"has no AVG of torch\.int64; take another"):
         dist.all_reduce(torch.ones(1, dtype=torch.int64), dist.ReduceOp.AVG)
     with pytest.raises(TypeError, match=r"has no BAND of torch\.float32"):
         dist.all_reduce(torch.ones(1), dist.ReduceOp.BAND)
+    with pytest.raises(TypeError, match=r"has no SUM of torch\.uint32"):
+        dist.all_reduce(torch.ones(1, dtype=torch.uint32))
 
 
 def forgotten(rank: int, size: int) -> None:
@@ -79,11 +140,26 @@ def time_out(rank: int, size: int) -> None:
     os._exit(0)
 
 
+STEPS = (
+    objects,
+    averages_and_truth,
+    rounded_once,
+    futures_and_sources,
+    uneven_lists,
+    coalesced,
+    in_place,
+    of_parameters,
+    mistakes,
+    forgotten,
+    time_out,
+)
+
+
 def main() -> None:
     place = read_place(os.environ)
     rank, size = place.rank, place.world_size
     dist.init_process_group(mpi.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size)
-    for step in (objects, averages_and_truth, rounded_once, futures_and_sources, mistakes, forgotten, time_out):
+    for step in STEPS:
         step(rank, size)
 
 
