@@ -61,9 +61,7 @@ class Case:
     steps: int = 1
     checkpointing: bool = False
     policy: str = "loss_free"
-    poison: str | None = (
-        None  # "loss": rank 1's loss is infinite in the first step; "expert": one expert's gradient
-    )
+    poison: str | None = None  # "loss": rank 1's loss is infinite in the first step; "expert": one expert's gradient
     poison_step: int = 0
     model: dict[str, Any] = field(default_factory=lambda: dict(DEEPSEEK))
     rule: Rule | None = None  # None: the family's own
@@ -92,9 +90,7 @@ def ragged_batch(seed: int = 0, rows: int = ROWS) -> Batch:
     targets_BS[documents_BS < 0] = IGNORED
     targets_BS[1] = IGNORED
     targets_BS[2, : LENGTH // 2] = IGNORED
-    return Batch(
-        tokens_BS, targets_BS, documents_BS, positions_BS * (documents_BS >= 0), documents_BS.clamp(max=0)
-    )
+    return Batch(tokens_BS, targets_BS, documents_BS, positions_BS * (documents_BS >= 0), documents_BS.clamp(max=0))
 
 
 def part(batch: Batch, first: int, rows: int) -> Batch:
@@ -227,9 +223,7 @@ def named_experts(task: LanguageModelTask, mesh: Mesh, values: dict[str, Tensor]
         if ".experts.local." not in name:
             named[name] = value
             continue
-        experts = next(
-            layer.experts.experts for layer in task.layers if name.startswith(f"model.{layer.name}.")
-        )
+        experts = next(layer.experts.experts for layer in task.layers if name.startswith(f"model.{layer.name}."))
         for place, expert in enumerate(mesh.local_experts(experts)):
             named[name.replace(".local.", f".{expert}.")] = value[place]
     return named

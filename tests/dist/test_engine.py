@@ -37,9 +37,7 @@ def merged(traces: list[Trace]) -> dict[str, torch.Tensor]:
 def gradients_of(traces: list[Trace], learning_rate: float) -> dict[str, torch.Tensor]:
     """What SGD without weight decay applied, told from the weights: (before - after) / rate."""
     after = merged(traces)
-    return {
-        name: (before.double() - after[name].double()) / learning_rate for name, before in initial().items()
-    }
+    return {name: (before.double() - after[name].double()) / learning_rate for name, before in initial().items()}
 
 
 def assert_gradients(
@@ -103,7 +101,7 @@ def test_gradients_in_bf16_are_those_of_one_process_in_bf16(
         learning_rate=1e4,
     )
     traces = ranks.run(run_case, workers, case)
-    _, norm, wanted = expected(torch.bfloat16)
+    _, norm, _ = expected(torch.bfloat16)
     assert traces[0].norms[0] == pytest.approx(norm, rel=0.01)
     assert_gradients(gradients_of(traces, case.learning_rate), 1.0, 0.05, torch.bfloat16)
 
@@ -129,9 +127,7 @@ def test_trap_T49_a_step_that_is_not_finite_is_skipped_on_every_rank(
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_run_goes_on_after_a_skipped_step(ranks: RankPool, stage: int) -> None:
-    case = Case(
-        expert_parallel=2, zero_stage=stage, steps=3, poison="loss", optimizer="adamw", learning_rate=1e-2
-    )
+    case = Case(expert_parallel=2, zero_stage=stage, steps=3, poison="loss", optimizer="adamw", learning_rate=1e-2)
     traces = ranks.run(run_case, 2, case)
     assert traces[0].taken == traces[1].taken == [False, True, True]
     assert all(torch.isfinite(weight).all() for weight in merged(traces).values())

@@ -109,11 +109,14 @@ def test_the_first_rank_that_raises_is_named(start: Callable[[str, str], Job], l
 
 @pytest.mark.parametrize(
     ("launcher", "act", "code"),
-    [("deepspeed", "SIGKILL", 137), ("torchrun", "SIGKILL", 137), ("torchrun", "SIGTERM", 143), ("mpirun", "SIGKILL", 137)],
+    [
+        ("deepspeed", "SIGKILL", 137),
+        ("torchrun", "SIGKILL", 137),
+        ("torchrun", "SIGTERM", 143),
+        ("mpirun", "SIGKILL", 137),
+    ],
 )
-def test_a_rank_that_is_killed_is_named(
-    start: Callable[[str, str], Job], launcher: str, act: str, code: int
-) -> None:
+def test_a_rank_that_is_killed_is_named(start: Callable[[str, str], Job], launcher: str, act: str, code: int) -> None:
     job = start(launcher, act)
     ended, told = job.end()
     assert (ended, told.startswith(f"rank 1 was ended by {act}")) == (code, True), told
