@@ -114,11 +114,10 @@ class Hub:
         if messages == []:
             return  # the rest of its first message is on its way
         self._strangers.remove(line)
-        record = messages[0] if messages else {}
+        record, *rest = messages or [{}]
         rank, size = record.get("rank"), record.get("size")
         known = secrets.compare_digest(str(record.get("word")).encode(errors="replace"), self.meeting.word.encode())
-        numbers = isinstance(rank, int) and isinstance(size, int)
-        if not messages or not known or not numbers or not 0 <= rank < size:
+        if not (known and isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
             line.close()
             return
         # A launcher that restarts workers gives their ranks again.
@@ -130,8 +129,8 @@ class Hub:
         self._failures.pop(rank, None)
         self._finished.discard(rank)
         self._keep(rank, "")
-        if messages[1:]:
-            self._hear(rank, messages[1:])
+        if rest:
+            self._hear(rank, rest)
 
     def _resize(self, size: int) -> None:
         """Forget the ranks that are no more."""
