@@ -112,9 +112,10 @@ def openmpi_environment(ssh_options: Sequence[str] = ()) -> dict[str, str]:
 
     The versions know the same settings by different names, and on the command line no name of another version.
     """
-    ssh = shlex.join(ssh_options)
+    # An empty setting crashes OpenMPI 5.
+    ssh = ("OMPI_MCA_plm_rsh_args", "PRTE_MCA_plm_ssh_args") if ssh_options else ()
     root = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0 else ()
-    return {"OMPI_MCA_plm_rsh_args": ssh, "PRTE_MCA_plm_ssh_args": ssh} | dict.fromkeys(root, "1")
+    return dict.fromkeys(ssh, shlex.join(ssh_options)) | dict.fromkeys(root, "1")
 
 
 def openmpi_network(cluster: Cluster) -> tuple[str, ...]:
