@@ -37,7 +37,7 @@ before_the_limit() {{
 }}
 trap before_the_limit USR1
 
-srun --kill-on-bad-exit=1 --label \\
+srun --export=ALL --kill-on-bad-exit=1 --label \\
     {worker} &
 workers=$!
 code=0

@@ -75,8 +75,8 @@ def test_a_job_is_told_before_its_limit_and_queued_again(controlled: Slurm, tmp_
     number = submitted(controlled, tmp_path, "slurm.minutes=1", "slurm.signal_s=20")
     until(controlled, number, JobState="RUNNING", Restarts="0")
     until(controlled, number, JobState="PENDING", Restarts="1")
-    # Slurm lets two minutes pass before a job that was queued again begins.
-    controlled.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], tmp_path)
+    # Slurm lets two minutes pass before a job that was queued again begins. Its nodes need a few seconds.
+    controlled.run(["scontrol", "update", f"JobId={number}", "StartTime=now+10"], tmp_path)
     until(controlled, number, JobState="RUNNING", Restarts="1")
     controlled.run(["scancel", number], tmp_path)
     until(controlled, number, JobState="CANCELLED")
