@@ -6,17 +6,15 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dist_moe.config.cluster import ClusterConfig
 from dist_moe.config.schema import Config
 from dist_moe.launch.command import (
     LAUNCH_VARIABLE,
     NO_SHELL,
-    OUTER_JOB,
-    OUTER_PREFIXES,
     LaunchError,
     has_devices,
+    own_environment,
     threads_per_worker,
 )
 from dist_moe.launch.hostfile import chosen, read_hostfile
@@ -141,9 +139,8 @@ def carried_environment(config: Config, cluster: Cluster, base: Mapping[str, str
 def launcher_environment(base: Mapping[str, str], carried: Mapping[str, str]) -> dict[str, str]:
     """The environment of a launcher that starts workers on other hosts: `base` without what belongs to an outer job
     or would be taken along by itself, and with what is carried."""
-    kept = {k: v for k, v in base.items() if k not in OUTER_JOB and not k.startswith((*OUTER_PREFIXES, *TAKEN_ALONG))}
-    programs = str(Path(sys.executable).parent)
-    return {**kept, **carried, "PATH": os.pathsep.join([programs, *filter(None, [base.get("PATH")])])}
+    own = own_environment(base, TAKEN_ALONG)
+    return {**own, **carried, "PATH": own["PATH"]}
 
 
 def without_shell_words(told: str, texts: Sequence[str]) -> None:

@@ -79,15 +79,19 @@ def worker_environment(config: Config, workers: int, base: Mapping[str, str]) ->
     GLOO_SOCKET_IFNAME: the loopback interface, unless it is set. Gloo else looks up the host's name, which
     some hosts resolve to an address that nobody answers: it then waits until its time-out.
     """
-    kept = {k: v for k, v in base.items() if k not in OUTER_JOB and not k.startswith(OUTER_PREFIXES)}
-    programs = str(Path(sys.executable).parent)
     return {
         "GLOO_SOCKET_IFNAME": "lo",
-        **kept,
+        **own_environment(base),
         "OMP_NUM_THREADS": str(threads_per_worker(config.run.threads, workers)),
         "PYTHONSAFEPATH": "1",
-        "PATH": os.pathsep.join([programs, *filter(None, [base.get("PATH")])]),
     }
+
+
+def own_environment(base: Mapping[str, str], left_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """`base` with the folder of this Python first on PATH, less an outer job's variables and what begins so."""
+    kept = {k: v for k, v in base.items() if k not in OUTER_JOB and not k.startswith((*OUTER_PREFIXES, *left_out))}
+    programs = str(Path(sys.executable).parent)
+    return {**kept, "PATH": os.pathsep.join([programs, *filter(None, [base.get("PATH")])])}
 
 
 def threads_per_worker(threads: int | str, workers: int) -> int:

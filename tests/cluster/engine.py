@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.hosts import Ended, environment
+from tests.cluster.hosts import Ended, environment, inner
 
 ROOT = Path(__file__).resolve().parents[2]
 UP_LIMIT_S = 60.0
@@ -195,7 +195,7 @@ def _first_process(outer: subprocess.Popen[bytes], folder: Path) -> int:
         told = (folder / "service.log").read_text(errors="replace")
         assert outer.poll() is None and time.monotonic() < deadline, f"podman does not come up: {told}"
         time.sleep(0.05)
-    return int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
+    return inner(outer)
 
 
 def _remove_groups() -> None:

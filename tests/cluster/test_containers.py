@@ -1,7 +1,6 @@
 """The images as users build them: what is in them, and two containers that train together by the one command."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from tests.cluster.conftest import Images
 from tests.cluster.engine import BUILD_LIMIT_S, said
 from tests.cluster.hosts import Ended
-from tests.cluster.test_launchers import CLOSE, losses
+from tests.cluster.test_launchers import assert_alike, losses
 from tests.unit.test_packaging import pins
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
@@ -97,7 +96,7 @@ def test_two_containers_train_together_to_the_end(images: Images, composed: Ende
     assert described["world"]["workers"] == 2, described["world"]
     found, alone = losses(run_dir), losses(alone_in_a_container)
     assert len(found) == len(alone) == 6
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)
 
 
 def test_tensorboard_stays_and_shows_the_run(images: Images, composed: Ended) -> None:

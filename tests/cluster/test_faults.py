@@ -152,7 +152,6 @@ def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
     found = next(Path(numpy.__file__).parents[1].glob("numpy-*.dist-info/METADATA"))
     other = tmp_path / "METADATA"
     other.write_text(found.read_text().replace(f"\nVersion: {numpy.__version__}\n", "\nVersion: 2.0.0\n", 1))
-    (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "unshared").mkdir()
     mounts = [
@@ -160,7 +159,6 @@ def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
         (three[1], tmp_path / "unshared", tmp_path / "run"),
         (three[0], tmp_path / "empty", Path("/root/.ssh/id_ed25519")),
     ]
-    (tmp_path / "empty").rmdir()
     (tmp_path / "empty").write_text("no key\n")
     (tmp_path / "empty").chmod(0o600)
     for host, source, target in mounts[:2]:

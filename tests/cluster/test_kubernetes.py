@@ -4,7 +4,6 @@ What Kubernetes does for a pod, podman's options do here; whether its schemas ta
 """
 
 import json
-import math
 import re
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import yaml
 
 from tests.cluster.conftest import DIST_MOE, ROOT, Images
 from tests.cluster.engine import BUILD_LIMIT_S, Engine
-from tests.cluster.test_launchers import CLOSE, losses
+from tests.cluster.test_launchers import assert_alike, losses
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
 
@@ -129,7 +128,7 @@ def test_the_pods_of_the_job_train_together_to_the_end(
     run_dir = node / "claimed" / "debug"
     assert json.loads((run_dir / "run.json").read_text())["world"]["workers"] == 2
     found, alone = losses(run_dir), losses(alone_in_a_container)
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)
     assert "2 workers, expert parallel 2" in told[0].output, "rank 0 is the first pod's"
 
 

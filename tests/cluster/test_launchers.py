@@ -28,6 +28,11 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] if line["event"] == "step" else line["validation_loss"] for line in lines]
 
 
+def assert_alike(found: list[float], alone: list[float]) -> None:
+    """The losses of another layout are those of one process."""
+    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+
+
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the same run in one process of one host."""
@@ -49,7 +54,7 @@ def test_the_losses_are_those_of_one_host(
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
     assert len(found) == len(alone) == 5
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)
     workers = sum(LAYOUTS[layout])
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == [
         f"rank-{rank}.log" for rank in range(workers)
@@ -73,7 +78,7 @@ def test_the_plain_deepspeed_command_trains_over_a_hostfile(
     ended = three[0].run([sys.executable, *argv], tmp_path, 200, **variables)
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)
 
 
 def test_hosts_that_are_left_out_do_nothing(start: Start, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Other MPIs than the wheel that is installed here, as Debian packs them: every collective, and launches by them."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 from dist_moe.launch.command import free_port
 from tests.cluster.conftest import ROOT, Start
 from tests.cluster.hosts import environment
-from tests.cluster.test_launchers import CLOSE, alone, losses  # noqa: F401  (a fixture)
+from tests.cluster.test_launchers import alone, assert_alike, losses  # noqa: F401  (a fixture)
 
 LIBRARIES = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu"
 FAMILIES = ("openmpi", "mpich")
@@ -59,7 +58,7 @@ def test_the_losses_are_those_of_one_process(
     ended = start(LAYOUTS[layout], "--launcher", "mpirun", carried, **variables).end()
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)
     world = json.loads((tmp_path / "run" / "run.json").read_text())["world"]
     assert (world["launcher"], world["backend"], world["workers"]) == (family, "mpi", 2)
     assert "\x1b" not in ended.output, "a terminal's words in a file"
@@ -75,4 +74,4 @@ def test_deepspeeds_mpich_runner_finds_its_mpirun_and_trains(
     ended = start((1, 1), "--launcher", "deepspeed", "--runner", "mpich", carried, **variables).end()
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)

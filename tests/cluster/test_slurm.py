@@ -1,7 +1,6 @@
 """A real controller and two nodes: the script that we write trains, is told before its limit, and is queued again."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from tests.cluster.conftest import DIST_MOE, write_config
 from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm, slurm
-from tests.cluster.test_launchers import CLOSE, alone, losses  # noqa: F401  (a fixture)
+from tests.cluster.test_launchers import alone, assert_alike, losses  # noqa: F401  (a fixture)
 
 LIMIT_S = 200.0
 
@@ -49,7 +48,7 @@ def test_a_job_over_two_nodes_trains_as_on_one_host(
     number = submitted(controlled, tmp_path)
     until(controlled, number, JobState="COMPLETED")
     found = losses(tmp_path / "run")
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)
     log = (tmp_path / "run" / "logs" / f"slurm-{number}.log").read_text()
     assert "0: deepseek_v3: 0.2 M parameters" in log and "2 workers, expert parallel 2" in log
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world"]["launcher"] == "slurm"
@@ -66,7 +65,7 @@ def test_deepspeeds_slurm_runner_trains_as_on_one_host(
     ended = controlled.run([str(DIST_MOE), "launch", "run.yaml", *options], tmp_path, LIMIT_S)
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+    assert_alike(found, alone)
     assert (tmp_path / "run" / "logs" / "rank-1.log").is_file()
 
 
