@@ -19,9 +19,15 @@ from dist_moe.config.errors import ConfigError, UserError
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
+STOPPED_CODE = 75
+"""Of a worker that was asked to stop, saved a checkpoint, and can go on from there (EX_TEMPFAIL of sysexits.h)."""
 END_BY_LAUNCH_S = 5.0
 # Characters of an error's own text in its report; all of it stands in the traceback.
 LONGEST_MESSAGE = 8000
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved a checkpoint from which it goes on when it is started again."""
 
 
 @contextlib.contextmanager
@@ -55,9 +61,9 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
 
     The report is `errors/rank-N.txt` (time, rank, exit code, exception type, message, traceback), the same
     traceback on stderr, and the state "failed" in `workers/rank-N.json`. The exit code is 2 for a
-    `UserError`, the code of a `SystemExit`, 130 for Ctrl-C (which is no error and gets no file), and 1
-    otherwise. A `UserError` is told without a traceback, and a `ConfigError`, which is the same on every rank,
-    once: by `dist-moe launch` or by rank 0.
+    `UserError`, the code of a `SystemExit`, 130 for Ctrl-C (which is no error and gets no file), 75 for `Stopped`
+    (no error either; the state is "stopped"), and 1 otherwise. A `UserError` is told without a traceback, and a
+    `ConfigError`, which is the same on every rank, once: by `dist-moe launch` or by rank 0.
 
     Why the exit is hard (`os._exit`): a rank that raises while the others stand in a collective must be gone
     at once, since its closed connections are what frees them. An ordinary exit first unwinds the context
@@ -78,10 +84,21 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
         end_process(folder, rank, stop, stop.code if isinstance(stop.code, int) else 1)
     except KeyboardInterrupt as stop:
         end_process(folder, rank, stop, INTERRUPTED_CODE)
+    except Stopped:
+        end_stopped(folder, rank)
     except UserError as error:
         end_process(folder, rank, error, USER_ERROR_CODE)
     except BaseException as error:
         end_process(folder, rank, error, 1)
+
+
+def end_stopped(folder: Path, rank: int) -> NoReturn:
+    """Records the state "stopped", and leaves: no failure, and not the end of the run either."""
+    try:
+        write_record(folder, rank, "stopped", code=STOPPED_CODE)
+        flush_output()
+    finally:
+        os._exit(STOPPED_CODE)
 
 
 def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoReturn:

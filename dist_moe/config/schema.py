@@ -175,9 +175,19 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved."""
+    """When the run is saved, and from where it goes on."""
 
     every: int = Field(default=0, ge=0, description="the optimizer steps between checkpoints (0: one at the end only)")
+    resume: str = Field(
+        default="auto",
+        min_length=1,
+        description="the checkpoint to go on from: auto (the newest good one in run.dir, if there is one), never, or "
+        "the path of a step-NNNNNN folder",
+    )
+    keep_last: int = Field(default=0, ge=0, description="the newest checkpoints that are kept (0: all)")
+    keep_every: int = Field(
+        default=0, ge=0, description="the steps whose multiples are kept beside the newest (0: none; with keep_last)"
+    )
 
 
 class ObserveConfig(Section):
@@ -217,7 +227,9 @@ class Config(Section):
     )
     data: DataConfig = Field(description="the text and how it becomes tokens")
     train: TrainConfig = Field(description="the optimization")
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the run is saved")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="when the run is saved, and from where it goes on"
+    )
     observe: ObserveConfig = Field(default_factory=ObserveConfig, description="what is shown, and how often")
     cluster: ClusterConfig = Field(
         default_factory=ClusterConfig, description="the hosts; without any the run stays on one"

@@ -5,6 +5,7 @@ What is done here that DeepSpeed 0.19.8 does not do, each held by a test in test
   expert parameters are tagged, so that the experts stay plain modules.
 - At ZeRO 0 it clips by the mean of per-rank norms (fp32) or leaves the experts out of the norm (bf16), and in fp32 it
   applies a non-finite gradient. There its clipping is off, and the norm, the clipping and the skip are done here.
+- Its optimizer for bf16 at ZeRO 0 makes a step of its own at its start, which AdamW would count.
 - Its first collective compiles an operator for CPUs (up to a minute). It is told that the operator is not there.
 """
 
@@ -13,7 +14,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.layer import ExpertParallelLayer
+from dist_moe.train.holding import STEPS, Held, held, inner_optimizer
 
 if not torch.cuda.is_available():
     # DeepSpeed looks for its device when it is imported, and warns of the CPU that it falls back to.
@@ -51,6 +53,13 @@ class EngineSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.0
     further: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What the optimizer keeps of every element, by PyTorch's names."""
+        if self.optimizer == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.momentum else ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,34 @@ class Engine:
             self._engine.step()
             return None
         return self._step_whole() if self.settings.zero_stage == 0 else self._step_sharded()
+
+    @property
+    def optimizer_state(self) -> MutableMapping[Tensor, dict[str, Any]]:
+        """What the optimizer keeps for each of its own tensors, the owners of `held`."""
+        state: MutableMapping[Tensor, dict[str, Any]] = inner_optimizer(self._engine.optimizer).state
+        return state
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer's weights are fp32 and the model's are not."""
+        return self.settings.bf16
+
+    def held(self) -> list[Held]:
+        """What this rank's optimizer holds of the parameters: at ZeRO 1 and 2 its slice, at ZeRO 0 everything."""
+        return held(self.module, self._engine.optimizer, sharded=self.settings.zero_stage > 0)
+
+    def went_on(self, steps: int, taken: int) -> None:
+        """Set DeepSpeed's counters as they are after so many steps, of which `taken` were not skipped."""
+        self._engine.global_steps = steps
+        self._engine.skipped_steps = steps - taken
+        self._engine.micro_steps = steps * self.settings.accumulation
+        self._engine.global_samples = steps * self._engine.train_batch_size()
+
+    def forget_steps(self) -> None:
+        """Count none of the optimizer's steps so far."""
+        for state in self.optimizer_state.values():
+            if STEPS in state:
+                state[STEPS].zero_()
 
     def _step_sharded(self) -> StepResult:
         self._engine.step()
@@ -168,8 +205,10 @@ def start_engine(
         config=deepspeed_json(settings, mesh.world_size),
         dist_init_required=False,
     )
+    started = Engine(engine, settings, mesh)
+    started.forget_steps()
     try:
-        yield Engine(engine, settings, mesh)
+        yield started
     finally:
         engine.destroy()
         _clear_deepspeed()

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.policy import BalanceSettings
 from dist_moe.comm.bootstrap import World, join_world, set_threads
-from dist_moe.comm.failure import exit_hard
+from dist_moe.comm.failure import Stopped, exit_hard
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.place import Place
 from dist_moe.config import Config, Resolved
@@ -22,12 +23,15 @@ from dist_moe.data.stream import Batch, Stream
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.checkpoint import save_checkpoint
-from dist_moe.train.engine import Engine, EngineSettings, start_engine
+from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.train.precision import choose_precision
 from dist_moe.train.report import Report, open_report
+from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
 from dist_moe.train.schedule import Schedule
-from dist_moe.train.step import train_step
+from dist_moe.train.signals import asked_to_stop
+from dist_moe.train.state import Training, seed_random
+from dist_moe.train.step import StepRecord, train_step
 
 
 def run(resolved: Resolved, place: Place) -> None:
@@ -40,43 +44,56 @@ def run(resolved: Resolved, place: Place) -> None:
         stack.enter_context(exit_hard(config.run.dir, place.rank))
         per_node = ranks_per_node(config.parallel.exchange, resolved.expert_parallel)
         mesh = make_mesh(resolved.expert_parallel, per_node)
-        report = stack.enter_context(open_report(config, world, mesh))
         check_same_text(config, prepared, place)
+        checkpoint = find_checkpoint(config, prepared, mesh)
+        report = stack.enter_context(open_report(config, world, mesh, checkpoint))
         task = make_task(resolved, prepared, mesh)
+        if checkpoint is not None:
+            load_model(checkpoint, task, mesh)
         report.describe(resolved, prepared, task)
         settings = engine_settings(resolved, world)
         groups = parameter_groups(task.model, config.train.weight_decay)
         engine = stack.enter_context(start_engine(task, groups, settings, mesh))
         balancer = make_balancer(task, config, engine.device)
-        train(resolved, engine, balancer, task, prepared, report)
+        training = Training(config, engine, balancer, task, prepared)
+        seed_random(config.run.seed, 0, place.rank)
+        if checkpoint is not None:
+            go_on(checkpoint, training)
+        train(resolved, training, report, checkpoint)
 
 
-def train(
-    resolved: Resolved,
-    engine: Engine,
-    balancer: Balancer,
-    task: LanguageModelTask,
-    prepared: Prepared,
-    report: Report,
-) -> None:
-    """The steps of the run, its checkpoints, and the evaluation at its end."""
-    config, mesh = resolved.config, engine.mesh
-    schedule = make_schedule(config)
-    stream = Stream(prepared.train, config.data.sequence_length, config.run.seed)
-    for step in range(1, config.train.steps + 1):
-        started_s = time.perf_counter()
-        learning_rate = schedule.learning_rate(balancer.taken)
-        rate = balancer.settings.rate_at(balancer.taken)
-        batches = list(micro_batches(stream, resolved, mesh, step))
-        record = train_step(engine, balancer, batches, learning_rate)
-        report.step(step, record, balancer.biases, learning_rate, rate, time.perf_counter() - started_s)
-        if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.train.steps:
-            save_checkpoint(config, task, prepared, mesh, step)
-    folder = save_checkpoint(config, task, prepared, mesh, config.train.steps)
+def train(resolved: Resolved, training: Training, report: Report, checkpoint: Checkpoint | None) -> None:
+    """The steps of the run after those of `checkpoint`, its further checkpoints, and the evaluation at its end.
+
+    Errors: Stopped where a worker was asked to stop; then a checkpoint of all steps so far is there.
+    """
+    config, engine, prepared = resolved.config, training.engine, training.prepared
+    done = 0 if checkpoint is None else checkpoint.numbers.step
+    folder = Path() if checkpoint is None else checkpoint.folder
+    with asked_to_stop() as asked:
+        for step in range(done + 1, config.train.steps + 1):
+            record = one_step(resolved, training, report, step, asked=bool(asked))
+            every, last = config.checkpoint.every, step == config.train.steps
+            if last or record.asked or (every and step % every == 0):
+                folder = save_checkpoint(training, step)
+            if record.asked and not last:
+                report.stopped(step, folder)
+                raise Stopped
     text = held_out(
         prepared, config.data.sequence_length, config.observe.validation_sequences, config.train.micro_batch
     )
-    report.evaluation(evaluate(task, text, mesh, engine.device, config.train.steps), folder)
+    report.evaluation(evaluate(training.task, text, engine.mesh, engine.device, max(done, config.train.steps)), folder)
+
+
+def one_step(resolved: Resolved, training: Training, report: Report, step: int, asked: bool) -> StepRecord:
+    """Step `step` (from 1), and its report."""
+    config, balancer, started_s = resolved.config, training.balancer, time.perf_counter()
+    learning_rate = make_schedule(config).learning_rate(balancer.taken)
+    rate = balancer.settings.rate_at(balancer.taken)
+    batches = list(micro_batches(training.stream, resolved, training.engine.mesh, step))
+    record = train_step(training.engine, balancer, batches, learning_rate, asked)
+    report.step(step, record, balancer.biases, learning_rate, rate, time.perf_counter() - started_s)
+    return record
 
 
 def micro_batches(stream: Stream, resolved: Resolved, mesh: Mesh, step: int) -> Iterator[Batch]:

@@ -20,6 +20,7 @@ from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.observe.watch import LoadWatch
 from dist_moe.train.computation import computation_max_vio
+from dist_moe.train.resume import Checkpoint
 from dist_moe.train.step import StepRecord
 
 
@@ -34,13 +35,15 @@ class Report:
         recorder: RunRecorder | None,
         console: RunConsole | None,
         board: TensorBoardWriter | None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.config = config
         self.world = world
         self.mesh = mesh
         self.recorder, self.console, self.board = recorder, console, board
         self._watch = LoadWatch(config.observe.max_vio_limit, config.observe.max_vio_patience)
-        self._skipped_steps = 0
+        self._checkpoint = checkpoint
+        self._skipped_steps = 0 if checkpoint is None else checkpoint.numbers.step - checkpoint.numbers.taken
         self._seconds = 0.0
         self._steps = 0
 
@@ -58,6 +61,7 @@ class Report:
             "launcher": self.world.place.launcher,
             "sources": [record.__dict__ for record in prepared.records],
             "corpus": prepared.fingerprint,
+            "resumed_from": None if self._checkpoint is None else str(self._checkpoint.folder),
         }
         self.recorder.describe(plain, dump_config(self.config), world)
         if self.board is not None:
@@ -74,6 +78,9 @@ class Report:
         self.console.say(f"balance {self.config.balance.policy}: {names}")
         tokens = [len(corpus.tokens) for corpus in (prepared.train, prepared.validation)]
         self.console.say(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        if self._checkpoint is not None:
+            self.console.warn(list(self._checkpoint.passed_over))
+            self.console.say(f"goes on after step {self._checkpoint.numbers.step}, from {self._checkpoint.folder}")
 
     def step(
         self,
@@ -139,6 +146,11 @@ class Report:
         pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(computation_L))]
         return sums["nll"], means["auxiliary"], pairs
 
+    def stopped(self, step: int, checkpoint: Path) -> None:
+        """Tell that the run ends here, as it was asked to."""
+        if self.console is not None:
+            self.console.say(f"stopped on request after step {step}; started again, it goes on from {checkpoint}")
+
     def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path) -> None:
         """Write the final evaluation down and show where everything lies."""
         if self.recorder is None or self.console is None:
@@ -152,19 +164,24 @@ class Report:
 
 
 @contextlib.contextmanager
-def open_report(config: Config, world: World, mesh: Mesh) -> Iterator[Report]:
-    """The run's report, with files and terminal open on rank 0 and none elsewhere."""
+def open_report(config: Config, world: World, mesh: Mesh, checkpoint: Checkpoint | None = None) -> Iterator[Report]:
+    """The run's report, with files and terminal open on rank 0 and none elsewhere.
+
+    checkpoint: what the run goes on from; the files of its own run.dir are continued, those of another are set aside.
+    """
     if world.place.rank != 0:
-        yield Report(config, world, mesh, None, None, None)
+        yield Report(config, world, mesh, None, None, None, checkpoint)
         return
     folder = Path(config.run.dir)
-    aside = set_aside(folder)
+    continues = checkpoint is not None and checkpoint.folder.resolve().parent == (folder / "checkpoints").resolve()
+    aside = None if continues else set_aside(folder)
+    done = 0 if checkpoint is None else checkpoint.numbers.step
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(RunRecorder(folder))
         board = None
         if config.observe.tensorboard:
-            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard"))
-        console = stack.enter_context(RunConsole(config.train.steps))
+            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None))
+        console = stack.enter_context(RunConsole(config.train.steps, done))
         if aside is not None:
             console.say(f"what an earlier run left in {folder} is now in {aside}")
-        yield Report(config, world, mesh, recorder, console, board)
+        yield Report(config, world, mesh, recorder, console, board, checkpoint)

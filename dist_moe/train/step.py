@@ -25,7 +25,8 @@ class StepRecord:
     fp32 scalar, nats. auxiliary: this rank's mean over its micro-batches of the routing losses, whose mean over the
     ranks is their part of the loss. labels: label tokens of the global batch. tallies: the counts of each layer over
     all ranks. micro_loads: this rank's own int64 load_E, for each micro-batch a list over the layers. threshold: the
-    one that routed this step, from before its update; None without threshold routing.
+    one that routed this step, from before its update; None without threshold routing. asked: whether any rank was
+    asked to stop before this step.
     """
 
     taken: bool
@@ -36,6 +37,7 @@ class StepRecord:
     tallies: list[Tally]
     micro_loads: list[list[Tensor]]
     threshold: float | None
+    asked: bool = False
 
     @property
     def loads(self) -> list[Tensor]:
@@ -43,13 +45,16 @@ class StepRecord:
         return [tally.load_E for tally in self.tallies]
 
 
-def train_step(engine: Engine, balancer: Balancer, batches: Sequence[Batch], learning_rate: float) -> StepRecord:
+def train_step(
+    engine: Engine, balancer: Balancer, batches: Sequence[Batch], learning_rate: float, asked: bool = False
+) -> StepRecord:
     """Forward and backward over this worker's micro-batches, one optimizer step, one update of the balance.
 
     The bias that routes in this step is the one from before it. A step that is skipped, because its gradient is not
-    finite on some rank, moves no weight, no moment and no bias.
+    finite on some rank, moves no weight, no moment and no bias. asked: whether this rank was asked to stop, which all
+    ranks learn from the record.
     """
-    labels, tokens = count_labels(batches, engine.device)
+    labels, tokens, asking = count_labels(batches, engine.device, asked)
     # DeepSpeed divides by the micro-batches and averages over the ranks; this undoes both, so that the loss is the
     # mean over the label tokens of the global batch, however it was divided up, and the routing losses that over all
     # its tokens.
@@ -71,7 +76,9 @@ def train_step(engine: Engine, balancer: Balancer, batches: Sequence[Batch], lea
             f"{len(batches)} micro-batches did not end a step; the engine was started for another number"
         )
     tallies = balancer.step() if result.taken else balancer.discard()
-    return StepRecord(result.taken, result.grad_norm, nll_sum, auxiliary, labels, tallies, micro_loads, threshold)
+    return StepRecord(
+        result.taken, result.grad_norm, nll_sum, auxiliary, labels, tallies, micro_loads, threshold, asking > 0
+    )
 
 
 def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) -> Output:
@@ -81,10 +88,10 @@ def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) ->
     return engine.forward(*(tensor.to(engine.device) for tensor in inputs), scale, token_scale)
 
 
-def count_labels(batches: Sequence[Batch], device: torch.device) -> tuple[int, int]:
-    """Label tokens and tokens of the global batch: summed over the micro-batches and over all ranks."""
+def count_labels(batches: Sequence[Batch], device: torch.device, asked: bool = False) -> tuple[int, int, int]:
+    """Label tokens and tokens of the global batch, summed over the micro-batches and all ranks, and the ranks asked."""
     none = torch.zeros((), dtype=torch.int64)
     labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), none)
     tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
-    counts = sum_counts([labels, tokens], device)
-    return int(counts[0]), int(counts[1])
+    counts = sum_counts([labels, tokens, torch.tensor(int(asked))], device)
+    return int(counts[0]), int(counts[1]), int(counts[2])

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -27,6 +26,8 @@ from dist_moe.model.build import empty_model, family_rule, materialise
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.families import Adapter, adapter_of
 from dist_moe.moe.select import Forced, Rule, Threshold, TopK
+from dist_moe.train.elements import ElementReader, write_tensors
+from dist_moe.train.holding import MASTER, Named
 
 OWN_PREFIX = "dist_moe_"
 # What config.json calls the kinds of rules.
@@ -44,32 +45,31 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
     balanced: whether a policy moves the selection bias. No rank gathers another's experts. The folder is complete
     when the call returns on any rank. The tensors keep their dtype, which config.json names.
     """
-    adapter = adapter_of(model.config.model_type)
-    layers = find_layers(model)
-    biased = balanced or any(bool(layer.router.selection_bias.any()) for layer in layers)
-    own_type = not expressible(model.config, layers[0].router.rule, biased)
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for shard in folder.glob("*.safetensors"):  # of an earlier save, perhaps on more ranks
             shard.unlink()
-        _write_config(model, layers[0].router.rule, folder, own_type)
     _barrier()
-    shards = mesh.expert_parallel
-    name = f"model-{mesh.ep_rank + 1:05d}-of-{shards:05d}.safetensors"
-    tensors = dict(_expert_tensors(layers, mesh))
-    if mesh.ep_rank == 0:
-        tensors |= dict(_dense_tensors(model, layers, _bias_name(adapter, own_type)))
-    if mesh.edp_rank == 0:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
-    listing = {key: (name, tensor.numel() * tensor.element_size()) for key, tensor in tensors.items()}
-    listings: list[Any] = [None] * mesh.world_size
-    if mesh.world_size > 1:
-        dist.all_gather_object(listings, listing)
-    else:
-        listings = [listing]
+    write_shard(model, mesh, folder, balanced)
+    _barrier()
     if mesh.rank == 0:
-        _write_index(folder, listings)
+        write_index(folder)
     _barrier()
+
+
+def write_shard(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: bool) -> list[Path]:
+    """Write this rank's part of `folder`, which is there and empty -> its files; rank 0 writes the config too."""
+    adapter, layers = adapter_of(model.config.model_type), find_layers(model)
+    biased = balanced or any(bool(layer.router.selection_bias.any()) for layer in layers)
+    own_type = not expressible(model.config, layers[0].router.rule, biased)
+    written = _write_config(model, layers[0].router.rule, folder, own_type) if mesh.rank == 0 else []
+    if mesh.edp_rank == 0:
+        tensors = dict(_expert_tensors(layers, mesh))
+        if mesh.ep_rank == 0:
+            tensors |= dict(_dense_tensors(model, layers, _bias_name(adapter, own_type)))
+        name = f"model-{mesh.ep_rank + 1:05d}-of-{mesh.expert_parallel:05d}.safetensors"
+        written.append(write_tensors(folder / name, tensors))
+    return written
 
 
 def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
@@ -81,22 +81,51 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     config, rule = read_config(folder)
     model = empty_model(config, rule, mesh)
     materialise(model)
-    adapter, layers = adapter_of(config.model_type), find_layers(model)
+    for layer in find_layers(model):
+        layer.router.reset_state()
+    fill_weights(model, mesh, folder)
+    return model
+
+
+def fill_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, masters: ElementReader | None = None) -> None:
+    """Copy the tensors of `folder` into `model`, the experts of this rank alone; WeightsError as `load_weights`.
+
+    masters: where fp32 weights are found, which are taken before those of the folder.
+    """
+    adapter, layers = adapter_of(model.config.model_type), find_layers(model)
     wanted = dict(_expert_tensors(layers, mesh))
     stored_bias = _bias_name(adapter, own_type=_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
     wanted |= dict(_dense_tensors(model, layers, stored_bias))
-    for layer in layers:
-        layer.router.reset_state()
     found = _tensor_files(folder)
     missing = sorted(set(wanted) - set(found))
     unexpected = sorted(name for name in set(found) - set(wanted) if not _is_other_expert(name, layers))
     if missing or unexpected:
         raise WeightsError(
-            f"{folder} does not fit {config.model_type}: missing {missing or 'nothing'}, unexpected "
+            f"{folder} does not fit {model.config.model_type}: missing {missing or 'nothing'}, unexpected "
             f"{unexpected or 'nothing'}; use the folder of one complete checkpoint"
         )
     _copy(folder, found, wanted)
-    return model
+    for name, tensor in wanted.items():
+        if masters is not None and masters.holds(MASTER, name):
+            tensor.copy_(masters.read(MASTER, name, 0, tensor.numel()).view_as(tensor))
+
+
+def named_parameters(model: PreTrainedModel, mesh: Mesh) -> list[Named]:
+    """Every tensor of the folder that is a parameter or a part of one on this rank, and where it lies there."""
+    named = [
+        Named(name, parameter, 0, parameter.numel())
+        for name, parameter in model.named_parameters()
+        if ".experts.local." not in name
+    ]
+    for layer in find_layers(model):
+        up, down = layer.experts.local.gate_up_proj, layer.experts.local.down_proj
+        size = down[0].numel()
+        for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+            prefix = f"{layer.name}.experts.{expert}"
+            named.append(Named(f"{prefix}.gate_proj.weight", up, 2 * place * size, size))
+            named.append(Named(f"{prefix}.up_proj.weight", up, (2 * place + 1) * size, size))
+            named.append(Named(f"{prefix}.down_proj.weight", down, place * size, size))
+    return named
 
 
 def expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
@@ -135,7 +164,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _write_config(model: PreTrainedModel, rule: Rule, folder: Path, own_type: bool) -> None:
+def _write_config(model: PreTrainedModel, rule: Rule, folder: Path, own_type: bool) -> list[Path]:
     raw = model.config.to_diff_dict()
     raw["architectures"] = [type(model).__name__]
     raw["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -144,6 +173,7 @@ def _write_config(model: PreTrainedModel, rule: Rule, folder: Path, own_type: bo
         raw["dist_moe"] = _beyond(model.config, rule)
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     GenerationConfig.from_model_config(model.config).save_pretrained(folder)
+    return [folder / "config.json", folder / "generation_config.json"]
 
 
 def _bias_name(adapter: Adapter, own_type: bool) -> str | None:
@@ -218,14 +248,19 @@ def _stored(folder: Path, found: dict[str, str], names: list[str]) -> Iterator[t
                 yield name, file.get_tensor(name)
 
 
-def _write_index(folder: Path, listings: list[dict[str, tuple[str, int]]]) -> None:
-    files: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for listing in listings:
-        files |= {key: name for key, (name, _) in listing.items()}
-        sizes |= {key: size for key, (_, size) in listing.items()}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
+def write_index(folder: Path) -> Path:
+    """Write which tensor lies in which of the folder's files, and the bytes of all -> the index."""
+    files = _tensor_files(folder)
+    total = sum(_tensor_bytes(folder / name) for name in set(files.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return folder / INDEX
+
+
+def _tensor_bytes(path: Path) -> int:
+    """What a safetensors file holds beside its header, whose length stands first (8 bytes)."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _barrier() -> None:

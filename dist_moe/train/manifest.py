@@ -1,0 +1,112 @@
+"""What a complete checkpoint consists of: every file with its size and SHA-256, written last."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from pydantic import Field, ValidationError
+
+from dist_moe.config.section import Section
+from dist_moe.train.elements import CheckpointError
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+class FileEntry(Section):
+    """One file: its size in bytes, and SHA-256 in hexadecimal."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(Section):
+    """format: of the checkpoint as a whole. step: the optimizer steps before it. files: by path below its folder."""
+
+    format: int
+    step: int = Field(ge=0)
+    files: dict[str, FileEntry]
+
+
+def entry(path: Path) -> FileEntry:
+    """What the file is now; it has reached the disk when this returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return FileEntry(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write_manifest(folder: Path, step: int, files: dict[str, FileEntry]) -> None:
+    """Write it, and let it and the names of all files reach the disk."""
+    path = folder / NAME
+    text = Manifest(format=FORMAT, step=step, files=dict(sorted(files.items()))).model_dump_json(indent=1)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for inner in {folder, *(folder / name for name in files)}:
+        sync_folder(inner if inner.is_dir() else inner.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """CheckpointError where there is none, or none that this version can use."""
+    try:
+        manifest = Manifest.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {NAME}: it is no checkpoint, or not a whole one; give a step-NNNNNN folder of a run"
+        ) from None
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise CheckpointError(f"{folder / NAME} cannot be used ({first_line(error)}); use another checkpoint") from None
+    if manifest.format != FORMAT:
+        raise CheckpointError(
+            f"{folder / NAME} is of format {manifest.format}, and this dist-moe reads format {FORMAT}; use the version "
+            "that wrote it"
+        )
+    outside = [name for name in manifest.files if not lies_below(name)]
+    if outside:
+        raise CheckpointError(f"{folder / NAME} names files outside of its folder: {outside}; do not trust it")
+    return manifest
+
+
+def lies_below(name: str) -> bool:
+    """Whether a path is relative, and stays below where it starts."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """What is wrong with these files of the manifest, in words; nothing where they are as they were written."""
+    found = []
+    for name in names:
+        path, told = folder / name, manifest.files[name]
+        if path.is_symlink() or not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != told.bytes:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {told.bytes}")
+        elif digest(path) != told.sha256:
+            found.append(f"{name} was changed, or cannot be read")
+    return found
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 in hexadecimal; None for a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).partition("\n")[0]

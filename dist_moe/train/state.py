@@ -1,0 +1,194 @@
+"""What a run needs to go on, beside its weights: moments, balance, random states and counts, free of any layout.
+
+state/rank-NNNNN.safetensors holds the elements that one rank's optimizer held, and its random states;
+state/balance.safetensors what the balancer keeps of each layer; state/training.json the numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dist_moe.balance.balancer import Balancer
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config import Config
+from dist_moe.config.section import Section
+from dist_moe.data.corpus import Prepared
+from dist_moe.data.stream import Stream
+from dist_moe.model.task import LanguageModelTask
+from dist_moe.train.elements import CheckpointError, ElementReader, write_tensors
+from dist_moe.train.engine import Engine
+from dist_moe.train.holding import MASTER, STEPS, Held, Piece, captured, key, pieces
+from dist_moe.train.manifest import first_line
+from dist_moe.train.weights import named_parameters
+
+RANDOM = "random"
+BALANCE = "balance.safetensors"
+NUMBERS = "training.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a checkpoint is made of."""
+
+    config: Config
+    engine: Engine
+    balancer: Balancer
+    task: LanguageModelTask
+    prepared: Prepared
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The endless rows to train on."""
+        return Stream(self.prepared.train, self.config.data.sequence_length, self.config.run.seed)
+
+
+class Numbers(Section):
+    """step: optimizer steps done; taken: those that were not skipped. controller: the budget's (`Controller`).
+
+    corpus: the fingerprint of the text. The others say where the checkpoint comes from, and bind nobody.
+    """
+
+    step: int = Field(ge=0)
+    taken: int = Field(ge=0)
+    controller: tuple[float, float, float, float] | None
+    corpus: str
+    workers: int
+    expert_parallel: int
+    zero_stage: int
+    bf16: bool
+
+
+def write_state(training: Training, step: int, folder: Path) -> list[Path]:
+    """Write this rank's part of `folder`, which is there and empty -> its files; rank 0 writes what all share."""
+    engine, mesh = training.engine, training.engine.mesh
+    found = [piece for piece in own_pieces(training) if piece.numel]
+    tensors = dict(captured(found, engine.optimizer_state, engine.has_masters))
+    tensors |= {key(RANDOM, f"{device}/{mesh.rank}", 0): state for device, state in random_states(engine.device)}
+    written = [write_tensors(folder / f"rank-{mesh.rank:05d}.safetensors", tensors)]
+    if mesh.rank == 0:
+        written.extend(_write_shared(training, step, folder))
+    return written
+
+
+def _write_shared(training: Training, step: int, folder: Path) -> Iterator[Path]:
+    mesh, settings = training.engine.mesh, training.engine.settings
+    state = training.balancer.state_dict()
+    layers = {f"{kind}:{name}": value for name, layer in state["layers"].items() for kind, value in layer.items()}
+    yield write_tensors(folder / BALANCE, layers)
+    numbers = Numbers(
+        step=step,
+        taken=state["taken"],
+        controller=state["controller"],
+        corpus=training.prepared.fingerprint,
+        workers=mesh.world_size,
+        expert_parallel=mesh.expert_parallel,
+        zero_stage=settings.zero_stage,
+        bf16=settings.bf16,
+    )
+    (folder / NUMBERS).write_text(numbers.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    yield folder / NUMBERS
+
+
+def own_pieces(training: Training) -> list[Piece]:
+    """What this rank writes: what it holds, or its share of that where others hold the same."""
+    engine = training.engine
+    held = engine.held()
+    if engine.settings.zero_stage == 0:
+        held = [share(one, engine.mesh) for one in held]
+    return pieces(held, named_parameters(training.task.model, engine.mesh))
+
+
+def share(held: Held, mesh: Mesh) -> Held:
+    """This rank's share of a parameter that is whole on every rank, or an expert's, on every rank that has it."""
+    if getattr(held.parameter, "allreduce", True):
+        return held.part(mesh.rank, mesh.world_size)
+    return held.part(mesh.edp_rank, mesh.world_size // mesh.expert_parallel)
+
+
+def random_states(device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """PyTorch's generators of the CPU and of the device that is computed on, by name, uint8 each."""
+    yield "cpu", torch.get_rng_state()
+    if device.type == "cuda":
+        yield "cuda", torch.cuda.get_rng_state(device)
+
+
+def seed_random(*words: int) -> None:
+    """Begin PyTorch's random numbers, which dropout draws from, at a place that these numbers decide."""
+    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+
+def read_numbers(folder: Path) -> Numbers:
+    """CheckpointError for a file that is none."""
+    path = folder / NUMBERS
+    try:
+        return Numbers.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
+
+
+def restore(training: Training, folder: Path, numbers: Numbers) -> None:
+    """Set optimizer, balancer, random states and counts of a run that has just begun with the folder's weights.
+
+    Errors: CheckpointError where the folder lacks something, or is of other layers or of another kind of routing.
+    """
+    engine = training.engine
+    with ElementReader(folder) as reader:
+        if numbers.taken:
+            found = pieces(engine.held(), named_parameters(training.task.model, engine.mesh))
+            _restore_optimizer(engine, found, reader)
+        _restore_random(training, numbers, reader)
+    _restore_balance(training.balancer, folder, numbers)
+    engine.went_on(numbers.step, numbers.taken)
+
+
+def _restore_optimizer(engine: Engine, found: list[Piece], reader: ElementReader) -> None:
+    kinds = engine.settings.moments
+    counts: dict[Tensor, set[float]] = {}
+    for piece in found:
+        state = engine.optimizer_state[piece.owner]
+        for kind in kinds:
+            kept = state.setdefault(kind, torch.zeros_like(piece.owner, requires_grad=False))
+            piece.of(kept).copy_(reader.read(kind, piece.name, piece.start, piece.numel))
+        if engine.has_masters and reader.holds(MASTER, piece.name):
+            piece.of(piece.owner).copy_(reader.read(MASTER, piece.name, piece.start, piece.numel))
+        if engine.settings.optimizer == "adamw":
+            counts.setdefault(piece.owner, set()).add(float(reader.read(STEPS, piece.name, 0, 1)))
+    for owner, found_counts in counts.items():
+        if len(found_counts) != 1:
+            told = f"tensors that are optimized together have made {sorted(found_counts)} steps"
+            raise CheckpointError(f"{told}; use another checkpoint")
+        engine.optimizer_state[owner][STEPS] = torch.tensor(found_counts.pop())
+
+
+def _restore_random(training: Training, numbers: Numbers, reader: ElementReader) -> None:
+    """Where the workers are as many as they were; else each begins anew, from a seed that this rank and step decide."""
+    engine, mesh = training.engine, training.engine.mesh
+    if numbers.workers != mesh.world_size:
+        seed_random(training.config.run.seed, numbers.step, mesh.rank)
+        return
+    for device, _ in random_states(engine.device):
+        if not reader.holds(RANDOM, f"{device}/{mesh.rank}"):
+            continue
+        state = reader.whole(RANDOM, f"{device}/{mesh.rank}")
+        torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, engine.device)
+
+
+def _restore_balance(balancer: Balancer, folder: Path, numbers: Numbers) -> None:
+    try:
+        stored = load_file(folder / BALANCE)
+        layers: dict[str, dict[str, Any]] = {}
+        for name, value in stored.items():
+            kind, _, layer = name.partition(":")
+            layers.setdefault(layer, {})[kind] = value
+        balancer.load_state_dict({"taken": numbers.taken, "controller": numbers.controller, "layers": layers})
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / BALANCE} cannot be used ({first_line(error)})") from None

@@ -1,0 +1,75 @@
+"""Runs that stop and go on, in the workers of the pool: a small model, a short text of its own, and what is compared."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dist_moe.comm.place import Place
+from dist_moe.config import load_config, resolve
+from dist_moe.train.loop import run
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "data.sequence_length=16",
+    "train.global_batch=8",
+    "train.micro_batch=1",
+    "train.schedule_steps=20",
+    "train.warmup_steps=3",
+    "observe.every=1",
+    "observe.tensorboard=false",
+    "observe.validation_sequences=4",
+    "checkpoint.every=0",
+)
+
+
+def write_text(folder: Path) -> Path:
+    """A text of 120 short documents -> the file."""
+    path = folder / "text.jsonl"
+    words = ["expert", "token", "load", "bias", "router", "gate", "rank", "step"]
+    with path.open("w") as file:
+        for number in range(120):
+            text = " ".join(words[(number * number + place * 3) % len(words)] for place in range(4 + number % 9))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Sequence[str] = ()) -> None:
+    """Train into `folder` as one rank of the pool's group; later overrides win."""
+    changes = (*SMALL, f"data.sources=[{text}]", f"run.dir={folder}", *overrides)
+    resolved = resolve(load_config(ROOT / "configs/debug.yaml", changes), world_size)
+    run(resolved, Place(rank, world_size, rank, world_size, "env"))
+
+
+def steps(folder: Path) -> dict[int, dict[str, Any]]:
+    """The logged steps of a run by number; of a step that was made twice, the last."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["event"] == "step"}
+
+
+def same_bits(one: Path, other: Path) -> list[str]:
+    """The tensors of two checkpoints that differ in a bit, or are in one of them only; and how many there were."""
+    ours, theirs = tensors(one), tensors(other)
+    assert ours, f"{one} holds no tensors"
+    return [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ours or name not in theirs or not torch.equal(bits(ours[name]), bits(theirs[name]))
+    ]
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's files, by file and name."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {f"{path.relative_to(checkpoint)} {name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
