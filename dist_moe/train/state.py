@@ -28,7 +28,7 @@ from dist_moe.train.elements import CheckpointError, ElementReader, write_tensor
 from dist_moe.train.engine import Engine
 from dist_moe.train.holding import MASTER, STEPS, Held, Piece, captured, key, pieces
 from dist_moe.train.manifest import first_line
-from dist_moe.train.weights import named_parameters
+from dist_moe.train.weights import named_parameters, stored_tensors
 
 RANDOM = "random"
 BALANCE = "balance.safetensors"
@@ -142,9 +142,10 @@ def restore(training: Training, folder: Path, numbers: Numbers) -> None:
     """
     engine = training.engine
     with ElementReader(folder) as reader:
+        found = pieces(engine.held(), named_parameters(training.task.model, engine.mesh))
         if numbers.taken:
-            found = pieces(engine.held(), named_parameters(training.task.model, engine.mesh))
             _restore_optimizer(engine, found, reader)
+        _restore_masters(engine, found, reader, folder.with_name("model"))
         _restore_random(training, numbers, reader)
     _restore_balance(training.balancer, folder, numbers)
     engine.went_on(numbers.step, numbers.taken)
@@ -158,8 +159,6 @@ def _restore_optimizer(engine: Engine, found: list[Piece], reader: ElementReader
         for kind in kinds:
             kept = state.setdefault(kind, torch.zeros_like(piece.owner, requires_grad=False))
             piece.of(kept).copy_(reader.read(kind, piece.name, piece.start, piece.numel))
-        if engine.has_masters and reader.holds(MASTER, piece.name):
-            piece.of(piece.owner).copy_(reader.read(MASTER, piece.name, piece.start, piece.numel))
         if engine.settings.optimizer == "adamw":
             counts.setdefault(piece.owner, set()).add(float(reader.read(STEPS, piece.name, 0, 1)))
     for owner, found_counts in counts.items():
@@ -167,6 +166,21 @@ def _restore_optimizer(engine: Engine, found: list[Piece], reader: ElementReader
             told = f"tensors that are optimized together have made {sorted(found_counts)} steps"
             raise CheckpointError(f"{told}; use another checkpoint")
         engine.optimizer_state[owner][STEPS] = torch.tensor(found_counts.pop())
+
+
+def _restore_masters(engine: Engine, found: list[Piece], reader: ElementReader, model: Path) -> None:
+    """The fp32 weights of the optimizer, where the model's are not: those that were kept, or those of an fp32 model."""
+    if not engine.has_masters:
+        return
+    of_model: dict[str, list[Piece]] = {}
+    for piece in found:
+        if reader.holds(MASTER, piece.name):
+            piece.of(piece.owner).copy_(reader.read(MASTER, piece.name, piece.start, piece.numel))
+        else:
+            of_model.setdefault(piece.name, []).append(piece)
+    for name, stored in stored_tensors(model, of_model):
+        for piece in of_model[name]:
+            piece.of(piece.owner).copy_(stored.reshape(-1)[piece.start : piece.start + piece.numel])
 
 
 def _restore_random(training: Training, numbers: Numbers, reader: ElementReader) -> None:

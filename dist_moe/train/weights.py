@@ -9,7 +9,7 @@ do not say.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,15 @@ def _stored(folder: Path, found: dict[str, str], names: list[str]) -> Iterator[t
         with safe_open(folder / file_name, framework="pt") as file:
             for name in (name for name in names if found[name] == file_name):
                 yield name, file.get_tensor(name)
+
+
+def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each of `names` in the folder, as it is stored. Errors: WeightsError where one is missing."""
+    found, wanted = _tensor_files(folder), sorted(set(names))
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise WeightsError(f"{folder} lacks {missing}; use the folder of one complete checkpoint")
+    return _stored(folder, found, wanted)
 
 
 def write_index(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Runs that stop and go on, in the workers of the pool: a small model, a short text of its own, and what is compared."""
+"""Runs that stop and go on, in the workers of the pool: a small model, a short text, and what is compared."""
 
 import json
 from collections.abc import Sequence
@@ -9,9 +9,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dist_moe.comm.bootstrap import World
+from dist_moe.comm.mesh import make_mesh
 from dist_moe.comm.place import Place
 from dist_moe.config import load_config, resolve
-from dist_moe.train.loop import run
+from dist_moe.model.build import parameter_groups
+from dist_moe.train.checkpoint import save_checkpoint
+from dist_moe.train.engine import start_engine
+from dist_moe.train.loop import engine_settings, make_balancer, make_task, prepare_text, run
+from dist_moe.train.resume import find_checkpoint, go_on, load_model
+from dist_moe.train.state import Training
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -45,6 +52,43 @@ def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Seque
     run(resolved, Place(rank, world_size, rank, world_size, "env"))
 
 
+def resave(rank: int, world_size: int, text: Path, folder: Path, source: Path, overrides: Sequence[str] = ()) -> None:
+    """Open the checkpoint `source` and save it again into the run `folder`, without a step between."""
+    changes = (*SMALL, f"data.sources=[{text}]", f"run.dir={folder}", f"checkpoint.resume={source}", *overrides)
+    resolved = resolve(load_config(ROOT / "configs/debug.yaml", changes), world_size)
+    config, prepared = resolved.config, prepare_text(resolved.config)
+    mesh = make_mesh(resolved.expert_parallel)
+    checkpoint = find_checkpoint(config, prepared, mesh)
+    assert checkpoint is not None
+    task = make_task(resolved, prepared, mesh)
+    load_model(checkpoint, task, mesh)
+    place = Place(rank, world_size, rank, world_size, "env")
+    settings = engine_settings(resolved, World(place, torch.device("cpu"), "gloo"))
+    with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
+        training = Training(config, engine, make_balancer(task, config, engine.device), task, prepared)
+        go_on(checkpoint, training)
+        save_checkpoint(training, checkpoint.numbers.step)
+
+
+def elements(checkpoint: Path) -> dict[str, Tensor]:
+    """Every weight ("model:NAME") and everything of the optimizer ("KIND:NAME"), flat and whole, without a layout."""
+    found: dict[str, Tensor] = {}
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for label, tensor in tensors(checkpoint).items():
+        file, _, name = label.partition(" ")
+        if file.startswith("model/"):
+            found[f"model:{name}"] = tensor.reshape(-1)
+        elif "rank-" in file and not name.startswith("random:"):
+            kind_and_name, _, start = name.rpartition(":")
+            parts.setdefault(kind_and_name, []).append((int(start), tensor))
+    for name, runs in parts.items():
+        runs.sort(key=lambda run: run[0])
+        ends = [start + len(tensor) for start, tensor in runs]
+        assert [start for start, _ in runs] == [0, *ends[:-1]], f"{name} has a gap, or elements twice"
+        found[name] = torch.cat([tensor for _, tensor in runs])
+    return found
+
+
 def steps(folder: Path) -> dict[int, dict[str, Any]]:
     """The logged steps of a run by number; of a step that was made twice, the last."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -64,7 +108,7 @@ def same_bits(one: Path, other: Path) -> list[str]:
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint's files, by file and name."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in sorted(checkpoint.rglob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {f"{path.relative_to(checkpoint)} {name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

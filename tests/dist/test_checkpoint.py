@@ -1,13 +1,20 @@
 """Runs that stop and go on are the run that never stopped: bit for bit on one layout, to rounding on another."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from tests.dist.pool import RankPool
-from tests.dist.resumable import same_bits, steps, train, write_text
+from tests.dist.resumable import elements, resave, same_bits, steps, train, write_text
 
-POLICIES = ("balance.policy=none", "balance.policy=loss_free")
+LAYOUTS = {  # workers, expert parallel, ZeRO stage
+    "1, 1, 1": (1, ("parallel.expert_parallel=1", "parallel.zero_stage=1")),
+    "2, 2, 1": (2, ("parallel.expert_parallel=2", "parallel.zero_stage=1")),
+    "4, 2, 2": (4, ("parallel.expert_parallel=2", "parallel.zero_stage=2")),
+    "4, 4, 0": (4, ("parallel.expert_parallel=4", "parallel.zero_stage=0")),
+}
+BF16 = ("train.precision=bf16",)
 KINDS = {
     "fp32, ZeRO 1, accumulated": ("parallel.zero_stage=1", "train.micro_batch=2"),
     "fp32, ZeRO 2": ("parallel.zero_stage=2",),
@@ -23,6 +30,7 @@ KINDS = {
     "dropout": ("model.config.attention_dropout=0.2",),
     "threshold, adaptive weights, budget": (
         "router.selection=threshold",
+        "router.score=softmax",
         "router.budget=3.0",
         "balance.policy=adaptive_weight",
         "balance.rate=0.05",
@@ -53,3 +61,63 @@ def test_trap_T44_ten_steps_are_five_and_five_more_bit_for_bit(
     assert list(ours) == list(theirs) == list(range(1, 11))
     for field in ("loss", "grad_norm", "load", "learning_rate"):
         assert [step[field] for step in ours.values()] == [step[field] for step in theirs.values()], field
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
+    """A checkpoint of step 5 by every layout, in fp32 and bf16, and five more steps of each run."""
+    found = {}
+    for layout, (workers, changes) in LAYOUTS.items():
+        for bf16 in (False, True):
+            folder = found[layout, bf16] = tmp_path_factory.mktemp("saved")
+            further = ("train.steps=10", "checkpoint.every=5", *(BF16 if bf16 else ()))
+            ranks.run(train, workers, text, folder, (*changes, *further))
+    return found
+
+
+@pytest.mark.parametrize("there", LAYOUTS)
+@pytest.mark.parametrize("here", LAYOUTS)
+def test_a_checkpoint_of_any_layout_goes_on_with_any_other(
+    ranks: RankPool, text: Path, tmp_path: Path, saved: dict[tuple[str, bool], Path], here: str, there: str
+) -> None:
+    """Twelve experts (T42), each known by its own numbers (T41): the next five losses are those of the run itself."""
+    workers, changes = LAYOUTS[there]
+    source = saved[here, False] / "checkpoints/step-000005"
+    ranks.run(train, workers, text, tmp_path, (*changes, "train.steps=10", f"checkpoint.resume={source}"))
+    ours, theirs = steps(tmp_path), steps(saved[here, False])
+    assert list(ours) == [6, 7, 8, 9, 10]
+    for step, line in ours.items():
+        assert line["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-3)
+        assert line["learning_rate"] == theirs[step]["learning_rate"]
+    assert ours[6]["load"] == theirs[6]["load"], "the bias and the order of the text are those of the run"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("here", "there"), itertools.pairwise([*LAYOUTS, *LAYOUTS][:5]))
+def test_every_element_is_found_again_whatever_the_layout(
+    ranks: RankPool, text: Path, tmp_path: Path, saved: dict[tuple[str, bool], Path], here: str, there: str, bf16: bool
+) -> None:
+    """Opened with one layout and saved with another, weights, masters and moments are the same bits by name."""
+    workers, changes = LAYOUTS[there]
+    source = saved[here, bf16] / "checkpoints/step-000005"
+    ranks.run(resave, workers, text, tmp_path, source, (*changes, *(BF16 if bf16 else ())))
+    before, after = elements(source), elements(tmp_path / "checkpoints/step-000005")
+    kinds = {name.partition(":")[0] for name in before}
+    assert kinds == {"model", "exp_avg", "exp_avg_sq", "step", *(["master"] if bf16 else [])}
+    assert before.keys() == after.keys()
+    assert [name for name, value in before.items() if value.tolist() != after[name].tolist()] == []
+
+
+def test_masters_are_kept_when_the_precision_changes(
+    ranks: RankPool, text: Path, tmp_path: Path, saved: dict[tuple[str, bool], Path]
+) -> None:
+    """bf16, then fp32: the weights are the fp32 masters, not their bf16 roundings. And back."""
+    source = saved["2, 2, 1", True] / "checkpoints/step-000005"
+    ranks.run(resave, 2, text, tmp_path / "fp32", source, ())
+    first, second = elements(source), elements(tmp_path / "fp32/checkpoints/step-000005")
+    masters = {name.removeprefix("master:"): value for name, value in first.items() if name.startswith("master:")}
+    assert masters and all(value.tolist() == second[f"model:{name}"].tolist() for name, value in masters.items())
+    ranks.run(resave, 2, text, tmp_path / "bf16", tmp_path / "fp32/checkpoints/step-000005", BF16)
+    third = elements(tmp_path / "bf16/checkpoints/step-000005")
+    assert all(value.tolist() == third[f"master:{name}"].tolist() for name, value in masters.items())

@@ -1,0 +1,93 @@
+"""Real workers that are asked to stop: a checkpoint at the end of the step, exit code 75, and the same run afterwards."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_moe.comm.failure import STOPPED_CODE
+from tests.dist.resumable import ROOT, SMALL, same_bits, steps, write_text
+
+LIMIT_S = 200.0
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert [worker.wait(LIMIT_S) for worker in start(text, run)] == [0, 0]
+    return run
+
+
+def start(text: Path, run: Path, *changes: str) -> list[subprocess.Popen[bytes]]:
+    """Two workers, told their places by the environment alone, four micro-batches to a step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = (*SMALL, f"data.sources=[{text}]", f"run.dir={run}", f"train.steps={STEPS}", "train.schedule_steps=null")
+    argv = [sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *words, *changes]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return [subprocess.Popen(argv, cwd=ROOT, env={**environment, **place}) for place in places]
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not (run / "metrics.jsonl").is_file() or max(steps(run), default=0) < step:
+        assert time.monotonic() < deadline, f"step {step} is never logged"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("asking", [signal.SIGTERM, signal.SIGUSR1])
+def test_trap_T45_a_request_waits_for_the_end_of_the_step_and_the_run_goes_on_bit_for_bit(
+    text: Path, tmp_path: Path, undisturbed: Path, asking: signal.Signals
+) -> None:
+    """One worker of two is told, somewhere within a window of accumulation; both stop after the same step."""
+    run = tmp_path / "run"
+    workers = start(text, run)
+    try:
+        wait_for_step(run, 5)
+        workers[1].send_signal(asking)
+        assert [worker.wait(LIMIT_S) for worker in workers] == [STOPPED_CODE, STOPPED_CODE]
+    finally:
+        for worker in workers:
+            worker.kill()
+    records = [json.loads((run / f"workers/rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [(record["state"], record["code"]) for record in records] == [("stopped", STOPPED_CODE)] * 2
+    assert not list(run.glob("errors/*"))
+    stopped = max(steps(run))
+    assert 5 <= stopped < STEPS
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", f"step-{stopped:06d}"]
+    assert [worker.wait(LIMIT_S) for worker in start(text, run)] == [0, 0]
+    last = f"checkpoints/step-{STEPS:06d}"
+    assert same_bits(undisturbed / last, run / last) == []
+    assert [one["loss"] for one in steps(run).values()] == [one["loss"] for one in steps(undisturbed).values()]
+
+
+def test_workers_that_are_killed_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """SIGKILL leaves no time for a checkpoint; steps after the last one are made again, alike."""
+    run = tmp_path / "run"
+    workers = start(text, run, "checkpoint.every=5")
+    try:
+        wait_for_step(run, 17)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait(LIMIT_S)
+    assert not (run / "earlier-1").exists()
+    assert [worker.wait(LIMIT_S) for worker in start(text, run, "checkpoint.every=5")] == [0, 0]
+    last = f"checkpoints/step-{STEPS:06d}"
+    assert same_bits(undisturbed / last, run / last) == []
+    assert [one["loss"] for one in steps(run).values()] == [one["loss"] for one in steps(undisturbed).values()]

@@ -1,0 +1,240 @@
+"""Which checkpoint a run goes on from, what is said of a damaged one, and what a save that fails leaves behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config import Config, load_config, resolve
+from dist_moe.data.corpus import Prepared
+from dist_moe.train.checkpoint import checkpoints, recover, together
+from dist_moe.train.elements import CheckpointError
+from dist_moe.train.loop import prepare_text
+from dist_moe.train.manifest import read_manifest
+from dist_moe.train.resume import Checkpoint, find_checkpoint
+from tests.dist.resumable import ROOT, SMALL, tensors, write_text
+
+ALONE = Mesh(1, 0, 1)
+WEIGHTS, STATE = "model/model-00001-of-00001.safetensors", "state/rank-00000.safetensors"
+Damage = Callable[[Path], object]
+
+
+def command(text: Path, run: Path, *changes: str) -> list[str]:
+    words = ("train", "configs/debug.yaml", *SMALL, f"data.sources=[{text}]", f"run.dir={run}", *changes)
+    return [sys.executable, "-m", "dist_moe", *words]
+
+
+def train(text: Path, run: Path, *changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(text, run, *changes), cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one worker with checkpoints of steps 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("made") / "run"
+    done = train(text, run, "train.steps=6", "checkpoint.every=2")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to do harm to."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def find(text: Path, run: Path, *changes: str) -> Checkpoint | None:
+    config = settings(text, run, *changes)
+    return find_checkpoint(config, prepare_text(config), ALONE)
+
+
+def settings(text: Path, run: Path, *changes: str) -> Config:
+    words = (*SMALL, f"data.sources=[{text}]", f"run.dir={run}", *changes)
+    return resolve(load_config(ROOT / "configs/debug.yaml", words), 1).config
+
+
+def step(run: Path, number: int) -> Path:
+    return run / "checkpoints" / f"step-{number:06d}"
+
+
+def flip(path: Path, place: int = -1) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path, by: int = 1) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+def test_the_newest_is_taken_and_latest_names_it(text: Path, run: Path) -> None:
+    found = find(text, run)
+    assert found is not None and found.folder == step(run, 6) and found.passed_over == ()
+    assert (run / "checkpoints/latest").read_text() == "step-000006\n"
+    assert find(text, run, "checkpoint.resume=never") is None
+    assert find(text, run / "elsewhere") is None
+    by_path = find(text, run / "elsewhere", f"checkpoint.resume={step(run, 2)}")
+    assert by_path is not None and by_path.numbers.step == 2
+
+
+def link(path: Path) -> None:
+    """The same content, but by a symbolic link, which may lead anywhere."""
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def of_another_step(folder: Path) -> None:
+    shutil.copytree(step(folder.parents[1], 4), folder, dirs_exist_ok=True)
+
+
+DAMAGES: dict[str, tuple[str, Damage]] = {
+    "bit of a weight": (f"{WEIGHTS} was changed", lambda at: flip(at / WEIGHTS)),
+    "weights cut short": ("bytes instead of", lambda at: cut(at / WEIGHTS)),
+    "weights gone": (f"{WEIGHTS} is missing", lambda at: (at / WEIGHTS).unlink()),
+    "bit of a moment": (f"{STATE} was changed", lambda at: flip(at / STATE)),
+    "weights in place of moments": ("bytes instead of", lambda at: shutil.copy(at / WEIGHTS, at / STATE)),
+    "a link in place of a file": ("is missing", lambda at: link(at / STATE)),
+    "manifest gone": ("has no manifest.json", lambda at: (at / "manifest.json").unlink()),
+    "manifest cut short": ("manifest.json cannot be used", lambda at: cut(at / "manifest.json", 9)),
+    "manifest of another step": ("its manifest is that of step 4", of_another_step),
+    "numbers gone": ("training.json cannot be used", lambda at: (at / "state/training.json").unlink()),
+    "config changed": ("config.yaml was changed", lambda at: flip(at / "config.yaml", 5)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(text: Path, run: Path, damage: str) -> None:
+    told, harm = DAMAGES[damage]
+    harm(step(run, 6))
+    found = find(text, run)
+    assert found is not None and found.folder == step(run, 4)
+    assert len(found.passed_over) == 1 and "step-000006" in found.passed_over[0] and told in found.passed_over[0]
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=.*step-000006 cannot be used"):
+        find(text, run, f"checkpoint.resume={step(run, 6)}")
+
+
+def test_where_none_is_good_the_run_does_not_begin_anew_by_itself(text: Path, run: Path) -> None:
+    for number in (2, 4, 6):
+        flip(step(run, number) / WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* step-000002.*begin anew with checkpoint\.resume=never"
+    ):
+        find(text, run)
+
+
+def test_an_unfinished_one_is_named_and_not_taken(text: Path, run: Path) -> None:
+    step(run, 6).rename(step(run, 6).with_name("step-000006.partial"))
+    found = find(text, run)
+    assert found is not None and found.folder == step(run, 4)
+    assert "step-000006.partial was not finished" in found.passed_over[0]
+
+
+def test_what_a_crash_left_between_two_names_is_put_back(run: Path) -> None:
+    own = run / "checkpoints"
+    step(run, 6).rename(own / "step-000006.replaced")
+    shutil.copytree(step(run, 4), own / "step-000004.replaced")
+    recover(own)
+    assert [number for number, _ in checkpoints(own)] == [2, 4, 6]
+    assert (own / "step-000004.replaced").exists(), "the new one is whole: nothing to put back"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("run.seed=1", "run.seed"),
+        ("train.global_batch=4", "train.global_batch"),
+        ("model.config.hidden_size=32", "model"),
+        ("balance.policy=none", "balance.policy"),
+        ("train.optimizer=sgd", "train.optimizer"),
+        ("data.sequence_length=8", "data"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_unless_it_is_asked_for(
+    text: Path, run: Path, change: str, named: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"of a run with another {named}; .*checkpoint.resume=never"):
+        find(text, run, change)
+    assert find(text, run, change, f"checkpoint.resume={step(run, 6)}") is not None
+
+
+def test_what_may_change_does(text: Path, run: Path) -> None:
+    changes = (
+        "train.steps=99",
+        "train.schedule_steps=null",
+        "train.learning_rate=1e-4",
+        "train.micro_batch=2",
+        "parallel.zero_stage=2",
+    )
+    assert find(text, run, *changes, "train.precision=bf16", "observe.every=3", "balance.rate=0.1") is not None
+
+
+def test_another_text_is_refused(text: Path, run: Path) -> None:
+    config = settings(text, run)
+    prepared: Prepared = replace(prepare_text(config), fingerprint="another")
+    with pytest.raises(CheckpointError, match=r"is not the one that .*step-000006 has learned from"):
+        find_checkpoint(config, prepared, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"files": {"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "outside of its folder"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "outside of its folder"),
+        ({"files": {"model/x": {"bytes": -1, "sha256": "0" * 64}}}, "cannot be used"),
+        ({"files": {"model/x": {"bytes": 1, "sha256": "short"}}}, "cannot be used"),
+        ({"format": 2}, "is of format 2, and this dist-moe reads format 1"),
+        ({"format": "1"}, "cannot be used"),
+        ({"step": 1.5}, "cannot be used"),
+        ({"more": 1}, "cannot be used"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, changed: dict[str, object], told: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "step": 1, "files": {}} | changed))
+    with pytest.raises(CheckpointError, match=told):
+        read_manifest(tmp_path)
+
+
+def test_only_what_is_to_be_kept_is_kept(text: Path, made: Path, tmp_path: Path) -> None:
+    """Of steps 1 to 7 the newest two, and the multiples of 3; a later one of another branch is left alone."""
+    changes = ("train.steps=7", "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
+    shutil.copytree(step(made, 6), step(tmp_path, 60))
+    done = train(text, tmp_path, *changes, f"checkpoint.resume={step(made, 2)}")
+    assert done.returncode == 0, done.stderr
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["latest", "step-000003", "step-000006", "step-000007", "step-000060"]
+
+
+def test_a_run_that_is_complete_is_evaluated_again_and_nothing_else(text: Path, run: Path) -> None:
+    before = tensors(step(run, 6))
+    done = train(text, run, "train.steps=6")
+    assert done.returncode == 0, done.stderr
+    assert f"goes on after step 6, from {step(run, 6)}" in done.stdout and "validation loss" in done.stdout
+    assert tensors(step(run, 6)).keys() == before.keys() and not (run / "earlier-1").exists()
+
+
+def test_a_path_that_is_no_checkpoint_is_told_in_plain_words(text: Path, tmp_path: Path) -> None:
+    done = train(text, tmp_path / "run", f"checkpoint.resume={tmp_path}/nowhere")
+    assert done.returncode == 2
+    assert f"{tmp_path}/nowhere has no manifest.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_failure_on_one_rank_is_told_with_its_rank() -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(
+        CheckpointError, match=r"step-1 could not be saved: \[Errno 28\] No space left on device \(rank 0\)"
+    ):
+        together(ALONE, "step-1 could not be saved", fail)
