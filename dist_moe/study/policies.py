@@ -96,6 +96,7 @@ def plan_runs(config: Path, out: Path, seeds: int, overrides: Sequence[str]) -> 
                 f"run.seed={seed}",
                 f"run.dir={folder}",
                 "run.threads=1",
+                "checkpoint.resume=never",
                 "observe.tensorboard=false",
             ]
             resolved = resolve(load_config(config, changes), workers=1).config.model_dump(mode="json")

@@ -81,6 +81,11 @@ class Report:
         if self._checkpoint is not None:
             self.console.warn(list(self._checkpoint.passed_over))
             self.console.say(f"goes on after step {self._checkpoint.numbers.step}, from {self._checkpoint.folder}")
+            if self._checkpoint.numbers.step >= self.config.train.steps:
+                self.console.say(
+                    f"train.steps={self.config.train.steps} are done: raise it to train more, or set "
+                    "checkpoint.resume=never to begin anew (what is there is kept)"
+                )
 
     def step(
         self,

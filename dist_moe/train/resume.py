@@ -1,5 +1,6 @@
 """From which checkpoint a run goes on: the newest good one, the one that it is told, or none."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dist_moe.train.state import Numbers, Training, read_numbers, restore
 from dist_moe.train.weights import fill_weights
 
 AUTO, NEVER = "auto", "never"
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""How often Slurm has queued this job again, and torchrun started its workers again."""
 # What another value of makes another run; everything else may change when a run goes on.
 DECIDING = ("run.seed", "model", "router", "data", "train.global_batch", "train.optimizer", "balance.policy")
 
@@ -34,15 +37,17 @@ class Checkpoint:
 def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoint | None:
     """What `checkpoint.resume` says -> the checkpoint, None where the run begins at its first step.
 
-    A collective call: the ranks check the files of a checkpoint together. Errors: CheckpointError where the path that
+    A job that its launcher starts again goes on from the run's own checkpoint, if there is one, whatever it was told
+    at first. A collective call: the ranks check the files of a checkpoint together. Errors: CheckpointError where the path that
     was given is no good one, where no checkpoint in run.dir is, or where it is of another run.
     """
-    resume = config.checkpoint.resume
-    if resume == NEVER:
-        return None
     own = Path(config.run.dir) / "checkpoints"
     if mesh.rank == 0:
         recover(own)
+    again = any(int(os.environ.get(name) or 0) for name in RESTARTS) and bool(checkpoints(own))
+    resume = _of_first(mesh, AUTO if again else config.checkpoint.resume)
+    if resume == NEVER:
+        return None
     listed = [path for _, path in reversed(checkpoints(own))] if resume == AUTO else [Path(resume)]
     # One list for all, whatever another host sees.
     listed = _of_first(mesh, listed)
@@ -51,7 +56,8 @@ def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoin
         wrong = examine(folder, mesh)
         if wrong is None:
             numbers = read_numbers(folder / "state")
-            check_same_run(config, prepared, folder, numbers)
+            if resume == AUTO:
+                check_same_run(config, prepared, folder, numbers)
             return Checkpoint(folder, numbers, tuple(passed_over))
         passed_over.append(wrong)
     if not listed:
@@ -90,8 +96,6 @@ def _own_faults(folder: Path, mesh: Mesh) -> list[str]:
 
 def check_same_run(config: Config, prepared: Prepared, folder: Path, numbers: Numbers) -> None:
     """CheckpointError where the newest in run.dir is of another run than the config; a path that is given may be."""
-    if config.checkpoint.resume != AUTO:
-        return
     try:
         before = load_config(folder / "config.yaml").model_dump()
     except UserError as error:

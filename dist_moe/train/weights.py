@@ -120,8 +120,7 @@ def named_parameters(model: PreTrainedModel, mesh: Mesh) -> list[Named]:
     for layer in find_layers(model):
         up, down = layer.experts.local.gate_up_proj, layer.experts.local.down_proj
         size = down[0].numel()
-        for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
-            prefix = f"{layer.name}.experts.{expert}"
+        for place, prefix in _local_experts(layer, mesh):
             named.append(Named(f"{prefix}.gate_proj.weight", up, 2 * place * size, size))
             named.append(Named(f"{prefix}.up_proj.weight", up, (2 * place + 1) * size, size))
             named.append(Named(f"{prefix}.down_proj.weight", down, place * size, size))
@@ -181,13 +180,18 @@ def _bias_name(adapter: Adapter, own_type: bool) -> str | None:
     return adapter.bias or ("selection_bias" if own_type else None)
 
 
+def _local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:
+    """(place in the stacked parameters, prefix of the names on disk) of every expert that this rank holds."""
+    for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+        yield place, f"{layer.name}.experts.{expert}"
+
+
 def _expert_tensors(layers: list[MoeLayer], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, view into the parameter) of every expert that this rank holds."""
     for layer in layers:
         local = layer.experts.local
         half = local.gate_up_proj.shape[1] // 2
-        for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
-            prefix = f"{layer.name}.experts.{expert}"
+        for place, prefix in _local_experts(layer, mesh):
             gate_up = local.gate_up_proj.detach()[place]
             yield f"{prefix}.gate_proj.weight", gate_up[:half]
             yield f"{prefix}.up_proj.weight", gate_up[half:]

@@ -1,4 +1,5 @@
-"""A real controller and two nodes: the script that we write trains, is told before its limit, and is queued again."""
+"""A real controller and two nodes: the script that we write trains, is told before its limit, is queued again, and goes
+on from where it was."""
 
 import json
 import time
@@ -69,13 +70,32 @@ def test_deepspeeds_slurm_runner_trains_as_on_one_host(
     assert (tmp_path / "run" / "logs" / "rank-1.log").is_file()
 
 
-def test_a_job_is_told_before_its_limit_and_queued_again(controlled: Slurm, tmp_path: Path) -> None:
+def test_a_job_is_told_before_its_limit_queued_again_and_goes_on(controlled: Slurm, tmp_path: Path) -> None:
+    """The signal makes the one checkpoint that there is; the next part of the same job begins after its step."""
     write_config(tmp_path, [], (), 100_000)
-    number = submitted(controlled, tmp_path, "slurm.minutes=1", "slurm.signal_s=20")
+    changes = ("slurm.minutes=1", "slurm.signal_s=20", "observe.every=1")
+    number = submitted(controlled, tmp_path, *changes)
     until(controlled, number, JobState="RUNNING", Restarts="0")
     until(controlled, number, JobState="PENDING", Restarts="1")
+    run = tmp_path / "run"
+    stopped = logged(run)[-1]
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped:06d}\n"
     # Slurm lets two minutes pass before a job that was queued again begins. Its nodes need a few seconds.
     controlled.run(["scontrol", "update", f"JobId={number}", "StartTime=now+10"], tmp_path)
     until(controlled, number, JobState="RUNNING", Restarts="1")
+    deadline = time.monotonic() + LIMIT_S
+    while logged(run)[-1] < stopped + 3:
+        assert time.monotonic() < deadline, "the second part does not train"
+        time.sleep(0.5)
     controlled.run(["scancel", number], tmp_path)
     until(controlled, number, JobState="CANCELLED")
+    steps = logged(run)
+    assert steps == list(range(1, len(steps) + 1)), "no step is missing or made twice"
+    log = (run / "logs" / f"slurm-{number}.log").read_text()
+    assert f"0: stopped on request after step {stopped}" in log
+    assert f"0: goes on after step {stopped}, from {run}/checkpoints/step-{stopped:06d}" in log
+
+
+def logged(run: Path) -> list[int]:
+    """The steps in the order in which they were written."""
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -71,10 +71,11 @@ def test_a_checkpoint_evaluates_as_the_run_did_and_generates(runs: dict[str, Pat
     assert text.startswith("import os") and text == call(*greedy, "--temperature", "0")
 
 
-def test_a_second_run_in_the_same_folder_sets_the_first_aside(runs: dict[str, Path]) -> None:
+def test_a_run_that_begins_anew_in_the_same_folder_sets_the_first_aside(runs: dict[str, Path]) -> None:
     folder = runs["deepspeed"]
     before = (folder / "metrics.jsonl").read_bytes()
-    call(sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", f"run.dir={folder}", *SHORT)
+    again = (f"run.dir={folder}", "checkpoint.resume=never", *SHORT)
+    call(sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *again)
     assert (folder / "earlier-1" / "metrics.jsonl").read_bytes() == before
     assert (folder / "earlier-1" / "checkpoints" / "step-000002" / "model" / "config.json").is_file()
     assert [line["step"] for line in lines(folder)] == [1, 2, 2]

@@ -1,4 +1,4 @@
-"""Real workers that are asked to stop: a checkpoint at the end of the step, exit code 75, and the same run afterwards."""
+"""Real workers that are asked to stop: a checkpoint at the end of the step, exit code 75, and the same run after."""
 
 import json
 import os

@@ -129,7 +129,7 @@ def test_where_none_is_good_the_run_does_not_begin_anew_by_itself(text: Path, ru
     for number in (2, 4, 6):
         flip(step(run, number) / WEIGHTS)
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint in .* step-000002.*begin anew with checkpoint\.resume=never"
+        CheckpointError, match=r"no checkpoint in .*step-000002.*begin anew with checkpoint\.resume=never"
     ):
         find(text, run)
 
@@ -148,6 +148,20 @@ def test_what_a_crash_left_between_two_names_is_put_back(run: Path) -> None:
     recover(own)
     assert [number for number, _ in checkpoints(own)] == [2, 4, 6]
     assert (own / "step-000004.replaced").exists(), "the new one is whole: nothing to put back"
+
+
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_job_that_is_started_again_goes_on_whatever_it_was_told_at_first(
+    text: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    told = f"checkpoint.resume={step(run, 2)}"
+    for count, wanted in (("0", 2), ("1", 6)):
+        monkeypatch.setenv(variable, count)
+        found = find(text, run, told)
+        assert found is not None and found.numbers.step == wanted
+    assert find(text, tmp_path / "empty", "checkpoint.resume=never") is None
+    elsewhere = find(text, tmp_path / "empty", told)
+    assert elsewhere is not None and elsewhere.numbers.step == 2, "nothing of its own yet"
 
 
 @pytest.mark.parametrize(
