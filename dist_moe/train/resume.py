@@ -38,8 +38,10 @@ def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoin
     """What `checkpoint.resume` says -> the checkpoint, None where the run begins at its first step.
 
     A job that its launcher starts again goes on from the run's own checkpoint, if there is one, whatever it was told
-    at first. A collective call: the ranks check the files of a checkpoint together. Errors: CheckpointError where the path that
-    was given is no good one, where no checkpoint in run.dir is, or where it is of another run.
+    at first. A collective call: the ranks check the files of a checkpoint together.
+
+    Errors: CheckpointError where the path that was given is no good one, where no checkpoint in run.dir is, or where
+    it is of another run.
     """
     own = Path(config.run.dir) / "checkpoints"
     if mesh.rank == 0:

@@ -135,6 +135,18 @@ def test_a_run_goes_on_after_a_skipped_step(ranks: RankPool, stage: int) -> None
     assert any(bias.any() for bias in traces[0].biases)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_adamw_counts_no_step_before_the_first(ranks: RankPool, stage: int) -> None:
+    """Its first step is as long as the learning rate, wherever the gradient is; counted as the second it is 0.73 of it.
+
+    DeepSpeed's optimizer for bf16 at ZeRO 0 makes an empty one when it starts.
+    """
+    case = Case(expert_parallel=2, zero_stage=stage, optimizer="adamw", bf16=True, learning_rate=0.25)
+    after = merged(ranks.run(run_case, 2, case))
+    name = "model.model.norm.weight"  # of ones, without weight decay, and every element has a gradient
+    assert torch.equal((initial()[name] - after[name].float()).abs(), torch.full_like(initial()[name], 0.25))
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trap_T48_zero_0_clips_by_a_norm_that_holds_the_experts(ranks: RankPool, bf16: bool) -> None:
     dtype = torch.bfloat16 if bf16 else torch.float64
