@@ -1,9 +1,10 @@
 """Minds one worker on its host: its output, how it ends, and that it ends when the launch does.
 
-A launch over several hosts cannot see their processes. So each worker there is the child of a small process, made
-before anything heavy is imported, that is connected to the launch: it sends what the worker prints, reports its error
-and exit, and ends all that the worker left when either of the two is gone. When the launch is gone it ends the
-launcher's own process on this host too, which may wait long for hosts that it cannot reach any more.
+A launch cannot see the processes of other hosts, nor ask how one ended that is not its child. So each worker is the
+child of a small process, made before anything heavy is imported, that is connected to the launch: it sends what the
+worker prints, reports its error and exit, passes the launch's signals on, and ends all that the worker left when either
+of the two is gone. When the launch is gone it ends the launcher's own process on this host too, which may wait long for
+hosts that it cannot reach any more.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dist_moe.launch.command import LAUNCH_VARIABLE
+from dist_moe.launch.failure import read_record
 from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
-from dist_moe.launch.watch import read_record
 from dist_moe.launch.wire import Line, Meeting
 
 CONNECT_LIMIT_S = 10.0
@@ -69,7 +70,8 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
         return
     for _, writing in pipes:
         os.close(writing)
-    line.give({"word": meeting.word, "rank": rank, "size": world_size, "host": socket.gethostname(), "pid": worker})
+    known = {"rank": rank, "size": world_size, "host": socket.gethostname(), "minder": me.pid}
+    line.give({"word": meeting.word, **known})
     with adopting_orphans():
         Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher).run()
 
@@ -100,20 +102,19 @@ class Minder:
     def run(self) -> NoReturn:
         """Until the worker has ended, and nothing of it is left; leaves with its exit code."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the worker too
-        signal.signal(signal.SIGTERM, self._pass_on)
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, self._pass_on)
         connected = True
         while not select.select([self.handle], [], [], 0)[0]:
             sources: list[int | Line] = [self.handle, *self.outputs, *([self.line] if connected else [])]
             ready = select.select(sources, [], [], LOOK_S)[0]
             self._copy([one for one in ready if isinstance(one, int)])
             self._report()
-            if self.line in ready and self.line.take() is None:
-                connected, self.ending = False, time.monotonic()
-                if self.launcher is not None:
-                    send(self.launcher, signal.SIGTERM)
+            if self.line in ready:
+                connected = self._heed(self.line.take())
             if self.ending is not None:
                 self._end_all(time.monotonic() - self.ending > GRACE_S)
-        status = os.waitpid(self.worker, 0)[1]
+        status, ended_s = os.waitpid(self.worker, 0)[1], time.time()
         self._drain()
         self._report()
         while self._end_all(at_once=True):
@@ -124,12 +125,23 @@ class Minder:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         state = (read_record(self.run_dir, self.rank) or {}).get("state")
-        self.line.give({"ended": status, "finished": state == "finished"})
+        self.line.give({"ended": status, "state": state, "time": ended_s})
         self.line.close()
         code = os.waitstatus_to_exitcode(status)
         os._exit(code if code >= 0 else 128 - code)
 
-    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+    def _heed(self, messages: list[dict[str, Any]] | None) -> bool:
+        """Do what the launch says; False where it is gone."""
+        if messages is None:
+            self.ending = time.monotonic()
+            if self.launcher is not None:
+                send(self.launcher, signal.SIGTERM)
+            return False
+        for message in messages:
+            self._pass_on(int(message["signal"]))
+        return True
+
+    def _pass_on(self, signum: int, frame: FrameType | None = None) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.handle, signum)
 

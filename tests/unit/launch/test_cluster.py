@@ -144,7 +144,7 @@ def test_workers_are_the_slots_of_the_cluster(tmp_path: Path) -> None:
     assert Job(config, CONFIG, (), "torchrun", cluster).workers == 4
     with pytest.raises(LaunchError, match="--workers 3 contradicts the 4 slots"):
         Job(config, CONFIG, (), "torchrun", cluster, 3).command({})
-    with pytest.raises(LaunchError, match="are torchrun's, over several hosts"):
+    with pytest.raises(LaunchError, match="--max-restarts 1 is torchrun's"):
         Job(config, CONFIG, (), "deepspeed", cluster, restarts=1).command({})
 
 
