@@ -8,10 +8,11 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dist_moe.launch.failure import Failure, failure_of, silent_end
-from dist_moe.launch.wire import Line, Meeting, ready
+from dist_moe.launch.terminal import CLEAR_LINE, CONTROL, SHOW_CURSOR
+from dist_moe.launch.wire import LOG_ALONE, Line, Meeting, ready
 
 END_LIMIT_S = 5.0
 # What a launcher sends to workers that have not left when it sees that another has.
@@ -46,6 +47,7 @@ class Hub:
         self._stopped: set[int] = set()
         self._asked: int | None = None
         self._left = False
+        self._drawing = False
 
     def __enter__(self) -> "Hub":
         return self
@@ -76,7 +78,9 @@ class Hub:
             self.look()
 
     def close(self) -> None:
-        """Takes no more connections, and leaves every worker."""
+        """Takes no more connections, leaves every worker, and its unfinished drawing."""
+        if self._drawing:
+            self._draw(f"{SHOW_CURSOR}\n")
         for line in [*self._strangers, *self._past, *self._lines.values()]:
             line.close()
         self._past.clear()
@@ -181,7 +185,9 @@ class Hub:
             return
         for message in messages:
             if "output" in message:
-                self._print(rank, sys.stderr if message["output"] == 2 else sys.stdout, str(message.get("text", "")))
+                self._print(rank, int(message["output"]), str(message.get("text", "")))
+            elif "drawn" in message:
+                self._draw(str(message["drawn"]))
             elif "report" in message:
                 self._failures[rank] = self._reported(rank, str(message["report"]))
             elif "ended" in message:
@@ -198,13 +204,25 @@ class Hub:
         found = found._replace(text=found.text.replace(f"rank {rank}", self.place(rank), 1))
         return found._replace(time=time.time()) if self.apart else found
 
-    def _print(self, rank: int, stream: TextIO, text: str) -> None:
+    def _print(self, rank: int, output: int, text: str) -> None:
         """A closed terminal is no reason to end the job."""
         prefix = f"[{rank}@{self._records[rank]['host']}] " if self.apart else f"[rank {rank}] "
-        with contextlib.suppress(OSError, ValueError):
-            stream.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
-            stream.flush()
+        stream = sys.stderr if output == 2 else sys.stdout
+        if output != LOG_ALONE:
+            with contextlib.suppress(OSError, ValueError):
+                stream.write(CLEAR_LINE if self._drawing and stream.isatty() else "")
+                stream.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
+                stream.flush()
+            self._drawing = False
         self._keep(rank, text + "\n")
+
+    def _draw(self, text: str) -> None:
+        """What rank 0 draws on this terminal; it may leave the last line for a live one."""
+        shown = CONTROL.sub(b"", text.encode())
+        self._drawing = not shown.endswith(b"\n") if shown else self._drawing
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     def _keep(self, rank: int, text: str) -> None:
         """In the rank's log, which is there from the worker's start; a full disk is no reason to end the job."""

@@ -7,6 +7,7 @@ of the two is gone. When the launch is gone it ends the launcher's own process o
 hosts that it cannot reach any more.
 """
 
+import codecs
 import contextlib
 import ctypes
 import os
@@ -22,7 +23,8 @@ from typing import Any, NoReturn
 from dist_moe.launch.command import LAUNCH_VARIABLE
 from dist_moe.launch.failure import read_record
 from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
-from dist_moe.launch.wire import Line, Meeting
+from dist_moe.launch.terminal import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
+from dist_moe.launch.wire import LOG_ALONE, Line, Meeting
 
 CONNECT_LIMIT_S = 10.0
 LOOK_S = 0.1
@@ -53,7 +55,9 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
         os._exit(UNREACHABLE_CODE)
     connection.settimeout(None)
     line = Line(connection)
-    pipes = [os.pipe(), os.pipe()]
+    terminal = os.environ.pop(TERMINAL_VARIABLE, None)
+    screen = open_terminal(terminal) if terminal and rank == 0 else None
+    pipes = [screen or os.pipe(), os.pipe()]
     me = read_process(os.getpid())
     assert me is not None
     sys.stdout.flush()
@@ -73,7 +77,7 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
     known = {"rank": rank, "size": world_size, "host": socket.gethostname(), "minder": me.pid}
     line.give({"word": meeting.word, **known})
     with adopting_orphans():
-        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher).run()
+        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher, screen is not None).run()
 
 
 def launcher_of(pid: int) -> Process | None:
@@ -89,13 +93,22 @@ class Minder:
     """The life of one worker, seen from beside it."""
 
     def __init__(
-        self, line: Line, worker: int, rank: int, run_dir: Path, outputs: list[int], launcher: Process | None
+        self,
+        line: Line,
+        worker: int,
+        rank: int,
+        run_dir: Path,
+        outputs: list[int],
+        launcher: Process | None,
+        draws: bool,
     ) -> None:
         self.line, self.worker, self.run_dir, self.rank, self.launcher = line, worker, run_dir, rank, launcher
         self.handle = os.pidfd_open(worker)
         # The worker's stdout and stderr -> 1 and 2, and what of a line has come.
-        self.outputs = dict(zip(outputs, (1, 2), strict=True))
+        self.outputs = dict(zip(outputs, (LOG_ALONE if draws else 1, 2), strict=True))
         self.begun = {output: b"" for output in outputs}
+        self.screen = outputs[0] if draws else None
+        self.decoder, self.transcript = codecs.getincrementaldecoder("utf-8")("replace"), Transcript()
         self.told = False
         self.ending: float | None = None
 
@@ -170,12 +183,17 @@ class Minder:
         for output in ready:
             if output not in self.outputs:
                 continue
-            part = os.read(output, 1 << 16)
-            self.begun[output] += part
+            part = read_terminal(output)
+            self.begun[output] += self._drawn(part) if output == self.screen else part
             self._give_lines(output, end=not part)
             if not part:
                 os.close(output)
                 del self.outputs[output], self.begun[output]
+
+    def _drawn(self, part: bytes) -> bytes:
+        """Send what is drawn on a terminal as it is -> the lines that its log gets."""
+        self.line.give({"drawn": self.decoder.decode(part, final=not part)})
+        return self.transcript.take(part)
 
     def _give_lines(self, output: int, end: bool) -> None:
         """Send whole lines, and at the end, or where a line is too long for a message, what there is of one."""

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
 from dist_moe.launch.hub import Hub
 from dist_moe.launch.processes import Process, adopting_orphans, descendants, send
+from dist_moe.launch.terminal import terminal_environment
 
 LOOK_S = 0.1
 # Until every worker has been seen: how one ended that dies before, and that its launcher collects, stays unknown.
@@ -81,11 +83,12 @@ def run(command: Command, run_dir: str | Path, hub: Hub) -> Outcome:
 
 
 def start(command: Command, hub: Hub) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts each launcher in a session of its own, and names the meeting to it as DIST_MOE_LAUNCH.
+    """Starts each launcher in a session of its own; its environment names the meeting, and the terminal to draw on.
 
     One that runs on another host has a pipe as its input, which is closed when this process ends.
     """
-    environment = {**command.environment, LAUNCH_VARIABLE: str(hub.meeting)}
+    drawn = {} if hub.apart else terminal_environment(sys.stdout)
+    environment = {**command.environment, **drawn, LAUNCH_VARIABLE: str(hub.meeting)}
     for argv in (command.argv, *command.beside):
         given = subprocess.PIPE if argv[0] == "ssh" else subprocess.DEVNULL
         yield subprocess.Popen(argv, env=environment, stdin=given, start_new_session=True)

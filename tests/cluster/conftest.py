@@ -103,7 +103,7 @@ def start(three: list[Host], tmp_path: Path) -> Iterator[Start]:
     yield launch
     for one in launches:
         if one.process.poll() is None:
-            os.kill(one.pid, signal.SIGTERM)
+            os.kill(one.pid, signal.SIGINT)
             one.process.wait(timeout=30)
     left = until_gone(three)
     assert not left, left
