@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_moe.config.schema import Config
@@ -115,8 +115,8 @@ class Job:
             with Hub(LOOPBACK, self.workers, run_dir, apart=False) as hub:
                 return run(self.command(os.environ), run_dir, hub)
         with Hub(address_towards(self.cluster), self.workers, run_dir) as hub:
-            check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
-            command = self.command({**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
+            seen = check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
+            command = replace(self, cluster=seen).command({**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
             try:
                 return run(command, run_dir, hub)
             finally:
