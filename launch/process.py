@@ -19,8 +19,6 @@ from dist_moe.launch.processes import Process, adopting_orphans, descendants, se
 from dist_moe.launch.terminal import terminal_environment
 
 LOOK_S = 0.1
-# Until every worker has been seen: how one ended that dies before, and that its launcher collects, stays unknown.
-FIRST_LOOK_S = 0.01
 # After a worker has failed, the launcher has this long to end the others; DeepSpeed's looks once a second.
 LAUNCHER_GRACE_S = 3.0
 # After the last worker has finished its work, all have this long to leave.
@@ -122,7 +120,7 @@ def follow(launchers: Sequence[subprocess.Popen[bytes]], hub: Hub, received: lis
         if time.monotonic() > deadline:
             late = bool(received) and bool(hub.unfinished()) and not hub.failures()
             return End(next((code for code in codes if code), None), received[0] if late else None)
-        hub.wait(LOOK_S if hub.complete() else FIRST_LOOK_S)
+        hub.wait(LOOK_S)
     return End(None, received[0] if signum is None else signum)
 
 
