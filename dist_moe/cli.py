@@ -271,7 +271,7 @@ def restore_visible_devices() -> None:
 
 
 def mind_if_asked(rank: int, world_size: int, run_dir: str) -> None:
-    """Puts a minder beside this worker if a launch over several hosts has started it."""
+    """Puts a minder beside this worker if a launch has started it."""
     from dist_moe.launch.command import LAUNCH_VARIABLE
     from dist_moe.launch.wire import SCHEME, Meeting
 

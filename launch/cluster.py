@@ -27,11 +27,15 @@ TAKEN_ALONG = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 @dataclass(frozen=True)
 class Host:
-    """One machine: its name for ssh, its devices (one worker each), and the address that its workers are reached by."""
+    """One machine: its name for ssh, its devices (one worker each), and the address that its workers are reached by.
+
+    cores: those that its workers may use; None until it has been asked.
+    """
 
     name: str
     devices: tuple[int, ...]
     address: str
+    cores: int | None = None
 
     @property
     def is_here(self) -> bool:
@@ -51,6 +55,10 @@ class Cluster:
     @property
     def workers(self) -> int:
         return sum(len(host.devices) for host in self.hosts)
+
+    def has_room(self, threads: int) -> bool:
+        """Whether every host is known to have a core for every thread of its workers."""
+        return all(host.cores is not None and len(host.devices) * threads <= host.cores for host in self.hosts)
 
     def ssh(self, host: Host, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
         """What runs `argv` in the working folder of a host; nothing reaches its shell unquoted.

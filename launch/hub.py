@@ -1,35 +1,42 @@
-"""Watches a job's workers on several hosts, through the connections that their minders hold to this process."""
+"""Watches a job's workers through the connections that their minders, beside them on any host, hold to this process."""
 
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from dist_moe.launch.watch import Failure, failure_of, silent_end
-from dist_moe.launch.wire import Line, Meeting, ready
+from dist_moe.launch.failure import Failure, failure_of, silent_end
+from dist_moe.launch.terminal import CLEAR_LINE, CONTROL, SHOW_CURSOR
+from dist_moe.launch.wire import LOG_ALONE, Line, Meeting, ready
 
 END_LIMIT_S = 5.0
+# What a launcher sends to workers that have not left when it sees that another has.
+LAUNCHERS_SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 
 
 class Hub:
-    """What is known of the workers so far, as `watch.Watch` tells it of those of one host. Close it after use.
+    """What is known of the workers so far. Call `look` often; close it after use.
 
-    What they print is printed here, each line after rank and host, and kept by rank in `logs/` of the run's folder.
+    What they print is printed here, each line after its rank, and kept by rank in `logs/` of the run's folder, after
+    what an earlier run left there.
 
     address: of this host, which the workers can reach. size: how many workers there are; a launcher that goes on with
-    fewer, after it lost a host, changes it.
+    fewer, after it lost a host, changes it. apart: they may be on other hosts, so each is named with its host, and
+    ended by its minder.
     """
 
-    def __init__(self, address: str, size: int, run_dir: Path) -> None:
+    def __init__(self, address: str, size: int, run_dir: Path, apart: bool = True) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._server = socket.create_server((address, 0), family=family, backlog=512)
         self.meeting = Meeting(address, self._server.getsockname()[1], secrets.token_urlsafe(16))
         self.size = size
-        self._logs = run_dir / "logs"
+        self.apart = apart
+        self._run_dir = run_dir
         # Connections that have not said whose they are, and those of workers whose rank is another's by now.
         self._strangers: list[Line] = []
         self._past: list[Line] = []
@@ -37,6 +44,10 @@ class Hub:
         self._records: dict[int, dict[str, Any]] = {}
         self._failures: dict[int, Failure] = {}
         self._finished: set[int] = set()
+        self._stopped: set[int] = set()
+        self._asked: int | None = None
+        self._left = False
+        self._drawing = False
 
     def __enter__(self) -> "Hub":
         return self
@@ -44,8 +55,20 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def pass_on(self, signum: int) -> None:
+        """Have the signal sent to every worker, also to those that appear later."""
+        self._asked = signum
+        for line in self._lines.values():
+            line.give({"signal": signum})
+
     def let_go(self) -> None:
-        """Leave every worker, so that it ends, and wait until its minder says that it has."""
+        """Leave every worker on another host, so that it ends, and wait until its minder says that it has.
+
+        Those of one host are ended as the descendants of this process that they are. No end from here on is a failure.
+        """
+        self._left = True
+        if not self.apart:
+            return
         for line in [*self._past, *self._lines.values()]:
             with contextlib.suppress(OSError):
                 line.connection.shutdown(socket.SHUT_WR)
@@ -55,7 +78,9 @@ class Hub:
             self.look()
 
     def close(self) -> None:
-        """Takes no more connections, and leaves every worker."""
+        """Takes no more connections, leaves every worker, and its unfinished drawing."""
+        if self._drawing:
+            self._draw(f"{SHOW_CURSOR}\n")
         for line in [*self._strangers, *self._past, *self._lines.values()]:
             line.close()
         self._past.clear()
@@ -63,8 +88,8 @@ class Hub:
         self._server.close()
 
     def clear(self) -> None:
-        """Removes what an earlier run left."""
-        for path in self._logs.glob("rank-*.log"):
+        """Removes what the workers of an earlier run wrote of themselves."""
+        for path in [*self._run_dir.glob("workers/rank-*.json"), *self._run_dir.glob("errors/rank-*.txt")]:
             path.unlink(missing_ok=True)
 
     def complete(self) -> bool:
@@ -72,8 +97,8 @@ class Hub:
         return len(self._records) == self.size
 
     def pids(self) -> set[int]:
-        """The workers among this process's own descendants: none, their minders end them."""
-        return set()
+        """The minders among this process's own descendants; those of several hosts end by themselves."""
+        return set() if self.apart else {record["minder"] for record in self._records.values()}
 
     def wait(self, seconds: float) -> None:
         """Returns when a message comes, or after this time."""
@@ -98,15 +123,20 @@ class Hub:
         return [self._server, *self._strangers, *self._past, *self._lines.values()]
 
     def unfinished(self) -> list[int]:
-        return [rank for rank in range(self.size) if rank not in self._finished]
+        """The ranks that have neither finished nor stopped on request."""
+        return [rank for rank in range(self.size) if rank not in self._finished | self._stopped]
+
+    def stopped(self) -> bool:
+        """Whether every rank has stopped on request, its checkpoint saved."""
+        return bool(self._stopped) and not self.unfinished()
 
     def failures(self) -> list[Failure]:
         """Every failure known, the first one first, and those that only follow from another last."""
         return sorted(self._failures.values())
 
     def place(self, rank: int) -> str:
-        """For messages: the rank, and the host that it said it is on."""
-        return f"rank {rank} on {self._records[rank]['host']}"
+        """For messages: the rank, and where hosts are several the one that it said it is on."""
+        return f"rank {rank} on {self._records[rank]['host']}" if self.apart else f"rank {rank}"
 
     def _greet(self, line: Line) -> None:
         """Take a connection for a worker's if its first message says so, and else close it."""
@@ -120,6 +150,10 @@ class Hub:
         if not (known and isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
             line.close()
             return
+        if self._stopped:
+            # A launcher took the stop for a failure, and has started this one again.
+            self._past.append(line)
+            return
         # A launcher that restarts workers gives their ranks again.
         self._resize(size)
         if rank in self._lines:
@@ -129,6 +163,8 @@ class Hub:
         self._failures.pop(rank, None)
         self._finished.discard(rank)
         self._keep(rank, "")
+        if self._asked is not None:
+            line.give({"signal": self._asked})
         if rest:
             self._hear(rank, rest)
 
@@ -143,45 +179,69 @@ class Hub:
     def _hear(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
         if messages is None:
             self._lines.pop(rank).close()
-            if rank not in self._finished:
+            if rank not in self._finished | self._stopped:
                 told = f"{self.place(rank)} was lost: its host ended, or the network to it was cut"
                 self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, told))
             return
         for message in messages:
             if "output" in message:
-                self._print(rank, sys.stderr if message["output"] == 2 else sys.stdout, str(message.get("text", "")))
+                self._print(rank, int(message["output"]), str(message.get("text", "")))
+            elif "drawn" in message:
+                self._draw(str(message["drawn"]))
             elif "report" in message:
                 self._failures[rank] = self._reported(rank, str(message["report"]))
             elif "ended" in message:
-                self._end(rank, int(message["ended"]), bool(message.get("finished")))
+                self._end(rank, message)
 
     def _reported(self, rank: int, report: str) -> Failure:
-        """What an error file says; the clocks of hosts differ, so what comes first here is first."""
+        """What an error file says; the clocks of hosts differ, so what comes first from several is first."""
+        folder = Path() if self.apart else self._run_dir
         try:
-            found = failure_of(report, rank, Path("errors") / f"rank-{rank}.txt")
+            found = failure_of(report, rank, folder / "errors" / f"rank-{rank}.txt")
         except (ValueError, KeyError):
             told = f"{self.place(rank)} failed, and its report cannot be read: {report[:200]!r}"
             return Failure(False, time.time(), rank, 1, told)
-        return found._replace(text=found.text.replace(f"rank {rank}", self.place(rank), 1), time=time.time())
+        found = found._replace(text=found.text.replace(f"rank {rank}", self.place(rank), 1))
+        return found._replace(time=time.time()) if self.apart else found
 
-    def _print(self, rank: int, stream: TextIO, text: str) -> None:
+    def _print(self, rank: int, output: int, text: str) -> None:
         """A closed terminal is no reason to end the job."""
-        prefix = f"[{rank}@{self._records[rank]['host']}] "
-        with contextlib.suppress(OSError, ValueError):
-            stream.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
-            stream.flush()
+        prefix = f"[{rank}@{self._records[rank]['host']}] " if self.apart else f"[rank {rank}] "
+        stream = sys.stderr if output == 2 else sys.stdout
+        if output != LOG_ALONE:
+            with contextlib.suppress(OSError, ValueError):
+                stream.write(CLEAR_LINE if self._drawing and stream.isatty() else "")
+                stream.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
+                stream.flush()
+            self._drawing = False
         self._keep(rank, text + "\n")
+
+    def _draw(self, text: str) -> None:
+        """What rank 0 draws on this terminal; it may leave the last line for a live one."""
+        shown = CONTROL.sub(b"", text.encode())
+        self._drawing = not shown.endswith(b"\n") if shown else self._drawing
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     def _keep(self, rank: int, text: str) -> None:
         """In the rank's log, which is there from the worker's start; a full disk is no reason to end the job."""
         with contextlib.suppress(OSError):
-            self._logs.mkdir(parents=True, exist_ok=True)
-            with (self._logs / f"rank-{rank}.log").open("a", encoding="utf-8") as log:
+            folder = self._run_dir / "logs"
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"rank-{rank}.log").open("a", encoding="utf-8") as log:
                 log.write(text)
 
-    def _end(self, rank: int, status: int, finished: bool) -> None:
-        end = silent_end(time.time(), rank, os.waitstatus_to_exitcode(status), finished)
+    def _end(self, rank: int, message: dict[str, Any]) -> None:
+        """How a worker ended, by its own record and by its process."""
+        code, state = os.waitstatus_to_exitcode(int(message["ended"])), message.get("state")
+        # The ranks leave together, with all saved: the one that its launcher was quicker to end has stopped too.
+        if state == "stopped" or (self._stopped and -code in LAUNCHERS_SIGNALS):
+            self._stopped.add(rank)
+            return
+        when = time.time() if self.apart else float(message["time"])
+        end = silent_end(when, rank, code, finished=state == "finished")
         if end.code == 0:
             self._finished.add(rank)
-        else:
+        elif not (self._left and -code in LAUNCHERS_SIGNALS):
             self._failures.setdefault(rank, end._replace(text=end.text.replace(f"rank {rank}", self.place(rank))))

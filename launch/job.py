@@ -3,12 +3,12 @@
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster
-from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
+from dist_moe.launch.command import LAUNCH_VARIABLE, LOOPBACK, Command, LaunchError
 from dist_moe.launch.deepspeed import DEEPSPEED_VARIABLES, deepspeed_cluster_command, deepspeed_command
 from dist_moe.launch.hub import Hub
 from dist_moe.launch.kubernetes import apply, kubernetes_objects, manifest
@@ -53,8 +53,10 @@ class Job:
                 "choose hosts by cluster.include"
             )
         if self.cluster is None:
-            make = {"deepspeed": deepspeed_command, "torchrun": torchrun_command, "mpirun": mpirun_command}
-            return make[self.launcher](self.config, self.workers, self.config_path, self.overrides, base=base)
+            here = (self.config, self.workers, self.config_path, self.overrides)
+            if self.launcher == "torchrun":
+                return torchrun_command(*here, restarts=self.restarts, base=base)
+            return (mpirun_command if self.launcher == "mpirun" else deepspeed_command)(*here, base=base)
         what = (self.config, self.cluster, self.config_path, self.overrides)
         if self.launcher == "torchrun":
             return torchrun_cluster_command(*what, self.restarts, self.fewest_hosts, base)
@@ -72,10 +74,12 @@ class Job:
 
     def _refuse_idle_options(self) -> None:
         """Nothing that was asked for is passed over in silence."""
-        if (self.restarts or self.fewest_hosts) and (self.launcher != "torchrun" or not self.cluster):
+        if self.restarts and self.launcher != "torchrun":
+            raise LaunchError(f"--max-restarts {self.restarts} is torchrun's; leave it out, or use --launcher torchrun")
+        if self.fewest_hosts and (self.launcher != "torchrun" or not self.cluster):
             raise LaunchError(
-                "--max-restarts and --min-hosts are torchrun's, over several hosts; leave them out, or use "
-                "--launcher torchrun with a cluster"
+                f"--min-hosts {self.fewest_hosts} is torchrun's, over several hosts; leave it out, or use --launcher "
+                "torchrun with a cluster"
             )
         if self.cluster and self.fewest_hosts and self.fewest_hosts > len(self.cluster.hosts):
             raise LaunchError(
@@ -106,13 +110,15 @@ class Job:
 
     def run(self) -> Outcome:
         """Check the hosts, and run the job to its end."""
+        run_dir = Path(self.config.run.dir)
         if self.cluster is None:
-            return run(self.command(os.environ), self.config.run.dir, self.workers)
-        with Hub(address_towards(self.cluster), self.workers, Path(self.config.run.dir)) as hub:
-            check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
-            command = self.command({**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
+            with Hub(LOOPBACK, self.workers, run_dir, apart=False) as hub:
+                return run(self.command(os.environ), run_dir, hub)
+        with Hub(address_towards(self.cluster), self.workers, run_dir) as hub:
+            seen = check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
+            command = replace(self, cluster=seen).command({**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
             try:
-                return run(command, self.config.run.dir, self.workers, hub)
+                return run(command, run_dir, hub)
             finally:
                 if told := command.environment.get(DEEPSPEED_VARIABLES):
                     Path(told).unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 """Minds one worker on its host: its output, how it ends, and that it ends when the launch does.
 
-A launch over several hosts cannot see their processes. So each worker there is the child of a small process, made
-before anything heavy is imported, that is connected to the launch: it sends what the worker prints, reports its error
-and exit, and ends all that the worker left when either of the two is gone. When the launch is gone it ends the
-launcher's own process on this host too, which may wait long for hosts that it cannot reach any more.
+A launch cannot see the processes of other hosts, nor ask how one ended that is not its child. So each worker is the
+child of a small process, made before anything heavy is imported, that is connected to the launch: it sends what the
+worker prints, reports its error and exit, passes the launch's signals on, and ends all that the worker left when either
+of the two is gone. When the launch is gone it ends the launcher's own process on this host too, which may wait long for
+hosts that it cannot reach any more.
 """
 
+import codecs
 import contextlib
 import ctypes
 import os
@@ -16,12 +18,13 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dist_moe.launch.command import LAUNCH_VARIABLE
+from dist_moe.launch.failure import read_record
 from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
-from dist_moe.launch.watch import read_record
-from dist_moe.launch.wire import Line, Meeting
+from dist_moe.launch.terminal import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
+from dist_moe.launch.wire import LOG_ALONE, Line, Meeting
 
 CONNECT_LIMIT_S = 10.0
 LOOK_S = 0.1
@@ -52,7 +55,9 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
         os._exit(UNREACHABLE_CODE)
     connection.settimeout(None)
     line = Line(connection)
-    pipes = [os.pipe(), os.pipe()]
+    terminal = os.environ.pop(TERMINAL_VARIABLE, None)
+    screen = open_terminal(terminal) if terminal and rank == 0 else None
+    pipes = [screen or os.pipe(), os.pipe()]
     me = read_process(os.getpid())
     assert me is not None
     sys.stdout.flush()
@@ -69,9 +74,10 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
         return
     for _, writing in pipes:
         os.close(writing)
-    line.give({"word": meeting.word, "rank": rank, "size": world_size, "host": socket.gethostname(), "pid": worker})
+    known = {"rank": rank, "size": world_size, "host": socket.gethostname(), "minder": me.pid}
+    line.give({"word": meeting.word, **known})
     with adopting_orphans():
-        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher).run()
+        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher, screen is not None).run()
 
 
 def launcher_of(pid: int) -> Process | None:
@@ -87,33 +93,41 @@ class Minder:
     """The life of one worker, seen from beside it."""
 
     def __init__(
-        self, line: Line, worker: int, rank: int, run_dir: Path, outputs: list[int], launcher: Process | None
+        self,
+        line: Line,
+        worker: int,
+        rank: int,
+        run_dir: Path,
+        outputs: list[int],
+        launcher: Process | None,
+        draws: bool,
     ) -> None:
         self.line, self.worker, self.run_dir, self.rank, self.launcher = line, worker, run_dir, rank, launcher
         self.handle = os.pidfd_open(worker)
         # The worker's stdout and stderr -> 1 and 2, and what of a line has come.
-        self.outputs = dict(zip(outputs, (1, 2), strict=True))
+        self.outputs = dict(zip(outputs, (LOG_ALONE if draws else 1, 2), strict=True))
         self.begun = {output: b"" for output in outputs}
+        self.screen = outputs[0] if draws else None
+        self.decoder, self.transcript = codecs.getincrementaldecoder("utf-8")("replace"), Transcript()
         self.told = False
         self.ending: float | None = None
 
     def run(self) -> NoReturn:
         """Until the worker has ended, and nothing of it is left; leaves with its exit code."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the worker too
-        signal.signal(signal.SIGTERM, self._pass_on)
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, self._pass_on)
         connected = True
         while not select.select([self.handle], [], [], 0)[0]:
             sources: list[int | Line] = [self.handle, *self.outputs, *([self.line] if connected else [])]
             ready = select.select(sources, [], [], LOOK_S)[0]
             self._copy([one for one in ready if isinstance(one, int)])
             self._report()
-            if self.line in ready and self.line.take() is None:
-                connected, self.ending = False, time.monotonic()
-                if self.launcher is not None:
-                    send(self.launcher, signal.SIGTERM)
+            if self.line in ready:
+                connected = self._heed(self.line.take())
             if self.ending is not None:
                 self._end_all(time.monotonic() - self.ending > GRACE_S)
-        status = os.waitpid(self.worker, 0)[1]
+        status, ended_s = os.waitpid(self.worker, 0)[1], time.time()
         self._drain()
         self._report()
         while self._end_all(at_once=True):
@@ -124,12 +138,23 @@ class Minder:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         state = (read_record(self.run_dir, self.rank) or {}).get("state")
-        self.line.give({"ended": status, "finished": state == "finished"})
+        self.line.give({"ended": status, "state": state, "time": ended_s})
         self.line.close()
         code = os.waitstatus_to_exitcode(status)
         os._exit(code if code >= 0 else 128 - code)
 
-    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+    def _heed(self, messages: list[dict[str, Any]] | None) -> bool:
+        """Do what the launch says; False where it is gone."""
+        if messages is None:
+            self.ending = time.monotonic()
+            if self.launcher is not None:
+                send(self.launcher, signal.SIGTERM)
+            return False
+        for message in messages:
+            self._pass_on(int(message["signal"]))
+        return True
+
+    def _pass_on(self, signum: int, frame: FrameType | None = None) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.handle, signum)
 
@@ -158,12 +183,17 @@ class Minder:
         for output in ready:
             if output not in self.outputs:
                 continue
-            part = os.read(output, 1 << 16)
-            self.begun[output] += part
+            part = read_terminal(output)
+            self.begun[output] += self._drawn(part) if output == self.screen else part
             self._give_lines(output, end=not part)
             if not part:
                 os.close(output)
                 del self.outputs[output], self.begun[output]
+
+    def _drawn(self, part: bytes) -> bytes:
+        """Send what is drawn on a terminal as it is -> the lines that its log gets."""
+        self.line.give({"drawn": self.decoder.decode(part, final=not part)})
+        return self.transcript.take(part)
 
     def _give_lines(self, output: int, end: bool) -> None:
         """Send whole lines, and at the end, or where a line is too long for a message, what there is of one."""

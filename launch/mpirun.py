@@ -80,7 +80,7 @@ def mpirun_cluster_command(
     overrides: Sequence[str] = (),
     base: Mapping[str, str] = os.environ,
 ) -> Command:
-    """`mpirun` over the hosts of `cluster`, which it reaches by ssh.
+    """`mpirun` over the hosts of `cluster`, which it reaches by ssh; it binds workers as `mpirun_command` does.
 
     LaunchError as `mpirun_command`, and for devices other than the first ones.
     """
@@ -93,14 +93,16 @@ def mpirun_cluster_command(
     program = mpirun_of(library, environment)
     hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)
     words = (cluster.python, "-m", "dist_moe", *worker_arguments(config_path, overrides))
+    threads = int(carried["OMP_NUM_THREADS"])
+    room = cluster.has_room(threads)
     if library.family == "OpenMPI":
         environment |= openmpi_environment(cluster.ssh_options)
-        options = (*openmpi_options(1, room=False), *openmpi_network(cluster), "--host", hosts)
+        options = (*openmpi_options(threads, room), *openmpi_network(cluster), "--host", hosts)
         options += ("--wdir", cluster.folder, *(part for name in carried for part in ("-x", name)))
     else:
         ssh = shlex.join(cluster.ssh_options)
         environment |= {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXTRA_ARGS": ssh}
-        options = (*mpich_options(1, room=False), "-hosts", hosts, "-wdir", cluster.folder)
+        options = (*mpich_options(threads, room), "-hosts", hosts, "-wdir", cluster.folder)
         options += ("-genvlist", ",".join(carried))
         if settings.interface:
             options += ("-iface", settings.interface)

@@ -5,6 +5,7 @@ import secrets
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ LIMIT_S = 60.0
 SSH_FAILED = 255
 
 
-def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Meeting) -> None:
-    """Ask every host at once. LaunchError with a line for each fault: the host, what is wrong, and what to do.
+def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Meeting) -> Cluster:
+    """Ask every host at once -> the cluster with the cores of each.
+
+    LaunchError with a line for each fault: the host, what is wrong, and what to do.
 
     Reachable by ssh and able to reach the launch; the same code and versions; the same configuration file; a run.dir
     that can be written, and is the one of the launch where storage is shared; the address and interface there; the
@@ -53,6 +56,7 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Me
     faults += _too_few_devices(config.parallel.backend, seen)
     if faults:
         raise LaunchError("\n".join(["the cluster is not ready:", *faults]))
+    return replace(cluster, hosts=tuple(replace(host, cores=seen[host]["cores"]) for host in cluster.hosts))
 
 
 def _ask(cluster: Cluster, host: Host, question: dict[str, Any]) -> dict[str, Any] | str:

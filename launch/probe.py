@@ -34,6 +34,7 @@ def look(question: dict[str, Any]) -> dict[str, Any]:
         "address": is_own(question["address"]),
         "port": "" if question["port"] is None else bound(question["address"], question["port"]),
         "interface": question["interface"] in (None, *(name for _, name in socket.if_nameindex())),
+        "cores": len(os.sched_getaffinity(0)),
         "devices": len(list(Path("/dev").glob("nvidia[0-9]*"))),
     }
 

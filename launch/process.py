@@ -1,10 +1,12 @@
-"""Runs a launcher's command, follows its workers, and ends every process of the job when one fails."""
+"""Runs a launcher's command, follows its workers, and ends every process of the job when one fails or stops."""
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -13,18 +15,20 @@ from typing import NamedTuple
 
 from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
 from dist_moe.launch.hub import Hub
-from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
-from dist_moe.launch.watch import Watch
+from dist_moe.launch.processes import Process, adopting_orphans, descendants, send
+from dist_moe.launch.terminal import terminal_environment
 
 LOOK_S = 0.1
-# Until every worker has been seen: how one ended that dies before, and that its launcher collects, stays unknown.
-FIRST_LOOK_S = 0.01
 # After a worker has failed, the launcher has this long to end the others; DeepSpeed's looks once a second.
 LAUNCHER_GRACE_S = 3.0
 # After the last worker has finished its work, all have this long to leave.
 FINISHED_GRACE_S = 30.0
 # After SIGTERM, a worker has this long until SIGKILL.
 WORKER_GRACE_S = 1.0
+# After a request to stop, the workers have this long for the step that they are in and for a checkpoint.
+STOP_LIMIT_S = 1800.0
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+STOPPED_CODE = 75
 
 
 class Outcome(NamedTuple):
@@ -34,47 +38,55 @@ class Outcome(NamedTuple):
     message: str
 
 
-def run(command: Command, run_dir: str | Path, workers: int, hub: Hub | None = None) -> Outcome:
+class End(NamedTuple):
+    """How following a job ended.
+
+    code: the first of its launchers' that is not 0, or None if it has to be ended. signum: the signal that it is ended
+    for, or None.
+    """
+
+    code: int | None
+    signum: int | None = None
+
+
+def run(command: Command, run_dir: str | Path, hub: Hub) -> Outcome:
     """Runs the job to its end; no process of it is left when this returns, on any host that can be reached.
 
     The launcher gets a session of its own, so Ctrl-C reaches this process alone, which then ends all others:
     launchers at once, since nothing of theirs is worth saving, and workers by SIGTERM, then SIGKILL. A job in
-    which a worker fails is ended too, if its launcher has not done so within 3 s.
+    which a worker fails is ended too, if its launcher has not done so within 3 s. SIGUSR1 and the first SIGTERM are
+    passed on to the workers, which save a checkpoint and stop; before all of them are there they end the job at once.
 
-    run_dir: the run's folder, in which `dist_moe.comm.failure` writes; made if needed. hub: what the workers of other
-    hosts connect to; None where all are on this one. Exit codes: 0 if every worker finished, 128 + N if signal N ended
-    this job or the first worker that failed, else that worker's own. LaunchError if another job uses the folder. Call
-    it from the main thread, which alone hears signals.
+    run_dir: the run's folder, in which `dist_moe.comm.failure` writes; made if needed. hub: what the workers' minders
+    connect to. Exit codes: 0 if every worker finished, 75 if they stopped on request, 128 + N if signal N ended this
+    job or the first worker that failed, else that worker's own. LaunchError if another job uses the folder. Call it
+    from the main thread, which alone hears signals.
     """
-    folder = Path(run_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sole_user(folder))
+        stack.enter_context(sole_user(Path(run_dir)))
         received = stack.enter_context(heard_signals())
         stack.enter_context(adopting_orphans())
         others = set(descendants(os.getpid()))
-        watch = hub or stack.enter_context(contextlib.closing(Watch(folder, workers)))
-        watch.clear()
+        hub.clear()
         launchers: list[subprocess.Popen[bytes]] = []
         # From the last to the first, each of them whatever another raises.
-        stack.callback(end_all, launchers, watch, others, received)
+        stack.callback(hub.look)  # for the workers' last words
+        stack.callback(end_all, launchers, hub, others, received)
         stack.callback(release, launchers)
-        stack.callback(watch.let_go)
+        stack.callback(hub.let_go)
         for launcher in start(command, hub):
             launchers.append(launcher)
-        code = follow(launchers, watch, received, command.restarts)
-    if received:
-        return Outcome(128 + received[0], f"stopped by {signal.Signals(received[0]).name}; every process has ended")
-    return verdict(command, code, watch)
+        end = follow(launchers, hub, received, command.restarts)
+    return verdict(command, end, hub, received)
 
 
-def start(command: Command, hub: Hub | None) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts each launcher in a session of its own, and names this process to it as DIST_MOE_LAUNCH.
+def start(command: Command, hub: Hub) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts each launcher in a session of its own; its environment names the meeting, and the terminal to draw on.
 
     One that runs on another host has a pipe as its input, which is closed when this process ends.
     """
-    me = read_process(os.getpid())
-    assert me is not None
-    environment = {**command.environment, LAUNCH_VARIABLE: str(hub.meeting) if hub else f"{me.pid}:{me.start_time}"}
+    drawn = {} if hub.apart else terminal_environment(sys.stdout)
+    environment = {**command.environment, **drawn, LAUNCH_VARIABLE: str(hub.meeting)}
     for argv in (command.argv, *command.beside):
         given = subprocess.PIPE if argv[0] == "ssh" else subprocess.DEVNULL
         yield subprocess.Popen(argv, env=environment, stdin=given, start_new_session=True)
@@ -87,48 +99,64 @@ def release(launchers: Sequence[subprocess.Popen[bytes]]) -> None:
             launcher.stdin.close()
 
 
-def follow(
-    launchers: Sequence[subprocess.Popen[bytes]], watch: Watch | Hub, received: list[int], restarts: bool
-) -> int | None:
-    """Waits for the launchers' end (the first code that is not 0), or for a signal or the end of a grace (None).
+def follow(launchers: Sequence[subprocess.Popen[bytes]], hub: Hub, received: list[int], restarts: bool) -> End:
+    """Waits for the launchers' end, the end of a grace, or a signal that ends the job; passes the others on.
 
     restarts: a worker's failure is the launcher's to mend.
     """
-    deadline: float | None = None
-    while not received:
+    deadline, passed_on = math.inf, 0
+    while (signum := ends_at_once(received)) is None:
         codes = [launcher.poll() for launcher in launchers]
-        watch.look()
+        hub.look()
         if None not in codes:
-            return next((code for code in codes if code), 0)
-        if deadline is None and not restarts and (grace_s := grace(watch, any(codes))) is not None:
-            deadline = time.monotonic() + grace_s
-        if deadline is not None and time.monotonic() > deadline:
-            return next((code for code in codes if code), None)
-        watch.wait(LOOK_S if watch.complete() else FIRST_LOOK_S)
-    return None
+            return End(next((code for code in codes if code), 0))
+        if len(received) > passed_on:
+            passed_on = len(received)
+            if not hub.complete():
+                break  # no worker has anything to save yet
+            hub.pass_on(received[-1])
+            deadline = min(deadline, time.monotonic() + STOP_LIMIT_S)
+        deadline = min(deadline, time.monotonic() + grace_s(hub, any(codes), restarts, bool(received)))
+        if time.monotonic() > deadline:
+            late = bool(received) and bool(hub.unfinished()) and not hub.failures()
+            return End(next((code for code in codes if code), None), received[0] if late else None)
+        hub.wait(LOOK_S)
+    return End(None, received[0] if signum is None else signum)
 
 
-def grace(watch: Watch | Hub, failed: bool) -> float | None:
-    """Seconds that a job may go on after a worker or one of several launchers has failed or all workers have finished.
+def grace_s(hub: Hub, failed: bool, restarts: bool, asked: bool) -> float:
+    """How long a job may go on after a worker or one of several launchers has failed, or all workers have left.
 
-    None before that.
+    Infinite before that. asked: the workers are to stop, so none that fails is started again.
     """
-    failures = watch.failures()
-    if failures:
+    if hub.stopped():
+        # A launcher that restarts workers takes a stop for a failure.
+        return 0.0 if restarts else LAUNCHER_GRACE_S
+    if restarts and not asked:
+        return math.inf
+    if failures := hub.failures():
         return 0.0 if failures[0].of_config else LAUNCHER_GRACE_S
-    if failed:
+    if failed and not restarts:
         return LAUNCHER_GRACE_S
-    return None if watch.unfinished() else FINISHED_GRACE_S
+    return math.inf if hub.unfinished() else FINISHED_GRACE_S
+
+
+def ends_at_once(received: Sequence[int]) -> int | None:
+    """The signal among these that ends the job at once, if one does: any but the first requests to stop."""
+    hasty = [signum for signum in received if signum not in STOP_SIGNALS]
+    if hasty:
+        return hasty[0]
+    return signal.SIGTERM if received.count(signal.SIGTERM) > 1 else None
 
 
 def end_all(
-    launchers: Sequence[subprocess.Popen[bytes]], watch: Watch | Hub, others: Collection[int], received: list[int]
+    launchers: Sequence[subprocess.Popen[bytes]], hub: Hub, others: Collection[int], received: list[int]
 ) -> None:
     """Ends all that descends from this process, but for `others`, and returns when nothing of it is left.
 
-    A second signal from the user, or the end of the grace, turns SIGTERM into SIGKILL.
+    Another signal from the user, or the end of the grace, turns SIGTERM into SIGKILL.
     """
-    deadline = time.monotonic() + WORKER_GRACE_S
+    deadline, heard = time.monotonic() + WORKER_GRACE_S, len(received)
     told: set[tuple[int, int]] = set()
     ours = {launcher.pid for launcher in launchers}
     while True:
@@ -139,9 +167,9 @@ def end_all(
         collect([process for process in job if process.pid not in ours])
         if not job:
             return
-        patient = time.monotonic() < deadline and len(received) < 2
+        patient = time.monotonic() < deadline and len(received) == heard
         for process in job:
-            if not (patient and belongs(process, family, watch.pids())):
+            if not (patient and belongs(process, family, hub.pids())):
                 send(process, signal.SIGKILL)
             elif (process.pid, process.start_time) not in told:
                 told.add((process.pid, process.start_time))
@@ -165,12 +193,22 @@ def belongs(process: Process, family: dict[int, Process], roots: Collection[int]
     return member is not None
 
 
-def verdict(command: Command, code: int | None, watch: Watch | Hub) -> Outcome:
-    """What the launcher's return code (None: it was ended) and the workers' files say about the job."""
-    failures = watch.failures()
+def verdict(command: Command, end: End, hub: Hub, received: Sequence[int]) -> Outcome:
+    """What the end of the launcher, the user's signals and the workers' ends say about the job."""
+    failures = hub.failures()
+    # What a worker does that cannot stop yet.
+    died = next((signum for signum in received if any(one.code == 128 + signum for one in failures)), None)
+    signum = died if end.signum is None else end.signum
+    if signum is not None:
+        return Outcome(128 + signum, f"stopped by {signal.Signals(signum).name}; every process has ended")
     if failures:
         return Outcome(failures[0].code, failures[0].text)
-    unfinished = ", ".join(map(str, watch.unfinished()))
+    if hub.stopped():
+        by = f" ({signal.Signals(received[0]).name})" if received else ""
+        told = f"stopped on request{by}: every rank saved its checkpoint; start it again to go on"
+        return Outcome(STOPPED_CODE, told)
+    code = end.code
+    unfinished = ", ".join(map(str, hub.unfinished()))
     if code is None:
         how = f"and was ended after {FINISHED_GRACE_S:g} s"
         return Outcome(0, f"every rank finished, but the {command.launcher} launcher did not end, {how}")
@@ -200,14 +238,14 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def heard_signals() -> Iterator[list[int]]:
-    """In the block, SIGINT, SIGTERM and SIGHUP end nothing, and are put into the list."""
+    """In the block, SIGINT, SIGTERM, SIGHUP and SIGUSR1 end nothing, and are put into the list."""
     received: list[int] = []
 
     def hear(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
     # A SIGHUP that is ignored comes from nohup, which means to go on after the terminal closes.
-    heeded = [signal.SIGINT, signal.SIGTERM]
+    heeded = [signal.SIGINT, *STOP_SIGNALS]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         heeded.append(signal.SIGHUP)
     before = {signum: signal.signal(signum, hear) for signum in heeded}

@@ -2,20 +2,14 @@
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
-# ioctl of pidfd, Linux 6.15: struct pidfd_info begins with a mask (u64) and ends, at its first size, with the status.
-PIDFD_INFO_EXIT = 1 << 3
-PIDFD_INFO = struct.Struct("<Q52xi")
-PIDFD_GET_INFO = (3 << 30) | (PIDFD_INFO.size << 16) | (0xFF << 8) | 11
 
 
 class Process(NamedTuple):
@@ -41,20 +35,6 @@ def read_process(pid: int) -> Process | None:
         return None
     fields = text.rpartition(")")[2].split()
     return Process(pid, int(fields[1]), int(fields[19]), fields[0] in "ZX", int(fields[49]))
-
-
-def collected_status(handle: int) -> int | None:
-    """How the process of this pidfd ended, as `os.waitpid` gives it, once its parent has collected it.
-
-    None before that, and on a kernel older than 6.15, which forgets how a process ended when its parent has asked.
-    """
-    info = bytearray(PIDFD_INFO.pack(PIDFD_INFO_EXIT, 0))
-    try:
-        fcntl.ioctl(handle, PIDFD_GET_INFO, info)
-    except OSError:
-        return None
-    answered, status = PIDFD_INFO.unpack(info)
-    return status if answered & PIDFD_INFO_EXIT else None
 
 
 def descendants(root: int) -> dict[int, Process]:

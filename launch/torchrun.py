@@ -20,22 +20,27 @@ def torchrun_command(
     config_path: str | Path,
     overrides: Sequence[str] = (),
     module: str = "dist_moe",
+    restarts: int = 0,
     base: Mapping[str, str] = os.environ,
 ) -> Command:
     """`torchrun`, which starts `workers` processes `python -m MODULE train CONFIG_PATH OVERRIDES`.
 
     The rendezvous is a fixed address: `--standalone` waits for ever where the host's name does not resolve.
-    Nothing is restarted: a run continues from its checkpoint, under a launch of its own.
 
-    base: the environment to start from.
+    restarts: how often workers are started again after a failure. base: the environment to start from.
     """
+    port, environment = str(free_port()), worker_environment(config, workers, base)
+    meeting: tuple[str, ...] = ("--master-addr", LOOPBACK, "--master-port", port)
+    if restarts:
+        # At a fixed address all attempts share one store.
+        meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:{port}", "--rdzv-conf", "is_host=1")
+        environment |= FRESH_STORE
     arguments = [
         *("--nnodes", "1"),
         *("--nproc-per-node", str(workers)),
-        *("--master-addr", LOOPBACK),
-        *("--master-port", str(free_port())),
+        *meeting,
         *("--local-addr", LOOPBACK),
-        *("--max-restarts", "0"),
+        *("--max-restarts", str(restarts)),
         # Without it every job leaves a folder behind in the system's place for temporary files.
         *("--log-dir", str(Path(config.run.dir) / "torchrun")),
         *("--module", module),
@@ -47,7 +52,7 @@ def torchrun_command(
         *arguments,
         *worker_arguments(config_path, overrides),
     )
-    return Command("torchrun", argv, worker_environment(config, workers, base))
+    return Command("torchrun", argv, environment, restarts=restarts > 0)
 
 
 def torchrun_cluster_command(

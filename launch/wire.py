@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 LONGEST_BYTES = 1 << 20
 SCHEME = "tcp://"
+# As the number of a worker's output, beside those of stdout and stderr: it is shown already.
+LOG_ALONE = 0
 # A peer that is cut off, or whose host died, is given up after 30 s.
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 

@@ -59,7 +59,11 @@ def choose_backend(requested: str, place: Place) -> str:
 def set_threads(threads: int | str, place: Place) -> None:
     """Give this worker its share of the host's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads if isinstance(threads, int) else max(1, cores // place.local_world_size))
+    share = max(1, cores // place.local_world_size)
+    # One that mpirun has bound sees its own cores alone; mpirun, unlike torchrun, sets no such number by itself.
+    told = os.environ.get("OMP_NUM_THREADS", "") if place.launcher in MPI_LAUNCHERS else ""
+    share = int(told) if told.isdecimal() and int(told) > 0 else share
+    torch.set_num_threads(threads if isinstance(threads, int) else share)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "data_types.keep_in_fp32_modules": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
     "zero_optimization.stage": "parallel.zero_stage",
+    # With it, DeepSpeed's map from a parameter to its slice of the optimizer, which checkpoints use, is wrong.
+    "zero_optimization.round_robin_gradients": "parallel.zero_stage (to false)",
     "expert_parallel": "parallel.expert_parallel",
     "use_data_before_expert_parallelism": "parallel.expert_parallel",
     "checkpoint": "checkpoint.every",

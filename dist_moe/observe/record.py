@@ -28,19 +28,22 @@ RECORDED_DISTRIBUTIONS = (
 )
 
 
+OF_A_RUN = ("checkpoints", "tensorboard", "metrics.jsonl", "run.json", "config.yaml")
+
+
 def set_aside(folder: Path) -> Path | None:
     """Move what an earlier run left in `folder` into a folder `earlier-N` in it -> that folder; None if it held no run.
 
     Two runs in one metrics.jsonl could not be told apart, and nothing is deleted.
     """
-    if not (folder / "metrics.jsonl").is_file():
+    left = [name for name in OF_A_RUN if (folder / name).exists()]
+    if not left:
         return None
     number = 1 + sum(1 for _ in folder.glob("earlier-*"))
     aside = folder / f"earlier-{number}"
     aside.mkdir()
-    for name in ("metrics.jsonl", "run.json", "config.yaml", "tensorboard", "checkpoints"):
-        if (folder / name).exists():
-            (folder / name).rename(aside / name)
+    for name in left:
+        (folder / name).rename(aside / name)
     return aside
 
 

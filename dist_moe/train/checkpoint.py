@@ -4,6 +4,8 @@ step-NNNNNN/model is a Hugging Face folder, step-NNNNNN/state what resuming need
 last, tells a whole checkpoint from a part of one.
 """
 
+import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -16,13 +18,14 @@ from safetensors import SafetensorError
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, dump_config
+from dist_moe.config.errors import UserError
 from dist_moe.train.elements import CheckpointError
 from dist_moe.train.manifest import FileEntry, entry, sync_folder, write_manifest
 from dist_moe.train.state import Training, write_state
 from dist_moe.train.weights import write_index, write_shard
 
 LATEST = "latest"
-PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
+PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"
 Result = TypeVar("Result")
 
 
@@ -46,10 +49,15 @@ def save_checkpoint(training: Training, step: int) -> Path:
     mesh, final = training.engine.mesh, checkpoint_folder(training.config, step)
     partial = final.with_name(final.name + PARTIAL)
     told = f"{final} could not be saved"
-    together(mesh, told, lambda: _begin(partial) if mesh.rank == 0 else None)
-    written = together(mesh, told, lambda: _write(training, step, partial))
-    files = {name: found for part in written for name, found in part.items()}
-    together(mesh, told, lambda: _complete(training.config, partial, final, files) if mesh.rank == 0 else None)
+    try:
+        together(mesh, told, lambda: _begin(partial) if mesh.rank == 0 else None)
+        written = together(mesh, told, lambda: _write(training, step, partial))
+        files = {name: found for part in written for name, found in part.items()}
+        together(mesh, told, lambda: _complete(training.config, partial, final, files) if mesh.rank == 0 else None)
+    except CheckpointError:
+        if mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # it would keep a full disk full
+        raise
     return final
 
 
@@ -59,8 +67,8 @@ def together(mesh: Mesh, told: str, work: Callable[[], Result]) -> list[Result]:
     failure = None
     try:
         result = work()
-    except (OSError, SafetensorError, CheckpointError) as error:
-        failure = str(error)
+    except (OSError, SafetensorError, UserError, RuntimeError, ValueError, MemoryError) as error:
+        failure = str(error) or type(error).__name__
     answers = [(failure, result)]
     if mesh.world_size > 1:
         answers *= mesh.world_size
@@ -94,6 +102,8 @@ def _write(training: Training, step: int, partial: Path) -> dict[str, FileEntry]
 
 def _complete(config: Config, partial: Path, final: Path, files: dict[str, FileEntry]) -> None:
     index = write_index(partial / "model")
+    if hidden := sorted(set(files) - {str(path.relative_to(partial)) for path in partial.rglob("*")}):
+        raise CheckpointError(f"rank 0 does not see {', '.join(hidden)}; all hosts have to share run.dir")
     step = step_of(final)
     assert step is not None
     write_manifest(partial, step, files | {str(index.relative_to(partial)): entry(index)})
@@ -102,13 +112,26 @@ def _complete(config: Config, partial: Path, final: Path, files: dict[str, FileE
         # A crash between the two leaves a whole one under one of the names, which `recover` puts back.
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
-    os.replace(partial, final)
-    sync_folder(final.parent)
+    try:
+        os.replace(partial, final)
+    except OSError:
+        recover(final.parent)
+        raise
+    _point_to(final)
     shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the checkpoint is there; what stays too long does no harm
+        _thin_out(config, final)
+
+
+def _point_to(final: Path) -> None:
+    """Let `latest` name this checkpoint, and both reach the disk."""
     fresh = final.with_name(LATEST + PARTIAL)
-    fresh.write_text(final.name + "\n", encoding="utf-8")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(final.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(fresh, final.with_name(LATEST))
-    _thin_out(config, final)
+    sync_folder(final.parent)
 
 
 def _thin_out(config: Config, newest: Path) -> None:
@@ -118,6 +141,7 @@ def _thin_out(config: Config, newest: Path) -> None:
     for step, path in found[: -settings.keep_last] if settings.keep_last else ():
         if not (settings.keep_every and step % settings.keep_every == 0):
             deleted = path.with_name(path.name + DELETED)
+            shutil.rmtree(deleted, ignore_errors=True)
             os.replace(path, deleted)
             shutil.rmtree(deleted, ignore_errors=True)
 
@@ -129,8 +153,26 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def recover(folder: Path) -> None:
-    """Put back what a crash left between two names."""
+    """Put back what a crash left between two names, and remove what it left of something that is there or was not kept.
+
+    An unfinished checkpoint stays until the next one of its step, or until it is named by `find_checkpoint`.
+    """
     for replaced in folder.glob(f"step-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
-        if not final.exists():
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
             os.replace(replaced, final)
+    for deleted in folder.glob(f"step-*{DELETED}"):
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
+def set_later_aside(chosen: Path) -> None:
+    """Rename the checkpoints of run.dir that are later than the one it goes on from: it will make those steps anew.
+
+    Nothing is deleted; the names end in .abandoned.
+    """
+    for step, path in checkpoints(chosen.parent):
+        if step > (step_of(chosen) or 0):
+            free = (path.with_name(f"{path.name}{ABANDONED}{number}") for number in itertools.count(1))
+            os.replace(path, next(name for name in free if not name.exists()))

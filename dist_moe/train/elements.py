@@ -1,6 +1,7 @@
 """Reads what several ranks wrote of the optimizer, by name and by element, whoever held it."""
 
 import contextlib
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from dist_moe.config.errors import UserError
 
+LONGEST_NUMBER = 18
+
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or used: which, why, and what to do."""
@@ -24,11 +27,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     Errors: CheckpointError where it holds others; OSError and SafetensorError where it cannot be written.
     """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    # As other files are; safetensors lets nobody but the owner read.
+    path.chmod(0o666 & ~_umask())
     with safe_open(path, framework="pt") as file:
         for name, tensor in tensors.items():
             if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                raise CheckpointError(f"{path} does not hold what was written ({name}); see to the disk")
+                raise CheckpointError(f"{path} does not hold what was written ({name}); see to the storage")
     return path
+
+
+def _umask() -> int:
+    """That of this process, which cannot be asked without setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -74,7 +86,7 @@ class ElementReader:
             kind, _, rest = name.partition(":")
             tensor, _, start = rest.rpartition(":")
             shape = file.get_slice(name).get_shape()
-            if tensor and start.isdecimal() and len(shape) == 1:
+            if tensor and start.isdecimal() and len(start) <= LONGEST_NUMBER and len(shape) == 1:
                 self._runs[kind, tensor].append(Run(int(start), shape[0], file, name))
 
     def holds(self, kind: str, name: str) -> bool:
@@ -96,6 +108,6 @@ class ElementReader:
         if at != end:
             raise CheckpointError(
                 f"{self._folder} lacks elements {at} to {end - 1} of {kind} of {name}; use another checkpoint, or one "
-                "of a run with the same train.optimizer"
+                "of a run with the same train.optimizer and train.momentum"
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0]

@@ -32,6 +32,16 @@ class Held(NamedTuple):
         return self._replace(start=self.start + first, numel=end - first, offset=self.offset + first)
 
 
+def strayed(runs: Sequence[Held]) -> bool:
+    """Whether the optimizer's weights are not those of the model, so that the runs cannot be where they are told."""
+    for run in runs:
+        own = run.owner.detach().view(-1)[run.offset : run.offset + run.numel]
+        shown = run.parameter.detach().view(-1)[run.start : run.start + run.numel]
+        if not torch.equal(own.to(shown), shown) and not bool(own.isnan().any()):
+            return True
+    return False
+
+
 class Named(NamedTuple):
     """A tensor of the weights folder, and where it lies in this rank's parameter: flat, from `start` on."""
 

@@ -23,6 +23,7 @@ from dist_moe.data.stream import Batch, Stream
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.checkpoint import save_checkpoint
+from dist_moe.train.elements import CheckpointError
 from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.train.precision import choose_precision
@@ -74,8 +75,10 @@ def train(resolved: Resolved, training: Training, report: Report, checkpoint: Ch
         for step in range(done + 1, config.train.steps + 1):
             record = one_step(resolved, training, report, step, asked=bool(asked))
             every, last = config.checkpoint.every, step == config.train.steps
-            if last or record.asked or (every and step % every == 0):
+            if last or record.asked:
                 folder = save_checkpoint(training, step)
+            elif every and step % every == 0:
+                try_to_save(training, report, step)
             if record.asked and not last:
                 report.stopped(step, folder)
                 raise Stopped
@@ -83,6 +86,14 @@ def train(resolved: Resolved, training: Training, report: Report, checkpoint: Ch
         prepared, config.data.sequence_length, config.observe.validation_sequences, config.train.micro_batch
     )
     report.evaluation(evaluate(training.task, text, engine.mesh, engine.device, max(done, config.train.steps)), folder)
+
+
+def try_to_save(training: Training, report: Report, step: int) -> None:
+    """Save a checkpoint that others will follow: one that fails is told, and costs no step of training."""
+    try:
+        save_checkpoint(training, step)
+    except CheckpointError as error:
+        report.warn(f"{error}; training goes on")
 
 
 def one_step(resolved: Resolved, training: Training, report: Report, step: int, asked: bool) -> StepRecord:

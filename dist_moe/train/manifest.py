@@ -5,13 +5,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from dist_moe.config.section import Section
 from dist_moe.train.elements import CheckpointError
 
 NAME = "manifest.json"
 FORMAT = 1
+LARGEST_TEXT = 1 << 28
 
 
 class FileEntry(Section):
@@ -60,12 +61,12 @@ def sync_folder(folder: Path) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """CheckpointError where there is none, or none that this version can use."""
     try:
-        manifest = Manifest.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate_json(read_small(folder / NAME))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {NAME}: it is no checkpoint, or not a whole one; give a step-NNNNNN folder of a run"
         ) from None
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / NAME} cannot be used ({first_line(error)}); use another checkpoint") from None
     if manifest.format != FORMAT:
         raise CheckpointError(
@@ -76,6 +77,21 @@ def read_manifest(folder: Path) -> Manifest:
     if outside:
         raise CheckpointError(f"{folder / NAME} names files outside of its folder: {outside}; do not trust it")
     return manifest
+
+
+def read_small(path: Path) -> str:
+    """A text file of ours. Errors: OSError, and ValueError for anything that is too large, or not a file at all."""
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    if path.is_symlink() or path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"it is a link, or larger than {LARGEST_TEXT} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """What lies in the folder and is not in its manifest, in words."""
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    return [f"{name} is not in its {NAME}" for name in sorted(there - {NAME} - set(manifest.files))]
 
 
 def lies_below(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.observe.watch import LoadWatch
 from dist_moe.train.computation import computation_max_vio
-from dist_moe.train.resume import Checkpoint
+from dist_moe.train.resume import Checkpoint, job_of
 from dist_moe.train.step import StepRecord
 
 
@@ -61,6 +62,7 @@ class Report:
             "launcher": self.world.place.launcher,
             "sources": [record.__dict__ for record in prepared.records],
             "corpus": prepared.fingerprint,
+            "job": job_of(os.environ),
             "resumed_from": None if self._checkpoint is None else str(self._checkpoint.folder),
         }
         self.recorder.describe(plain, dump_config(self.config), world)
@@ -150,6 +152,11 @@ class Report:
         means = {name: total / self.mesh.world_size for name, total in sums.items()}
         pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(computation_L))]
         return sums["nll"], means["auxiliary"], pairs
+
+    def warn(self, line: str) -> None:
+        """Show a warning."""
+        if self.console is not None:
+            self.console.warn([line])
 
     def stopped(self, step: int, checkpoint: Path) -> None:
         """Tell that the run ends here, as it was asked to."""

@@ -1,20 +1,22 @@
 """From which checkpoint a run goes on: the newest good one, the one that it is told, or none."""
 
+import json
 import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.train.checkpoint import PARTIAL, Result, checkpoints, recover, step_of, together
+from dist_moe.train.checkpoint import PARTIAL, checkpoints, recover, set_later_aside, step_of, together
 from dist_moe.train.elements import CheckpointError, ElementReader
-from dist_moe.train.manifest import faults, read_manifest
+from dist_moe.train.manifest import NAME, digest, faults, read_manifest, unlisted
 from dist_moe.train.state import Numbers, Training, read_numbers, restore
 from dist_moe.train.weights import fill_weights
 
@@ -43,23 +45,19 @@ def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoin
     Errors: CheckpointError where the path that was given is no good one, where no checkpoint in run.dir is, or where
     it is of another run.
     """
-    own = Path(config.run.dir) / "checkpoints"
-    if mesh.rank == 0:
-        recover(own)
-    again = any(int(os.environ.get(name) or 0) for name in RESTARTS) and bool(checkpoints(own))
-    resume = _of_first(mesh, AUTO if again else config.checkpoint.resume)
-    if resume == NEVER:
-        return None
-    listed = [path for _, path in reversed(checkpoints(own))] if resume == AUTO else [Path(resume)]
     # One list for all, whatever another host sees.
-    listed = _of_first(mesh, listed)
-    passed_over = _of_first(mesh, _unfinished(own) if resume == AUTO else [])
+    looked = together(mesh, f"{config.run.dir} cannot be used", lambda: _look(config) if mesh.rank == 0 else None)
+    assert looked[0] is not None
+    resume, listed, passed_over = looked[0]
     for folder in listed:
         wrong = examine(folder, mesh)
         if wrong is None:
             numbers = read_numbers(folder / "state")
             if resume == AUTO:
                 check_same_run(config, prepared, folder, numbers)
+            if folder.resolve().parent == _own(config).resolve():
+                told = f"those later than {folder} cannot be set aside"
+                together(mesh, told, partial(set_later_aside, folder) if mesh.rank == 0 else nothing)
             return Checkpoint(folder, numbers, tuple(passed_over))
         passed_over.append(wrong)
     if not listed:
@@ -67,10 +65,52 @@ def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoin
     told = "; ".join(passed_over)
     if resume == AUTO:
         raise CheckpointError(
-            f"no checkpoint in {own} can be used: {told}; restore one, or begin anew with checkpoint.resume=never "
-            "(what is there is kept)"
+            f"no checkpoint in {_own(config)} can be used: {told}; restore one, or begin anew with "
+            "checkpoint.resume=never (what is there is kept)"
         )
     raise CheckpointError(f"checkpoint.resume={resume} cannot be used: {told}")
+
+
+def nothing() -> None:
+    """What ranks do while another does something."""
+
+
+def _look(config: Config) -> tuple[str, list[Path], list[str]]:
+    """What to go on from, the checkpoints to try in this order, and what of unfinished ones is to be told."""
+    own = _own(config)
+    recover(own)
+    again = any(int(os.environ.get(name) or 0) for name in RESTARTS) and _begun(config) and bool(checkpoints(own))
+    resume = AUTO if again else config.checkpoint.resume
+    if resume == NEVER:
+        return resume, [], []
+    if resume != AUTO:
+        return resume, [Path(resume)], []
+    unfinished = [path for path in sorted(own.glob(f"step-*{PARTIAL}")) if path.is_dir()]
+    for path in unfinished:
+        shutil.rmtree(path, ignore_errors=True)
+    told = [f"{path} was not finished, and is removed" for path in unfinished]
+    return resume, [path for _, path in reversed(checkpoints(own))], told
+
+
+def _begun(config: Config) -> bool:
+    """Whether what lies in run.dir is of this very job, which its launcher has started again."""
+    try:
+        world = json.loads((Path(config.run.dir) / "run.json").read_text(encoding="utf-8"))["world"]
+        return world["job"] is not None and world["job"] == job_of(os.environ)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def job_of(environment: Mapping[str, str]) -> str | None:
+    """What stays the same of a job that its launcher starts again, and is another for another job; None without one."""
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        if environment.get(name):
+            return f"{name}={environment[name]}"
+    return None
+
+
+def _own(config: Config) -> Path:
+    return Path(config.run.dir) / "checkpoints"
 
 
 def examine(folder: Path, mesh: Mesh) -> str | None:
@@ -79,21 +119,27 @@ def examine(folder: Path, mesh: Mesh) -> str | None:
         found = together(mesh, f"{folder} is damaged", lambda: _own_faults(folder, mesh))
     except CheckpointError as error:
         return str(error)
-    wrong = [fault for part in found for fault in part]
+    if any(digest != found[0][0] for digest, _ in found):
+        return f"{folder} is another on another host; all hosts have to share run.dir"
+    wrong = [fault for _, part in found for fault in part]
     if not wrong:
         return None
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return f"{folder} is damaged: {', '.join(wrong[:3])}{more}"
 
 
-def _own_faults(folder: Path, mesh: Mesh) -> list[str]:
-    manifest = read_manifest(folder)
+def _own_faults(folder: Path, mesh: Mesh) -> tuple[str | None, list[str]]:
+    """The digest of the manifest, and what is wrong with this rank's share of the files."""
+    manifest, told = read_manifest(folder), digest(folder / NAME)
     named = step_of(folder)
     if named is not None and named != manifest.step:
-        return [f"its manifest is that of step {manifest.step}"]
-    read_numbers(folder / "state")
+        return told, [f"its manifest is that of step {manifest.step}"]
+    numbers = read_numbers(folder / "state")
+    if numbers.step != manifest.step:
+        return told, [f"its numbers are those of step {numbers.step}"]
     names = sorted(manifest.files)
-    return faults(folder, manifest, names[mesh.rank :: mesh.world_size])
+    strange = unlisted(folder, manifest) if mesh.rank == 0 else []
+    return told, strange + faults(folder, manifest, names[mesh.rank :: mesh.world_size])
 
 
 def check_same_run(config: Config, prepared: Prepared, folder: Path, numbers: Numbers) -> None:
@@ -122,18 +168,6 @@ def _at(values: dict[str, Any], dotted: str) -> Any:
     for name in dotted.split("."):
         found = found[name]
     return found
-
-
-def _unfinished(own: Path) -> list[str]:
-    return [f"{path} was not finished" for path in sorted(own.glob(f"step-*{PARTIAL}"))]
-
-
-def _of_first(mesh: Mesh, value: Result) -> Result:
-    """Rank 0's value, on every rank."""
-    values = [value]
-    if mesh.world_size > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def load_model(checkpoint: Checkpoint, task: LanguageModelTask, mesh: Mesh) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,8 +26,8 @@ from dist_moe.data.stream import Stream
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.elements import CheckpointError, ElementReader, write_tensors
 from dist_moe.train.engine import Engine
-from dist_moe.train.holding import MASTER, STEPS, Held, Piece, captured, key, pieces
-from dist_moe.train.manifest import first_line
+from dist_moe.train.holding import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
+from dist_moe.train.manifest import first_line, read_small
 from dist_moe.train.weights import named_parameters, stored_tensors
 
 RANDOM = "random"
@@ -102,6 +102,11 @@ def own_pieces(training: Training) -> list[Piece]:
     """What this rank writes: what it holds, or its share of that where others hold the same."""
     engine = training.engine
     held = engine.held()
+    if strayed(held):
+        raise CheckpointError(
+            "DeepSpeed's optimizer does not hold what it says that it holds; leave out the further keys of "
+            "train.deepspeed one by one, and report the one that does this"
+        )
     if engine.settings.zero_stage == 0:
         held = [share(one, engine.mesh) for one in held]
     return pieces(held, named_parameters(training.task.model, engine.mesh))
@@ -130,8 +135,11 @@ def read_numbers(folder: Path) -> Numbers:
     """CheckpointError for a file that is none."""
     path = folder / NUMBERS
     try:
-        return Numbers.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        numbers = Numbers.model_validate_json(read_small(path))
+        if numbers.taken > numbers.step:
+            raise ValueError(f"{numbers.taken} of {numbers.step} steps were taken")
+        return numbers
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
 
 
@@ -157,8 +165,9 @@ def _restore_optimizer(engine: Engine, found: list[Piece], reader: ElementReader
     for piece in found:
         state = engine.optimizer_state[piece.owner]
         for kind in kinds:
-            kept = state.setdefault(kind, torch.zeros_like(piece.owner, requires_grad=False))
-            piece.of(kept).copy_(reader.read(kind, piece.name, piece.start, piece.numel))
+            if kind not in state:
+                state[kind] = torch.zeros_like(piece.owner, requires_grad=False)
+            piece.of(state[kind]).copy_(reader.read(kind, piece.name, piece.start, piece.numel))
         if engine.settings.optimizer == "adamw":
             counts.setdefault(piece.owner, set()).add(float(reader.read(STEPS, piece.name, 0, 1)))
     for owner, found_counts in counts.items():
@@ -186,14 +195,20 @@ def _restore_masters(engine: Engine, found: list[Piece], reader: ElementReader, 
 def _restore_random(training: Training, numbers: Numbers, reader: ElementReader) -> None:
     """Where the workers are as many as they were; else each begins anew, from a seed that this rank and step decide."""
     engine, mesh = training.engine, training.engine.mesh
+    seed_random(training.config.run.seed, numbers.step, mesh.rank)
     if numbers.workers != mesh.world_size:
-        seed_random(training.config.run.seed, numbers.step, mesh.rank)
         return
     for device, _ in random_states(engine.device):
         if not reader.holds(RANDOM, f"{device}/{mesh.rank}"):
             continue
         state = reader.whole(RANDOM, f"{device}/{mesh.rank}")
-        torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, engine.device)
+        try:
+            torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, engine.device)
+        except (TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the random state of rank {mesh.rank} is none of this PyTorch ({first_line(error)}); use the version "
+                "that wrote it, or another checkpoint"
+            ) from None
 
 
 def _restore_balance(balancer: Balancer, folder: Path, numbers: Numbers) -> None:
@@ -203,6 +218,9 @@ def _restore_balance(balancer: Balancer, folder: Path, numbers: Numbers) -> None
         for name, value in stored.items():
             kind, _, layer = name.partition(":")
             layers.setdefault(layer, {})[kind] = value
+        for layer, router in balancer.routers.items():
+            if any(value.shape != router.selection_bias.shape for value in layers.get(layer, {}).values()):
+                raise ValueError(f"{layer} has another number of experts")
         balancer.load_state_dict({"taken": numbers.taken, "controller": numbers.controller, "layers": layers})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder / BALANCE} cannot be used ({first_line(error)})") from None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -159,7 +159,12 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise WeightsError(f"{folder} has no config.json; give the step-NNNNNN folder of a run, or its model folder")
-    raw: dict[str, Any] = json.loads(path.read_text())
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw["model_type"], str):
+            raise TypeError(f"model_type={raw['model_type']}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path} is no Hugging Face config ({error!r}); use another checkpoint") from None
     return raw
 
 
@@ -224,8 +229,11 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     """Name of each stored tensor -> the file that holds it."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path.name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path.name)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{path} cannot be read ({error}); use another checkpoint") from None
     if not found:
         raise WeightsError(
             f"{folder} holds no *.safetensors; give the step-NNNNNN folder of a run, or its model folder"

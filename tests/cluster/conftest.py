@@ -1,5 +1,6 @@
 """Three hosts for all tests of this folder, and what runs `dist-moe launch` on the first of them."""
 
+import json
 import os
 import re
 import signal
@@ -103,7 +104,7 @@ def start(three: list[Host], tmp_path: Path) -> Iterator[Start]:
     yield launch
     for one in launches:
         if one.process.poll() is None:
-            os.kill(one.pid, signal.SIGTERM)
+            os.kill(one.pid, signal.SIGINT)
             one.process.wait(timeout=30)
     left = until_gone(three)
     assert not left, left
@@ -130,6 +131,11 @@ def write_config(folder: Path, up: list[Host], slots: tuple[int, ...], steps: in
 def told_of(step: int, output: str) -> int:
     """How many times an output tells of a step."""
     return len(re.findall(rf"\bstep +{step}/", output))
+
+
+def logged(run: Path) -> list[int]:
+    """The steps of metrics.jsonl, in the order in which they were written; an evaluation has the last one's."""
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def until_gone(up: list[Host]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dist_moe
-from tests.cluster.conftest import Launch, Start, told_of, until_gone, write_config
+from tests.cluster.conftest import Launch, Start, logged, told_of, until_gone, write_config
 from tests.cluster.hosts import Host, hosts, inner
 
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
@@ -53,6 +53,26 @@ def test_a_killed_rank_of_another_host_is_named(start: Start, three: list[Host],
     assert "rank 1 on node1 was ended by SIGKILL (signal 9)" in ended.errors
     assert time.monotonic() - struck_s < 15
     assert not until_gone(three)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_request_to_stop_reaches_every_host_and_the_run_goes_on(
+    start: Start, three: list[Host], launcher: str
+) -> None:
+    launch = start((1, 1), "--launcher", launcher, steps=LONG)
+    launch.wait_for_step(2)
+    os.kill(launch.pid, signal.SIGUSR1)
+    ended = launch.end(60)
+    told = "stopped on request (SIGUSR1): every rank saved its checkpoint; start it again to go on"
+    assert (ended.code, ended.errors.strip().splitlines()[-1]) == (75, told), ended.errors
+    assert not until_gone(three)
+    run = launch.folder / "run"
+    stopped = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    assert logged(run)[-1] == stopped, "the checkpoint is that of the last step"
+    again = start((1, 1), "--launcher", launcher, steps=stopped + 2)
+    ended = again.end(100)
+    assert ended.code == 0 and f"goes on after step {stopped}" in ended.output, ended.output + ended.errors
+    assert logged(run)[-3:] == [stopped + 1, stopped + 2, stopped + 2], "two steps and the evaluation"
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import DIST_MOE, write_config
+from tests.cluster.conftest import DIST_MOE, logged, write_config
 from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm, slurm
 from tests.cluster.test_launchers import alone, assert_alike, losses  # noqa: F401  (a fixture)
@@ -95,8 +95,3 @@ def test_a_job_is_told_before_its_limit_queued_again_and_goes_on(controlled: Slu
     log = (run / "logs" / f"slurm-{number}.log").read_text()
     assert f"0: stopped on request after step {stopped}" in log
     assert f"0: goes on after step {stopped}, from " in log
-
-
-def logged(run: Path) -> list[int]:
-    """The steps in the order in which they were written."""
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

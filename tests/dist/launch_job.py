@@ -1,22 +1,31 @@
-"""`dist-moe launch` for the tests of launching, with their own worker: called as LAUNCHER WORKERS CONFIG."""
+"""`dist-moe launch` for the tests of launching, with their own worker: called as LAUNCHER WORKERS CONFIG RESTARTS."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from dist_moe.config import load_config
-from dist_moe.launch.command import LaunchError
+from dist_moe.launch.command import LOOPBACK, Command, LaunchError
 from dist_moe.launch.deepspeed import deepspeed_command
+from dist_moe.launch.hub import Hub
 from dist_moe.launch.mpirun import mpirun_command
 from dist_moe.launch.process import run
 from dist_moe.launch.torchrun import torchrun_command
 
 
-def main(launcher: str, workers: int, path: str) -> None:
+def main(launcher: str, workers: int, path: str, restarts: int) -> None:
     """Runs the job, writes its message below a line of its own, and leaves with its code."""
     config = load_config(path)
-    make = {"deepspeed": deepspeed_command, "torchrun": torchrun_command, "mpirun": mpirun_command}[launcher]
-    command = make(config, workers, path, module="tests.dist.launch_worker")
+    make: dict[str, Callable[..., Command]] = {
+        "deepspeed": deepspeed_command,
+        "torchrun": partial(torchrun_command, restarts=restarts),
+        "mpirun": mpirun_command,
+    }
+    command = make[launcher](config, workers, path, module="tests.dist.launch_worker")
     try:
-        outcome = run(command, config.run.dir, workers)
+        with Hub(LOOPBACK, workers, Path(config.run.dir), apart=False) as hub:
+            outcome = run(command, config.run.dir, hub)
     except LaunchError as error:
         sys.exit(f"outcome: {error}")
     sys.stderr.write(f"outcome: {outcome.message}\n")
@@ -24,4 +33,4 @@ def main(launcher: str, workers: int, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

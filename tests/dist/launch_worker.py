@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from dist_moe.cli import mind_if_asked
 from dist_moe.comm.bootstrap import join_world
-from dist_moe.comm.failure import exit_hard, report_failure
+from dist_moe.comm.failure import STOPPED_CODE, exit_hard, report_failure, write_record
 from dist_moe.comm.place import read_place
 from dist_moe.config import ConfigError, Violation, load_config
 
+HEARD: list[int] = []
 SEEN_S = 0.3
 """A worker that lives this long after its record is written has been seen by the launch, on a busy host too."""
 
@@ -22,6 +25,7 @@ def main() -> None:
     """Called as `train CONFIG [key=value]...`, like the real worker."""
     config = load_config(sys.argv[2], sys.argv[3:])
     place = read_place(os.environ)
+    mind_if_asked(place.rank, place.world_size, config.run.dir)
     with (
         report_failure(config.run.dir, place.rank),
         join_world(place, "gloo", config.parallel.timeout_s),
@@ -39,31 +43,54 @@ def prepare(name: str) -> None:
     """What has to be so on every rank before the test looks."""
     if name == "stray":
         subprocess.Popen(["sleep", "600"], start_new_session=True)
-    if name == "deaf":
+    if name.startswith("deaf"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if name in ("heed", "break"):
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, lambda number, frame: HEARD.append(number))
 
 
 def act(name: str, rank: int) -> None:
     """Rank 1 does what the name says, while the others wait for it in an all-to-all, as between experts."""
     if name == "config":
         raise ConfigError([Violation("data.sources", "x", "is not there", "name another")])
-    if rank == 1:
+    if name in ("heed", "break"):
+        work_until_told(name, rank)
+    elif rank == 1:
         misbehave(name)
     elif name == "deaf":
         time.sleep(600)
     meet()
 
 
+def work_until_told(name: str, rank: int) -> None:
+    """Steps until any rank has been told to stop; then leaves as a worker whose checkpoint is saved, or fails."""
+    told = torch.zeros(1)
+    while not told:
+        time.sleep(0.05)
+        told = torch.tensor([float(bool(HEARD))])
+        dist.all_reduce(told)
+    if name == "break" and rank == 1:
+        raise ValueError("the disk is full")
+    meet()
+    sys.stdout.write(f"told {signal.Signals(HEARD[0]).name}\n")
+    sys.stdout.flush()
+    write_record(Path(load_config(sys.argv[2]).run.dir), rank, "stopped", code=STOPPED_CODE)
+    os._exit(STOPPED_CODE)
+
+
 def misbehave(name: str) -> None:
-    """Does not come back, but for "finish"."""
+    """Does not come back, but for "finish", and "again" where it was started again."""
     time.sleep(SEEN_S)
+    if name == "again" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
     if name in ("raise", "deaf"):
         raise ValueError("boom\n\nin two paragraphs")
     if name == "leave":
         sys.exit(3)
     if name == "vanish":
         os._exit(0)
-    if name in ("stand", "stray"):
+    if name in ("stand", "stray", "deaf alone"):
         time.sleep(600)
     if name in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[name])

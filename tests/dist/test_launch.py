@@ -18,11 +18,13 @@ START_LIMIT_S = 120.0
 END_LIMIT_S = 15.0
 """More than a job needs on a busy host, less than DeepSpeed, torchrun or gloo wait by themselves (30 s)."""
 
+Start = Callable[..., "Job"]
+
 
 class Job:
     """A running `launch_job` in a process group of its own, as under a shell, and all that carry its mark."""
 
-    def __init__(self, launcher: str, act: str, config: Path) -> None:
+    def __init__(self, launcher: str, act: str, config: Path, restarts: int = 0) -> None:
         self.mark = f"LAUNCH_MARK={uuid.uuid4()}"
         self.run_dir = config.parent / "run"
         environment = {
@@ -32,7 +34,7 @@ class Job:
             "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.dist.launch_job", launcher, str(WORKERS), str(config)],
+            [sys.executable, "-m", "tests.dist.launch_job", launcher, str(WORKERS), str(config), str(restarts)],
             cwd=config.parent,
             env=environment,
             stdout=subprocess.PIPE,
@@ -50,9 +52,9 @@ class Job:
             assert line, f"the job ended first:\n{self.process.communicate()[1]}"
             up += line.endswith("is up\n")
 
-    def end(self) -> tuple[int, str]:
+    def end(self, limit_s: float = END_LIMIT_S) -> tuple[int, str]:
         """Waits for the end in good time -> exit code, and the message that the user sees."""
-        _, errors = self.process.communicate(timeout=END_LIMIT_S)
+        _, errors = self.process.communicate(timeout=limit_s)
         assert "outcome: " in errors, errors
         return self.process.returncode, errors.partition("outcome: ")[2].strip()
 
@@ -68,29 +70,34 @@ class Job:
         return found
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[str, str], Job]]:
-    """`start(launcher, act)` starts a job and waits until its workers are up; none outlives the test."""
-    config = tmp_path / "run.yaml"
+def write_config(folder: Path) -> Path:
+    """The debug run, in a folder of its own."""
+    config = folder / "run.yaml"
     text = (ROOT / "configs" / "debug.yaml").read_text()
-    text = text.replace("runs/debug", str(tmp_path / "run")).replace("threads: auto", "threads: 1")
-    config.write_text(text)
+    config.write_text(text.replace("runs/debug", str(folder / "run")).replace("threads: auto", "threads: 1"))
+    return config
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """`start(launcher, act, restarts=0)` starts a job and waits until its workers are up; none outlives the test."""
+    config = write_config(tmp_path)
     jobs = []
 
-    def start_job(launcher: str, act: str) -> Job:
-        jobs.append(Job(launcher, act, config))
+    def start_job(launcher: str, act: str, restarts: int = 0) -> Job:
+        jobs.append(Job(launcher, act, config, restarts))
         jobs[-1].wait_until_up()
         return jobs[-1]
 
     yield start_job
     for job in jobs:
         if job.process.poll() is None:
-            job.process.terminate()
+            job.process.send_signal(signal.SIGINT)
         job.process.communicate(timeout=END_LIMIT_S)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_good_job_ends_with_0_and_says_nothing(start: Callable[[str, str], Job], launcher: str) -> None:
+def test_a_good_job_ends_with_0_and_says_nothing(start: Start, launcher: str) -> None:
     job = start(launcher, "finish")
     assert job.end() == (0, "")
     assert not job.left()
@@ -98,7 +105,7 @@ def test_a_good_job_ends_with_0_and_says_nothing(start: Callable[[str, str], Job
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_first_rank_that_raises_is_named(start: Callable[[str, str], Job], launcher: str) -> None:
+def test_the_first_rank_that_raises_is_named(start: Start, launcher: str) -> None:
     job = start(launcher, "raise")
     report = job.run_dir / "errors" / "rank-1.txt"
     told = f"rank 1 failed with ValueError: boom\n\nin two paragraphs\n(traceback: {report})"
@@ -116,7 +123,7 @@ def test_the_first_rank_that_raises_is_named(start: Callable[[str, str], Job], l
         ("mpirun", "SIGKILL", 137),
     ],
 )
-def test_a_rank_that_is_killed_is_named(start: Callable[[str, str], Job], launcher: str, act: str, code: int) -> None:
+def test_a_rank_that_is_killed_is_named(start: Start, launcher: str, act: str, code: int) -> None:
     job = start(launcher, act)
     ended, told = job.end()
     assert (ended, told.startswith(f"rank 1 was ended by {act}")) == (code, True), told
@@ -130,14 +137,14 @@ def test_a_rank_that_is_killed_is_named(start: Callable[[str, str], Job], launch
         ("config", 2, "data.sources=x is not there; name another"),
     ],
 )
-def test_other_ways_to_fail(start: Callable[[str, str], Job], act: str, code: int, told: str) -> None:
+def test_other_ways_to_fail(start: Start, act: str, code: int, told: str) -> None:
     job = start("torchrun", act)
     ended, message = job.end()
     assert (ended, message.splitlines()[0]) == (code, told)
     assert not job.left()
 
 
-def test_trap_T34_a_failed_rank_ends_a_job_that_hears_no_sigterm(start: Callable[[str, str], Job]) -> None:
+def test_trap_T34_a_failed_rank_ends_a_job_that_hears_no_sigterm(start: Start) -> None:
     job = start("torchrun", "deaf")
     code, told = job.end()
     assert (code, told.splitlines()[0]) == (1, "rank 1 failed with ValueError: boom")
@@ -145,7 +152,7 @@ def test_trap_T34_a_failed_rank_ends_a_job_that_hears_no_sigterm(start: Callable
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ctrl_c_ends_every_process_at_once(start: Callable[[str, str], Job], launcher: str) -> None:
+def test_ctrl_c_ends_every_process_at_once(start: Start, launcher: str) -> None:
     job = start(launcher, "stray")
     assert len(job.left()) > 2 * WORKERS  # the job, its launcher, the workers, and their strays
     asked = time.monotonic()
@@ -155,14 +162,84 @@ def test_ctrl_c_ends_every_process_at_once(start: Callable[[str, str], Job], lau
     assert not job.left()
 
 
-def test_sigterm_to_the_launch_alone_ends_every_process(start: Callable[[str, str], Job]) -> None:
-    job = start("torchrun", "stand")
+@pytest.mark.parametrize(
+    ("launcher", "restarts", "signum"),
+    [
+        ("deepspeed", 0, signal.SIGTERM),
+        ("torchrun", 0, signal.SIGUSR1),
+        ("torchrun", 3, signal.SIGTERM),
+        ("mpirun", 0, signal.SIGUSR1),
+    ],
+)
+def test_workers_that_are_told_to_stop_end_the_job_with_75(
+    start: Start, launcher: str, restarts: int, signum: signal.Signals
+) -> None:
+    job = start(launcher, "heed", restarts)
+    job.process.send_signal(signum)
+    asked = time.monotonic()
+    told = f"stopped on request ({signum.name}): every rank saved its checkpoint; start it again to go on"
+    assert job.end() == (75, told)
+    assert time.monotonic() - asked < 5
+    assert not job.left()
+    for rank in range(WORKERS):
+        lines = (job.run_dir / "logs" / f"rank-{rank}.log").read_text().splitlines()
+        assert lines == [f"rank {rank} of {WORKERS} is up", f"told {signum.name}"]
+
+
+def test_a_worker_that_fails_while_it_stops_is_named_and_not_started_again(start: Start) -> None:
+    job = start("torchrun", "break", 3)
+    job.process.send_signal(signal.SIGUSR1)
+    code, told = job.end()
+    assert (code, told.splitlines()[0]) == (1, "rank 1 failed with ValueError: the disk is full")
+    assert not job.left()
+
+
+@pytest.mark.parametrize(("restarts", "signum"), [(0, signal.SIGUSR1), (3, signal.SIGTERM)])
+def test_workers_that_cannot_stop_yet_end_by_the_signal(start: Start, restarts: int, signum: signal.Signals) -> None:
+    job = start("torchrun", "stand", restarts)
+    job.process.send_signal(signum)
+    assert job.end() == (128 + signum, f"stopped by {signum.name}; every process has ended")
+    assert not job.left()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_workers_that_do_not_answer(start: Start, second: signal.Signals) -> None:
+    job = start("torchrun", "deaf alone")
+    job.process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.process.wait(1)
+    job.process.send_signal(second)
+    assert job.end() == (128 + second, f"stopped by {second.name}; every process has ended")
+    assert not job.left()
+
+
+def test_a_request_to_stop_before_the_workers_are_there_ends_the_job(tmp_path: Path) -> None:
+    job = Job("torchrun", "finish", write_config(tmp_path))
+    while not (job.run_dir / "launch.lock").exists():
+        assert job.process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)  # until it hears
     job.process.terminate()
     assert job.end() == (143, "stopped by SIGTERM; every process has ended")
     assert not job.left()
 
 
-def test_workers_do_not_outlive_a_launch_that_is_killed(start: Callable[[str, str], Job]) -> None:
+def test_a_killed_worker_is_started_again_by_torchrun(start: Start) -> None:
+    job = start("torchrun", "again", 1)
+    assert job.end(START_LIMIT_S) == (0, "")
+    log = (job.run_dir / "logs" / "rank-1.log").read_text()
+    assert log == f"rank 1 of {WORKERS} is up\n" * 2
+    assert not list(job.run_dir.glob("errors/*"))
+
+
+def test_the_last_attempt_is_told(start: Start) -> None:
+    job = start("torchrun", "raise", 1)
+    code, told = job.end(START_LIMIT_S)
+    assert (code, told.splitlines()[0]) == (1, "rank 1 failed with ValueError: boom")
+    assert (job.run_dir / "logs" / "rank-1.log").read_text().count("is up\n") == 2
+
+
+def test_workers_do_not_outlive_a_launch_that_is_killed(start: Start) -> None:
     job = start("deepspeed", "stand")
     job.process.kill()
     deadline = time.monotonic() + END_LIMIT_S
@@ -171,7 +248,7 @@ def test_workers_do_not_outlive_a_launch_that_is_killed(start: Callable[[str, st
         time.sleep(0.05)
 
 
-def test_a_second_job_in_the_same_folder_is_refused(start: Callable[[str, str], Job], tmp_path: Path) -> None:
+def test_a_second_job_in_the_same_folder_is_refused(start: Start, tmp_path: Path) -> None:
     first = start("torchrun", "stand")
     second = Job("torchrun", "finish", tmp_path / "run.yaml")
     assert second.process.wait(timeout=START_LIMIT_S) == 1

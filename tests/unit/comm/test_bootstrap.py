@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.bootstrap import choose_backend, join_world
+from dist_moe.comm.bootstrap import choose_backend, join_world, set_threads
 from dist_moe.comm.place import Place, PlaceError, read_place
 from tests.dist.pool import RankPool
 
@@ -31,6 +31,21 @@ def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:
         found = dist.get_world_size()
         names = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     return found, world.backend, names, dist.is_initialized()
+
+
+def test_workers_share_the_hosts_cores_and_one_that_mpirun_bound_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    before = torch.get_num_threads()
+    try:
+        for given, launcher, expected in ((3, "openmpi", 3), ("auto", "env", 2), ("auto", "openmpi", 4)):
+            monkeypatch.setenv("OMP_NUM_THREADS", "4")
+            set_threads(given, Place(0, 2, 0, 2, launcher))
+            assert torch.get_num_threads() == expected
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        set_threads("auto", Place(0, 2, 0, 2, "openmpi"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_world_of_one_needs_no_launcher_and_ends_with_its_context(ranks: RankPool) -> None:

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,34 @@ def test_what_a_launcher_cannot_do_is_refused(
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize(("cores", "bound"), [((4, 4), True), ((4, 3), False), ((4, None), False)])
+def test_mpirun_binds_workers_where_every_host_is_known_to_have_cores_enough(
+    tmp_path: Path, cores: tuple[int | None, ...], bound: bool
+) -> None:
+    config, cluster = job(tmp_path, "run.threads=2")
+    hosts = tuple(replace(host, cores=count) for host, count in zip(cluster.hosts, cores, strict=True))
+    argv = mpirun_cluster_command(config, replace(cluster, hosts=hosts), "a.yaml").argv
+    placed = [argv[argv.index(name) + 1] for name in ("--map-by", "--bind-to")]
+    assert placed == (["slot:PE=2", "core"] if bound else ["slot:OVERSUBSCRIBE", "none"])
+
+
 def test_workers_are_the_slots_of_the_cluster(tmp_path: Path) -> None:
     config, cluster = job(tmp_path)
     assert Job(config, CONFIG, (), "torchrun", cluster).workers == 4
     with pytest.raises(LaunchError, match="--workers 3 contradicts the 4 slots"):
         Job(config, CONFIG, (), "torchrun", cluster, 3).command({})
-    with pytest.raises(LaunchError, match="are torchrun's, over several hosts"):
+    with pytest.raises(LaunchError, match="--max-restarts 1 is torchrun's"):
         Job(config, CONFIG, (), "deepspeed", cluster, restarts=1).command({})
+    with pytest.raises(LaunchError, match="--min-hosts 1 is torchrun's, over several hosts"):
+        Job(config, CONFIG, (), "torchrun", None, fewest_hosts=1).command({})
+
+
+def test_torchrun_of_one_host_starts_workers_again_in_a_store_of_their_own(tmp_path: Path) -> None:
+    config, _ = job(tmp_path)
+    command = Job(config, CONFIG, (), "torchrun", None, restarts=3).command({"PATH": "/usr/bin"})
+    assert command.argv[command.argv.index("--max-restarts") + 1] == "3" and command.restarts
+    assert "--rdzv-endpoint" in command.argv and "--master-addr" not in command.argv
+    assert command.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 def test_the_subnet_holds_every_address() -> None:

@@ -39,6 +39,13 @@ def start(hub: Hub, run_dir: Path, act: str) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def greet(hub: Hub, rank: int, size: int) -> Line:
+    """The connection of a minder, without a worker."""
+    line = Line(socket.create_connection(hub.meeting[:2], timeout=LIMIT_S))
+    line.give({"word": hub.meeting.word, "rank": rank, "size": size, "host": f"host of {rank} in {size}"})
+    return line
+
+
 def until(hub: Hub, true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not true():
@@ -93,6 +100,73 @@ with report_failure(sys.argv[2], 0):
     assert hub.failures()[0].text.startswith(f"rank 0 on {socket.gethostname()} failed with ValueError: boom")
     worker.communicate(timeout=LIMIT_S)
     assert worker.returncode == 1
+
+
+def test_a_signal_is_passed_on_and_a_worker_that_stops_has_not_failed(hub: Hub, tmp_path: Path) -> None:
+    """The last act is that of a worker whose checkpoint is saved."""
+    act = """
+import signal
+from dist_moe.comm.failure import write_record
+heard = []
+signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+print("listens", flush=True)
+while not heard:
+    time.sleep(0.01)
+write_record(Path(sys.argv[2]), 0, "stopped", code=75)
+sys.exit(75)
+"""
+    log = tmp_path / "logs" / "rank-0.log"
+    first = start(hub, tmp_path, act)
+    until(hub, lambda: log.is_file() and "listens" in log.read_text())
+    assert not hub.stopped()
+    hub.pass_on(signal.SIGUSR1)
+    until(hub, hub.stopped)
+    assert hub.unfinished() == hub.failures() == []
+    first.communicate(timeout=LIMIT_S)
+    assert first.returncode == 75
+
+
+def test_a_worker_that_appears_after_the_signal_is_told_too(hub: Hub, tmp_path: Path) -> None:
+    hub.pass_on(signal.SIGUSR1)
+    worker = start(hub, tmp_path, "time.sleep(600)")
+    until(hub, lambda: bool(hub.failures()))
+    assert hub.failures()[0].code == 128 + signal.SIGUSR1
+    worker.communicate(timeout=LIMIT_S)
+
+
+def test_a_worker_that_a_launcher_ends_or_starts_again_after_a_stop_changes_nothing(hub: Hub) -> None:
+    """Launchers take the code 75 of the first for a failure."""
+    lines = [greet(hub, 0, 2), greet(hub, 1, 2)]
+    until(hub, lambda: hub.size == 2 and hub.complete())
+    lines[0].give({"ended": 75 << 8, "state": "stopped", "time": time.time()})
+    until(hub, lambda: hub.unfinished() == [1])
+    lines.append(greet(hub, 0, 2))
+    lines[1].give({"ended": int(signal.SIGTERM), "state": "running", "time": time.time()})
+    until(hub, hub.stopped)
+    for line in lines:
+        line.close()
+    for _ in range(3):
+        hub.wait(0.05)
+        hub.look()
+    assert hub.stopped() and hub.failures() == []
+
+
+def test_workers_of_one_host_are_named_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    act = """
+from dist_moe.comm.failure import report_failure
+with report_failure(sys.argv[2], 0):
+    raise ValueError("boom")
+"""
+    with Hub("127.0.0.1", 1, tmp_path, apart=False) as hub:
+        worker = start(hub, tmp_path, act)
+        until(hub, lambda: bool(hub.failures()))
+        report = tmp_path / "errors" / "rank-0.txt"
+        assert hub.failures()[0].text == f"rank 0 failed with ValueError: boom\n(traceback: {report})"
+        assert hub.pids() == {worker.pid}
+        worker.communicate(timeout=LIMIT_S)
+        hub.clear()
+        assert not report.exists()
+    assert capsys.readouterr().out == "[rank 0] hello\n"
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -168,30 +242,24 @@ with report_failure(sys.argv[2], 0):
 
 def test_a_job_that_goes_on_with_fewer_workers_is_followed(hub: Hub) -> None:
     """The ranks that are no more are forgotten, and a worker whose rank is another's now is not told to end."""
-
-    def greet(rank: int, size: int) -> Line:
-        line = Line(socket.create_connection(hub.meeting[:2], timeout=LIMIT_S))
-        line.give({"word": hub.meeting.word, "rank": rank, "size": size, "host": f"host of {rank} in {size}"})
-        return line
-
-    before = [greet(0, 2), greet(1, 2)]
+    before = [greet(hub, 0, 2), greet(hub, 1, 2)]
     until(hub, lambda: hub.size == 2 and hub.complete())
     before[1].close()
     until(hub, lambda: bool(hub.failures()))
-    after = greet(0, 1)
+    after = greet(hub, 0, 1)
     until(hub, lambda: hub.size == 1 and not hub.failures())
     assert hub.complete() and hub.unfinished() == [0]
     assert ready([before[0]], 0.2) == []
-    again = [greet(0, 2), greet(1, 2)]
+    again = [greet(hub, 0, 2), greet(hub, 1, 2)]
     until(hub, lambda: hub.size == 2 and hub.complete())
-    last = greet(0, 1)
+    last = greet(hub, 0, 1)
     until(hub, lambda: hub.size == 1)
     again[1].close()
     for _ in range(3):
         hub.wait(0.05)
         hub.look()
     assert hub.failures() == []
-    last.give({"ended": 0, "finished": True})
+    last.give({"ended": 0, "state": "finished"})
     until(hub, lambda: not hub.unfinished())
     for line in (before[0], after, again[0], last):
         line.close()
@@ -228,19 +296,3 @@ def test_a_worker_that_cannot_reach_its_launch_says_so(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", WORKER, str(meeting), str(tmp_path), ""]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 1 and f"cannot reach the launch at 127.0.0.1, port {meeting.port}" in done.stderr
-
-
-def test_a_meeting_is_read_as_it_is_written() -> None:
-    meeting = Meeting("10.0.0.1", 1234, "s-e_cret")
-    assert Meeting.parse(str(meeting)) == meeting
-
-
-def test_messages_come_whole_though_they_travel_in_parts() -> None:
-    server = socket.create_server(("127.0.0.1", 0))
-    with server, socket.create_connection(server.getsockname()) as sender:
-        line = Line(server.accept()[0])
-        sender.sendall(b'{"a": 1}\n{"b"')
-        assert line.take() == [{"a": 1}]
-        sender.sendall(b": 2}\n")
-        assert line.take() == [{"b": 2}]
-        line.close()

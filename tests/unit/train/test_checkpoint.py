@@ -21,6 +21,7 @@ from dist_moe.train.resume import Checkpoint, find_checkpoint
 from tests.dist.resumable import ROOT, SMALL, tensors, write_text
 
 ALONE = Mesh(1, 0, 1)
+MORE = "state/rank-00001.safetensors"
 WEIGHTS, STATE = "model/model-00001-of-00001.safetensors", "state/rank-00000.safetensors"
 Damage = Callable[[Path], object]
 
@@ -110,6 +111,10 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "manifest cut short": ("manifest.json cannot be used", lambda at: cut(at / "manifest.json", 9)),
     "manifest of another step": ("its manifest is that of step 4", of_another_step),
     "numbers gone": ("training.json cannot be used", lambda at: (at / "state/training.json").unlink()),
+    "a file more": (
+        "state/rank-00001.safetensors is not in its manifest",
+        lambda at: shutil.copy(at / STATE, at / MORE),
+    ),
     "config changed": ("config.yaml was changed", lambda at: flip(at / "config.yaml", 5)),
 }
 
@@ -118,11 +123,11 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(text: Path, run: Path, damage: str) -> None:
     told, harm = DAMAGES[damage]
     harm(step(run, 6))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=.*step-000006 cannot be used"):
+        find(text, run, f"checkpoint.resume={step(run, 6)}")
     found = find(text, run)
     assert found is not None and found.folder == step(run, 4)
     assert len(found.passed_over) == 1 and "step-000006" in found.passed_over[0] and told in found.passed_over[0]
-    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=.*step-000006 cannot be used"):
-        find(text, run, f"checkpoint.resume={step(run, 6)}")
 
 
 def test_where_none_is_good_the_run_does_not_begin_anew_by_itself(text: Path, run: Path) -> None:
@@ -138,7 +143,7 @@ def test_an_unfinished_one_is_named_and_not_taken(text: Path, run: Path) -> None
     step(run, 6).rename(step(run, 6).with_name("step-000006.partial"))
     found = find(text, run)
     assert found is not None and found.folder == step(run, 4)
-    assert "step-000006.partial was not finished" in found.passed_over[0]
+    assert "step-000006.partial was not finished, and is removed" in found.passed_over[0]
 
 
 def test_what_a_crash_left_between_two_names_is_put_back(run: Path) -> None:
@@ -147,21 +152,39 @@ def test_what_a_crash_left_between_two_names_is_put_back(run: Path) -> None:
     shutil.copytree(step(run, 4), own / "step-000004.replaced")
     recover(own)
     assert [number for number, _ in checkpoints(own)] == [2, 4, 6]
-    assert (own / "step-000004.replaced").exists(), "the new one is whole: nothing to put back"
+    assert not (own / "step-000004.replaced").exists(), "the new one is whole: nothing to put back"
 
 
-@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+@pytest.mark.parametrize(
+    ("count", "job"), [("SLURM_RESTART_COUNT", "SLURM_JOB_ID"), ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")]
+)
 def test_a_job_that_is_started_again_goes_on_whatever_it_was_told_at_first(
-    text: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+    text: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str, job: str
 ) -> None:
+    """From its own checkpoints, that is: those of another job in the same folder are not what it has begun."""
+    described = json.loads((run / "run.json").read_text())
+    described["world"]["job"] = f"{job}=7"
+    (run / "run.json").write_text(json.dumps(described))
+    monkeypatch.setenv(count, "1")
+    for number, wanted in (("8", None), ("7", 6)):
+        monkeypatch.setenv(job, number)
+        found = find(text, run, "checkpoint.resume=never")
+        assert (found and found.numbers.step) == wanted
     told = f"checkpoint.resume={step(run, 2)}"
-    for count, wanted in (("0", 2), ("1", 6)):
-        monkeypatch.setenv(variable, count)
-        found = find(text, run, told)
-        assert found is not None and found.numbers.step == wanted
-    assert find(text, tmp_path / "empty", "checkpoint.resume=never") is None
     elsewhere = find(text, tmp_path / "empty", told)
     assert elsewhere is not None and elsewhere.numbers.step == 2, "nothing of its own yet"
+    monkeypatch.setenv(count, "0")
+    first = find(text, run, told)
+    assert first is not None and first.numbers.step == 2
+
+
+def test_going_back_sets_what_is_later_aside(text: Path, run: Path) -> None:
+    """Else the next start would go on from what this run has left behind."""
+    assert find(text, run, f"checkpoint.resume={step(run, 2)}") is not None
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step-000002", "step-000004.abandoned-1", "step-000006.abandoned-1"]
+    found = find(text, run)
+    assert found is not None and found.numbers.step == 2
 
 
 @pytest.mark.parametrize(
@@ -252,3 +275,22 @@ def test_a_failure_on_one_rank_is_told_with_its_rank() -> None:
         CheckpointError, match=r"step-1 could not be saved: \[Errno 28\] No space left on device \(rank 0\)"
     ):
         together(ALONE, "step-1 could not be saved", fail)
+
+
+def test_a_full_disk_costs_neither_a_step_nor_an_earlier_checkpoint(text: Path, tmp_path: Path) -> None:
+    """A tmpfs with room for one checkpoint: the others are told, the run trains to its end, and then fails."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+    try:
+        done = train(text, disk / "run", "train.steps=8", "checkpoint.every=2")
+        assert done.returncode == 2
+        assert "No space left on device" in done.stdout and "training goes on" in done.stdout
+        assert "step 8/8" in done.stdout and "step-000008 could not be saved" in done.stderr
+        assert "Traceback" not in done.stderr
+        left = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
+        assert left == ["latest", "step-000002"]
+        found = find(text, disk / "run")
+        assert found is not None and found.numbers.step == 2 and found.passed_over == ()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

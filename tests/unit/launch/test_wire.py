@@ -1,0 +1,21 @@
+"""What goes between a launch and its workers' minders, as bytes."""
+
+import socket
+
+from dist_moe.launch.wire import Line, Meeting
+
+
+def test_a_meeting_is_read_as_it_is_written() -> None:
+    meeting = Meeting("10.0.0.1", 1234, "s-e_cret")
+    assert Meeting.parse(str(meeting)) == meeting
+
+
+def test_messages_come_whole_though_they_travel_in_parts() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname()) as sender:
+        line = Line(server.accept()[0])
+        sender.sendall(b'{"a": 1}\n{"b"')
+        assert line.take() == [{"a": 1}]
+        sender.sendall(b": 2}\n")
+        assert line.take() == [{"b": 2}]
+        line.close()
