@@ -94,7 +94,7 @@ def test_a_checkpoint_of_any_layout_goes_on_with_any_other(
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(("here", "there"), itertools.pairwise([*LAYOUTS, *LAYOUTS][:5]))
+@pytest.mark.parametrize(("here", "there"), list(itertools.pairwise([*LAYOUTS, *LAYOUTS][:5])))
 def test_every_element_is_found_again_whatever_the_layout(
     ranks: RankPool, text: Path, tmp_path: Path, saved: dict[tuple[str, bool], Path], here: str, there: str, bf16: bool
 ) -> None:

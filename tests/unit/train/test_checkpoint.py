@@ -244,13 +244,14 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, changed: dict[str, o
 
 
 def test_only_what_is_to_be_kept_is_kept(text: Path, made: Path, tmp_path: Path) -> None:
-    """Of steps 1 to 7 the newest two, and the multiples of 3; a later one of another branch is left alone."""
+    """Of steps 3 to 7 the newest two, and the multiples of 3; one of another run is set aside."""
     changes = ("train.steps=7", "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
     shutil.copytree(step(made, 6), step(tmp_path, 60))
     done = train(text, tmp_path, *changes, f"checkpoint.resume={step(made, 2)}")
     assert done.returncode == 0, done.stderr
     found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert found == ["latest", "step-000003", "step-000006", "step-000007", "step-000060"]
+    assert found == ["latest", "step-000003", "step-000006", "step-000007"]
+    assert step(tmp_path / "earlier-1", 60).is_dir()
 
 
 def test_a_run_that_is_complete_is_evaluated_again_and_nothing_else(text: Path, run: Path) -> None:
