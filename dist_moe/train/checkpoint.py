@@ -9,24 +9,18 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-import torch.distributed as dist
-from safetensors import SafetensorError
-
-from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, dump_config
-from dist_moe.config.errors import UserError
+from dist_moe.train.apart import Parcel, deliver, find_hosts
 from dist_moe.train.elements import CheckpointError
 from dist_moe.train.manifest import FileEntry, entry, sync_folder, write_manifest
 from dist_moe.train.state import Training, write_state
+from dist_moe.train.together import together
 from dist_moe.train.weights import write_index, write_shard
 
 LATEST = "latest"
 PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"
-Result = TypeVar("Result")
 
 
 def checkpoint_folder(config: Config, step: int) -> Path:
@@ -47,36 +41,22 @@ def save_checkpoint(training: Training, step: int) -> Path:
     what was saved before is as it was.
     """
     mesh, final = training.engine.mesh, checkpoint_folder(training.config, step)
+    hosts = find_hosts(mesh, training.config.cluster.shared_storage)
     partial = final.with_name(final.name + PARTIAL)
     told = f"{final} could not be saved"
     try:
-        together(mesh, told, lambda: _begin(partial) if mesh.rank == 0 else None)
+        together(mesh, told, lambda: _begin(partial) if hosts.leads(mesh.rank) else None)
         written = together(mesh, told, lambda: _write(training, step, partial))
+        parcels = [Parcel(name, found.bytes, rank) for rank, part in enumerate(written) for name, found in part.items()]
+        far = [parcel for parcel in parcels if hosts.far(parcel.owner)]
+        here = partial if mesh.rank == 0 else None
+        together(mesh, told, lambda: deliver(far, mesh, training.engine.device, partial, here))
         files = {name: found for part in written for name, found in part.items()}
         together(mesh, told, lambda: _complete(training.config, partial, final, files) if mesh.rank == 0 else None)
-    except CheckpointError:
-        if mesh.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # it would keep a full disk full
-        raise
+    finally:
+        if hosts.leads(mesh.rank):
+            shutil.rmtree(partial, ignore_errors=True)  # after a failure, or on a host that is not rank 0's
     return final
-
-
-def together(mesh: Mesh, told: str, work: Callable[[], Result]) -> list[Result]:
-    """Do `work` on every rank -> the result of each; CheckpointError on all of them where it fails on one."""
-    result: Result | None = None
-    failure = None
-    try:
-        result = work()
-    except (OSError, SafetensorError, UserError, RuntimeError, ValueError, MemoryError) as error:
-        failure = str(error) or type(error).__name__
-    answers = [(failure, result)]
-    if mesh.world_size > 1:
-        answers *= mesh.world_size
-        dist.all_gather_object(answers, (failure, result))
-    for rank, (failed, _) in enumerate(answers):
-        if failed is not None:
-            raise CheckpointError(f"{told}: {failed} (rank {rank})")
-    return [found for _, found in answers]  # type: ignore[misc]  # None only where `work` returns it
 
 
 def _begin(partial: Path) -> None:
@@ -103,7 +83,8 @@ def _write(training: Training, step: int, partial: Path) -> dict[str, FileEntry]
 def _complete(config: Config, partial: Path, final: Path, files: dict[str, FileEntry]) -> None:
     index = write_index(partial / "model")
     if hidden := sorted(set(files) - {str(path.relative_to(partial)) for path in partial.rglob("*")}):
-        raise CheckpointError(f"rank 0 does not see {', '.join(hidden)}; all hosts have to share run.dir")
+        remedy = "share run.dir among the hosts, or set cluster.shared_storage=false"
+        raise CheckpointError(f"rank 0 does not see {', '.join(hidden)}; {remedy}")
     step = step_of(final)
     assert step is not None
     write_manifest(partial, step, files | {str(index.relative_to(partial)): entry(index)})

@@ -46,7 +46,7 @@ def run(resolved: Resolved, place: Place) -> None:
         per_node = ranks_per_node(config.parallel.exchange, resolved.expert_parallel)
         mesh = make_mesh(resolved.expert_parallel, per_node)
         check_same_text(config, prepared, place)
-        checkpoint = find_checkpoint(config, prepared, mesh)
+        checkpoint = find_checkpoint(config, prepared, mesh, world.device)
         report = stack.enter_context(open_report(config, world, mesh, checkpoint))
         task = make_task(resolved, prepared, mesh)
         if checkpoint is not None:

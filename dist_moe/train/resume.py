@@ -4,23 +4,28 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.train.checkpoint import PARTIAL, checkpoints, recover, set_later_aside, step_of, together
+from dist_moe.train.apart import Hosts, Parcel, deliver, find_hosts
+from dist_moe.train.checkpoint import PARTIAL, checkpoints, recover, set_later_aside, step_of
 from dist_moe.train.elements import CheckpointError, ElementReader
 from dist_moe.train.manifest import NAME, digest, faults, read_manifest, unlisted
 from dist_moe.train.state import Numbers, Training, read_numbers, restore
+from dist_moe.train.together import together
 from dist_moe.train.weights import fill_weights
 
 AUTO, NEVER = "auto", "never"
+BORROWED = "borrowed"
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """How often Slurm has queued this job again, and torchrun started its workers again."""
 # What another value of makes another run; everything else may change when a run goes on.
@@ -29,14 +34,18 @@ DECIDING = ("run.seed", "model", "router", "data", "train.global_batch", "train.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found good. passed_over: newer ones that were not, and why."""
+    """A checkpoint that was found good. passed_over: newer ones that were not, and why.
+
+    borrowed: whether some hosts have a copy of it until the run has begun; `folder` is then another on each.
+    """
 
     folder: Path
     numbers: Numbers
     passed_over: tuple[str, ...] = ()
+    borrowed: bool = False
 
 
-def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoint | None:
+def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh, device: torch.device) -> Checkpoint | None:
     """What `checkpoint.resume` says -> the checkpoint, None where the run begins at its first step.
 
     A job that its launcher starts again goes on from the run's own checkpoint, if there is one, whatever it was told
@@ -49,16 +58,15 @@ def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoin
     looked = together(mesh, f"{config.run.dir} cannot be used", lambda: _look(config) if mesh.rank == 0 else None)
     assert looked[0] is not None
     resume, listed, passed_over = looked[0]
+    hosts = find_hosts(mesh, config.cluster.shared_storage)
     for folder in listed:
-        wrong = examine(folder, mesh)
+        wrong = examine(folder, mesh, hosts)
         if wrong is None:
-            numbers = read_numbers(folder / "state")
-            if resume == AUTO:
-                check_same_run(config, prepared, folder, numbers)
-            if folder.resolve().parent == _own(config).resolve():
-                told = f"those later than {folder} cannot be set aside"
-                together(mesh, told, partial(set_later_aside, folder) if mesh.rank == 0 else nothing)
-            return Checkpoint(folder, numbers, tuple(passed_over))
+            chosen = partial(_choose, config, prepared, folder, resume) if mesh.rank == 0 else nothing
+            numbers = together(mesh, f"cannot go on from {folder}", chosen)[0]
+            assert numbers is not None
+            found = Checkpoint(folder, numbers, tuple(passed_over), any(map(hosts.far, range(mesh.world_size))))
+            return borrow(found, config, mesh, hosts, device) if found.borrowed else found
         passed_over.append(wrong)
     if not listed:
         return None
@@ -73,6 +81,44 @@ def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh) -> Checkpoin
 
 def nothing() -> None:
     """What ranks do while another does something."""
+
+
+def _choose(config: Config, prepared: Prepared, folder: Path, resume: str) -> Numbers:
+    numbers = read_numbers(folder / "state")
+    if resume == AUTO:
+        check_same_run(config, prepared, folder, numbers)
+    if folder.resolve().parent == _own(config).resolve():
+        set_later_aside(folder)
+    return numbers
+
+
+def borrow(found: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts, device: torch.device) -> Checkpoint:
+    """Copy the checkpoint to every host but rank 0's, which has it -> the checkpoint as this rank finds it."""
+    told, copy = f"{found.folder} cannot be copied to every host", _borrowed(config, found.folder)
+    listed = together(mesh, told, lambda: read_manifest(found.folder) if mesh.rank == 0 else None)[0]
+    assert listed is not None
+    parcels = [Parcel(name, told_of.bytes, 0) for name, told_of in listed.files.items()]
+    leads = hosts.far(mesh.rank) and hosts.leads(mesh.rank)
+    if leads:
+        shutil.rmtree(copy, ignore_errors=True)
+    together(mesh, told, lambda: deliver(parcels, mesh, device, found.folder, copy if leads else None))
+    wrong = together(mesh, told, lambda: faults(copy, listed, listed.files) if leads else [])
+    if fault := next((fault for part in wrong for fault in part), None):
+        raise CheckpointError(f"{told}: {fault}")
+    return replace(found, folder=copy) if hosts.far(mesh.rank) else found
+
+
+def give_back(found: Checkpoint, mesh: Mesh) -> None:
+    """Remove the copies, once every rank has read what it needs."""
+    if found.borrowed:
+        copied = found.folder.parent.name == BORROWED
+        work = partial(shutil.rmtree, found.folder, ignore_errors=True) if copied else nothing
+        together(mesh, "the run cannot begin", nothing)
+        together(mesh, f"{found.folder} cannot be removed", work)
+
+
+def _borrowed(config: Config, folder: Path) -> Path:
+    return Path(config.run.dir) / BORROWED / folder.name
 
 
 def _look(config: Config) -> tuple[str, list[Path], list[str]]:
@@ -113,14 +159,16 @@ def _own(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def examine(folder: Path, mesh: Mesh) -> str | None:
+def examine(folder: Path, mesh: Mesh, hosts: Hosts) -> str | None:
     """What is wrong with a checkpoint; None for a good one. A collective call: each rank reads some of the files."""
+    near = [rank for rank in range(mesh.world_size) if not hosts.far(rank)]
+    work = partial(_own_faults, folder, near.index(mesh.rank), len(near)) if mesh.rank in near else nothing
     try:
-        found = together(mesh, f"{folder} is damaged", lambda: _own_faults(folder, mesh))
+        found = [part for part in together(mesh, f"{folder} is damaged", work) if part is not None]
     except CheckpointError as error:
         return str(error)
-    if any(digest != found[0][0] for digest, _ in found):
-        return f"{folder} is another on another host; all hosts have to share run.dir"
+    if any(told != found[0][0] for told, _ in found):
+        return f"{folder} is another on another host; share run.dir, or set cluster.shared_storage=false"
     wrong = [fault for _, part in found for fault in part]
     if not wrong:
         return None
@@ -128,8 +176,8 @@ def examine(folder: Path, mesh: Mesh) -> str | None:
     return f"{folder} is damaged: {', '.join(wrong[:3])}{more}"
 
 
-def _own_faults(folder: Path, mesh: Mesh) -> tuple[str | None, list[str]]:
-    """The digest of the manifest, and what is wrong with this rank's share of the files."""
+def _own_faults(folder: Path, index: int, count: int) -> tuple[str | None, list[str]]:
+    """The digest of the manifest, and what is wrong with one of `count` shares of the files."""
     manifest, told = read_manifest(folder), digest(folder / NAME)
     named = step_of(folder)
     if named is not None and named != manifest.step:
@@ -138,8 +186,8 @@ def _own_faults(folder: Path, mesh: Mesh) -> tuple[str | None, list[str]]:
     if numbers.step != manifest.step:
         return told, [f"its numbers are those of step {numbers.step}"]
     names = sorted(manifest.files)
-    strange = unlisted(folder, manifest) if mesh.rank == 0 else []
-    return told, strange + faults(folder, manifest, names[mesh.rank :: mesh.world_size])
+    strange = unlisted(folder, manifest) if index == 0 else []
+    return told, strange + faults(folder, manifest, names[index::count])
 
 
 def check_same_run(config: Config, prepared: Prepared, folder: Path, numbers: Numbers) -> None:
@@ -179,3 +227,4 @@ def load_model(checkpoint: Checkpoint, task: LanguageModelTask, mesh: Mesh) -> N
 def go_on(checkpoint: Checkpoint, training: Training) -> None:
     """Set everything else as it was; the engine has been started with the model of `load_model`."""
     restore(training, checkpoint.folder / "state", checkpoint.numbers)
+    give_back(checkpoint, training.engine.mesh)

@@ -201,6 +201,25 @@ def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
             subprocess.run(host.argv(["umount", str(target)], Path("/")), check=True)
 
 
+def test_hosts_that_share_no_storage_train_and_go_on(start: Start, three: list[Host], tmp_path: Path) -> None:
+    """The checkpoint is whole on rank 0's host; the other borrows it while it begins, and keeps nothing."""
+    apart, run = tmp_path / "apart", tmp_path / "run"
+    apart.mkdir()
+    run.mkdir()
+    subprocess.run(three[1].argv(["mount", "--bind", str(apart), str(run)], Path("/")), check=True)
+    try:
+        for steps in (3, 5):
+            arguments = ("--launcher", "torchrun", "cluster.shared_storage=false")
+            ended = start((1, 1), *arguments, steps=steps).end()
+            assert ended.code == 0, ended.output + ended.errors
+            saved = [path.name for path in sorted((run / "checkpoints" / f"step-{steps:06d}" / "state").iterdir())]
+            assert saved == ["balance.safetensors", "rank-00000.safetensors", "rank-00001.safetensors", "training.json"]
+            assert not list(apart.rglob("*.safetensors")), "nothing of it stays there"
+        assert "goes on after step 3" in ended.output and logged(run) == [1, 2, 3, 3, 4, 5, 5]
+    finally:
+        subprocess.run(three[1].argv(["umount", str(run)], Path("/")), check=True)
+
+
 def test_a_worker_that_fails_is_started_again_by_torchrun(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=20)
     launch.wait_for_step(2)

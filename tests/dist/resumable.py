@@ -58,7 +58,7 @@ def resave(rank: int, world_size: int, text: Path, folder: Path, source: Path, o
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", changes), world_size)
     config, prepared = resolved.config, prepare_text(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
-    checkpoint = find_checkpoint(config, prepared, mesh)
+    checkpoint = find_checkpoint(config, prepared, mesh, torch.device("cpu"))
     assert checkpoint is not None
     task = make_task(resolved, prepared, mesh)
     load_model(checkpoint, task, mesh)

@@ -9,18 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config, resolve
 from dist_moe.data.corpus import Prepared
-from dist_moe.train.checkpoint import checkpoints, recover, together
+from dist_moe.train.checkpoint import checkpoints, recover
 from dist_moe.train.elements import CheckpointError
 from dist_moe.train.loop import prepare_text
 from dist_moe.train.manifest import read_manifest
 from dist_moe.train.resume import Checkpoint, find_checkpoint
+from dist_moe.train.together import together
 from tests.dist.resumable import ROOT, SMALL, tensors, write_text
 
-ALONE = Mesh(1, 0, 1)
+ALONE, CPU = Mesh(1, 0, 1), torch.device("cpu")
 MORE = "state/rank-00001.safetensors"
 WEIGHTS, STATE = "model/model-00001-of-00001.safetensors", "state/rank-00000.safetensors"
 Damage = Callable[[Path], object]
@@ -57,7 +59,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 def find(text: Path, run: Path, *changes: str) -> Checkpoint | None:
     config = settings(text, run, *changes)
-    return find_checkpoint(config, prepare_text(config), ALONE)
+    return find_checkpoint(config, prepare_text(config), ALONE, CPU)
 
 
 def settings(text: Path, run: Path, *changes: str) -> Config:
@@ -221,7 +223,7 @@ def test_another_text_is_refused(text: Path, run: Path) -> None:
     config = settings(text, run)
     prepared: Prepared = replace(prepare_text(config), fingerprint="another")
     with pytest.raises(CheckpointError, match=r"is not the one that .*step-000006 has learned from"):
-        find_checkpoint(config, prepared, ALONE)
+        find_checkpoint(config, prepared, ALONE, CPU)
 
 
 @pytest.mark.parametrize(

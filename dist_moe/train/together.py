@@ -1,0 +1,31 @@
+"""Work that may fail on one rank, and then fails on all."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config.errors import UserError
+from dist_moe.train.elements import CheckpointError
+
+Result = TypeVar("Result")
+
+
+def together(mesh: Mesh, told: str, work: Callable[[], Result]) -> list[Result]:
+    """Do `work` on every rank -> the result of each; CheckpointError on all of them where it fails on one."""
+    result: Result | None = None
+    failure = None
+    try:
+        result = work()
+    except (OSError, SafetensorError, UserError, RuntimeError, ValueError, MemoryError) as error:
+        failure = str(error) or type(error).__name__
+    answers = [(failure, result)]
+    if mesh.world_size > 1:
+        answers *= mesh.world_size
+        dist.all_gather_object(answers, (failure, result))
+    for rank, (failed, _) in enumerate(answers):
+        if failed is not None:
+            raise CheckpointError(f"{told}: {failed} (rank {rank})")
+    return [found for _, found in answers]  # type: ignore[misc]  # None only where `work` returns it
