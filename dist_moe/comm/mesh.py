@@ -95,8 +95,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
     """
     if exchange == "flat" or expert_parallel == 1:
         return 0
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = hosts_of_ranks()
     found = block_of_hosts(hosts, expert_parallel)
     if found == 0 and exchange == "hierarchical":
         raise MeshError(
@@ -104,6 +103,13 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
             f"as many on each, and they lie on {', '.join(hosts)}; use auto or flat"
         )
     return found
+
+
+def hosts_of_ranks() -> list[str]:
+    """The name of each rank's host (a collective call)."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts
 
 
 def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:

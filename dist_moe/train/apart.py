@@ -1,7 +1,6 @@
 """Checkpoints of hosts that share no storage: files go to rank 0's host when they are saved, and to all when opened."""
 
 import contextlib
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.comm.mesh import Mesh
+from dist_moe.comm.mesh import Mesh, hosts_of_ranks
 
 CHUNK_BYTES = 1 << 24
 
@@ -31,10 +30,8 @@ class Hosts(NamedTuple):
 
 def find_hosts(mesh: Mesh, shared: bool) -> Hosts:
     """The host of each rank, which is one and the same where storage is shared. A collective call, unless it is."""
-    names = [""] * mesh.world_size
-    if not shared and mesh.world_size > 1:
-        dist.all_gather_object(names, socket.gethostname())
-    return Hosts(tuple(names))
+    apart = not shared and mesh.world_size > 1
+    return Hosts(tuple(hosts_of_ranks() if apart else [""] * mesh.world_size))
 
 
 class Parcel(NamedTuple):

@@ -23,9 +23,14 @@ LATEST = "latest"
 PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"
 
 
+def own_folder(config: Config) -> Path:
+    """Where the checkpoints of a run lie."""
+    return Path(config.run.dir) / "checkpoints"
+
+
 def checkpoint_folder(config: Config, step: int) -> Path:
     """Where the checkpoint of `step` lies: run.dir/checkpoints/step-NNNNNN."""
-    return Path(config.run.dir) / "checkpoints" / f"step-{step:06d}"
+    return own_folder(config) / f"step-{step:06d}"
 
 
 def step_of(folder: Path) -> int | None:
@@ -49,8 +54,9 @@ def save_checkpoint(training: Training, step: int) -> Path:
         written = together(mesh, told, lambda: _write(training, step, partial))
         parcels = [Parcel(name, found.bytes, rank) for rank, part in enumerate(written) for name, found in part.items()]
         far = [parcel for parcel in parcels if hosts.far(parcel.owner)]
-        here = partial if mesh.rank == 0 else None
-        together(mesh, told, lambda: deliver(far, mesh, training.engine.device, partial, here))
+        if far:
+            here = partial if mesh.rank == 0 else None
+            together(mesh, told, lambda: deliver(far, mesh, training.engine.device, partial, here))
         files = {name: found for part in written for name, found in part.items()}
         together(mesh, told, lambda: _complete(training.config, partial, final, files) if mesh.rank == 0 else None)
     finally:

@@ -1,6 +1,5 @@
 """What a complete checkpoint consists of: every file with its size and SHA-256, written last."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -8,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import Field
 
 from dist_moe.config.section import Section
+from dist_moe.data.cache import file_sha256
 from dist_moe.train.elements import CheckpointError
 
 NAME = "manifest.json"
@@ -34,7 +34,7 @@ def entry(path: Path) -> FileEntry:
     """What the file is now; it has reached the disk when this returns."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return FileEntry(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    return FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, FileEntry]) -> None:
@@ -117,8 +117,7 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
 def digest(path: Path) -> str | None:
     """SHA-256 in hexadecimal; None for a file that cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         return None
 

@@ -20,6 +20,7 @@ from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.observe.watch import LoadWatch
+from dist_moe.train.checkpoint import own_folder
 from dist_moe.train.computation import computation_max_vio
 from dist_moe.train.resume import Checkpoint, job_of
 from dist_moe.train.step import StepRecord
@@ -185,7 +186,7 @@ def open_report(config: Config, world: World, mesh: Mesh, checkpoint: Checkpoint
         yield Report(config, world, mesh, None, None, None, checkpoint)
         return
     folder = Path(config.run.dir)
-    continues = checkpoint is not None and checkpoint.folder.resolve().parent == (folder / "checkpoints").resolve()
+    continues = checkpoint is not None and checkpoint.folder.resolve().parent == own_folder(config).resolve()
     aside = None if continues else set_aside(folder)
     done = 0 if checkpoint is None else checkpoint.numbers.step
     with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.apart import Hosts, Parcel, deliver, find_hosts
-from dist_moe.train.checkpoint import PARTIAL, checkpoints, recover, set_later_aside, step_of
+from dist_moe.train.checkpoint import PARTIAL, checkpoints, own_folder, recover, set_later_aside, step_of
 from dist_moe.train.elements import CheckpointError, ElementReader
 from dist_moe.train.manifest import NAME, digest, faults, read_manifest, unlisted
 from dist_moe.train.state import Numbers, Training, read_numbers, restore
@@ -73,7 +73,7 @@ def find_checkpoint(config: Config, prepared: Prepared, mesh: Mesh, device: torc
     told = "; ".join(passed_over)
     if resume == AUTO:
         raise CheckpointError(
-            f"no checkpoint in {_own(config)} can be used: {told}; restore one, or begin anew with "
+            f"no checkpoint in {own_folder(config)} can be used: {told}; restore one, or begin anew with "
             "checkpoint.resume=never (what is there is kept)"
         )
     raise CheckpointError(f"checkpoint.resume={resume} cannot be used: {told}")
@@ -87,7 +87,7 @@ def _choose(config: Config, prepared: Prepared, folder: Path, resume: str) -> Nu
     numbers = read_numbers(folder / "state")
     if resume == AUTO:
         check_same_run(config, prepared, folder, numbers)
-    if folder.resolve().parent == _own(config).resolve():
+    if folder.resolve().parent == own_folder(config).resolve():
         set_later_aside(folder)
     return numbers
 
@@ -123,7 +123,7 @@ def _borrowed(config: Config, folder: Path) -> Path:
 
 def _look(config: Config) -> tuple[str, list[Path], list[str]]:
     """What to go on from, the checkpoints to try in this order, and what of unfinished ones is to be told."""
-    own = _own(config)
+    own = own_folder(config)
     recover(own)
     again = any(int(os.environ.get(name) or 0) for name in RESTARTS) and _begun(config) and bool(checkpoints(own))
     resume = AUTO if again else config.checkpoint.resume
@@ -153,10 +153,6 @@ def job_of(environment: Mapping[str, str]) -> str | None:
         if environment.get(name):
             return f"{name}={environment[name]}"
     return None
-
-
-def _own(config: Config) -> Path:
-    return Path(config.run.dir) / "checkpoints"
 
 
 def examine(folder: Path, mesh: Mesh, hosts: Hosts) -> str | None:

@@ -1,6 +1,7 @@
 """Runs that stop and go on, in the workers of the pool: a small model, a short text, and what is compared."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,26 @@ def write_text(folder: Path) -> Path:
     return path
 
 
+def overrides_of(text: Path, folder: Path, *further: str) -> list[str]:
+    """The overrides of a run on this text into this folder; later ones win."""
+    return [*SMALL, f"data.sources=[{text}]", f"run.dir={folder}", *further]
+
+
+def command(text: Path, folder: Path, *further: str) -> list[str]:
+    """What starts a worker of such a run."""
+    return [sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *overrides_of(text, folder, *further)]
+
+
 def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Sequence[str] = ()) -> None:
     """Train into `folder` as one rank of the pool's group; later overrides win."""
-    changes = (*SMALL, f"data.sources=[{text}]", f"run.dir={folder}", *overrides)
-    resolved = resolve(load_config(ROOT / "configs/debug.yaml", changes), world_size)
+    resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *overrides)), world_size)
     run(resolved, Place(rank, world_size, rank, world_size, "env"))
 
 
 def resave(rank: int, world_size: int, text: Path, folder: Path, source: Path, overrides: Sequence[str] = ()) -> None:
     """Open the checkpoint `source` and save it again into the run `folder`, without a step between."""
-    changes = (*SMALL, f"data.sources=[{text}]", f"run.dir={folder}", f"checkpoint.resume={source}", *overrides)
-    resolved = resolve(load_config(ROOT / "configs/debug.yaml", changes), world_size)
+    words = overrides_of(text, folder, f"checkpoint.resume={source}", *overrides)
+    resolved = resolve(load_config(ROOT / "configs/debug.yaml", words), world_size)
     config, prepared = resolved.config, prepare_text(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
     checkpoint = find_checkpoint(config, prepared, mesh, torch.device("cpu"))

@@ -5,14 +5,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dist_moe.comm.failure import STOPPED_CODE
-from tests.dist.resumable import ROOT, SMALL, same_bits, steps, write_text
+from tests.dist.resumable import ROOT, command, same_bits, steps, write_text
 
 LIMIT_S = 200.0
 STEPS = 60
@@ -35,8 +34,7 @@ def start(text: Path, run: Path, *changes: str) -> list[subprocess.Popen[bytes]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = (*SMALL, f"data.sources=[{text}]", f"run.dir={run}", f"train.steps={STEPS}", "train.schedule_steps=null")
-    argv = [sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *words, *changes]
+    argv = command(text, run, f"train.steps={STEPS}", "train.schedule_steps=null", *changes)
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

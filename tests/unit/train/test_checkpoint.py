@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,12 @@ from dist_moe.train.loop import prepare_text
 from dist_moe.train.manifest import read_manifest
 from dist_moe.train.resume import Checkpoint, find_checkpoint
 from dist_moe.train.together import together
-from tests.dist.resumable import ROOT, SMALL, tensors, write_text
+from tests.dist.resumable import ROOT, command, overrides_of, tensors, write_text
 
 ALONE, CPU = Mesh(1, 0, 1), torch.device("cpu")
 MORE = "state/rank-00001.safetensors"
 WEIGHTS, STATE = "model/model-00001-of-00001.safetensors", "state/rank-00000.safetensors"
 Damage = Callable[[Path], object]
-
-
-def command(text: Path, run: Path, *changes: str) -> list[str]:
-    words = ("train", "configs/debug.yaml", *SMALL, f"data.sources=[{text}]", f"run.dir={run}", *changes)
-    return [sys.executable, "-m", "dist_moe", *words]
 
 
 def train(text: Path, run: Path, *changes: str) -> subprocess.CompletedProcess[str]:
@@ -63,8 +57,7 @@ def find(text: Path, run: Path, *changes: str) -> Checkpoint | None:
 
 
 def settings(text: Path, run: Path, *changes: str) -> Config:
-    words = (*SMALL, f"data.sources=[{text}]", f"run.dir={run}", *changes)
-    return resolve(load_config(ROOT / "configs/debug.yaml", words), 1).config
+    return resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, run, *changes)), 1).config
 
 
 def step(run: Path, number: int) -> Path:
