@@ -150,8 +150,8 @@ class Hub:
         if not (known and isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
             line.close()
             return
-        if self._stopped:
-            # A launcher took the stop for a failure, and has started this one again.
+        if self._stopped or (self._asked is not None and rank in self._records):
+            # A launcher took the stop, or a failure on the way to it, for one to mend, and has started this one again.
             self._past.append(line)
             return
         # A launcher that restarts workers gives their ranks again.

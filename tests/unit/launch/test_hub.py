@@ -151,6 +151,23 @@ def test_a_worker_that_a_launcher_ends_or_starts_again_after_a_stop_changes_noth
     assert hub.stopped() and hub.failures() == []
 
 
+def test_a_failure_after_the_request_to_stop_stays_when_its_worker_is_started_again(hub: Hub) -> None:
+    failed = greet(hub, 0, 1)
+    until(hub, hub.complete)
+    hub.pass_on(signal.SIGUSR1)
+    failed.give({"ended": 3 << 8, "state": "running", "time": time.time()})
+    until(hub, lambda: bool(hub.failures()))
+    again = greet(hub, 0, 1)
+    again.give({"ended": signal.SIGUSR1, "state": None, "time": time.time()})
+    for _ in range(5):
+        hub.wait(0.1)
+        hub.look()
+    assert [failure.code for failure in hub.failures()] == [3]
+    assert not ready([again], 0)  # it was given no signal
+    failed.close()
+    again.close()
+
+
 def test_workers_of_one_host_are_named_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     act = """
 from dist_moe.comm.failure import report_failure
