@@ -26,10 +26,16 @@ READY_S = 60.0
 """A preflight with an ssh that gives up after 10 s, and the imports of a busy machine."""
 
 
-def worker_of(launch: Launch, rank: int) -> int:
-    """The pid, on this machine, of a rank's worker: its environment names it, and it is its minder's twin."""
+def worker_of(host: Host, rank: int) -> int:
+    """The pid, on this machine, of a rank's worker on the host: its environment names it, and it is its minder's twin.
+
+    Not that of a worker of somebody else, whom this machine may serve too.
+    """
+    there = os.readlink(f"/proc/{host.pid}/ns/pid")
     for folder in Path("/proc").iterdir():
         try:
+            if os.readlink(folder / "ns/pid") != there:
+                continue
             words = (folder / "environ").read_bytes().split(b"\0")
             status = (folder / "status").read_text()
         except (OSError, ValueError):
@@ -39,14 +45,14 @@ def worker_of(launch: Launch, rank: int) -> int:
             parent = int(status.split("PPid:\t")[1].split()[0])
             if command == Path(f"/proc/{parent}/cmdline").read_bytes():
                 return int(folder.name)
-    raise AssertionError(f"no worker of rank {rank} is there")
+    raise AssertionError(f"no worker of rank {rank} is on {host.name}")
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_killed_rank_of_another_host_is_named(start: Start, three: list[Host], launcher: str) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
     launch.wait_for_step(2)
-    os.kill(worker_of(launch, 1), signal.SIGKILL)
+    os.kill(worker_of(three[1], 1), signal.SIGKILL)
     struck_s = time.monotonic()
     ended = launch.end(60)
     assert ended.code == 137, ended.errors
@@ -223,7 +229,7 @@ def test_hosts_that_share_no_storage_train_and_go_on(start: Start, three: list[H
 def test_a_worker_that_fails_is_started_again_by_torchrun(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=20)
     launch.wait_for_step(2)
-    os.kill(worker_of(launch, 1), signal.SIGKILL)
+    os.kill(worker_of(three[1], 1), signal.SIGKILL)
     ended = launch.end()
     assert ended.code == 0, ended.errors
     assert told_of(1, ended.output) == 2, "no checkpoint yet, so it began again"
