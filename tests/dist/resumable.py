@@ -100,8 +100,9 @@ def elements(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def steps(folder: Path) -> dict[int, dict[str, Any]]:
-    """The logged steps of a run by number; of a step that was made twice, the last."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The logged steps of a run by number; of a step that was made twice, the last. Its last line may be on its way."""
+    whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
+    lines = [json.loads(line) for line in whole.splitlines()]
     return {line["step"]: line for line in lines if line["event"] == "step"}
 
 
