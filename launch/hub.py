@@ -56,7 +56,7 @@ class Hub:
         self.close()
 
     def pass_on(self, signum: int) -> None:
-        """Have the signal sent to every worker, also to those that appear later."""
+        """Have the signal sent to every worker, also to those that appear for the first time later."""
         self._asked = signum
         for line in self._lines.values():
             line.give({"signal": signum})

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from dist_moe.launch.command import LAUNCH_VARIABLE
 from dist_moe.launch.hub import Hub
 from dist_moe.launch.wire import LONGEST_BYTES, Meeting, ready
 from tests.unit.launch.minded import LIMIT_S, WORKER, greet, start, until
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub("127.0.0.1", 1, tmp_path) as opened:
-        yield opened
 
 
 def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(

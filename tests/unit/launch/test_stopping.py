@@ -2,20 +2,11 @@
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from dist_moe.launch.hub import Hub
 from dist_moe.launch.wire import ready
 from tests.unit.launch.minded import LIMIT_S, greet, start, until
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub("127.0.0.1", 1, tmp_path) as opened:
-        yield opened
 
 
 def test_a_signal_is_passed_on_and_a_worker_that_stops_has_not_failed(hub: Hub, tmp_path: Path) -> None:
