@@ -160,6 +160,12 @@ class TrainConfig(Section):
         default=False,
         description="whether activations are computed again in the backward pass, to save memory",
     )
+    skip_limit: int = Field(
+        default=10,
+        ge=0,
+        description="the steps in a row that may be skipped, because a gradient is not finite, before the run stops "
+        "with a diagnosis (0: any number)",
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="the further keys of DeepSpeed's own configuration that no field here sets",
@@ -184,6 +190,10 @@ class CheckpointConfig(Section):
         description="the checkpoint to go on from: auto (the newest good one in run.dir, if there is one), never, or "
         "the path of a step-NNNNNN folder",
     )
+    asynchronous: bool = Field(
+        default=True,
+        description="whether training goes on while the files of a checkpoint are written, from a copy in memory",
+    )
     keep_last: int = Field(default=0, ge=0, description="the newest checkpoints that are kept (0: all)")
     keep_every: int = Field(
         default=0, ge=0, description="the steps whose multiples are kept beside the newest (0: none; with keep_last)"
@@ -207,6 +217,11 @@ class ObserveConfig(Section):
         default=5,
         ge=1,
         description="the logged steps in a row over max_vio_limit before a warning (1 or more)",
+    )
+    check_ranks_every: int = Field(
+        default=100,
+        ge=0,
+        description="the optimizer steps between comparisons of what several ranks hold alike, bit by bit (0: none)",
     )
 
 

@@ -1,10 +1,7 @@
 """The command line: each command loads what it is given and calls one function; heavy imports come late."""
 
-import contextlib
 import json
 import os
-import sys
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dist_moe.cli.study import study_app
+from dist_moe.cli.words import CheckpointFolder, ConfigFile, Overrides, Workers, complain, errors_in_plain_words
 
 app = typer.Typer(
     help="Trains Mixture-of-Experts models on many workers, with balanced experts and no auxiliary loss.",
@@ -21,7 +21,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The text that models learn from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-study_app = typer.Typer(help="What the design claims, measured again without long training.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 
 
@@ -42,17 +41,6 @@ class Runner(StrEnum):
     openmpi = "openmpi"
     mpich = "mpich"
     slurm = "slurm"
-
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-CheckpointFolder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of the checkpoint.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, such as train.steps=20."),
-]
-OutFolder = Annotated[Path, typer.Option(help="Folder for all that comes of it; made if it is not there.")]
-Repetitions = Annotated[int, typer.Option(min=1, help="Measurements of each kind and size.")]
-Workers = Annotated[int, typer.Option(min=1, help="Number of workers (processes, one per device).")]
 
 
 def main() -> None:
@@ -179,82 +167,6 @@ def fetch(
     Console().print(table)
 
 
-@study_app.command()
-def controllers(
-    out: OutFolder = Path("runs/study/controllers"),
-    experts: Annotated[
-        list[int] | None, typer.Option(help="Number of experts, 8, 64, 256 or 896; may be repeated. All by default.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps, and 8 experts unless told: seconds.")] = False,
-) -> None:
-    """Measure how fast and how steadily each balancing policy levels random, drifting scores; minutes on a CPU."""
-    from time import perf_counter
-
-    from dist_moe.study.controllers import make_plan, run_plan
-    from dist_moe.study.results import write_results
-    from dist_moe.study.table import notes, terminal_tables
-
-    console = Console()
-    with errors_in_plain_words():
-        plan = make_plan(experts or (), seeds, quick)
-    began = perf_counter()
-    runs = run_plan(plan, lambda line: console.print(line, highlight=False))
-    write_results(out, plan, runs, perf_counter() - began)
-    for table in terminal_tables(plan, runs):
-        console.print(table)
-    for line in (*notes(plan), f"Results: {out}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@study_app.command()
-def policies(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: OutFolder = Path("runs/study/policies"),
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
-) -> None:
-    """Train CONFIG under every balancing policy with every seed, and compare loss and load; goes on where it was."""
-    from dist_moe.study.comparison import findings, terminal_table, write_comparison
-    from dist_moe.study.policies import plan_runs, train_all
-
-    console = Console()
-    with errors_in_plain_words():
-        runs = plan_runs(config, out, seeds, overrides or [])
-        results = train_all(runs, jobs, lambda line: console.print(line, highlight=False, markup=False))
-    write_comparison(out, runs, results)
-    console.print(terminal_table(results))
-    for line in (*findings(results), f"Results: {out}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@study_app.command()
-def exchange(repetitions: Repetitions = 50) -> None:
-    """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
-    from dist_moe.study.exchange import run
-
-    with errors_in_plain_words():
-        for table in run(repetitions):
-            Console().print(table)
-
-
-@study_app.command()
-def hops(
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a rank; may be repeated (16, 128, 1024).")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
-    width: Annotated[int, typer.Option(min=1, help="Of a token's row, in fp32.")] = 1024,
-    repetitions: Repetitions = 10,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
-) -> None:
-    """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this."""
-    from dist_moe.study.hops import TOKENS, Size, run
-
-    with errors_in_plain_words():
-        for table in run([Size(count, top_k, width) for count in tokens or TOKENS], repetitions, out):
-            Console().print(table)
-
-
 def check(config: Path, overrides: list[str] | None, workers: int) -> str:
     """The whole configuration as YAML; ConfigError with every rule that it breaks for this many workers."""
     from dist_moe.config import dump_config, load_config, resolve
@@ -280,21 +192,3 @@ def mind_if_asked(rank: int, world_size: int, run_dir: str) -> None:
         from dist_moe.launch.minder import mind
 
         mind(Meeting.parse(launch), rank, world_size, Path(run_dir))
-
-
-@contextlib.contextmanager
-def errors_in_plain_words() -> Iterator[None]:
-    """Turns an error that is the user's to mend into its message and exit code 2, without a traceback."""
-    from dist_moe.config.errors import UserError
-
-    try:
-        yield
-    except UserError as error:
-        complain(str(error))
-        raise typer.Exit(2) from None
-
-
-def complain(message: str) -> None:
-    """Writes to stderr, and leaves the lines as they are: paths and values are there to be copied."""
-    Console(stderr=True, style="bold red", highlight=False, markup=False, soft_wrap=True).print(message)
-    sys.stderr.flush()

@@ -1,0 +1,87 @@
+"""The commands that measure the design's claims again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dist_moe.cli.words import ConfigFile, OutFolder, Overrides, Repetitions, errors_in_plain_words
+
+study_app = typer.Typer(help="What the design claims, measured again without long training.", no_args_is_help=True)
+
+
+@study_app.command()
+def controllers(
+    out: OutFolder = Path("runs/study/controllers"),
+    experts: Annotated[
+        list[int] | None, typer.Option(help="Number of experts, 8, 64, 256 or 896; may be repeated. All by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps, and 8 experts unless told: seconds.")] = False,
+) -> None:
+    """Measure how fast and how steadily each balancing policy levels random, drifting scores; minutes on a CPU."""
+    from time import perf_counter
+
+    from dist_moe.study.controllers import make_plan, run_plan
+    from dist_moe.study.results import write_results
+    from dist_moe.study.table import notes, terminal_tables
+
+    console = Console()
+    with errors_in_plain_words():
+        plan = make_plan(experts or (), seeds, quick)
+    began = perf_counter()
+    runs = run_plan(plan, lambda line: console.print(line, highlight=False))
+    write_results(out, plan, runs, perf_counter() - began)
+    for table in terminal_tables(plan, runs):
+        console.print(table)
+    for line in (*notes(plan), f"Results: {out}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@study_app.command()
+def policies(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: OutFolder = Path("runs/study/policies"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
+) -> None:
+    """Train CONFIG under every balancing policy with every seed, and compare loss and load; goes on where it was."""
+    from dist_moe.study.comparison import findings, terminal_table, write_comparison
+    from dist_moe.study.policies import plan_runs, train_all
+
+    console = Console()
+    with errors_in_plain_words():
+        runs = plan_runs(config, out, seeds, overrides or [])
+        results = train_all(runs, jobs, lambda line: console.print(line, highlight=False, markup=False))
+    write_comparison(out, runs, results)
+    console.print(terminal_table(results))
+    for line in (*findings(results), f"Results: {out}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@study_app.command()
+def exchange(repetitions: Repetitions = 50) -> None:
+    """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
+    from dist_moe.study.exchange import run
+
+    with errors_in_plain_words():
+        for table in run(repetitions):
+            Console().print(table)
+
+
+@study_app.command()
+def hops(
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a rank; may be repeated (16, 128, 1024).")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
+    width: Annotated[int, typer.Option(min=1, help="Of a token's row, in fp32.")] = 1024,
+    repetitions: Repetitions = 10,
+    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
+) -> None:
+    """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this."""
+    from dist_moe.study.hops import TOKENS, Size, run
+
+    with errors_in_plain_words():
+        for table in run([Size(count, top_k, width) for count in tokens or TOKENS], repetitions, out):
+            Console().print(table)
