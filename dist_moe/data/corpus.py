@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +98,15 @@ def open_prepared(folder: Path) -> Prepared:
     train, validation = (_open_split(folder, split, manifest, tokenizer.end_id) for split in SPLITS)
     records = tuple(SourceRecord(**record) for record in manifest["records"])
     return Prepared(tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder)
+
+
+def document_names(prepared: Prepared, split: str, indices: Collection[int]) -> dict[int, str]:
+    """The names of documents of a split by index, as their source gives them; without those that cannot be read."""
+    try:
+        with (prepared.folder / f"{split}.documents.jsonl").open(encoding="utf-8") as lines:
+            return {index: str(json.loads(line)["name"]) for index, line in enumerate(lines) if index in indices}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int) -> Corpus:

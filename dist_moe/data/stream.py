@@ -79,6 +79,17 @@ class Stream:
             parts.append(gather(self._corpus, order, order.rows_R[turns], self._length))
         return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def documents(self, rows: "Rows") -> list[int]:
+        """Which documents of the corpus some rows hold, ascending indices."""
+        found: set[int] = set()
+        for number in range(rows.first, rows.first + rows.count):
+            order = self._order(number // self.rows_per_epoch)
+            begin = int(order.rows_R[number % self.rows_per_epoch]) * self._length
+            end = min(begin + self._length, len(self._corpus.tokens) - 1)
+            first, last = np.searchsorted(order.edges_N1, [begin, end - 1], side="right") - 1
+            found |= {int(index) for index in order.index_N[first : last + 1]}
+        return sorted(found)
+
     def in_order(self, first_row: int, rows: int) -> Batch:
         """Rows of the unshuffled corpus, for evaluation; past its end they are all padding, so that every
         worker may ask for equally many. ValueError as for `batch`."""
@@ -99,6 +110,18 @@ class Stream:
             kept = sorted(self._orders.items())[-(EPOCHS_KEPT - 1) :]
             self._orders = {**dict(kept), epoch: Order(index_N, edges_N1, rows_R)}
         return self._orders[epoch]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` rows of a stream from number `first` on."""
+
+    first: int
+    count: int
+
+    def of(self, stream: Stream) -> Batch:
+        """The rows themselves."""
+        return stream.batch(self.first, self.count)
 
 
 def permutation(size: int, *key: int) -> np.ndarray:

@@ -77,9 +77,9 @@ class Tokenizer:
         """The text of the ids; end tokens stand for nothing, and bytes that are not UTF-8 become U+FFFD."""
         return str(self.backend.decode([int(each) for each in ids], skip_special_tokens=True))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` opens to the
-        same ids."""
+        same ids -> both."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         settings = {
@@ -89,6 +89,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
 
 
 def byte_tokenizer() -> Tokenizer:

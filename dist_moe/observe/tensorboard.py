@@ -153,6 +153,10 @@ class TensorBoardWriter:
         self._histogram(metrics.step, "experts_per_token/validation", metrics.experts_per_token_histogram)
         self._writer.add_image("load/validation", draw_load(metrics.load), metrics.step, dataformats="HWC")
 
+    def checkpoint(self, step: int, times_ms: Mapping[str, float]) -> None:
+        """Write what the checkpoint of a step took, by name."""
+        self._scalars(step, {f"checkpoint/{name}": value for name, value in times_ms.items()})
+
     @property
     def _writer(self) -> SummaryWriter:
         if self._open_writer is None:

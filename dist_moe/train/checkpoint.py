@@ -1,7 +1,7 @@
-"""Checkpoints: at step boundaries, one folder each, written beside its place, verified, and then renamed.
+"""The folders of checkpoints: their names, how one becomes complete, which are kept, and what a crash left.
 
-step-NNNNNN/model is a Hugging Face folder, step-NNNNNN/state what resuming needs besides, and manifest.json, written
-last, tells a whole checkpoint from a part of one.
+A checkpoint is written beside its place, verified, and then renamed. step-NNNNNN/model is a Hugging Face folder,
+step-NNNNNN/state what resuming needs besides, and manifest.json, written last, tells a whole checkpoint from a part.
 """
 
 import contextlib
@@ -9,15 +9,13 @@ import itertools
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from dist_moe.config import Config, dump_config
-from dist_moe.train.apart import Parcel, deliver, find_hosts
+from dist_moe.config import Config
 from dist_moe.train.elements import CheckpointError
 from dist_moe.train.manifest import FileEntry, entry, sync_folder, write_manifest
-from dist_moe.train.state import Training, write_state
-from dist_moe.train.together import together
-from dist_moe.train.weights import write_index, write_shard
+from dist_moe.train.weights import write_index
 
 LATEST = "latest"
 PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"
@@ -39,54 +37,19 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def save_checkpoint(training: Training, step: int) -> Path:
-    """Save all that the run is after `step` -> its folder; every rank calls it, and writes its own part.
+@dataclass(frozen=True)
+class Completion:
+    """What is left to do: folders to delete, which no longer count as checkpoints, and warnings to tell."""
 
-    It is complete when the call returns. Errors: CheckpointError, on all ranks alike, where one could not write; then
-    what was saved before is as it was.
+    dropped: list[Path]
+    warnings: list[str]
+
+
+def complete(partial: Path, final: Path, files: dict[str, FileEntry], keep_last: int, keep_every: int) -> Completion:
+    """List the files of all ranks in manifest.json, let the folder take its name, and point `latest` at it.
+
+    Errors: CheckpointError where a file is not there; OSError. Then nothing that was there before has changed.
     """
-    mesh, final = training.engine.mesh, checkpoint_folder(training.config, step)
-    hosts = find_hosts(mesh, training.config.cluster.shared_storage)
-    partial = final.with_name(final.name + PARTIAL)
-    told = f"{final} could not be saved"
-    try:
-        together(mesh, told, lambda: _begin(partial) if hosts.leads(mesh.rank) else None)
-        written = together(mesh, told, lambda: _write(training, step, partial))
-        parcels = [Parcel(name, found.bytes, rank) for rank, part in enumerate(written) for name, found in part.items()]
-        far = [parcel for parcel in parcels if hosts.far(parcel.owner)]
-        if far:
-            here = partial if mesh.rank == 0 else None
-            together(mesh, told, lambda: deliver(far, mesh, training.engine.device, partial, here))
-        files = {name: found for part in written for name, found in part.items()}
-        together(mesh, told, lambda: _complete(training.config, partial, final, files) if mesh.rank == 0 else None)
-    finally:
-        if hosts.leads(mesh.rank):
-            shutil.rmtree(partial, ignore_errors=True)  # after a failure, or on a host that is not rank 0's
-    return final
-
-
-def _begin(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    for inner in ("model", "state"):
-        (partial / inner).mkdir(parents=True)
-
-
-def _write(training: Training, step: int, partial: Path) -> dict[str, FileEntry]:
-    """This rank's files, by path below the folder."""
-    config, mesh = training.config, training.engine.mesh
-    balanced = config.balance.policy not in ("none", "auxiliary")
-    written = write_shard(training.task.model, mesh, partial / "model", balanced)
-    written += write_state(training, step, partial / "state")
-    if mesh.rank == 0:
-        before = set((partial / "model").iterdir())
-        training.prepared.tokenizer.save(partial / "model")
-        written += set((partial / "model").iterdir()) - before
-        (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        written.append(partial / "config.yaml")
-    return {str(path.relative_to(partial)): entry(path) for path in written}
-
-
-def _complete(config: Config, partial: Path, final: Path, files: dict[str, FileEntry]) -> None:
     index = write_index(partial / "model")
     if hidden := sorted(set(files) - {str(path.relative_to(partial)) for path in partial.rglob("*")}):
         remedy = "share run.dir among the hosts, or set cluster.shared_storage=false"
@@ -94,20 +57,32 @@ def _complete(config: Config, partial: Path, final: Path, files: dict[str, FileE
     step = step_of(final)
     assert step is not None
     write_manifest(partial, step, files | {str(index.relative_to(partial)): entry(index)})
+    dropped, warnings = _take_place(partial, final), []
+    # The checkpoint is there; nothing that fails now does it any harm.
+    try:
+        _point_to(final)
+    except OSError as error:
+        warnings.append(f"{final.with_name(LATEST)} could not be written ({error})")
+    with contextlib.suppress(OSError):
+        dropped += _drop(final, keep_last, keep_every)
+    return Completion(dropped, warnings)
+
+
+def _take_place(partial: Path, final: Path) -> list[Path]:
+    """Give the folder its name -> the folder that had it, if any, under another one."""
     replaced = final.with_name(final.name + REPLACED)
-    if final.exists():
-        # A crash between the two leaves a whole one under one of the names, which `recover` puts back.
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(final, replaced)
+    if not final.exists():
+        os.replace(partial, final)
+        return []
+    # A crash between the two leaves a whole one under one of the names, which `recover` puts back.
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(final, replaced)
     try:
         os.replace(partial, final)
     except OSError:
         recover(final.parent)
         raise
-    _point_to(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    with contextlib.suppress(OSError):  # the checkpoint is there; what stays too long does no harm
-        _thin_out(config, final)
+    return [replaced]
 
 
 def _point_to(final: Path) -> None:
@@ -121,16 +96,17 @@ def _point_to(final: Path) -> None:
     sync_folder(final.parent)
 
 
-def _thin_out(config: Config, newest: Path) -> None:
-    """Delete what neither checkpoint.keep_last nor checkpoint.keep_every keeps, of those up to the newest."""
-    settings = config.checkpoint
+def _drop(newest: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Rename what is not kept of those up to the newest -> folders to delete. keep_last: 0 keeps all."""
     found = [(step, path) for step, path in checkpoints(newest.parent) if step <= (step_of(newest) or 0)]
-    for step, path in found[: -settings.keep_last] if settings.keep_last else ():
-        if not (settings.keep_every and step % settings.keep_every == 0):
+    dropped = []
+    for step, path in found[:-keep_last] if keep_last else ():
+        if not (keep_every and step % keep_every == 0):
             deleted = path.with_name(path.name + DELETED)
             shutil.rmtree(deleted, ignore_errors=True)
             os.replace(path, deleted)
-            shutil.rmtree(deleted, ignore_errors=True)
+            dropped.append(deleted)
+    return dropped
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

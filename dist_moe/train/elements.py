@@ -1,7 +1,6 @@
 """Reads what several ranks wrote of the optimizer, by name and by element, whoever held it."""
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
     # As other files are; safetensors lets nobody but the owner read.
-    path.chmod(0o666 & ~_umask())
+    path.chmod(0o666 & ~umask())
     with safe_open(path, framework="pt") as file:
         for name, tensor in tensors.items():
             if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
@@ -36,11 +35,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def _umask() -> int:
-    """That of this process, which cannot be asked without setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def umask() -> int:
+    """That of this process. To ask the system for it is to set it, for all threads; the kernel tells it in a file."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), 0o022)
 
 
 def _bits(tensor: Tensor) -> Tensor:

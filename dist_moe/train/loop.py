@@ -2,8 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,20 +17,21 @@ from dist_moe.config import Config, Resolved
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.errors import DataError
-from dist_moe.data.stream import Batch, Stream
+from dist_moe.data.stream import Rows
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.train.checkpoint import save_checkpoint
-from dist_moe.train.elements import CheckpointError
 from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
+from dist_moe.train.guard import Guard
 from dist_moe.train.precision import choose_precision
 from dist_moe.train.report import Report, open_report
 from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
+from dist_moe.train.saver import Saver
+from dist_moe.train.saves import Saves
 from dist_moe.train.schedule import Schedule
 from dist_moe.train.signals import asked_to_stop
 from dist_moe.train.state import Training, seed_random
-from dist_moe.train.step import StepRecord, train_step
+from dist_moe.train.step import StepRecord, Word, train_step
 
 
 def run(resolved: Resolved, place: Place) -> None:
@@ -66,48 +65,49 @@ def run(resolved: Resolved, place: Place) -> None:
 def train(resolved: Resolved, training: Training, report: Report, checkpoint: Checkpoint | None) -> None:
     """The steps of the run after those of `checkpoint`, its further checkpoints, and the evaluation at its end.
 
-    Errors: Stopped where a worker was asked to stop; then a checkpoint of all steps so far is there.
+    Errors: Stopped where a worker was asked to stop; then a checkpoint of all steps so far is there. NonFiniteError
+    after train.skip_limit skipped steps in a row; CheckpointError where the last checkpoint cannot be saved.
     """
     config, engine, prepared = resolved.config, training.engine, training.prepared
     done = 0 if checkpoint is None else checkpoint.numbers.step
-    folder = Path() if checkpoint is None else checkpoint.folder
+    saves = Saves(Saver(training, report.warn), report, None if checkpoint is None else checkpoint.folder)
+    guard = Guard(config.train.skip_limit)
     with asked_to_stop() as asked:
         for step in range(done + 1, config.train.steps + 1):
-            record = one_step(resolved, training, report, step, asked=bool(asked))
-            every, last = config.checkpoint.every, step == config.train.steps
+            guard.before(engine.device)
+            record = one_step(resolved, training, report, step, Word(bool(asked), saves.written))
+            if record.written:
+                saves.finish()
+            if guard.after(record.taken):
+                saves.finish()
+                raise guard.error(training, step, micro_batches(resolved, engine.mesh, step), saves.newest)
+            last = step == config.train.steps
             if last or record.asked:
-                folder = save_checkpoint(training, step)
-            elif every and step % every == 0:
-                try_to_save(training, report, step)
+                saves.now(step, record.taken)
+            elif config.checkpoint.every and step % config.checkpoint.every == 0:
+                saves.due(step, record.taken, config.checkpoint.asynchronous)
             if record.asked and not last:
-                report.stopped(step, folder)
+                report.stopped(step, saves.newest)
                 raise Stopped
     text = held_out(
         prepared, config.data.sequence_length, config.observe.validation_sequences, config.train.micro_batch
     )
-    report.evaluation(evaluate(training.task, text, engine.mesh, engine.device, max(done, config.train.steps)), folder)
+    found = evaluate(training.task, text, engine.mesh, engine.device, max(done, config.train.steps))
+    report.evaluation(found, saves.newest)
 
 
-def try_to_save(training: Training, report: Report, step: int) -> None:
-    """Save a checkpoint that others will follow: one that fails is told, and costs no step of training."""
-    try:
-        save_checkpoint(training, step)
-    except CheckpointError as error:
-        report.warn(f"{error}; training goes on")
-
-
-def one_step(resolved: Resolved, training: Training, report: Report, step: int, asked: bool) -> StepRecord:
+def one_step(resolved: Resolved, training: Training, report: Report, step: int, word: Word) -> StepRecord:
     """Step `step` (from 1), and its report."""
-    config, balancer, started_s = resolved.config, training.balancer, time.perf_counter()
-    learning_rate = make_schedule(config).learning_rate(balancer.taken)
+    balancer, started_s = training.balancer, time.perf_counter()
+    learning_rate = make_schedule(resolved.config).learning_rate(balancer.taken)
     rate = balancer.settings.rate_at(balancer.taken)
-    batches = list(micro_batches(training.stream, resolved, training.engine.mesh, step))
-    record = train_step(training.engine, balancer, batches, learning_rate, asked)
+    batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, step)]
+    record = train_step(training.engine, balancer, batches, learning_rate, word)
     report.step(step, record, balancer.biases, learning_rate, rate, time.perf_counter() - started_s)
     return record
 
 
-def micro_batches(stream: Stream, resolved: Resolved, mesh: Mesh, step: int) -> Iterator[Batch]:
+def micro_batches(resolved: Resolved, mesh: Mesh, step: int) -> list[Rows]:
     """This worker's part of the global batch of `step` (from 1), in micro-batches.
 
     The global batch is the same rows of the stream whatever the number of workers: each takes a block of it.
@@ -115,8 +115,7 @@ def micro_batches(stream: Stream, resolved: Resolved, mesh: Mesh, step: int) -> 
     train = resolved.config.train
     share = train.global_batch // mesh.world_size
     first = (step - 1) * train.global_batch + mesh.rank * share
-    for offset in range(0, share, train.micro_batch):
-        yield stream.batch(first + offset, train.micro_batch)
+    return [Rows(first + offset, train.micro_batch) for offset in range(0, share, train.micro_batch)]
 
 
 def prepare_text(config: Config) -> Prepared:

@@ -23,6 +23,7 @@ from dist_moe.observe.watch import LoadWatch
 from dist_moe.train.checkpoint import own_folder
 from dist_moe.train.computation import computation_max_vio
 from dist_moe.train.resume import Checkpoint, job_of
+from dist_moe.train.saver import Saved
 from dist_moe.train.step import StepRecord
 
 
@@ -159,12 +160,26 @@ class Report:
         if self.console is not None:
             self.console.warn([line])
 
-    def stopped(self, step: int, checkpoint: Path) -> None:
+    def saved(self, saved: Saved) -> None:
+        """Tell of a checkpoint that is complete: in metrics.jsonl, on TensorBoard and in a line."""
+        if self.recorder is None or self.console is None:
+            return
+        times_ms = {"stall_ms": 1e3 * saved.stall_s, "write_ms": 1e3 * saved.write_s}
+        self.recorder.write({"event": "checkpoint", "step": saved.step, "bytes": saved.bytes, **times_ms})
+        if self.board is not None:
+            self.board.checkpoint(saved.step, times_ms)
+        self.console.say(
+            f"checkpoint of step {saved.step}: {saved.bytes / 1e6:,.1f} MB, written in {saved.write_s:.2f} s; "
+            f"training stood still for {times_ms['stall_ms']:,.0f} ms"
+        )
+        self.console.warn(list(saved.warnings))
+
+    def stopped(self, step: int, checkpoint: Path | None) -> None:
         """Tell that the run ends here, as it was asked to."""
         if self.console is not None:
             self.console.say(f"stopped on request after step {step}; started again, it goes on from {checkpoint}")
 
-    def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path) -> None:
+    def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path | None) -> None:
         """Write the final evaluation down and show where everything lies."""
         if self.recorder is None or self.console is None:
             return
@@ -172,7 +187,8 @@ class Report:
         if self.board is not None:
             self.board.evaluation(metrics)
         folder = Path(self.config.run.dir)
-        paths = {"metrics": self.recorder.metrics_path, "checkpoint": checkpoint}
+        paths = {"metrics": self.recorder.metrics_path}
+        paths |= {"checkpoint": checkpoint} if checkpoint is not None else {}
         self.console.summary(metrics, paths, folder / "tensorboard" if self.board is not None else None)
 
 

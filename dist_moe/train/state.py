@@ -24,7 +24,7 @@ from dist_moe.config.section import Section
 from dist_moe.data.corpus import Prepared
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.train.elements import CheckpointError, ElementReader, write_tensors
+from dist_moe.train.elements import CheckpointError, ElementReader
 from dist_moe.train.engine import Engine
 from dist_moe.train.holding import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
 from dist_moe.train.manifest import first_line, read_small
@@ -67,24 +67,23 @@ class Numbers(Section):
     bf16: bool
 
 
-def write_state(training: Training, step: int, folder: Path) -> list[Path]:
-    """Write this rank's part of `folder`, which is there and empty -> its files; rank 0 writes what all share."""
+def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:
+    """This rank's part of `state/`: tensors by name, by file; mostly views. Rank 0 has what all share too."""
     engine, mesh = training.engine, training.engine.mesh
     found = [piece for piece in own_pieces(training) if piece.numel]
     tensors = dict(captured(found, engine.optimizer_state, engine.has_masters))
     tensors |= {key(RANDOM, f"{device}/{mesh.rank}", 0): state for device, state in random_states(engine.device)}
-    written = [write_tensors(folder / f"rank-{mesh.rank:05d}.safetensors", tensors)]
+    files = {f"rank-{mesh.rank:05d}.safetensors": tensors}
     if mesh.rank == 0:
-        written.extend(_write_shared(training, step, folder))
-    return written
+        layers = training.balancer.state_dict()["layers"]
+        files[BALANCE] = {f"{kind}:{name}": value for name, layer in layers.items() for kind, value in layer.items()}
+    return files
 
 
-def _write_shared(training: Training, step: int, folder: Path) -> Iterator[Path]:
-    mesh, settings = training.engine.mesh, training.engine.settings
-    state = training.balancer.state_dict()
-    layers = {f"{kind}:{name}": value for name, layer in state["layers"].items() for kind, value in layer.items()}
-    yield write_tensors(folder / BALANCE, layers)
-    numbers = Numbers(
+def numbers_of(training: Training, step: int) -> Numbers:
+    """What `state/training.json` says after `step`."""
+    mesh, settings, state = training.engine.mesh, training.engine.settings, training.balancer.state_dict()
+    return Numbers(
         step=step,
         taken=state["taken"],
         controller=state["controller"],
@@ -94,8 +93,6 @@ def _write_shared(training: Training, step: int, folder: Path) -> Iterator[Path]
         zero_stage=settings.zero_stage,
         bf16=settings.bf16,
     )
-    (folder / NUMBERS).write_text(numbers.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    yield folder / NUMBERS
 
 
 def own_pieces(training: Training) -> list[Piece]:

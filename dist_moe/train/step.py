@@ -18,6 +18,20 @@ from dist_moe.train.engine import Engine
 
 
 @dataclass(frozen=True)
+class Word:
+    """What a rank tells the others along with its counts.
+
+    asked: it was asked to stop. written: its files of the checkpoint that is being saved are written.
+    """
+
+    asked: bool = False
+    written: bool = False
+
+
+NOTHING = Word()
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """What a step leaves behind.
 
@@ -26,7 +40,7 @@ class StepRecord:
     ranks is their part of the loss. labels: label tokens of the global batch. tallies: the counts of each layer over
     all ranks. micro_loads: this rank's own int64 load_E, for each micro-batch a list over the layers. threshold: the
     one that routed this step, from before its update; None without threshold routing. asked: whether any rank was
-    asked to stop before this step.
+    asked to stop before this step. written: whether every rank had written its files.
     """
 
     taken: bool
@@ -38,6 +52,7 @@ class StepRecord:
     micro_loads: list[list[Tensor]]
     threshold: float | None
     asked: bool = False
+    written: bool = False
 
     @property
     def loads(self) -> list[Tensor]:
@@ -46,15 +61,14 @@ class StepRecord:
 
 
 def train_step(
-    engine: Engine, balancer: Balancer, batches: Sequence[Batch], learning_rate: float, asked: bool = False
+    engine: Engine, balancer: Balancer, batches: Sequence[Batch], learning_rate: float, word: Word = NOTHING
 ) -> StepRecord:
     """Forward and backward over this worker's micro-batches, one optimizer step, one update of the balance.
 
     The bias that routes in this step is the one from before it. A step that is skipped, because its gradient is not
-    finite on some rank, moves no weight, no moment and no bias. asked: whether this rank was asked to stop, which all
-    ranks learn from the record.
+    finite on some rank, moves no weight, no moment and no bias. word: what all ranks learn from the record.
     """
-    labels, tokens, asking = count_labels(batches, engine.device, asked)
+    labels, tokens, asking, written = count_labels(batches, engine.device, word)
     # DeepSpeed divides by the micro-batches and averages over the ranks; this undoes both, so that the loss is the
     # mean over the label tokens of the global batch, however it was divided up, and the routing losses that over all
     # its tokens.
@@ -77,7 +91,16 @@ def train_step(
         )
     tallies = balancer.step() if result.taken else balancer.discard()
     return StepRecord(
-        result.taken, result.grad_norm, nll_sum, auxiliary, labels, tallies, micro_loads, threshold, asking > 0
+        taken=result.taken,
+        grad_norm=result.grad_norm,
+        nll_sum=nll_sum,
+        auxiliary=auxiliary,
+        labels=labels,
+        tallies=tallies,
+        micro_loads=micro_loads,
+        threshold=threshold,
+        asked=asking > 0,
+        written=written == engine.mesh.world_size,
     )
 
 
@@ -88,10 +111,10 @@ def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) ->
     return engine.forward(*(tensor.to(engine.device) for tensor in inputs), scale, token_scale)
 
 
-def count_labels(batches: Sequence[Batch], device: torch.device, asked: bool = False) -> tuple[int, int, int]:
-    """Label tokens and tokens of the global batch, summed over the micro-batches and all ranks, and the ranks asked."""
+def count_labels(batches: Sequence[Batch], device: torch.device, word: Word = NOTHING) -> tuple[int, int, int, int]:
+    """Over all ranks: label tokens and tokens of the global batch, and the ranks that were asked and have written."""
     none = torch.zeros((), dtype=torch.int64)
     labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), none)
     tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
-    counts = sum_counts([labels, tokens, torch.tensor(int(asked))], device)
-    return int(counts[0]), int(counts[1]), int(counts[2])
+    counts = sum_counts([labels, tokens, torch.tensor([word.asked, word.written], dtype=torch.int64)], device)
+    return int(counts[0]), int(counts[1]), int(counts[2][0]), int(counts[2][1])

@@ -50,26 +50,49 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
         for shard in folder.glob("*.safetensors"):  # of an earlier save, perhaps on more ranks
             shard.unlink()
     _barrier()
-    write_shard(model, mesh, folder, balanced)
+    for name, tensors in shard_tensors(model, mesh, balanced).items():
+        write_tensors(folder / name, tensors)
     _barrier()
     if mesh.rank == 0:
+        for name, text in config_files(model, balanced).items():
+            (folder / name).write_text(text, encoding="utf-8")
         write_index(folder)
     _barrier()
 
 
-def write_shard(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: bool) -> list[Path]:
-    """Write this rank's part of `folder`, which is there and empty -> its files; rank 0 writes the config too."""
-    adapter, layers = adapter_of(model.config.model_type), find_layers(model)
+def shard_tensors(model: PreTrainedModel, mesh: Mesh, balanced: bool) -> dict[str, dict[str, Tensor]]:
+    """This rank's part of the folder: tensors by name, by file; views of the parameters. Empty where another has it."""
+    if mesh.edp_rank != 0:
+        return {}
+    layers = find_layers(model)
+    tensors = dict(_expert_tensors(layers, mesh))
+    if mesh.ep_rank == 0:
+        bias = _bias_name(adapter_of(model.config.model_type), _own_type(model, layers, balanced))
+        tensors |= dict(_dense_tensors(model, layers, bias))
+    return {f"model-{mesh.ep_rank + 1:05d}-of-{mesh.expert_parallel:05d}.safetensors": tensors}
+
+
+def config_files(model: PreTrainedModel, balanced: bool) -> dict[str, str]:
+    """config.json and generation_config.json of the folder: their texts, by name."""
+    layers = find_layers(model)
+    rule = layers[0].router.rule
+    raw = model.config.to_diff_dict()
+    raw["architectures"] = [type(model).__name__]
+    raw["dtype"] = str(model.dtype).removeprefix("torch.")
+    if _own_type(model, layers, balanced):
+        raw["model_type"] = OWN_PREFIX + model.config.model_type
+        raw["dist_moe"] = _beyond(model.config, rule)
+    generation = GenerationConfig.from_model_config(model.config)
+    return {
+        "config.json": json.dumps(raw, indent=2, sort_keys=True) + "\n",
+        "generation_config.json": generation.to_json_string(),
+    }
+
+
+def _own_type(model: PreTrainedModel, layers: list[MoeLayer], balanced: bool) -> bool:
+    """Whether the family's own `model_type` would let plain `transformers` compute another function."""
     biased = balanced or any(bool(layer.router.selection_bias.any()) for layer in layers)
-    own_type = not expressible(model.config, layers[0].router.rule, biased)
-    written = _write_config(model, layers[0].router.rule, folder, own_type) if mesh.rank == 0 else []
-    if mesh.edp_rank == 0:
-        tensors = dict(_expert_tensors(layers, mesh))
-        if mesh.ep_rank == 0:
-            tensors |= dict(_dense_tensors(model, layers, _bias_name(adapter, own_type)))
-        name = f"model-{mesh.ep_rank + 1:05d}-of-{mesh.expert_parallel:05d}.safetensors"
-        written.append(write_tensors(folder / name, tensors))
-    return written
+    return not expressible(model.config, layers[0].router.rule, biased)
 
 
 def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
@@ -166,18 +189,6 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise WeightsError(f"{path} is no Hugging Face config ({error!r}); use another checkpoint") from None
     return raw
-
-
-def _write_config(model: PreTrainedModel, rule: Rule, folder: Path, own_type: bool) -> list[Path]:
-    raw = model.config.to_diff_dict()
-    raw["architectures"] = [type(model).__name__]
-    raw["dtype"] = str(model.dtype).removeprefix("torch.")
-    if own_type:
-        raw["model_type"] = OWN_PREFIX + model.config.model_type
-        raw["dist_moe"] = _beyond(model.config, rule)
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-    GenerationConfig.from_model_config(model.config).save_pretrained(folder)
-    return [folder / "config.json", folder / "generation_config.json"]
 
 
 def _bias_name(adapter: Adapter, own_type: bool) -> str | None:

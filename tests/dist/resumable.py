@@ -15,10 +15,10 @@ from dist_moe.comm.mesh import make_mesh
 from dist_moe.comm.place import Place
 from dist_moe.config import load_config, resolve
 from dist_moe.model.build import parameter_groups
-from dist_moe.train.checkpoint import save_checkpoint
 from dist_moe.train.engine import start_engine
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, prepare_text, run
 from dist_moe.train.resume import find_checkpoint, go_on, load_model
+from dist_moe.train.saver import save_checkpoint
 from dist_moe.train.state import Training
 
 ROOT = Path(__file__).parents[2]
