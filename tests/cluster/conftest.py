@@ -135,7 +135,8 @@ def told_of(step: int, output: str) -> int:
 
 def logged(run: Path) -> list[int]:
     """The steps of metrics.jsonl, in the order in which they were written; an evaluation has the last one's."""
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] != "checkpoint"]
 
 
 def until_gone(up: list[Host]) -> list[str]:

@@ -25,7 +25,11 @@ CLOSE = 1e-4
 
 def losses(run_dir: Path) -> list[float]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] if line["event"] == "step" else line["validation_loss"] for line in lines]
+    return [
+        line["loss" if line["event"] == "step" else "validation_loss"]
+        for line in lines
+        if line["event"] != "checkpoint"
+    ]
 
 
 def assert_alike(found: list[float], alone: list[float]) -> None:

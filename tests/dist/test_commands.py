@@ -54,7 +54,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_launchers_started_by_hand_train_alike(runs: dict[str, Path]) -> None:
-    deepspeed, torchrun = (lines(runs[name]) for name in ("deepspeed", "torchrun"))
+    deepspeed, torchrun = (
+        [line for line in lines(runs[name]) if line["event"] != "checkpoint"] for name in ("deepspeed", "torchrun")
+    )
     assert [step["loss"] for step in deepspeed[:2]] == [step["loss"] for step in torchrun[:2]]
     assert [step["load"] for step in deepspeed] == [step["load"] for step in torchrun]
     assert deepspeed[-1]["event"] == "validation"
@@ -78,7 +80,8 @@ def test_a_run_that_begins_anew_in_the_same_folder_sets_the_first_aside(runs: di
     call(sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *again)
     assert (folder / "earlier-1" / "metrics.jsonl").read_bytes() == before
     assert (folder / "earlier-1" / "checkpoints" / "step-000002" / "model" / "config.json").is_file()
-    assert [line["step"] for line in lines(folder)] == [1, 2, 2]
+    events = [("step", 1), ("step", 2), ("checkpoint", 2), ("validation", 2)]
+    assert [(line["event"], line["step"]) for line in lines(folder)] == events
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

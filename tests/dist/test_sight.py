@@ -102,6 +102,9 @@ def test_whole_runs_write_every_figure(ranks: RankPool, tmp_path: Path, workers:
     overrides = ["train.steps=3", "observe.every=1", "router.selection=threshold", "router.score=softmax"]
     overrides += ["router.budget=3", "balance.policy=adaptive_weight", "balance.auxiliary_loss=0.01"]
     printed, lines = ranks.run(whole_run, workers, str(tmp_path), overrides)[0]
+    saved = [line for line in lines if line["event"] == "checkpoint"]
+    assert [line["step"] for line in saved] == [3] and saved[0]["stall_ms"] >= saved[0]["write_ms"] > 0
+    lines = [line for line in lines if line["event"] != "checkpoint"]
     steps, end = lines[:-1], lines[-1]
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert steps[0]["threshold"] == pytest.approx(0.4), "the one that routed step 1, and not the one after it"
