@@ -1,8 +1,9 @@
 """Runs that stop and go on, in the workers of the pool: a small model, a short text, and what is compared."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch import Tensor
 from dist_moe.comm.bootstrap import World
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.comm.place import Place
-from dist_moe.config import load_config, resolve
+from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.build import parameter_groups
 from dist_moe.train.engine import start_engine
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, prepare_text, run
 from dist_moe.train.resume import find_checkpoint, go_on, load_model
 from dist_moe.train.saver import save_checkpoint
-from dist_moe.train.state import Training
+from dist_moe.train.state import Training, read_numbers
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -62,22 +63,30 @@ def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Seque
     run(resolved, Place(rank, world_size, rank, world_size, "env"))
 
 
-def resave(rank: int, world_size: int, text: Path, folder: Path, source: Path, overrides: Sequence[str] = ()) -> None:
-    """Open the checkpoint `source` and save it again into the run `folder`, without a step between."""
-    words = overrides_of(text, folder, f"checkpoint.resume={source}", *overrides)
+@contextlib.contextmanager
+def started(rank: int, world_size: int, words: Sequence[str]) -> Iterator[tuple[Resolved, Training]]:
+    """A run of configs/debug.yaml with the overrides `words`, started or gone on, before its next step."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", words), world_size)
     config, prepared = resolved.config, prepare_text(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
     checkpoint = find_checkpoint(config, prepared, mesh, torch.device("cpu"))
-    assert checkpoint is not None
     task = make_task(resolved, prepared, mesh)
-    load_model(checkpoint, task, mesh)
+    if checkpoint is not None:
+        load_model(checkpoint, task, mesh)
     place = Place(rank, world_size, rank, world_size, "env")
     settings = engine_settings(resolved, World(place, torch.device("cpu"), "gloo"))
     with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
         training = Training(config, engine, make_balancer(task, config, engine.device), task, prepared)
-        go_on(checkpoint, training)
-        save_checkpoint(training, checkpoint.numbers.step)
+        if checkpoint is not None:
+            go_on(checkpoint, training)
+        yield resolved, training
+
+
+def resave(rank: int, world_size: int, text: Path, folder: Path, source: Path, overrides: Sequence[str] = ()) -> None:
+    """Open the checkpoint `source` and save it again into the run `folder`, without a step between."""
+    words = overrides_of(text, folder, f"checkpoint.resume={source}", *overrides)
+    with started(rank, world_size, words) as (_, training):
+        save_checkpoint(training, read_numbers(source / "state").step)
 
 
 def elements(checkpoint: Path) -> dict[str, Tensor]:

@@ -1,0 +1,91 @@
+"""Checkpoints that are written while training goes on: the bits of the step at which they were begun."""
+
+import threading
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_moe.config import Resolved
+from dist_moe.train.checkpoint import checkpoints
+from dist_moe.train.contents import HostCopy, collect
+from dist_moe.train.loop import micro_batches
+from dist_moe.train.saver import Saver, Written
+from dist_moe.train.state import Training
+from dist_moe.train.step import NOTHING, Word, train_step
+from tests.dist.pool import RankPool
+from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_checkpoints_written_beside_training_have_the_bits_of_those_it_waits_for(
+    ranks: RankPool, text: Path, tmp_path: Path, stage: int
+) -> None:
+    changes = ("train.steps=7", "checkpoint.every=2", f"parallel.zero_stage={stage}", "train.precision=bf16")
+    for beside in ("true", "false"):
+        ranks.run(train, 2, text, tmp_path / beside, (*changes, f"checkpoint.asynchronous={beside}"))
+    assert [step for step, _ in checkpoints(tmp_path / "true/checkpoints")] == [2, 4, 6, 7]
+    for step in ("2", "4", "6", "7"):
+        name = f"checkpoints/step-{step:0>6}"
+        assert same_bits(tmp_path / "true" / name, tmp_path / "false" / name) == []
+    assert steps(tmp_path / "true")[7]["loss"] == steps(tmp_path / "false")[7]["loss"]
+
+
+def overwritten(rank: int, world_size: int, text: Path, folder: Path) -> list[str]:
+    """Copy everything, change everything, and look at the copy -> what of it has changed."""
+    with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
+        one_step(resolved, training, 1)
+        files = collect(training, 1).tensors.items()
+        before = {(file, name): tensor.clone() for file, part in files for name, tensor in part.items()}
+        copy = HostCopy().of(collect(training, 1))
+        for step in (2, 3):
+            one_step(resolved, training, step)
+        now = collect(training, 3).tensors
+        assert any(not torch.equal(now[file][name], tensor) for (file, name), tensor in before.items())
+        return [name for (file, name), tensor in before.items() if not torch.equal(copy.tensors[file][name], tensor)]
+
+
+def one_step(resolved: Resolved, training: Training, step: int, word: Word = NOTHING) -> bool:
+    """A step -> whether all ranks have written."""
+    batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, step)]
+    return train_step(training.engine, training.balancer, batches, 0.01, word).written
+
+
+def test_trap_T44_what_is_written_beside_training_is_a_copy(ranks: RankPool, text: Path, tmp_path: Path) -> None:
+    assert ranks.run(overwritten, 2, text, tmp_path) == [[], []]
+
+
+def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[bool], list[str], bool]:
+    """Rank 1's storage takes three time limits of a collective: told by step, warnings, and whether it is complete."""
+    with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=1")) as (resolved, training):
+        warnings: list[str] = []
+        saver = Saver(training, warnings.append)
+        saver.begin(1)
+        pending = saver._pending
+        assert pending is not None
+        written = pending.work.result(60)
+        held: Future[Written] = Future()
+        if rank == 1:
+            saver._pending = replace(pending, work=held)
+        told = [one_step(resolved, training, step, Word(written=saver.written)) for step in (2, 3)]
+        if rank == 1:
+            threading.Timer(3.0, held.set_result, (written,)).start()
+        saved = saver.finish()
+        assert saved is not None
+        dist.barrier()
+        return told, warnings, (saved.folder / "manifest.json").is_file()
+
+
+def test_slow_storage_is_told_and_is_no_hang(ranks: RankPool, text: Path, tmp_path: Path) -> None:
+    """No checkpoint is complete before the slowest rank has written, at the same step on all ranks."""
+    for told, warnings, complete in ranks.run(slow, 2, text, tmp_path):
+        assert told == [False, False] and complete
+        assert warnings and all("rank 1 has not written its files" in warning for warning in warnings)
