@@ -222,18 +222,18 @@ def test_another_text_is_refused(text: Path, run: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"files": {"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "outside of its folder"),
-        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "outside of its folder"),
-        ({"files": {"model/x": {"bytes": -1, "sha256": "0" * 64}}}, "cannot be used"),
-        ({"files": {"model/x": {"bytes": 1, "sha256": "short"}}}, "cannot be used"),
-        ({"format": 2}, "is of format 2, and this dist-moe reads format 1"),
+        ({"files": {"../../etc/passwd": {"bytes": 1, "xxh3_128": "0" * 32}}}, "outside of its folder"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "xxh3_128": "0" * 32}}}, "outside of its folder"),
+        ({"files": {"model/x": {"bytes": -1, "xxh3_128": "0" * 32}}}, "cannot be used"),
+        ({"files": {"model/x": {"bytes": 1, "xxh3_128": "short"}}}, "cannot be used"),
+        ({"format": 1}, "is of format 1, and this dist-moe reads format 2"),
         ({"format": "1"}, "cannot be used"),
         ({"step": 1.5}, "cannot be used"),
         ({"more": 1}, "cannot be used"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, changed: dict[str, object], told: str) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "step": 1, "files": {}} | changed))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 2, "step": 1, "files": {}} | changed))
     with pytest.raises(CheckpointError, match=told):
         read_manifest(tmp_path)
 

@@ -1,0 +1,1 @@
+"""Programs that measure against a peer, in one run; no tests."""
