@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 TYPES := build/types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cluster docker docker-train docker-down check lint types format parity mutants tensorboard clean
+.PHONY: help setup train test test-cluster docker docker-train docker-down check lint types format parity mutants faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ parity: $(STAMP) ## compare losses and gradients over worker counts, expert para
 
 mutants: $(STAMP) ## break the code one line at a time; each time the named test must fail
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+faults: $(STAMP) ## strike runs by signals, damaged files and broken disks; half an hour or so
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 tensorboard: $(STAMP) ## show the runs in a browser
 	$(BIN)/tensorboard --logdir runs $(ARGS)

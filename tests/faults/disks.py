@@ -1,0 +1,108 @@
+"""Disk faults inside a save: a small file system that is full, read-only or gone while a checkpoint is written.
+
+For a process in a mount namespace of its own, where it may mount: `unshare --user --map-root-user --mount`.
+"""
+
+import ctypes
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+from dist_moe.train.checkpoint import PARTIAL
+from dist_moe.train.elements import CheckpointError
+from dist_moe.train.manifest import NAME, digest
+from dist_moe.train.saver import Saver
+from dist_moe.train.state import Training
+from tests.dist.resumable import overrides_of, same_bits, started
+from tests.faults.files import CHANGES, LAST, SAVED, go
+from tests.faults.row import Row
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+READ_ONLY, REMOUNT, BIND, DETACH = 1, 32, 4096, 2
+SIZE_BYTES = 16 << 20
+KINDS = ("full inside a save", "read-only inside a save", "gone inside a save")
+
+
+def inject(kind: str, seed: int, text: Path, made: Path, folder: Path) -> Row:
+    """Go on from step 6 on a disk of its own, break the disk while step 7 is saved, mend it, and go on to the end."""
+    began_s, draw = time.monotonic(), random.Random(seed)
+    disk, behind = folder / "disk", folder / "behind"
+    for place in (disk, behind):
+        place.mkdir(parents=True)
+    mount("tmpfs", disk, "tmpfs", 0, f"size={SIZE_BYTES}")
+    mount(str(disk), behind, "", BIND)
+    try:
+        shutil.copytree(made / "run", disk / "run")
+        kept = {step: digest(disk / f"run/checkpoints/step-{step:06d}/{NAME}") for step in SAVED}
+        with started(0, 1, overrides_of(text, disk / "run", *CHANGES)) as (resolved, training):
+            go(resolved, training, SAVED[-1] + 1, SAVED[-1] + 1)
+            proof, wrong = struck(kind, training, disk, behind, draw)
+            wrong += [
+                f"step {step} was lost"
+                for step, told in kept.items()
+                if digest(behind / f"run/checkpoints/step-{step:06d}/{NAME}") != told
+            ]
+            go(resolved, training, LAST, LAST)
+        last = f"checkpoints/step-{LAST:06d}"
+        wrong += [f"{name} differs" for name in same_bits(disk / "run" / last, made / "whole" / last)]
+    finally:
+        for place in (disk, behind):
+            LIBC.umount2(os.fsencode(place), DETACH)
+        shutil.rmtree(folder, ignore_errors=True)
+    return Row(
+        "file", f"disk {kind}", seed, True, proof, "trained on, the next save held", wrong, time.monotonic() - began_s
+    )
+
+
+def struck(kind: str, training: Training, disk: Path, behind: Path, draw: random.Random) -> tuple[str, list[str]]:
+    """Begin a save, break the disk before it is over, and mend it afterwards -> the proof, and what is wrong."""
+    saver, step = Saver(training), training.balancer.taken
+    ballast = disk / "ballast"
+    if kind == KINDS[0]:
+        # So little room that the save begins, and ends in the middle.
+        room, free = draw.randrange(8 << 10, 600 << 10), shutil.disk_usage(disk).free
+        ballast.write_bytes(bytes(free - room))
+    partial = disk / f"run/checkpoints/step-{step:06d}{PARTIAL}"
+    began = told = ""
+    try:
+        saver.begin(step)
+        began = "begun" if partial.is_dir() else ""
+        broken = kind == KINDS[0] or break_disk(kind, disk, saver, draw)
+        saver.finish()
+        told = "" if broken else "missed"
+    except CheckpointError as error:
+        told = str(error)
+    if kind == KINDS[0]:
+        ballast.unlink()
+    elif kind == KINDS[1]:
+        mount("tmpfs", disk, "tmpfs", REMOUNT)
+    else:
+        mount(str(behind), disk, "", BIND)
+    if told == "missed" or not began:
+        return "", []
+    left = [path.name for path in (disk / "run/checkpoints").glob(f"*{step:06d}*") if PARTIAL not in path.name]
+    wrong = [f"a checkpoint of the broken save: {left}"] if left else []
+    wrong += [] if told else ["a save on a broken disk is told as complete"]
+    return f"step {step} begun, then {told.rpartition(': ')[2] or 'nothing told'}", wrong
+
+
+def break_disk(kind: str, disk: Path, saver: Saver, draw: random.Random) -> bool:
+    """Break it while this rank's files are being written -> whether that came in time."""
+    time.sleep(draw.random() * 0.004)
+    while not saver.written:
+        if kind == KINDS[2]:
+            return not LIBC.umount2(os.fsencode(disk), DETACH) and not saver.written
+        # Refused as long as a file is open for writing, so it is tried until one is closed.
+        if not LIBC.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", REMOUNT | READ_ONLY, None):
+            return not saver.written
+    return False
+
+
+def mount(source: str, target: Path, kind: str, flags: int, options: str = "") -> None:
+    """mount(2)."""
+    words = (source.encode(), os.fsencode(target), kind.encode(), flags, options.encode())
+    if LIBC.mount(*words):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))

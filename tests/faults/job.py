@@ -1,0 +1,113 @@
+"""Two real workers in training, started directly or by a launcher, to be struck and started again."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.dist.resumable import ROOT, command, overrides_of, steps
+
+LIMIT_S = 120.0
+STEPS, EVERY = 40, 3
+CHANGES = (
+    f"train.steps={STEPS}",
+    f"checkpoint.every={EVERY}",
+    "train.schedule_steps=null",
+    "model.config.num_hidden_layers=5",
+    "parallel.timeout_s=8",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """processes: what was started: the workers, or the launch alone. ranks: workers."""
+
+    run: Path
+    ranks: int
+    launched: bool
+    processes: list[subprocess.Popen[bytes]]
+
+    def pid(self, rank: int) -> int | None:
+        """The process of a worker by its own record, which is there before it trains."""
+        try:
+            record = json.loads((self.run / f"workers/rank-{rank}.json").read_text())
+            return int(record["pid"]) if record["state"] == "running" else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def wait(self, limit_s: float = LIMIT_S) -> list[int]:
+        """The exit codes of what was started; TimeoutExpired if it does not end."""
+        deadline = time.monotonic() + limit_s
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+
+    @property
+    def step(self) -> int:
+        """The last step that is logged; 0 before the first."""
+        return max(steps(self.run), default=0) if (self.run / "metrics.jsonl").is_file() else 0
+
+
+@contextlib.contextmanager
+def job(text: Path, run: Path, ranks: int, launcher: str | None, *changes: str) -> Iterator[Job]:
+    """Start a run, or go on with it; at the end of the block nothing of it is left."""
+    argv = command(text, run, *CHANGES, *changes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    if launcher is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        meeting = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        places = [meeting | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+        calls = [(argv, place) for place in places]
+    else:
+        further = ["--max-restarts", "3"] if launcher == "torchrun --max-restarts" else []
+        options = ["--launcher", launcher.split()[0], "--workers", str(ranks), *further]
+        words = [sys.executable, "-m", "dist_moe", "launch", "configs/debug.yaml", *overrides_of(text, run, *CHANGES)]
+        calls = [([*words, *changes, *options], {})]
+    for record in run.glob("workers/rank-*.json"):
+        record.unlink()  # of an earlier start: its processes are gone
+    out = subprocess.DEVNULL
+    started = [
+        subprocess.Popen(words, cwd=ROOT, env=environment | place, stdout=out, stderr=out) for words, place in calls
+    ]
+    running = Job(run, ranks, launcher is not None, started)
+    try:
+        yield running
+    finally:
+        end(running)
+
+
+def end(running: Job) -> None:
+    """Kill whatever is left, by its id, and wait until it is gone."""
+    pids = [pid for rank in range(running.ranks) if (pid := running.pid(rank)) is not None]
+    for process in running.processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            if _is_worker_of(pid, running.run):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_worker_of(pid: int, run: Path) -> bool:
+    """Whether the process is still the worker of this run, and no other that has its number now."""
+    try:
+        return f"run.dir={run}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def state_of(pid: int) -> str:
+    """The state of a process in one letter, as the kernel has it; "gone" for none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"

@@ -1,0 +1,227 @@
+"""Process faults: a signal to a worker or to the launch at a drawn moment, and the run that goes on after it."""
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from dist_moe.train.checkpoint import PARTIAL, checkpoints
+from dist_moe.train.manifest import NAME, digest, faults, read_manifest
+from tests.dist.resumable import same_bits, steps
+from tests.faults.job import EVERY, STEPS, Job, job, state_of
+from tests.faults.row import Row
+
+Found = TypeVar("Found")
+
+SETTLE_S = 10.0
+CLOSE = 1e-4
+
+
+@dataclass(frozen=True)
+class ProcessFault:
+    """signum to `target` ("worker" or "launch") of a run that `launcher` started (None: directly).
+
+    inside: inside a save, else at a random moment. onward: the workers that go on; 0 where the launcher itself does.
+    """
+
+    signum: signal.Signals
+    target: str
+    launcher: str | None
+    inside: bool
+    onward: int
+    asynchronous: bool
+    seed: int
+
+    def of_try(self, number: int) -> "ProcessFault":
+        """The same at another moment."""
+        return replace(self, seed=self.seed + number)
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        of = (
+            f"a {self.target}"
+            if self.launcher is None
+            else f"the {self.target}"
+            if self.target == "launch"
+            else "a worker"
+        )
+        return f"{self.signum.name} to {of} ({self.launcher or 'started directly'})"
+
+
+def plan(seed: int) -> list[ProcessFault]:
+    """48 faults; the seed draws the moments alone, so that every campaign has the same kinds."""
+    kill, stop, term, usr1 = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR1
+    kinds = [
+        (kill, "worker", None, True, 2, 12),
+        (kill, "worker", None, False, 2, 6),
+        (kill, "worker", None, True, 1, 2),
+        (kill, "worker", None, False, 4, 3),
+        (stop, "worker", None, True, 2, 3),
+        (stop, "worker", None, False, 2, 2),
+        (term, "worker", None, False, 2, 2),
+        (usr1, "worker", None, True, 1, 1),
+        (kill, "launch", "deepspeed", True, 2, 3),
+        (kill, "launch", "torchrun", False, 2, 2),
+        (kill, "worker", "deepspeed", False, 2, 2),
+        (kill, "worker", "torchrun", True, 4, 1),
+        (term, "launch", "deepspeed", False, 2, 2),
+        (usr1, "launch", "torchrun", False, 1, 1),
+        (kill, "worker", "torchrun --max-restarts", True, 0, 3),
+        (kill, "worker", "torchrun --max-restarts", False, 0, 3),
+    ]
+    found: list[ProcessFault] = []
+    for signum, target, launcher, inside, onward, count in kinds:
+        for _ in range(count):
+            number = len(found)
+            found.append(
+                ProcessFault(signum, target, launcher, inside, onward, number % 3 != 2, seed * 100_000 + number * 10)
+            )
+    return found
+
+
+def inject(fault: ProcessFault, text: Path, run: Path, undisturbed: Path) -> Row:
+    """Start two workers, strike, let the run go on to its end, and compare it with the one that nothing happened to."""
+    began_s, draw = time.monotonic(), random.Random(fault.seed)
+    changes = (f"checkpoint.asynchronous={str(fault.asynchronous).lower()}",)
+    with job(text, run, 2, fault.launcher, *changes) as running:
+        before, proof = strike(fault, running, draw)
+        wrong = [] if fault.onward else unlike([0], running.wait(), "the launch ends with {found}")
+    wrong += lost(before)
+    onward = "by itself"
+    if fault.onward:
+        goes_on = max((step for step, _ in checkpoints(run / "checkpoints")), default=0)
+        onward = f"with {fault.onward} worker{'s' * (fault.onward > 1)}"
+        with job(text, run, fault.onward, None, *changes) as again:
+            wrong += unlike([0] * fault.onward, again.wait(), "started again, the workers end with {found}")
+        wrong += differing(run, undisturbed, fault.onward, goes_on)
+    else:
+        wrong += differing(run, undisturbed, 2, 0)
+    return Row("process", fault.kind, fault.seed, fault.inside, proof, onward, wrong, time.monotonic() - began_s)
+
+
+def strike(fault: ProcessFault, running: Job, draw: random.Random) -> tuple[dict[Path, str], str]:
+    """Wait for the moment, send the signal, and wait for the end -> complete checkpoints before, and the proof."""
+    first = draw.randrange(EVERY, STEPS - 3 * EVERY)
+    partial = wait_for(running, first, fault.inside)
+    if not fault.inside:
+        time.sleep(draw.random() * 0.2)
+    rank = draw.randrange(2)
+    pid = running.processes[0].pid if fault.target == "launch" else running.pid(rank)
+    before = complete(running.run)
+    if pid is None:
+        return before, ""
+    step, inside = running.step, partial is not None and is_inside(partial)
+    os.kill(pid, fault.signum)
+    inside = inside and partial is not None and is_inside(partial)
+    struck = settle(running, pid, fault)
+    if fault.inside and not inside:
+        return before, ""
+    where = f" inside the save of {partial.name.removesuffix(PARTIAL)}" if partial is not None else ""
+    target = "the launch" if fault.target == "launch" else f"rank {rank}"
+    return before, f"process {pid}, {target}, {struck} after step {step}{where}" if struck else ""
+
+
+def wait_for(running: Job, first: int, inside: bool) -> Path | None:
+    """Wait until a step is logged, or until a save from it on is under way -> its folder."""
+    folder = running.run / "checkpoints"
+
+    def look() -> Path | None:
+        if not inside:
+            return folder if running.step >= first else None
+        parts = folder.glob(f"step-*{PARTIAL}") if folder.is_dir() else ()
+        at = [path for path in parts if int(path.name.removesuffix(PARTIAL)[5:]) >= first]
+        return next((path for path in at if is_inside(path)), None)
+
+    found = until(look, 90.0, 0.0002 if inside else 0.005)
+    return found if inside else None
+
+
+def is_inside(partial: Path) -> bool:
+    """Whether the checkpoint is begun, has some file, and is not complete."""
+    return any(partial.rglob("*.safetensors")) and not partial.with_name(partial.name.removesuffix(PARTIAL)).exists()
+
+
+def settle(running: Job, pid: int, fault: ProcessFault) -> str:
+    """Wait until what was struck has ended, and all others where nobody starts them again -> what became of it.
+
+    What is stopped is killed once the others are gone, as whoever minds such a machine would do.
+    """
+    others = [worker for rank in range(running.ranks) if (worker := running.pid(rank)) not in (None, pid)]
+    if fault.signum is signal.SIGSTOP:
+        struck = "stopped" if until(lambda: state_of(pid) == "T" or None, 5.0) else ""
+        for other in others:
+            until(lambda other=other: ended(other), 60.0)  # type: ignore[misc]
+        os.kill(pid, signal.SIGKILL)
+    else:
+        struck = "ended" if until(lambda: ended(pid), 60.0) else ""
+    if fault.onward:
+        running.wait()
+        for other in others:
+            # Workers of a launch that is gone end by themselves.
+            until(lambda other=other: ended(other), SETTLE_S)  # type: ignore[misc]
+    return struck
+
+
+def ended(pid: int) -> bool | None:
+    """True for a process that is gone, or that only its parent has not looked after yet."""
+    return state_of(pid) in ("gone", "Z") or None
+
+
+def until(look: Callable[[], Found | None], limit_s: float = 60.0, every_s: float = 0.01) -> Found | None:
+    """What `look` finds, once it finds something; None after the limit."""
+    deadline = time.monotonic() + limit_s
+    while (found := look()) is None and time.monotonic() < deadline:
+        time.sleep(every_s)
+    return found
+
+
+def complete(run: Path) -> dict[Path, str]:
+    """The checkpoints that are complete, and the digests of their manifests."""
+    found = {path: digest(path / NAME) for _, path in checkpoints(run / "checkpoints")}
+    return {path: told for path, told in found.items() if told is not None}
+
+
+def lost(before: dict[Path, str]) -> list[str]:
+    """What of the checkpoints that were complete is not any more."""
+    return [wrong for folder, told in before.items() for wrong in _changed(folder, told)]
+
+
+def _changed(folder: Path, told: str) -> Iterator[str]:
+    if digest(folder / NAME) != told:
+        yield f"{folder.name} was complete, and is not as it was"
+        return
+    manifest = read_manifest(folder)
+    yield from (f"{folder.name}: {wrong}" for wrong in faults(folder, manifest, manifest.files))
+
+
+def differing(run: Path, undisturbed: Path, workers: int, goes_on: int) -> list[str]:
+    """What of a run that went on after step `goes_on` is not as if nothing had been.
+
+    On the same layout every bit of the last checkpoint and every figure; on another the losses since, to rounding.
+    """
+    ours, theirs = steps(run), steps(undisturbed)
+    wrong = unlike(list(theirs), list(ours), "the steps are {found}")
+    if wrong:
+        return wrong
+    if workers == 2:
+        last = f"checkpoints/step-{STEPS:06d}"
+        wrong += [f"{name} differs" for name in same_bits(run / last, undisturbed / last)]
+        places = itertools.product(theirs, ("loss", "grad_norm", "load"))
+        differ = [(step, field) for step, field in places if ours[step][field] != theirs[step][field]]
+        return wrong + [f"{field} of step {step} differs" for step, field in differ]
+    return [
+        f"the loss of step {step} is {ours[step]['loss']} instead of {theirs[step]['loss']}"
+        for step in theirs
+        if step > goes_on and abs(ours[step]["loss"] - theirs[step]["loss"]) > CLOSE * theirs[step]["loss"]
+    ]
+
+
+def unlike(wanted: Sequence[object], found: Sequence[object], told: str) -> list[str]:
+    """`told` with what was found, where it is not what was wanted."""
+    return [] if list(wanted) == list(found) else [told.format(found=list(found))]
