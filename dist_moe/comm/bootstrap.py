@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from dist_moe.comm.place import Place, PlaceError
 
@@ -89,6 +90,16 @@ def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
         yield World(place, device, backend)
     finally:
         dist.destroy_process_group()
+
+
+def limit_groups(timeout_s: float) -> None:
+    """Let the limit of `join_world` hold for every group that was made since, by DeepSpeed too.
+
+    A group does not take over the limit of the one it is made from: it waits 30 minutes.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        for device in group._device_types:
+            group._get_backend(device)._set_default_timeout(timedelta(seconds=timeout_s))
 
 
 def _meets_by_mpi(place: Place) -> bool:

@@ -78,6 +78,9 @@ class MPIGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return NAME
 
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Pending:
         dense = Dense(tensors[0])
         request = self._comm.Ibcast(_elements(dense.tensor), root=opts.rootRank)

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.policy import BalanceSettings
-from dist_moe.comm.bootstrap import World, join_world, set_threads
+from dist_moe.comm.bootstrap import World, join_world, limit_groups, set_threads
 from dist_moe.comm.failure import Stopped, exit_hard
+from dist_moe.comm.lookout import Lookout, lookout
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.place import Place
 from dist_moe.config import Config, Resolved
@@ -24,6 +25,7 @@ from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.train.guard import Guard
 from dist_moe.train.precision import choose_precision
+from dist_moe.train.replicas import compare_ranks
 from dist_moe.train.report import Report, open_report
 from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
 from dist_moe.train.saver import Saver
@@ -42,6 +44,7 @@ def run(resolved: Resolved, place: Place) -> None:
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(place, config.parallel.backend, config.parallel.timeout_s))
         stack.enter_context(exit_hard(config.run.dir, place.rank))
+        watch = stack.enter_context(lookout(place.rank, place.world_size, config.parallel.timeout_s))
         per_node = ranks_per_node(config.parallel.exchange, resolved.expert_parallel)
         mesh = make_mesh(resolved.expert_parallel, per_node)
         check_same_text(config, prepared, place)
@@ -54,19 +57,23 @@ def run(resolved: Resolved, place: Place) -> None:
         settings = engine_settings(resolved, world)
         groups = parameter_groups(task.model, config.train.weight_decay)
         engine = stack.enter_context(start_engine(task, groups, settings, mesh))
+        limit_groups(config.parallel.timeout_s)
         balancer = make_balancer(task, config, engine.device)
         training = Training(config, engine, balancer, task, prepared)
         seed_random(config.run.seed, 0, place.rank)
         if checkpoint is not None:
             go_on(checkpoint, training)
-        train(resolved, training, report, checkpoint)
+        train(resolved, training, report, checkpoint, watch)
 
 
-def train(resolved: Resolved, training: Training, report: Report, checkpoint: Checkpoint | None) -> None:
+def train(
+    resolved: Resolved, training: Training, report: Report, checkpoint: Checkpoint | None, watch: Lookout
+) -> None:
     """The steps of the run after those of `checkpoint`, its further checkpoints, and the evaluation at its end.
 
     Errors: Stopped where a worker was asked to stop; then a checkpoint of all steps so far is there. NonFiniteError
-    after train.skip_limit skipped steps in a row; CheckpointError where the last checkpoint cannot be saved.
+    after train.skip_limit skipped steps in a row; ReplicaError where ranks differ; CheckpointError where the last
+    checkpoint cannot be saved.
     """
     config, engine, prepared = resolved.config, training.engine, training.prepared
     done = 0 if checkpoint is None else checkpoint.numbers.step
@@ -75,9 +82,11 @@ def train(resolved: Resolved, training: Training, report: Report, checkpoint: Ch
     with asked_to_stop() as asked:
         for step in range(done + 1, config.train.steps + 1):
             guard.before(engine.device)
+            watch.at(step)
             record = one_step(resolved, training, report, step, Word(bool(asked), saves.written))
             if record.written:
                 saves.finish()
+            compare_ranks(training, step)
             if guard.after(record.taken):
                 saves.finish()
                 raise guard.error(training, step, micro_batches(resolved, engine.mesh, step), saves.newest)

@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.config import Resolved
 from dist_moe.train.checkpoint import checkpoints
 from dist_moe.train.contents import HostCopy, collect
-from dist_moe.train.loop import micro_batches
 from dist_moe.train.saver import Saver, Written
-from dist_moe.train.state import Training
-from dist_moe.train.step import NOTHING, Word, train_step
+from dist_moe.train.step import Word
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_text
+from tests.dist.steps import one_step
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +49,6 @@ def overwritten(rank: int, world_size: int, text: Path, folder: Path) -> list[st
         now = collect(training, 3).tensors
         assert any(not torch.equal(now[file][name], tensor) for (file, name), tensor in before.items())
         return [name for (file, name), tensor in before.items() if not torch.equal(copy.tensors[file][name], tensor)]
-
-
-def one_step(resolved: Resolved, training: Training, step: int, word: Word = NOTHING) -> bool:
-    """A step -> whether all ranks have written."""
-    batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, step)]
-    return train_step(training.engine, training.balancer, batches, 0.01, word).written
 
 
 def test_trap_T44_what_is_written_beside_training_is_a_copy(ranks: RankPool, text: Path, tmp_path: Path) -> None:

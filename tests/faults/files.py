@@ -10,12 +10,12 @@ from pathlib import Path
 from dist_moe.config import Resolved
 from dist_moe.config.errors import UserError
 from dist_moe.train.checkpoint import step_of
-from dist_moe.train.loop import make_schedule, micro_batches
+from dist_moe.train.loop import make_schedule
 from dist_moe.train.manifest import NAME, digest
 from dist_moe.train.saver import save_checkpoint
 from dist_moe.train.state import Training
-from dist_moe.train.step import train_step
 from tests.dist.resumable import overrides_of, same_bits, started
+from tests.dist.steps import one_step
 from tests.faults.row import Row
 
 SAVED, LAST = (2, 4, 6), 8
@@ -46,9 +46,8 @@ def make_run(text: Path, folder: Path) -> Path:
 def go(resolved: Resolved, training: Training, first: int, last: int) -> None:
     """Steps `first` to `last`, and a checkpoint after every second."""
     for step in range(first, last + 1):
-        batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, step)]
         rate = make_schedule(training.config).learning_rate(training.balancer.taken)
-        train_step(training.engine, training.balancer, batches, rate)
+        one_step(resolved, training, step, rate=rate)
         if step % 2 == 0:
             save_checkpoint(training, step)
 

@@ -1,0 +1,117 @@
+"""Collectives that run out of time: what is said of the ranks that arrived, and of those that did not."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_moe.comm.bootstrap import limit_groups
+from dist_moe.comm.exchange import exchange_rows
+from dist_moe.comm.lookout import HangError, Position, lookout, told
+from dist_moe.comm.mesh import make_mesh
+from tests.dist.pool import RankPool
+from tests.dist.resumable import command, steps, write_text
+from tests.dist.workers import direct
+
+LIMIT_S = 3.0
+
+
+def endless(rank: int, world_size: int) -> str:
+    """Rank 1 goes round in circles, while the other waits for it in the exchange of the expert-parallel group."""
+    mesh = make_mesh(2)
+    assert mesh.ep_group is not None
+    limit_groups(LIMIT_S)
+    rows = torch.ones(2, 3)
+    try:
+        with lookout(rank, world_size, LIMIT_S) as watch:
+            watch.at(7)
+            exchange_rows(rows, [1, 1], [1, 1], mesh.ep_group)
+            if rank == 1:
+                return circles()
+            exchange_rows(rows, [1, 1], [1, 1], mesh.ep_group)
+    except HangError as error:
+        return str(error)
+    return "nothing"
+
+
+def circles() -> str:
+    """Two time limits of Python."""
+    end = time.monotonic() + 2 * LIMIT_S
+    while time.monotonic() < end:
+        sum(range(1000))
+    return "round"
+
+
+def test_trap_T30_a_rank_that_stays_away_is_named_with_its_line_and_a_sub_group_has_the_limit(ranks: RankPool) -> None:
+    began_s = time.monotonic()
+    first, second = ranks.run(endless, 2)
+    assert second == "round" and time.monotonic() - began_s < 10 * LIMIT_S
+    assert first.startswith("all_to_all_single number 2 of ranks 0, 1 ran out of time (parallel.timeout_s=3)")
+    assert "arrived: rank 0; not arrived: rank 1; rank 1 stands in no collective, step 7, for " in first
+    assert "at circles:" in first
+    assert "rank 0 stands in all_to_all_single number 2, step 7, for " in first and "_all_to_all:" in first
+
+
+def mismatched(rank: int, world_size: int) -> str:
+    """Rank 1 is one collective ahead, in a group of two of three; the third is in neither."""
+    group = dist.new_group([0, 1])
+    limit_groups(LIMIT_S)
+    if rank == 2:
+        time.sleep(2.5 * LIMIT_S)
+        return ""
+    try:
+        with lookout(rank, world_size, LIMIT_S):
+            if rank == 0:
+                dist.all_to_all_single(torch.zeros(2), torch.ones(2), group=group)
+            else:
+                dist.broadcast(torch.zeros(2), src=0)
+    except HangError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_ranks_in_different_collectives_are_told_apart(ranks: RankPool) -> None:
+    first, second, _ = ranks.run(mismatched, 3)
+    assert first.startswith("all_to_all_single number 1 of ranks 0, 1 ran out of time")
+    assert "arrived: rank 0; not arrived: rank 1; rank 1 stands in broadcast number " in first
+    assert "rank 2" not in first, "it has no part in the group"
+    assert second.startswith("broadcast number 2 of ranks 0, 1, 2") and "(stopped, dead or cut off): rank 2" in second
+    assert "not arrived: rank 0; rank 0 stands in all_to_all_single number 1" in second
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, stopped: int) -> None:
+    """SIGSTOP in training: rank 1 is named as silent; without rank 0 there is no store, and nobody is blamed."""
+    text, run = write_text(tmp_path), tmp_path / "run"
+    argv = command(text, run, "train.steps=100000", "train.schedule_steps=null", f"parallel.timeout_s={LIMIT_S}")
+    with direct(argv, 2, tmp_path / "log") as workers:
+        wait_for_step(run, 3)
+        os.kill(workers[stopped].pid, signal.SIGSTOP)
+        assert workers[1 - stopped].wait(60) == 1
+    report = (run / f"errors/rank-{1 - stopped}.txt").read_text()
+    assert "exception: HangError" in report and "ran out of time (parallel.timeout_s=3)" in report
+    if stopped == 1:
+        assert "not arrived, and silent (stopped, dead or cut off): rank 1; rank 0 stands in " in report
+    else:
+        assert "the store that rank 0 keeps does not answer: rank 0 may be stopped, dead or cut off" in report
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or max(steps(run), default=0) < step:
+        assert time.monotonic() < deadline, f"step {step} is never logged"
+        time.sleep(0.02)
+
+
+HERE = Position(3, "all_reduce", 9, (0, 1, 2), "f:1", 8.0)
+
+
+def test_words_when_all_have_arrived_and_when_none_can_be_asked() -> None:
+    others: dict[int, Position | None] = {1: HERE, 2: HERE}
+    assert "arrived: rank 0, 1, 2; all have arrived, so it was slow" in told(0, HERE, others, 8)
+    alone = told(0, HERE, None, 8)
+    assert "rank 0 stands in all_reduce number 9, step 3, for 8 s, at f:1" in alone and "rank 1" not in alone
