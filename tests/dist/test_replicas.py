@@ -44,14 +44,11 @@ def count(training: Training) -> None:
     training.balancer.taken += 1
 
 
+Spoil = Callable[[Training], None]
+
+
 def compared(
-    rank: int,
-    world_size: int,
-    text: Path,
-    folder: Path,
-    words: tuple[str, ...],
-    spoil: Callable[[Training], None],
-    at: int,
+    rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...], spoil: Spoil, at: int
 ) -> list[str]:
     """Two steps and a comparison; then rank `at` is spoiled, after an odd step and an even one compared again."""
     found = []
