@@ -16,6 +16,7 @@ from dist_moe.comm.failure import Stopped, exit_hard
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.place import Place
 from dist_moe.config import Config, Resolved
+from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.errors import DataError
@@ -27,6 +28,7 @@ from dist_moe.train.elements import CheckpointError
 from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.train.precision import choose_precision
+from dist_moe.train.pretrained import begin_with
 from dist_moe.train.report import Report, open_report
 from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
 from dist_moe.train.schedule import Schedule
@@ -51,6 +53,8 @@ def run(resolved: Resolved, place: Place) -> None:
         task = make_task(resolved, prepared, mesh)
         if checkpoint is not None:
             load_model(checkpoint, task, mesh)
+        elif config.model.pretrained is not None:
+            begin_with(Path(config.model.pretrained), task.model, mesh)
         report.describe(resolved, prepared, task)
         settings = engine_settings(resolved, world)
         groups = parameter_groups(task.model, config.train.weight_decay)
@@ -126,7 +130,8 @@ def prepare_text(config: Config) -> Prepared:
     time limit, and a text that cannot be had stops each of them with the same word.
     """
     data = config.data
-    return prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
+    vocabulary, fraction = text_vocabulary(config), data.validation_fraction
+    return prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), tokenizer_folder(config))
 
 
 def check_same_text(config: Config, prepared: Prepared, place: Place) -> None:
