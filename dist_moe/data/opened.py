@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     files = {NAME: text, SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
     splits = spec["pre_tokenizer"]
     known = _kind(splits) == "ByteLevel" and splits.get("use_regex") is not False
-    return Tokenizer(backend, int(backend.token_to_id(end)), files, CUT if known else CUT_FOREIGN)
+    return Tokenizer(backend, backend.get_vocab()[end], files, CUT if known else CUT_FOREIGN)
 
 
 def _end(folder: Path, settings: dict[str, Any], backend: tokenizers.Tokenizer) -> str:

@@ -151,4 +151,4 @@ def _finish(backend: tokenizers.Tokenizer) -> Tokenizer:
         "tokenizer.json": backend.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(SETTINGS, indent=2) + "\n",
     }
-    return Tokenizer(backend, int(backend.token_to_id(END)), files)
+    return Tokenizer(backend, backend.get_vocab()[END], files)

@@ -172,11 +172,15 @@ def read_sources(sources: Mapping[str, Source]) -> Iterator[tuple[str, Tensor]]:
         by_file.setdefault(source.stored.file, []).append(name)
     for path, names in sorted(by_file.items()):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    yield name, sources[name].read(file)
+            yield from _read(path, {name: sources[name] for name in names})
         except SafetensorError as error:
             raise WeightsError(f"{path} cannot be read ({error}); use another checkpoint") from None
+
+
+def _read(path: Path, sources: Mapping[str, Source]) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name, source in sources.items():
+            yield name, source.read(file)
 
 
 def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -198,6 +198,13 @@ def _bias_name(adapter: Adapter, own_type: bool) -> str | None:
     return adapter.bias or ("selection_bias" if own_type else None)
 
 
+def bias_in_files(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Name of each MoE layer -> that of its selection bias in the folder, where it has any."""
+    adapter = adapter_of(model.config.model_type)
+    bias = _bias_name(adapter, own_type=raw_config(folder)["model_type"].startswith(OWN_PREFIX))
+    return {} if bias is None else {layer.name: f"{layer.name}.{adapter.router}.{bias}" for layer in find_layers(model)}
+
+
 def _local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:
     """(place in the stacked parameters, prefix of the names on disk) of every expert that this rank holds."""
     for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
