@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dist_moe.cli.checkpoint import checkpoint_app
 from dist_moe.cli.study import study_app
 from dist_moe.cli.words import CheckpointFolder, ConfigFile, Overrides, Workers, complain, errors_in_plain_words
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="The text that models learn from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 class Launcher(StrEnum):

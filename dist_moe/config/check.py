@@ -14,7 +14,7 @@ from dist_moe.config.schema import Config, TrainConfig
 class Resolved:
     """A configuration that can run on a given number of workers, with what follows from it.
 
-    config: with router.* and train.schedule_steps filled in.
+    config: with router.*, train.schedule_steps and, after model.pretrained, model.config filled in.
     workers: processes, all hosts together.
     expert_parallel: workers that share one set of experts.
     accumulation: micro-batches of each worker in an optimizer step.
@@ -52,7 +52,7 @@ def resolve(config: Config, workers: int) -> Resolved:
     train, asked = config.train, config.parallel.expert_parallel
     filled = train.model_copy(update={"schedule_steps": train.schedule_steps or train.steps})
     return Resolved(
-        config=config.model_copy(update={"router": facts.router, "train": filled}),
+        config=config.model_copy(update={"router": facts.router, "train": filled, "model": facts.model}),
         workers=workers,
         expert_parallel=gcd(workers, facts.experts) if asked == "auto" else asked,
         accumulation=accumulation,

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from dist_moe.config.errors import ABSENT, Violation, divisors, listed, nearest
 from dist_moe.config.family import Family, family_of
-from dist_moe.config.schema import Config, RouterConfig
+from dist_moe.config.pretrained import agreement, stated_model
+from dist_moe.config.schema import Config, ModelConfig, RouterConfig
 from dist_moe.config.shape import shape_violations
 
 # Keys of the class that something else decides -> what decides it.
@@ -30,12 +31,14 @@ class ModelFacts:
 
     arguments: keyword arguments of the config class; vocab_size only where the configuration gives it, and
     the ids of the special tokens None until the tokenizer is known.
-    router: every field filled.
+    router: every field filled. model: that of the configuration, with what model.pretrained says written out, so that
+    a checkpoint does not need the folder any more.
     """
 
     arguments: dict[str, Any]
     experts: int
     router: RouterConfig
+    model: ModelConfig
 
 
 class Reading(NamedTuple):
@@ -56,7 +59,16 @@ def read_model(config: Config) -> Reading:
     family = family_of(config.model.architecture)
     cls: Any = CONFIG_MAPPING[family.architecture]
     known = _known_keys(cls, family)
-    violations = _key_violations(config, cls, known)
+    stated, violations = stated_model(config, cls, known)
+    violations += agreement(config, stated)
+    if not config.model.config and not stated:
+        if not violations:
+            rule = f"give {ModelConfig.model_fields['config'].description}, or set model.pretrained"
+            violations.append(Violation("model.config", ABSENT, "is missing", rule))
+        return Reading(None, None, violations)
+    model = config.model.model_copy(update={"config": {**stated, **config.model.config}})
+    config, own_keys = config.model_copy(update={"model": model}), set(config.model.config)
+    violations += _key_violations(config, cls, known)
     arguments = {key: value for key, value in config.model.config.items() if key in known}
     fields = routing_fields(family)
     if config.router.selection == "threshold":
@@ -71,7 +83,8 @@ def read_model(config: Config) -> Reading:
             rule = f"asks for expert groups, which {family.architecture} does not have"
             violations.append(Violation(f"router.{name}", wanted, rule, "leave it null"))
         elif given is not None and given != wanted:
-            rule = f"differs from model.config.{field}={given}"
+            whose = "model.config." if field in own_keys else "model.pretrained's "
+            rule = f"differs from {whose}{field}={given}"
             violations.append(Violation(f"router.{name}", wanted, rule, "set one of the two"))
         elif field is not None:
             arguments[field] = wanted
@@ -96,12 +109,15 @@ def read_model(config: Config) -> Reading:
         filled["max_experts"] = config.router.max_experts or experts
     router = config.router.model_copy(update=filled)
     arguments = {**arguments, **written, **_no_special_tokens()}
-    return Reading(ModelFacts(arguments, experts, router), experts, violations)
+    return Reading(ModelFacts(arguments, experts, router, config.model), experts, violations)
 
 
 def vocabulary_bound(config: Config) -> int:
-    """The tokens the tokenizer has at most (bpe may find fewer merges than it was asked for)."""
-    return BYTES_VOCABULARY if config.data.tokenizer == "bytes" else config.data.vocabulary
+    """The tokens the tokenizer has at most (bpe may find fewer merges than it was asked for).
+
+    Those of a pretrained tokenizer are counted when it is opened.
+    """
+    return {"bytes": BYTES_VOCABULARY, "bpe": config.data.vocabulary, "pretrained": 1}[config.data.tokenizer]
 
 
 def routing_fields(family: Family) -> dict[str, str | None]:
@@ -152,6 +168,8 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
     if isinstance(size, int) and size < bound:
         rule = f"is smaller than the {bound} tokens of the {config.data.tokenizer} tokenizer"
         remedy = f"leave it out, or give {bound} or more"
+        if config.model.pretrained is not None:
+            remedy = "use data.tokenizer=pretrained"
         violations.append(Violation("model.config.vocab_size", size, rule, remedy))
     return violations
 

@@ -46,9 +46,16 @@ class ModelConfig(Section):
     architecture: Architecture = Field(
         description="the model's family, Hugging Face's model_type: deepseek_v3 or qwen3_moe"
     )
+    pretrained: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the folder of a Hugging Face model of this family, with whose weights the run begins, or null "
+        "(the weights begin at random)",
+    )
     config: dict[str, Any] = Field(
-        description="the keys of the family's Hugging Face config class; a key left out keeps the "
-        "default of that class, and vocab_size comes from the tokenizer",
+        default_factory=dict,
+        description="the keys of the family's Hugging Face config class; a key left out is as in model.pretrained, or "
+        "else keeps the default of that class, and vocab_size comes from the tokenizer",
     )
 
 
@@ -94,9 +101,10 @@ class DataConfig(Section):
         "no download), shakespeare, or the path or glob of .txt or .jsonl files",
     )
     sequence_length: int = Field(ge=2, description="the tokens of one sequence (2 or more)")
-    tokenizer: Literal["bytes", "bpe"] = Field(
+    tokenizer: Literal["bytes", "bpe", "pretrained"] = Field(
         default="bytes",
-        description="the tokenizer: bytes (256 tokens and the end token) or bpe (trained on the training text)",
+        description="the tokenizer: bytes (256 tokens and the end token), bpe (trained on the training text) or "
+        "pretrained (that of model.pretrained)",
     )
     vocabulary: int = Field(
         default=8192,

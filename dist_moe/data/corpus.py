@@ -14,9 +14,10 @@ import tokenizers
 from dist_moe.data.cache import file_sha256, locked
 from dist_moe.data.errors import DataError
 from dist_moe.data.files import Document
+from dist_moe.data.opened import load_tokenizer
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
 from dist_moe.data.split import SALT, in_validation
-from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from dist_moe.data.writer import SplitWriter
 
 # Part of the key under which tokens are kept: raise it when the files or the way to make them change.
@@ -58,16 +59,18 @@ class Prepared:
 
 def prepare(
     sources: Sequence[str],
-    tokenizer: Literal["bytes", "bpe"],
+    tokenizer: Literal["bytes", "bpe", "pretrained"],
     vocabulary: int,
     validation_fraction: float,
     cache: Path,
+    pretrained: Path | None = None,
 ) -> Prepared:
     """Fetch, split, tokenise and open, or only open what the cache folder already holds.
 
     Safe in several processes at once (one works, the others wait); memory holds one group of documents at a
-    time. vocabulary: tokens, for bpe alone, which is trained on the training split. validation_fraction: 0 <
-    f < 1, the chance of a document to fall to validation. Raises DataError, also if a split would be empty.
+    time. vocabulary: tokens, for bpe, which is trained on the training split; for pretrained, the most that the
+    tokenizer in the folder `pretrained` may have. validation_fraction: 0 < f < 1, the chance of a document to fall
+    to validation. Raises DataError, also if a split would be empty.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1")
@@ -81,12 +84,28 @@ def prepare(
     }
     if tokenizer == "bpe":
         settings |= {"vocabulary": vocabulary, "tokenizers": tokenizers.__version__}
+    opened = None
+    if tokenizer == "pretrained":
+        opened = _opened(pretrained, vocabulary)
+        digest = hashlib.sha256(opened.files["tokenizer.json"].encode()).hexdigest()
+        settings |= {"tokenizer_sha256": digest, "end": opened.end_id, "tokenizers": tokenizers.__version__}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / "tokens" / fingerprint
     with locked(folder.with_name(fingerprint + ".lock")):
         if not _is_whole(folder):
-            _make(folder, records, settings | {"fingerprint": fingerprint}, cache)
+            _make(folder, records, settings | {"fingerprint": fingerprint}, cache, opened)
     return open_prepared(folder)
+
+
+def _opened(folder: Path | None, vocabulary: int) -> Tokenizer:
+    """The tokenizer of a pretrained model, whose ids the model knows."""
+    if folder is None:
+        raise DataError("data.tokenizer=pretrained", "is the tokenizer of no model", "set model.pretrained")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > vocabulary:
+        rule = f"has {tokenizer.vocab_size} tokens, and the model {vocabulary}"
+        raise DataError(str(folder / "tokenizer.json"), rule, "give the folder of a model with its own tokenizer")
+    return tokenizer
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -135,21 +154,27 @@ def _is_whole(folder: Path) -> bool:
     return bool(sizes == manifest["files"] and tokenizer_sha256 == manifest["tokenizer_sha256"])
 
 
-def _make(folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path) -> None:
+def _make(
+    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, opened: Tokenizer | None
+) -> None:
     """Write beside the folder, then rename; what a killed process or a damage left is cleared away first."""
     partial = folder.with_name(folder.name + ".partial")
     for leftover in (partial, folder):
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir()
-    _write(partial, records, settings, cache)
+    _write(partial, records, settings, cache, opened)
     partial.rename(folder)
 
 
-def _write(folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path) -> None:
+def _write(
+    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, opened: Tokenizer | None
+) -> None:
     """Make the token files and, last, the manifest that declares them whole."""
     fraction = settings["validation_fraction"]
-    if settings["tokenizer"] == "bpe":
+    if opened is not None:
+        tokenizer = opened
+    elif settings["tokenizer"] == "bpe":
         documents = _documents(records, cache)
         texts = (each.text for each in documents if not in_validation(each.name, fraction))
         tokenizer = train_bpe(texts, settings["vocabulary"])

@@ -3,7 +3,7 @@ text."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -24,31 +24,41 @@ PIECES_AT_ONCE = 16
 # The pre-tokenizer (GPT-2's pattern) never joins a visible character to the white space after it, and looks
 # ahead only from white space: between the two, a cut changes no token.
 CUT = re.compile(r"[!-~](?=[ \n])")
+SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": END,
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
+}
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A byte-level tokenizer with one extra token, the end of a document, which has the highest id."""
+    """A byte-level tokenizer; text that spells one of its special tokens stays text.
+
+    end_id: id of the token that ends a document. files: what `save` writes, by name. cut: where a long text may be
+    cut, so that no token spans the cut.
+    """
 
     backend: tokenizers.Tokenizer
+    end_id: int
+    files: Mapping[str, str]
+    cut: re.Pattern[str] = CUT
 
     @cached_property
     def vocab_size(self) -> int:
-        """Tokens, the end token included."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
-
-    @cached_property
-    def end_id(self) -> int:
-        """Id of the end token."""
-        return self.vocab_size - 1
+        """The highest id and one; the end token and other special ones included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def token_bytes_V(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int64; 0 for the end token. They sum to the bytes of the
-        UTF-8 text."""
+        """Bytes of text that each id stands for, int64; 0 for special tokens. They sum to the bytes of the UTF-8 text
+        (as its normal form has them, if the tokenizer has one)."""
         token_bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for token, token_id in self.backend.get_vocab(with_added_tokens=False).items():
             token_bytes_V[token_id] = len(token)  # each character of the byte-level alphabet is one byte
+        for token_id, added in self.backend.get_added_tokens_decoder().items():
+            token_bytes_V[token_id] = 0 if added.special else len(added.content.encode())
         return token_bytes_V
 
     @cached_property
@@ -66,7 +76,7 @@ class Tokenizer:
         if self._ids_are_bytes:
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
         ids_by_text: list[list[np.ndarray]] = [[] for _ in texts]
-        pieces = ((index, piece) for index, text in enumerate(texts) for piece in cut(text, PIECE_CHARACTERS))
+        pieces = ((index, piece) for index, text in enumerate(texts) for piece in cut(text, PIECE_CHARACTERS, self.cut))
         while group := list(islice(pieces, PIECES_AT_ONCE)):
             encoded = self.backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (index, _), piece_ids in zip(group, encoded, strict=True):
@@ -81,15 +91,9 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` opens to the
         same ids -> both."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END,
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+        for name, content in self.files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+        return [folder / name for name in self.files]
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -120,22 +124,12 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
     return _finish(backend)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote; DataError if the folder holds none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(str(path), "does not exist", "name a folder that a tokenizer was saved to")
-    backend = tokenizers.Tokenizer.from_file(str(path))
-    backend.encode_special_tokens = True  # not part of the file
-    return Tokenizer(backend)
-
-
-def cut(text: str, size: int) -> Iterator[str]:
+def cut(text: str, size: int, where: re.Pattern[str] = CUT) -> Iterator[str]:
     """The text in pieces of at least `size` characters (the last may be shorter), cut only where no token
     can span."""
     start = 0
     while start < len(text):
-        found = CUT.search(text, start + size - 1)
+        found = where.search(text, start + size - 1)
         end = found.end() if found else len(text)
         yield text[start:end]
         start = end
@@ -154,4 +148,8 @@ def _finish(backend: tokenizers.Tokenizer) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(END, special=True, normalized=False)])
     backend.encode_special_tokens = True
-    return Tokenizer(backend)
+    files = {
+        "tokenizer.json": backend.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(SETTINGS, indent=2) + "\n",
+    }
+    return Tokenizer(backend, backend.get_vocab()[END], files)

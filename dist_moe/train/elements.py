@@ -11,13 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_moe.config.errors import UserError
+from dist_moe.train.headers import CheckpointError, Stored, read_header
 
+RANDOM = "random"
+"""The kind of the random states, in bytes; all others are numbers in fp32."""
 LONGEST_NUMBER = 18
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be written or used: which, why, and what to do."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
@@ -54,6 +52,19 @@ class Run(NamedTuple):
     key: str
 
 
+def elements_of(stored: Stored) -> tuple[str, str, int]:
+    """(kind, tensor, first element) of the elements in a file; CheckpointError for what are none."""
+    kind, _, rest = stored.name.partition(":")
+    tensor, _, start = rest.rpartition(":")
+    numbered = start.isascii() and start.isdecimal() and len(start) <= LONGEST_NUMBER
+    if not (tensor and numbered and len(stored.shape) == 1 and stored.dtype == ("U8" if kind == RANDOM else "F32")):
+        raise CheckpointError(
+            f"{stored.file} holds {stored.name[:200]!a}, {stored.dtype} {list(stored.shape)}, which are no elements of "
+            "a tensor; use another checkpoint"
+        )
+    return kind, tensor, int(start)
+
+
 class ElementReader:
     """Files of elements, open for the length of the context; only what is asked for is read.
 
@@ -76,16 +87,14 @@ class ElementReader:
         self._files.close()
 
     def _open(self, stack: contextlib.ExitStack, path: Path) -> None:
+        header = read_header(path)
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint") from None
-        for name in file.keys():  # noqa: SIM118  (no mapping)
-            kind, _, rest = name.partition(":")
-            tensor, _, start = rest.rpartition(":")
-            shape = file.get_slice(name).get_shape()
-            if tensor and start.isdecimal() and len(start) <= LONGEST_NUMBER and len(shape) == 1:
-                self._runs[kind, tensor].append(Run(int(start), shape[0], file, name))
+        for name, stored in header.items():
+            kind, tensor, start = elements_of(stored)
+            self._runs[kind, tensor].append(Run(start, stored.numel, file, name))
 
     def holds(self, kind: str, name: str) -> bool:
         """Whether there is anything of this kind."""

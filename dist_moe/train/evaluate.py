@@ -18,13 +18,15 @@ from dist_moe.comm.place import read_place
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import load_config
 from dist_moe.config.family import family_of
+from dist_moe.config.pretrained import text_vocabulary
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
+from dist_moe.data.opened import load_tokenizer
 from dist_moe.data.stream import Stream
-from dist_moe.data.tokenizer import load_tokenizer
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
-from dist_moe.train.weights import WeightsError, load_weights, read_config
+from dist_moe.train.folder import WeightsError
+from dist_moe.train.weights import load_weights, read_config
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
     config = load_config(config_file, overrides)
     place = read_place(os.environ)
     set_threads(config.run.threads, place)
-    data = config.data
-    prepared = prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
-    stored = load_tokenizer(model_folder(checkpoint))
+    data, folder = config.data, model_folder(checkpoint)
+    vocabulary, fraction = text_vocabulary(config), data.validation_fraction
+    prepared = prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), folder)
+    stored = load_tokenizer(folder)
     if not np.array_equal(stored.token_bytes_V, prepared.tokenizer.token_bytes_V):
         raise WeightsError(
             f"the tokenizer of {checkpoint} is not the one that data.sources={data.sources} gives now; the text has "

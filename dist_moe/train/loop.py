@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from dist_moe.comm.lookout import Lookout, lookout
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.place import Place
 from dist_moe.config import Config, Resolved
+from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.errors import DataError
@@ -25,6 +27,7 @@ from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.train.guard import Guard
 from dist_moe.train.precision import choose_precision
+from dist_moe.train.pretrained import begin_with
 from dist_moe.train.replicas import compare_ranks
 from dist_moe.train.report import Report, open_report
 from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
@@ -53,6 +56,8 @@ def run(resolved: Resolved, place: Place) -> None:
         task = make_task(resolved, prepared, mesh)
         if checkpoint is not None:
             load_model(checkpoint, task, mesh)
+        elif config.model.pretrained is not None:
+            begin_with(Path(config.model.pretrained), task.model, mesh)
         report.describe(resolved, prepared, task)
         settings = engine_settings(resolved, world)
         groups = parameter_groups(task.model, config.train.weight_decay)
@@ -134,7 +139,8 @@ def prepare_text(config: Config) -> Prepared:
     time limit, and a text that cannot be had stops each of them with the same word.
     """
     data = config.data
-    return prepare(data.sources, data.tokenizer, data.vocabulary, data.validation_fraction, cache_folder())
+    vocabulary, fraction = text_vocabulary(config), data.validation_fraction
+    return prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), tokenizer_folder(config))
 
 
 def check_same_text(config: Config, prepared: Prepared, place: Place) -> None:

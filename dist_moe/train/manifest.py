@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 import xxhash
 from pydantic import Field
 
+from dist_moe.config.document import parse_json, printable, read_text
 from dist_moe.config.section import Section
 from dist_moe.train.elements import CheckpointError
 
 NAME = "manifest.json"
 FORMAT = 2
-LARGEST_TEXT = 1 << 28
 BLOCK_BYTES = 1 << 22
 
 
@@ -85,24 +85,28 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_small(path: Path) -> str:
-    """A text file of ours. Errors: OSError, and ValueError for anything that is too large, or not a file at all."""
-    if not path.is_file():
-        raise FileNotFoundError(2, "no such file", str(path))
-    if path.is_symlink() or path.stat().st_size > LARGEST_TEXT:
-        raise ValueError(f"it is a link, or larger than {LARGEST_TEXT} bytes")
-    return path.read_text(encoding="utf-8")
+    """A JSON file of ours. Errors: OSError, and ValueError for anything that is too large, or not a file at all.
+
+    Also for what a parser would pass over: a key that is given twice, a number that is none.
+    """
+    text = read_text(path)
+    parse_json(text)
+    return text
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
     """What lies in the folder and is not in its manifest, in words."""
+    if not folder.is_dir():
+        return []
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
-    return [f"{name} is not in its {NAME}" for name in sorted(there - {NAME} - set(manifest.files))]
+    return [f"{printable(name)} is not in its {NAME}" for name in sorted(there - {NAME} - set(manifest.files))]
 
 
 def lies_below(name: str) -> bool:
     """Whether a path is relative, and stays below where it starts."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    plain = name == str(path) and name.isprintable() and "\\" not in name
+    return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

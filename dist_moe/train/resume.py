@@ -29,7 +29,17 @@ BORROWED = "borrowed"
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """How often Slurm has queued this job again, and torchrun started its workers again."""
 # What another value of makes another run; everything else may change when a run goes on.
-DECIDING = ("run.seed", "model", "router", "data", "train.global_batch", "train.optimizer", "balance.policy")
+# Where the folder of model.pretrained lies does not matter: what it said of the model stands in model.config.
+DECIDING = (
+    "run.seed",
+    "model.architecture",
+    "model.config",
+    "router",
+    "data",
+    "train.global_batch",
+    "train.optimizer",
+    "balance.policy",
+)
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,8 @@ def check_same_run(config: Config, prepared: Prepared, folder: Path, numbers: Nu
         raise CheckpointError(f"{folder / 'config.yaml'} cannot be used ({error})") from None
     now = config.model_dump()
     different = [name for name in DECIDING if _at(before, name) != _at(now, name)]
+    if (before["model"]["pretrained"] is None) != (now["model"]["pretrained"] is None):
+        different.append("model.pretrained")
     if different:
         raise CheckpointError(
             f"{folder} is of a run with another {', '.join(different)}; set another run.dir, or begin anew with "

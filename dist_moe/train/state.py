@@ -4,11 +4,11 @@ state/rank-NNNNN.safetensors holds the elements that one rank's optimizer held, 
 state/balance.safetensors what the balancer keeps of each layer; state/training.json the numbers.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ from dist_moe.config.section import Section
 from dist_moe.data.corpus import Prepared
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.train.elements import CheckpointError, ElementReader
+from dist_moe.train.elements import RANDOM, CheckpointError, ElementReader
 from dist_moe.train.engine import Engine
+from dist_moe.train.folder import stored_tensors
+from dist_moe.train.headers import read_header
 from dist_moe.train.holding import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
 from dist_moe.train.manifest import first_line, read_small
-from dist_moe.train.weights import named_parameters, stored_tensors
+from dist_moe.train.weights import named_parameters
 
-RANDOM = "random"
 BALANCE = "balance.safetensors"
 NUMBERS = "training.json"
 
@@ -168,7 +169,7 @@ def _restore_optimizer(engine: Engine, found: list[Piece], reader: ElementReader
         if engine.settings.optimizer == "adamw":
             counts.setdefault(piece.owner, set()).add(float(reader.read(STEPS, piece.name, 0, 1)))
     for owner, found_counts in counts.items():
-        if len(found_counts) != 1:
+        if len(found_counts) != 1 or not 0 <= min(found_counts) < math.inf:
             told = f"tensors that are optimized together have made {sorted(found_counts)} steps"
             raise CheckpointError(f"{told}; use another checkpoint")
         engine.optimizer_state[owner][STEPS] = torch.tensor(found_counts.pop())
@@ -208,13 +209,22 @@ def _restore_random(training: Training, numbers: Numbers, reader: ElementReader)
             ) from None
 
 
+def read_balance(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What the balancer keeps of each layer, by kind; ValueError where it is none of that."""
+    read_header(folder / BALANCE)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / BALANCE).items():
+        kind, _, layer = name.partition(":")
+        fits = value.dtype == (torch.int64 if kind == "last_load" else torch.float32) and value.dim() == 1
+        if not fits or not bool(value.isfinite().all()):
+            raise ValueError(f"{name[:200]!a} is {value.dtype} {list(value.shape)}, or not finite")
+        layers.setdefault(layer, {})[kind] = value
+    return layers
+
+
 def _restore_balance(balancer: Balancer, folder: Path, numbers: Numbers) -> None:
     try:
-        stored = load_file(folder / BALANCE)
-        layers: dict[str, dict[str, Any]] = {}
-        for name, value in stored.items():
-            kind, _, layer = name.partition(":")
-            layers.setdefault(layer, {})[kind] = value
+        layers = read_balance(folder)
         for layer, router in balancer.routers.items():
             if any(value.shape != router.selection_bias.shape for value in layers.get(layer, {}).values()):
                 raise ValueError(f"{layer} has another number of experts")

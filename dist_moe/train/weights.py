@@ -8,35 +8,38 @@ do not say.
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.errors import UserError
+from dist_moe.config.family import family_of
+from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.model.build import empty_model, family_rule, materialise
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.families import Adapter, adapter_of
 from dist_moe.moe.select import Forced, Rule, Threshold, TopK
 from dist_moe.train.elements import ElementReader, write_tensors
+from dist_moe.train.folder import (
+    FUSED,
+    INDEX,
+    Source,
+    WeightsError,
+    find_sources,
+    raw_config,
+    read_sources,
+    tensor_files,
+)
 from dist_moe.train.holding import MASTER, Named
 
-OWN_PREFIX = "dist_moe_"
 # What config.json calls the kinds of rules.
 RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": Threshold, "forced": Forced}
-INDEX = "model.safetensors.index.json"
-
-
-class WeightsError(UserError, ValueError):
-    """A weights folder that does not fit; the message lists every tensor that is missing or unexpected."""
 
 
 def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: bool) -> None:
@@ -99,10 +102,11 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     """Open a folder written by `save_weights`, or by `save_pretrained` of a known family -> a model on the CPU in fp32.
 
     Only this rank's experts are read. Errors: WeightsError with all missing and unexpected tensors, or for a folder
-    that is none.
+    that is none; memory is taken only when the files are seen to hold what config.json says.
     """
     config, rule = read_config(folder)
-    model = empty_model(config, rule, mesh)
+    model = shaped_model(config, rule, mesh, folder)
+    find_weights(model, mesh, folder)
     materialise(model)
     for layer in find_layers(model):
         layer.router.reset_state()
@@ -115,22 +119,40 @@ def fill_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, masters: Elem
 
     masters: where fp32 weights are found, which are taken before those of the folder.
     """
-    adapter, layers = adapter_of(model.config.model_type), find_layers(model)
-    wanted = dict(_expert_tensors(layers, mesh))
-    stored_bias = _bias_name(adapter, own_type=_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
-    wanted |= dict(_dense_tensors(model, layers, stored_bias))
-    found = _tensor_files(folder)
-    missing = sorted(set(wanted) - set(found))
-    unexpected = sorted(name for name in set(found) - set(wanted) if not _is_other_expert(name, layers))
-    if missing or unexpected:
-        raise WeightsError(
-            f"{folder} does not fit {model.config.model_type}: missing {missing or 'nothing'}, unexpected "
-            f"{unexpected or 'nothing'}; use the folder of one complete checkpoint"
-        )
-    _copy(folder, found, wanted)
+    wanted = _wanted(model, mesh, folder)
+    for name, stored in read_sources(find_weights(model, mesh, folder)):
+        wanted[name].copy_(stored)
     for name, tensor in wanted.items():
         if masters is not None and masters.holds(MASTER, name):
             tensor.copy_(masters.read(MASTER, name, 0, tensor.numel()).view_as(tensor))
+
+
+def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, Source]:
+    """Where the folder holds each tensor of this rank; WeightsError with everything that does not fit."""
+    experts = {layer.name: layer.experts.experts for layer in find_layers(model)}
+    # What the class passes over, such as DeepSeek-V3's layer that predicts further tokens.
+    further = model._keys_to_ignore_on_load_unexpected or ()
+    return find_sources(folder, _wanted(model, mesh, folder), experts, further)
+
+
+def _wanted(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, Tensor]:
+    """The tensors of this rank by their names in the folder."""
+    adapter, layers = adapter_of(model.config.model_type), find_layers(model)
+    stored_bias = _bias_name(adapter, own_type=raw_config(folder)["model_type"].startswith(OWN_PREFIX))
+    return dict(_expert_tensors(layers, mesh)) | dict(_dense_tensors(model, layers, stored_bias))
+
+
+def shaped_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: Path) -> PreTrainedModel:
+    """The empty model of the folder's config; WeightsError where it can be none, or has more parts than the files."""
+    stored, experts = tensor_files(folder).values(), family_of(config.model_type).experts
+    most = len(stored) + max((tensor.shape[0] for tensor in stored if FUSED.fullmatch(tensor.name)), default=0)
+    try:
+        for name in ("num_hidden_layers", experts):
+            if getattr(config, name) > most:
+                raise ValueError(f"{name}={getattr(config, name)}, with {len(stored)} tensors in the files")
+        return empty_model(config, rule, mesh)
+    except Exception as error:  # whatever the class of another library raises for values of any kind
+        raise WeightsError(f"{folder / 'config.json'} is of no model ({error}); use another checkpoint") from None
 
 
 def named_parameters(model: PreTrainedModel, mesh: Mesh) -> list[Named]:
@@ -158,15 +180,19 @@ def expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
     """The Hugging Face config of a weights folder, ours or theirs, and its rule of routing."""
-    raw = _raw_config(folder)
+    raw = raw_config(folder)
     ours = raw.pop("dist_moe", {})
     model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
-    adapter = adapter_of(model_type)
-    config = AutoConfig.for_model(model_type, **raw)
-    kind = RULES[ours.pop("selection", "top_k")]
-    if kind is not TopK:
-        return config, kind(**ours)
-    return config, replace(family_rule(config, adapter.score), **ours)
+    try:
+        adapter = adapter_of(model_type)
+        config = AutoConfig.for_model(model_type, **raw)
+        kind = RULES[ours.pop("selection", "top_k")]
+        if kind is not TopK:
+            return config, kind(**ours)
+        return config, replace(family_rule(config, adapter.score), **ours)
+    except Exception as error:  # whatever the class of another library raises for values of any kind
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise WeightsError(f"{folder / 'config.json'} cannot be used ({reason}); use another checkpoint") from None
 
 
 def _beyond(config: PretrainedConfig, rule: Rule) -> dict[str, Any]:
@@ -178,22 +204,16 @@ def _beyond(config: PretrainedConfig, rule: Rule) -> dict[str, Any]:
     return {name: value for name, value in asdict(rule).items() if value != stated[name]}
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"{folder} has no config.json; give the step-NNNNNN folder of a run, or its model folder")
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw["model_type"], str):
-            raise TypeError(f"model_type={raw['model_type']}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path} is no Hugging Face config ({error!r}); use another checkpoint") from None
-    return raw
-
-
 def _bias_name(adapter: Adapter, own_type: bool) -> str | None:
     """Under which name the selection bias stands in the files; None where they have none."""
     return adapter.bias or ("selection_bias" if own_type else None)
+
+
+def bias_in_files(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Name of each MoE layer -> that of its selection bias in the folder, where it has any."""
+    adapter = adapter_of(model.config.model_type)
+    bias = _bias_name(adapter, own_type=raw_config(folder)["model_type"].startswith(OWN_PREFIX))
+    return {} if bias is None else {layer.name: f"{layer.name}.{adapter.router}.{bias}" for layer in find_layers(model)}
 
 
 def _local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:
@@ -228,71 +248,14 @@ def _dense_tensors(model: PreTrainedModel, layers: list[MoeLayer], bias: str | N
         yield name, tensor
 
 
-def _is_other_expert(name: str, layers: list[MoeLayer]) -> bool:
-    """Whether a name is that of an expert which exists, but on another rank."""
-    match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight", name)
-    return match is not None and any(
-        layer.name == match[1] and int(match[2]) < layer.experts.experts for layer in layers
-    )
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """Name of each stored tensor -> the file that holds it."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path.name)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"{path} cannot be read ({error}); use another checkpoint") from None
-    if not found:
-        raise WeightsError(
-            f"{folder} holds no *.safetensors; give the step-NNNNNN folder of a run, or its model folder"
-        )
-    return found
-
-
-def _copy(folder: Path, found: dict[str, str], wanted: dict[str, Tensor]) -> None:
-    misshapen = []
-    for name, stored in _stored(folder, found, list(wanted)):
-        if stored.shape != wanted[name].shape:
-            misshapen.append(f"{name} {list(stored.shape)} instead of {list(wanted[name].shape)}")
-        else:
-            wanted[name].copy_(stored)
-    if misshapen:
-        raise WeightsError(f"{folder} holds tensors of another shape: {misshapen}; its config.json is of another model")
-
-
-def _stored(folder: Path, found: dict[str, str], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each of `names`, file by file; each file is opened once and nothing else of it is read."""
-    for file_name in sorted({found[name] for name in names}):
-        with safe_open(folder / file_name, framework="pt") as file:
-            for name in (name for name in names if found[name] == file_name):
-                yield name, file.get_tensor(name)
-
-
-def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each of `names` in the folder, as it is stored. Errors: WeightsError where one is missing."""
-    found, wanted = _tensor_files(folder), sorted(set(names))
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise WeightsError(f"{folder} lacks {missing}; use the folder of one complete checkpoint")
-    return _stored(folder, found, wanted)
-
-
 def write_index(folder: Path) -> Path:
     """Write which tensor lies in which of the folder's files, and the bytes of all -> the index."""
-    files = _tensor_files(folder)
-    total = sum(_tensor_bytes(folder / name) for name in set(files.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    files = tensor_files(folder)
+    total = sum(stored.bytes for stored in files.values())
+    weight_map = {name: stored.file.name for name, stored in sorted(files.items())}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return folder / INDEX
-
-
-def _tensor_bytes(path: Path) -> int:
-    """What a safetensors file holds beside its header, whose length stands first (8 bytes)."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _barrier() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.data.errors import DataError
-from dist_moe.data.tokenizer import END, Tokenizer, byte_tokenizer, cut, load_tokenizer, train_bpe
+from dist_moe.data.opened import load_tokenizer
+from dist_moe.data.tokenizer import END, Tokenizer, byte_tokenizer, cut, train_bpe
 
 SAMPLE = (
     "The quality of mercy isn't strain'd,\n  it droppeth as the gentle rain from heaven.\n\n"

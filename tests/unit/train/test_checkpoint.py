@@ -187,7 +187,7 @@ def test_going_back_sets_what_is_later_aside(text: Path, run: Path) -> None:
     [
         ("run.seed=1", "run.seed"),
         ("train.global_batch=4", "train.global_batch"),
-        ("model.config.hidden_size=32", "model"),
+        ("model.config.hidden_size=32", "model.config"),
         ("balance.policy=none", "balance.policy"),
         ("train.optimizer=sgd", "train.optimizer"),
         ("data.sequence_length=8", "data"),

@@ -15,7 +15,8 @@ from dist_moe.data.tokenizer import byte_tokenizer
 from dist_moe.model.build import build_model, family_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.moe.select import Forced, Rule, Threshold, TopK
-from dist_moe.train.weights import WeightsError, load_weights, save_weights
+from dist_moe.train.folder import WeightsError
+from dist_moe.train.weights import load_weights, save_weights
 from tests.unit.model.samples import ALONE, FAMILIES, logits, perturb, small_model, stored_tensors, tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -258,5 +259,8 @@ def test_a_folder_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
     save(small_model("deepseek_v3"), tmp_path)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
+    with pytest.raises(WeightsError, match=r"of the files that it names, \['model-00001.*are not there"):
+        load_weights(tmp_path, ALONE)
+    (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(WeightsError, match=r"holds no \*\.safetensors"):
         load_weights(tmp_path, ALONE)

@@ -1,0 +1,29 @@
+"""Begins a run with the weights of a Hugging Face folder."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config.pretrained import is_there
+from dist_moe.train.folder import WeightsError
+from dist_moe.train.together import together
+from dist_moe.train.weights import fill_weights
+
+
+@torch.no_grad()
+def begin_with(folder: Path, model: PreTrainedModel, mesh: Mesh) -> None:
+    """Copy the folder's weights into a model that no engine has yet, in fp32, the experts of this rank alone.
+
+    A collective call. Errors: CheckpointError on all ranks, where one finds tensors missing, unexpected or misshapen.
+    """
+
+    def copy() -> None:
+        if not is_there(folder):
+            raise WeightsError(
+                f"model.pretrained={folder} is gone, and there is no checkpoint to go on from; restore it"
+            )
+        fill_weights(model, mesh, folder)
+
+    together(mesh, f"the run cannot begin with model.pretrained={folder}", copy)
