@@ -68,7 +68,7 @@ def verify(folder: Path, manifest: Manifest) -> Verdict:
     """Everything that can be known of a checkpoint without the run."""
     verdict, model, state = Verdict(folder), folder / "model", folder / "state"
     total = sum(entry.bytes for entry in manifest.files.values())
-    files = f"{len(manifest.files)} files, {total:,} bytes: size and SHA-256 as in {NAME}, and no further file"
+    files = f"{len(manifest.files)} files, {total:,} bytes: size and digest as in {NAME}, and no further file"
     verdict.check(files, lambda: iter([*unlisted(folder, manifest), *faults(folder, manifest, manifest.files)]))
     verdict.check("the step of the folder, the manifest and the numbers", lambda: _steps(folder, manifest))
     verdict.check("the index names the file of each tensor", lambda: _index(model))

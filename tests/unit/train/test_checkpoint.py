@@ -8,60 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from dist_moe.comm.mesh import Mesh
-from dist_moe.config import Config, load_config, resolve
 from dist_moe.data.corpus import Prepared
 from dist_moe.train.checkpoint import checkpoints, recover
 from dist_moe.train.elements import CheckpointError
 from dist_moe.train.loop import prepare_text
 from dist_moe.train.manifest import read_manifest
-from dist_moe.train.resume import Checkpoint, find_checkpoint
+from dist_moe.train.resume import find_checkpoint
 from dist_moe.train.together import together
-from tests.dist.resumable import ROOT, command, overrides_of, tensors, write_text
+from tests.dist.resumable import tensors
+from tests.unit.train.runs import ALONE, CPU, MORE, STATE, WEIGHTS, find, settings, step, train
 
-ALONE, CPU = Mesh(1, 0, 1), torch.device("cpu")
-MORE = "state/rank-00001.safetensors"
-WEIGHTS, STATE = "model/model-00001-of-00001.safetensors", "state/rank-00000.safetensors"
 Damage = Callable[[Path], object]
-
-
-def train(text: Path, run: Path, *changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(text, run, *changes), cwd=ROOT, capture_output=True, text=True, timeout=200)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one worker with checkpoints of steps 2, 4 and 6."""
-    run = tmp_path_factory.mktemp("made") / "run"
-    done = train(text, run, "train.steps=6", "checkpoint.every=2")
-    assert done.returncode == 0, done.stderr
-    return run
-
-
-@pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, to do harm to."""
-    return shutil.copytree(made, tmp_path / "run")
-
-
-def find(text: Path, run: Path, *changes: str) -> Checkpoint | None:
-    config = settings(text, run, *changes)
-    return find_checkpoint(config, prepare_text(config), ALONE, CPU)
-
-
-def settings(text: Path, run: Path, *changes: str) -> Config:
-    return resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, run, *changes)), 1).config
-
-
-def step(run: Path, number: int) -> Path:
-    return run / "checkpoints" / f"step-{number:06d}"
 
 
 def flip(path: Path, place: int = -1) -> None:

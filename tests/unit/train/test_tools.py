@@ -1,0 +1,234 @@
+"""The commands that look at checkpoints: what they show, what they find, and what they refuse without harm."""
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from dist_moe.cli import app
+from dist_moe.config.errors import UserError
+from dist_moe.train.elements import ElementReader
+from dist_moe.train.manifest import FORMAT, NAME, entry
+from dist_moe.train.weights import load_weights
+from tests.dist.resumable import elements
+from tests.unit.model.samples import ALONE
+from tests.unit.train.runs import STATE, WEIGHTS, find, step, train
+
+BALANCE = "state/balance.safetensors"
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, ["checkpoint", *map(str, words)])
+
+
+def told(result: Result, code: int) -> str:
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/step-000006"])
+def test_inspect_shows_the_latest(made: Path, below: str) -> None:
+    shown = told(invoke("inspect", made / below), 0)
+    assert "step 6, 6 of them taken" in shown and "deepseek_v3" in shown and "2 MoE layers of 12 experts" in shown
+    found = json.loads(told(invoke("inspect", made / below, "--json"), 0))
+    assert found["step"] == 6
+
+
+def test_inspect_shows_a_hugging_face_folder(made: Path) -> None:
+    assert "deepseek_v3" in told(invoke("inspect", step(made, 6) / "model"), 0)
+    assert "Traceback" not in told(invoke("inspect", made / "tensorboard"), 2)
+
+
+def test_verify_finds_all_of_a_run_good(made: Path) -> None:
+    shown = told(invoke("verify", made), 0)
+    assert shown.count("is good") == 3 and "every element of the optimizer once" in shown
+
+
+def rewrite(at: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a file, and let the manifest say that this is how it has to be."""
+    tensors = load_file(at / name)
+    change(tensors)
+    save_file(tensors, at / name, {"format": "pt"})
+    relist(at, name)
+
+
+def relist(at: Path, name: str) -> None:
+    manifest = json.loads((at / NAME).read_text())
+    manifest["files"][name] = entry(at / name).model_dump()
+    (at / NAME).write_text(json.dumps(manifest))
+
+
+def first(tensors: dict[str, torch.Tensor], start: str) -> str:
+    return next(name for name in sorted(tensors) if name.startswith(start))
+
+
+def drop(start: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.pop(first(tensors, start))
+
+
+def spoil(start: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors[first(tensors, start)].view(-1)[:1].fill_(torch.nan)
+
+
+def overlap(tensors: dict[str, torch.Tensor]) -> None:
+    name = first(tensors, "exp_avg:")
+    tensors[f"{name.rpartition(':')[0]}:1"] = tensors[name].clone()
+
+
+CONSISTENT: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "an expert is gone": (
+        WEIGHTS,
+        lambda at: rewrite(at, WEIGHTS, drop("model.layers.2.mlp.experts.11.")),
+        "model.layers.2.mlp.experts.11.",
+    ),
+    "a weight is not finite": (WEIGHTS, lambda at: rewrite(at, WEIGHTS, spoil("model.layers.1.")), "finite"),
+    "a moment is gone": (STATE, lambda at: rewrite(at, STATE, drop("exp_avg:")), "exp_avg"),
+    "a moment twice": (STATE, lambda at: rewrite(at, STATE, overlap), "exp_avg"),
+    "a moment of no tensor": (
+        STATE,
+        lambda at: rewrite(at, STATE, lambda t: t.update({"exp_avg:model.nothing:0": torch.zeros(3)})),
+        "model.nothing",
+    ),
+    "a bias is not that of the weights": (
+        BALANCE,
+        lambda at: rewrite(at, BALANCE, lambda t: t[first(t, "selection_bias")].add_(1.0)),
+        "bias",
+    ),
+    "a tensor of integers": (
+        WEIGHTS,
+        lambda at: rewrite(at, WEIGHTS, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)})),
+        "model.norm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONSISTENT)
+def test_verify_finds_what_no_digest_tells(run: Path, case: str) -> None:
+    """Every file is as the manifest says; the checkpoint is wrong all the same."""
+    _, harm, named = CONSISTENT[case]
+    harm(step(run, 6))
+    shown = told(invoke("verify", run), 1)
+    assert shown.count("is good") == 2 and shown.count("is damaged") == 1 and named in shown
+
+
+def test_verify_tells_no_checkpoint_from_a_damaged_one(tmp_path: Path) -> None:
+    assert "has no manifest.json" in told(invoke("verify", tmp_path), 2)
+
+
+@pytest.mark.parametrize("dtype", ["keep", "fp32", "bf16"])
+def test_an_export_opens_with_transformers(made: Path, tmp_path: Path, dtype: str) -> None:
+    told(invoke("export", made, tmp_path / "out", "--dtype", dtype), 0)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    ids = torch.arange(24).reshape(1, -1)
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    assert model.dtype == kind
+    ours = load_weights(step(made, 6) / "model", ALONE)
+    with torch.no_grad():
+        difference = (model.float()(ids).logits - ours(ids).logits).abs().max()
+    assert difference < (0.2 if dtype == "bf16" else 1e-5)
+
+
+def test_an_export_in_fp32_takes_the_masters(text: Path, tmp_path: Path) -> None:
+    done = train(text, tmp_path / "run", "train.steps=2", "train.precision=bf16")
+    assert done.returncode == 0, done.stderr
+    told(invoke("export", tmp_path / "run", tmp_path / "out", "--dtype", "fp32"), 0)
+    kept = elements(step(tmp_path / "run", 2))
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        masters = {name.removeprefix("master:"): value for name, value in kept.items() if name.startswith("master:")}
+        assert masters
+        assert all(torch.equal(file.get_tensor(name).reshape(-1), value) for name, value in masters.items())
+
+
+def test_an_export_removes_nothing(made: Path, tmp_path: Path) -> None:
+    for name in ("out", "other.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    assert "is no empty folder" in told(invoke("export", made, tmp_path / "out"), 2)
+    assert "is in the way" in told(invoke("export", made, tmp_path / "other"), 2)
+    assert [(tmp_path / name / "mine").read_text() for name in ("out", "other.partial")] == ["mine", "mine"]
+
+
+def header(path: Path, words: str | bytes, length: int | None = None) -> None:
+    """A file with this safetensors header, and a size of it that may be a lie."""
+    content = words.encode() if isinstance(words, str) else words
+    path.write_bytes(struct.pack("<Q", len(content) if length is None else length) + content)
+
+
+def tensor(shape: list[int], end: int, dtype: str = "F32", name: str = "a") -> str:
+    return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}})
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+HOSTILE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a header of terabytes": (WEIGHTS, lambda path: header(path, "{}", 1 << 44)),
+    "a header that is cut": (STATE, lambda path: header(path, "{}", 100)),
+    "a tensor of terabytes": (WEIGHTS, lambda path: header(path, tensor([1 << 40], 1 << 42))),
+    "thousands of dimensions": (WEIGHTS, lambda path: header(path, tensor([1 << 62] * 5000, 4))),
+    "a number of 5,000 digits": (STATE, lambda path: header(path, tensor([1], 4).replace("[1]", f"[{'9' * 5000}]"))),
+    "a name of 5,000 digits": (STATE, lambda path: header(path, tensor([0], 0, name=f"exp_avg:a:{'9' * 5000}"))),
+    "deep nesting": (STATE, lambda path: header(path, "[" * 100_000)),
+    "a header that is no text": (WEIGHTS, lambda path: header(path, b"\xff\xfe\x00")),
+    "a key that is given twice": (STATE, lambda path: header(path, '{"a": 1, "a": 2}')),
+    "a pipe": (WEIGHTS, pipe),
+    "a pipe in place of the manifest": (NAME, pipe),
+    "a manifest of deep nesting": (NAME, lambda path: path.write_text("[" * 100_000)),
+    "a manifest with a huge number": (
+        NAME,
+        lambda path: path.write_text(json.dumps({"format": FORMAT, "step": 6, "files": {}}).replace("6", "9" * 5000)),
+    ),
+    "a manifest that climbs": (
+        NAME,
+        lambda path: path.write_text(
+            json.dumps({"format": FORMAT, "step": 6, "files": {"../../x": {"bytes": 1, "xxh3_128": "0" * 32}}})
+        ),
+    ),
+    "numbers that are none": (
+        "state/training.json",
+        lambda path: path.write_text(path.read_text().replace('"taken":', '"taken": NaN, "taken":')),
+    ),
+    "a config that is a program": ("config.yaml", lambda path: path.write_text("!!python/object/apply:os.system [id]")),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_in_words(text: Path, run: Path, case: str) -> None:
+    """By every command and by a run, whatever the manifest says of the file; the one before is taken."""
+    name, harm = HOSTILE[case]
+    folder = step(run, 6)
+    harm(folder / name)
+    if name != NAME and not (folder / name).is_fifo():
+        relist(folder, name)
+    assert told(invoke("verify", folder), 2 if name == NAME else 1)
+    assert invoke("inspect", folder).exit_code in (0, 2)
+    if name in (NAME, "state/training.json") or (folder / name).is_fifo():
+        found = find(text, run)
+        assert found is not None and found.numbers.step == 4
+    elif name == WEIGHTS:
+        with pytest.raises(UserError, match=re.escape(str(folder))):
+            load_weights(folder / "model", ALONE)
+    else:
+        with pytest.raises(UserError, match=re.escape(str(folder))), ElementReader(folder / "state"):
+            find(text, run)
