@@ -2,7 +2,6 @@
 
 import json
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_moe.cli.checkpoint import checkpoint_app
+from dist_moe.cli.doctor import be_examined, doctor, name_accelerator
+from dist_moe.cli.launchers import Launcher, Runner
 from dist_moe.cli.study import study_app
 from dist_moe.cli.words import CheckpointFolder, ConfigFile, Overrides, Workers, complain, errors_in_plain_words
 
@@ -24,25 +25,6 @@ data_app = typer.Typer(help="The text that models learn from.", no_args_is_help=
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
 app.add_typer(checkpoint_app, name="checkpoint")
-
-
-class Launcher(StrEnum):
-    """The programs that can start the workers on this host."""
-
-    deepspeed = "deepspeed"
-    torchrun = "torchrun"
-    mpirun = "mpirun"
-    slurm = "slurm"
-    kubernetes = "kubernetes"
-
-
-class Runner(StrEnum):
-    """What the deepspeed launcher starts the workers of several hosts by."""
-
-    pdsh = "pdsh"
-    openmpi = "openmpi"
-    mpich = "mpich"
-    slurm = "slurm"
 
 
 def main() -> None:
@@ -93,6 +75,9 @@ def train(
     local_rank: Annotated[
         int, typer.Option("--local_rank", "--local-rank", hidden=True, help="Ignored; launchers add it.")
     ] = 0,
+    findings: Annotated[
+        Path | None, typer.Option("--doctor", hidden=True, help="Check instead, and write what is found here.")
+    ] = None,
 ) -> None:
     """Be one worker of a run, or all of it without a launcher."""
     restore_visible_devices()
@@ -106,14 +91,16 @@ def train(
         mind_if_asked(place.rank, place.world_size, settings.run.dir)
     with report_failure(settings.run.dir, place.rank):
         resolved = resolve(settings, place.world_size)
-        from dist_moe.comm.bootstrap import choose_backend
-
-        # Before DeepSpeed is imported, which would else take a device by itself, or as the launch's host has it.
-        backend = choose_backend(settings.parallel.backend, place)
-        os.environ["DS_ACCELERATOR"] = "cuda" if backend == "nccl" else "cpu"
+        name_accelerator(settings.parallel.backend, place)
+        if findings is not None:
+            be_examined(resolved, place, findings)
+            return
         from dist_moe.train.loop import run
 
         run(resolved, place)
+
+
+app.command()(doctor)
 
 
 @app.command()

@@ -1,0 +1,115 @@
+"""The command that checks a configuration and its machines before a long run."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from dist_moe.cli.launchers import Launcher, Runner
+from dist_moe.cli.words import ConfigFile, Overrides, errors_in_plain_words
+
+if TYPE_CHECKING:
+    from dist_moe.comm.place import Place
+    from dist_moe.config import Resolved
+
+Json = Annotated[Path | None, typer.Option("--json", help="File for the findings.")]
+FINDINGS = "findings.json"
+
+
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    launcher: Annotated[Launcher, typer.Option(help="The program that starts the workers.")] = Launcher.deepspeed,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers on this host (2), where the file names no cluster.")
+    ] = None,
+    runner: Annotated[Runner, typer.Option(help="How the deepspeed launcher reaches several hosts.")] = Runner.pdsh,
+    as_json: Json = None,
+) -> None:
+    """Check CONFIG on its own machines, by workers as a launch would start them: each check passes, or says what to do.
+
+    Nothing of run.dir changes. Exits with 0, with 1 where a check failed, with 2 where the configuration is wrong.
+    """
+    from dist_moe.comm.place import read_place
+    from dist_moe.config import load_config, resolve
+    from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
+    from dist_moe.launch.cluster import read_cluster
+    from dist_moe.launch.command import LaunchError
+    from dist_moe.launch.job import Job
+
+    if read_place(os.environ).world_size > 1:
+        raise typer.Exit(within_a_job(config, overrides))
+    with errors_in_plain_words():
+        settings = load_config(config, overrides or ())
+        cluster = read_cluster(settings.cluster)
+        if launcher in (Launcher.slurm, Launcher.kubernetes):
+            raise LaunchError(
+                f"--launcher {launcher} queues jobs; run `dist-moe doctor` within a job of its, by torchrun"
+            )
+        folder = Path(settings.run.dir) / f"doctor-{os.getpid()}"
+        words = [*(overrides or ()), f"run.dir={folder}", f"--doctor={folder / FINDINGS}"]
+        apart = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": str(folder)})})
+        job = Job(apart, config, words, launcher, cluster, workers, runner)
+        resolve(settings, job.workers)
+    before = Path(settings.run.dir).exists()
+    findings = [Finding("configuration", Outcome.passed, f"every rule holds for {job.workers} workers")]
+    try:
+        try:
+            outcome = job.run()
+            told = outcome.message or f"exit code {outcome.code}"
+        except LaunchError as error:
+            told = str(error)
+        if (folder / FINDINGS).is_file():
+            how = f"{job.workers} workers by {launcher}"
+            findings += [Finding("launch", Outcome.passed, how), *read_json(folder / FINDINGS)]
+        else:
+            findings.append(Finding("launch", Outcome.failed, told, "mend what it says, and try again"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not before and Path(settings.run.dir).is_dir() and not any(Path(settings.run.dir).iterdir()):
+            Path(settings.run.dir).rmdir()
+    Console().print(table(findings))
+    if as_json is not None:
+        write_json(findings, as_json)
+    raise typer.Exit(int(any(finding.outcome is Outcome.failed for finding in findings)))
+
+
+def within_a_job(config: Path, overrides: list[str] | None) -> int:
+    """As one of the workers that a launcher has started by hand; rank 0 shows the table -> the exit code."""
+    from dist_moe.comm.place import read_place
+    from dist_moe.config import load_config, resolve
+    from dist_moe.doctor.examine import examine
+    from dist_moe.doctor.finding import Outcome, table
+
+    place = read_place(os.environ)
+    with errors_in_plain_words():
+        resolved = resolve(load_config(config, overrides or ()), place.world_size)
+        name_accelerator(resolved.config.parallel.backend, place)
+    folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
+    try:
+        found = examine(resolved, place, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if place.rank == 0:
+        Console().print(table(found))
+    return int(any(finding.outcome is Outcome.failed for finding in found))
+
+
+def name_accelerator(backend: str, place: "Place") -> None:
+    """Tell DeepSpeed its device before it is imported; it would else choose by itself, or as the launch's host."""
+    from dist_moe.comm.bootstrap import choose_backend
+
+    os.environ["DS_ACCELERATOR"] = "cuda" if choose_backend(backend, place) == "nccl" else "cpu"
+
+
+def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
+    """One worker's part; rank 0 writes what was found."""
+    from dist_moe.doctor.examine import examine
+    from dist_moe.doctor.finding import write_json
+
+    found = examine(resolved, place, findings.parent / "trial")
+    if place.rank == 0:
+        write_json(found, findings)

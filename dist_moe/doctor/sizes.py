@@ -1,0 +1,182 @@
+"""How much memory and disk the run will take, from the shapes of its model, against what is there.
+
+P parameters; a rank holds the dense ones and its share of the experts.
+"""
+
+import re
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config import Config, Resolved
+from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
+from dist_moe.doctor.subject import Subject
+from dist_moe.model.build import empty_model, routing_rule
+from dist_moe.model.convert import find_layers
+from dist_moe.train.precision import choose_precision
+
+FP32 = 4
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model in numbers: dense and expert parameters of all ranks together, and what activations depend on."""
+
+    dense: int
+    experts: int
+    layers: int
+    width: int
+    taken: int
+    expert_width: int
+    vocabulary: int
+
+
+def shape_of(resolved: Resolved, vocabulary: int) -> Shape:
+    """From the model on the meta device, which takes no memory."""
+    config = resolved.config
+    settings = AutoConfig.for_model(config.model.architecture, **{**resolved.model_config, "vocab_size": vocabulary})
+    model = empty_model(settings, routing_rule(config.router, config.balance), Mesh(1, 0, 1))
+    experts = sum(p.numel() for layer in find_layers(model) for p in layer.experts.local.parameters())
+    every = sum(p.numel() for p in model.parameters())
+    taken = config.router.max_experts or config.router.top_k or 1
+    sizes = (settings.num_hidden_layers, settings.hidden_size, taken, settings.moe_intermediate_size)
+    return Shape(every - experts, experts, *sizes, vocabulary)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. fixed: weights, gradients, masters and moments, exact. copy: of an asynchronous checkpoint.
+
+    activations: by formula, the largest micro-batch.
+    """
+
+    fixed: int
+    activations: int
+    copy: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.fixed + self.activations + self.copy
+
+
+def estimate_memory(config: Config, shape: Shape, workers: int, expert_parallel: int, bf16: bool) -> Memory:
+    """What a rank takes with ZeRO `parallel.zero_stage`.
+
+    Weights and gradients are whole on each rank: ZeRO 2 frees gradients only as it goes. Masters (fp32 copies, at
+    ZeRO 1 and 2 also in fp32 training) and moments are divided over the ranks that hold the same at ZeRO 1 and 2.
+    """
+    stage, train = config.parallel.zero_stage, config.train
+    item = 2 if bf16 else FP32
+    parameters = shape.dense + shape.experts // expert_parallel
+    copies = workers // expert_parallel
+    owned = parameters if stage == 0 else shape.dense // workers + shape.experts // expert_parallel // copies
+    moments = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    masters = int(bf16 or stage > 0)
+    fixed = parameters * 2 * item + owned * (masters + moments) * FP32
+    written = checkpoint_bytes(config, shape, bf16) // workers
+    copied = written if config.checkpoint.asynchronous and config.checkpoint.every else 0
+    return Memory(fixed, _activations(config, shape, item), copied)
+
+
+def _activations(config: Config, shape: Shape, item: int) -> int:
+    """About 16 widths of a layer, and of each expert that a token takes 2 widths of the model and 4 of the expert.
+
+    With activation checkpointing a layer keeps its input, and one layer at a time all of it. Logits are held three
+    times, once in fp32.
+    """
+    tokens = config.train.micro_batch * config.data.sequence_length
+    layer = 16 * shape.width + shape.taken * (2 * shape.width + 4 * shape.expert_width)
+    kept = shape.layers * shape.width + layer if config.train.activation_checkpointing else shape.layers * layer
+    return tokens * (kept * item + shape.vocabulary * (2 * item + FP32))
+
+
+def checkpoint_bytes(config: Config, shape: Shape, bf16: bool) -> int:
+    """Of one checkpoint: weights, masters where they are not the weights, moments."""
+    moments = 2 if config.train.optimizer == "adamw" else int(config.train.momentum > 0)
+    return (shape.dense + shape.experts) * ((2 + FP32 if bf16 else FP32) + moments * FP32)
+
+
+def kept_checkpoints(config: Config) -> int:
+    """How many lie on the disk at most, one in the making among them."""
+    settings, steps = config.checkpoint, config.train.steps
+    made = (steps // settings.every if settings.every else 0) + 1
+    if not settings.keep_last:
+        return made
+    return min(made, settings.keep_last + 1 + (steps // settings.keep_every if settings.keep_every else 0))
+
+
+def check_memory(subject: Subject, shape: Shape, bf16: bool) -> Finding:
+    """What all ranks of each host take, against what its memory has."""
+    needed = estimate_memory(subject.config, shape, subject.mesh.world_size, subject.mesh.expert_parallel, bf16)
+    on_device = subject.world.device.type == "cuda"
+    free = torch.cuda.mem_get_info(subject.world.device)[0] if on_device else free_memory()
+    own = (f"{socket.gethostname()} {subject.world.device if on_device else ''}".strip(), free)
+    found: list[tuple[str, int]] = [own] * subject.mesh.world_size
+    dist.all_gather_object(found, own)
+    return compare_memory(needed, found)
+
+
+def compare_memory(needed: Memory, found: Sequence[tuple[str, int]]) -> Finding:
+    """found: of each rank the place that its memory is of, and what is free there."""
+    told = (
+        f"{bytes_in_words(needed.total)} a rank: {bytes_in_words(needed.fixed)} weights, gradients and optimizer, "
+        f"about {bytes_in_words(needed.activations)} activations, {bytes_in_words(needed.copy)} copy for saving"
+    )
+    short = []
+    for place in dict.fromkeys(place for place, _ in found):
+        free = [bytes_free for where, bytes_free in found if where == place]
+        if needed.total * len(free) > min(free):
+            short.append(f"{place} has {bytes_in_words(min(free))} free for {len(free)} ranks")
+    if short:
+        remedy = (
+            "use more hosts, ZeRO 1 or 2, a smaller train.micro_batch, train.activation_checkpointing=true, or "
+            "checkpoint.asynchronous=false"
+        )
+        return Finding("memory", Outcome.failed, f"{told}; {'; '.join(short)}", remedy)
+    return Finding("memory", Outcome.passed, f"{told}; {bytes_in_words(min(free for _, free in found))} are free")
+
+
+def free_memory() -> int:
+    """Bytes that this host, or the container that this process is in, has to give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = re.search(r"\d+", next(line for line in lines if line.startswith("MemAvailable")))
+    available = int(found[0]) * 1024 if found else 0
+    limits = [
+        int(limit.read_text()) - int(used.read_text())
+        for limit, used in (
+            (CGROUP / "memory.max", CGROUP / "memory.current"),
+            (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
+        )
+        if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal()
+    ]
+    return min([available, *limits])
+
+
+def check_disk(subject: Subject, shape: Shape, bf16: bool) -> Finding:
+    """What the checkpoints of the run take, against what run.dir's file system has."""
+    one, count = checkpoint_bytes(subject.config, shape, bf16), kept_checkpoints(subject.config)
+    return compare_disk(one, count, shutil.disk_usage(subject.folder).free)
+
+
+def compare_disk(one: int, count: int, free: int) -> Finding:
+    """one: bytes of a checkpoint. count: how many are there at most."""
+    told = (
+        f"{count} checkpoints of {bytes_in_words(one)} are {bytes_in_words(one * count)}; {bytes_in_words(free)} free"
+    )
+    if one * count > free:
+        return Finding("disk", Outcome.failed, told, "set checkpoint.keep_last, or another run.dir")
+    return Finding("disk", Outcome.passed, told)
+
+
+def is_bf16(subject: Subject) -> bool:
+    """Whether the run will compute in bf16 here."""
+    return choose_precision(subject.config.train.precision, subject.world.device) == torch.bfloat16

@@ -1,0 +1,40 @@
+"""What is examined: the configuration as it would run, in a job of real workers."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dist_moe.comm.bootstrap import World
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config import Config, Resolved
+from dist_moe.data.corpus import Prepared
+
+
+@dataclass(frozen=True)
+class Subject:
+    """resolved: for this number of workers. folder: of the doctor alone, on the file system of run.dir.
+
+    prepared: the text; None where it could not be had.
+    """
+
+    resolved: Resolved
+    world: World
+    mesh: Mesh
+    folder: Path
+    prepared: Prepared | None
+
+    @property
+    def config(self) -> Config:
+        """The resolved one."""
+        return self.resolved.config
+
+    @cached_property
+    def message_bytes(self) -> int:
+        """About what a rank sends in one exchange of a micro-batch."""
+        settings, train = self.resolved.model_config, self.config.train
+        tokens = train.micro_batch * self.config.data.sequence_length
+        taken = self.config.router.max_experts or self.config.router.top_k or 1
+        if self.config.router.selection == "threshold":
+            taken = round(self.config.router.budget or max(1, taken // 4))
+        width = int(settings.get("hidden_size", 1024))
+        return tokens * taken * width * (4 if train.precision == "fp32" else 2)

@@ -1,0 +1,181 @@
+"""Checks that train: expert parallelism gives the gradients of one rank, and what is saved comes back.
+
+The model is the user's own with few layers: the first kind and two MoE layers, and as many experts as are needed.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_moe.balance.balancer import Balancer
+from dist_moe.comm.bootstrap import limit_groups
+from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.config import Config
+from dist_moe.config.family import family_of
+from dist_moe.data.stream import Batch
+from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
+from dist_moe.doctor.subject import Subject
+from dist_moe.model.build import build_model, parameter_groups, routing_rule
+from dist_moe.model.convert import find_layers
+from dist_moe.model.task import LanguageModelTask
+from dist_moe.moe.select import Rule, Threshold, TopK
+from dist_moe.train.engine import EngineSettings, start_engine
+from dist_moe.train.loop import engine_settings, make_balancer
+from dist_moe.train.saver import save_checkpoint
+from dist_moe.train.state import Training
+from dist_moe.train.step import train_step
+from dist_moe.train.weights import fill_weights
+
+FEW_EXPERTS, LONGEST, VOCABULARY = 8, 64, 257
+TOLERANCE = 1e-4
+"""Of the largest change of a weight, and of the norm: sums over ranks have another order."""
+RATE = 100.0
+"""So large that the rounding of a weight is nothing beside its change; the model is thrown away."""
+
+
+class Outcomes(NamedTuple):
+    """A step's: norm of the gradient before clipping, and the change of each dense and of each local expert tensor."""
+
+    norm: float
+    dense: dict[str, Tensor]
+    experts: dict[str, Tensor]
+
+
+def few_layers(subject: Subject, expert_parallel: int) -> tuple[dict[str, Any], Rule]:
+    """Keys of the model's config class for a model that takes seconds, and its rule of routing."""
+    config, family = subject.config, family_of(subject.config.model.architecture)
+    settings = {**subject.resolved.model_config, "vocab_size": VOCABULARY}
+    rule = routing_rule(config.router, config.balance)
+    taken = min(rule.most, subject.resolved.experts)
+    experts = min(max(FEW_EXPERTS, taken), subject.resolved.experts)
+    experts = -(-experts // expert_parallel) * expert_parallel
+    settings[family.experts] = experts
+    if config.model.architecture == "deepseek_v3":
+        settings |= {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+    else:
+        settings |= {"num_hidden_layers": 2, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    if isinstance(rule, Threshold):
+        return settings, replace(rule, max_experts=min(taken, experts))
+    if isinstance(rule, TopK):
+        return settings, replace(rule, groups=1, top_groups=1)
+    return settings, rule
+
+
+def check_parity(subject: Subject) -> Finding:
+    """One SGD step in fp32 with the run's expert parallelism changes every weight as one without any does."""
+    name, mesh = "EP 1 = EP N", subject.mesh
+    if mesh.expert_parallel == 1:
+        return Finding(name, Outcome.idle, "the run has expert parallel 1")
+    alone, shared = one_step(subject, make_mesh(1)), one_step(subject, mesh)
+    far, where = 0.0, ""
+    own = {key: value for key, value in alone.experts.items() if key in shared.experts}
+    for key, wanted in {**alone.dense, **own}.items():
+        found = shared.dense.get(key, shared.experts.get(key))
+        largest = float(wanted.abs().max())
+        away = float("inf") if found is None else float((found - wanted).abs().max()) / max(largest, 1e-12)
+        if largest > 1e-10 and not away <= far:
+            far, where = away, key
+    norm = abs(shared.norm - alone.norm) / alone.norm
+    told = (
+        f"gradients of {len(alone.dense)} dense and {len(own)} expert tensors differ by at most {far:.1e} of their "
+        f"largest, the norm by {norm:.1e} (allowed {TOLERANCE:.0e})"
+    )
+    if far <= TOLERANCE and norm <= TOLERANCE:
+        return Finding(name, Outcome.passed, told)
+    remedy = "try parallel.exchange=flat, another parallel.backend or zero_stage, and report it"
+    return Finding(name, Outcome.failed, f"rank {mesh.rank}: {told}; most in {where}", remedy)
+
+
+def one_step(subject: Subject, mesh: Mesh) -> Outcomes:
+    """One SGD step of the small model, the same tokens whatever the mesh."""
+    settings = replace(
+        engine_settings(subject.resolved, subject.world),
+        optimizer="sgd",
+        momentum=0.0,
+        bf16=False,
+        micro_batch=1,
+        accumulation=1,
+    )
+    with small_training(subject, mesh, settings) as training:
+        before = named(training, mesh)
+        batch = row(subject, mesh.rank)
+        record = train_step(training.engine, training.balancer, [batch], RATE)
+        after = named(training, mesh)
+    dense, experts = ({name: after[part][name] - value for name, value in before[part].items()} for part in (0, 1))
+    return Outcomes(record.grad_norm, dense, experts)
+
+
+def named(training: Training, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of the dense weights, and of each expert that this rank holds, by names without a layout."""
+    dense = {
+        name: parameter.detach().clone()
+        for name, parameter in training.task.named_parameters()
+        if ".experts.local." not in name
+    }
+    experts = {}
+    for layer in find_layers(training.task.model):
+        local = layer.experts.local
+        for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+            for kind, stacked in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
+                experts[f"{layer.name}.{expert}.{kind}"] = stacked.detach()[place].clone()
+    return dense, experts
+
+
+def row(subject: Subject, rank: int) -> Batch:
+    """Tokens of one rank, the same in every run."""
+    length = min(LONGEST, subject.config.data.sequence_length)
+    generator = torch.Generator().manual_seed(1000 + rank)
+    tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
+    zeros = torch.zeros(1, length, dtype=torch.int64)
+    return Batch(tokens[:, :-1], tokens[:, 1:], zeros, torch.arange(length).reshape(1, -1), zeros)
+
+
+@contextmanager
+def small_training(subject: Subject, mesh: Mesh, settings: EngineSettings) -> Iterator[Training]:
+    """The small model in a real engine, in the doctor's own folder."""
+    config, (model_config, rule) = small_config(subject), few_layers(subject, subject.mesh.expert_parallel)
+    model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
+    task = LanguageModelTask(model, counts_margins=config.balance.policy == "quantile")
+    with start_engine(task, parameter_groups(model, config.train.weight_decay), settings, mesh) as engine:
+        limit_groups(config.parallel.timeout_s)
+        balancer: Balancer = make_balancer(task, config, engine.device)
+        assert subject.prepared is not None
+        yield Training(config, engine, balancer, task, subject.prepared)
+
+
+def small_config(subject: Subject) -> Config:
+    """The user's, with the doctor's folder as run.dir."""
+    run = subject.config.run.model_copy(update={"dir": str(subject.folder)})
+    return subject.config.model_copy(update={"run": run})
+
+
+def check_saving(subject: Subject) -> Finding:
+    """A checkpoint of the small model by all ranks, read again bit for bit; removed afterwards."""
+    settings = replace(engine_settings(subject.resolved, subject.world), micro_batch=1, accumulation=1)
+    with small_training(subject, subject.mesh, settings) as training:
+        train_step(training.engine, training.balancer, [row(subject, subject.mesh.rank)], 1e-3)
+        began_s = time.perf_counter()
+        folder = save_checkpoint(training, 1)
+        save_s = time.perf_counter() - began_s
+        kept = named(training, subject.mesh)
+        began_s = time.perf_counter()
+        with torch.no_grad():
+            for parameter in training.task.parameters():
+                parameter.zero_()
+        fill_weights(training.task.model, subject.mesh, folder / "model")
+        load_s = time.perf_counter() - began_s
+        again = named(training, subject.mesh)
+        pairs = [(key, one[key], other[key]) for one, other in zip(kept, again, strict=True) for key in one]
+        wrong = [key for key, before, after in pairs if not torch.equal(before, after)]
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    speed = f"{size / save_s / 1e6:,.0f} MB/s"
+    told = f"{bytes_in_words(size)} saved in {save_s:.2f} s ({speed}), weights read in {load_s:.2f} s"
+    if wrong:
+        remedy = "see to the storage of run.dir"
+        return Finding("save and load", Outcome.failed, f"{told}; other bits in {', '.join(wrong[:3])}", remedy)
+    return Finding("save and load", Outcome.passed, f"{told}, bit for bit")

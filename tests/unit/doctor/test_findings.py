@@ -1,0 +1,131 @@
+"""What each comparison passes and fails, in words with a remedy, and the table."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dist_moe.config import load_config, resolve
+from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words, read_json, table, write_json
+from dist_moe.doctor.machines import compare_places, compare_versions, patterns
+from dist_moe.doctor.sizes import (
+    Memory,
+    Shape,
+    checkpoint_bytes,
+    compare_disk,
+    compare_memory,
+    estimate_memory,
+    free_memory,
+    kept_checkpoints,
+)
+
+DEBUG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
+
+
+def settings(*words: str, workers: int = 4) -> object:
+    return resolve(load_config(DEBUG, words), workers).config
+
+
+def test_another_version_on_one_rank_is_named() -> None:
+    same = {"python": "3.11", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.17.0"}
+    assert compare_versions([same] * 4).outcome is Outcome.passed
+    found = compare_versions([same, same, same | {"torch": "2.11.0"}, same])
+    assert found.outcome is Outcome.failed and found.remedy
+    assert found.found == "rank 2 has torch 2.11.0, most have 2.13.0"
+
+
+def test_more_threads_than_cores_is_a_warning() -> None:
+    assert compare_places([("a", 4, 2), ("a", 4, 2)], "gloo").outcome is Outcome.passed
+    crowded = compare_places([("a", 4, 2), ("b", 4, 4), ("b", 4, 4)], "gloo")
+    assert crowded.outcome is Outcome.warned and "b: 8 threads of 2 ranks on 4 cores" in crowded.found
+
+
+def test_the_patterns_hold_what_they_are_called() -> None:
+    found = patterns(4)
+    assert len({count for row in found["even"] for count in row}) == 1
+    assert 0 in found["some empty"][0] and sum(found["none"][3]) == 0
+    assert all(sum(row[:3]) == 0 < row[3] for row in found["all to one"])
+
+
+def test_memory_is_summed_over_the_ranks_of_a_host() -> None:
+    needed = Memory(fixed=6, activations=3, copy=1)
+    assert compare_memory(needed, [("a", 20), ("a", 20), ("b", 10)]).outcome is Outcome.passed
+    short = compare_memory(needed, [("a", 19), ("a", 19), ("b", 10)])
+    assert (
+        short.outcome is Outcome.failed and "a has 19 B free for 2 ranks" in short.found and "b has" not in short.found
+    )
+    assert 0 < free_memory() < 1 << 50
+
+
+def test_disk() -> None:
+    assert compare_disk(10, 3, 30).outcome is Outcome.passed
+    assert compare_disk(10, 3, 29).outcome is Outcome.failed
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (("train.steps=20", "checkpoint.every=0"), 1),
+        (("train.steps=20", "checkpoint.every=5"), 5),
+        (("train.steps=20", "checkpoint.every=5", "checkpoint.keep_last=2"), 3),
+        (("train.steps=20", "checkpoint.every=5", "checkpoint.keep_last=1", "checkpoint.keep_every=10"), 4),
+        (("train.steps=20", "checkpoint.every=10", "checkpoint.keep_last=9"), 3),
+    ],
+)
+def test_how_many_checkpoints_lie_on_the_disk(words: tuple[str, ...], count: int) -> None:
+    assert kept_checkpoints(settings(*words)) == count  # type: ignore[arg-type]
+
+
+SHAPE = Shape(dense=1000, experts=4000, layers=3, width=8, taken=2, expert_width=4, vocabulary=100)
+
+
+@pytest.mark.parametrize(
+    ("words", "bf16", "parameters_bytes", "owned_bytes"),
+    [
+        (("parallel.zero_stage=0",), False, 8 * 3000, 8 * 3000),
+        (("parallel.zero_stage=1",), False, 8 * 3000, 12 * (250 + 1000)),
+        (("parallel.zero_stage=2",), True, 4 * 3000, 12 * (250 + 1000)),
+        (("parallel.zero_stage=0",), True, 4 * 3000, 12 * 3000),
+        (("parallel.zero_stage=1", "train.optimizer=sgd"), False, 8 * 3000, 4 * (250 + 1000)),
+    ],
+)
+def test_fixed_memory_by_hand(words: tuple[str, ...], bf16: bool, parameters_bytes: int, owned_bytes: int) -> None:
+    """Four ranks, expert parallel 2: half of the experts each, two ranks with the same."""
+    config = settings(*words, "parallel.expert_parallel=2", "checkpoint.asynchronous=false")
+    found = estimate_memory(config, SHAPE, 4, 2, bf16)  # type: ignore[arg-type]
+    assert found.fixed == parameters_bytes + owned_bytes and found.copy == 0
+    beside = settings(*words, "parallel.expert_parallel=2")
+    assert estimate_memory(beside, SHAPE, 4, 2, bf16).copy == checkpoint_bytes(beside, SHAPE, bf16) // 4  # type: ignore[arg-type]
+
+
+def test_recomputation_takes_less() -> None:
+    deep = replace(SHAPE, layers=30)
+    plain, again = (
+        estimate_memory(settings(f"train.activation_checkpointing={flag}"), deep, 1, 1, False).activations  # type: ignore[arg-type]
+        for flag in ("false", "true")
+    )
+    assert again < plain / 5
+
+
+def test_the_table_fits_a_terminal_and_json_comes_back(tmp_path: Path) -> None:
+    findings = [
+        Finding("disk", Outcome.failed, "x " * 90, "buy one"),
+        Finding("text", Outcome.passed, "[bold]7[/bold]"),
+    ]
+    write_json(findings, tmp_path / "new/findings.json")
+    assert read_json(tmp_path / "new/findings.json") == findings
+    with (console := Console(width=80, color_system=None)).capture() as shown:
+        console.print(table(findings))
+    assert max(map(len, shown.get().splitlines())) <= 80
+    assert "-> buy one" in shown.get() and "[b]7[/b]" in shown.get()
+
+
+def test_sizes_in_words() -> None:
+    assert [bytes_in_words(size) for size in (7, 1500, 2_500_000, 3e9, 4e12)] == [
+        "7 B",
+        "1.5 kB",
+        "2.5 MB",
+        "3.0 GB",
+        "4.00 TB",
+    ]
