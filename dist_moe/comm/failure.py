@@ -119,7 +119,7 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
                 sys.stderr.write(f"rank {rank} failed:\n{trace}")
             elif not reported and (rank == 0 or not isinstance(error, (ConfigError, RunFolderError))):
                 sys.stderr.write(f"{error}\n")
-        note_state(folder, rank, "failed", code)
+        note_state(folder, rank, "failed", code, tell=not isinstance(error, RunFolderError))
         flush_output()
         if reported and isinstance(error, UserError):
             # The launch ends the job as soon as it sees the report, and a launcher that is ended says
@@ -164,18 +164,24 @@ def needs_folder(folder: Path) -> Iterator[None]:
         raise RunFolderError(f"run.dir={folder} {rule}; {remedy}") from error
 
 
-def note_state(folder: Path, rank: int, state: str, code: int) -> None:
-    """As `write_record`, at the end of a worker: a disk that fails is told, and changes nothing of how it ends."""
+def note_state(folder: Path, rank: int, state: str, code: int, tell: bool = True) -> None:
+    """As `write_record`, at the end of a worker: a disk that fails changes nothing of how it ends, and is told."""
     try:
         write_record(folder, rank, state, code)
     except OSError as error:
-        text = record_text(rank, state, code)
-        try:
-            # A full disk has no room for another file, but for other bytes in the place of those of this one.
-            with record_file(folder, rank).open("r+b") as file:
-                file.write(text.encode().ljust(os.fstat(file.fileno()).st_size))
-        except OSError:
+        text = record_text(rank, state, code).encode()
+        if not overwrite(record_file(folder, rank), text) and tell:
             sys.stderr.write(f"rank {rank} is {state}, which cannot be recorded in {folder}: {error}\n")
+
+
+def overwrite(path: Path, content: bytes) -> bool:
+    """Put other bytes in the place of those of a file, for which a full disk has room -> whether that was possible."""
+    try:
+        with path.open("r+b") as file:
+            file.write(content.ljust(os.fstat(file.fileno()).st_size))
+    except OSError:
+        return False
+    return True
 
 
 def write_record(folder: Path, rank: int, state: str, code: int | None = None) -> None:
