@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from dist_moe.config.errors import ConfigError, UserError
+from dist_moe.config.errors import ConfigError, RunFolderError, UserError, needs_folder
 
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 USER_ERROR_CODE = 2
@@ -24,10 +24,6 @@ STOPPED_CODE = 75
 END_BY_LAUNCH_S = 5.0
 # Characters of an error's own text in its report; all of it stands in the traceback.
 LONGEST_MESSAGE = 8000
-
-
-class RunFolderError(UserError):
-    """run.dir cannot be written when a run begins."""
 
 
 class Stopped(Exception):
@@ -151,17 +147,6 @@ def flush_output() -> None:
 
 def error_file(folder: Path, rank: int) -> Path:
     return folder / "errors" / f"rank-{rank}.txt"
-
-
-@contextlib.contextmanager
-def needs_folder(folder: Path) -> Iterator[None]:
-    """Errors: RunFolderError in place of an OSError in the block."""
-    try:
-        yield
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror or error}: {error.filename or folder})"
-        remedy = "name a folder on a disk that has room and may be written"
-        raise RunFolderError(f"run.dir={folder} {rule}; {remedy}") from error
 
 
 def note_state(folder: Path, rank: int, state: str, code: int, tell: bool = True) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_moe.comm.bootstrap import World
-from dist_moe.comm.failure import needs_folder
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import Config, Resolved, dump_config
+from dist_moe.config.errors import needs_folder
 from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.console import RunConsole

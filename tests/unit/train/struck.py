@@ -59,7 +59,8 @@ def main(kind: str, where: str, strike_at: str, mend_at: str, *overrides: str) -
             assert struck.wait(LIMIT_S)
         return write(contents, partial)
 
-    loop.one_step, saver._write = step_and_blow, write_after_blow
+    setattr(loop, "one_step", step_and_blow)  # noqa: B010  (its type is another)
+    setattr(saver, "_write", write_after_blow)  # noqa: B010
     train(ROOT / "configs/debug.yaml", list(overrides), 0)
 
 
