@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dist_moe.config.errors import needs_folder
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import (
     Cluster,
@@ -91,7 +92,8 @@ def deepspeed_cluster_command(
     another MPI than the runner's, and anything that pdsh would hand to a shell unquoted.
     """
     folder = Path(config.run.dir).absolute() / "launch"
-    folder.mkdir(parents=True, exist_ok=True)
+    with needs_folder(folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     first, settings = cluster.hosts[0], cluster.settings
     carried = carried_environment(config, cluster, base)
     if runner != "pdsh":

@@ -45,7 +45,8 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
     """
     launcher = launcher_of(os.getppid())
     for left in (run_dir / "errors" / f"rank-{rank}.txt", run_dir / "workers" / f"rank-{rank}.json"):
-        left.unlink(missing_ok=True)  # an earlier worker's, which would be taken for this one's
+        with contextlib.suppress(OSError):  # which the worker tells better, as the first thing it does
+            left.unlink(missing_ok=True)  # an earlier worker's, which would be taken for this one's
     try:
         connection = socket.create_connection(meeting[:2], timeout=CONNECT_LIMIT_S)
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from dist_moe.config.errors import needs_folder
 from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
 from dist_moe.launch.hub import Hub
 from dist_moe.launch.processes import Process, adopting_orphans, descendants, send
@@ -225,8 +226,10 @@ def verdict(command: Command, end: End, hub: Hub, received: Sequence[int]) -> Ou
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
     """Holds the run's folder against another job; the kernel lets go when this process ends, in any way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "launch.lock").open("w") as lock:
+    with needs_folder(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "launch.lock").open("w")
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

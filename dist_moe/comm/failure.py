@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from dist_moe.config.errors import ConfigError, UserError
+from dist_moe.config.errors import ConfigError, RunFolderError, UserError, needs_folder
 
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 USER_ERROR_CODE = 2
@@ -44,15 +44,16 @@ def report_failure(run_dir: str | Path, rank: int) -> Iterator[None]:
     run_dir: the run's folder. rank: this worker's number among all workers.
     """
     folder = Path(run_dir)
-    error_file(folder, rank).unlink(missing_ok=True)
-    write_record(folder, rank, "running")
+    with exit_hard(folder, rank), needs_folder(folder):
+        error_file(folder, rank).unlink(missing_ok=True)
+        write_record(folder, rank, "running")
     end_with_launch(os.environ.get(LAUNCH_VARIABLE))
     try:
         with exit_hard(folder, rank):
             yield
     finally:
         # Only success comes by here, sys.exit(0) included: exit_hard does not return from anything else.
-        write_record(folder, rank, "finished", code=0)
+        note_state(folder, rank, "finished", code=0)
 
 
 @contextlib.contextmanager
@@ -95,7 +96,7 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
 def end_stopped(folder: Path, rank: int) -> NoReturn:
     """Records the state "stopped", and leaves: no failure, and not the end of the run either."""
     try:
-        write_record(folder, rank, "stopped", code=STOPPED_CODE)
+        note_state(folder, rank, "stopped", STOPPED_CODE)
         flush_output()
     finally:
         os._exit(STOPPED_CODE)
@@ -103,19 +104,20 @@ def end_stopped(folder: Path, rank: int) -> NoReturn:
 
 def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoReturn:
     """Reports `error` and leaves with `code`, whatever happens on the way (a full disk, a closed stderr)."""
-    launched = LAUNCH_VARIABLE in os.environ
+    launched, reported = LAUNCH_VARIABLE in os.environ, False
     try:
         if not isinstance(error, KeyboardInterrupt):
             trace = "".join(traceback.format_exception(error))
-            with contextlib.suppress(OSError):  # A full disk must not keep the traceback from stderr.
+            with contextlib.suppress(OSError):  # A full disk must not keep the error from stderr.
                 write_atomically(error_file(folder, rank), error_report(rank, error, code, trace))
+                reported = launched
             if not isinstance(error, UserError):
                 sys.stderr.write(f"rank {rank} failed:\n{trace}")
-            elif not launched and (rank == 0 or not isinstance(error, ConfigError)):
+            elif not reported and (rank == 0 or not isinstance(error, (ConfigError, RunFolderError))):
                 sys.stderr.write(f"{error}\n")
-        write_record(folder, rank, "failed", code=code)
+        note_state(folder, rank, "failed", code, tell=not isinstance(error, RunFolderError))
         flush_output()
-        if launched and isinstance(error, UserError):
+        if reported and isinstance(error, UserError):
             # The launch ends the job as soon as it sees the report, and a launcher that is ended says
             # nothing; one that sees a worker end writes a page about it below which the message would be
             # lost.
@@ -147,8 +149,36 @@ def error_file(folder: Path, rank: int) -> Path:
     return folder / "errors" / f"rank-{rank}.txt"
 
 
+def note_state(folder: Path, rank: int, state: str, code: int, tell: bool = True) -> None:
+    """As `write_record`, at the end of a worker: a disk that fails changes nothing of how it ends, and is told."""
+    try:
+        write_record(folder, rank, state, code)
+    except OSError as error:
+        text = record_text(rank, state, code).encode()
+        if not overwrite(record_file(folder, rank), text) and tell:
+            sys.stderr.write(f"rank {rank} is {state}, which cannot be recorded in {folder}: {error}\n")
+
+
+def overwrite(path: Path, content: bytes) -> bool:
+    """Put other bytes in the place of those of a file, for which a full disk has room -> whether that was possible."""
+    try:
+        with path.open("r+b") as file:
+            file.write(content.ljust(os.fstat(file.fileno()).st_size))
+    except OSError:
+        return False
+    return True
+
+
 def write_record(folder: Path, rank: int, state: str, code: int | None = None) -> None:
     """Writes `workers/rank-N.json`; pid and start time together name one process for good."""
+    write_atomically(record_file(folder, rank), record_text(rank, state, code))
+
+
+def record_file(folder: Path, rank: int) -> Path:
+    return folder / "workers" / f"rank-{rank}.json"
+
+
+def record_text(rank: int, state: str, code: int | None) -> str:
     record = {
         "rank": rank,
         "pid": os.getpid(),
@@ -156,15 +186,20 @@ def write_record(folder: Path, rank: int, state: str, code: int | None = None) -
         "state": state,
         "code": code,
     }
-    write_atomically(folder / "workers" / f"rank-{rank}.json", json.dumps(record) + "\n")
+    return json.dumps(record) + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the whole new text or what was there before, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
 def start_time(pid: int) -> int:

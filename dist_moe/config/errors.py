@@ -1,9 +1,11 @@
 """Errors that are the user's to mend, first of all those of a configuration: all of its violations at once."""
 
+import contextlib
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 LONGEST_VALUE = 80
@@ -50,6 +52,21 @@ class ConfigError(UserError, ValueError):
 
     def __str__(self) -> str:
         return "\n".join(str(violation) for violation in self.violations)
+
+
+class RunFolderError(UserError):
+    """run.dir cannot be written when a run begins."""
+
+
+@contextlib.contextmanager
+def needs_folder(folder: Path) -> Iterator[None]:
+    """Errors: RunFolderError in place of an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror or error}: {error.filename or folder})"
+        remedy = "name a folder on a disk that has room and may be written"
+        raise RunFolderError(f"run.dir={folder} {rule}; {remedy}") from error
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,9 @@ import tokenizers
 from dist_moe.data.cache import file_sha256, locked
 from dist_moe.data.errors import DataError
 from dist_moe.data.files import Document
+from dist_moe.data.mapped import Mapped, content_digest, same_content
 from dist_moe.data.opened import load_tokenizer
+from dist_moe.data.origin import write_origin
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
 from dist_moe.data.split import SALT, in_validation
 from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
@@ -47,7 +49,7 @@ class Corpus:
 @dataclass(frozen=True)
 class Prepared:
     """Tokenizer and both splits; equal fingerprints mean equal tokens. `folder` opens again with
-    `open_prepared`."""
+    `open_prepared`. mapped: the files of both splits."""
 
     tokenizer: Tokenizer
     train: Corpus
@@ -55,6 +57,7 @@ class Prepared:
     records: tuple[SourceRecord, ...]
     fingerprint: str
     folder: Path
+    mapped: tuple[Mapped, ...] = ()
 
 
 def prepare(
@@ -94,7 +97,7 @@ def prepare(
     with locked(folder.with_name(fingerprint + ".lock")):
         if not _is_whole(folder):
             _make(folder, records, settings | {"fingerprint": fingerprint}, cache, opened)
-    return open_prepared(folder)
+    return _open(folder)
 
 
 def _opened(folder: Path | None, vocabulary: int) -> Tokenizer:
@@ -112,11 +115,16 @@ def open_prepared(folder: Path) -> Prepared:
     """Open what `prepare` made, mapping its files; DataError if the folder is not whole."""
     if not _is_whole(folder):
         raise DataError(str(folder), "is not a folder of prepared tokens, or a damaged one", "prepare the data again")
+    return _open(folder)
+
+
+def _open(folder: Path) -> Prepared:
     manifest = json.loads((folder / "manifest.json").read_text())
     tokenizer = load_tokenizer(folder / "tokenizer")
-    train, validation = (_open_split(folder, split, manifest, tokenizer.end_id) for split in SPLITS)
+    files: list[Mapped] = []
+    train, validation = (_open_split(folder, split, manifest, tokenizer.end_id, files) for split in SPLITS)
     records = tuple(SourceRecord(**record) for record in manifest["records"])
-    return Prepared(tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder)
+    return Prepared(tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder, tuple(files))
 
 
 def document_names(prepared: Prepared, split: str, indices: Collection[int]) -> dict[int, str]:
@@ -128,9 +136,10 @@ def document_names(prepared: Prepared, split: str, indices: Collection[int]) -> 
         return {}
 
 
-def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int) -> Corpus:
+def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int, files: list[Mapped]) -> Corpus:
     def mapped(kind: str, dtype: str) -> np.ndarray:
-        return np.memmap(folder / f"{split}.{kind}", dtype=dtype, mode="r")
+        files.append(Mapped(folder / f"{split}.{kind}"))
+        return files[-1].array(dtype)
 
     return Corpus(
         tokens=mapped("tokens", manifest["dtype"]),
@@ -143,15 +152,18 @@ def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int)
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there with their sizes, and the tokenizer with its hash (token files may be
-    huge)."""
+    """Whether the files are there with their sizes and what they held, and the tokenizer with its hash.
+
+    Tokens that were prepared before digests were listed have their sizes alone.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
         tokenizer_sha256 = file_sha256(folder / "tokenizer" / "tokenizer.json")
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = sizes == manifest["files"] and tokenizer_sha256 == manifest["tokenizer_sha256"]
+        return whole and same_content(folder, manifest.get("digests", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return bool(sizes == manifest["files"] and tokenizer_sha256 == manifest["tokenizer_sha256"])
 
 
 def _make(
@@ -190,6 +202,8 @@ def _write(
             writer.add(document, domain, np.append(ids, tokenizer.end_id))
     for writer in (train, validation):
         _refuse_empty(writer, train.documents + validation.documents, fraction)
+    write_origin(folder, records)
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     manifest = {
         "settings": settings,
         "records": [asdict(record) for record in records],
@@ -198,7 +212,8 @@ def _write(
         "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
         "domains": list(domains),
         "splits": {writer.split: writer.totals() for writer in (train, validation)},
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "files": {path.name: path.stat().st_size for path in paths},
+        "digests": {path.name: content_digest(path) for path in paths},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -7,7 +7,7 @@ import os
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,19 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
         yield from read_local(_matched_files(name))
 
 
+def source_files(name: str) -> list[tuple[str, Path]] | None:
+    """(name, path) of the files that a source is made of; None for an archive. Errors: DataError where none are."""
+    if name == "shakespeare":
+        return None
+    return _stdlib_files() if name == "stdlib-code" else _matched_files(name)
+
+
+def combined_sha256(digests: Mapping[str, str]) -> str:
+    """The SHA-256 of a source from those of its files by name, in their order."""
+    listed = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
 def _record(name: str, cache: Path) -> SourceRecord:
     if name == "shakespeare":
         archive = shakespeare.shakespeare_archive(cache)
@@ -74,10 +87,8 @@ def _record(name: str, cache: Path) -> SourceRecord:
 
 
 def _files_record(name: str, version: str, files: Sequence[tuple[str, Path]]) -> SourceRecord:
-    digest = hashlib.sha256()
-    for path_name, path in files:
-        digest.update(f"{path_name}\0{file_sha256(path)}\n".encode())
-    return SourceRecord(name, version, digest.hexdigest(), sum(path.stat().st_size for _, path in files))
+    sha256 = combined_sha256({path_name: file_sha256(path) for path_name, path in files})
+    return SourceRecord(name, version, sha256, sum(path.stat().st_size for _, path in files))
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

@@ -1,10 +1,11 @@
 """What a person sees of a run in the terminal: progress, warnings, evaluations and the final summary."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -65,12 +66,21 @@ class RunConsole:
 
     def say(self, line: str) -> None:
         """Print one line as it is, above the live line if there is one."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _print(self, what: object, **how: Any) -> None:
+        """Print it; where standard output is a file on a disk that fails, a line is not worth the run."""
+        with contextlib.suppress(OSError):
+            self._console.print(what, **how)
 
     def warn(self, lines: list[str]) -> None:
         """Print each line as a warning."""
         for line in lines:
-            self._console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
+            self._print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
+
+    def complain(self, line: str) -> None:
+        """Print one line as a warning."""
+        self.warn([line])
 
     def step(self, metrics: StepMetrics) -> None:
         """Show one logged step."""
@@ -92,7 +102,7 @@ class RunConsole:
             paths: what lies where, by a short name.
             tensorboard: the folder of event files; None if there are none.
         """
-        self._console.print(summary_table(metrics))
+        self._print(summary_table(metrics))
         self.say(f"validation loss  {metrics.validation_loss:.4f} nats/token after {metrics.step} steps")
         self.say(f"bits per byte    {metrics.bits_per_byte:.4f}")
         for name, path in paths.items():

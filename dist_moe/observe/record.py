@@ -6,15 +6,17 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
-from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+
+from dist_moe.config.errors import needs_folder
+from dist_moe.observe.lines import LineFile
 
 RECORDED_DISTRIBUTIONS = (
     "dist-moe-train",
@@ -51,25 +53,27 @@ class RunRecorder:
     """Writes a run's metrics line by line; for one process of the run, as a context manager.
 
     An existing metrics.jsonl is continued, so a resumed run may write some steps again: the last line of a
-    step is the one that counts. A last line that an earlier process did not finish is cut off.
+    step is the one that counts. A last line that an earlier process did not finish is cut off. A disk that fails later
+    costs lines, and no run: `warn` is told.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, warn: Callable[[str], None] = print) -> None:
         self.folder = Path(folder)
-        self._lines: TextIOWrapper | None = None
+        self._warn = warn
+        self._lines: LineFile | None = None
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _cut_unfinished_line(self.metrics_path)
-        self._lines = self.metrics_path.open("a", encoding="utf-8")
+        """Errors: RunFolderError where the folder cannot be written."""
+        lines = LineFile(self.metrics_path, self._warn)
+        with needs_folder(self.folder):
+            lines.begin()
+        self._lines = lines
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
+        self._lines = None
 
     @property
     def metrics_path(self) -> Path:
@@ -77,7 +81,7 @@ class RunRecorder:
         return self.folder / "metrics.jsonl"
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line and flush it. A float that is not finite becomes null, as JSON has no word for it.
+        """Append one line, at once. A float that is not finite becomes null, as JSON has no word for it.
 
         Raises:
             RuntimeError: the recorder is not open.
@@ -86,8 +90,7 @@ class RunRecorder:
         if self._lines is None:
             raise RuntimeError(f"{self.metrics_path} is not open; write inside `with RunRecorder(...)`")
         # The line is made whole before any of it is written, so an error leaves no half line behind.
-        self._lines.write(_json(record) + "\n")
-        self._lines.flush()
+        self._lines.write(_json(record))
 
     def describe(self, config: Mapping[str, Any], config_yaml: str, world: Mapping[str, Any]) -> None:
         """Write run.json and config.yaml, replacing those of an earlier start in the same folder.
@@ -96,6 +99,9 @@ class RunRecorder:
             config: the resolved configuration as plain values.
             config_yaml: the same as YAML that loads back equal.
             world: plain values that say how the run is laid out (workers, expert_parallel, launcher, ...).
+
+        Raises:
+            RunFolderError: the folder cannot be written.
         """
         description = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -106,9 +112,10 @@ class RunRecorder:
             "host": host(),
             "config": dict(config),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "run.json", _json(description, indent=2) + "\n")
-        _replace(self.folder / "config.yaml", config_yaml)
+        with needs_folder(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(self.folder / "run.json", _json(description, indent=2) + "\n")
+            _replace(self.folder / "config.yaml", config_yaml)
 
 
 def versions() -> dict[str, str | None]:
@@ -190,21 +197,3 @@ def _replace(path: Path, text: str) -> None:
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
-
-
-def _cut_unfinished_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        position = end
-        while position > 0:
-            start = max(0, position - 65536)
-            file.seek(start)
-            newline = file.read(position - start).rfind(b"\n")
-            if newline >= 0:
-                position = start + newline + 1
-                break
-            position = start
-        if position != end:
-            file.truncate(position)

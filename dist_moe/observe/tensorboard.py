@@ -1,6 +1,8 @@
 """TensorBoard's view of a run: curves, curves per layer, pictures of the load, and the hyper-parameters."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -8,10 +10,12 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from dist_moe.config.errors import needs_folder
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.heatmap import draw_load
 from dist_moe.observe.metrics import StepMetrics
 
+PROBE_BYTES = 1 << 16
 _VALIDATION_TAGS = ("validation/loss", "validation/bits_per_byte", "validation/max_vio_global")
 # Tag -> field of StepMetrics or EvaluationMetrics; a curve of each layer has the tag "<group>/layer_NN".
 _STEP_TAGS = {
@@ -97,24 +101,49 @@ class TensorBoardWriter:
         folder: made if it is missing.
         resumed_step: the step a resumed run continues after; TensorBoard then hides what earlier processes
             wrote for later steps. None for a run from the start.
+        warn: told once when the disk fails, and once when it works again; curves lack what was between.
     """
 
-    def __init__(self, folder: str | Path, resumed_step: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, resumed_step: int | None = None, warn: Callable[[str], None] = print
+    ) -> None:
         self.folder = Path(folder)
         self._purge_step = None if resumed_step is None else resumed_step + 1
+        self._warn = warn
         self._open_writer: SummaryWriter | None = None
+        self._failed = False
 
     def __enter__(self) -> Self:
-        self._open_writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
-        self._open_writer.add_custom_scalars(_CHARTS_WITH_FLOOR)
+        with needs_folder(self.folder):
+            self._open(self._purge_step)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._open_writer is not None:
-            self._open_writer.close()
-            self._open_writer = None
+            self._write(lambda: self._writer.close())
+        self._open_writer, self._failed = None, False
+
+    def _open(self, purge_step: int | None) -> None:
+        self._open_writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        self._open_writer.add_custom_scalars(_CHARTS_WITH_FLOOR)
+
+    def _write(self, work: Callable[[], None]) -> None:
+        """Do what writes. A writer whose thread has met an error writes no more: the next call opens another file."""
+        try:
+            if self._failed:
+                _probe(self.folder)
+                self._open(None)
+            work()
+        except OSError as error:
+            if not self._failed:
+                self._warn(f"{self.folder} cannot be written ({error.strerror or error}); training goes on without it")
+            self._failed = True
+            return
+        if self._failed:
+            self._warn(f"{self.folder} is written again; its curves have a gap")
+        self._failed = False
 
     def hyper_parameters(self, config: Mapping[str, Any], config_yaml: str) -> None:
         """Show the resolved configuration, as a table to compare runs by and as text.
@@ -124,6 +153,9 @@ class TensorBoardWriter:
             config_yaml: the same as YAML.
         """
         # `add_hparams` would open a second run below this folder; its records belong in this run's own file.
+        self._write(lambda: self._hyper_parameters(config, config_yaml))
+
+    def _hyper_parameters(self, config: Mapping[str, Any], config_yaml: str) -> None:
         for summary in hparams(_flat(config), dict.fromkeys(_VALIDATION_TAGS, 0.0)):
             self._writer._get_file_writer().add_summary(summary)
         indented = "".join(f"    {line}\n" for line in config_yaml.splitlines())
@@ -131,6 +163,9 @@ class TensorBoardWriter:
 
     def step(self, metrics: StepMetrics) -> None:
         """Write the curves of one logged step and of each layer, and the pictures of its load and of its tokens."""
+        self._write(lambda: self._step(metrics))
+
+    def _step(self, metrics: StepMetrics) -> None:
         self._scalars(metrics.step, _fields(metrics, _STEP_TAGS))
         if not metrics.load:
             return
@@ -145,6 +180,9 @@ class TensorBoardWriter:
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
         """Write the curves of one evaluation and of each layer, and the pictures of its load and of its tokens."""
+        self._write(lambda: self._evaluation(metrics))
+
+    def _evaluation(self, metrics: EvaluationMetrics) -> None:
         self._scalars(metrics.step, _fields(metrics, _EVALUATION_TAGS))
         if not metrics.load:
             return
@@ -155,7 +193,8 @@ class TensorBoardWriter:
 
     def checkpoint(self, step: int, times_ms: Mapping[str, float]) -> None:
         """Write what the checkpoint of a step took, by name."""
-        self._scalars(step, {f"checkpoint/{name}": value for name, value in times_ms.items()})
+        values = {f"checkpoint/{name}": value for name, value in times_ms.items()}
+        self._write(lambda: self._scalars(step, values))
 
     @property
     def _writer(self) -> SummaryWriter:
@@ -189,6 +228,17 @@ class TensorBoardWriter:
             bucket_counts=list(counts),
             global_step=step,
         )
+
+
+def _probe(folder: Path) -> None:
+    """OSError where the disk takes no file of some size yet; each writer that is opened in vain would leave one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".probe-{os.getpid()}"
+    try:
+        path.write_bytes(bytes(PROBE_BYTES))
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _fields(metrics: StepMetrics | EvaluationMetrics, names: Mapping[str, str]) -> dict[str, Any]:

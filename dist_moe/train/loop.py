@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.errors import DataError
+from dist_moe.data.mapped import change_of, refuse_change
 from dist_moe.data.stream import Rows
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
@@ -77,8 +79,8 @@ def train(
     """The steps of the run after those of `checkpoint`, its further checkpoints, and the evaluation at its end.
 
     Errors: Stopped where a worker was asked to stop; then a checkpoint of all steps so far is there. NonFiniteError
-    after train.skip_limit skipped steps in a row; ReplicaError where ranks differ; CheckpointError where the last
-    checkpoint cannot be saved.
+    after train.skip_limit skipped steps in a row; ReplicaError where ranks differ; DataError where a file of the text
+    was changed, after all steps so far were saved; CheckpointError where the last checkpoint cannot be saved.
     """
     config, engine, prepared = resolved.config, training.engine, training.prepared
     done = 0 if checkpoint is None else checkpoint.numbers.step
@@ -88,7 +90,11 @@ def train(
         for step in range(done + 1, config.train.steps + 1):
             guard.before(engine.device)
             watch.at(step)
-            record = one_step(resolved, training, report, step, Word(bool(asked), saves.written))
+            try:
+                record = one_step(resolved, training, report, step, Word(bool(asked), saves.written))
+            except DataError:
+                saves.rescue(step - 1)
+                raise
             if record.written:
                 saves.finish()
             compare_ranks(training, step)
@@ -103,6 +109,7 @@ def train(
             if record.asked and not last:
                 report.stopped(step, saves.newest)
                 raise Stopped
+    refuse_change(change_of(prepared.mapped))
     text = held_out(
         prepared, config.data.sequence_length, config.observe.validation_sequences, config.train.micro_batch
     )
@@ -115,7 +122,11 @@ def one_step(resolved: Resolved, training: Training, report: Report, step: int, 
     balancer, started_s = training.balancer, time.perf_counter()
     learning_rate = make_schedule(resolved.config).learning_rate(balancer.taken)
     rate = balancer.settings.rate_at(balancer.taken)
-    batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, step)]
+    # Before, as reading a file that has got shorter ends the process; and after, as it may have changed meanwhile.
+    changed = change_of(training.prepared.mapped)
+    parts = [] if changed else micro_batches(resolved, training.engine.mesh, step)
+    batches = [part.of(training.stream) for part in parts]
+    word = replace(word, changed=changed or change_of(training.prepared.mapped))
     record = train_step(training.engine, balancer, batches, learning_rate, word)
     report.step(step, record, balancer.biases, learning_rate, rate, time.perf_counter() - started_s)
     return record

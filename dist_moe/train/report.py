@@ -12,6 +12,7 @@ from dist_moe.comm.bootstrap import World
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import Config, Resolved, dump_config
+from dist_moe.config.errors import needs_folder
 from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.console import RunConsole
@@ -203,14 +204,16 @@ def open_report(config: Config, world: World, mesh: Mesh, checkpoint: Checkpoint
         return
     folder = Path(config.run.dir)
     continues = checkpoint is not None and checkpoint.folder.resolve().parent == own_folder(config).resolve()
-    aside = None if continues else set_aside(folder)
+    with needs_folder(folder):
+        aside = None if continues else set_aside(folder)
     done = 0 if checkpoint is None else checkpoint.numbers.step
     with contextlib.ExitStack() as stack:
-        recorder = stack.enter_context(RunRecorder(folder))
+        console = RunConsole(config.train.steps, done)
+        recorder = stack.enter_context(RunRecorder(folder, console.complain))
         board = None
         if config.observe.tensorboard:
-            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None))
-        console = stack.enter_context(RunConsole(config.train.steps, done))
+            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.complain))
+        stack.enter_context(console)
         if aside is not None:
             console.say(f"what an earlier run left in {folder} is now in {aside}")
         yield Report(config, world, mesh, recorder, console, board, checkpoint)

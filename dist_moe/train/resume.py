@@ -15,6 +15,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import Prepared
+from dist_moe.data.origin import difference
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.apart import Hosts, Parcel, deliver, find_hosts
 from dist_moe.train.checkpoint import PARTIAL, checkpoints, own_folder, recover, set_later_aside, step_of
@@ -213,9 +214,10 @@ def check_same_run(config: Config, prepared: Prepared, folder: Path, numbers: Nu
             f"checkpoint.resume={folder}"
         )
     if numbers.corpus != prepared.fingerprint:
+        changes = difference(prepared.folder.with_name(numbers.corpus), prepared.folder)
         raise CheckpointError(
-            f"the text of data.sources={config.data.sources} is not the one that {folder} has learned from; restore "
-            "the files, or begin anew with checkpoint.resume=never"
+            f"the text of data.sources={config.data.sources} is not the one that {folder} has learned from"
+            f"{f' ({changes})' if changes else ''}; restore the files, or begin anew with checkpoint.resume=never"
         )
 
 

@@ -28,6 +28,7 @@ from dist_moe.comm.reduce import sum_counts
 from dist_moe.train.apart import Parcel, deliver, find_hosts
 from dist_moe.train.checkpoint import PARTIAL, checkpoint_folder, complete
 from dist_moe.train.contents import Contents, HostCopy, collect
+from dist_moe.train.elements import CheckpointError
 from dist_moe.train.manifest import FileEntry
 from dist_moe.train.state import Training
 from dist_moe.train.together import together
@@ -117,7 +118,12 @@ class Saver:
             contents = collect(self._training, step)
             found.append(self._copy.of(contents) if beside else contents)
 
-        together(self._mesh, _told(final), prepare)
+        try:
+            together(self._mesh, _told(final), prepare)
+        except CheckpointError:
+            if self._hosts.leads(self._mesh.rank):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         work = in_thread(f"save step {step}", lambda: _write(found[0], partial))
         self._pending = Pending(step, partial, keep_all, work, time.perf_counter() - began_s)
 

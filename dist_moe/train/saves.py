@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dist_moe.train.checkpoint import step_of
 from dist_moe.train.elements import CheckpointError
 from dist_moe.train.report import Report
 from dist_moe.train.saver import Saver
@@ -47,6 +48,16 @@ class Saves:
         if saved is not None:
             self._report.saved(saved)
             self.newest = saved.folder
+
+    def rescue(self, step: int) -> None:
+        """Save all steps so far before an error ends the run that has left them whole; one that fails is told."""
+        self.finish()
+        if step == 0 or (self.newest is not None and step_of(self.newest) == step):
+            return
+        try:
+            self.now(step, taken=False)
+        except CheckpointError as error:
+            self._report.warn(str(error))
 
     def now(self, step: int, taken: bool) -> None:
         """Save a checkpoint that nothing follows. Errors: CheckpointError."""

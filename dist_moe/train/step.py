@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.tally import Tally
 from dist_moe.comm.reduce import sum_counts
+from dist_moe.data.mapped import refuse_change
 from dist_moe.data.stream import Batch
 from dist_moe.model.task import IGNORED, Output
 from dist_moe.train.engine import Engine
@@ -21,11 +22,13 @@ from dist_moe.train.engine import Engine
 class Word:
     """What a rank tells the others along with its counts.
 
-    asked: it was asked to stop. written: its files of the checkpoint that is being saved are written.
+    asked: it was asked to stop. written: its files of the checkpoint that is being saved are written. changed: what
+    has become of a file of the text; "" where all are as they were.
     """
 
     asked: bool = False
     written: bool = False
+    changed: str = ""
 
 
 NOTHING = Word()
@@ -66,9 +69,12 @@ def train_step(
     """Forward and backward over this worker's micro-batches, one optimizer step, one update of the balance.
 
     The bias that routes in this step is the one from before it. A step that is skipped, because its gradient is not
-    finite on some rank, moves no weight, no moment and no bias. word: what all ranks learn from the record.
+    finite on some rank, moves no weight, no moment and no bias. word: what all ranks learn from the record. Errors:
+    DataError, on all ranks alike and before anything has moved, where one tells of a changed text.
     """
-    labels, tokens, asking, written = count_labels(batches, engine.device, word)
+    labels, tokens, asking, written, changed = count_labels(batches, engine.device, word)
+    if changed:
+        refuse_change(word.changed)
     # DeepSpeed divides by the micro-batches and averages over the ranks; this undoes both, so that the loss is the
     # mean over the label tokens of the global batch, however it was divided up, and the routing losses that over all
     # its tokens.
@@ -111,10 +117,11 @@ def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) ->
     return engine.forward(*(tensor.to(engine.device) for tensor in inputs), scale, token_scale)
 
 
-def count_labels(batches: Sequence[Batch], device: torch.device, word: Word = NOTHING) -> tuple[int, int, int, int]:
-    """Over all ranks: label tokens and tokens of the global batch, and the ranks that were asked and have written."""
+def count_labels(batches: Sequence[Batch], device: torch.device, word: Word = NOTHING) -> tuple[int, ...]:
+    """Over all ranks: label and all tokens of the global batch, and how many were asked, have written, saw a change."""
     none = torch.zeros((), dtype=torch.int64)
     labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), none)
     tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
-    counts = sum_counts([labels, tokens, torch.tensor([word.asked, word.written], dtype=torch.int64)], device)
-    return int(counts[0]), int(counts[1]), int(counts[2][0]), int(counts[2][1])
+    words = torch.tensor([word.asked, word.written, bool(word.changed)], dtype=torch.int64)
+    counts = sum_counts([labels, tokens, words], device)
+    return int(counts[0]), int(counts[1]), *counts[2].tolist()

@@ -1,0 +1,35 @@
+"""A text that one rank finds changed ends all ranks alike, before anything has moved."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dist_moe.data.errors import DataError
+from dist_moe.train.loop import micro_batches
+from dist_moe.train.step import Word, train_step
+from tests.dist.pool import RankPool
+from tests.dist.resumable import overrides_of, started, write_text
+
+
+def told_of_a_change(rank: int, world_size: int, text: Path, folder: Path) -> tuple[str, bool, float]:
+    """Rank 1 tells of a change, and has no batch; then a step as if nothing had been -> the error, and what it left."""
+    with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
+        before = [parameter.detach().clone() for parameter in training.task.parameters()]
+        batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
+        word = replace(Word(), changed="train.tokens has 1 byte" if rank == 1 else "")
+        told = ""
+        try:
+            train_step(training.engine, training.balancer, [] if rank == 1 else batches, 0.01, word)
+        except DataError as error:
+            told = str(error)
+        same = all(torch.equal(one, now) for one, now in zip(before, training.task.parameters(), strict=True))
+        return told, same, train_step(training.engine, training.balancer, batches, 0.01).grad_norm
+
+
+def test_all_ranks_end_by_the_change_that_one_has_seen(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(told_of_a_change, 2, write_text(tmp_path), tmp_path / "run")
+    assert found[0] == found[1]
+    told, same, grad_norm = found[0]
+    assert told.startswith("train.tokens has 1 byte while the run was reading it (rank 1); start the run again")
+    assert same and grad_norm > 0

@@ -1,0 +1,181 @@
+"""Files of tokens that change: found by their content when a run begins, and by size and time before each step."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_moe.data import mapped, origin
+from dist_moe.data.corpus import Prepared, open_prepared, prepare
+from dist_moe.data.errors import DataError
+from dist_moe.data.mapped import Mapped, change_of, content_digest, refuse_change
+from dist_moe.data.sources import fetch_sources
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """60 documents."""
+    path = tmp_path / "works.jsonl"
+    path.write_text("".join(json.dumps({"text": f"work {number} " * 9}) + "\n" for number in range(60)))
+    return path
+
+
+@pytest.fixture
+def prepared(source: Path, tmp_path: Path) -> Prepared:
+    return made(source, tmp_path)
+
+
+def made(source: Path, folder: Path) -> Prepared:
+    return prepare([str(source)], "bytes", 0, 0.3, folder / "cache")
+
+
+def flip(path: Path) -> None:
+    """Another bit somewhere, and not another size or time of change."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "name", [f"{split}.{kind}" for split in ("train", "validation") for kind in ("tokens", "starts", "domains")]
+)
+def test_one_bit_is_found_and_the_tokens_are_made_anew(prepared: Prepared, source: Path, name: str) -> None:
+    expected = np.array(prepared.train.tokens)
+    flip(prepared.folder / name)
+    with pytest.raises(DataError, match="damaged"):
+        open_prepared(prepared.folder)
+    again = made(source, source.parent)
+    assert again.fingerprint == prepared.fingerprint
+    np.testing.assert_array_equal(again.train.tokens, expected)
+    open_prepared(prepared.folder)
+
+
+def test_tokens_without_a_list_of_digests_are_used_as_they_are(prepared: Prepared, source: Path) -> None:
+    """Those of an earlier version: a checkpoint that has learned from them goes on."""
+    path = prepared.folder / "manifest.json"
+    before = json.loads(path.read_text())
+    del before["digests"], before["files"][origin.NAME]
+    path.write_text(json.dumps(before))
+    (prepared.folder / origin.NAME).unlink()
+    inode = prepared.folder.stat().st_ino
+    again = made(source, source.parent)
+    assert (again.folder.stat().st_ino, again.fingerprint) == (inode, prepared.fingerprint)
+
+
+@pytest.mark.parametrize("place", [0, 1, (1 << 20) - 1, 1 << 20, (3 << 20) + 4])
+def test_a_digest_covers_every_block_and_the_size(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(bytes((3 << 20) + 5))
+    before = content_digest(path)
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\1")
+    assert content_digest(path) != before
+    path.write_bytes(bytes((3 << 20) + 6))
+    assert content_digest(path) != before
+
+
+def test_a_large_file_is_read_in_blocks_from_its_first_byte_to_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(mapped, "BLOCK_BYTES", 1 << 10)
+    path = tmp_path / "tokens"
+    size = 2 << 20
+    path.write_bytes(bytes(size))
+    before = content_digest(path)
+    found = [changes(path, place, before) for place in range(0, 40 << 10, 1 << 10)]
+    assert found[0] and 0 < sum(found) < len(found), "some blocks, the first among them"
+    assert changes(path, size - 1, before), "the last byte"
+
+
+def changes(path: Path, place: int, before: str) -> bool:
+    """Whether the digest sees one byte, which is then put back."""
+    with path.open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"\1", place)
+        seen = content_digest(path) != before
+        os.pwrite(file.fileno(), b"\0", place)
+    return seen
+
+
+def shorter(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def longer(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"xx")
+
+
+def other(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"\1")
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"), [(shorter, "bytes instead of"), (longer, "bytes instead of"), (other, "was written to")]
+)
+def test_a_change_is_named(prepared: Prepared, harm: Callable[[Path], None], told: str) -> None:
+    assert change_of(prepared.mapped) == "" and len(prepared.mapped) == 6
+    refuse_change("")
+    path = prepared.folder / "train.starts"
+    harm(path)
+    with pytest.raises(DataError, match=rf"{path} .*{told}.* while the run was reading it \(rank 0\); start the run"):
+        refuse_change(change_of(prepared.mapped))
+
+
+def test_a_file_that_was_removed_or_replaced_is_what_it_was(prepared: Prepared) -> None:
+    """Whoever has it mapped keeps it: there is nothing to end a run for."""
+    path = prepared.folder / "train.tokens"
+    before = np.array(prepared.train.tokens)
+    path.rename(path.with_name("away"))
+    path.write_bytes(b"other")
+    path.with_name("away").unlink()
+    assert change_of(prepared.mapped) == ""
+    np.testing.assert_array_equal(prepared.train.tokens, before)
+
+
+def test_a_mapped_file_is_closed_with_whoever_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    path.write_bytes(np.arange(4, dtype=np.int64).tobytes())
+    before = len(os.listdir("/proc/self/fd"))
+    file = Mapped(path)
+    array = file.array("int64")
+    assert array.tolist() == [0, 1, 2, 3]
+    del file, array
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_source_that_differs_is_named_by_its_file(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text(f"text of {name} " * 20)
+
+    def now() -> Prepared:
+        return prepare([str(tmp_path / "*.txt")], "bytes", 0, 0.5, tmp_path / "cache")
+
+    first = now()
+    assert origin.difference(first.folder, now().folder) == ""
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.txt").write_text("text of B " * 20)
+    (tmp_path / "g.txt").write_text("text of g " * 20)
+    told = "a.txt is gone, b.txt was changed (200 bytes, now 200), g.txt is new"
+    assert origin.difference(first.folder, now().folder) == told
+    for name in "cd":
+        (tmp_path / f"{name}.txt").write_text("short")
+    assert origin.difference(first.folder, now().folder).endswith("c.txt was changed (200 bytes, now 5) and 2 more")
+    assert origin.difference(tmp_path / "nowhere", first.folder) == ""
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(source: Path, tmp_path: Path) -> None:
+    records = fetch_sources([str(source)], tmp_path)
+    origin.write_origin(tmp_path, records)
+    longer(source)
+    with pytest.raises(DataError, match=r"works\.jsonl' was changed while it was read; start again"):
+        origin.write_origin(tmp_path, records)
