@@ -112,10 +112,11 @@ EXPERT = "model.layers.0.mlp.experts.11.up_proj.weight"
 def test_trap_T43_a_folder_that_does_not_fit_is_refused_on_any_rank(
     tmp_path: Path, changes: dict[str, torch.Tensor | None], told: str
 ) -> None:
-    """Also on a rank that would not read the tensor itself, and before anything is changed."""
+    """Names also on a rank that would not read the tensor itself; and before anything is changed."""
     make_folder(tmp_path, "qwen3_moe")
     harmed(tmp_path, changes)
-    for mesh in (ALONE, Mesh(4, 3, 4)):
+    others = [Mesh(4, 0, 4)] if "missing" in told or "unexpected" in told else []
+    for mesh in (ALONE, Mesh(4, 3, 4), *others):
         model = small_model("qwen3_moe", mesh, vocab_size=320)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(WeightsError) as caught:
