@@ -21,9 +21,7 @@ def begin_with(folder: Path, model: PreTrainedModel, mesh: Mesh) -> None:
 
     def copy() -> None:
         if not is_there(folder):
-            raise WeightsError(
-                f"model.pretrained={folder} is gone, and there is no checkpoint to go on from; restore it"
-            )
+            raise WeightsError("it is gone, and there is no checkpoint to go on from; restore it")
         fill_weights(model, mesh, folder)
 
     together(mesh, f"the run cannot begin with model.pretrained={folder}", copy)

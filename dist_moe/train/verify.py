@@ -115,12 +115,17 @@ def _elements(folder: Path) -> Iterator[str]:
     states = runs.pop(RANDOM, {})
     if lacking := [rank for rank in range(min(numbers.workers, 1 << 20)) if f"cpu/{rank}" not in states]:
         yield f"the random states of ranks {lacking[:10]} are missing"
-    for kind in sorted({*runs, *_kinds(config, numbers)}):
+    known = {*MOMENTS[config.train.optimizer], MASTER}
+    yield from (
+        f"the optimizer holds {kind!a}, which is nothing of {config.train.optimizer}" for kind in {*runs} - known
+    )
+    for kind in sorted(known & {*runs, *_kinds(config, numbers)}):
         found = runs.get(kind, {})
         yield from (f"{kind} of {name!a}, which the model does not have" for name in sorted(set(found) - set(wanted)))
-        whole = kind == MASTER or (kind in MOMENTS[config.train.optimizer] and kind != STEPS)
-        for name, numel in wanted.items():
-            yield from _covered(f"{kind} of {name}", found.get(name, []), numel if whole else 1)
+        if lacking_all := sorted(set(wanted) - set(found)):
+            yield f"{kind} is missing of {len(lacking_all)} tensors, such as {lacking_all[0]}"
+        for name in sorted(set(wanted) & set(found)):
+            yield from _covered(f"{kind} of {name}", found[name], 1 if kind == STEPS else wanted[name])
 
 
 def _kinds(config: Config, numbers: Numbers) -> set[str]:

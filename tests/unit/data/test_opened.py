@@ -1,4 +1,4 @@
-"""The tokenizer of a pretrained model: its bytes are the text's, its special tokens no text, or it is refused."""
+"""The tokenizer of a pretrained model: its bytes are those of the text, special tokens none of it, or it is refused."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_the_end_token_is_the_one_that_the_files_name(tmp_path: Path, files: dic
 def change(spec: Any, dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for name in path:
-        spec = spec[int(name) if isinstance(spec, list) else name]
+        spec = spec[int(name) if name.isdecimal() else name]
     spec[last] = value
 
 
@@ -127,9 +127,10 @@ def test_prepared_tokens_are_those_of_this_very_tokenizer(tmp_path: Path) -> Non
     make_tokenizer(tmp_path / "model")
     first = made(320)
     assert (first.train.tokens == first.tokenizer.end_id).sum() == len(first.train.starts_N1) - 1
-    tokens = first.tokenizer.vocab_size
-    with pytest.raises(DataError, match=f"tokenizer.json has {tokens} tokens, and the model {tokens - 1}"):
-        made(tokens - 1)
+    size = first.tokenizer.vocab_size
+    assert made(size).fingerprint == first.fingerprint
+    with pytest.raises(DataError, match=f"tokenizer.json has {size} tokens, and the model {size - 1}"):
+        made(size - 1)
     make_tokenizer(tmp_path / "model", eos_token="<|endoftext|>")
     assert made(320).fingerprint != first.fingerprint
     make_tokenizer(tmp_path / "model")

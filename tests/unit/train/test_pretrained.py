@@ -1,0 +1,156 @@
+"""A run begins with the weights of a Hugging Face folder: its first logits are those of transformers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config import Resolved, load_config, resolve
+from dist_moe.model.convert import find_layers
+from dist_moe.train.folder import WeightsError
+from dist_moe.train.headers import CheckpointError
+from dist_moe.train.loop import make_task, prepare_text
+from dist_moe.train.pretrained import begin_with
+from dist_moe.train.weights import fill_weights, find_weights
+from tests.dist.resumable import ROOT, overrides_of, write_text
+from tests.folders import make_folder, make_tokenizer
+from tests.unit.model.samples import ALONE, FAMILIES, logits, small_model, tokens
+
+SHARDED = {"max_shard_size": "60KB"}
+FUSED = {"save_original_format": False}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def begun_with(folder: Path, architecture: str) -> tuple[str, ...]:
+    """The overrides of a run that begins with the folder, and with its tokenizer."""
+    fixed = (f"model.architecture={architecture}", "model.config={}", f"model.pretrained={folder}")
+    return (*fixed, "data.tokenizer=pretrained")
+
+
+def resolved_run(text: Path, run: Path, *overrides: str) -> Resolved:
+    return resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, run, *overrides)), workers=1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "changes"),
+    [
+        ("deepseek_v3", torch.float32, {"save": SHARDED}),
+        ("deepseek_v3", torch.bfloat16, {"tie_word_embeddings": True}),
+        ("qwen3_moe", torch.bfloat16, {"save": SHARDED}),
+        ("qwen3_moe", torch.float32, {"save": FUSED}),
+        ("qwen3_moe", torch.float32, {"tie_word_embeddings": True}),
+    ],
+)
+def test_the_first_logits_are_those_of_transformers(
+    text: Path, tmp_path: Path, architecture: str, dtype: torch.dtype, changes: dict[str, Any]
+) -> None:
+    """From the configuration on, and from other initial values; a source in bf16 as transformers opens it in fp32."""
+    folder = tmp_path / "model"
+    make_folder(folder, architecture, dtype, **changes)
+    make_tokenizer(folder)
+    resolved = resolved_run(text, tmp_path / "run", *begun_with(folder, architecture))
+    task = make_task(resolved, prepare_text(resolved.config), ALONE)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = logits(theirs, tokens())
+    assert not torch.allclose(logits(task.model, tokens()), wanted, atol=1e-2)
+    begin_with(folder, task.model, ALONE)
+    torch.testing.assert_close(logits(task.model, tokens()), wanted, rtol=1e-5, atol=1e-5)
+    assert {parameter.dtype for parameter in task.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("save", [SHARDED, FUSED], ids=["each expert", "experts together"])
+def test_each_rank_reads_its_own_experts_alone(tmp_path: Path, save: dict[str, Any]) -> None:
+    make_folder(tmp_path, "qwen3_moe", save=save)
+    whole = small_model("qwen3_moe", vocab_size=320)
+    fill_weights(whole, ALONE, tmp_path)
+    for rank in range(4):
+        mesh = Mesh(4, rank, 4)
+        model = small_model("qwen3_moe", mesh, vocab_size=320)
+        read = {name for name in find_weights(model, mesh, tmp_path) if ".experts." in name}
+        held = {int(name.split(".experts.")[1].split(".")[0]) for name in read}
+        assert held == {3 * rank, 3 * rank + 1, 3 * rank + 2} and len(read) == 2 * 3 * 3
+        fill_weights(model, mesh, tmp_path)
+        for ours, all_of_them in zip(find_layers(model), find_layers(whole), strict=True):
+            every = all_of_them.experts.local.gate_up_proj[3 * rank : 3 * rank + 3]
+            assert torch.equal(ours.experts.local.gate_up_proj, every)
+
+
+def harmed(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    path = folder / "model.safetensors"
+    found = load_file(path) | changes
+    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, path, {"format": "pt"})
+
+
+EXPERT = "model.layers.0.mlp.experts.11.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({EXPERT: None}, f"missing ['{EXPERT}'], unexpected nothing"),
+        ({EXPERT.replace("11", "12"): torch.ones(16, 32)}, f"unexpected ['{EXPERT.replace('11', '12')}']"),
+        ({EXPERT.replace("11", "011"): torch.ones(16, 32)}, f"unexpected ['{EXPERT.replace('11', '011')}']"),
+        ({EXPERT.replace("11", "1٣"): torch.ones(16, 32)}, "unexpected ['model.layers.0.mlp.experts.1٣.up_proj"),
+        ({EXPERT.replace("11", "9" * 5000): torch.ones(1)}, "unexpected ['model.layers.0.mlp.experts.999"),
+        ({"model.norm.weight": torch.ones(31)}, "model.norm.weight [31] instead of [32]"),
+        ({EXPERT: torch.ones(16, 32, dtype=torch.int32)}, f"'{EXPERT} I32'"),
+        ({EXPERT: torch.ones(16, 32).to(torch.float8_e4m3fn)}, f"'{EXPERT} F8_E4M3'"),
+    ],
+    ids=["missing", "one more", "another spelling", "another script", "digits", "misshapen", "integers", "fp8"],
+)
+def test_trap_T43_a_folder_that_does_not_fit_is_refused_on_any_rank(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], told: str
+) -> None:
+    """Names also on a rank that would not read the tensor itself; and before anything is changed."""
+    make_folder(tmp_path, "qwen3_moe")
+    harmed(tmp_path, changes)
+    others = [Mesh(4, 0, 4)] if "missing" in told or "unexpected" in told else []
+    for mesh in (ALONE, Mesh(4, 3, 4), *others):
+        model = small_model("qwen3_moe", mesh, vocab_size=320)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(WeightsError) as caught:
+            fill_weights(model, mesh, tmp_path)
+        assert told in str(caught.value)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_experts_together_of_another_number_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path, "qwen3_moe", save=FUSED)
+    model: PreTrainedModel = small_model("qwen3_moe", Mesh(2, 0, 2), vocab_size=320, num_experts=6)
+    with pytest.raises(WeightsError, match=r"gate_up_proj \[12, 32, 32\] instead of 6 experts"):
+        fill_weights(model, Mesh(2, 0, 2), tmp_path)
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the run cannot begin with model\.pretrained=.*nowhere: it is gone"):
+        begin_with(tmp_path / "nowhere", small_model("qwen3_moe"), ALONE)
+
+
+def test_a_run_does_not_start_with_a_folder_that_does_not_fit(text: Path, tmp_path: Path) -> None:
+    folder, run = tmp_path / "model", tmp_path / "run"
+    make_folder(folder, "deepseek_v3")
+    make_tokenizer(folder)
+    bias = "model.layers.2.mlp.gate.e_score_correction_bias"
+    harmed(folder, {bias: None, "model.extra.weight": torch.ones(2)})
+    words = overrides_of(text, run, *begun_with(folder, "deepseek_v3"))
+    argv = [sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    assert f"missing ['{bias}'], unexpected ['model.extra.weight']" in done.stderr and "Traceback" not in done.stderr
+    assert "step" not in (run / "metrics.jsonl").read_text() and not (run / "checkpoints").exists()
+
+
+def test_both_families_are_tried() -> None:
+    assert set(FAMILIES) == {"deepseek_v3", "qwen3_moe"}
