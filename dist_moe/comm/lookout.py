@@ -75,6 +75,7 @@ class Lookout:
         self._seen: tuple[int, ...] = ()
         self._since_s = time.monotonic()
         self._over = threading.Event()
+        self._fell: Position | None = None
         # Connections of their own: a call on one waits for the call before, and on a store that is stopped for ever.
         store: Any = c10d._get_default_store()
         self._store, self._asking = store.clone(), store.clone()
@@ -92,9 +93,22 @@ class Lookout:
         """Look no more."""
         self._over.set()
 
+    def leave(self, error: BaseException) -> None:
+        """Tell the others where `error` met this rank, which answers no more; two seconds at most."""
+        own = self._fell = self._position(_frames(error))
+
+        def tell() -> None:
+            with contextlib.suppress(Exception):  # without a store nobody reads it
+                self._tell(self._asking, own)
+
+        telling = threading.Thread(target=tell, name="lookout leaves", daemon=True)
+        telling.start()
+        telling.join(STORE_S)
+
     def report(self, error: BaseException) -> str:
         """What the collective that `error` came from has waited for; a few seconds."""
-        own = self._position(_frames(error))
+        # The main thread is in here from now on: others that ask later are told where it stood, not this.
+        own = self._fell = self._position(_frames(error))
         answers: list[dict[int, Position | None]] = []
 
         def ask() -> None:
@@ -116,7 +130,7 @@ class Lookout:
             try:
                 if self._store.check([ASKED]):
                     frame = sys._current_frames().get(self._main)
-                    self._tell(self._store, self._position(_outwards(frame)))
+                    self._tell(self._store, self._fell or self._position(_outwards(frame)))
                     return
             except Exception:  # the store is gone with rank 0, and whoever waits for it learns that by himself
                 return
@@ -179,8 +193,10 @@ def lookout(rank: int, world_size: int, timeout_s: float) -> Iterator[Lookout]:
     try:
         yield one
     except RuntimeError as error:
-        if world_size > 1 and not isinstance(error, HangError) and OUT_OF_TIME.search(str(error)):
-            raise HangError(one.report(error)) from error
+        if world_size > 1 and not isinstance(error, HangError):
+            if OUT_OF_TIME.search(str(error)):
+                raise HangError(one.report(error)) from error
+            one.leave(error)  # a peer that ran out of time has closed its connections: this rank had arrived
         raise
     finally:
         one.stop()

@@ -52,6 +52,7 @@ def run(resolved: Resolved, place: Place) -> None:
         watch = stack.enter_context(lookout(place.rank, place.world_size, config.parallel.timeout_s))
         per_node = ranks_per_node(config.parallel.exchange, resolved.expert_parallel)
         mesh = make_mesh(resolved.expert_parallel, per_node)
+        limit_groups(config.parallel.timeout_s)
         check_same_text(config, prepared, place)
         checkpoint = find_checkpoint(config, prepared, mesh, world.device)
         report = stack.enter_context(open_report(config, world, mesh, checkpoint))

@@ -83,6 +83,33 @@ def test_ranks_in_different_collectives_are_told_apart(ranks: RankPool) -> None:
     assert "not arrived: rank 0; rank 0 stands in all_to_all_single number 1" in second
 
 
+def late(rank: int, world_size: int) -> str:
+    """Ranks 0 and 1 wait, rank 2 comes before they run out of time, rank 3 stays away."""
+    dist.barrier()
+    limit_groups(LIMIT_S)
+    if rank == 3:
+        time.sleep(4 * LIMIT_S)
+        return ""
+    time.sleep(LIMIT_S / 2 if rank == 2 else 0)
+    try:
+        with lookout(rank, world_size, LIMIT_S):
+            dist.all_reduce(torch.ones(1))
+    except HangError as error:
+        found = str(error)
+    except RuntimeError:
+        found = ""  # whoever ran out of time before has closed its connections
+    time.sleep(2 * LIMIT_S)
+    return found
+
+
+def test_trap_T30_nobody_who_arrived_is_blamed_however_late(ranks: RankPool) -> None:
+    """Neither one that is writing its own report, nor one whose peers closed their connections."""
+    reports = [report for report in ranks.run(late, 4) if report]
+    assert reports
+    for report in reports:
+        assert "arrived: rank 0, 1, 2; not arrived, and silent (stopped, dead or cut off): rank 3" in report
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, stopped: int) -> None:
     """SIGSTOP in training: rank 1 is named as silent; without rank 0 there is no store, and nobody is blamed."""
