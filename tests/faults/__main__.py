@@ -1,6 +1,6 @@
 """Strikes runs, and exits with 1 unless enough struck and all is held: `python -m tests.faults`.
 
-- 48 process faults: signals to a worker or to the launch of two real workers, 23 of them inside a save; the run goes on
+- 48 process faults: signals to a worker or to the launch of two real workers, 25 of them inside a save; the run goes on
   with as many, fewer or more workers. On the same layout the last checkpoint and all figures have the undisturbed
   run's bits, on another the losses to 1e-4, and no checkpoint that was complete is lost.
 - 224 file faults in one process: damage to the newest checkpoint, which has to be refused by its path, with the file
