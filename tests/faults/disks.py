@@ -17,6 +17,7 @@ from dist_moe.train.saver import Saver
 from dist_moe.train.state import Training
 from tests.dist.resumable import overrides_of, same_bits, started
 from tests.faults.files import CHANGES, LAST, SAVED, go
+from tests.faults.processes import lost
 from tests.faults.row import Row
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -39,11 +40,7 @@ def inject(kind: str, seed: int, text: Path, made: Path, folder: Path) -> Row:
         with started(0, 1, overrides_of(text, disk / "run", *CHANGES)) as (resolved, training):
             go(resolved, training, SAVED[-1] + 1, SAVED[-1] + 1)
             proof, wrong = struck(kind, training, disk, behind, draw)
-            wrong += [
-                f"step {step} was lost"
-                for step, told in kept.items()
-                if digest(behind / f"run/checkpoints/step-{step:06d}/{NAME}") != told
-            ]
+            wrong += lost({behind / f"run/checkpoints/step-{step:06d}": told or "" for step, told in kept.items()})
             go(resolved, training, LAST, LAST)
         last = f"checkpoints/step-{LAST:06d}"
         wrong += [f"{name} differs" for name in same_bits(disk / "run" / last, made / "whole" / last)]

@@ -16,6 +16,7 @@ from dist_moe.train.saver import save_checkpoint
 from dist_moe.train.state import Training
 from tests.dist.resumable import overrides_of, same_bits, started
 from tests.dist.steps import one_step
+from tests.faults.processes import lost
 from tests.faults.row import Row
 
 SAVED, LAST = (2, 4, 6), 8
@@ -94,11 +95,9 @@ def gone_on(text: Path, run: Path, whole: Path) -> tuple[str, list[str]]:
         go(resolved, training, first + 1, LAST)
     last = f"checkpoints/step-{LAST:06d}"
     wrong = [f"{name} differs" for name in same_bits(run / last, whole / last)]
-    # The damaged one was made anew on the way, or set aside; those before it are as they were.
-    for step in SAVED[:-1]:
-        name = f"checkpoints/step-{step:06d}/{NAME}"
-        if digest(run / name) != digest(whole / name):
-            wrong.append(f"{name} is not as it was")
+    # The damaged one was made anew on the way; those before it are as they were, file by file.
+    older = [f"checkpoints/step-{step:06d}" for step in SAVED[:-1]]
+    wrong += lost({run / name: digest(whole / name / NAME) or "" for name in older})
     expected = SAVED[-2]
     return f"from step {first}", wrong if first == expected else [*wrong, f"it went on from step {first}"]
 
@@ -197,6 +196,16 @@ def strange(newest: Path, draw: random.Random) -> Damage:
     return told(newest, path, "one that nobody wrote")
 
 
+def edited(newest: Path, draw: random.Random) -> Damage:
+    """One digit or letter of the manifest."""
+    path = newest / NAME
+    text = path.read_text()
+    place = draw.choice([index for index, letter in enumerate(text) if letter.isalnum()])
+    other = draw.choice([letter for letter in "0123456789abcdef" if letter != text[place]])
+    path.write_text(text[:place] + other + text[place + 1 :])
+    return told(newest, path, f"character {place} of the manifest")
+
+
 def renamed(newest: Path, draw: random.Random) -> Damage:
     """The folder of another step under this one's name."""
     other = newest.with_name(f"step-{draw.choice(SAVED[:-1]):06d}")
@@ -217,4 +226,5 @@ HARMS: dict[str, Harm] = {
     "a link in place of a file": linked,
     "a file that nobody wrote": strange,
     "the folder of another step": renamed,
+    "a manifest that somebody edited": edited,
 }

@@ -93,11 +93,11 @@ def end(running: Job) -> None:
         process.wait()
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            if _is_worker_of(pid, running.run):
+            if is_worker_of(pid, running.run):
                 os.kill(pid, signal.SIGKILL)
 
 
-def _is_worker_of(pid: int, run: Path) -> bool:
+def is_worker_of(pid: int, run: Path) -> bool:
     """Whether the process is still the worker of this run, and no other that has its number now."""
     try:
         return f"run.dir={run}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")

@@ -1,5 +1,6 @@
 """Process faults: a signal to a worker or to the launch at a drawn moment, and the run that goes on after it."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -7,13 +8,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from dist_moe.train.checkpoint import PARTIAL, checkpoints
 from dist_moe.train.manifest import NAME, digest, faults, read_manifest
 from tests.dist.resumable import same_bits, steps
-from tests.faults.job import EVERY, STEPS, Job, job, state_of
+from tests.faults.job import EVERY, STEPS, Job, is_worker_of, job, state_of
 from tests.faults.row import Row
 
 Found = TypeVar("Found")
@@ -24,7 +26,7 @@ CLOSE = 1e-4
 
 @dataclass(frozen=True)
 class ProcessFault:
-    """signum to `target` ("worker" or "launch") of a run that `launcher` started (None: directly).
+    """signum to `target` ("worker", "launch" or both) of a run that `launcher` started (None: directly).
 
     inside: inside a save, else at a random moment. onward: the workers that go on; 0 where the launcher itself does.
     """
@@ -44,13 +46,7 @@ class ProcessFault:
     @property
     def kind(self) -> str:
         """In words."""
-        of = (
-            f"a {self.target}"
-            if self.launcher is None
-            else f"the {self.target}"
-            if self.target == "launch"
-            else "a worker"
-        )
+        of = {"worker": "a worker", "launch": "the launch"}.get(self.target, "the launch and a worker")
         return f"{self.signum.name} to {of} ({self.launcher or 'started directly'})"
 
 
@@ -64,11 +60,14 @@ def plan(seed: int) -> list[ProcessFault]:
         (kill, "worker", None, False, 4, 3),
         (stop, "worker", None, True, 2, 3),
         (stop, "worker", None, False, 2, 2),
-        (term, "worker", None, False, 2, 2),
+        (term, "worker", None, False, 2, 1),
+        (term, "worker", None, True, 2, 1),
         (usr1, "worker", None, True, 1, 1),
         (kill, "launch", "deepspeed", True, 2, 3),
         (kill, "launch", "torchrun", False, 2, 2),
         (kill, "worker", "deepspeed", False, 2, 2),
+        (kill, "launch and a worker", "deepspeed", True, 2, 2),
+        (term, "worker", "torchrun", False, 2, 1),
         (kill, "worker", "torchrun", True, 4, 1),
         (term, "launch", "deepspeed", False, 2, 2),
         (usr1, "launch", "torchrun", False, 1, 1),
@@ -114,17 +113,21 @@ def strike(fault: ProcessFault, running: Job, draw: random.Random) -> tuple[dict
     rank = draw.randrange(2)
     pid = running.processes[0].pid if fault.target == "launch" else running.pid(rank)
     before = complete(running.run)
-    if pid is None:
+    if pid is None or (fault.target != "launch" and not is_worker_of(pid, running.run)):
         return before, ""
     step, inside = running.step, partial is not None and is_inside(partial)
-    os.kill(pid, fault.signum)
+    when = datetime.now(UTC).isoformat(timespec="milliseconds")
+    with contextlib.suppress(ProcessLookupError):
+        if fault.target == "launch and a worker":
+            running.processes[0].send_signal(fault.signum)
+        os.kill(pid, fault.signum)
     inside = inside and partial is not None and is_inside(partial)
     struck = settle(running, pid, fault)
     if fault.inside and not inside:
         return before, ""
     where = f" inside the save of {partial.name.removesuffix(PARTIAL)}" if partial is not None else ""
     target = "the launch" if fault.target == "launch" else f"rank {rank}"
-    return before, f"process {pid}, {target}, {struck} after step {step}{where}" if struck else ""
+    return before, f"{when}: process {pid}, {target}, {struck} after step {step}{where}" if struck else ""
 
 
 def wait_for(running: Job, first: int, inside: bool) -> Path | None:
