@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ def test_a_campaign_without_proof_fails() -> None:
     enough += [Row("file", "f", n, False, "seen", "on") for n in range(200)]
     assert missing(enough) == []
     assert missing(enough[1:]) == ["39 of 40 process faults", "9 of 10 inside a save faults"]
+    assert missing(enough[:40], ["process"]) == []
+    disks = [Row("file", "d", n, True, "seen", "on") for n in range(200)]
+    assert missing([*[replace(row, inside=False) for row in enough[:40]], *disks]) == ["0 of 10 inside a save faults"]
     unproven = [*enough[:-1], Row("file", "f", 7, False, "", "on")]
     assert missing(unproven) == ["199 of 200 file faults"]
     wrong = [*enough, Row("file", "f", 8, False, "seen", "on", ["a differs"])]

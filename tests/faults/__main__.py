@@ -28,7 +28,7 @@ from dist_moe.comm.place import Place
 from tests.dist.resumable import write_text
 from tests.faults import disks, files, processes
 from tests.faults.job import job
-from tests.faults.row import Row, markdown, missing, read_rows
+from tests.faults.row import GROUPS, Row, markdown, missing, read_rows
 
 OF_EACH_HARM, OF_EACH_DISK = 18, 5
 TRIES = 3
@@ -61,7 +61,8 @@ def main(
     found = read_rows(rows)
     rows.with_suffix(".md").write_text(markdown(found) + "\n", encoding="utf-8")
     console.print(markdown(found), markup=False, soft_wrap=True)
-    lacking = missing(found) if group is Group.all and count is None else [w for row in found for w in row.faults]
+    groups = GROUPS if group is Group.all else (group.value,)
+    lacking = missing(found, groups) if count is None else [wrong for row in found for wrong in row.faults]
     console.print("\n".join(lacking) or "everything that struck is held", markup=False, soft_wrap=True)
     raise typer.Exit(bool(lacking))
 

@@ -23,7 +23,12 @@ from tests.faults.row import Row
 LIBC = ctypes.CDLL(None, use_errno=True)
 READ_ONLY, REMOUNT, BIND, DETACH = 1, 32, 4096, 2
 SIZE_BYTES = 16 << 20
-KINDS = ("full inside a save", "read-only inside a save", "gone inside a save")
+WORDS = {
+    "full inside a save": ("No space left",),
+    "read-only inside a save": ("Read-only",),
+    "gone inside a save": ("No such file", "does not see"),
+}
+KINDS = tuple(WORDS)
 
 
 def inject(kind: str, seed: int, text: Path, made: Path, folder: Path) -> Row:
@@ -81,7 +86,8 @@ def struck(kind: str, training: Training, disk: Path, behind: Path, draw: random
         return "", []
     left = [path.name for path in (disk / "run/checkpoints").glob(f"*{step:06d}*") if PARTIAL not in path.name]
     wrong = [f"a checkpoint of the broken save: {left}"] if left else []
-    wrong += [] if told else ["a save on a broken disk is told as complete"]
+    if not any(word in told for word in WORDS[kind]):
+        wrong.append(f"the reason is not told: {told}")
     return f"step {step} begun, then {told.rpartition(': ')[2] or 'nothing told'}", wrong
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from dist_moe.comm.failure import STOPPED_CODE
 from dist_moe.train.checkpoint import PARTIAL, checkpoints
 from dist_moe.train.manifest import NAME, digest, faults, read_manifest
 from tests.dist.resumable import same_bits, steps
@@ -89,23 +90,36 @@ def inject(fault: ProcessFault, text: Path, run: Path, undisturbed: Path) -> Row
     began_s, draw = time.monotonic(), random.Random(fault.seed)
     changes = (f"checkpoint.asynchronous={str(fault.asynchronous).lower()}",)
     with job(text, run, 2, fault.launcher, *changes) as running:
-        before, proof = strike(fault, running, draw)
-        wrong = [] if fault.onward else unlike([0], running.wait(), "the launch ends with {found}")
-    wrong += lost(before)
-    onward = "by itself"
+        struck = strike(fault, running, draw)
+        wrong = list(struck.wrong)
+        wrong += [] if fault.onward else unlike([0], running.wait(), "the launch ends with {found}")
+    wrong += lost(struck.before)
+    onward, goes_on = "by itself", 0
     if fault.onward:
         goes_on = max((step for step, _ in checkpoints(run / "checkpoints")), default=0)
         onward = f"with {fault.onward} worker{'s' * (fault.onward > 1)}"
         with job(text, run, fault.onward, None, *changes) as again:
             wrong += unlike([0] * fault.onward, again.wait(), "started again, the workers end with {found}")
-        wrong += differing(run, undisturbed, fault.onward, goes_on)
-    else:
-        wrong += differing(run, undisturbed, 2, 0)
-    return Row("process", fault.kind, fault.seed, fault.inside, proof, onward, wrong, time.monotonic() - began_s)
+        wrong += lost(struck.before)
+    wrong += differing(run, undisturbed, fault.onward or 2, goes_on)
+    seconds = time.monotonic() - began_s
+    return Row("process", fault.kind, fault.seed, fault.inside, struck.proof, onward, wrong, seconds)
 
 
-def strike(fault: ProcessFault, running: Job, draw: random.Random) -> tuple[dict[Path, str], str]:
-    """Wait for the moment, send the signal, and wait for the end -> complete checkpoints before, and the proof."""
+@dataclass(frozen=True)
+class Struck:
+    """before: the complete checkpoints and the digests of their manifests. proof: empty where it missed.
+
+    wrong: what did not end as it has to.
+    """
+
+    before: dict[Path, str]
+    proof: str = ""
+    wrong: tuple[str, ...] = ()
+
+
+def strike(fault: ProcessFault, running: Job, draw: random.Random) -> Struck:
+    """Wait for the moment, send the signal, and wait for the end."""
     first = draw.randrange(EVERY, STEPS - 3 * EVERY)
     partial = wait_for(running, first, fault.inside)
     if not fault.inside:
@@ -114,7 +128,7 @@ def strike(fault: ProcessFault, running: Job, draw: random.Random) -> tuple[dict
     pid = running.processes[0].pid if fault.target == "launch" else running.pid(rank)
     before = complete(running.run)
     if pid is None or (fault.target != "launch" and not is_worker_of(pid, running.run)):
-        return before, ""
+        return Struck(before)
     step, inside = running.step, partial is not None and is_inside(partial)
     when = datetime.now(UTC).isoformat(timespec="milliseconds")
     with contextlib.suppress(ProcessLookupError):
@@ -122,12 +136,12 @@ def strike(fault: ProcessFault, running: Job, draw: random.Random) -> tuple[dict
             running.processes[0].send_signal(fault.signum)
         os.kill(pid, fault.signum)
     inside = inside and partial is not None and is_inside(partial)
-    struck = settle(running, pid, fault)
-    if fault.inside and not inside:
-        return before, ""
+    became, wrong = settle(running, pid, fault)
+    if not became or (fault.inside and not inside):
+        return Struck(before, wrong=tuple(wrong))
     where = f" inside the save of {partial.name.removesuffix(PARTIAL)}" if partial is not None else ""
     target = "the launch" if fault.target == "launch" else f"rank {rank}"
-    return before, f"{when}: process {pid}, {target}, {struck} after step {step}{where}" if struck else ""
+    return Struck(before, f"{when}: process {pid}, {target}, {became} after step {step}{where}", tuple(wrong))
 
 
 def wait_for(running: Job, first: int, inside: bool) -> Path | None:
@@ -150,25 +164,35 @@ def is_inside(partial: Path) -> bool:
     return any(partial.rglob("*.safetensors")) and not partial.with_name(partial.name.removesuffix(PARTIAL)).exists()
 
 
-def settle(running: Job, pid: int, fault: ProcessFault) -> str:
-    """Wait until what was struck has ended, and all others where nobody starts them again -> what became of it.
+def settle(running: Job, pid: int, fault: ProcessFault) -> tuple[str, list[str]]:
+    """Wait until what was struck has ended, and all others where nobody starts them again.
 
-    What is stopped is killed once the others are gone, as whoever minds such a machine would do.
+    -> what became of it, and what did not end as it has to. What is stopped is killed once the others are gone, as
+    whoever minds such a machine would do.
     """
     others = [worker for rank in range(running.ranks) if (worker := running.pid(rank)) not in (None, pid)]
     if fault.signum is signal.SIGSTOP:
-        struck = "stopped" if until(lambda: state_of(pid) == "T" or None, 5.0) else ""
-        for other in others:
-            until(lambda other=other: ended(other), 60.0)  # type: ignore[misc]
+        became = "stopped" if until(lambda: state_of(pid) == "T" or None, 5.0) else ""
+        wrong = alive(others, 60.0)
         os.kill(pid, signal.SIGKILL)
     else:
-        struck = "ended" if until(lambda: ended(pid), 60.0) else ""
-    if fault.onward:
-        running.wait()
-        for other in others:
-            # Workers of a launch that is gone end by themselves.
-            until(lambda other=other: ended(other), SETTLE_S)  # type: ignore[misc]
-    return struck
+        became, wrong = ("ended" if until(lambda: ended(pid), 60.0) else ""), []
+    if not fault.onward:
+        return became, wrong
+    codes = running.wait()
+    # Workers of a launch that is gone end by themselves.
+    wrong += alive([other for other in others if not wrong], SETTLE_S)
+    if fault.signum in (signal.SIGTERM, signal.SIGUSR1):
+        wrong += unlike([STOPPED_CODE] * len(codes), codes, "asked to stop, they end with {found}")
+    elif 0 in codes:
+        wrong.append(f"struck, they end with {codes}")
+    return became, wrong
+
+
+def alive(pids: Sequence[int | None], limit_s: float) -> list[str]:
+    """Those that do not end by themselves, in words."""
+    left = [pid for pid in pids if pid is not None and not until(lambda pid=pid: ended(pid), limit_s)]  # type: ignore[misc]
+    return [f"process {pid} did not end by itself" for pid in left]
 
 
 def ended(pid: int) -> bool | None:
@@ -218,10 +242,13 @@ def differing(run: Path, undisturbed: Path, workers: int, goes_on: int) -> list[
         places = itertools.product(theirs, ("loss", "grad_norm", "load"))
         differ = [(step, field) for step, field in places if ours[step][field] != theirs[step][field]]
         return wrong + [f"{field} of step {step} differs" for step, field in differ]
+    compared = [step for step in theirs if step > goes_on]
+    if not compared:
+        return ["no step was made after the fault"]
     return [
         f"the loss of step {step} is {ours[step]['loss']} instead of {theirs[step]['loss']}"
         for step in theirs
-        if step > goes_on and abs(ours[step]["loss"] - theirs[step]["loss"]) > CLOSE * theirs[step]["loss"]
+        if not abs(ours[step]["loss"] - theirs[step]["loss"]) <= (CLOSE * theirs[step]["loss"] if step > goes_on else 0)
     ]
 
 

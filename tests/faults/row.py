@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+GROUPS = ("process", "file")
 WANTED = {"process": 40, "inside a save": 10, "file": 200}
-"""How many proven faults a whole campaign has to hold, by class."""
+"""How many proven faults a whole campaign has to hold; those inside a save are of processes."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def missing(rows: Sequence[Row]) -> list[str]:
-    """What a whole campaign lacks, in words; nothing where all has struck and all is held."""
+def missing(rows: Sequence[Row], groups: Collection[str] = GROUPS) -> list[str]:
+    """What a whole campaign of these groups lacks, in words; nothing where all has struck and all is held."""
     held = [row for row in rows if row.held]
-    counts = Counter(row.group for row in held) + Counter("inside a save" for row in held if row.inside)
-    found = [f"{counts[name]} of {least} {name} faults" for name, least in WANTED.items() if counts[name] < least]
+    counts = Counter(row.group for row in held)
+    counts["inside a save"] = sum(row.inside for row in held if row.group == "process")
+    wanted = {
+        name: least for name, least in WANTED.items() if name in groups or ("process" in groups and name not in GROUPS)
+    }
+    found = [f"{counts[name]} of {least} {name} faults" for name, least in wanted.items() if counts[name] < least]
     return found + [f"{row.kind}, seed {row.seed}: {'; '.join(row.faults)}" for row in rows if row.faults]
 
 
