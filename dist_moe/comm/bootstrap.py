@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,8 +99,10 @@ def limit_groups(timeout_s: float) -> None:
     A group does not take over the limit of the one it is made from: it waits 30 minutes.
     """
     for group in list(distributed_c10d._world.pg_map):
-        for device in group._device_types:
-            group._get_backend(device)._set_default_timeout(timedelta(seconds=timeout_s))
+        # A backend that is a process group itself, as that over MPI, names no devices.
+        backends: list[Any] = [group._get_backend(device) for device in group._device_types]
+        for backend in backends or [group]:
+            backend._set_default_timeout(timedelta(seconds=timeout_s))
 
 
 def _meets_by_mpi(place: Place) -> bool:

@@ -63,6 +63,9 @@ def _create_group(options: Any, _: Any) -> "MPIGroup":
     return MPIGroup(world.Create_group(world.group.Incl(ranks)), options.timeout)
 
 
+POINT_TO_POINT = ("send", "receive")
+
+
 class MPIGroup(dist.ProcessGroup):
     """The ranks of one MPI communicator, with the collectives that torch calls on a process group.
 
@@ -74,12 +77,16 @@ class MPIGroup(dist.ProcessGroup):
         super().__init__(comm.rank, comm.size)
         self._comm, self._timeout = comm, timeout
         self._started: set[Pending] = set()
+        self._collectives = 0
 
     def getBackendName(self) -> str:
         return NAME
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._collectives
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Pending:
         dense = Dense(tensors[0])
@@ -224,6 +231,7 @@ class MPIGroup(dist.ProcessGroup):
     ) -> Pending:
         for forgotten in tuple(self._started):
             forgotten.is_completed()
+        self._collectives += what not in POINT_TO_POINT
         statuses = [MPI.Status() for _ in requests]
         return Pending(
             f"{what} among {self._comm.size} ranks",
