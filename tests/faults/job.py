@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.dist.resumable import ROOT, command, overrides_of, steps
 
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 STEPS, EVERY = 40, 3
 CHANGES = (
     f"train.steps={STEPS}",
