@@ -21,7 +21,7 @@ from dist_moe.train.apart import Hosts, Parcel, deliver, find_hosts
 from dist_moe.train.checkpoint import PARTIAL, checkpoints, own_folder, recover, set_later_aside, step_of
 from dist_moe.train.elements import CheckpointError, ElementReader
 from dist_moe.train.manifest import NAME, digest, faults, read_manifest, unlisted
-from dist_moe.train.state import Numbers, Training, read_numbers, restore
+from dist_moe.train.state import NUMBERS, Numbers, Training, read_numbers, restore
 from dist_moe.train.together import together
 from dist_moe.train.weights import fill_weights
 
@@ -191,7 +191,7 @@ def _own_faults(folder: Path, index: int, count: int) -> tuple[str | None, list[
         return told, [f"its manifest is that of step {manifest.step}"]
     numbers = read_numbers(folder / "state")
     if numbers.step != manifest.step:
-        return told, [f"its numbers are those of step {numbers.step}"]
+        return told, [f"state/{NUMBERS} is that of step {numbers.step}"]
     names = sorted(manifest.files)
     strange = unlisted(folder, manifest) if index == 0 else []
     return told, strange + faults(folder, manifest, names[index::count])

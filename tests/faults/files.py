@@ -25,9 +25,9 @@ CHANGES = (f"train.steps={LAST}", "train.schedule_steps=null", "checkpoint.every
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to a checkpoint. file: below its folder, as an error has to name it. offset: of the first byte."""
+    """What was done to a checkpoint. files: below its folder; an error has to name one of them."""
 
-    file: str
+    files: tuple[str, ...]
     what: str
 
 
@@ -85,7 +85,8 @@ def refused(text: Path, newest: Path, folder: Path, damage: Damage) -> list[str]
         with started(0, 1, words):
             return ["a damaged checkpoint was opened by its path"]
     except UserError as error:
-        return [] if damage.file in str(error) else [f"refused, but {damage.file} is not named: {error}"]
+        named = any(file in str(error) for file in damage.files)
+        return [] if named else [f"refused, but {damage.files} is not named: {error}"]
 
 
 def gone_on(text: Path, run: Path, whole: Path) -> tuple[str, list[str]]:
@@ -109,7 +110,7 @@ def a_file(newest: Path, draw: random.Random) -> Path:
 
 def told(newest: Path, path: Path, what: str) -> Damage:
     """A manifest that is damaged may blame another file, or none; the checkpoint is named then."""
-    return Damage(newest.name if path.name == NAME else str(path.relative_to(newest)), what)
+    return Damage((newest.name if path.name == NAME else str(path.relative_to(newest)),), what)
 
 
 def truncated(newest: Path, draw: random.Random) -> Damage:
@@ -178,8 +179,8 @@ def swapped(newest: Path, draw: random.Random) -> Damage:
     one.rename(spare)
     other.rename(one)
     spare.rename(other)
-    first = min(str(one.relative_to(newest)), str(other.relative_to(newest)))
-    return Damage(first, f"{one.name} and {other.name} in each other's place")
+    names = (str(one.relative_to(newest)), str(other.relative_to(newest)))
+    return Damage(names, f"{one.name} and {other.name} in each other's place")
 
 
 def linked(newest: Path, draw: random.Random) -> Damage:
@@ -211,7 +212,7 @@ def renamed(newest: Path, draw: random.Random) -> Damage:
     other = newest.with_name(f"step-{draw.choice(SAVED[:-1]):06d}")
     shutil.rmtree(newest)
     shutil.copytree(other, newest)
-    return Damage(newest.name, f"replaced by the folder of step {step_of(other)}")
+    return Damage((newest.name,), f"replaced by the folder of step {step_of(other)}")
 
 
 HARMS: dict[str, Harm] = {
