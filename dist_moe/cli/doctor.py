@@ -41,7 +41,7 @@ def doctor(
     from dist_moe.launch.job import Job
 
     if read_place(os.environ).world_size > 1:
-        raise typer.Exit(within_a_job(config, overrides))
+        raise typer.Exit(within_a_job(config, overrides, as_json))
     with errors_in_plain_words():
         settings = load_config(config, overrides or ())
         cluster = read_cluster(settings.cluster)
@@ -59,14 +59,16 @@ def doctor(
     try:
         try:
             outcome = job.run()
-            told = outcome.message or f"exit code {outcome.code}"
+            told = "" if outcome.code == 0 else outcome.message or f"exit code {outcome.code}"
         except LaunchError as error:
             told = str(error)
-        if (folder / FINDINGS).is_file():
-            how = f"{job.workers} workers by {launcher}"
-            findings += [Finding("launch", Outcome.passed, how), *read_json(folder / FINDINGS)]
+        seen = (folder / FINDINGS).is_file()
+        if seen and not told:
+            findings.append(Finding("launch", Outcome.passed, f"{job.workers} workers by {launcher}"))
         else:
+            told = told or f"rank 0 left no findings in {folder}; share run.dir among the hosts"
             findings.append(Finding("launch", Outcome.failed, told, "mend what it says, and try again"))
+        findings += read_json(folder / FINDINGS) if seen else []
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if not before and Path(settings.run.dir).is_dir() and not any(Path(settings.run.dir).iterdir()):
@@ -77,12 +79,12 @@ def doctor(
     raise typer.Exit(int(any(finding.outcome is Outcome.failed for finding in findings)))
 
 
-def within_a_job(config: Path, overrides: list[str] | None) -> int:
+def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None) -> int:
     """As one of the workers that a launcher has started by hand; rank 0 shows the table -> the exit code."""
     from dist_moe.comm.place import read_place
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.examine import examine
-    from dist_moe.doctor.finding import Outcome, table
+    from dist_moe.doctor.finding import Outcome, table, write_json
 
     place = read_place(os.environ)
     with errors_in_plain_words():
@@ -95,6 +97,8 @@ def within_a_job(config: Path, overrides: list[str] | None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     if place.rank == 0:
         Console().print(table(found))
+        if as_json is not None:
+            write_json(found, as_json)
     return int(any(finding.outcome is Outcome.failed for finding in found))
 
 

@@ -1,9 +1,13 @@
 """All checks in their order, by the workers together: one that fails is told, and the others still run."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from dist_moe.comm.bootstrap import join_world, limit_groups, set_threads
 from dist_moe.comm.mesh import make_mesh, ranks_per_node
@@ -13,7 +17,7 @@ from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange, check_places, check_speed, check_versions
-from dist_moe.doctor.sizes import check_disk, check_memory, is_bf16, shape_of
+from dist_moe.doctor.sizes import check_disk, check_memory, shape_of
 from dist_moe.doctor.subject import Subject
 from dist_moe.doctor.trials import check_parity, check_saving
 from dist_moe.train.loop import prepare_text
@@ -31,7 +35,7 @@ def sizes_check(name: str, look: Callable[..., Finding]) -> tuple[str, Check]:
 
     def check(subject: Subject) -> Finding:
         vocabulary = subject.prepared.tokenizer.vocab_size if subject.prepared else 1 << 15
-        return look(subject, shape_of(subject.resolved, vocabulary), is_bf16(subject))
+        return look(subject, shape_of(subject.resolved, vocabulary), subject.bf16)
 
     return name, check
 
@@ -78,20 +82,18 @@ def examine(resolved: Resolved, place: Place, folder: Path) -> list[Finding]:
         mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.exchange, resolved.expert_parallel))
         limit_groups(limit_s)
         folder.mkdir(parents=True, exist_ok=True)
-        subject = Subject(resolved, world, mesh, folder, prepared)
+        subject = Subject(resolved, world, mesh, folder, prepared, limit_s)
+        lacking = next(filter(None, agreed(lacking)), "")
+        lost = False
         for name, check in CHECKS:
-            if name in NEED_TEXT and any(agreed(lacking)):
-                why = next(filter(None, agreed(lacking)))
-                told = (
-                    Finding(name, Outcome.failed, why, "") if name == "text" else Finding(name, Outcome.idle, NO_TEXT)
-                )
-                findings.append(told)
-                continue
-            try:
-                findings.append(together(name, check, subject))
-            except RuntimeError as error:
-                findings.append(Finding(name, Outcome.failed, f"the workers lost each other ({error})", "see above"))
-                break
+            if lost:
+                findings.append(Finding(name, Outcome.idle, "not made, since the workers have lost each other"))
+            elif name in NEED_TEXT and lacking:
+                failed = Finding("text", Outcome.failed, lacking, "mend data.sources")
+                findings.append(failed if name == "text" else Finding(name, Outcome.idle, NO_TEXT))
+            else:
+                finding, lost = together(name, check, subject)
+                findings.append(finding)
     return findings
 
 
@@ -103,14 +105,41 @@ def agreed(word: str) -> list[str]:
     return words
 
 
-def together(name: str, check: Check, subject: Subject) -> Finding:
-    """A check by all ranks -> the severest of their findings; what a check raises is a failure in its words."""
+def together(name: str, check: Check, subject: Subject) -> tuple[Finding, bool]:
+    """A check by all ranks -> the severest of their findings, and whether a collective was broken off.
+
+    What a check raises is a failure in its words. The verdicts go by the store, and not by a collective: a rank that
+    has raised is not where the others are.
+    """
+    lost = False
     try:
         own = check(subject)
-    except Exception as error:  # whatever it is, the other checks are worth having
-        told = f"rank {subject.mesh.rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as error:  # whatever it is, it is worth telling
+        words = str(error).splitlines()[0] if str(error) else ""
+        told = f"rank {subject.mesh.rank}: {type(error).__name__}: {words}"
         own = Finding(name, Outcome.failed, told, "mend what it says, and try again")
-    found = [own] * subject.mesh.world_size
-    if subject.mesh.world_size > 1:
-        dist.all_gather_object(found, own)
-    return min(found, key=lambda finding: SEVEREST.index(finding.outcome))
+        lost = isinstance(error, RuntimeError) and not isinstance(error, UserError)
+    verdicts = [
+        _verdict(name, rank, own, lost, subject) for rank in told_first(subject.mesh.rank, subject.mesh.world_size)
+    ]
+    # A rank that only lost the others says less than the one that they lost.
+    worst = min(verdicts, key=lambda one: (SEVEREST.index(one[0].outcome), one[1]))
+    return worst[0], any(broken for _, broken in verdicts)
+
+
+def told_first(own: int, ranks: int) -> list[int]:
+    """This rank, which tells, and then the others, which are asked."""
+    return [own, *(rank for rank in range(ranks) if rank != own)]
+
+
+def _verdict(name: str, rank: int, own: Finding, lost: bool, subject: Subject) -> tuple[Finding, bool]:
+    store, key = distributed_c10d._get_default_store(), f"doctor/{name}/{rank}"
+    if rank == subject.mesh.rank:
+        store.set(key, json.dumps([asdict(own), lost]))
+        return own, lost
+    try:
+        store.wait([key], timedelta(seconds=2 * subject.limit_s))
+    except RuntimeError:
+        return Finding(name, Outcome.failed, f"rank {rank} does not answer", "see its errors, and try again"), True
+    finding, broken = json.loads(store.get(key))
+    return Finding(**{**finding, "outcome": Outcome(finding["outcome"])}), bool(broken)

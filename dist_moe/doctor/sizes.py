@@ -6,8 +6,8 @@ P parameters; a rank holds the dense ones and its share of the experts.
 import re
 import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.doctor.subject import Subject
 from dist_moe.model.build import empty_model, routing_rule
 from dist_moe.model.convert import find_layers
-from dist_moe.train.precision import choose_precision
 
 FP32 = 4
 CGROUP = Path("/sys/fs/cgroup")
@@ -118,6 +117,8 @@ def check_memory(subject: Subject, shape: Shape, bf16: bool) -> Finding:
     """What all ranks of each host take, against what its memory has."""
     needed = estimate_memory(subject.config, shape, subject.mesh.world_size, subject.mesh.expert_parallel, bf16)
     on_device = subject.world.device.type == "cuda"
+    if on_device:
+        needed = replace(needed, copy=0)  # it lies in the host's memory
     free = torch.cuda.mem_get_info(subject.world.device)[0] if on_device else free_memory()
     own = (f"{socket.gethostname()} {subject.world.device if on_device else ''}".strip(), free)
     found: list[tuple[str, int]] = [own] * subject.mesh.world_size
@@ -150,15 +151,19 @@ def free_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     found = re.search(r"\d+", next(line for line in lines if line.startswith("MemAvailable")))
     available = int(found[0]) * 1024 if found else 0
-    limits = [
-        int(limit.read_text()) - int(used.read_text())
-        for limit, used in (
-            (CGROUP / "memory.max", CGROUP / "memory.current"),
-            (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
-        )
-        if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal()
-    ]
-    return min([available, *limits])
+    return min([available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes that each control group around this process leaves (cgroup v2); pages of files can be taken back."""
+    told = Path("/proc/self/cgroup")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    below = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for folder in (CGROUP / below, *(CGROUP / below).parents):
+        limit, used, parts = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+        if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+            pages = re.search(r"^inactive_file (\d+)", parts.read_text(), re.MULTILINE) if parts.is_file() else None
+            yield int(most) - int(used.read_text()) + (int(pages[1]) if pages else 0)
 
 
 def check_disk(subject: Subject, shape: Shape, bf16: bool) -> Finding:
@@ -175,8 +180,3 @@ def compare_disk(one: int, count: int, free: int) -> Finding:
     if one * count > free:
         return Finding("disk", Outcome.failed, told, "set checkpoint.keep_last, or another run.dir")
     return Finding("disk", Outcome.passed, told)
-
-
-def is_bf16(subject: Subject) -> bool:
-    """Whether the run will compute in bf16 here."""
-    return choose_precision(subject.config.train.precision, subject.world.device) == torch.bfloat16

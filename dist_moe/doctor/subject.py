@@ -4,17 +4,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from dist_moe.comm.bootstrap import World
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, Resolved
 from dist_moe.data.corpus import Prepared
+from dist_moe.train.precision import choose_precision
 
 
 @dataclass(frozen=True)
 class Subject:
     """resolved: for this number of workers. folder: of the doctor alone, on the file system of run.dir.
 
-    prepared: the text; None where it could not be had.
+    prepared: the text; None where it could not be had. limit_s: how long a collective of a check may take.
     """
 
     resolved: Resolved
@@ -22,6 +25,7 @@ class Subject:
     mesh: Mesh
     folder: Path
     prepared: Prepared | None
+    limit_s: float = 30.0
 
     @property
     def config(self) -> Config:
@@ -37,4 +41,9 @@ class Subject:
         if self.config.router.selection == "threshold":
             taken = round(self.config.router.budget or max(1, taken // 4))
         width = int(settings.get("hidden_size", 1024))
-        return tokens * taken * width * (4 if train.precision == "fp32" else 2)
+        return tokens * taken * width * (2 if self.bf16 else 4)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the run will compute in bf16 here."""
+        return choose_precision(self.config.train.precision, self.world.device) == torch.bfloat16

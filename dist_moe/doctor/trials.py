@@ -142,7 +142,7 @@ def small_training(subject: Subject, mesh: Mesh, settings: EngineSettings) -> It
     model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
     task = LanguageModelTask(model, counts_margins=config.balance.policy == "quantile")
     with start_engine(task, parameter_groups(model, config.train.weight_decay), settings, mesh) as engine:
-        limit_groups(config.parallel.timeout_s)
+        limit_groups(subject.limit_s)
         balancer: Balancer = make_balancer(task, config, engine.device)
         assert subject.prepared is not None
         yield Training(config, engine, balancer, task, subject.prepared)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from dist_moe.comm.bootstrap import World
+from dist_moe.comm.bootstrap import World, limit_groups
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.comm.place import Place
 from dist_moe.config import load_config, resolve
+from dist_moe.doctor.examine import together
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange
 from dist_moe.doctor.sizes import estimate_memory, shape_of
@@ -89,6 +91,31 @@ def test_trap_T22_expert_parallelism_is_compared_with_none(
 ) -> None:
     for findings in ranks.run(examined, 2, write_text(tmp_path), tmp_path, words):
         assert [finding.outcome for finding in findings] == [Outcome.passed] * 2, findings
+
+
+def raising(rank: int, world_size: int, text: Path, folder: Path, within: bool) -> tuple[Finding, bool]:
+    """Rank 1 raises in a check, before the others' collective or beside none."""
+
+    def check(subject: Subject) -> Finding:
+        if rank == 1:
+            raise OSError("only here")
+        if within:
+            dist.all_reduce(torch.ones(1))
+        return Finding("trial", Outcome.passed, "well")
+
+    resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder)), world_size)
+    place = Place(rank, world_size, rank, world_size, "env")
+    mesh, limit_s = make_mesh(2), 4.0
+    limit_groups(limit_s)
+    subject = Subject(resolved, World(place, torch.device("cpu"), "gloo"), mesh, folder, None, limit_s)
+    return together("trial", check, subject)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_check_that_raises_on_one_rank_is_told_with_its_words(ranks: RankPool, tmp_path: Path, within: bool) -> None:
+    for finding, lost in ranks.run(raising, 2, write_text(tmp_path), tmp_path, within):
+        assert finding.outcome is Outcome.failed and finding.found == "rank 1: OSError: only here"
+        assert lost is within
 
 
 def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> tuple[int, int]:
