@@ -50,8 +50,8 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
     """
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for shard in folder.glob("*.safetensors"):  # of an earlier save, perhaps on more ranks
-            shard.unlink()
+        for old in (*folder.glob("*.safetensors"), folder / INDEX):  # of an earlier save, perhaps on more ranks
+            old.unlink(missing_ok=True)
     _barrier()
     for name, tensors in shard_tensors(model, mesh, balanced).items():
         write_tensors(folder / name, tensors)

@@ -111,7 +111,7 @@ def test_recomputation_takes_less() -> None:
 def test_the_table_fits_a_terminal_and_json_comes_back(tmp_path: Path) -> None:
     findings = [
         Finding("disk", Outcome.failed, "x " * 90, "buy one"),
-        Finding("text", Outcome.passed, "[bold]7[/bold]"),
+        Finding("text", Outcome.passed, "[b]7[/b]"),
     ]
     write_json(findings, tmp_path / "new/findings.json")
     assert read_json(tmp_path / "new/findings.json") == findings
