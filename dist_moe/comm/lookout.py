@@ -23,6 +23,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from dist_moe.config.errors import UserError
+
 LOOK_S = 1.0
 ANSWER_S = 3.0
 """How long the others may take to answer."""
@@ -193,8 +195,9 @@ def lookout(rank: int, world_size: int, timeout_s: float) -> Iterator[Lookout]:
     try:
         yield one
     except RuntimeError as error:
-        if world_size > 1 and not isinstance(error, HangError):
-            if OUT_OF_TIME.search(str(error)):
+        # A user's error may speak of time-outs too: of a storage, or by the name of a folder.
+        if world_size > 1 and not isinstance(error, HangError | UserError):
+            if OUT_OF_TIME.search(str(error)) and _collective(_frames(error))[0]:
                 raise HangError(one.report(error)) from error
             one.leave(error)  # a peer that ran out of time has closed its connections: this rank had arrived
         raise

@@ -3,6 +3,7 @@
 The model is the user's own with few layers: the first kind and two MoE layers, and as many experts as are needed.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +79,8 @@ def check_parity(subject: Subject) -> Finding:
         found = shared.dense.get(key, shared.experts.get(key))
         largest = float(wanted.abs().max())
         away = float("inf") if found is None else float((found - wanted).abs().max()) / max(largest, 1e-12)
-        if largest > 1e-10 and not away <= far:
+        away = away if math.isfinite(away) else math.inf
+        if (largest > 1e-10 or away == math.inf) and away >= far:
             far, where = away, key
     norm = abs(shared.norm - alone.norm) / alone.norm
     told = (

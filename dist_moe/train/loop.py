@@ -30,7 +30,7 @@ from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.train.guard import Guard
 from dist_moe.train.precision import choose_precision
 from dist_moe.train.pretrained import begin_with
-from dist_moe.train.replicas import compare_ranks
+from dist_moe.train.replicas import ReplicaError, compare_ranks
 from dist_moe.train.report import Report, open_report
 from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
 from dist_moe.train.saver import Saver
@@ -98,7 +98,11 @@ def train(
                 raise
             if record.written:
                 saves.finish()
-            compare_ranks(training, step)
+            try:
+                compare_ranks(training, step, done)
+            except ReplicaError:
+                saves.finish()  # one of before, which may be what to go on from
+                raise
             if guard.after(record.taken):
                 saves.finish()
                 raise guard.error(training, step, micro_batches(resolved, engine.mesh, step), saves.newest)

@@ -25,11 +25,11 @@ class ReplicaError(UserError, RuntimeError):
     """Ranks differ in what they hold alike; the message names the rank that stands alone, and the tensors."""
 
 
-def compare_ranks(training: Training, step: int) -> None:
+def compare_ranks(training: Training, step: int, begun: int = 0) -> None:
     """Compare after `step` where `observe.check_ranks_every` asks for it; a collective call.
 
-    Two numbers of each rank travel, in one all-reduce; names and digests of tensors only where those differ. Errors:
-    ReplicaError, on all ranks alike.
+    begun: the step after which this process began. Two numbers of each rank travel, in one all-reduce; names and
+    digests of tensors only where those differ. Errors: ReplicaError, on all ranks alike.
     """
     every, mesh = training.config.observe.check_ranks_every, training.engine.mesh
     if not every or step % every or mesh.world_size == 1:
@@ -42,7 +42,7 @@ def compare_ranks(training: Training, step: int) -> None:
         return
     answers: list[tuple[dict[str, int], dict[str, int]]] = [(dense, experts)] * mesh.world_size
     dist.all_gather_object(answers, (dense, experts))
-    before = f"after step {step - every} they were alike" if step > every else "they were not compared before"
+    before = f"after step {step - every} they were alike" if step - every > begun else "they were not compared before"
     raise ReplicaError(
         f"after step {step} ranks differ in what they hold alike: {'; '.join(_words(answers, mesh))}; {before}; "
         "go on from a checkpoint of before (checkpoint.resume), without the host of that rank, or with its memory "

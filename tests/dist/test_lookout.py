@@ -13,7 +13,8 @@ from dist_moe.comm.bootstrap import limit_groups
 from dist_moe.comm.exchange import exchange_rows
 from dist_moe.comm.lookout import HangError, Position, lookout, told
 from dist_moe.comm.mesh import make_mesh
-from tests.dist.pool import RankPool
+from dist_moe.train.elements import CheckpointError
+from tests.dist.pool import RankError, RankPool
 from tests.dist.resumable import command, steps, write_text
 from tests.dist.workers import direct
 
@@ -132,6 +133,19 @@ def wait_for_step(run: Path, step: int) -> None:
     while not (run / "metrics.jsonl").is_file() or max(steps(run), default=0) < step:
         assert time.monotonic() < deadline, f"step {step} is never logged"
         time.sleep(0.02)
+
+
+def slow_storage(rank: int, world_size: int) -> None:
+    """An error that speaks of a time-out, and comes from no collective."""
+    with lookout(rank, world_size, LIMIT_S):
+        raise CheckpointError("step-000003 could not be saved: [Errno 110] Connection timed out")
+
+
+def test_an_error_of_a_storage_stays_what_it_is(ranks: RankPool) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(slow_storage, 2)
+    assert all("CheckpointError: step-000003 could not be saved" in told for told in raised.value.failures.values())
+    assert "HangError" not in str(raised.value)
 
 
 HERE = Position(3, "all_reduce", 9, (0, 1, 2), "f:1", 8.0)
