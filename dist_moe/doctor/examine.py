@@ -23,7 +23,7 @@ from dist_moe.doctor.trials import check_parity, check_saving
 from dist_moe.train.loop import prepare_text
 
 NO_TEXT = "there is no text, so nothing can be trained"
-SHORTEST_S = 30.0
+LONGEST_S = 30.0
 """A check that leaves ranks waiting ends after this long, whatever the run's own limit is."""
 SEVEREST = (Outcome.failed, Outcome.warned, Outcome.passed, Outcome.idle)
 
@@ -77,8 +77,8 @@ def examine(resolved: Resolved, place: Place, folder: Path) -> list[Finding]:
     except (UserError, OSError) as error:
         lacking = str(error)
     findings: list[Finding] = []
-    limit_s = min(config.parallel.timeout_s, SHORTEST_S)
-    with join_world(place, config.parallel.backend, limit_s) as world:
+    limit_s = min(config.parallel.timeout_s, LONGEST_S)
+    with join_world(place, config.parallel.backend, config.parallel.timeout_s) as world:
         mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.exchange, resolved.expert_parallel))
         limit_groups(limit_s)
         folder.mkdir(parents=True, exist_ok=True)

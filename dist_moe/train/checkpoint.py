@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def complete(partial: Path, final: Path, files: dict[str, FileEntry], keep_last:
     except OSError as error:
         warnings.append(f"{final.with_name(LATEST)} could not be written ({error})")
     with contextlib.suppress(OSError):
-        dropped += _drop(final, keep_last, keep_every)
+        for deleted in _drop(final, keep_last, keep_every):
+            dropped.append(deleted)
     return Completion(dropped, warnings)
 
 
@@ -96,17 +98,15 @@ def _point_to(final: Path) -> None:
     sync_folder(final.parent)
 
 
-def _drop(newest: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Rename what is not kept of those up to the newest -> folders to delete. keep_last: 0 keeps all."""
+def _drop(newest: Path, keep_last: int, keep_every: int) -> Iterator[Path]:
+    """Rename what is not kept of those up to the newest -> each folder to delete. keep_last: 0 keeps all."""
     found = [(step, path) for step, path in checkpoints(newest.parent) if step <= (step_of(newest) or 0)]
-    dropped = []
     for step, path in found[:-keep_last] if keep_last else ():
         if not (keep_every and step % keep_every == 0):
             deleted = path.with_name(path.name + DELETED)
             shutil.rmtree(deleted, ignore_errors=True)
             os.replace(path, deleted)
-            dropped.append(deleted)
-    return dropped
+            yield deleted
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -113,6 +113,7 @@ def train(
                 saves.due(step, record.taken, config.checkpoint.asynchronous)
             if record.asked and not last:
                 report.stopped(step, saves.newest)
+                saves.close()
                 raise Stopped
     refuse_change(change_of(prepared.mapped))
     text = held_out(
@@ -120,6 +121,7 @@ def train(
     )
     found = evaluate(training.task, text, engine.mesh, engine.device, max(done, config.train.steps))
     report.evaluation(found, saves.newest)
+    saves.close()
 
 
 def one_step(resolved: Resolved, training: Training, report: Report, step: int, word: Word) -> StepRecord:

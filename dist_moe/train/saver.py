@@ -29,7 +29,7 @@ from dist_moe.train.apart import Parcel, deliver, find_hosts
 from dist_moe.train.checkpoint import PARTIAL, checkpoint_folder, complete
 from dist_moe.train.contents import Contents, HostCopy, collect
 from dist_moe.train.elements import CheckpointError
-from dist_moe.train.manifest import FileEntry
+from dist_moe.train.manifest import FileEntry, entry
 from dist_moe.train.state import Training
 from dist_moe.train.together import together
 
@@ -195,16 +195,19 @@ class Saver:
             mesh, device = self._mesh, self._training.engine.device
             here = partial if mesh.rank == 0 else None
             together(mesh, _told(final), lambda: deliver(far, mesh, device, partial, here))
+            told = {parcel.name: written[parcel.owner][parcel.name] for parcel in far}
+            together(mesh, _told(final), lambda: _check_arrived(partial, told) if mesh.rank == 0 else None)
 
     def _complete(self, pending: Pending, final: Path, files: dict[str, FileEntry]) -> list[str]:
         """Rank 0's part, and nobody else's -> warnings. What is not kept is deleted beside training."""
         if self._mesh.rank != 0:
             return []
-        self.close()
         settings = self._training.config.checkpoint
         keep_last = 0 if pending.keep_all else settings.keep_last
         done = complete(pending.partial, final, files, keep_last, settings.keep_every)
-        self._deleting = in_thread("delete old checkpoints", lambda: _delete(done.dropped))
+        before = self._deleting
+        # One after the other, and nobody waits: the others stand in a collective.
+        self._deleting = in_thread("delete old checkpoints", lambda: _delete(before, done.dropped))
         return done.warnings
 
 
@@ -217,7 +220,16 @@ def _write(contents: Contents, partial: Path) -> Written:
     return Written(contents.write(partial), time.perf_counter() - began_s)
 
 
-def _delete(folders: list[Path]) -> None:
+def _check_arrived(partial: Path, told: dict[str, FileEntry]) -> None:
+    """See that files of other hosts are here with their digests, and reach this disk."""
+    for name, found in told.items():
+        if entry(partial / name) != found:
+            raise CheckpointError(f"{name} did not arrive whole; see to the network and the storage")
+
+
+def _delete(before: Future[None] | None, folders: list[Path]) -> None:
+    if before is not None:
+        before.result()
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 

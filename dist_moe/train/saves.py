@@ -63,6 +63,9 @@ class Saves:
         """Save a checkpoint that nothing follows. Errors: CheckpointError."""
         self.finish()
         saved = self._saver.save(step, keep_all=not taken)
-        self._saver.close()
         self._report.saved(saved)
         self.newest = saved.folder
+
+    def close(self) -> None:
+        """Wait until this rank has deleted what is not kept; after the last collective of the run."""
+        self._saver.close()
