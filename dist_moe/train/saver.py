@@ -6,7 +6,8 @@ How a checkpoint comes to be, on every rank alike:
 2. At each later boundary every rank tells, in the one all-reduce that a step makes anyhow, whether its files are
    written.
 3. `finish`, at the first boundary at which all have told so, or when somebody has to wait: rank 0 lists the files with
-   sizes and digests in manifest.json, and renames the folder.
+   sizes and digests in manifest.json, and renames the folder, in a thread too: the others wait in short collectives,
+   so that storage that is slow is no reason for a time-out.
 
 The threads make no collectives, so that those of training keep their order, and a checkpoint becomes complete on all
 ranks at the same step.
@@ -20,7 +21,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,7 +43,8 @@ LONGEST_POLL_S = 5.0
 class Saved:
     """A complete checkpoint. bytes: of its files. warnings: what went wrong besides, and does it no harm.
 
-    stall_s: how long training stood still for it. write_s: how long its files took. Both of the slowest rank.
+    stall_s: how long training stood still for it: the slowest rank's copy, and this rank's wait at the end, which all
+    leave together. write_s: how long the files of the slowest rank took.
     """
 
     step: int
@@ -137,13 +139,15 @@ class Saver:
             return None
         began_s = time.perf_counter()
         final = checkpoint_folder(self._training.config, pending.step)
-        self._await(pending)
+        self._await(pending.work, f"{pending.partial}: {{ranks}} not written its files")
         self._pending = None
         try:
             answers = together(mesh, _told(final), lambda: (pending.work.result(), pending.stall_s))
-            self._deliver(pending.partial, final, [written.files for written, _ in answers])
+            came = self._deliver(pending.partial, final, [written.files for written, _ in answers])
             files = {name: found for written, _ in answers for name, found in written.files.items()}
-            warnings = together(mesh, _told(final), lambda: self._complete(pending, final, files))[0]
+            work = in_thread(f"complete step {pending.step}", lambda: self._complete(pending, final, files, came))
+            self._await(work, f"{final}: {{ranks}} not completed it")
+            warnings = together(mesh, _told(final), work.result)[0]
         finally:
             if self._hosts.leads(mesh.rank):
                 # After a failure, or on a host that is not rank 0's.
@@ -169,14 +173,14 @@ class Saver:
         if self._deleting is not None:
             self._deleting.result()
 
-    def _await(self, pending: Pending) -> None:
-        """Wait for the slowest rank's files, in short collectives: slow storage is no reason for a time-out."""
+    def _await(self, work: Future[Any], told: str) -> None:
+        """Wait for the slowest rank's thread, in short collectives. told: to warn of it, with {ranks}."""
         limit_s = self._training.config.parallel.timeout_s
         began_s, warned = time.monotonic(), 0
         while True:
-            wait_for([pending.work], timeout=min(LONGEST_POLL_S, limit_s / 4))
+            wait_for([work], timeout=min(LONGEST_POLL_S, limit_s / 4))
             own = torch.zeros(self._mesh.world_size, dtype=torch.int64)
-            own[self._mesh.rank] = int(pending.work.done())
+            own[self._mesh.rank] = int(work.done())
             (done,) = sum_counts([own], self._training.engine.device)
             slow = [rank for rank, flag in enumerate(done.tolist()) if not flag]
             if not slow:
@@ -184,29 +188,33 @@ class Saver:
             waited_s = time.monotonic() - began_s
             if waited_s > limit_s * (warned + 1):
                 warned += 1
-                told = f"rank {', '.join(map(str, slow))} has not written its files after {waited_s:.0f} s"
-                self._warn(f"{pending.partial}: {told}; see to the storage there")
+                ranks = f"after {waited_s:.0f} s rank {', '.join(map(str, slow))} has"
+                self._warn(f"{told.format(ranks=ranks)}; see to the storage there")
 
-    def _deliver(self, partial: Path, final: Path, written: list[dict[str, FileEntry]]) -> None:
-        """Bring what other hosts have written to rank 0's, where they share no storage; training waits for it."""
+    def _deliver(self, partial: Path, final: Path, written: list[dict[str, FileEntry]]) -> dict[str, FileEntry]:
+        """Bring what other hosts have written to rank 0's, where they share no storage; training waits for it.
+
+        -> the files that came.
+        """
         parcels = [Parcel(name, found.bytes, rank) for rank, part in enumerate(written) for name, found in part.items()]
         far = [parcel for parcel in parcels if self._hosts.far(parcel.owner)]
         if far:
             mesh, device = self._mesh, self._training.engine.device
             here = partial if mesh.rank == 0 else None
             together(mesh, _told(final), lambda: deliver(far, mesh, device, partial, here))
-            told = {parcel.name: written[parcel.owner][parcel.name] for parcel in far}
-            together(mesh, _told(final), lambda: _check_arrived(partial, told) if mesh.rank == 0 else None)
+        return {parcel.name: written[parcel.owner][parcel.name] for parcel in far}
 
-    def _complete(self, pending: Pending, final: Path, files: dict[str, FileEntry]) -> list[str]:
+    def _complete(
+        self, pending: Pending, final: Path, files: dict[str, FileEntry], came: dict[str, FileEntry]
+    ) -> list[str]:
         """Rank 0's part, and nobody else's -> warnings. What is not kept is deleted beside training."""
         if self._mesh.rank != 0:
             return []
+        _check_arrived(pending.partial, came)
         settings = self._training.config.checkpoint
         keep_last = 0 if pending.keep_all else settings.keep_last
         done = complete(pending.partial, final, files, keep_last, settings.keep_every)
         before = self._deleting
-        # One after the other, and nobody waits: the others stand in a collective.
         self._deleting = in_thread("delete old checkpoints", lambda: _delete(before, done.dropped))
         return done.warnings
 

@@ -1,6 +1,7 @@
 """Checkpoints that are written while training goes on: the bits of the step at which they were begun."""
 
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.train.checkpoint import checkpoints
+from dist_moe.comm.bootstrap import limit_groups
+from dist_moe.train.checkpoint import checkpoints, complete
 from dist_moe.train.contents import HostCopy, collect
 from dist_moe.train.saver import Saver, Written
 from dist_moe.train.step import Word
@@ -76,8 +78,26 @@ def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[boo
         return told, warnings, (saved.folder / "manifest.json").is_file()
 
 
+def completed_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[str], bool]:
+    """Rank 0's disk takes three time limits of a collective to complete a checkpoint: warnings, and whether it did."""
+    with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=1")) as (_, training):
+        warnings: list[str] = []
+        limit_groups(1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dist_moe.train.saver.complete", lambda *given: time.sleep(3.0) or complete(*given))
+            saver = Saver(training, warnings.append)
+            saved = saver.save(1)
+        dist.barrier()
+        return warnings, (saved.folder / "manifest.json").is_file()
+
+
+def test_a_slow_completion_is_told_and_is_no_hang(ranks: RankPool, text: Path, tmp_path: Path) -> None:
+    for warnings, there in ranks.run(completed_slowly, 2, text, tmp_path):
+        assert there and warnings and all("rank 0 has not completed it" in warning for warning in warnings)
+
+
 def test_slow_storage_is_told_and_is_no_hang(ranks: RankPool, text: Path, tmp_path: Path) -> None:
     """No checkpoint is complete before the slowest rank has written, at the same step on all ranks."""
-    for told, warnings, complete in ranks.run(slow, 2, text, tmp_path):
-        assert told == [False, False] and complete
+    for told, warnings, there in ranks.run(slow, 2, text, tmp_path):
+        assert told == [False, False] and there
         assert warnings and all("rank 1 has not written its files" in warning for warning in warnings)
