@@ -4,8 +4,10 @@ Each rank has a thread that sleeps, and wakes once a second to see whether someb
 out of time writes its own position into the job's store, asks, and reads what the others write. A position is read off
 the stack of the main thread, so that it costs nothing before. Every age is of the rank's own clock.
 
-What it cannot know: a rank that does not answer is stopped, dead, or cut off. Where rank 0 does not, which keeps the
-store, nobody's position can be had.
+What it cannot know: a rank that does not answer is stopped, dead, or cut off, or in a call of a library in C that keeps
+Python's other threads waiting. Where whoever keeps the store does not answer (rank 0; under torchrun the agent of the
+first host), nobody's position can be had. Under NCCL, torch's watchdog may end the process before the error reaches
+Python.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -96,16 +99,22 @@ class Lookout:
         self._over.set()
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others where `error` met this rank, which answers no more; two seconds at most."""
+        """Tell the others where `error` met this rank, which answers no more: a second where nobody asks.
+
+        Where somebody does, it stays until that one has had its answers: a launch ends all others as soon as one has
+        ended, and the report would be lost.
+        """
         own = self._fell = self._position(_frames(error))
 
         def tell() -> None:
-            with contextlib.suppress(Exception):  # without a store nobody reads it
+            with contextlib.suppress(Exception):  # without a store nobody reads it, and without a question nobody asks
                 self._tell(self._asking, own)
+                self._asking.wait([ASKED], timedelta(seconds=LOOK_S))
+                time.sleep(ANSWER_S + self._period_s)
 
         telling = threading.Thread(target=tell, name="lookout leaves", daemon=True)
         telling.start()
-        telling.join(STORE_S)
+        telling.join(STORE_S + LOOK_S + ANSWER_S + self._period_s)
 
     def report(self, error: BaseException) -> str:
         """What the collective that `error` came from has waited for; a few seconds."""
@@ -117,7 +126,7 @@ class Lookout:
             with contextlib.suppress(Exception):  # whatever becomes of the store, what is known here is told
                 self._tell(self._asking, own)
                 self._asking.set(ASKED, "1")
-                answers.append(self._answers())
+                answers.append(self._answers(own.group or tuple(range(self._world_size))))
 
         asking = threading.Thread(target=ask, name="lookout asks", daemon=True)
         asking.start()
@@ -149,16 +158,27 @@ class Lookout:
     def _tell(self, store: Any, position: Position) -> None:
         store.set(f"{ANSWER}/{self._rank}", json.dumps(asdict(position)))
 
-    def _answers(self) -> dict[int, Position | None]:
-        """The positions of the others, None of those that do not answer in time."""
-        found: dict[int, Position | None] = {r: None for r in range(self._world_size) if r != self._rank}
+    def _answers(self, ranks: Sequence[int]) -> dict[int, Position | None]:
+        """The positions of the others among these, None of those that do not answer in time."""
+        others = [rank for rank in ranks if rank != self._rank]
         deadline = time.monotonic() + ANSWER_S + self._period_s
-        while None in found.values() and time.monotonic() < deadline:
-            for rank in [rank for rank, position in found.items() if position is None]:
-                if self._asking.check([f"{ANSWER}/{rank}"]):
-                    found[rank] = _parse(self._asking.get(f"{ANSWER}/{rank}"))
-            time.sleep(0.1)
-        return found
+        while not self._have_answered(others) and time.monotonic() < deadline:
+            time.sleep(self._period_s / 10)
+        there = self._those_that_answered(others)
+        texts = self._asking.multi_get([f"{ANSWER}/{rank}" for rank in there]) if there else []
+        return dict.fromkeys(others) | dict(zip(there, map(_parse, texts), strict=True))
+
+    def _have_answered(self, ranks: Sequence[int]) -> bool:
+        """Whether all of them have, by one request: at scale every rank that waits asks after every other."""
+        return not ranks or bool(self._asking.check([f"{ANSWER}/{rank}" for rank in ranks]))
+
+    def _those_that_answered(self, ranks: Sequence[int]) -> list[int]:
+        if self._have_answered(ranks):
+            return list(ranks)
+        if len(ranks) == 1:
+            return []
+        middle = len(ranks) // 2
+        return self._those_that_answered(ranks[:middle]) + self._those_that_answered(ranks[middle:])
 
 
 def told(rank: int, own: Position, others: dict[int, Position | None] | None, timeout_s: float) -> str:
@@ -169,8 +189,8 @@ def told(rank: int, own: Position, others: dict[int, Position | None] | None, ti
     mine = f"rank {rank} stands {own}"
     if others is None:
         return (
-            f"{head}; {mine}; the positions of the others could not be had, because the store that rank 0 keeps does "
-            "not answer: rank 0 may be stopped, dead or cut off, or only the way to it"
+            f"{head}; {mine}; the positions of the others could not be had, because the job's store does not answer: "
+            "whoever keeps it (rank 0; under torchrun the agent of the first host) may be stopped, dead or cut off"
         )
     concerned = {one: position for one, position in others.items() if not own.group or one in own.group}
     arrived = [rank, *(one for one, position in concerned.items() if position and position.same_collective(own))]

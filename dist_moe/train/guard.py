@@ -64,15 +64,17 @@ class Guard:
         self._in_a_row = 0 if taken else self._in_a_row + 1
         return bool(self._limit) and self._in_a_row >= self._limit
 
-    def error(self, training: Training, step: int, parts: Sequence[Rows], good: Path | None) -> NonFiniteError:
+    def error(
+        self, training: Training, step: int, parts: Sequence[Rows], scales: tuple[Tensor, Tensor], good: Path | None
+    ) -> NonFiniteError:
         """Make the skipped step again, without its end, and look where it goes wrong. A collective call.
 
-        parts: this rank's micro-batches. good: the newest checkpoint.
+        parts: this rank's micro-batches. scales: of its losses, as in its record. good: the newest checkpoint.
         """
         _set_random_state(self._random, training.engine.device)
         try:
             batches = [part.of(training.stream) for part in parts]
-            origin = find_origin(training.task, batches, training.engine.device)
+            origin = find_origin(training.task, batches, scales, training.engine.device)
         except Exception as error:  # whatever it is, the run ends with what is known
             origin = Origin(f"the search ended in {type(error).__name__}: {error}")
         documents = _documents(training, parts[origin.micro_batch - 1]) if origin and origin.micro_batch else ()
@@ -85,7 +87,9 @@ class Guard:
         )
 
 
-def find_origin(task: nn.Module, batches: Sequence[Batch], device: torch.device) -> Origin | None:
+def find_origin(
+    task: nn.Module, batches: Sequence[Batch], scales: tuple[Tensor, Tensor], device: torch.device
+) -> Origin | None:
     """The first value on this rank that is not finite: of the weights, forward, or backward; None for none.
 
     Every rank calls it with as many batches, since the experts' exchange needs all; no gradient is accumulated and
@@ -94,17 +98,19 @@ def find_origin(task: nn.Module, batches: Sequence[Batch], device: torch.device)
     broken = [name for name, tensor in task.named_parameters() if not bool(tensor.detach().isfinite().all())]
     found = Origin(f"the weights {_listed(broken)} themselves") if broken else None
     for number, batch in enumerate(batches, start=1):
-        in_batch = _origin_in(task, batch, number, device)
+        in_batch = _origin_in(task, batch, scales, number, device)
         found = found or in_batch
     return found
 
 
-def _origin_in(task: nn.Module, batch: Batch, number: int, device: torch.device) -> Origin | None:
+def _origin_in(
+    task: nn.Module, batch: Batch, scales: tuple[Tensor, Tensor], number: int, device: torch.device
+) -> Origin | None:
     names, weights = zip(*((n, w) for n, w in task.named_parameters() if w.requires_grad), strict=True)
-    mask_BS, one = batch.documents_BS >= 0, torch.ones((), device=device)
+    mask_BS = batch.documents_BS >= 0
     inputs = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS)
     with _outputs(task) as finite:
-        output = task(*(tensor.to(device) for tensor in inputs), one, one)
+        output = task(*(tensor.to(device) for tensor in (*inputs, *scales)))
     # Not `backward`: the engine's hooks would reduce these gradients.
     gradients = torch.autograd.grad(output.loss, weights, allow_unused=True)
     for after, (name, whole) in enumerate(finite):
@@ -155,7 +161,10 @@ def _told(findings: dict[int, Finding]) -> str:
     """The ranks on which it begins first, and which it reaches later."""
     at = {rank: (one.origin.micro_batch, one.origin.after) for rank, one in findings.items() if one.origin is not None}
     if not at:
-        return "made again, the step is finite on every rank, so only the sum over the ranks was not"
+        return (
+            "made again, every micro-batch is finite on every rank, so only their sum, that over the ranks, or the "
+            "norm was not"
+        )
     first = min(at.values())
     parts = [_words(rank, findings[rank]) for rank, when in at.items() if when == first]
     later = [str(rank) for rank, when in at.items() if when > first]

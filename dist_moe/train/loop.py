@@ -105,7 +105,8 @@ def train(
                 raise
             if guard.after(record.taken):
                 saves.finish()
-                raise guard.error(training, step, micro_batches(resolved, engine.mesh, step), saves.newest)
+                parts = micro_batches(resolved, engine.mesh, step)
+                raise guard.error(training, step, parts, record.scales, saves.newest)
             last = step == config.train.steps
             if last or record.asked:
                 saves.now(step, record.taken)

@@ -42,8 +42,9 @@ class StepRecord:
     fp32 scalar, nats. auxiliary: this rank's mean over its micro-batches of the routing losses, whose mean over the
     ranks is their part of the loss. labels: label tokens of the global batch. tallies: the counts of each layer over
     all ranks. micro_loads: this rank's own int64 load_E, for each micro-batch a list over the layers. threshold: the
-    one that routed this step, from before its update; None without threshold routing. asked: whether any rank was
-    asked to stop before this step. written: whether every rank had written its files.
+    one that routed this step, from before its update; None without threshold routing. scales: `scale` and
+    `token_scale` of the task in this step. asked: whether any rank was asked to stop before this step. written:
+    whether every rank had written its files.
     """
 
     taken: bool
@@ -54,6 +55,7 @@ class StepRecord:
     tallies: list[Tally]
     micro_loads: list[list[Tensor]]
     threshold: float | None
+    scales: tuple[Tensor, Tensor]
     asked: bool = False
     written: bool = False
 
@@ -105,6 +107,7 @@ def train_step(
         tallies=tallies,
         micro_loads=micro_loads,
         threshold=threshold,
+        scales=(scale, token_scale),
         asked=asking > 0,
         written=written == engine.mesh.world_size,
     )

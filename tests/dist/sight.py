@@ -55,6 +55,7 @@ def reported(rank: int, world_size: int, expert_parallel: int, folder: str) -> R
     load_L = [torch.stack(layer).sum(dim=0) for layer in zip(*everywhere, strict=True)]
     tallies = [Tally(load_E, torch.tensor([int(load_E.sum()), 0])) for load_E in load_L]
     record = StepRecord(
+        scales=(torch.ones(()), torch.ones(())),
         taken=True,
         grad_norm=1.0,
         nll_sum=torch.tensor(2.0),

@@ -70,6 +70,8 @@ def test_a_campaign_without_proof_fails() -> None:
     assert missing([*[replace(row, inside=False) for row in enough[:40]], *disks]) == ["0 of 10 inside a save faults"]
     unproven = [*enough[:-1], Row("file", "f", 7, False, "", "on")]
     assert missing(unproven) == ["199 of 200 file faults"]
+    short = [*enough, Row("file", "g", 7, False, "", "on")]
+    assert missing(short, kinds=["k", "f"]) == [] and missing(short, kinds=["k", "g"]) == ["no g"]
     wrong = [*enough, Row("file", "f", 8, False, "seen", "on", ["a differs"])]
     assert missing(wrong) == ["f, seed 8: a differs"]
 

@@ -62,8 +62,8 @@ def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callab
     """Spoil a run and let the guard look at its first step -> what it says."""
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
         spoil(training)
-        parts = micro_batches(resolved, training.engine.mesh, 1)
-        error = Guard(1).error(training, 1, parts, None)
+        parts, scale = micro_batches(resolved, training.engine.mesh, 1), torch.tensor(1 / 64)
+        error = Guard(1).error(training, 1, parts, (scale, scale), None)
         assert all(parameter.grad is None for parameter in training.task.parameters())
         assert training.balancer.taken == 0
         return str(error)
@@ -75,7 +75,7 @@ def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callab
         (spoil_output, "rank 1: forward, in model.model.layers.1.mlp of micro-batch 2, whose text is of "),
         (spoil_gradient, "rank 0: backward, at model.model.layers.0."),
         (spoil_weight, "rank 1: the weights model.model.layers.2.mlp.experts.local.down_proj themselves"),
-        (spoil_nothing, "the step is finite on every rank"),
+        (spoil_nothing, "every micro-batch is finite on every rank"),
     ],
 )
 def test_the_layer_the_rank_and_the_documents_are_named(
@@ -108,5 +108,20 @@ def test_a_run_that_only_skips_ends_and_leaves_its_checkpoints(text: Path, tmp_p
     assert f"step-{skipped[-2]:06d}, is as it was" in done.stderr
 
 
+def overflowing(rank: int, world_size: int, text: Path, folder: Path) -> list[str]:
+    """The loss of a step times 1e38 is not finite, and its gradient neither: told with this scale, and with 1."""
+    with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
+        batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
+        scales = [torch.tensor(value) for value in (1e38, 1.0)]
+        found = [find_origin(training.task, batches, (scale, scale), training.engine.device) for scale in scales]
+        return ["" if origin is None else origin.what for origin in found]
+
+
+def test_a_step_is_made_again_with_its_own_scale(ranks: RankPool, text: Path, tmp_path: Path) -> None:
+    for own, other in ranks.run(overflowing, 2, text, tmp_path):
+        assert own == "forward, in the loss" and other == ""
+
+
 def test_find_origin_is_silent_about_what_is_finite() -> None:
-    assert find_origin(nn.Linear(2, 2), [], torch.device("cpu")) is None
+    scales = (torch.ones(()), torch.ones(()))
+    assert find_origin(nn.Linear(2, 2), [], scales, torch.device("cpu")) is None

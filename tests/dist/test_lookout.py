@@ -1,7 +1,10 @@
 """Collectives that run out of time: what is said of the ranks that arrived, and of those that did not."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from dist_moe.comm.lookout import HangError, Position, lookout, told
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.train.elements import CheckpointError
 from tests.dist.pool import RankError, RankPool
-from tests.dist.resumable import command, steps, write_text
+from tests.dist.resumable import ROOT, command, overrides_of, steps, write_text
 from tests.dist.workers import direct
 
 LIMIT_S = 3.0
@@ -125,7 +128,28 @@ def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, s
     if stopped == 1:
         assert "not arrived, and silent (stopped, dead or cut off): rank 1; rank 0 stands in " in report
     else:
-        assert "the store that rank 0 keeps does not answer: rank 0 may be stopped, dead or cut off" in report
+        assert "the job's store does not answer: whoever keeps it (rank 0; under torchrun" in report
+
+
+def test_the_launch_tells_who_stayed_away_and_not_who_lost_a_connection(tmp_path: Path) -> None:
+    """Of four ranks three wait: the first that runs out of time frees the others, and its report is what is told.
+
+    torchrun ends all others as soon as one has ended.
+    """
+    text, run = write_text(tmp_path), tmp_path / "run"
+    words = ("train.steps=100000", "train.schedule_steps=null", f"parallel.timeout_s={LIMIT_S}")
+    argv = [sys.executable, "-m", "dist_moe", "launch", "configs/debug.yaml", *overrides_of(text, run, *words)]
+    with (tmp_path / "log").open("wb") as log:
+        launch = subprocess.Popen([*argv, "--launcher", "torchrun", "--workers", "4"], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            wait_for_step(run, 3)
+            os.kill(json.loads((run / "workers/rank-3.json").read_text())["pid"], signal.SIGSTOP)
+            assert launch.wait(90) == 1
+        finally:
+            launch.kill()
+            launch.wait()
+    told = (tmp_path / "log").read_text().rpartition("failed with HangError: ")[2].splitlines()[0]
+    assert "not arrived, and silent (stopped, dead or cut off): rank 3" in told
 
 
 def wait_for_step(run: Path, step: int) -> None:

@@ -52,7 +52,7 @@ class ProcessFault:
 
 
 def plan(seed: int) -> list[ProcessFault]:
-    """48 faults; the seed draws the moments alone, so that every campaign has the same kinds."""
+    """53 faults; the seed draws the moments alone, so that every campaign has the same kinds."""
     kill, stop, term, usr1 = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR1
     kinds = [
         (kill, "worker", None, True, 2, 12),
@@ -71,6 +71,8 @@ def plan(seed: int) -> list[ProcessFault]:
         (term, "worker", "torchrun", False, 2, 1),
         (kill, "worker", "torchrun", True, 4, 1),
         (term, "launch", "deepspeed", False, 2, 2),
+        (stop, "launch", "deepspeed", False, 2, 1),
+        (stop, "launch", "torchrun", False, 2, 1),
         (usr1, "launch", "torchrun", False, 1, 1),
         (kill, "worker", "torchrun --max-restarts", True, 0, 3),
         (kill, "worker", "torchrun --max-restarts", False, 0, 3),

@@ -47,16 +47,22 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def missing(rows: Sequence[Row], groups: Collection[str] = GROUPS) -> list[str]:
-    """What a whole campaign of these groups lacks, in words; nothing where all has struck and all is held."""
+def missing(rows: Sequence[Row], groups: Collection[str] = GROUPS, kinds: Sequence[str] | None = None) -> list[str]:
+    """What a campaign of these groups lacks, in words; nothing where all has struck and all is held.
+
+    kinds: of a short one, which has to hold one fault of each of them; None for a whole one.
+    """
     held = [row for row in rows if row.held]
+    wrong = [f"{row.kind}, seed {row.seed}: {'; '.join(row.faults)}" for row in rows if row.faults]
+    if kinds is not None:
+        return [f"no {kind}" for kind in kinds if kind not in {row.kind for row in held}] + wrong
     counts = Counter(row.group for row in held)
     counts["inside a save"] = sum(row.inside for row in held if row.group == "process")
     wanted = {
         name: least for name, least in WANTED.items() if name in groups or ("process" in groups and name not in GROUPS)
     }
     found = [f"{counts[name]} of {least} {name} faults" for name, least in wanted.items() if counts[name] < least]
-    return found + [f"{row.kind}, seed {row.seed}: {'; '.join(row.faults)}" for row in rows if row.faults]
+    return found + wrong
 
 
 def markdown(rows: Sequence[Row]) -> str:
