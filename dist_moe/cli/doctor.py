@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from dist_moe.cli.words import ConfigFile, Overrides, errors_in_plain_words
 if TYPE_CHECKING:
     from dist_moe.comm.place import Place
     from dist_moe.config import Resolved
+    from dist_moe.doctor.finding import Finding
 
 Json = Annotated[Path | None, typer.Option("--json", help="File for the findings.")]
 FINDINGS = "findings.json"
@@ -76,30 +78,38 @@ def doctor(
     Console().print(table(findings))
     if as_json is not None:
         write_json(findings, as_json)
-    raise typer.Exit(int(any(finding.outcome is Outcome.failed for finding in findings)))
+    raise typer.Exit(failed(findings))
 
 
 def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None) -> int:
     """As one of the workers that a launcher has started by hand; rank 0 shows the table -> the exit code."""
+    from dist_moe.comm.failure import flush_output
     from dist_moe.comm.place import read_place
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.examine import examine
-    from dist_moe.doctor.finding import Outcome, table, write_json
+    from dist_moe.doctor.finding import table, write_json
 
     place = read_place(os.environ)
     with errors_in_plain_words():
         resolved = resolve(load_config(config, overrides or ()), place.world_size)
         name_accelerator(resolved.config.parallel.backend, place)
     folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
-    try:
-        found = examine(resolved, place, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if place.rank == 0:
-        Console().print(table(found))
-        if as_json is not None:
-            write_json(found, as_json)
-    return int(any(finding.outcome is Outcome.failed for finding in found))
+
+    def tell(found: Sequence["Finding"], lost: bool) -> None:
+        if place.rank == 0:
+            Console().print(table(found))
+            if as_json is not None:
+                write_json(found, as_json)
+        if lost:
+            flush_output()
+            os._exit(failed(found))
+
+    return failed(examine(resolved, place, folder, tell))
+
+
+def failed(findings: Sequence["Finding"]) -> int:
+    """The exit code: 1 where a check failed."""
+    return int(any(finding.outcome.value == "fail" for finding in findings))
 
 
 def name_accelerator(backend: str, place: "Place") -> None:
@@ -111,9 +121,14 @@ def name_accelerator(backend: str, place: "Place") -> None:
 
 def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
     """One worker's part; rank 0 writes what was found."""
+    from dist_moe.comm.failure import end_finished
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import write_json
 
-    found = examine(resolved, place, findings.parent / "trial")
-    if place.rank == 0:
-        write_json(found, findings)
+    def tell(found: Sequence["Finding"], lost: bool) -> None:
+        if place.rank == 0:
+            write_json(found, findings)
+        if lost:
+            end_finished(findings.parent, place.rank)
+
+    examine(resolved, place, findings.parent / "trial", tell)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from dist_moe.comm.reduce import gathered
 from dist_moe.config.errors import UserError
 
 
@@ -107,9 +108,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
 
 def hosts_of_ranks() -> list[str]:
     """The name of each rank's host (a collective call)."""
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    return hosts
+    return gathered(socket.gethostname())
 
 
 def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:

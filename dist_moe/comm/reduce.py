@@ -1,10 +1,13 @@
-"""Reductions over ranks: integer counts exactly, and named scalars packed into one collective."""
+"""What ranks tell each other: integer counts summed exactly, named scalars packed into one collective, and objects."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Object = TypeVar("Object")
 
 
 def sum_counts(counts: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None) -> list[Tensor]:
@@ -32,3 +35,12 @@ def sum_scalars(scalars: Mapping[str, float], device: torch.device) -> dict[str,
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(packed)
     return dict(zip(scalars, packed.tolist(), strict=True))
+
+
+def gathered(own: Object) -> list[Object]:
+    """What each rank passes, by rank; for small things that pickle takes, at the edges of a run."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own]
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found

@@ -1,7 +1,10 @@
 """All checks in their order, by the workers together: one that fails is told, and the others still run."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -12,11 +15,13 @@ from torch.distributed import distributed_c10d
 from dist_moe.comm.bootstrap import join_world, limit_groups, set_threads
 from dist_moe.comm.mesh import make_mesh, ranks_per_node
 from dist_moe.comm.place import Place
+from dist_moe.comm.reduce import gathered
 from dist_moe.config import Resolved
 from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange, check_places, check_speed, check_versions
+from dist_moe.doctor.network import check_clocks, check_ports
 from dist_moe.doctor.sizes import check_disk, check_memory, shape_of
 from dist_moe.doctor.subject import Subject
 from dist_moe.doctor.trials import check_parity, check_saving
@@ -24,7 +29,9 @@ from dist_moe.train.loop import prepare_text
 
 NO_TEXT = "there is no text, so nothing can be trained"
 LONGEST_S = 30.0
-"""A check that leaves ranks waiting ends after this long, whatever the run's own limit is."""
+"""A collective of a check ends after this long at most, where parallel.timeout_s is not shorter."""
+MANY_EPOCHS = 4.0
+"""More repetitions of a text teach a model little that is new (arXiv 2305.16264)."""
 SEVEREST = (Outcome.failed, Outcome.warned, Outcome.passed, Outcome.idle)
 
 Check = Callable[[Subject], Finding]
@@ -41,20 +48,24 @@ def sizes_check(name: str, look: Callable[..., Finding]) -> tuple[str, Check]:
 
 
 def check_text(subject: Subject) -> Finding:
-    """How often the run reads its text."""
+    """How often the run reads its text; a warning where that is often."""
     assert subject.prepared is not None
     config, tokens = subject.config, len(subject.prepared.train.tokens)
     read = config.train.steps * config.train.global_batch * config.data.sequence_length
+    epochs = read / tokens
     held = len(subject.prepared.validation.tokens)
-    told = (
-        f"{tokens:,} tokens to train on, {held:,} held out; the run reads {read:,}, that is {read / tokens:.2f} epochs"
-    )
+    told = f"{tokens:,} tokens to train on, {held:,} held out; the run reads {read:,}, that is {epochs:.2f} epochs"
+    if epochs > MANY_EPOCHS:
+        remedy = f"more text, or fewer train.steps; beyond {MANY_EPOCHS:.0f} epochs a text teaches little that is new"
+        return Finding("text", Outcome.warned, told, remedy)
     return Finding("text", Outcome.passed, told)
 
 
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("versions", check_versions),
     ("places", check_places),
+    ("ports", check_ports),
+    ("clocks", check_clocks),
     ("text", check_text),
     ("all-to-all", check_exchange),
     ("exchange", check_speed),
@@ -66,8 +77,14 @@ CHECKS: tuple[tuple[str, Check], ...] = (
 NEED_TEXT = ("text", "EP 1 = EP N", "save and load")
 
 
-def examine(resolved: Resolved, place: Place, folder: Path) -> list[Finding]:
-    """Make all checks as one of the workers -> the findings, the same on all. folder: of the doctor alone."""
+def examine(
+    resolved: Resolved, place: Place, folder: Path, tell: Callable[[Sequence[Finding], bool], None]
+) -> list[Finding]:
+    """Make all checks as one of the workers -> the findings. folder: of the doctor alone, and gone afterwards.
+
+    tell: given the findings, the same on all ranks, and whether the workers have lost each other. It is called before
+    they part: parting may then take for ever.
+    """
     config = resolved.config
     set_threads(config.run.threads, place)
     prepared: Prepared | None = None
@@ -76,33 +93,47 @@ def examine(resolved: Resolved, place: Place, folder: Path) -> list[Finding]:
         prepared = prepare_text(config)
     except (UserError, OSError) as error:
         lacking = str(error)
-    findings: list[Finding] = []
     limit_s = min(config.parallel.timeout_s, LONGEST_S)
     with join_world(place, config.parallel.backend, config.parallel.timeout_s) as world:
         mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.exchange, resolved.expert_parallel))
         limit_groups(limit_s)
-        folder.mkdir(parents=True, exist_ok=True)
         subject = Subject(resolved, world, mesh, folder, prepared, limit_s)
-        lacking = next(filter(None, agreed(lacking)), "")
-        lost = False
-        for name, check in CHECKS:
-            if lost:
-                findings.append(Finding(name, Outcome.idle, "not made, since the workers have lost each other"))
-            elif name in NEED_TEXT and lacking:
-                failed = Finding("text", Outcome.failed, lacking, "mend data.sources")
-                findings.append(failed if name == "text" else Finding(name, Outcome.idle, NO_TEXT))
-            else:
-                finding, lost = together(name, check, subject)
-                findings.append(finding)
+        lacking = next(filter(None, gathered(lacking)), "")
+        with temporary(folder):
+            findings, lost = make_checks(subject, lacking)
+            if not lost:
+                dist.barrier()  # nobody still reads what another one removes
+        tell(findings, lost)
     return findings
 
 
-def agreed(word: str) -> list[str]:
-    """What each rank says."""
-    words = [word] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        dist.all_gather_object(words, word)
-    return words
+@contextlib.contextmanager
+def temporary(folder: Path) -> Iterator[None]:
+    """A folder for the block, and those around it; afterwards those that were not there are gone, unless in use."""
+    made = [path for path in folder.parents if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def make_checks(subject: Subject, lacking: str) -> tuple[list[Finding], bool]:
+    """All of them -> the findings, and whether the workers have lost each other. lacking: why there is no text."""
+    findings, lost = [], False
+    for name, check in CHECKS:
+        if lost:
+            findings.append(Finding(name, Outcome.idle, "not made, since the workers have lost each other"))
+        elif name in NEED_TEXT and lacking:
+            failed = Finding("text", Outcome.failed, lacking, "mend data.sources")
+            findings.append(failed if name == "text" else Finding(name, Outcome.idle, NO_TEXT))
+        else:
+            finding, lost = together(name, check, subject)
+            findings.append(finding)
+    return findings, lost
 
 
 def together(name: str, check: Check, subject: Subject) -> tuple[Finding, bool]:
@@ -119,9 +150,9 @@ def together(name: str, check: Check, subject: Subject) -> tuple[Finding, bool]:
         told = f"rank {subject.mesh.rank}: {type(error).__name__}: {words}"
         own = Finding(name, Outcome.failed, told, "mend what it says, and try again")
         lost = isinstance(error, RuntimeError) and not isinstance(error, UserError)
-    verdicts = [
-        _verdict(name, rank, own, lost, subject) for rank in told_first(subject.mesh.rank, subject.mesh.world_size)
-    ]
+    deadline_s = time.monotonic() + 2 * subject.limit_s
+    order = told_first(subject.mesh.rank, subject.mesh.world_size)
+    verdicts = [_verdict(name, rank, own, lost, subject, deadline_s) for rank in order]
     # A rank that only lost the others says less than the one that they lost.
     worst = min(verdicts, key=lambda one: (SEVEREST.index(one[0].outcome), one[1]))
     return worst[0], any(broken for _, broken in verdicts)
@@ -132,13 +163,16 @@ def told_first(own: int, ranks: int) -> list[int]:
     return [own, *(rank for rank in range(ranks) if rank != own)]
 
 
-def _verdict(name: str, rank: int, own: Finding, lost: bool, subject: Subject) -> tuple[Finding, bool]:
+def _verdict(
+    name: str, rank: int, own: Finding, lost: bool, subject: Subject, deadline_s: float
+) -> tuple[Finding, bool]:
     store, key = distributed_c10d._get_default_store(), f"doctor/{name}/{rank}"
     if rank == subject.mesh.rank:
         store.set(key, json.dumps([asdict(own), lost]))
         return own, lost
     try:
-        store.wait([key], timedelta(seconds=2 * subject.limit_s))
+        # One deadline for all: many that are dead cost no more than one.
+        store.wait([key], timedelta(seconds=max(0.1, deadline_s - time.monotonic())))
     except RuntimeError:
         return Finding(name, Outcome.failed, f"rank {rank} does not answer", "see its errors, and try again"), True
     finding, broken = json.loads(store.get(key))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.comm.exchange import exchange_rows
+from dist_moe.comm.reduce import gathered
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.doctor.subject import Subject
 from dist_moe.observe.record import versions
@@ -25,9 +26,7 @@ WIDTH = 8
 def check_versions(subject: Subject) -> Finding:
     """Every rank has the same Python, libraries and sources."""
     own = {**versions(), "dist-moe source": source_digest()}
-    found: list[Mapping[str, str | None]] = [own] * subject.mesh.world_size
-    dist.all_gather_object(found, own)
-    return compare_versions(found)
+    return compare_versions(gathered(own))
 
 
 def source_digest() -> str:
@@ -56,10 +55,8 @@ def compare_versions(found: Sequence[Mapping[str, str | None]]) -> Finding:
 def check_places(subject: Subject) -> Finding:
     """Backend, device, and threads against the cores of each host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = (socket.gethostname(), cores, torch.get_num_threads())
-    found: list[tuple[str, int, int]] = [own] * subject.mesh.world_size
-    dist.all_gather_object(found, own)
     told = f"backend {subject.world.backend}, device {subject.world.device.type}; "
+    found = gathered((socket.gethostname(), cores, torch.get_num_threads()))
     return compare_places(found, told + f"expert parallel {subject.mesh.expert_parallel}")
 
 

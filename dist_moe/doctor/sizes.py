@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import AutoConfig
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.comm.reduce import gathered
 from dist_moe.config import Config, Resolved
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
-from dist_moe.doctor.subject import Subject
+from dist_moe.doctor.subject import Subject, experts_taken
 from dist_moe.model.build import empty_model, routing_rule
 from dist_moe.model.convert import find_layers
+from dist_moe.train.holding import moments_of
 
 FP32 = 4
 CGROUP = Path("/sys/fs/cgroup")
@@ -45,16 +46,15 @@ def shape_of(resolved: Resolved, vocabulary: int) -> Shape:
     model = empty_model(settings, routing_rule(config.router, config.balance), Mesh(1, 0, 1))
     experts = sum(p.numel() for layer in find_layers(model) for p in layer.experts.local.parameters())
     every = sum(p.numel() for p in model.parameters())
-    taken = config.router.max_experts or config.router.top_k or 1
-    sizes = (settings.num_hidden_layers, settings.hidden_size, taken, settings.moe_intermediate_size)
+    sizes = (settings.num_hidden_layers, settings.hidden_size, experts_taken(config), settings.moe_intermediate_size)
     return Shape(every - experts, experts, *sizes, vocabulary)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. fixed: weights, gradients, masters and moments, exact. copy: of an asynchronous checkpoint.
+    """Bytes of one rank. fixed: weights, gradients, masters and moments, exact. activations: by formula, a micro-batch.
 
-    activations: by formula, the largest micro-batch.
+    copy: of an asynchronous checkpoint, exact but for random states and biases; it lies in the host's memory.
     """
 
     fixed: int
@@ -67,23 +67,27 @@ class Memory:
         return self.fixed + self.activations + self.copy
 
 
-def estimate_memory(config: Config, shape: Shape, workers: int, expert_parallel: int, bf16: bool) -> Memory:
-    """What a rank takes with ZeRO `parallel.zero_stage`.
+def estimate_memory(config: Config, shape: Shape, mesh: Mesh, bf16: bool) -> Memory:
+    """What the mesh's own rank takes with ZeRO `parallel.zero_stage`.
 
     Weights and gradients are whole on each rank: ZeRO 2 frees gradients only as it goes. Masters (fp32 copies, at
     ZeRO 1 and 2 also in fp32 training) and moments are divided over the ranks that hold the same at ZeRO 1 and 2.
     """
-    stage, train = config.parallel.zero_stage, config.train
-    item = 2 if bf16 else FP32
-    parameters = shape.dense + shape.experts // expert_parallel
-    copies = workers // expert_parallel
-    owned = parameters if stage == 0 else shape.dense // workers + shape.experts // expert_parallel // copies
-    moments = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
-    masters = int(bf16 or stage > 0)
-    fixed = parameters * 2 * item + owned * (masters + moments) * FP32
-    written = checkpoint_bytes(config, shape, bf16) // workers
+    stage, item = config.parallel.zero_stage, 2 if bf16 else FP32
+    experts, moments = shape.experts // mesh.expert_parallel, moment_count(config)
+    parameters, share = shape.dense + experts, (shape.dense + shape.experts) // mesh.world_size
+    owned = parameters if stage == 0 else share
+    fixed = parameters * 2 * item + owned * (int(bf16 or stage > 0) + moments) * FP32
+    # The weights are written by the first rank that holds them, everything else by all in equal parts.
+    written = share * (int(bf16) + moments) * FP32
+    written += item * (experts * (mesh.edp_rank == 0) + shape.dense * (mesh.rank == 0))
     copied = written if config.checkpoint.asynchronous and config.checkpoint.every else 0
     return Memory(fixed, _activations(config, shape, item), copied)
+
+
+def moment_count(config: Config) -> int:
+    """How many numbers the optimizer keeps of every element."""
+    return len(moments_of(config.train.optimizer, config.train.momentum))
 
 
 def _activations(config: Config, shape: Shape, item: int) -> int:
@@ -100,8 +104,7 @@ def _activations(config: Config, shape: Shape, item: int) -> int:
 
 def checkpoint_bytes(config: Config, shape: Shape, bf16: bool) -> int:
     """Of one checkpoint: weights, masters where they are not the weights, moments."""
-    moments = 2 if config.train.optimizer == "adamw" else int(config.train.momentum > 0)
-    return (shape.dense + shape.experts) * ((2 + FP32 if bf16 else FP32) + moments * FP32)
+    return (shape.dense + shape.experts) * ((2 + FP32 if bf16 else FP32) + moment_count(config) * FP32)
 
 
 def kept_checkpoints(config: Config) -> int:
@@ -113,37 +116,49 @@ def kept_checkpoints(config: Config) -> int:
     return min(made, settings.keep_last + 1 + (steps // settings.keep_every if settings.keep_every else 0))
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What one rank takes of one memory. place: whose it is. needed, free: bytes."""
+
+    place: str
+    needed: int
+    free: int
+
+
 def check_memory(subject: Subject, shape: Shape, bf16: bool) -> Finding:
-    """What all ranks of each host take, against what its memory has."""
-    needed = estimate_memory(subject.config, shape, subject.mesh.world_size, subject.mesh.expert_parallel, bf16)
-    on_device = subject.world.device.type == "cuda"
-    if on_device:
-        needed = replace(needed, copy=0)  # it lies in the host's memory
-    free = torch.cuda.mem_get_info(subject.world.device)[0] if on_device else free_memory()
-    own = (f"{socket.gethostname()} {subject.world.device if on_device else ''}".strip(), free)
-    found: list[tuple[str, int]] = [own] * subject.mesh.world_size
-    dist.all_gather_object(found, own)
-    return compare_memory(needed, found)
+    """What all ranks of each host, or each device, take against what its memory has."""
+    needed, device = estimate_memory(subject.config, shape, subject.mesh, bf16), subject.world.device
+    host = Claim(socket.gethostname(), needed.total, free_memory())
+    own = [host]
+    if device.type == "cuda":
+        of_device = Claim(f"{host.place} {device}", needed.total - needed.copy, torch.cuda.mem_get_info(device)[0])
+        own = [replace(host, needed=needed.copy), of_device]
+    return compare_memory(needed, [claim for claims in gathered(own) for claim in claims])
 
 
-def compare_memory(needed: Memory, found: Sequence[tuple[str, int]]) -> Finding:
-    """found: of each rank the place that its memory is of, and what is free there."""
+def compare_memory(needed: Memory, found: Sequence[Claim]) -> Finding:
+    """needed: of rank 0, which has the largest part of a copy. found: of all ranks."""
     told = (
-        f"{bytes_in_words(needed.total)} a rank: {bytes_in_words(needed.fixed)} weights, gradients and optimizer, "
+        f"{bytes_in_words(needed.total)} for rank 0: {bytes_in_words(needed.fixed)} weights, gradients and optimizer, "
         f"about {bytes_in_words(needed.activations)} activations, {bytes_in_words(needed.copy)} copy for saving"
     )
+    places: dict[str, list[Claim]] = {}
+    for claim in found:
+        places.setdefault(claim.place, []).append(claim)
     short = []
-    for place in dict.fromkeys(place for place, _ in found):
-        free = [bytes_free for where, bytes_free in found if where == place]
-        if needed.total * len(free) > min(free):
-            short.append(f"{place} has {bytes_in_words(min(free))} free for {len(free)} ranks")
+    for place, claims in places.items():
+        wanted, free = sum(claim.needed for claim in claims), min(claim.free for claim in claims)
+        if wanted > free:
+            told_of = f"{bytes_in_words(free)} free, and {len(claims)} ranks need {bytes_in_words(wanted)}"
+            short.append(f"{place} has {told_of}")
     if short:
         remedy = (
             "use more hosts, ZeRO 1 or 2, a smaller train.micro_batch, train.activation_checkpointing=true, or "
             "checkpoint.asynchronous=false"
         )
         return Finding("memory", Outcome.failed, f"{told}; {'; '.join(short)}", remedy)
-    return Finding("memory", Outcome.passed, f"{told}; {bytes_in_words(min(free for _, free in found))} are free")
+    least = bytes_in_words(min(claim.free for claim in found))
+    return Finding("memory", Outcome.passed, f"{told}; {least} are free")
 
 
 def free_memory() -> int:
@@ -175,7 +190,8 @@ def check_disk(subject: Subject, shape: Shape, bf16: bool) -> Finding:
 def compare_disk(one: int, count: int, free: int) -> Finding:
     """one: bytes of a checkpoint. count: how many are there at most."""
     told = (
-        f"{count} checkpoints of {bytes_in_words(one)} are {bytes_in_words(one * count)}; {bytes_in_words(free)} free"
+        f"{count} checkpoint{'s' * (count != 1)} of {bytes_in_words(one)}, in all {bytes_in_words(one * count)}; "
+        f"{bytes_in_words(free)} free"
     )
     if one * count > free:
         return Finding("disk", Outcome.failed, told, "set checkpoint.keep_last, or another run.dir")

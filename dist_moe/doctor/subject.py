@@ -1,5 +1,6 @@
 """What is examined: the configuration as it would run, in a job of real workers."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,14 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, Resolved
 from dist_moe.data.corpus import Prepared
 from dist_moe.train.precision import choose_precision
+
+
+def experts_taken(config: Config) -> int:
+    """How many experts a token takes: top-K; with a threshold the budget, and where there is none at most so many."""
+    router = config.router
+    if router.selection == "threshold" and router.budget:
+        return math.ceil(router.budget)
+    return router.max_experts or router.top_k or 1
 
 
 @dataclass(frozen=True)
@@ -35,13 +44,9 @@ class Subject:
     @cached_property
     def message_bytes(self) -> int:
         """About what a rank sends in one exchange of a micro-batch."""
-        settings, train = self.resolved.model_config, self.config.train
-        tokens = train.micro_batch * self.config.data.sequence_length
-        taken = self.config.router.max_experts or self.config.router.top_k or 1
-        if self.config.router.selection == "threshold":
-            taken = round(self.config.router.budget or max(1, taken // 4))
-        width = int(settings.get("hidden_size", 1024))
-        return tokens * taken * width * (2 if self.bf16 else 4)
+        tokens = self.config.train.micro_batch * self.config.data.sequence_length
+        width = int(self.resolved.model_config.get("hidden_size", 1024))
+        return tokens * experts_taken(self.config) * width * (2 if self.bf16 else 4)
 
     @property
     def bf16(self) -> bool:

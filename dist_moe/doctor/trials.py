@@ -25,12 +25,13 @@ from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import Rule, Threshold, TopK
+from dist_moe.train.contents import collect
 from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.loop import engine_settings, make_balancer
-from dist_moe.train.saver import save_checkpoint
+from dist_moe.train.resume import AUTO, Checkpoint, find_checkpoint, go_on, load_model
+from dist_moe.train.saver import Saver
 from dist_moe.train.state import Training
 from dist_moe.train.step import train_step
-from dist_moe.train.weights import fill_weights
 
 FEW_EXPERTS, LONGEST, VOCABULARY = 8, 64, 257
 TOLERANCE = 1e-4
@@ -138,46 +139,66 @@ def row(subject: Subject, rank: int) -> Batch:
 
 
 @contextmanager
-def small_training(subject: Subject, mesh: Mesh, settings: EngineSettings) -> Iterator[Training]:
-    """The small model in a real engine, in the doctor's own folder."""
+def small_training(
+    subject: Subject, mesh: Mesh, settings: EngineSettings, found: Checkpoint | None = None
+) -> Iterator[Training]:
+    """The small model in a real engine, in the doctor's own folder; with `found` it goes on from there."""
     config, (model_config, rule) = small_config(subject), few_layers(subject, subject.mesh.expert_parallel)
     model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
     task = LanguageModelTask(model, counts_margins=config.balance.policy == "quantile")
+    if found is not None:
+        load_model(found, task, mesh)
     with start_engine(task, parameter_groups(model, config.train.weight_decay), settings, mesh) as engine:
         limit_groups(subject.limit_s)
         balancer: Balancer = make_balancer(task, config, engine.device)
         assert subject.prepared is not None
-        yield Training(config, engine, balancer, task, subject.prepared)
+        training = Training(config, engine, balancer, task, subject.prepared)
+        if found is not None:
+            go_on(found, training)
+        yield training
 
 
 def small_config(subject: Subject) -> Config:
-    """The user's, with the doctor's folder as run.dir."""
+    """The user's, with the doctor's folder as run.dir, and its checkpoint as that to go on from."""
     run = subject.config.run.model_copy(update={"dir": str(subject.folder)})
-    return subject.config.model_copy(update={"run": run})
+    checkpoint = subject.config.checkpoint.model_copy(update={"resume": AUTO})
+    return subject.config.model_copy(update={"run": run, "checkpoint": checkpoint})
 
 
 def check_saving(subject: Subject) -> Finding:
-    """A checkpoint of the small model by all ranks, read again bit for bit; removed afterwards."""
+    """The small model is saved by all ranks, and another engine goes on from there with the same bits.
+
+    Of weights, fp32 masters, moments, biases and random states, by the way that a run takes, between hosts too.
+    """
+    name, mesh = "save and load", subject.mesh
     settings = replace(engine_settings(subject.resolved, subject.world), micro_batch=1, accumulation=1)
-    with small_training(subject, subject.mesh, settings) as training:
-        train_step(training.engine, training.balancer, [row(subject, subject.mesh.rank)], 1e-3)
+    with small_training(subject, mesh, settings) as training:
+        train_step(training.engine, training.balancer, [row(subject, mesh.rank)], 1e-3)
+        kept = copied(training)
         began_s = time.perf_counter()
-        folder = save_checkpoint(training, 1)
+        saver = Saver(training)
+        size = saver.save(1).bytes
         save_s = time.perf_counter() - began_s
-        kept = named(training, subject.mesh)
-        began_s = time.perf_counter()
-        with torch.no_grad():
-            for parameter in training.task.parameters():
-                parameter.zero_()
-        fill_weights(training.task.model, subject.mesh, folder / "model")
-        load_s = time.perf_counter() - began_s
-        again = named(training, subject.mesh)
-        pairs = [(key, one[key], other[key]) for one, other in zip(kept, again, strict=True) for key in one]
-        wrong = [key for key, before, after in pairs if not torch.equal(before, after)]
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    speed = f"{size / save_s / 1e6:,.0f} MB/s"
-    told = f"{bytes_in_words(size)} saved in {save_s:.2f} s ({speed}), weights read in {load_s:.2f} s"
+        saver.close()
+    assert subject.prepared is not None
+    began_s = time.perf_counter()
+    found = find_checkpoint(small_config(subject), subject.prepared, mesh, subject.world.device)
+    load_s = time.perf_counter() - began_s
+    if found is None:
+        return Finding(name, Outcome.failed, f"rank {mesh.rank} finds no checkpoint", "see to the storage of run.dir")
+    with small_training(subject, mesh, settings, found) as training:
+        again = copied(training)
+    wrong = [key for key in sorted(kept | again) if key not in again or not torch.equal(kept[key], again[key])]
+    told = (
+        f"{bytes_in_words(size)} saved in {save_s:.2f} s ({size / save_s / 1e6:,.0f} MB/s), checked in {load_s:.2f} s"
+    )
     if wrong:
-        remedy = "see to the storage of run.dir"
-        return Finding("save and load", Outcome.failed, f"{told}; other bits in {', '.join(wrong[:3])}", remedy)
-    return Finding("save and load", Outcome.passed, f"{told}, bit for bit")
+        told += f"; rank {mesh.rank} goes on with other bits in {', '.join(wrong[:3])}"
+        return Finding(name, Outcome.failed, told, "see to the storage of run.dir, and report it")
+    return Finding(name, Outcome.passed, f"{told}; weights, moments and biases go on bit for bit")
+
+
+def copied(training: Training) -> dict[str, Tensor]:
+    """All that this rank writes of a run, by file and name."""
+    files = collect(training, 1).tensors.items()
+    return {f"{file}: {name}": tensor.clone() for file, part in files for name, tensor in part.items()}

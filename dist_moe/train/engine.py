@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.layer import ExpertParallelLayer
-from dist_moe.train.holding import STEPS, Held, held, inner_optimizer
+from dist_moe.train.holding import STEPS, Held, held, inner_optimizer, moments_of
 
 if not torch.cuda.is_available():
     # DeepSpeed looks for its device when it is imported, and warns of the CPU that it falls back to.
@@ -57,9 +57,7 @@ class EngineSettings:
     @property
     def moments(self) -> tuple[str, ...]:
         """What the optimizer keeps of every element, by PyTorch's names."""
-        if self.optimizer == "adamw":
-            return ("exp_avg", "exp_avg_sq")
-        return ("momentum_buffer",) if self.momentum else ()
+        return moments_of(self.optimizer, self.momentum)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_moe.comm.reduce import gathered
 from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import document_names
 from dist_moe.data.stream import Batch, Rows
@@ -148,13 +149,10 @@ def _documents(training: Training, rows: Rows) -> tuple[str, ...]:
 
 def _gathered(finding: Finding, ranks: int) -> dict[int, Finding]:
     """The findings by rank; this rank's alone where the group does not work any more."""
-    found: list[Finding] = [finding] * ranks
-    if ranks > 1:
-        try:
-            dist.all_gather_object(found, finding)
-        except RuntimeError:
-            return {dist.get_rank(): finding}
-    return dict(enumerate(found))
+    try:
+        return dict(enumerate(gathered(finding) if ranks > 1 else [finding]))
+    except RuntimeError:
+        return {dist.get_rank(): finding}
 
 
 def _told(findings: dict[int, Finding]) -> str:

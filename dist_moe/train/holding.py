@@ -17,6 +17,13 @@ STEPS = "step"
 """The kind of AdamW's count of steps, one number for each tensor."""
 
 
+def moments_of(optimizer: str, momentum: float) -> tuple[str, ...]:
+    """What "adamw", or "sgd" with this momentum, keeps of every element, by PyTorch's names."""
+    if optimizer == "adamw":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if momentum else ()
+
+
 class Held(NamedTuple):
     """`numel` elements of `parameter` from `start` on, which the optimizer keeps in `owner` from `offset` on."""
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
@@ -16,6 +15,7 @@ from dist_moe.comm.failure import Stopped, exit_hard
 from dist_moe.comm.lookout import Lookout, lookout
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.place import Place
+from dist_moe.comm.reduce import gathered
 from dist_moe.config import Config, Resolved
 from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
@@ -53,7 +53,7 @@ def run(resolved: Resolved, place: Place) -> None:
         per_node = ranks_per_node(config.parallel.exchange, resolved.expert_parallel)
         mesh = make_mesh(resolved.expert_parallel, per_node)
         limit_groups(config.parallel.timeout_s)
-        check_same_text(config, prepared, place)
+        check_same_text(config, prepared)
         checkpoint = find_checkpoint(config, prepared, mesh, world.device)
         report = stack.enter_context(open_report(config, world, mesh, checkpoint))
         task = make_task(resolved, prepared, mesh)
@@ -162,10 +162,9 @@ def prepare_text(config: Config) -> Prepared:
     return prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), tokenizer_folder(config))
 
 
-def check_same_text(config: Config, prepared: Prepared, place: Place) -> None:
+def check_same_text(config: Config, prepared: Prepared) -> None:
     """Errors: DataError where ranks hold different tokens, which two hosts may come to. A collective call."""
-    fingerprints: list[str] = [""] * place.world_size
-    dist.all_gather_object(fingerprints, prepared.fingerprint)
+    fingerprints = gathered(prepared.fingerprint)
     other = next((rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]), None)
     if other is not None:
         raise DataError(

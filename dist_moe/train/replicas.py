@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import sum_counts
+from dist_moe.comm.reduce import gathered, sum_counts
 from dist_moe.config.errors import UserError
 from dist_moe.train.state import Training
 
@@ -40,8 +39,7 @@ def compare_ranks(training: Training, step: int, begun: int = 0) -> None:
     (found,) = sum_counts([own], training.engine.device)
     if all(len(set(part)) == 1 for part in _alike(found.tolist(), mesh)):
         return
-    answers: list[tuple[dict[str, int], dict[str, int]]] = [(dense, experts)] * mesh.world_size
-    dist.all_gather_object(answers, (dense, experts))
+    answers = gathered((dense, experts))
     before = f"after step {step - every} they were alike" if step - every > begun else "they were not compared before"
     raise ReplicaError(
         f"after step {step} ranks differ in what they hold alike: {'; '.join(_words(answers, mesh))}; {before}; "

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.comm.reduce import gathered
 from dist_moe.config.errors import UserError
 from dist_moe.train.elements import CheckpointError
 
@@ -21,10 +21,7 @@ def together(mesh: Mesh, told: str, work: Callable[[], Result]) -> list[Result]:
         result = work()
     except (OSError, SafetensorError, UserError, RuntimeError, ValueError, MemoryError) as error:
         failure = str(error) or type(error).__name__
-    answers = [(failure, result)]
-    if mesh.world_size > 1:
-        answers *= mesh.world_size
-        dist.all_gather_object(answers, (failure, result))
+    answers = gathered((failure, result)) if mesh.world_size > 1 else [(failure, result)]
     for rank, (failed, _) in enumerate(answers):
         if failed is not None:
             raise CheckpointError(f"{told}: {failed} (rank {rank})")

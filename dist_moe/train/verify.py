@@ -19,7 +19,7 @@ from dist_moe.train.checkpoint import step_of
 from dist_moe.train.elements import RANDOM, elements_of
 from dist_moe.train.folder import indexed, stored_tensors, tensor_files
 from dist_moe.train.headers import FLOATS, read_header
-from dist_moe.train.holding import MASTER, STEPS
+from dist_moe.train.holding import MASTER, STEPS, moments_of
 from dist_moe.train.locate import within
 from dist_moe.train.manifest import NAME, Manifest, faults, read_manifest, unlisted
 from dist_moe.train.state import Numbers, read_balance, read_numbers
@@ -27,7 +27,6 @@ from dist_moe.train.weights import bias_in_files, find_weights, named_parameters
 
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
 AT_ONCE = 1 << 22
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq", STEPS), "sgd": ("momentum_buffer",)}
 
 
 @dataclass
@@ -115,7 +114,7 @@ def _elements(folder: Path) -> Iterator[str]:
     states = runs.pop(RANDOM, {})
     if lacking := [rank for rank in range(min(numbers.workers, 1 << 20)) if f"cpu/{rank}" not in states]:
         yield f"the random states of ranks {lacking[:10]} are missing"
-    known = {*MOMENTS[config.train.optimizer], MASTER}
+    known = {*_moments(config), MASTER}
     yield from (
         f"the optimizer holds {kind!a}, which is nothing of {config.train.optimizer}" for kind in {*runs} - known
     )
@@ -130,8 +129,12 @@ def _elements(folder: Path) -> Iterator[str]:
 
 def _kinds(config: Config, numbers: Numbers) -> set[str]:
     """What the optimizer must hold: nothing yet before the first step, and fp32 weights where the model's are not."""
-    moments = MOMENTS[config.train.optimizer] if config.train.optimizer == "adamw" or config.train.momentum else ()
-    return {*(moments if numbers.taken else ()), *([MASTER] if numbers.bf16 else [])}
+    return {*(_moments(config) if numbers.taken else ()), *([MASTER] if numbers.bf16 else [])}
+
+
+def _moments(config: Config) -> tuple[str, ...]:
+    train = config.train
+    return (*moments_of(train.optimizer, train.momentum), *([STEPS] if train.optimizer == "adamw" else []))
 
 
 def _covered(told: str, runs: list[tuple[int, int]], numel: int) -> Iterator[str]:

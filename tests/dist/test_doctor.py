@@ -1,8 +1,11 @@
 """The doctor on real workers: all is well with the debug run, and what is broken is found without harm."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,18 @@ from dist_moe.comm.bootstrap import World, limit_groups
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.comm.place import Place
 from dist_moe.config import load_config, resolve
+from dist_moe.doctor import trials
 from dist_moe.doctor.examine import together
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange
 from dist_moe.doctor.sizes import estimate_memory, shape_of
 from dist_moe.doctor.subject import Subject
-from dist_moe.doctor.trials import check_parity
+from dist_moe.doctor.trials import check_parity, check_saving
+from dist_moe.train import state
+from dist_moe.train.contents import collect
+from dist_moe.train.engine import Engine
 from dist_moe.train.loop import prepare_text
+from dist_moe.train.step import StepRecord, train_step
 from tests.dist.pool import RankPool
 from tests.dist.resumable import ROOT, overrides_of, started, write_text
 from tests.dist.steps import one_step
@@ -29,6 +37,8 @@ NAMES = [
     "launch",
     "versions",
     "places",
+    "ports",
+    "clocks",
     "text",
     "all-to-all",
     "exchange",
@@ -67,17 +77,41 @@ def test_a_failed_check_is_told_and_the_others_run(tmp_path: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["mine"]
 
 
+def test_workers_that_somebody_else_has_started_leave_nothing(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "dist_moe", "doctor", "configs/debug.yaml"]
+    argv += [*overrides_of(write_text(tmp_path), tmp_path / "new/run"), "--json", str(tmp_path / "found.json")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(argv, cwd=ROOT, env=os.environ | meeting | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")
+    ]
+    try:
+        assert [worker.wait(150) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    found = [one["check"] for one in json.loads((tmp_path / "found.json").read_text())]
+    assert found == [name for name in NAMES if name not in ("configuration", "launch")]
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_wrong_configuration_starts_nothing(tmp_path: Path) -> None:
     done = doctor(write_text(tmp_path), tmp_path / "run", "parallel.expert_parallel=5")
     assert done.returncode == 2 and "parallel.expert_parallel=5" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def examined(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[Finding]:
+def subject_of(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...] = ()) -> Subject:
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *words)), world_size)
     place = Place(rank, world_size, rank, world_size, "env")
     world, mesh = World(place, torch.device("cpu"), "gloo"), make_mesh(resolved.expert_parallel)
-    subject = Subject(resolved, world, mesh, folder, prepare_text(resolved.config))
+    return Subject(resolved, world, mesh, folder, prepare_text(resolved.config))
+
+
+def examined(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[Finding]:
+    subject = subject_of(rank, world_size, text, folder, words)
     return [check_exchange(subject), check_parity(subject)]
 
 
@@ -91,6 +125,53 @@ def test_trap_T22_expert_parallelism_is_compared_with_none(
 ) -> None:
     for findings in ranks.run(examined, 2, write_text(tmp_path), tmp_path, words):
         assert [finding.outcome for finding in findings] == [Outcome.passed] * 2, findings
+
+
+def spoiled(rank: int, world_size: int, text: Path, folder: Path, spoil: Callable[[], None]) -> list[Finding]:
+    """Both trials, in a process in which something is wrong from now on."""
+    spoil()
+    subject = subject_of(rank, world_size, text, folder)
+    return [check_parity(subject), check_saving(subject)]
+
+
+def spoil_nothing() -> None:
+    """All is as it is."""
+
+
+def spoil_gradient() -> None:
+    """One expert's gradient is a hundredth too large where experts are spread."""
+
+    def spoilt(engine: Engine, *given: object) -> StepRecord:
+        if engine.mesh.expert_parallel > 1 and engine.mesh.rank == 1:
+            names = dict(engine.module.named_parameters())
+            down = next(names[name] for name in names if name.endswith("experts.local.down_proj"))
+            down.register_hook(lambda gradient: gradient * 1.01)
+        return train_step(engine, *given)  # type: ignore[arg-type]
+
+    trials.train_step = spoilt
+
+
+def spoil_moments() -> None:
+    """A run that goes on does not read the moments."""
+    state._restore_optimizer = lambda *given: None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "outcomes", "told"),
+    [
+        (spoil_nothing, ["pass", "pass"], "go on bit for bit"),
+        (spoil_gradient, ["fail", "pass"], "rank 1: gradients of "),
+        (spoil_moments, ["pass", "fail"], "goes on with other bits in state/rank-0000"),
+    ],
+)
+def test_the_trials_find_what_is_wrong_and_only_that(
+    tmp_path: Path, spoil: Callable[[], None], outcomes: list[str], told: str
+) -> None:
+    """A pool of its own: what is spoiled stays so in these processes."""
+    with RankPool(2) as own:
+        found = own.run(spoiled, 2, write_text(tmp_path), tmp_path, spoil)
+    assert all([finding.outcome.value for finding in of_rank] == outcomes for of_rank in found[1:]), found
+    assert any(told in finding.found for of_rank in found for finding in of_rank), found
 
 
 def raising(rank: int, world_size: int, text: Path, folder: Path, within: bool) -> tuple[Finding, bool]:
@@ -118,8 +199,11 @@ def test_a_check_that_raises_on_one_rank_is_told_with_its_words(ranks: RankPool,
         assert lost is within
 
 
-def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> tuple[int, int]:
-    """After a step: the bytes of weights, gradients (as many), masters and moments, and what the doctor expects."""
+def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[tuple[int, int]]:
+    """After a step: bytes, each beside what the doctor expects.
+
+    Those of weights, gradients (as many), masters and moments, and those of a copy of the checkpoint.
+    """
     with started(rank, world_size, overrides_of(text, folder, *words)) as (resolved, training):
         one_step(resolved, training, 1)
         engine = training.engine
@@ -131,13 +215,18 @@ def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tupl
         moments = sum(state[kind].nbytes for state in states for kind in engine.settings.moments if kind in state)
         shape = shape_of(resolved, training.prepared.tokenizer.vocab_size)
         bf16 = engine.settings.bf16
-        expected = estimate_memory(resolved.config, shape, world_size, engine.mesh.expert_parallel, bf16)
-        return 2 * weights + masters + moments, expected.fixed
+        expected = estimate_memory(resolved.config, shape, engine.mesh, bf16)
+        return [
+            (2 * weights + masters + moments, expected.fixed),
+            (collect(training, 1).bytes, expected.copy),
+        ]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_exact_part_of_the_memory_is_exact(ranks: RankPool, tmp_path: Path, stage: int, precision: str) -> None:
     words = (f"parallel.zero_stage={stage}", f"train.precision={precision}", "parallel.expert_parallel=2")
-    for found, expected in ranks.run(held_bytes, 4, write_text(tmp_path), tmp_path, words):
-        assert found == pytest.approx(expected, rel=0.02)
+    words += ("checkpoint.every=1",)
+    for pairs in ranks.run(held_bytes, 4, write_text(tmp_path), tmp_path, words):
+        for found, expected in pairs:
+            assert found == pytest.approx(expected, rel=0.02)

@@ -1,15 +1,19 @@
 """What each comparison passes and fails, in words with a remedy, and the table."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from dist_moe.comm.mesh import Mesh
 from dist_moe.config import load_config, resolve
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words, read_json, table, write_json
 from dist_moe.doctor.machines import compare_places, compare_versions, patterns
+from dist_moe.doctor.network import compare_clocks, refused
 from dist_moe.doctor.sizes import (
+    Claim,
     Memory,
     Shape,
     checkpoint_bytes,
@@ -19,6 +23,7 @@ from dist_moe.doctor.sizes import (
     free_memory,
     kept_checkpoints,
 )
+from dist_moe.doctor.subject import experts_taken
 
 DEBUG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 
@@ -49,13 +54,31 @@ def test_the_patterns_hold_what_they_are_called() -> None:
 
 
 def test_memory_is_summed_over_the_ranks_of_a_host() -> None:
-    needed = Memory(fixed=6, activations=3, copy=1)
-    assert compare_memory(needed, [("a", 20), ("a", 20), ("b", 10)]).outcome is Outcome.passed
-    short = compare_memory(needed, [("a", 19), ("a", 19), ("b", 10)])
-    assert (
-        short.outcome is Outcome.failed and "a has 19 B free for 2 ranks" in short.found and "b has" not in short.found
-    )
+    needed, small = Memory(fixed=6, activations=3, copy=1), Claim("b", 7, 7)
+    assert compare_memory(needed, [Claim("a", 10, 17), Claim("a", 7, 17), small]).outcome is Outcome.passed
+    short = compare_memory(needed, [Claim("a", 10, 16), Claim("a", 7, 17), small])
+    assert short.outcome is Outcome.failed and "b has" not in short.found
+    assert "a has 16 B free, and 2 ranks need 17 B" in short.found
     assert 0 < free_memory() < 1 << 50
+
+
+def test_what_a_threshold_takes_is_its_budget() -> None:
+    threshold = ("router.selection=threshold", "router.score=softmax", "balance.policy=adaptive_weight")
+    assert experts_taken(settings(*threshold, "router.max_experts=6")) == 6  # type: ignore[arg-type]
+    assert experts_taken(settings(*threshold, "router.max_experts=6", "router.budget=2.5")) == 3  # type: ignore[arg-type]
+
+
+def test_clocks_that_are_apart_are_told_by_their_hosts() -> None:
+    assert compare_clocks([("a", 100.0), ("b", 100.4)]).outcome is Outcome.passed
+    found = compare_clocks([("a", 100.0), ("b", 103.5), ("c", 101.0)])
+    assert found.outcome is Outcome.warned and found.found == "that of b is 3.5 s before that of a"
+
+
+def test_a_port_that_nobody_listens_at_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = server.getsockname()
+        assert refused(place) == ""
+    assert f"127.0.0.1:{place[1]} (" in refused(place)
 
 
 def test_disk() -> None:
@@ -93,16 +116,17 @@ SHAPE = Shape(dense=1000, experts=4000, layers=3, width=8, taken=2, expert_width
 def test_fixed_memory_by_hand(words: tuple[str, ...], bf16: bool, parameters_bytes: int, owned_bytes: int) -> None:
     """Four ranks, expert parallel 2: half of the experts each, two ranks with the same."""
     config = settings(*words, "parallel.expert_parallel=2", "checkpoint.asynchronous=false")
-    found = estimate_memory(config, SHAPE, 4, 2, bf16)  # type: ignore[arg-type]
+    found = estimate_memory(config, SHAPE, Mesh(4, 0, 2), bf16)  # type: ignore[arg-type]
     assert found.fixed == parameters_bytes + owned_bytes and found.copy == 0
     beside = settings(*words, "parallel.expert_parallel=2")
-    assert estimate_memory(beside, SHAPE, 4, 2, bf16).copy == checkpoint_bytes(beside, SHAPE, bf16) // 4  # type: ignore[arg-type]
+    copies = [estimate_memory(beside, SHAPE, Mesh(4, rank, 2), bf16).copy for rank in range(4)]  # type: ignore[arg-type]
+    assert sum(copies) == checkpoint_bytes(beside, SHAPE, bf16)  # type: ignore[arg-type]
 
 
 def test_recomputation_takes_less() -> None:
     deep = replace(SHAPE, layers=30)
     plain, again = (
-        estimate_memory(settings(f"train.activation_checkpointing={flag}"), deep, 1, 1, False).activations  # type: ignore[arg-type]
+        estimate_memory(settings(f"train.activation_checkpointing={flag}"), deep, Mesh(1, 0, 1), False).activations  # type: ignore[arg-type]
         for flag in ("false", "true")
     )
     assert again < plain / 5

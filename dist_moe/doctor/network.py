@@ -1,0 +1,73 @@
+"""Checks of what joins the machines: whether every rank reaches every other, and whether their clocks agree."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import closing
+
+import torch.distributed as dist
+
+from dist_moe.comm.reduce import gathered
+from dist_moe.doctor.finding import Finding, Outcome
+from dist_moe.doctor.subject import Subject
+
+CONNECT_S = 3.0
+APART_S = 1.0
+"""Clocks that are further apart put the errors of hosts, and the curves of runs, into the wrong order."""
+
+
+def check_ports(subject: Subject) -> Finding:
+    """Every rank connects by TCP to a free port of every other, at the address by which it reaches the meeting place.
+
+    NCCL and gloo choose such ports for their own connections; NCCL makes them at the first exchange alone.
+    """
+    mesh = subject.mesh
+    if mesh.world_size == 1:
+        return Finding("ports", Outcome.idle, "one worker needs none")
+    with closing(socket.create_server((own_address(), 0), backlog=mesh.world_size)) as server:
+        places: list[tuple[str, int]] = gathered(server.getsockname()[:2])
+        others = [rank for rank in range(mesh.world_size) if rank != mesh.rank]
+        closed = [f"rank {rank} at {where}" for rank in others if (where := refused(places[rank]))]
+        dist.barrier()  # nobody closes a port that somebody has not tried yet
+    if closed:
+        remedy = (
+            "open the hosts' ports to each other (those of net.ipv4.ip_local_port_range), or name the network that "
+            "joins them: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+        )
+        return Finding("ports", Outcome.failed, f"rank {mesh.rank} does not reach {', '.join(closed)}", remedy)
+    where = ", ".join(dict.fromkeys(address for address, _ in places))
+    return Finding("ports", Outcome.passed, f"every rank reaches a free port of every other, at {where}")
+
+
+def own_address() -> str:
+    """The address from which this host reaches MASTER_ADDR; nothing is sent."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 1))
+        return str(probe.getsockname()[0])
+
+
+def refused(place: tuple[str, int]) -> str:
+    """The place and the reason, where it cannot be reached; "" where it can."""
+    try:
+        socket.create_connection(place, timeout=CONNECT_S).close()
+    except OSError as error:
+        return f"{place[0]}:{place[1]} ({error})"
+    return ""
+
+
+def check_clocks(subject: Subject) -> Finding:
+    """The clocks of all hosts, read as they leave one barrier."""
+    if subject.mesh.world_size == 1:
+        return Finding("clocks", Outcome.idle, "one worker has one")
+    dist.barrier()
+    return compare_clocks(gathered((socket.gethostname(), time.time())))
+
+
+def compare_clocks(found: Sequence[tuple[str, float]]) -> Finding:
+    """found: host and seconds since 1970 of each rank."""
+    (first, least), (last, most) = (pick(found, key=lambda one: one[1]) for pick in (min, max))
+    if most - least > APART_S:
+        told = f"that of {last} is {most - least:.1f} s before that of {first}"
+        return Finding("clocks", Outcome.warned, told, "set them by the network (chrony, systemd-timesyncd)")
+    return Finding("clocks", Outcome.passed, f"within {most - least:.3f} s of each other")
