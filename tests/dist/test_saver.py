@@ -1,5 +1,7 @@
 """Checkpoints that are written while training goes on: the bits of the step at which they were begun."""
 
+import errno
+import os
 import threading
 import time
 from concurrent.futures import Future
@@ -11,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.comm.bootstrap import limit_groups
-from dist_moe.train.checkpoint import checkpoints, complete
+from dist_moe.train.checkpoint import Completion, checkpoints, complete
 from dist_moe.train.contents import HostCopy, collect
+from dist_moe.train.elements import CheckpointError
+from dist_moe.train.manifest import FileEntry
 from dist_moe.train.saver import Saver, Written
 from dist_moe.train.step import Word
 from tests.dist.pool import RankPool
@@ -78,13 +82,54 @@ def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[boo
         return told, warnings, (saved.folder / "manifest.json").is_file()
 
 
+def lost_disk(rank: int, world_size: int, text: Path, folder: Path) -> tuple[str, list[str]]:
+    """Rank 1's disk is full while the second of three checkpoints is written: the error, and what is left."""
+    with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
+        saver = Saver(training)
+        one_step(resolved, training, 1)
+        saver.save(1)
+        one_step(resolved, training, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr("dist_moe.train.contents.write_tensors", no_space)
+            saver.begin(2)
+            one_step(resolved, training, 3)
+            with pytest.raises(CheckpointError) as raised:
+                saver.finish()
+        one_step(resolved, training, 4)
+        saver.save(4)
+        saver.close()
+        dist.barrier()
+        return str(raised.value), sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def no_space(path: Path, _: dict[str, torch.Tensor]) -> Path:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_disk_that_is_full_on_one_rank_costs_all_the_same_checkpoint(
+    ranks: RankPool, text: Path, tmp_path: Path
+) -> None:
+    """All ranks are told alike, the one before stays, and the next one is whole."""
+    first, second = ranks.run(lost_disk, 2, text, tmp_path)
+    assert first == second
+    told, left = first
+    assert "step-000002 could not be saved: [Errno 28] No space left on device" in told and "(rank 1)" in told
+    assert left == ["latest", "step-000001", "step-000004"]
+
+
 def completed_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[str], bool]:
     """Rank 0's disk takes three time limits of a collective to complete a checkpoint: warnings, and whether it did."""
     with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=1")) as (_, training):
         warnings: list[str] = []
         limit_groups(1.0)
+
+        def late(partial: Path, final: Path, files: dict[str, FileEntry], keep_last: int, every: int) -> Completion:
+            time.sleep(3.0)
+            return complete(partial, final, files, keep_last, every)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dist_moe.train.saver.complete", lambda *given: time.sleep(3.0) or complete(*given))
+            patch.setattr("dist_moe.train.saver.complete", late)
             saver = Saver(training, warnings.append)
             saved = saver.save(1)
         dist.barrier()
