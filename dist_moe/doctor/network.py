@@ -1,5 +1,6 @@
 """Checks of what joins the machines: whether every rank reaches every other, and whether their clocks agree."""
 
+import itertools
 import os
 import socket
 import time
@@ -8,11 +9,13 @@ from contextlib import closing
 
 import torch.distributed as dist
 
+from dist_moe.comm.bootstrap import address_towards
 from dist_moe.comm.reduce import gathered
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.subject import Subject
 
-CONNECT_S = 3.0
+MOST_TOLD = 4
+"""A rank looks no further then, since the others wait: a place that does not answer takes an eighth of the limit."""
 APART_S = 1.0
 """Clocks that are further apart put the errors of hosts, and the curves of runs, into the wrong order."""
 
@@ -27,8 +30,9 @@ def check_ports(subject: Subject) -> Finding:
         return Finding("ports", Outcome.idle, "one worker needs none")
     with closing(socket.create_server((own_address(), 0), backlog=mesh.world_size)) as server:
         places: list[tuple[str, int]] = gathered(server.getsockname()[:2])
-        others = [rank for rank in range(mesh.world_size) if rank != mesh.rank]
-        closed = [f"rank {rank} at {where}" for rank in others if (where := refused(places[rank]))]
+        others = (rank for rank in range(mesh.world_size) if rank != mesh.rank)
+        tried = (f"rank {rank} at {where}" for rank in others if (where := refused(places[rank], subject.limit_s / 8)))
+        closed = list(itertools.islice(tried, MOST_TOLD))
         dist.barrier()  # nobody closes a port that somebody has not tried yet
     if closed:
         remedy = (
@@ -41,16 +45,16 @@ def check_ports(subject: Subject) -> Finding:
 
 
 def own_address() -> str:
-    """The address from which this host reaches MASTER_ADDR; nothing is sent."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 1))
-        return str(probe.getsockname()[0])
+    """The address by which the other hosts reach this one; a collective call."""
+    known = gathered(address_towards(os.environ["MASTER_ADDR"]))
+    # The meeting place's own host may know itself by a name of the loopback.
+    return address_towards(next((one for one in known if not one.startswith("127.")), known[0]))
 
 
-def refused(place: tuple[str, int]) -> str:
+def refused(place: tuple[str, int], limit_s: float) -> str:
     """The place and the reason, where it cannot be reached; "" where it can."""
     try:
-        socket.create_connection(place, timeout=CONNECT_S).close()
+        socket.create_connection(place, timeout=limit_s).close()
     except OSError as error:
         return f"{place[0]}:{place[1]} ({error})"
     return ""

@@ -77,8 +77,8 @@ def test_clocks_that_are_apart_are_told_by_their_hosts() -> None:
 def test_a_port_that_nobody_listens_at_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = server.getsockname()
-        assert refused(place) == ""
-    assert f"127.0.0.1:{place[1]} (" in refused(place)
+        assert refused(place, 3.0) == ""
+    assert f"127.0.0.1:{place[1]} (" in refused(place, 3.0)
 
 
 def test_disk() -> None:
