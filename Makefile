@@ -72,7 +72,7 @@ parity: $(STAMP) ## compare losses and gradients over worker counts, expert para
 mutants: $(STAMP) ## break the code one line at a time; each time the named test must fail
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-faults: $(STAMP) ## strike runs by signals, damaged files and broken disks; half an hour or so
+faults: $(STAMP) ## strike runs by signals, damaged files and broken disks; an hour or so
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 tensorboard: $(STAMP) ## show the runs in a browser
