@@ -1,10 +1,11 @@
 """The command that checks a configuration and its machines before a long run."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -56,7 +57,7 @@ def doctor(
         apart = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": str(folder)})})
         job = Job(apart, config, words, launcher, cluster, workers, runner)
         resolve(settings, job.workers)
-    before = Path(settings.run.dir).exists()
+    made = [path for path in (Path(settings.run.dir), *Path(settings.run.dir).parents) if not path.exists()]
     findings = [Finding("configuration", Outcome.passed, f"every rule holds for {job.workers} workers")]
     try:
         try:
@@ -73,8 +74,9 @@ def doctor(
         findings += read_json(folder / FINDINGS) if seen else []
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not before and Path(settings.run.dir).is_dir() and not any(Path(settings.run.dir).iterdir()):
-            Path(settings.run.dir).rmdir()
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
     Console().print(table(findings))
     if as_json is not None:
         write_json(findings, as_json)
@@ -95,16 +97,16 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
         name_accelerator(resolved.config.parallel.backend, place)
     folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
 
-    def tell(found: Sequence["Finding"], lost: bool) -> None:
-        if place.rank == 0:
-            Console().print(table(found))
-            if as_json is not None:
-                write_json(found, as_json)
-        if lost:
-            flush_output()
-            os._exit(failed(found))
+    def tell(found: Sequence["Finding"]) -> None:
+        Console().print(table(found))
+        if as_json is not None:
+            write_json(found, as_json)
 
-    return failed(examine(resolved, place, folder, tell))
+    def leave(found: Sequence["Finding"]) -> NoReturn:
+        flush_output()
+        os._exit(failed(found))
+
+    return failed(examine(resolved, place, folder, tell, leave))
 
 
 def failed(findings: Sequence["Finding"]) -> int:
@@ -121,14 +123,17 @@ def name_accelerator(backend: str, place: "Place") -> None:
 
 def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
     """One worker's part; rank 0 writes what was found."""
-    from dist_moe.comm.failure import end_finished
+    from dist_moe.comm.failure import USER_ERROR_CODE, end_process
+    from dist_moe.config.errors import UserError
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import write_json
 
-    def tell(found: Sequence["Finding"], lost: bool) -> None:
-        if place.rank == 0:
-            write_json(found, findings)
-        if lost:
-            end_finished(findings.parent, place.rank)
+    def tell(found: Sequence["Finding"]) -> None:
+        write_json(found, findings)
 
-    examine(resolved, place, findings.parent / "trial", tell)
+    def leave(_: Sequence["Finding"]) -> NoReturn:
+        # As a failure, so that the launch ends those that are stuck.
+        lost = UserError("the workers have lost each other; the check in which that was says more, if it is below")
+        end_process(findings.parent, place.rank, lost, USER_ERROR_CODE)
+
+    examine(resolved, place, findings.parent / "trial", tell, leave)

@@ -102,15 +102,6 @@ def end_stopped(folder: Path, rank: int) -> NoReturn:
         os._exit(STOPPED_CODE)
 
 
-def end_finished(folder: Path, rank: int) -> NoReturn:
-    """Records the state "finished", and leaves at once: of a worker whose work is done, and who has lost the others."""
-    try:
-        note_state(folder, rank, "finished", code=0)
-        flush_output()
-    finally:
-        os._exit(0)
-
-
 def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoReturn:
     """Reports `error` and leaves with `code`, whatever happens on the way (a full disk, a closed stderr)."""
     launched, reported = LAUNCH_VARIABLE in os.environ, False

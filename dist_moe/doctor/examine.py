@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from enum import IntEnum
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -32,9 +34,20 @@ LONGEST_S = 30.0
 """A collective of a check ends after this long at most, where parallel.timeout_s is not shorter."""
 MANY_EPOCHS = 4.0
 """More repetitions of a text teach a model little that is new (arXiv 2305.16264)."""
+TOLD = "doctor/told"
+LINGER_S = 2.0
+"""How long rank 0 stays after it has told, since it may keep the store that the others look into."""
 SEVEREST = (Outcome.failed, Outcome.warned, Outcome.passed, Outcome.idle)
 
 Check = Callable[[Subject], Finding]
+
+
+class Part(IntEnum):
+    """What a rank had in a check; of several failures the one of the least part is told."""
+
+    made = 0
+    silent = 1
+    lost_others = 2
 
 
 def sizes_check(name: str, look: Callable[..., Finding]) -> tuple[str, Check]:
@@ -78,12 +91,16 @@ NEED_TEXT = ("text", "EP 1 = EP N", "save and load")
 
 
 def examine(
-    resolved: Resolved, place: Place, folder: Path, tell: Callable[[Sequence[Finding], bool], None]
+    resolved: Resolved,
+    place: Place,
+    folder: Path,
+    tell: Callable[[Sequence[Finding]], None],
+    leave: Callable[[Sequence[Finding]], NoReturn],
 ) -> list[Finding]:
     """Make all checks as one of the workers -> the findings. folder: of the doctor alone, and gone afterwards.
 
-    tell: given the findings, the same on all ranks, and whether the workers have lost each other. It is called before
-    they part: parting may then take for ever.
+    tell: rank 0's, given the findings. leave: ends this process at once, and is called after that where the workers
+    have lost each other, since parting may then take for ever.
     """
     config = resolved.config
     set_threads(config.run.threads, place)
@@ -101,10 +118,33 @@ def examine(
         lacking = next(filter(None, gathered(lacking)), "")
         with temporary(folder):
             findings, lost = make_checks(subject, lacking)
-            if not lost:
-                dist.barrier()  # nobody still reads what another one removes
-        tell(findings, lost)
+            lost = lost or not all_are_here()
+        if place.rank == 0:
+            tell(findings)
+        if lost:
+            wait_until_told(place.rank, limit_s)
+            leave(findings)
     return findings
+
+
+def all_are_here() -> bool:
+    """Whether all ranks have come so far; then nobody still reads what another one removes."""
+    try:
+        dist.barrier()
+    except RuntimeError:
+        return False
+    return True
+
+
+def wait_until_told(rank: int, limit_s: float) -> None:
+    """Wait for rank 0 to have told what was found: whoever started the workers ends all when one has ended."""
+    store = distributed_c10d._get_default_store()
+    with contextlib.suppress(RuntimeError):  # the store goes with whoever keeps it
+        if rank == 0:
+            store.set(TOLD, "1")
+            time.sleep(LINGER_S)
+        else:
+            store.wait([TOLD], timedelta(seconds=3 * limit_s))
 
 
 @contextlib.contextmanager
@@ -116,8 +156,8 @@ def temporary(folder: Path) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for path in made:
+        for path in made:
+            with contextlib.suppress(OSError):
                 path.rmdir()
 
 
@@ -155,7 +195,7 @@ def together(name: str, check: Check, subject: Subject) -> tuple[Finding, bool]:
     verdicts = [_verdict(name, rank, own, lost, subject, deadline_s) for rank in order]
     # A rank that only lost the others says less than the one that they lost.
     worst = min(verdicts, key=lambda one: (SEVEREST.index(one[0].outcome), one[1]))
-    return worst[0], any(broken for _, broken in verdicts)
+    return worst[0], any(part is not Part.made for _, part in verdicts)
 
 
 def told_first(own: int, ranks: int) -> list[int]:
@@ -165,15 +205,18 @@ def told_first(own: int, ranks: int) -> list[int]:
 
 def _verdict(
     name: str, rank: int, own: Finding, lost: bool, subject: Subject, deadline_s: float
-) -> tuple[Finding, bool]:
+) -> tuple[Finding, Part]:
     store, key = distributed_c10d._get_default_store(), f"doctor/{name}/{rank}"
     if rank == subject.mesh.rank:
-        store.set(key, json.dumps([asdict(own), lost]))
-        return own, lost
+        part = Part.lost_others if lost else Part.made
+        with contextlib.suppress(RuntimeError):  # without a store the others are not there either
+            store.set(key, json.dumps([asdict(own), part]))
+        return own, part
     try:
         # One deadline for all: many that are dead cost no more than one.
         store.wait([key], timedelta(seconds=max(0.1, deadline_s - time.monotonic())))
+        finding, part = json.loads(store.get(key))
     except RuntimeError:
-        return Finding(name, Outcome.failed, f"rank {rank} does not answer", "see its errors, and try again"), True
-    finding, broken = json.loads(store.get(key))
-    return Finding(**{**finding, "outcome": Outcome(finding["outcome"])}), bool(broken)
+        silent = Finding(name, Outcome.failed, f"rank {rank} does not answer", "see to its host, and try again")
+        return silent, Part.silent
+    return Finding(**{**finding, "outcome": Outcome(finding["outcome"])}), Part(part)

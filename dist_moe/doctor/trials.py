@@ -199,6 +199,8 @@ def check_saving(subject: Subject) -> Finding:
 
 
 def copied(training: Training) -> dict[str, Tensor]:
-    """All that this rank writes of a run, by file and name."""
+    """All that this rank writes of a run, by file and name, and the weights that another one writes."""
     files = collect(training, 1).tensors.items()
-    return {f"{file}: {name}": tensor.clone() for file, part in files for name, tensor in part.items()}
+    written = {f"{name} in {file}": tensor.clone() for file, part in files for name, tensor in part.items()}
+    weights = {name: parameter.detach().clone() for name, parameter in training.task.named_parameters()}
+    return written | weights

@@ -139,18 +139,19 @@ class Saver:
             return None
         began_s = time.perf_counter()
         final = checkpoint_folder(self._training.config, pending.step)
-        self._await(pending.work, f"{pending.partial}: {{ranks}} not written its files")
+        self._await(pending.work, pending.partial, "written its files")
         self._pending = None
+        work: Future[list[str]] | None = None
         try:
             answers = together(mesh, _told(final), lambda: (pending.work.result(), pending.stall_s))
             came = self._deliver(pending.partial, final, [written.files for written, _ in answers])
             files = {name: found for written, _ in answers for name, found in written.files.items()}
             work = in_thread(f"complete step {pending.step}", lambda: self._complete(pending, final, files, came))
-            self._await(work, f"{final}: {{ranks}} not completed it")
+            self._await(work, final, "completed it")
             warnings = together(mesh, _told(final), work.result)[0]
         finally:
-            if self._hosts.leads(mesh.rank):
-                # After a failure, or on a host that is not rank 0's.
+            # After a failure, or on a host that is not rank 0's; never under a thread that still completes it.
+            if self._hosts.leads(mesh.rank) and (work is None or work.done()):
                 shutil.rmtree(pending.partial, ignore_errors=True)
         return Saved(
             step=pending.step,
@@ -173,8 +174,8 @@ class Saver:
         if self._deleting is not None:
             self._deleting.result()
 
-    def _await(self, work: Future[Any], told: str) -> None:
-        """Wait for the slowest rank's thread, in short collectives. told: to warn of it, with {ranks}."""
+    def _await(self, work: Future[Any], folder: Path, done_is: str) -> None:
+        """Wait for the slowest rank's thread, in short collectives. folder, done_is: for the words of a warning."""
         limit_s = self._training.config.parallel.timeout_s
         began_s, warned = time.monotonic(), 0
         while True:
@@ -188,8 +189,9 @@ class Saver:
             waited_s = time.monotonic() - began_s
             if waited_s > limit_s * (warned + 1):
                 warned += 1
-                ranks = f"after {waited_s:.0f} s rank {', '.join(map(str, slow))} has"
-                self._warn(f"{told.format(ranks=ranks)}; see to the storage there")
+                ranks = ", ".join(map(str, slow))
+                told = f"after {waited_s:.0f} s rank {ranks} has not {done_is}"
+                self._warn(f"{folder}: {told}; see to the storage there")
 
     def _deliver(self, partial: Path, final: Path, written: list[dict[str, FileEntry]]) -> dict[str, FileEntry]:
         """Bring what other hosts have written to rank 0's, where they share no storage; training waits for it.

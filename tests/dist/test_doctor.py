@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +77,33 @@ def test_a_failed_check_is_told_and_the_others_run(tmp_path: Path) -> None:
     outcomes = {one["check"]: one["outcome"] for one in json.loads((tmp_path / "found.json").read_text())}
     assert outcomes["text"] == "fail" and outcomes["EP 1 = EP N"] == "n/a" and outcomes["all-to-all"] == "pass"
     assert [path.name for path in run.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_worker_that_is_stuck_does_not_keep_the_doctor(tmp_path: Path, stopped: int) -> None:
+    """SIGSTOP once the workers have met; what was found till then is told where rank 0 is not the one."""
+    run, found = tmp_path / "new/run", tmp_path / "found.json"
+    argv = [sys.executable, "-m", "dist_moe", "doctor", "configs/debug.yaml"]
+    argv += [*overrides_of(write_text(tmp_path), run, "parallel.timeout_s=10"), "--launcher", "torchrun"]
+    with (tmp_path / "log").open("wb") as log:
+        command = subprocess.Popen([*argv, "--json", str(found)], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not list(run.glob("doctor-*/trial")):
+                assert time.monotonic() < deadline and command.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            (record,) = run.glob(f"doctor-*/workers/rank-{stopped}.json")
+            os.kill(json.loads(record.read_text())["pid"], signal.SIGSTOP)
+            assert command.wait(150) == 1, (tmp_path / "log").read_text()
+        finally:
+            command.kill()
+            command.wait()
+    findings = {one["check"]: one for one in json.loads(found.read_text())}
+    assert findings["launch"]["outcome"] == "fail" and "lost each other" in findings["launch"]["found"]
+    if stopped == 1:
+        assert list(findings) == NAMES and findings["disk"]["outcome"] == "n/a"
+        assert "rank 1 does not answer" in [one["found"] for one in findings.values() if one["outcome"] == "fail"]
+    assert not (tmp_path / "new").exists()
 
 
 def test_workers_that_somebody_else_has_started_leave_nothing(tmp_path: Path) -> None:
@@ -161,7 +190,7 @@ def spoil_moments() -> None:
     [
         (spoil_nothing, ["pass", "pass"], "go on bit for bit"),
         (spoil_gradient, ["fail", "pass"], "rank 1: gradients of "),
-        (spoil_moments, ["pass", "fail"], "goes on with other bits in state/rank-0000"),
+        (spoil_moments, ["pass", "fail"], "goes on with other bits in exp_avg"),
     ],
 )
 def test_the_trials_find_what_is_wrong_and_only_that(

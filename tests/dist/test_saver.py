@@ -7,6 +7,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dist_moe.comm.bootstrap import limit_groups
 from dist_moe.train.checkpoint import Completion, checkpoints, complete
 from dist_moe.train.contents import HostCopy, collect
 from dist_moe.train.elements import CheckpointError
-from dist_moe.train.manifest import FileEntry
+from dist_moe.train.manifest import FileEntry, faults, read_manifest
 from dist_moe.train.saver import Saver, Written
 from dist_moe.train.step import Word
 from tests.dist.pool import RankPool
@@ -82,6 +83,39 @@ def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[boo
         return told, warnings, (saved.folder / "manifest.json").is_file()
 
 
+def ended_amid(rank: int, world_size: int, text: Path, folder: Path) -> list[str]:
+    """A peer is gone while a thread completes a checkpoint: what is wrong with the folder afterwards."""
+    release, waits = threading.Event(), Saver._await
+
+    def held(*given: Any) -> Completion:
+        release.wait(60)
+        return complete(*given)
+
+    def cut(saver: Saver, work: Future[Any], where: Path, done_is: str) -> None:
+        if done_is == "completed it":
+            raise RuntimeError("Connection closed by peer")
+        waits(saver, work, where, done_is)
+
+    with started(rank, world_size, overrides_of(text, folder, "checkpoint.keep_last=1")) as (_, training):
+        saver = Saver(training)
+        saver.save(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dist_moe.train.saver.complete", held)
+            patch.setattr(Saver, "_await", cut)
+            with pytest.raises(RuntimeError):
+                saver.save(2)
+            release.set()
+            final, deadline = folder / "checkpoints/step-000002", time.monotonic() + 60
+            while not final.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        manifest = read_manifest(final)
+        return faults(final, manifest, manifest.files)
+
+
+def test_a_checkpoint_that_is_being_completed_is_not_removed(ranks: RankPool, text: Path, tmp_path: Path) -> None:
+    assert ranks.run(ended_amid, 1, text, tmp_path / "run{7}") == [[]]
+
+
 def lost_disk(rank: int, world_size: int, text: Path, folder: Path) -> tuple[str, list[str]]:
     """Rank 1's disk is full while the second of three checkpoints is written: the error, and what is left."""
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
@@ -120,12 +154,12 @@ def test_a_disk_that_is_full_on_one_rank_costs_all_the_same_checkpoint(
 
 def completed_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[str], bool]:
     """Rank 0's disk takes three time limits of a collective to complete a checkpoint: warnings, and whether it did."""
-    with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=1")) as (_, training):
+    with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=3")) as (_, training):
         warnings: list[str] = []
-        limit_groups(1.0)
+        limit_groups(3.0)
 
         def late(partial: Path, final: Path, files: dict[str, FileEntry], keep_last: int, every: int) -> Completion:
-            time.sleep(3.0)
+            time.sleep(9.0)
             return complete(partial, final, files, keep_last, every)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -137,7 +171,7 @@ def completed_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tu
 
 
 def test_a_slow_completion_is_told_and_is_no_hang(ranks: RankPool, text: Path, tmp_path: Path) -> None:
-    for warnings, there in ranks.run(completed_slowly, 2, text, tmp_path):
+    for warnings, there in ranks.run(completed_slowly, 2, text, tmp_path / "run{7}"):
         assert there and warnings and all("rank 0 has not completed it" in warning for warning in warnings)
 
 
