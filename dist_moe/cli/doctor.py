@@ -1,8 +1,6 @@
 """The command that checks a configuration and its machines before a long run."""
 
-import contextlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -39,6 +37,7 @@ def doctor(
     from dist_moe.comm.place import read_place
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
+    from dist_moe.doctor.temporary import temporary
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
@@ -57,9 +56,8 @@ def doctor(
         apart = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": str(folder)})})
         job = Job(apart, config, words, launcher, cluster, workers, runner)
         resolve(settings, job.workers)
-    made = [path for path in (Path(settings.run.dir), *Path(settings.run.dir).parents) if not path.exists()]
     findings = [Finding("configuration", Outcome.passed, f"every rule holds for {job.workers} workers")]
-    try:
+    with temporary(folder):
         try:
             outcome = job.run()
             told = "" if outcome.code == 0 else outcome.message or f"exit code {outcome.code}"
@@ -72,11 +70,6 @@ def doctor(
             told = told or f"rank 0 left no findings in {folder}; share run.dir among the hosts"
             findings.append(Finding("launch", Outcome.failed, told, "mend what it says, and try again"))
         findings += read_json(folder / FINDINGS) if seen else []
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
     Console().print(table(findings))
     if as_json is not None:
         write_json(findings, as_json)
@@ -111,7 +104,9 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
 
 def failed(findings: Sequence["Finding"]) -> int:
     """The exit code: 1 where a check failed."""
-    return int(any(finding.outcome.value == "fail" for finding in findings))
+    from dist_moe.doctor.finding import Outcome
+
+    return int(any(finding.outcome is Outcome.failed for finding in findings))
 
 
 def name_accelerator(backend: str, place: "Place") -> None:

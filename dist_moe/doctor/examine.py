@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from enum import IntEnum
@@ -26,6 +25,7 @@ from dist_moe.doctor.machines import check_exchange, check_places, check_speed, 
 from dist_moe.doctor.network import check_clocks, check_ports
 from dist_moe.doctor.sizes import check_disk, check_memory, shape_of
 from dist_moe.doctor.subject import Subject
+from dist_moe.doctor.temporary import temporary
 from dist_moe.doctor.trials import check_parity, check_saving
 from dist_moe.train.loop import prepare_text
 
@@ -145,20 +145,6 @@ def wait_until_told(rank: int, limit_s: float) -> None:
             time.sleep(LINGER_S)
         else:
             store.wait([TOLD], timedelta(seconds=3 * limit_s))
-
-
-@contextlib.contextmanager
-def temporary(folder: Path) -> Iterator[None]:
-    """A folder for the block, and those around it; afterwards those that were not there are gone, unless in use."""
-    made = [path for path in folder.parents if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 def make_checks(subject: Subject, lacking: str) -> tuple[list[Finding], bool]:
