@@ -7,7 +7,6 @@ CONFIG ?= configs/quickstart.yaml
 COMPOSE ?= docker compose -p dist-moe -f docker/compose.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TYPES := build/types
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-cluster docker docker-train docker-down check lint types format parity mutants faults tensorboard clean
@@ -17,7 +16,7 @@ help: ## list the tasks
 
 setup: $(STAMP) ## make the virtual environment with everything that is needed (about 2 minutes)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
@@ -51,16 +50,8 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy finds packages by their folders, so it is shown the tree under the names that are installed.
 types: $(STAMP) ## mypy
-	rm -rf $(TYPES)
-	mkdir -p $(TYPES)/dist_moe
-	ln -s $(CURDIR)/dist_moe/* $(TYPES)/dist_moe/
-	ln -s $(CURDIR)/launch $(TYPES)/dist_moe/launch
-	ln -s $(CURDIR)/launch/entry $(TYPES)/dist_moe_entry
-	ln -s $(CURDIR)/tests $(TYPES)/tests
-	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache dist_moe dist_moe_entry tests
+	$(BIN)/mypy dist_moe tests
 
 format: $(STAMP) ## write the format that lint asks for
 	$(BIN)/ruff check --fix-only .

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dist_moe.cli.words import complain, errors_in_plain_words
+from dist_moe.cli.options import complain, errors_in_plain_words
 
 checkpoint_app = typer.Typer(
     help="What is inside a checkpoint, whether it is whole, and its weights in one file.", no_args_is_help=True

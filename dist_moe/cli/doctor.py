@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dist_moe.cli.launchers import Launcher, Runner
-from dist_moe.cli.words import ConfigFile, Overrides, errors_in_plain_words
+from dist_moe.cli.options import ConfigFile, Overrides, errors_in_plain_words
 
 if TYPE_CHECKING:
     from dist_moe.comm.place import Place

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dist_moe.cli.words import ConfigFile, OutFolder, Overrides, Repetitions, errors_in_plain_words
+from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, errors_in_plain_words
 
 study_app = typer.Typer(help="What the design claims, measured again without long training.", no_args_is_help=True)
 

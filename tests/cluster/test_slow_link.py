@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.mpirun import openmpi_environment, openmpi_options
+from dist_moe.launch.launchers.mpirun import openmpi_environment, openmpi_options
 from tests.cluster.hosts import NETWORK, Host, environment, hosts
 from tests.cluster.slow_link import slow_link
 

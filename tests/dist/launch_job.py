@@ -7,11 +7,11 @@ from pathlib import Path
 
 from dist_moe.config import load_config
 from dist_moe.launch.command import LOOPBACK, Command, LaunchError
-from dist_moe.launch.deepspeed import deepspeed_command
-from dist_moe.launch.hub import Hub
-from dist_moe.launch.mpirun import mpirun_command
-from dist_moe.launch.process import run
-from dist_moe.launch.torchrun import torchrun_command
+from dist_moe.launch.launchers.deepspeed import deepspeed_command
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.launchers.mpirun import mpirun_command
+from dist_moe.launch.supervise.run_job import run
+from dist_moe.launch.launchers.torchrun import torchrun_command
 
 
 def main(launcher: str, workers: int, path: str, restarts: int) -> None:

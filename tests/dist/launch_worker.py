@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_moe.cli import mind_if_asked
+from dist_moe.cli.main import mind_if_asked
 from dist_moe.comm.bootstrap import join_world
 from dist_moe.comm.failure import STOPPED_CODE, exit_hard, report_failure, write_record
 from dist_moe.comm.place import read_place

@@ -39,7 +39,7 @@ class Verdict:
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """Copy the files that git tracks or would track, and link `launch` under its installed names."""
+    """Copy the files that git tracks or would track."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=root, check=True, capture_output=True, text=True,
@@ -48,9 +48,6 @@ def copy_tree(root: Path, target: Path) -> None:
         if (root / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
-    if (target / "launch").is_dir():
-        (target / "dist_moe" / "launch").symlink_to(target / "launch")
-        (target / "dist_moe_entry").symlink_to(target / "launch" / "entry")
 
 
 def run_tests(folder: Path, tests: list[str], limit_s: float) -> Run:

@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-INSTALLED_NAMES = {("launch", "entry"): ("dist_moe_entry",), ("launch",): ("dist_moe", "launch")}
-"""The folders that setup.py installs under another name, innermost first."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -29,16 +27,12 @@ class Source:
 
     @property
     def package(self) -> tuple[str, ...]:
-        """The names of the package that the file is in, as installed."""
-        parts = self.path.parent.parts
-        for folder, name in INSTALLED_NAMES.items():
-            if parts[: len(folder)] == folder:
-                return name + parts[len(folder) :]
-        return parts
+        """The names of the package that the file is in."""
+        return self.path.parent.parts
 
     @property
     def layer(self) -> str:
-        """The part of the design it is in: `train` for dist_moe/train/step.py, `cli` for dist_moe/cli.py."""
+        """The part of the design it is in: `train` for dist_moe/train/step.py, `cli` for dist_moe/cli/main.py."""
         if self.package[0] != "dist_moe":
             return self.package[0]
         return self.package[1] if len(self.package) > 1 else self.path.stem

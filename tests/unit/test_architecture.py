@@ -12,7 +12,7 @@ import pytest
 from tests.mutants.catalogue import read_catalogue
 from tests.unit.source import ROOT, Source, depth, sources
 
-OURS = sources("dist_moe", "launch")
+OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests")]
 
 BELOW_MODEL = {"data", "balance", "moe", "comm", "config"}
@@ -31,7 +31,6 @@ MAY_IMPORT = {
     "cli": BELOW_MODEL | {"model", "observe", "train", "study", "doctor", "launch"},
     "__init__": set(),
     "__main__": {"cli"},
-    "dist_moe_entry": {"cli"},
 }
 """Imports go one way: each part, and the others that it may import."""
 ONLY_IMPORTER = {
@@ -74,7 +73,7 @@ def trap_tests() -> dict[str, list[str]]:
 
 
 def test_the_tree_under_test_is_this_one() -> None:
-    for name, file in (("dist_moe", "dist_moe/__init__.py"), ("dist_moe.launch", "launch/__init__.py")):
+    for name, file in (("dist_moe", "dist_moe/__init__.py"), ("dist_moe.launch", "dist_moe/launch/__init__.py")):
         found = importlib.import_module(name).__file__
         assert found and Path(found).resolve() == ROOT / file
 
@@ -94,9 +93,9 @@ def test_each_of_these_has_one_place(package: str) -> None:
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
     modules = [".".join((*source.package, source.path.stem)) for source in OURS if source.layer in ("config", "launch")]
-    names = [name.removesuffix(".__init__") for name in modules if name != "dist_moe.launch.entry"]
+    names = [name.removesuffix(".__init__") for name in modules]
     code = "import sys, importlib\n" + "".join(
-        f"importlib.import_module({name!r})\n" for name in [*names, "dist_moe.cli"]
+        f"importlib.import_module({name!r})\n" for name in [*names, "dist_moe.cli.main"]
     )
     code += "print(*sorted({'torch', 'transformers', 'deepspeed', 'tensorboard', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -140,10 +139,9 @@ def test_every_trap_that_is_tested_has_a_mutant() -> None:
     ("path", "text", "layer", "imports"),
     [
         ("dist_moe/train/step.py", "from ..moe import router", "train", {"dist_moe.moe.router"}),
-        ("dist_moe/cli.py", "def f():\n    import dist_moe.train.loop", "cli", {"dist_moe.train.loop"}),
-        ("launch/process.py", "from dist_moe import model", "launch", {"dist_moe.model"}),
-        ("launch/process.py", "from . import torchrun", "launch", {"dist_moe.launch.torchrun"}),
-        ("launch/entry/__init__.py", "import torch as t", "dist_moe_entry", {"torch"}),
+        ("dist_moe/cli/main.py", "def f():\n    import dist_moe.train.loop", "cli", {"dist_moe.train.loop"}),
+        ("dist_moe/launch/supervise/run_job.py", "from dist_moe import model", "launch", {"dist_moe.model"}),
+        ("dist_moe/launch/supervise/run_job.py", "from . import torchrun", "launch", {"dist_moe.launch.launchers.torchrun"}),
     ],
 )
 def test_imports_are_seen_wherever_they_stand(path: str, text: str, layer: str, imports: set[str]) -> None:

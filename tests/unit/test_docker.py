@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from dist_moe.launch.kubernetes import USER
+from dist_moe.launch.launchers.kubernetes import USER
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -36,7 +36,7 @@ def test_every_requirement_has_a_pin_inside_its_range() -> None:
 
 
 def test_the_installed_names_import_from_any_folder(tmp_path: Path) -> None:
-    code = "import dist_moe, dist_moe.launch, dist_moe_entry as e; print(dist_moe.__version__, e.find_fault())"
+    code = "import dist_moe.launch, dist_moe.cli.main as m; print(dist_moe.__version__, m.foreign_package())"
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [dist_moe.__version__, "None"], done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.processes import read_process
+from dist_moe.launch.supervise.process_tree import read_process
 
 LIMIT_S = 30.0
 OPENING = """

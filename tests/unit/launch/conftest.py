@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.hub import Hub
+from dist_moe.launch.supervise.monitor import Hub
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from dist_moe.config import Config, load_config
 from dist_moe.config.errors import ConfigError
 from dist_moe.launch.cluster import Cluster, read_cluster
 from dist_moe.launch.command import Command, LaunchError
-from dist_moe.launch.deepspeed import deepspeed_cluster_command
+from dist_moe.launch.launchers.deepspeed import deepspeed_cluster_command
 from dist_moe.launch.job import Job
-from dist_moe.launch.mpirun import mpirun_cluster_command, subnet
-from dist_moe.launch.torchrun import torchrun_cluster_command
+from dist_moe.launch.launchers.mpirun import mpirun_cluster_command, subnet
+from dist_moe.launch.launchers.torchrun import torchrun_cluster_command
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 HOSTS = "cluster.hosts=[{name: a, slots: 2, address: 203.0.113.1}, {name: b, slots: 2, address: 203.0.113.2}]"

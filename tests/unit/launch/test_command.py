@@ -10,8 +10,8 @@ import pytest
 
 from dist_moe.config import Config, load_config
 from dist_moe.launch.command import LaunchError, free_port, threads_per_worker, worker_environment
-from dist_moe.launch.deepspeed import deepspeed_command
-from dist_moe.launch.torchrun import torchrun_command
+from dist_moe.launch.launchers.deepspeed import deepspeed_command
+from dist_moe.launch.launchers.torchrun import torchrun_command
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 

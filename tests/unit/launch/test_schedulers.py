@@ -9,8 +9,8 @@ import yaml
 
 from dist_moe.config import Config, load_config
 from dist_moe.launch.command import LaunchError
-from dist_moe.launch.kubernetes import kubernetes_objects, manifest
-from dist_moe.launch.slurm import slurm_script, submit
+from dist_moe.launch.launchers.kubernetes import kubernetes_objects, manifest
+from dist_moe.launch.launchers.slurm import slurm_script, submit
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 BIN = Path(sys.executable).parent

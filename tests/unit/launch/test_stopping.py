@@ -4,9 +4,9 @@ import signal
 import time
 from pathlib import Path
 
-from dist_moe.launch.hub import Hub
-from dist_moe.launch.wire import ready
-from tests.unit.launch.minded import LIMIT_S, greet, start, until
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.protocol import ready
+from tests.unit.launch.monitored import LIMIT_S, greet, start, until
 
 
 def test_a_signal_is_passed_on_and_a_worker_that_stops_has_not_failed(hub: Hub, tmp_path: Path) -> None:

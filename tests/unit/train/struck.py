@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_moe.cli import train
+from dist_moe.cli.main import train
 from dist_moe.train import loop, saver
 from tests.disk import detach, set_read_only
 from tests.dist.resumable import ROOT

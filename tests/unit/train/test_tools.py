@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from dist_moe.cli import app
+from dist_moe.cli.main import app
 from dist_moe.config.errors import UserError
 from dist_moe.train.elements import ElementReader
 from dist_moe.train.manifest import FORMAT, NAME, entry

@@ -24,7 +24,7 @@ from dist_moe.launch.command import (
     worker_arguments,
     worker_environment,
 )
-from dist_moe.launch.mpirun import (
+from dist_moe.launch.launchers.mpirun import (
     loaded_mpi,
     mpich_options,
     mpirun_of,

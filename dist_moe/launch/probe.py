@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dist_moe.launch.wire import is_own
+from dist_moe.launch.supervise.protocol import is_own
 
 DISTRIBUTIONS = ("torch", "deepspeed", "transformers", "numpy", "mpi4py")
 CONNECT_LIMIT_S = 5.0

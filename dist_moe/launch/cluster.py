@@ -18,7 +18,7 @@ from dist_moe.launch.command import (
     threads_per_worker,
 )
 from dist_moe.launch.hostfile import chosen, read_hostfile
-from dist_moe.launch.wire import is_own
+from dist_moe.launch.supervise.protocol import is_own
 
 CONNECT_LIMIT_S = 10
 # DeepSpeed's launcher carries what begins so to other hosts unasked, and lets their shells read it.
@@ -63,7 +63,7 @@ class Cluster:
     def ssh(self, host: Host, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
         """What runs `argv` in the working folder of a host; nothing reaches its shell unquoted.
 
-        The end of the connection does not end `argv` (`launch/leash.py` does).
+        The end of the connection does not end `argv` (`dist_moe/launch/supervise/remote_exec.py` does).
         """
         variables = [f"{name}={value}" for name, value in sorted(environment.items())]
         line = f"cd {shlex.quote(self.folder)} && exec {shlex.join(['env', *variables, *argv])}"

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_moe.launch.hub import Hub
-from dist_moe.launch.wire import Line
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.protocol import Line
 
 WORKER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from dist_moe.launch.minder import mind
-from dist_moe.launch.wire import Meeting
+from dist_moe.launch.supervise.agent import mind
+from dist_moe.launch.supervise.protocol import Meeting
 mind(Meeting.parse(sys.argv[1]), 0, 1, Path(sys.argv[2]))
 print("hello", flush=True)
 print("oops", file=sys.stderr, flush=True)

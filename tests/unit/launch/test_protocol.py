@@ -2,7 +2,7 @@
 
 import socket
 
-from dist_moe.launch.wire import Line, Meeting
+from dist_moe.launch.supervise.protocol import Line, Meeting
 
 
 def test_a_meeting_is_read_as_it_is_written() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dist_moe.launch.processes import Process, adopting_orphans, descendants, read_process, send
+from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, read_process, send
 
 LIMIT_S = 30.0
 

@@ -12,7 +12,7 @@ from typing import Any
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster, Host
 from dist_moe.launch.command import LaunchError
-from dist_moe.launch.wire import Meeting
+from dist_moe.launch.supervise.protocol import Meeting
 
 LIMIT_S = 60.0
 SSH_FAILED = 255

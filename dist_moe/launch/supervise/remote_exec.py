@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dist_moe.launch.processes import adopting_orphans, descendants, send
+from dist_moe.launch.supervise.process_tree import adopting_orphans, descendants, send
 
 GRACE_S = 3.0
 LOOK_S = 0.1

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from dist_moe.config.errors import needs_folder
 from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
-from dist_moe.launch.hub import Hub
-from dist_moe.launch.processes import Process, adopting_orphans, descendants, send
-from dist_moe.launch.terminal import terminal_environment
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, send
+from dist_moe.launch.supervise.pty import terminal_environment
 
 LOOK_S = 0.1
 # After a worker has failed, the launcher has this long to end the others; DeepSpeed's looks once a second.

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.terminal import Transcript
+from dist_moe.launch.supervise.pty import Transcript
 
 LAUNCH = """
 import subprocess, sys
 from pathlib import Path
-from dist_moe.launch.hub import Hub
-from dist_moe.launch.terminal import terminal_environment
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.pty import terminal_environment
 import os
 worker = '''
 import os, sys
 from pathlib import Path
-from dist_moe.launch.minder import mind
-from dist_moe.launch.wire import Meeting
+from dist_moe.launch.supervise.agent import mind
+from dist_moe.launch.supervise.protocol import Meeting
 rank = int(sys.argv[3])
 mind(Meeting.parse(sys.argv[1]), rank, 2, Path(sys.argv[2]))
 from rich.console import Console

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dist_moe.comm import failure
-from dist_moe.launch import process
-from dist_moe.launch.failure import Failure, failure_of, silent_end
-from dist_moe.launch.processes import read_process
+from dist_moe.launch.supervise import run_job
+from dist_moe.launch.supervise.first_failure import Failure, failure_of, silent_end
+from dist_moe.launch.supervise.process_tree import read_process
 
 
 def reported(rank: int, error: Exception, code: int = 1) -> Failure:
@@ -61,6 +61,6 @@ def test_exit_codes_of_silent_ends(code: int, finished: bool, expected: int) -> 
 def test_both_sides_mean_the_same_variable_and_the_same_process() -> None:
     me = read_process(os.getpid())
     assert me
-    assert process.LAUNCH_VARIABLE == failure.LAUNCH_VARIABLE
-    assert process.STOPPED_CODE == failure.STOPPED_CODE
+    assert run_job.LAUNCH_VARIABLE == failure.LAUNCH_VARIABLE
+    assert run_job.STOPPED_CODE == failure.STOPPED_CODE
     assert failure.start_time(os.getpid()) == me.start_time

@@ -92,7 +92,7 @@ def torchrun_cluster_command(
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))}
         if host.is_here:
             return ("env", "-C", cluster.folder, *(f"{k}={v}" for k, v in devices.items()), *argv(host))
-        leash = (cluster.python, "-m", "dist_moe.launch.leash")
+        leash = (cluster.python, "-m", "dist_moe.launch.supervise.remote_exec")
         return cluster.ssh(host, (*leash, *argv(host)), carried | devices)
 
     commands = [reached(host) for host in cluster.hosts]

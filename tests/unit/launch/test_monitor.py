@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dist_moe.launch.command import LAUNCH_VARIABLE
-from dist_moe.launch.hub import Hub
-from dist_moe.launch.wire import LONGEST_BYTES, Meeting, ready
-from tests.unit.launch.minded import LIMIT_S, WORKER, greet, start, until
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.protocol import LONGEST_BYTES, Meeting, ready
+from tests.unit.launch.monitored import LIMIT_S, WORKER, greet, start, until
 
 
 def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(

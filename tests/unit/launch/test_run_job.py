@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch import process
+from dist_moe.launch.supervise import run_job
 from dist_moe.launch.command import Command
-from dist_moe.launch.hub import Hub
-from dist_moe.launch.process import End, ends_at_once, follow, grace_s, verdict
-from dist_moe.launch.wire import Line
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.run_job import End, ends_at_once, follow, grace_s, verdict
+from dist_moe.launch.supervise.protocol import Line
 
 COMMAND = Command("torchrun", (), {})
 
@@ -61,7 +61,7 @@ def test_only_a_first_request_lets_the_job_go_on(received: list[int], expected: 
 def test_workers_that_do_not_answer_a_request_are_not_waited_for_without_end(
     hub: Hub, launcher: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "STOP_LIMIT_S", 0.3)
+    monkeypatch.setattr(run_job, "STOP_LIMIT_S", 0.3)
     line = greet(hub)
     end = follow([launcher], hub, [signal.SIGUSR1], restarts=False)
     assert line.take() == [{"signal": signal.SIGUSR1}]
@@ -82,7 +82,7 @@ def test_a_launcher_that_restarts_workers_is_left_no_time_to_do_so_after_a_stop(
     while not hub.stopped():
         hub.wait(0.1)
         hub.look()
-    assert grace_s(hub, failed=False, restarts=restarts, asked=True) == (0 if restarts else process.LAUNCHER_GRACE_S)
+    assert grace_s(hub, failed=False, restarts=restarts, asked=True) == (0 if restarts else run_job.LAUNCHER_GRACE_S)
     told = "stopped on request: every rank saved its checkpoint; start it again to go on"
     assert verdict(COMMAND, End(75), hub, []) == (75, told)
     line.close()
