@@ -12,7 +12,7 @@ from dist_moe.cli.launchers import Launcher, Runner
 from dist_moe.cli.options import ConfigFile, Overrides, errors_in_plain_words
 
 if TYPE_CHECKING:
-    from dist_moe.comm.place import Place
+    from dist_moe.worker.rank_info import Place
     from dist_moe.config import Resolved
     from dist_moe.doctor.finding import Finding
 
@@ -34,7 +34,7 @@ def doctor(
 
     Nothing of run.dir changes. Exits with 0, with 1 where a check failed, with 2 where the configuration is wrong.
     """
-    from dist_moe.comm.place import read_place
+    from dist_moe.worker.rank_info import read_place
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
     from dist_moe.doctor.temporary import temporary
@@ -78,8 +78,8 @@ def doctor(
 
 def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None) -> int:
     """As one of the workers that a launcher has started by hand; rank 0 shows the table -> the exit code."""
-    from dist_moe.comm.failure import flush_output
-    from dist_moe.comm.place import read_place
+    from dist_moe.worker.exit import flush_output
+    from dist_moe.worker.rank_info import read_place
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import table, write_json
@@ -111,14 +111,14 @@ def failed(findings: Sequence["Finding"]) -> int:
 
 def name_accelerator(backend: str, place: "Place") -> None:
     """Tell DeepSpeed its device before it is imported; it would else choose by itself, or as the launch's host."""
-    from dist_moe.comm.bootstrap import choose_backend
+    from dist_moe.comm.init import choose_backend
 
     os.environ["DS_ACCELERATOR"] = "cuda" if choose_backend(backend, place) == "nccl" else "cpu"
 
 
 def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
     """One worker's part; rank 0 writes what was found."""
-    from dist_moe.comm.failure import USER_ERROR_CODE, end_process
+    from dist_moe.worker.exit import USER_ERROR_CODE, end_process
     from dist_moe.config.errors import UserError
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import write_json

@@ -102,8 +102,8 @@ def train(
 ) -> None:
     """Be one worker of a run, or all of it without a launcher."""
     restore_visible_devices()
-    from dist_moe.comm.failure import report_failure
-    from dist_moe.comm.place import read_place
+    from dist_moe.worker.exit import report_failure
+    from dist_moe.worker.rank_info import read_place
     from dist_moe.config import load_config, resolve
 
     with errors_in_plain_words():
@@ -127,7 +127,7 @@ app.command()(doctor)
 @app.command()
 def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None) -> None:
     """Measure a checkpoint on the validation text, and print the result as one JSON object."""
-    from dist_moe.comm.place import read_place
+    from dist_moe.worker.rank_info import read_place
     from dist_moe.train.evaluate import evaluate_checkpoint
 
     with errors_in_plain_words():

@@ -13,9 +13,9 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dist_moe.comm.bootstrap import join_world, limit_groups, set_threads
+from dist_moe.comm.init import join_world, limit_groups, set_threads
 from dist_moe.comm.mesh import make_mesh, ranks_per_node
-from dist_moe.comm.place import Place
+from dist_moe.worker.rank_info import Place
 from dist_moe.comm.reduce import gathered
 from dist_moe.config import Resolved
 from dist_moe.config.errors import UserError

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import torch.distributed as dist
 
-from dist_moe.comm.bootstrap import address_towards
+from dist_moe.comm.init import address_towards
 from dist_moe.comm.reduce import gathered
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.subject import Subject

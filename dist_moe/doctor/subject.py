@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dist_moe.comm.bootstrap import World
+from dist_moe.comm.init import World
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, Resolved
 from dist_moe.data.corpus import Prepared

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.comm.bootstrap import limit_groups
+from dist_moe.comm.init import limit_groups
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import Config
 from dist_moe.config.family import family_of

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from dist_moe.balance.tally import Tally, add_tallies, sum_tallies
-from dist_moe.comm.bootstrap import join_world, set_threads
+from dist_moe.comm.init import join_world, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.comm.place import read_place
+from dist_moe.worker.rank_info import read_place
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import load_config
 from dist_moe.config.family import family_of

@@ -10,11 +10,11 @@ import torch
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.policy import BalanceSettings
-from dist_moe.comm.bootstrap import World, join_world, limit_groups, set_threads
-from dist_moe.comm.failure import Stopped, exit_hard
+from dist_moe.comm.init import World, join_world, limit_groups, set_threads
+from dist_moe.worker.exit import Stopped, exit_hard
 from dist_moe.comm.lookout import Lookout, lookout
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
-from dist_moe.comm.place import Place
+from dist_moe.worker.rank_info import Place
 from dist_moe.comm.reduce import gathered
 from dist_moe.config import Config, Resolved
 from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder

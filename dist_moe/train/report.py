@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_moe.comm.bootstrap import World
+from dist_moe.comm.init import World
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import Config, Resolved, dump_config

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from dist_moe.comm.failure import Stopped
+from dist_moe.worker.exit import Stopped
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
 

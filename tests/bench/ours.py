@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.comm.bootstrap import World
+from dist_moe.comm.init import World
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.comm.place import Place
+from dist_moe.worker.rank_info import Place
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.build import parameter_groups
 from dist_moe.train.engine import start_engine

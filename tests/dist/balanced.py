@@ -16,7 +16,7 @@ from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.policy import BalanceSettings
 from dist_moe.balance.tally import Tally
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.comm.place import read_place
+from dist_moe.worker.rank_info import read_place
 from dist_moe.config import load_config, resolve
 from dist_moe.data.corpus import Corpus
 from dist_moe.data.stream import Batch, Stream

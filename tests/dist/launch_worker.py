@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.cli.main import mind_if_asked
-from dist_moe.comm.bootstrap import join_world
-from dist_moe.comm.failure import STOPPED_CODE, exit_hard, report_failure, write_record
-from dist_moe.comm.place import read_place
+from dist_moe.comm.init import join_world
+from dist_moe.worker.exit import STOPPED_CODE, exit_hard, report_failure, write_record
+from dist_moe.worker.rank_info import read_place
 from dist_moe.config import ConfigError, Violation, load_config
 
 HEARD: list[int] = []

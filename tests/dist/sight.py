@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.tally import Tally
-from dist_moe.comm.bootstrap import World
+from dist_moe.comm.init import World
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.comm.place import read_place
+from dist_moe.worker.rank_info import read_place
 from dist_moe.config import load_config
 from dist_moe.train.report import open_report
 from dist_moe.train.step import StepRecord, train_step

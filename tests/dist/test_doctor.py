@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.bootstrap import World, limit_groups
+from dist_moe.comm.init import World, limit_groups
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.comm.place import Place
+from dist_moe.worker.rank_info import Place
 from dist_moe.config import load_config, resolve
 from dist_moe.doctor import trials
 from dist_moe.doctor.examine import together

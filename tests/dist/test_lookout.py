@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.bootstrap import limit_groups
+from dist_moe.comm.init import limit_groups
 from dist_moe.comm.exchange import exchange_rows
 from dist_moe.comm.lookout import HangError, Position, lookout, told
 from dist_moe.comm.mesh import make_mesh

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.bootstrap import limit_groups
+from dist_moe.comm.init import limit_groups
 from dist_moe.train.checkpoint import Completion, checkpoints, complete
 from dist_moe.train.contents import HostCopy, collect
 from dist_moe.train.elements import CheckpointError

@@ -23,8 +23,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dist_moe.comm.bootstrap import join_world
-from dist_moe.comm.place import Place
+from dist_moe.comm.init import join_world
+from dist_moe.worker.rank_info import Place
 from tests.dist.resumable import write_text
 from tests.faults import disks, files, processes
 from tests.faults.job import job

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from dist_moe.comm.failure import STOPPED_CODE
+from dist_moe.worker.exit import STOPPED_CODE
 from dist_moe.train.checkpoint import PARTIAL, checkpoints
 from dist_moe.train.manifest import NAME, digest, faults, read_manifest
 from tests.dist.resumable import same_bits, steps

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.comm.bootstrap import join_world
+from dist_moe.comm.init import join_world
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.comm.place import Place
+from dist_moe.worker.rank_info import Place
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.routing import tally_routing
 from dist_moe.moe.experts import GroupedExperts, grouped_linear

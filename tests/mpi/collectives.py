@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.comm import mpi
-from dist_moe.comm.place import read_place
+from dist_moe.comm.mpi import backend
+from dist_moe.worker.rank_info import read_place
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)

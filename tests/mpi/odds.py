@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm import mpi
-from dist_moe.comm.bootstrap import limit_groups
-from dist_moe.comm.place import read_place
+from dist_moe.comm.mpi import backend
+from dist_moe.comm.init import limit_groups
+from dist_moe.worker.rank_info import read_place
 
 
 def objects(rank: int, size: int) -> None:

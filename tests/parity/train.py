@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from dist_moe.comm.place import read_place
+from dist_moe.worker.rank_info import read_place
 from dist_moe.config import load_config, resolve
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.router import Router

@@ -37,7 +37,7 @@ ONLY_IMPORTER = {
     "deepspeed": "dist_moe/train/engine.py",
     "tensorboard": "dist_moe/observe/tensorboard.py",
     "torch.utils.tensorboard": "dist_moe/observe/tensorboard.py",
-    "mpi4py": "dist_moe/comm/mpi.py dist_moe/comm/reduction.py",
+    "mpi4py": "dist_moe/comm/mpi/backend.py dist_moe/comm/mpi/reduce_ops.py",
 }
 LONGEST_FILE, LONGEST_FUNCTION, DEEPEST = 300, 60, 3
 SAY_NOTHING = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}

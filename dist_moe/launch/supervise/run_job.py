@@ -58,7 +58,7 @@ def run(command: Command, run_dir: str | Path, hub: Hub) -> Outcome:
     which a worker fails is ended too, if its launcher has not done so within 3 s. SIGUSR1 and the first SIGTERM are
     passed on to the workers, which save a checkpoint and stop; before all of them are there they end the job at once.
 
-    run_dir: the run's folder, in which `dist_moe.comm.failure` writes; made if needed. hub: what the workers' minders
+    run_dir: the run's folder, in which `dist_moe.worker.exit` writes; made if needed. hub: what the workers' minders
     connect to. Exit codes: 0 if every worker finished, 75 if they stopped on request, 128 + N if signal N ended this
     job or the first worker that failed, else that worker's own. LaunchError if another job uses the folder. Call it
     from the main thread, which alone hears signals.

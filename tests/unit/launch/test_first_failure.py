@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.comm import failure
+from dist_moe.worker import exit
 from dist_moe.launch.supervise import run_job
 from dist_moe.launch.supervise.first_failure import Failure, failure_of, silent_end
 from dist_moe.launch.supervise.process_tree import read_process

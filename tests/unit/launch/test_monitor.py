@@ -20,7 +20,7 @@ def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     act = """
-from dist_moe.comm.failure import write_record
+from dist_moe.worker.exit import write_record
 write_record(Path(sys.argv[2]), 0, "finished", code=0)
 """
     worker = start(hub, tmp_path, act)
@@ -53,7 +53,7 @@ def test_an_end_without_a_report_is_told_with_rank_and_host(
 
 def test_the_report_of_an_error_comes_before_its_end(hub: Hub, tmp_path: Path) -> None:
     act = """
-from dist_moe.comm.failure import report_failure
+from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
     raise ValueError("boom")
 """
@@ -66,7 +66,7 @@ with report_failure(sys.argv[2], 0):
 
 def test_workers_of_one_host_are_named_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     act = """
-from dist_moe.comm.failure import report_failure
+from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
     raise ValueError("boom")
 """
@@ -143,7 +143,7 @@ def test_what_an_earlier_worker_left_is_not_taken_for_this_ones(hub: Hub, tmp_pa
 
 def test_a_long_report_keeps_its_head(hub: Hub, tmp_path: Path) -> None:
     act = """
-from dist_moe.comm.failure import report_failure
+from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
     raise ValueError("boom " + "x" * 300_000)
 """

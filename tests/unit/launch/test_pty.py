@@ -24,7 +24,7 @@ from dist_moe.launch.supervise.protocol import Meeting
 rank = int(sys.argv[3])
 mind(Meeting.parse(sys.argv[1]), rank, 2, Path(sys.argv[2]))
 from rich.console import Console
-from dist_moe.comm.failure import write_record
+from dist_moe.worker.exit import write_record
 console = Console(legacy_windows=False)
 if rank == 0:
     assert console.is_terminal and console.width == 77, console

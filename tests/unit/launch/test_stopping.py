@@ -13,7 +13,7 @@ def test_a_signal_is_passed_on_and_a_worker_that_stops_has_not_failed(hub: Hub, 
     """The last act is that of a worker whose checkpoint is saved."""
     act = """
 import signal
-from dist_moe.comm.failure import write_record
+from dist_moe.worker.exit import write_record
 heard = []
 signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
 print("listens", flush=True)

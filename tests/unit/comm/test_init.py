@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.bootstrap import choose_backend, join_world, set_threads
-from dist_moe.comm.place import Place, PlaceError, read_place
+from dist_moe.comm.init import choose_backend, join_world, set_threads
+from dist_moe.worker.rank_info import Place, PlaceError, read_place
 from tests.dist.pool import RankPool
 
 

