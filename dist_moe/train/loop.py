@@ -12,7 +12,7 @@ from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.policy import BalanceSettings
 from dist_moe.comm.init import World, join_world, limit_groups, set_threads
 from dist_moe.worker.exit import Stopped, exit_hard
-from dist_moe.comm.lookout import Lookout, lookout
+from dist_moe.health.hang_detector import Lookout, lookout
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.worker.rank_info import Place
 from dist_moe.comm.reduce import gathered
@@ -27,16 +27,16 @@ from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.engine import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
-from dist_moe.train.guard import Guard
+from dist_moe.health.nonfinite import Guard
 from dist_moe.train.precision import choose_precision
 from dist_moe.train.pretrained import begin_with
-from dist_moe.train.replicas import ReplicaError, compare_ranks
+from dist_moe.health.replica_check import ReplicaError, compare_ranks
 from dist_moe.train.report import Report, open_report
 from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
 from dist_moe.train.saver import Saver
 from dist_moe.train.saves import Saves
 from dist_moe.train.schedule import Schedule
-from dist_moe.train.signals import asked_to_stop
+from dist_moe.health.stop_signals import asked_to_stop
 from dist_moe.train.state import Training, seed_random
 from dist_moe.train.step import StepRecord, Word, train_step
 

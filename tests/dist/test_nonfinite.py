@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.train.checkpoint import checkpoints
-from dist_moe.train.guard import Guard, find_origin
+from dist_moe.health.nonfinite import Guard, find_origin
 from dist_moe.train.loop import micro_batches
 from dist_moe.train.state import Training
 from tests.dist.pool import RankPool

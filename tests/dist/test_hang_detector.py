@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dist_moe.comm.init import limit_groups
 from dist_moe.comm.exchange import exchange_rows
-from dist_moe.comm.lookout import HangError, Position, lookout, told
+from dist_moe.health.hang_detector import HangError, Position, lookout, told
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.train.elements import CheckpointError
 from tests.dist.pool import RankError, RankPool
