@@ -11,7 +11,7 @@ from dist_moe.comm.init import World
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, Resolved
 from dist_moe.data.corpus import Prepared
-from dist_moe.train.precision import choose_precision
+from dist_moe.engine.precision import choose_precision
 
 
 def experts_taken(config: Config) -> int:

@@ -26,7 +26,7 @@ from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import Rule, Threshold, TopK
 from dist_moe.train.contents import collect
-from dist_moe.train.engine import EngineSettings, start_engine
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.loop import engine_settings, make_balancer
 from dist_moe.train.resume import AUTO, Checkpoint, find_checkpoint, go_on, load_model
 from dist_moe.train.saver import Saver

@@ -19,7 +19,7 @@ from dist_moe.train.checkpoint import PARTIAL
 from dist_moe.train.elements import ElementReader
 from dist_moe.train.folder import raw_config, tensor_files
 from dist_moe.train.headers import FLOATS, ITEM_BYTES, CheckpointError, Stored, read_header
-from dist_moe.train.holding import MASTER
+from dist_moe.engine.optimizer_shards import MASTER
 from dist_moe.train.inspection import BIAS
 from dist_moe.train.locate import locate
 from dist_moe.train.manifest import NAME, faults, read_manifest, sync_folder

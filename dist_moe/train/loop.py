@@ -25,10 +25,10 @@ from dist_moe.data.mapped import change_of, refuse_change
 from dist_moe.data.stream import Rows
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.train.engine import EngineSettings, start_engine
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.health.nonfinite import Guard
-from dist_moe.train.precision import choose_precision
+from dist_moe.engine.precision import choose_precision
 from dist_moe.train.pretrained import begin_with
 from dist_moe.health.replica_check import ReplicaError, compare_ranks
 from dist_moe.train.report import Report, open_report

@@ -25,10 +25,10 @@ from dist_moe.data.corpus import Prepared
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.train.elements import RANDOM, CheckpointError, ElementReader
-from dist_moe.train.engine import Engine
+from dist_moe.engine.deepspeed import Engine
 from dist_moe.train.folder import stored_tensors
 from dist_moe.train.headers import read_header
-from dist_moe.train.holding import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
+from dist_moe.engine.optimizer_shards import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
 from dist_moe.train.manifest import first_line, read_small
 from dist_moe.train.weights import named_parameters
 

@@ -15,7 +15,7 @@ from dist_moe.comm.reduce import sum_counts
 from dist_moe.data.mapped import refuse_change
 from dist_moe.data.stream import Batch
 from dist_moe.model.task import IGNORED, Output
-from dist_moe.train.engine import Engine
+from dist_moe.engine.deepspeed import Engine
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dist_moe.train.checkpoint import step_of
 from dist_moe.train.elements import RANDOM, elements_of
 from dist_moe.train.folder import indexed, stored_tensors, tensor_files
 from dist_moe.train.headers import FLOATS, read_header
-from dist_moe.train.holding import MASTER, STEPS, moments_of
+from dist_moe.engine.optimizer_shards import MASTER, STEPS, moments_of
 from dist_moe.train.locate import within
 from dist_moe.train.manifest import NAME, Manifest, faults, read_manifest, unlisted
 from dist_moe.train.state import Numbers, read_balance, read_numbers

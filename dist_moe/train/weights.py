@@ -36,7 +36,7 @@ from dist_moe.train.folder import (
     read_sources,
     tensor_files,
 )
-from dist_moe.train.holding import MASTER, Named
+from dist_moe.engine.optimizer_shards import MASTER, Named
 
 # What config.json calls the kinds of rules.
 RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": Threshold, "forced": Forced}

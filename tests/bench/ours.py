@@ -12,7 +12,7 @@ from dist_moe.comm.mesh import make_mesh
 from dist_moe.worker.rank_info import Place
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.build import parameter_groups
-from dist_moe.train.engine import start_engine
+from dist_moe.engine.deepspeed import start_engine
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, micro_batches, prepare_text
 from dist_moe.train.resume import find_checkpoint, go_on, load_model
 from dist_moe.train.saver import Saver

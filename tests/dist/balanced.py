@@ -24,7 +24,7 @@ from dist_moe.model.build import parameter_groups
 from dist_moe.model.task import IGNORED, LanguageModelTask
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
-from dist_moe.train.engine import Engine, EngineSettings, start_engine
+from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.train.evaluate import HeldOut, evaluate
 from dist_moe.train.loop import run
 from dist_moe.train.step import train_step

@@ -14,7 +14,7 @@ from dist_moe.data.stream import Batch
 from dist_moe.model.build import build_model, parameter_groups
 from dist_moe.model.task import IGNORED, NO_LOSSES, LanguageModelTask
 from dist_moe.moe.select import Rule
-from dist_moe.train.engine import Engine, EngineSettings, start_engine
+from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.train.step import StepRecord, train_step
 
 VOCABULARY = 61

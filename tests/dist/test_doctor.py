@@ -27,7 +27,7 @@ from dist_moe.doctor.subject import Subject
 from dist_moe.doctor.trials import check_parity, check_saving
 from dist_moe.train import state
 from dist_moe.train.contents import collect
-from dist_moe.train.engine import Engine
+from dist_moe.engine.deepspeed import Engine
 from dist_moe.train.loop import prepare_text
 from dist_moe.train.step import StepRecord, train_step
 from tests.dist.pool import RankPool

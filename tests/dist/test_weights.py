@@ -12,7 +12,7 @@ from dist_moe.balance.policy import BalanceSettings
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.convert import MoeLayer, find_layers
-from dist_moe.train.engine import EngineSettings, start_engine
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.step import train_step
 from dist_moe.train.weights import load_weights, save_weights
 from tests.dist.pool import RankPool

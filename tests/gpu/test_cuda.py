@@ -17,7 +17,7 @@ from dist_moe.model.routing import tally_routing
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
-from dist_moe.train.engine import EngineSettings, start_engine
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.step import train_step
 from tests.dist.policies import EXPERTS, POLICIES, logits_of
 from tests.dist.small import DEEPSEEK, ROWS, Case, make_balancer, make_task, ragged_batch, share

@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 """Imports go one way: each part, and the others that it may import."""
 ONLY_IMPORTER = {
-    "deepspeed": "dist_moe/train/engine.py",
+    "deepspeed": "dist_moe/engine/deepspeed.py",
     "tensorboard": "dist_moe/observe/tensorboard.py",
     "torch.utils.tensorboard": "dist_moe/observe/tensorboard.py",
     "mpi4py": "dist_moe/comm/mpi/backend.py dist_moe/comm/mpi/reduce_ops.py",

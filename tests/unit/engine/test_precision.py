@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_moe.train.precision import _cpu_has_bf16, choose_precision
+from dist_moe.engine.precision import _cpu_has_bf16, choose_precision
 
 CPU = torch.device("cpu")
 
