@@ -33,7 +33,7 @@ def inspect(
     checkpoint: Checkpoint, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
 ) -> None:
     """Show what a checkpoint holds; reads headers, and not the data."""
-    from dist_moe.train.inspection import inspect_checkpoint, told
+    from dist_moe.checkpoint.inspect import inspect_checkpoint, told
 
     with errors_in_plain_words():
         contents = inspect_checkpoint(checkpoint)
@@ -47,7 +47,7 @@ def verify(
     ],
 ) -> None:
     """Read all of a checkpoint and list every fault; exits with 1 if there is one, with 2 if it is no checkpoint."""
-    from dist_moe.train.verify import verify_checkpoints
+    from dist_moe.checkpoint.verify import verify_checkpoints
 
     with errors_in_plain_words():
         verdicts = verify_checkpoints(checkpoint)
@@ -68,7 +68,7 @@ def export(
     ] = Dtype.keep,
 ) -> None:
     """Write a checkpoint's weights into one model.safetensors, with its config and tokenizer."""
-    from dist_moe.train.export import export as write
+    from dist_moe.checkpoint.export import export as write
 
     with errors_in_plain_words():
         print(f"{write(checkpoint, out, dtype.value)} is exported to {out}")

@@ -25,12 +25,12 @@ from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import Rule, Threshold, TopK
-from dist_moe.train.contents import collect
+from dist_moe.checkpoint.snapshot import collect
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.loop import engine_settings, make_balancer
-from dist_moe.train.resume import AUTO, Checkpoint, find_checkpoint, go_on, load_model
-from dist_moe.train.saver import Saver
-from dist_moe.train.state import Training
+from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.training_state import Training
 from dist_moe.train.step import train_step
 
 FEW_EXPERTS, LONGEST, VOCABULARY = 8, 64, 257

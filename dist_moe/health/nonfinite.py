@@ -17,7 +17,7 @@ from dist_moe.comm.reduce import gathered
 from dist_moe.config.errors import UserError
 from dist_moe.data.corpus import document_names
 from dist_moe.data.stream import Batch, Rows
-from dist_moe.train.state import Training
+from dist_moe.checkpoint.training_state import Training
 
 MOST_DOCUMENTS = 8
 

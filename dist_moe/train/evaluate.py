@@ -25,8 +25,8 @@ from dist_moe.data.opened import load_tokenizer
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
-from dist_moe.train.folder import WeightsError
-from dist_moe.train.weights import load_weights, read_config
+from dist_moe.checkpoint.format.hf_folder import WeightsError
+from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,15 @@ from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.evaluate import evaluate, held_out
 from dist_moe.health.nonfinite import Guard
 from dist_moe.engine.precision import choose_precision
-from dist_moe.train.pretrained import begin_with
+from dist_moe.checkpoint.pretrained import begin_with
 from dist_moe.health.replica_check import ReplicaError, compare_ranks
-from dist_moe.train.report import Report, open_report
-from dist_moe.train.resume import Checkpoint, find_checkpoint, go_on, load_model
-from dist_moe.train.saver import Saver
-from dist_moe.train.saves import Saves
+from dist_moe.train.reporting import Report, open_report
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.train.checkpointing import Saves
 from dist_moe.train.schedule import Schedule
 from dist_moe.health.stop_signals import asked_to_stop
-from dist_moe.train.state import Training, seed_random
+from dist_moe.checkpoint.training_state import Training, seed_random
 from dist_moe.train.step import StepRecord, Word, train_step
 
 

@@ -14,9 +14,9 @@ from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.build import parameter_groups
 from dist_moe.engine.deepspeed import start_engine
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, micro_batches, prepare_text
-from dist_moe.train.resume import find_checkpoint, go_on, load_model
-from dist_moe.train.saver import Saver
-from dist_moe.train.state import Training
+from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.training_state import Training
 from dist_moe.train.step import Word, train_step
 from tests.bench.memory import Peak, folder_bytes
 from tests.bench.size import OVERRIDES

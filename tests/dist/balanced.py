@@ -28,7 +28,7 @@ from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.train.evaluate import HeldOut, evaluate
 from dist_moe.train.loop import run
 from dist_moe.train.step import train_step
-from dist_moe.train.weights import load_weights, save_weights
+from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from tests.collectives import counted
 from tests.dist.small import LENGTH, ROWS, VOCABULARY, Case, make_balancer, make_task, ragged_batch, share
 

@@ -18,9 +18,9 @@ from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.build import parameter_groups
 from dist_moe.engine.deepspeed import start_engine
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, prepare_text, run
-from dist_moe.train.resume import find_checkpoint, go_on, load_model
-from dist_moe.train.saver import save_checkpoint
-from dist_moe.train.state import Training, read_numbers
+from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.async_saver import save_checkpoint
+from dist_moe.checkpoint.training_state import Training, read_numbers
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

@@ -2,7 +2,7 @@
 
 from dist_moe.config import Resolved
 from dist_moe.train.loop import micro_batches
-from dist_moe.train.state import Training
+from dist_moe.checkpoint.training_state import Training
 from dist_moe.train.step import NOTHING, Word, train_step
 
 

@@ -25,8 +25,8 @@ from dist_moe.doctor.machines import check_exchange
 from dist_moe.doctor.sizes import estimate_memory, shape_of
 from dist_moe.doctor.subject import Subject
 from dist_moe.doctor.trials import check_parity, check_saving
-from dist_moe.train import state
-from dist_moe.train.contents import collect
+from dist_moe.checkpoint import training_state
+from dist_moe.checkpoint.snapshot import collect
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.train.loop import prepare_text
 from dist_moe.train.step import StepRecord, train_step

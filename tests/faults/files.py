@@ -9,11 +9,11 @@ from pathlib import Path
 
 from dist_moe.config import Resolved
 from dist_moe.config.errors import UserError
-from dist_moe.train.checkpoint import step_of
+from dist_moe.checkpoint.format.layout import step_of
 from dist_moe.train.loop import make_schedule
-from dist_moe.train.manifest import NAME, digest
-from dist_moe.train.saver import save_checkpoint
-from dist_moe.train.state import Training
+from dist_moe.checkpoint.format.manifest import NAME, digest
+from dist_moe.checkpoint.async_saver import save_checkpoint
+from dist_moe.checkpoint.training_state import Training
 from tests.dist.resumable import overrides_of, same_bits, started
 from tests.dist.steps import one_step
 from tests.faults.processes import lost

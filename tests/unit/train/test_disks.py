@@ -10,10 +10,10 @@ import torch
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import load_config, resolve
-from dist_moe.train.checkpoint import checkpoints
-from dist_moe.train.elements import CheckpointError
+from dist_moe.checkpoint.format.layout import checkpoints
+from dist_moe.checkpoint.format.shard_reader import CheckpointError
 from dist_moe.train.loop import prepare_text
-from dist_moe.train.resume import Checkpoint, find_checkpoint
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from tests.disk import on_disk
 from tests.dist.resumable import ROOT, command, overrides_of, same_bits, steps, write_text
 
@@ -32,7 +32,7 @@ def trained(text: Path, disk: Path, size: str, *blow: str) -> subprocess.Complet
     """Train with all of run.dir on a disk of its own, and strike it, unless `blow` is empty; `out` is what is left."""
     argv = command(text, disk / "run", *CHANGES)
     if blow:
-        argv = [sys.executable, "-m", "tests.unit.train.struck", *blow, *overrides_of(text, disk / "run", *CHANGES)]
+        argv = [sys.executable, "-m", "tests.unit.checkpoint.damaged", *blow, *overrides_of(text, disk / "run", *CHANGES)]
     return on_disk(disk, size, ["sh", "-c", COPY, str(disk), str(disk.with_name("out")), *argv])
 
 
@@ -119,7 +119,7 @@ def test_tokens_that_change_under_a_run_end_it_with_all_steps_saved_and_it_goes_
     assert done.returncode == 0, done.stderr
     (tokens,) = (tmp_path / "cache/tokens").glob("*/train.tokens")
     words = overrides_of(text, run, *changes)
-    done = go([sys.executable, "-m", "tests.unit.train.struck", "cut", str(tokens), "4", NEVER, *words])
+    done = go([sys.executable, "-m", "tests.unit.checkpoint.damaged", "cut", str(tokens), "4", NEVER, *words])
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith(f"{tokens} has ") and "start the run again" in done.stderr
     assert [step for step, _ in checkpoints(run / "checkpoints")] == [2, 3]

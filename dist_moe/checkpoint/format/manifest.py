@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dist_moe.config.document import parse_json, printable, read_text
 from dist_moe.config.section import Section
-from dist_moe.train.elements import CheckpointError
+from dist_moe.checkpoint.format.shard_reader import CheckpointError
 
 NAME = "manifest.json"
 FORMAT = 2

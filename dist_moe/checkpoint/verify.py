@@ -15,15 +15,15 @@ from dist_moe.config.document import printable
 from dist_moe.config.errors import UserError
 from dist_moe.data.opened import load_tokenizer
 from dist_moe.model.convert import find_layers
-from dist_moe.train.checkpoint import step_of
-from dist_moe.train.elements import RANDOM, elements_of
-from dist_moe.train.folder import indexed, stored_tensors, tensor_files
-from dist_moe.train.headers import FLOATS, read_header
+from dist_moe.checkpoint.format.layout import step_of
+from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
+from dist_moe.checkpoint.format.hf_folder import indexed, stored_tensors, tensor_files
+from dist_moe.checkpoint.format.tensor_header import FLOATS, read_header
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, moments_of
-from dist_moe.train.locate import within
-from dist_moe.train.manifest import NAME, Manifest, faults, read_manifest, unlisted
-from dist_moe.train.state import Numbers, read_balance, read_numbers
-from dist_moe.train.weights import bias_in_files, find_weights, named_parameters, read_config, shaped_model
+from dist_moe.checkpoint.format.locate import within
+from dist_moe.checkpoint.format.manifest import NAME, Manifest, faults, read_manifest, unlisted
+from dist_moe.checkpoint.training_state import Numbers, read_balance, read_numbers
+from dist_moe.checkpoint.format.hf_weights import bias_in_files, find_weights, named_parameters, read_config, shaped_model
 
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
 AT_ONCE = 1 << 22

@@ -26,13 +26,13 @@ from typing import Any, TypeVar
 import torch
 
 from dist_moe.comm.reduce import sum_counts
-from dist_moe.train.apart import Parcel, deliver, find_hosts
-from dist_moe.train.checkpoint import PARTIAL, checkpoint_folder, complete
-from dist_moe.train.contents import Contents, HostCopy, collect
-from dist_moe.train.elements import CheckpointError
-from dist_moe.train.manifest import FileEntry, entry
-from dist_moe.train.state import Training
-from dist_moe.train.together import together
+from dist_moe.checkpoint.file_transfer import Parcel, deliver, find_hosts
+from dist_moe.checkpoint.format.layout import PARTIAL, checkpoint_folder, complete
+from dist_moe.checkpoint.snapshot import Contents, HostCopy, collect
+from dist_moe.checkpoint.format.shard_reader import CheckpointError
+from dist_moe.checkpoint.format.manifest import FileEntry, entry
+from dist_moe.checkpoint.training_state import Training
+from dist_moe.checkpoint.collective import together
 
 Result = TypeVar("Result")
 

@@ -25,8 +25,8 @@ from dist_moe.model.build import empty_model, family_rule, materialise
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.families import Adapter, adapter_of
 from dist_moe.moe.select import Forced, Rule, Threshold, TopK
-from dist_moe.train.elements import ElementReader, write_tensors
-from dist_moe.train.folder import (
+from dist_moe.checkpoint.format.shard_reader import ElementReader, write_tensors
+from dist_moe.checkpoint.format.hf_folder import (
     FUSED,
     INDEX,
     Source,

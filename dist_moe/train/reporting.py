@@ -21,10 +21,10 @@ from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.observe.watch import LoadWatch
-from dist_moe.train.checkpoint import own_folder
-from dist_moe.train.computation import computation_max_vio
-from dist_moe.train.resume import Checkpoint, job_of
-from dist_moe.train.saver import Saved
+from dist_moe.checkpoint.format.layout import own_folder
+from dist_moe.train.microbatch_vio import computation_max_vio
+from dist_moe.checkpoint.resume import Checkpoint, job_of
+from dist_moe.checkpoint.async_saver import Saved
 from dist_moe.train.step import StepRecord
 
 

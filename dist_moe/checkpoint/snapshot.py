@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dist_moe.config import dump_config
 from dist_moe.data.tokenizer import Tokenizer
-from dist_moe.train.elements import write_tensors
-from dist_moe.train.manifest import FileEntry, entry
-from dist_moe.train.state import NUMBERS, Training, numbers_of, state_tensors
-from dist_moe.train.weights import config_files, shard_tensors
+from dist_moe.checkpoint.format.shard_reader import write_tensors
+from dist_moe.checkpoint.format.manifest import FileEntry, entry
+from dist_moe.checkpoint.training_state import NUMBERS, Training, numbers_of, state_tensors
+from dist_moe.checkpoint.format.hf_weights import config_files, shard_tensors
 
 MODEL, STATE, CONFIG = "model", "state", "config.yaml"
 

@@ -24,13 +24,13 @@ from dist_moe.config.section import Section
 from dist_moe.data.corpus import Prepared
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.train.elements import RANDOM, CheckpointError, ElementReader
+from dist_moe.checkpoint.format.shard_reader import RANDOM, CheckpointError, ElementReader
 from dist_moe.engine.deepspeed import Engine
-from dist_moe.train.folder import stored_tensors
-from dist_moe.train.headers import read_header
+from dist_moe.checkpoint.format.hf_folder import stored_tensors
+from dist_moe.checkpoint.format.tensor_header import read_header
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
-from dist_moe.train.manifest import first_line, read_small
-from dist_moe.train.weights import named_parameters
+from dist_moe.checkpoint.format.manifest import first_line, read_small
+from dist_moe.checkpoint.format.hf_weights import named_parameters
 
 BALANCE = "balance.safetensors"
 NUMBERS = "training.json"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_moe.config.document import read_json
 from dist_moe.config.errors import UserError
-from dist_moe.train.headers import FLOATS, Stored, read_header
+from dist_moe.checkpoint.format.tensor_header import FLOATS, Stored, read_header
 
 INDEX = "model.safetensors.index.json"
 EXPERT = re.compile(r"(.+)\.experts\.(0|[1-9][0-9]{0,8})\.(gate|up|down)_proj\.weight")

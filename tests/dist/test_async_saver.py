@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.comm.init import limit_groups
-from dist_moe.train.checkpoint import Completion, checkpoints, complete
-from dist_moe.train.contents import HostCopy, collect
-from dist_moe.train.elements import CheckpointError
-from dist_moe.train.manifest import FileEntry, faults, read_manifest
-from dist_moe.train.saver import Saver, Written
+from dist_moe.checkpoint.format.layout import Completion, checkpoints, complete
+from dist_moe.checkpoint.snapshot import HostCopy, collect
+from dist_moe.checkpoint.format.shard_reader import CheckpointError
+from dist_moe.checkpoint.format.manifest import FileEntry, faults, read_manifest
+from dist_moe.checkpoint.async_saver import Saver, Written
 from dist_moe.train.step import Word
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_text
@@ -100,7 +100,7 @@ def ended_amid(rank: int, world_size: int, text: Path, folder: Path) -> list[str
         saver = Saver(training)
         saver.save(1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dist_moe.train.saver.complete", held)
+            patch.setattr("dist_moe.checkpoint.async_saver.complete", held)
             patch.setattr(Saver, "_await", cut)
             with pytest.raises(RuntimeError):
                 saver.save(2)
@@ -125,7 +125,7 @@ def lost_disk(rank: int, world_size: int, text: Path, folder: Path) -> tuple[str
         one_step(resolved, training, 2)
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
-                patch.setattr("dist_moe.train.contents.write_tensors", no_space)
+                patch.setattr("dist_moe.checkpoint.snapshot.write_tensors", no_space)
             saver.begin(2)
             one_step(resolved, training, 3)
             with pytest.raises(CheckpointError) as raised:
@@ -163,7 +163,7 @@ def completed_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tu
             return complete(partial, final, files, keep_last, every)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dist_moe.train.saver.complete", late)
+            patch.setattr("dist_moe.checkpoint.async_saver.complete", late)
             saver = Saver(training, warnings.append)
             saved = saver.save(1)
         dist.barrier()

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from dist_moe.config.document import read_text
-from dist_moe.train.checkpoint import LATEST, checkpoints
-from dist_moe.train.headers import CheckpointError
-from dist_moe.train.manifest import NAME
+from dist_moe.checkpoint.format.layout import LATEST, checkpoints
+from dist_moe.checkpoint.format.tensor_header import CheckpointError
+from dist_moe.checkpoint.format.manifest import NAME
 
 
 def locate(path: Path) -> Path:

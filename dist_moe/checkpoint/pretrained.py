@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.pretrained import is_there
-from dist_moe.train.folder import WeightsError
-from dist_moe.train.together import together
-from dist_moe.train.weights import fill_weights
+from dist_moe.checkpoint.format.hf_folder import WeightsError
+from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.format.hf_weights import fill_weights
 
 
 @torch.no_grad()

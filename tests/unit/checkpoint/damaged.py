@@ -1,4 +1,4 @@
-"""A worker whose disk or text is struck at one step and mended at another, `python -m tests.unit.train.struck ...`.
+"""A worker whose disk or text is struck at one step and mended at another, `python -m tests.unit.checkpoint.damaged ...`.
 
 The worker is the real one, in a process of its own; all that is added is the blow, between two of its steps.
 """
