@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from dist_moe.config.document import read_text
+from dist_moe.config.untrusted import read_text
 from dist_moe.data.cache import file_sha256
 from dist_moe.checkpoint.format.layout import PARTIAL
 from dist_moe.checkpoint.format.shard_reader import ElementReader

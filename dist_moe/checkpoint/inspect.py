@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio
-from dist_moe.config.document import printable
+from dist_moe.config.untrusted import printable
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
 from dist_moe.checkpoint.format.hf_folder import EXPERT, FUSED, Source, raw_config, read_sources, tensor_files

@@ -13,7 +13,7 @@ import torch
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.data.origin import difference
 from dist_moe.model.task import LanguageModelTask

@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config
-from dist_moe.config.section import Section
+from dist_moe.config.base import Section
 from dist_moe.data.corpus import Prepared
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import LanguageModelTask

@@ -119,7 +119,7 @@ def name_accelerator(backend: str, place: "Place") -> None:
 def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
     """One worker's part; rank 0 writes what was found."""
     from dist_moe.worker.exit import USER_ERROR_CODE, end_process
-    from dist_moe.config.errors import UserError
+    from dist_moe.errors import UserError
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import write_json
 

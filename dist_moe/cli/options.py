@@ -23,7 +23,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Number of workers (processes,
 @contextlib.contextmanager
 def errors_in_plain_words() -> Iterator[None]:
     """Turns an error that is the user's to mend into its message and exit code 2, without a traceback."""
-    from dist_moe.config.errors import UserError
+    from dist_moe.errors import UserError
 
     try:
         yield

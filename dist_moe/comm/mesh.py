@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from dist_moe.comm.reduce import gathered
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 
 
 class MeshError(UserError, ValueError):

@@ -1,7 +1,7 @@
 """Whether the router and the balancer of a configuration fit together, and fit the model."""
 
 from dist_moe.config.combinations import FORCED, refusal
-from dist_moe.config.errors import Violation, listed
+from dist_moe.errors import Violation, listed
 from dist_moe.config.model import routing_key
 from dist_moe.config.schema import Config, RouterConfig
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dist_moe.config.errors import Violation
+from dist_moe.errors import Violation
 
 # Dotted key of DeepSpeed -> the field of ours that decides it.
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dist_moe.config.dialect import parse, render
-from dist_moe.config.errors import ABSENT, ConfigError, Violation
-from dist_moe.config.explain import explain
+from dist_moe.config.yaml_io import parse, render
+from dist_moe.errors import ABSENT, ConfigError, Violation
+from dist_moe.config.messages import explain
 from dist_moe.config.schema import Config
 
 

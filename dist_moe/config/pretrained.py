@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_moe.config.document import read_json
-from dist_moe.config.errors import ConfigError, Violation
+from dist_moe.config.untrusted import read_json
+from dist_moe.errors import ConfigError, Violation
 from dist_moe.config.load import load_config
 from dist_moe.config.schema import Config
 

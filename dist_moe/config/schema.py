@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from dist_moe.config.cluster import ClusterConfig
+from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.config.deepspeed_keys import deepspeed_violations
 from dist_moe.config.family import Architecture
-from dist_moe.config.routing import BalanceConfig, RouterConfig
-from dist_moe.config.scheduler import KubernetesConfig, SlurmConfig
-from dist_moe.config.section import Section
+from dist_moe.config.sections.router import BalanceConfig, RouterConfig
+from dist_moe.config.sections.scheduler import KubernetesConfig, SlurmConfig
+from dist_moe.config.base import Section
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -1,6 +1,6 @@
 """The error that every part of the data pipeline raises: the value, the rule it breaks, and the remedy."""
 
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 
 
 class DataError(UserError):

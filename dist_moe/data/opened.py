@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from dist_moe.config.document import parse_json, read_json, read_text
+from dist_moe.config.untrusted import parse_json, read_json, read_text
 from dist_moe.data.errors import DataError
 from dist_moe.data.tokenizer import CUT, Tokenizer, byte_alphabet
 

@@ -18,7 +18,7 @@ from dist_moe.comm.mesh import make_mesh, ranks_per_node
 from dist_moe.worker.rank_info import Place
 from dist_moe.comm.reduce import gathered
 from dist_moe.config import Resolved
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange, check_places, check_speed, check_versions

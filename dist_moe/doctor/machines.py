@@ -144,7 +144,7 @@ def moe_layer_count(subject: Subject) -> int:
     """From the keys of the model's config, as the family reads them."""
     from transformers import AutoConfig
 
-    from dist_moe.config.shape import moe_layers
+    from dist_moe.config.model_checks import moe_layers
 
     return len(moe_layers(AutoConfig.for_model(subject.config.model.architecture, **subject.resolved.model_config)))
 

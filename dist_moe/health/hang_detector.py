@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 
 LOOK_S = 1.0
 ANSWER_S = 3.0

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dist_moe.config.cluster import ClusterConfig
+from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.config.schema import Config
 from dist_moe.launch.command import (
     LAUNCH_VARIABLE,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 from dist_moe.config.schema import Config
 
 LOOPBACK = "127.0.0.1"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from dist_moe.config.cluster import NAME
+from dist_moe.config.sections.cluster import NAME
 from dist_moe.launch.command import LaunchError
 
 LINE = re.compile(r"(\S+?)(?:\s+slots\s*=\s*(\S+)|:(\S+))?(?:\s+max_slots\s*=\s*\d+)?")

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from dist_moe.config.errors import needs_folder
+from dist_moe.errors import needs_folder
 from dist_moe.observe.lines import LineFile
 
 RECORDED_DISTRIBUTIONS = (

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from dist_moe.config.errors import needs_folder
+from dist_moe.errors import needs_folder
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.heatmap import draw_load
 from dist_moe.observe.metrics import StepMetrics

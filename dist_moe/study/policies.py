@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dist_moe.config import load_config, resolve
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 
 POLL_S = 0.5
 SOFTMAX = ("router.score=softmax",)

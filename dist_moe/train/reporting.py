@@ -12,7 +12,7 @@ from dist_moe.comm.init import World
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import Config, Resolved, dump_config
-from dist_moe.config.errors import needs_folder
+from dist_moe.errors import needs_folder
 from dist_moe.data.corpus import Prepared
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.console import RunConsole

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from dist_moe.config.errors import ConfigError, RunFolderError, UserError, needs_folder
+from dist_moe.errors import ConfigError, RunFolderError, UserError, needs_folder
 
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 USER_ERROR_CODE = 2

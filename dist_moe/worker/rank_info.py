@@ -6,7 +6,7 @@ Without torch, so that a worker knows its rank, and can be named, before the slo
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 
 
 class PlaceError(UserError, ValueError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_moe.config import Resolved
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 from dist_moe.checkpoint.format.layout import step_of
 from dist_moe.train.loop import make_schedule
 from dist_moe.checkpoint.format.manifest import NAME, digest

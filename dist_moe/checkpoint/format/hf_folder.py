@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_moe.config.document import read_json
-from dist_moe.config.errors import UserError
+from dist_moe.config.untrusted import read_json
+from dist_moe.errors import UserError
 from dist_moe.checkpoint.format.tensor_header import FLOATS, Stored, read_header
 
 INDEX = "model.safetensors.index.json"

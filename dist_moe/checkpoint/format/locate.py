@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dist_moe.config.document import read_text
+from dist_moe.config.untrusted import read_text
 from dist_moe.checkpoint.format.layout import LATEST, checkpoints
 from dist_moe.checkpoint.format.tensor_header import CheckpointError
 from dist_moe.checkpoint.format.manifest import NAME

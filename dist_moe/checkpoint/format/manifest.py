@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 import xxhash
 from pydantic import Field
 
-from dist_moe.config.document import parse_json, printable, read_text
-from dist_moe.config.section import Section
+from dist_moe.config.untrusted import parse_json, printable, read_text
+from dist_moe.config.base import Section
 from dist_moe.checkpoint.format.shard_reader import CheckpointError
 
 NAME = "manifest.json"

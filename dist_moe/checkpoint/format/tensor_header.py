@@ -5,8 +5,8 @@ import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_moe.config.document import LARGEST_TEXT, parse_json
-from dist_moe.config.errors import UserError
+from dist_moe.config.untrusted import LARGEST_TEXT, parse_json
+from dist_moe.errors import UserError
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),

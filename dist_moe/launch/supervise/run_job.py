@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from dist_moe.config.errors import needs_folder
+from dist_moe.errors import needs_folder
 from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
 from dist_moe.launch.supervise.monitor import Hub
 from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, send

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from dist_moe.cli.main import app
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 from dist_moe.checkpoint.format.shard_reader import ElementReader
 from dist_moe.checkpoint.format.manifest import FORMAT, NAME, entry
 from dist_moe.checkpoint.format.hf_weights import load_weights

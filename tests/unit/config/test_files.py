@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dist_moe.config import Config, load_config, resolve
-from dist_moe.config.explain import field_paths
+from dist_moe.config.messages import field_paths
 from tests.unit.config.files import CONFIGS
 
 FILES = sorted(CONFIGS.glob("*.yaml"))

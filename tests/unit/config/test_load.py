@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_moe.config import ConfigError, dump_config, load_config
-from dist_moe.config.errors import ABSENT
+from dist_moe.errors import ABSENT
 from tests.unit.config.files import DEBUG, debug
 
 SMALLEST = """

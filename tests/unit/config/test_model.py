@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from dist_moe.config import Config, family_of, resolve
 from dist_moe.config.family import FAMILIES
 from dist_moe.config.model import routing_fields, vocabulary_bound
-from dist_moe.config.shape import moe_layers
+from dist_moe.config.model_checks import moe_layers
 from tests.unit.config.files import debug, qwen, violations
 
 Maker = Callable[..., Config]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_moe.config import Config, load_config
-from dist_moe.config.errors import ConfigError
+from dist_moe.errors import ConfigError
 from dist_moe.launch.cluster import Cluster, read_cluster
 from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.launchers.deepspeed import deepspeed_cluster_command

@@ -102,7 +102,7 @@ def test_a_pods_workers_share_its_limit_and_not_the_nodes_cores(cpu: str, thread
     "override", ["kubernetes.cpu=2Gi", "kubernetes.name=Bad_Name", "kubernetes.memory=lots", "kubernetes.image='a b'"]
 )
 def test_names_that_kubernetes_refuses_stop_here(override: str) -> None:
-    from dist_moe.config.errors import ConfigError
+    from dist_moe.errors import ConfigError
 
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         config(override)

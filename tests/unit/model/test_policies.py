@@ -10,7 +10,7 @@ from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.policy import BalanceSettings
 from dist_moe.config.combinations import POLICIES, SCORES, SELECTIONS, refusal
-from dist_moe.config.routing import BalanceConfig, RouterConfig
+from dist_moe.config.sections.router import BalanceConfig, RouterConfig
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.task import LanguageModelTask
 from tests.unit.model.samples import ALONE, FAMILIES, tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.config.errors import RunFolderError
+from dist_moe.errors import RunFolderError
 from dist_moe.observe.record import RunRecorder
 from tests.disk import ROOT, run_on_disk
 
@@ -85,7 +85,7 @@ def test_a_recorder_on_a_read_only_disk_says_which_folder_and_what_to_do(tmp_pat
     program = """
 import sys
 from pathlib import Path
-from dist_moe.config.errors import RunFolderError
+from dist_moe.errors import RunFolderError
 from dist_moe.observe.record import RunRecorder
 from tests.disk import set_read_only
 disk = Path(sys.argv[1])

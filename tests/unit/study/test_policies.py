@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.config.errors import UserError
+from dist_moe.errors import UserError
 from dist_moe.study.comparison import findings, markdown, write_comparison
 from dist_moe.study.policies import CONTENDERS, Result, plan_runs, ratio, read_result, rows, spread, train_all
 

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dist_moe.config.cluster import Name
-from dist_moe.config.section import Section
+from dist_moe.config.sections.cluster import Name
+from dist_moe.config.base import Section
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 # A bare number is one in YAML.

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dist_moe.config.errors import ABSENT, Violation, listed, nearest
+from dist_moe.errors import ABSENT, Violation, listed, nearest
 from dist_moe.config.schema import Config
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from dist_moe.config.family import Score
-from dist_moe.config.section import Section
+from dist_moe.config.base import Section
 
 
 class RouterConfig(Section):

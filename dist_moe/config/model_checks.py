@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dist_moe.config.errors import Violation, divisors, listed
+from dist_moe.errors import Violation, divisors, listed
 from dist_moe.config.schema import Config
 
 POSITIVE_KEYS: dict[str, tuple[str, ...]] = {

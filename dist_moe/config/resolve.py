@@ -5,7 +5,7 @@ from math import gcd
 from typing import Any
 
 from dist_moe.config.balancing import balancing_violations
-from dist_moe.config.errors import ConfigError, Violation, divisors, listed
+from dist_moe.errors import ConfigError, Violation, divisors, listed
 from dist_moe.config.model import read_model
 from dist_moe.config.schema import Config, TrainConfig
 
