@@ -15,7 +15,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.errors import UserError
 from dist_moe.data.corpus import Prepared
-from dist_moe.data.origin import difference
+from dist_moe.data.source_manifest import difference
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.checkpoint.file_transfer import Hosts, Parcel, deliver, find_hosts
 from dist_moe.checkpoint.format.layout import PARTIAL, checkpoints, own_folder, recover, set_later_aside, step_of

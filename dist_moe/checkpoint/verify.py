@@ -13,7 +13,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.config.untrusted import printable
 from dist_moe.errors import UserError
-from dist_moe.data.opened import load_tokenizer
+from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.model.convert import find_layers
 from dist_moe.checkpoint.format.layout import step_of
 from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of

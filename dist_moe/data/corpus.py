@@ -14,9 +14,9 @@ import tokenizers
 from dist_moe.data.cache import file_sha256, locked
 from dist_moe.data.errors import DataError
 from dist_moe.data.files import Document
-from dist_moe.data.mapped import Mapped, content_digest, same_content
-from dist_moe.data.opened import load_tokenizer
-from dist_moe.data.origin import write_origin
+from dist_moe.data.mmap_files import Mapped, content_digest, same_content
+from dist_moe.data.load_tokenizer import load_tokenizer
+from dist_moe.data.source_manifest import write_origin
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
 from dist_moe.data.split import SALT, in_validation
 from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe

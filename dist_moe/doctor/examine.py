@@ -23,10 +23,10 @@ from dist_moe.data.corpus import Prepared
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange, check_places, check_speed, check_versions
 from dist_moe.doctor.network import check_clocks, check_ports
-from dist_moe.doctor.sizes import check_disk, check_memory, shape_of
-from dist_moe.doctor.subject import Subject
+from dist_moe.doctor.estimates import check_disk, check_memory, shape_of
+from dist_moe.doctor.context import Subject
 from dist_moe.doctor.temporary import temporary
-from dist_moe.doctor.trials import check_parity, check_saving
+from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.train.loop import prepare_text
 
 NO_TEXT = "there is no text, so nothing can be trained"

@@ -12,8 +12,8 @@ from dist_moe.balance.losses import (
     sequence_balance_loss,
     z_loss,
 )
-from dist_moe.balance.quantile import count_margins
-from dist_moe.balance.tally import Tally, count_routing
+from dist_moe.balance.rules.quantile import count_margins
+from dist_moe.balance.counts import Tally, count_routing
 from dist_moe.moe.records import Routed
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import OVER_LOGITS, gate_scores, select

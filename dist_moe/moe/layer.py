@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.dispatch import combine, dispatch
 from dist_moe.moe.experts import GroupedExperts
-from dist_moe.moe.hierarchy import mix_over_hosts
+from dist_moe.moe.hierarchical_dispatch import mix_over_hosts
 
 
 class ExpertParallelLayer(nn.Module):

@@ -23,7 +23,7 @@ from dist_moe.balance.load import (
     max_vio,
     max_vio_floor,
 )
-from dist_moe.balance.takers import experts_per_token, experts_per_token_percentile, sum_takers
+from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_takers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from dist_moe.errors import needs_folder
-from dist_moe.observe.lines import LineFile
+from dist_moe.observe.jsonl import LineFile
 
 RECORDED_DISTRIBUTIONS = (
     "dist-moe-train",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_moe.balance.tally import Tally, add_tallies, sum_tallies
+from dist_moe.balance.counts import Tally, add_tallies, sum_tallies
 from dist_moe.comm.init import join_world, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.worker.rank_info import read_place
@@ -21,7 +21,7 @@ from dist_moe.config.family import family_of
 from dist_moe.config.pretrained import text_vocabulary
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
-from dist_moe.data.opened import load_tokenizer
+from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.data.opened import load_tokenizer
+from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.train.evaluate import model_folder
 from dist_moe.checkpoint.format.hf_weights import load_weights
 

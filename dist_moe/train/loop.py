@@ -9,7 +9,7 @@ import torch
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.policy import BalanceSettings
+from dist_moe.balance.spec import BalanceSettings
 from dist_moe.comm.init import World, join_world, limit_groups, set_threads
 from dist_moe.worker.exit import Stopped, exit_hard
 from dist_moe.health.hang_detector import Lookout, lookout
@@ -21,7 +21,7 @@ from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
 from dist_moe.data.errors import DataError
-from dist_moe.data.mapped import change_of, refuse_change
+from dist_moe.data.mmap_files import change_of, refuse_change
 from dist_moe.data.stream import Rows
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask

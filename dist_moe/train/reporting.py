@@ -20,7 +20,7 @@ from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
-from dist_moe.observe.watch import LoadWatch
+from dist_moe.observe.alerts import LoadWatch
 from dist_moe.checkpoint.format.layout import own_folder
 from dist_moe.train.microbatch_vio import computation_max_vio
 from dist_moe.checkpoint.resume import Checkpoint, job_of

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.tally import Tally
+from dist_moe.balance.counts import Tally
 from dist_moe.comm.reduce import sum_counts
-from dist_moe.data.mapped import refuse_change
+from dist_moe.data.mmap_files import refuse_change
 from dist_moe.data.stream import Batch
 from dist_moe.model.task import IGNORED, Output
 from dist_moe.engine.deepspeed import Engine

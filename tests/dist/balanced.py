@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.policy import BalanceSettings
-from dist_moe.balance.tally import Tally
+from dist_moe.balance.spec import BalanceSettings
+from dist_moe.balance.counts import Tally
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.worker.rank_info import read_place
 from dist_moe.config import load_config, resolve

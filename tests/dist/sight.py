@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.tally import Tally
+from dist_moe.balance.counts import Tally
 from dist_moe.comm.init import World
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.worker.rank_info import read_place

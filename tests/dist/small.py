@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.policy import BalanceSettings
+from dist_moe.balance.spec import BalanceSettings
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.data.stream import Batch
 from dist_moe.model.build import build_model, parameter_groups

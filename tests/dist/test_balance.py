@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_moe.balance.loss_free import loss_free_update
+from dist_moe.balance.rules.loss_free import loss_free_update
 from dist_moe.comm.mesh import Mesh
 from tests.dist.balanced import (
     CPU,

@@ -18,13 +18,13 @@ from dist_moe.comm.init import World, limit_groups
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.worker.rank_info import Place
 from dist_moe.config import load_config, resolve
-from dist_moe.doctor import trials
+from dist_moe.doctor import training_checks
 from dist_moe.doctor.examine import together
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange
-from dist_moe.doctor.sizes import estimate_memory, shape_of
-from dist_moe.doctor.subject import Subject
-from dist_moe.doctor.trials import check_parity, check_saving
+from dist_moe.doctor.estimates import estimate_memory, shape_of
+from dist_moe.doctor.context import Subject
+from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.checkpoint import training_state
 from dist_moe.checkpoint.snapshot import collect
 from dist_moe.engine.deepspeed import Engine

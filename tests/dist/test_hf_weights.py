@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dist_moe.balance.policy import BalanceSettings
+from dist_moe.balance.spec import BalanceSettings
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.convert import MoeLayer, find_layers

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.data.errors import DataError
-from dist_moe.data.opened import load_tokenizer
+from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.tokenizer import END, Tokenizer, byte_tokenizer, cut, train_bpe
 
 SAMPLE = (

@@ -12,7 +12,7 @@ from dist_moe.config import load_config, resolve
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words, read_json, table, write_json
 from dist_moe.doctor.machines import compare_places, compare_versions, patterns
 from dist_moe.doctor.network import compare_clocks, refused
-from dist_moe.doctor.sizes import (
+from dist_moe.doctor.estimates import (
     Claim,
     Memory,
     Shape,
@@ -23,7 +23,7 @@ from dist_moe.doctor.sizes import (
     free_memory,
     kept_checkpoints,
 )
-from dist_moe.doctor.subject import experts_taken
+from dist_moe.doctor.context import experts_taken
 
 DEBUG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 

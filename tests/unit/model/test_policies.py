@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.policy import BalanceSettings
+from dist_moe.balance.spec import BalanceSettings
 from dist_moe.config.combinations import POLICIES, SCORES, SELECTIONS, refusal
 from dist_moe.config.sections.router import BalanceConfig, RouterConfig
 from dist_moe.model.build import build_model, routing_rule

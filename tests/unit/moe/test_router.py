@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.balance.tally import count_routing
+from dist_moe.balance.counts import count_routing
 from dist_moe.config.family import Score
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data import mapped, origin
+from dist_moe.data import mmap_files, origin
 from dist_moe.data.corpus import Prepared, open_prepared, prepare
 from dist_moe.data.errors import DataError
-from dist_moe.data.mapped import Mapped, change_of, content_digest, refuse_change
+from dist_moe.data.mmap_files import Mapped, change_of, content_digest, refuse_change
 from dist_moe.data.sources import fetch_sources
 
 

@@ -14,7 +14,7 @@ Shapes: T tokens, E experts, K experts a token takes, Q bins.
 import torch
 from torch import Tensor
 
-from dist_moe.balance.error import centred
+from dist_moe.balance.load_error import centred
 
 BINS = 1000
 

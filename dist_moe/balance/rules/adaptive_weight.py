@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from dist_moe.balance.error import centred, check_bias, load_error
+from dist_moe.balance.load_error import centred, check_bias, load_error
 
 
 def adaptive_weight_update(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_moe.balance.budget import HIGHEST, control, start_controller
+from dist_moe.balance.threshold_controller import HIGHEST, control, start_controller
 from dist_moe.moe.select import Threshold, select_by_threshold
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dist_moe.balance.tally import Tally, add_tallies, count_routing, sum_tallies
+from dist_moe.balance.counts import Tally, add_tallies, count_routing, sum_tallies
 
 IDS_TK = torch.tensor([[0, 2], [2, -1], [-1, -1], [2, 1]])  # the third token is padding
 

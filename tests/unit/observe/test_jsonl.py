@@ -14,7 +14,7 @@ from tests.disk import ROOT, run_on_disk
 OPENING = """
 import json, sys
 from pathlib import Path
-from dist_moe.observe.lines import LineFile
+from dist_moe.observe.jsonl import LineFile
 from tests.disk import detach, fill, set_read_only
 disk, warned = Path(sys.argv[1]), []
 file = LineFile(disk / "run/metrics.jsonl", warned.append)

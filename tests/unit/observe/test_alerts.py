@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_moe.observe.watch import LoadWatch
+from dist_moe.observe.alerts import LoadWatch
 from tests.unit.observe.samples import step_sample
 
 EVEN = [100, 100, 100, 100]

@@ -11,7 +11,7 @@ import pytest
 
 from dist_moe.data.corpus import prepare
 from dist_moe.data.errors import DataError
-from dist_moe.data.opened import load_tokenizer
+from dist_moe.data.load_tokenizer import load_tokenizer
 from tests.folders import END, THINK, make_tokenizer
 
 TEXT = f"The router's load,\nétait 12 naïve!\n\n  日本語 {END} {THINK}x</think> <|endoftext|>"

@@ -20,7 +20,7 @@ from dist_moe.config import Config
 from dist_moe.config.family import family_of
 from dist_moe.data.stream import Batch
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
-from dist_moe.doctor.subject import Subject
+from dist_moe.doctor.context import Subject
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask

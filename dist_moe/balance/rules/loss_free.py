@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dist_moe.balance.error import centred, check_bias, load_error
+from dist_moe.balance.load_error import centred, check_bias, load_error
 
 
 def loss_free_update(
