@@ -1,14 +1,12 @@
 """Errors that are the user's to mend, first of all those of a configuration: all of its violations at once."""
 
 import contextlib
-import difflib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LONGEST_VALUE = 80
+from dist_moe.text import shown
 
 
 class Absent(Enum):
@@ -69,24 +67,20 @@ def needs_folder(folder: Path) -> Iterator[None]:
         raise RunFolderError(f"run.dir={folder} {rule}; {remedy}") from error
 
 
-def shown(value: Any) -> str:
-    """The value as one short line, written as YAML would write it."""
-    text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST_VALUE else line[: LONGEST_VALUE - 3] + "..."
+class DataError(UserError):
+    """Data that cannot be fetched, read or split.
 
+    value is what was met (a source name, `file:line`, a setting), rule what it breaks, remedy what to do
+    about it.
+    """
 
-def listed(values: Iterable[Any], last: str = "or") -> str:
-    """`1, 2, 4 or 8`."""
-    words = [str(value) for value in values]
-    return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+    def __init__(self, value: str, rule: str, remedy: str) -> None:
+        super().__init__(f"{value} {rule}; {remedy}")
+        self.value = value
+        self.rule = rule
+        self.remedy = remedy
 
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, in order."""
-    return [count for count in range(1, number + 1) if number % count == 0]
-
-
-def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate spelt most like `word`; None if none is close."""
-    return next(iter(difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)), None)
+    def __reduce__(self) -> tuple[type["DataError"], tuple[str, str, str]]:
+        """Let the error cross a process border: the default would rebuild it from its one-line message
+        alone."""
+        return type(self), (self.value, self.rule, self.remedy)

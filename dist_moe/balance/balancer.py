@@ -6,10 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_moe.balance.threshold_controller import Controller, control, start_controller
-from dist_moe.balance.spec import BalanceSettings, update_rule
-from dist_moe.balance.rules.quantile import BINS
 from dist_moe.balance.counts import Tally, add_tallies, sum_tallies
+from dist_moe.balance.rules.quantile import BINS
+from dist_moe.balance.spec import BalanceSettings, update_rule
+from dist_moe.balance.threshold_controller import Controller, control, start_controller
 
 
 class Balanced(Protocol):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dist_moe.balance.counts import Tally
 from dist_moe.balance.rules.adaptive_weight import adaptive_weight_update
 from dist_moe.balance.rules.loss_free import loss_free_update
 from dist_moe.balance.rules.quantile import quantile_update
-from dist_moe.balance.counts import Tally
 
 # (bias_E fp32, the layer's counts over all ranks, rate) -> the next bias_E
 UpdateRule = Callable[[Tensor, Tally, float], Tensor]

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoints: written while training continues, independent of the layout, verified."""

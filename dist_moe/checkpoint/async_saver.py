@@ -25,14 +25,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_moe.comm.reduce import sum_counts
+from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.file_transfer import Parcel, deliver, find_hosts
 from dist_moe.checkpoint.format.layout import PARTIAL, checkpoint_folder, complete
-from dist_moe.checkpoint.snapshot import Contents, HostCopy, collect
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
 from dist_moe.checkpoint.format.manifest import FileEntry, entry
-from dist_moe.checkpoint.training_state import Training
-from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.snapshot import Contents, HostCopy, collect
+from dist_moe.comm.reduce import sum_counts
+from dist_moe.engine.train_state import Training
 
 Result = TypeVar("Result")
 

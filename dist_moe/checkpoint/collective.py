@@ -5,10 +5,10 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import gathered
 from dist_moe.errors import UserError
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
 
 Result = TypeVar("Result")
 

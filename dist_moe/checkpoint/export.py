@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from dist_moe.config.untrusted import read_text
-from dist_moe.data.cache import file_sha256
-from dist_moe.checkpoint.format.layout import PARTIAL
-from dist_moe.checkpoint.format.shard_reader import ElementReader
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_folder import raw_config, tensor_files
-from dist_moe.checkpoint.format.tensor_header import FLOATS, ITEM_BYTES, CheckpointError, Stored, read_header
-from dist_moe.engine.optimizer_shards import MASTER
-from dist_moe.checkpoint.inspect import BIAS
+from dist_moe.checkpoint.format.layout import PARTIAL
 from dist_moe.checkpoint.format.locate import locate
 from dist_moe.checkpoint.format.manifest import NAME, faults, read_manifest, sync_folder
+from dist_moe.checkpoint.format.shard_reader import ElementReader
+from dist_moe.checkpoint.format.tensor_header import FLOATS, ITEM_BYTES, Stored, read_header
+from dist_moe.checkpoint.inspect import BIAS
+from dist_moe.config.untrusted import read_text
+from dist_moe.data.cache import file_sha256
+from dist_moe.engine.optimizer_shards import MASTER
 
 Dtype = Literal["fp32", "bf16", "keep"]
 WORDS = {"fp32": "float32", "bf16": "bfloat16"}

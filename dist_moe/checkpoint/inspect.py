@@ -9,14 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio
-from dist_moe.config.untrusted import printable
-from dist_moe.config.pretrained import OWN_PREFIX
-from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_folder import EXPERT, FUSED, Source, raw_config, read_sources, tensor_files
-from dist_moe.checkpoint.format.tensor_header import CheckpointError, Stored, read_header
 from dist_moe.checkpoint.format.locate import locate
 from dist_moe.checkpoint.format.manifest import NAME, first_line, read_manifest
+from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
+from dist_moe.checkpoint.format.tensor_header import Stored, read_header
 from dist_moe.checkpoint.training_state import read_balance, read_numbers
+from dist_moe.config.pretrained import OWN_PREFIX
+from dist_moe.config.untrusted import printable
 
 BIAS = re.compile(r"(.+)\.gate\.(?:e_score_correction_bias|selection_bias)")
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")

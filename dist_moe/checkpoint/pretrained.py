@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.errors import WeightsError
+from dist_moe.checkpoint.format.hf_weights import fill_weights
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.pretrained import is_there
-from dist_moe.checkpoint.format.hf_folder import WeightsError
-from dist_moe.checkpoint.collective import together
-from dist_moe.checkpoint.format.hf_weights import fill_weights
 
 
 @torch.no_grad()

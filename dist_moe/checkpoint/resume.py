@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
+from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.file_transfer import Hosts, Parcel, deliver, find_hosts
+from dist_moe.checkpoint.format.hf_weights import fill_weights
+from dist_moe.checkpoint.format.layout import PARTIAL, checkpoints, own_folder, recover, set_later_aside, step_of
+from dist_moe.checkpoint.format.manifest import NAME, digest, faults, read_manifest, unlisted
+from dist_moe.checkpoint.format.shard_reader import ElementReader
+from dist_moe.checkpoint.training_state import NUMBERS, Numbers, read_numbers, restore
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
-from dist_moe.errors import UserError
 from dist_moe.data.corpus import Prepared
 from dist_moe.data.source_manifest import difference
+from dist_moe.engine.train_state import Training
+from dist_moe.errors import UserError
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.checkpoint.file_transfer import Hosts, Parcel, deliver, find_hosts
-from dist_moe.checkpoint.format.layout import PARTIAL, checkpoints, own_folder, recover, set_later_aside, step_of
-from dist_moe.checkpoint.format.shard_reader import CheckpointError, ElementReader
-from dist_moe.checkpoint.format.manifest import NAME, digest, faults, read_manifest, unlisted
-from dist_moe.checkpoint.training_state import NUMBERS, Numbers, Training, read_numbers, restore
-from dist_moe.checkpoint.collective import together
-from dist_moe.checkpoint.format.hf_weights import fill_weights
 
 AUTO, NEVER = "auto", "never"
 BORROWED = "borrowed"

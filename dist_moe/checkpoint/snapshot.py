@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_moe.checkpoint.format.hf_weights import config_files, shard_tensors
+from dist_moe.checkpoint.format.manifest import FileEntry, entry
+from dist_moe.checkpoint.format.shard_reader import write_tensors
+from dist_moe.checkpoint.training_state import NUMBERS, numbers_of, state_tensors
 from dist_moe.config import dump_config
 from dist_moe.data.tokenizer import Tokenizer
-from dist_moe.checkpoint.format.shard_reader import write_tensors
-from dist_moe.checkpoint.format.manifest import FileEntry, entry
-from dist_moe.checkpoint.training_state import NUMBERS, Training, numbers_of, state_tensors
-from dist_moe.checkpoint.format.hf_weights import config_files, shard_tensors
+from dist_moe.engine.train_state import Training
 
 MODEL, STATE, CONFIG = "model", "state", "config.yaml"
 

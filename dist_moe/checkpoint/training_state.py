@@ -6,8 +6,6 @@ state/balance.safetensors what the balancer keeps of each layer; state/training.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.comm.mesh import Mesh
-from dist_moe.config import Config
-from dist_moe.config.base import Section
-from dist_moe.data.corpus import Prepared
-from dist_moe.data.stream import Stream
-from dist_moe.model.task import LanguageModelTask
-from dist_moe.checkpoint.format.shard_reader import RANDOM, CheckpointError, ElementReader
-from dist_moe.engine.deepspeed import Engine
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_folder import stored_tensors
-from dist_moe.checkpoint.format.tensor_header import read_header
-from dist_moe.engine.optimizer_shards import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
-from dist_moe.checkpoint.format.manifest import first_line, read_small
 from dist_moe.checkpoint.format.hf_weights import named_parameters
+from dist_moe.checkpoint.format.manifest import first_line, read_small
+from dist_moe.checkpoint.format.shard_reader import RANDOM, ElementReader
+from dist_moe.checkpoint.format.tensor_header import read_header
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config.base import Section
+from dist_moe.engine.deepspeed import Engine
+from dist_moe.engine.optimizer_shards import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
+from dist_moe.engine.train_state import Training
 
 BALANCE = "balance.safetensors"
 NUMBERS = "training.json"
-
-
-@dataclass(frozen=True)
-class Training:
-    """All that a checkpoint is made of."""
-
-    config: Config
-    engine: Engine
-    balancer: Balancer
-    task: LanguageModelTask
-    prepared: Prepared
-
-    @cached_property
-    def stream(self) -> Stream:
-        """The endless rows to train on."""
-        return Stream(self.prepared.train, self.config.data.sequence_length, self.config.run.seed)
 
 
 class Numbers(Section):

@@ -9,21 +9,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dist_moe.checkpoint.format.hf_folder import indexed, stored_tensors, tensor_files
+from dist_moe.checkpoint.format.hf_weights import (
+    bias_in_files,
+    find_weights,
+    named_parameters,
+    read_config,
+    shaped_model,
+)
+from dist_moe.checkpoint.format.layout import step_of
+from dist_moe.checkpoint.format.locate import within
+from dist_moe.checkpoint.format.manifest import NAME, Manifest, faults, read_manifest, unlisted
+from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
+from dist_moe.checkpoint.format.tensor_header import FLOATS, read_header
+from dist_moe.checkpoint.training_state import Numbers, read_balance, read_numbers
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.config.untrusted import printable
-from dist_moe.errors import UserError
 from dist_moe.data.load_tokenizer import load_tokenizer
-from dist_moe.model.convert import find_layers
-from dist_moe.checkpoint.format.layout import step_of
-from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
-from dist_moe.checkpoint.format.hf_folder import indexed, stored_tensors, tensor_files
-from dist_moe.checkpoint.format.tensor_header import FLOATS, read_header
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, moments_of
-from dist_moe.checkpoint.format.locate import within
-from dist_moe.checkpoint.format.manifest import NAME, Manifest, faults, read_manifest, unlisted
-from dist_moe.checkpoint.training_state import Numbers, read_balance, read_numbers
-from dist_moe.checkpoint.format.hf_weights import bias_in_files, find_weights, named_parameters, read_config, shaped_model
+from dist_moe.errors import UserError
+from dist_moe.model.convert import find_layers
 
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
 AT_ONCE = 1 << 22

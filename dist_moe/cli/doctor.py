@@ -12,9 +12,9 @@ from dist_moe.cli.launchers import Launcher, Runner
 from dist_moe.cli.options import ConfigFile, Overrides, errors_in_plain_words
 
 if TYPE_CHECKING:
-    from dist_moe.worker.rank_info import Place
     from dist_moe.config import Resolved
     from dist_moe.doctor.finding import Finding
+    from dist_moe.worker.rank_info import Place
 
 Json = Annotated[Path | None, typer.Option("--json", help="File for the findings.")]
 FINDINGS = "findings.json"
@@ -34,13 +34,13 @@ def doctor(
 
     Nothing of run.dir changes. Exits with 0, with 1 where a check failed, with 2 where the configuration is wrong.
     """
-    from dist_moe.worker.rank_info import read_place
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
     from dist_moe.doctor.temporary import temporary
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
+    from dist_moe.worker.rank_info import read_place
 
     if read_place(os.environ).world_size > 1:
         raise typer.Exit(within_a_job(config, overrides, as_json))
@@ -78,11 +78,11 @@ def doctor(
 
 def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None) -> int:
     """As one of the workers that a launcher has started by hand; rank 0 shows the table -> the exit code."""
-    from dist_moe.worker.exit import flush_output
-    from dist_moe.worker.rank_info import read_place
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import table, write_json
+    from dist_moe.worker.exit import flush_output
+    from dist_moe.worker.rank_info import read_place
 
     place = read_place(os.environ)
     with errors_in_plain_words():
@@ -118,10 +118,11 @@ def name_accelerator(backend: str, place: "Place") -> None:
 
 def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
     """One worker's part; rank 0 writes what was found."""
-    from dist_moe.worker.exit import USER_ERROR_CODE, end_process
-    from dist_moe.errors import UserError
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import write_json
+    from dist_moe.errors import UserError
+    from dist_moe.worker.contract import USER_ERROR_CODE
+    from dist_moe.worker.exit import end_process
 
     def tell(found: Sequence["Finding"]) -> None:
         write_json(found, findings)

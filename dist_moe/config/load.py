@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dist_moe.config.yaml_io import parse, render
-from dist_moe.errors import ABSENT, ConfigError, Violation
 from dist_moe.config.messages import explain
 from dist_moe.config.schema import Config
+from dist_moe.config.yaml_io import parse, render
+from dist_moe.errors import ABSENT, ConfigError, Violation
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

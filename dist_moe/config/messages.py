@@ -6,8 +6,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dist_moe.errors import ABSENT, Violation, listed, nearest
 from dist_moe.config.schema import Config
+from dist_moe.errors import ABSENT, Violation
+from dist_moe.text import listed, nearest
 
 
 def explain(error: ValidationError, settings: Mapping[Any, Any]) -> list[Violation]:

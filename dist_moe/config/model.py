@@ -4,11 +4,14 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from dist_moe.errors import ABSENT, Violation, divisors, listed, nearest
 from dist_moe.config.family import Family, family_of
-from dist_moe.config.pretrained import agreement, stated_model
-from dist_moe.config.schema import Config, ModelConfig, RouterConfig
 from dist_moe.config.model_checks import shape_violations
+from dist_moe.config.pretrained import agreement, stated_model
+from dist_moe.config.schema import Config
+from dist_moe.config.sections.model import ModelConfig
+from dist_moe.config.sections.router import RouterConfig
+from dist_moe.errors import ABSENT, Violation
+from dist_moe.text import divisors, listed, nearest
 
 # Keys of the class that something else decides -> what decides it.
 OWNED_MODEL_KEYS: dict[str, str] = {

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from dist_moe.errors import Violation, divisors, listed
 from dist_moe.config.schema import Config
+from dist_moe.errors import Violation
+from dist_moe.text import divisors, listed
 
 POSITIVE_KEYS: dict[str, tuple[str, ...]] = {
     "deepseek_v3": ("n_shared_experts", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),

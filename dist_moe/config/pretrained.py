@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_moe.config.untrusted import read_json
-from dist_moe.errors import ConfigError, Violation
 from dist_moe.config.load import load_config
 from dist_moe.config.schema import Config
+from dist_moe.config.untrusted import read_json
+from dist_moe.errors import ConfigError, Violation
 
 OWN_PREFIX = "dist_moe_"
 """Before the model_type of a weights folder that routes as its architecture cannot."""

@@ -5,9 +5,11 @@ from math import gcd
 from typing import Any
 
 from dist_moe.config.balancing import balancing_violations
-from dist_moe.errors import ConfigError, Violation, divisors, listed
 from dist_moe.config.model import read_model
-from dist_moe.config.schema import Config, TrainConfig
+from dist_moe.config.schema import Config
+from dist_moe.config.sections.train import TrainConfig
+from dist_moe.errors import ConfigError, Violation
+from dist_moe.text import divisors, listed
 
 
 @dataclass(frozen=True)

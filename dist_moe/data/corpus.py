@@ -12,15 +12,15 @@ import numpy as np
 import tokenizers
 
 from dist_moe.data.cache import file_sha256, locked
-from dist_moe.data.errors import DataError
 from dist_moe.data.files import Document
-from dist_moe.data.mmap_files import Mapped, content_digest, same_content
 from dist_moe.data.load_tokenizer import load_tokenizer
+from dist_moe.data.mmap_files import Mapped, content_digest, same_content
 from dist_moe.data.source_manifest import write_origin
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
 from dist_moe.data.split import SALT, in_validation
 from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from dist_moe.data.writer import SplitWriter
+from dist_moe.errors import DataError
 
 # Part of the key under which tokens are kept: raise it when the files or the way to make them change.
 FORMAT = 1

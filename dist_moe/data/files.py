@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dist_moe.data.errors import DataError
+from dist_moe.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl")
 # JSON can spell one (\ud800), UTF-8 cannot.

@@ -9,8 +9,8 @@ from typing import Any
 import tokenizers
 
 from dist_moe.config.untrusted import parse_json, read_json, read_text
-from dist_moe.data.errors import DataError
 from dist_moe.data.tokenizer import CUT, Tokenizer, byte_alphabet
+from dist_moe.errors import DataError
 
 NAME, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Where the pattern of a foreign pre-tokenizer is not known, only this is safe: they all begin a new token with a space

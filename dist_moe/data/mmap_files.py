@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from dist_moe.comm.reduce import gathered
-from dist_moe.data.errors import DataError
+from dist_moe.errors import DataError
 
 # Files up to this size are read whole. XXH3 reads 5 GB/s on one core (SHA-256: 0.3 to 2), so this costs 0.2 s.
 WHOLE_BYTES = 1 << 30

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from dist_moe.data.cache import file_sha256, locked
-from dist_moe.data.errors import DataError
+from dist_moe.errors import DataError
 
 VERSION = "0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.data.cache import file_sha256
-from dist_moe.data.errors import DataError
 from dist_moe.data.sources import SourceRecord, combined_sha256, source_files
+from dist_moe.errors import DataError
 
 NAME = "sources.json"
 MOST_NAMED = 3

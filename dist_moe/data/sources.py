@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dist_moe.data import shakespeare
 from dist_moe.data.cache import file_sha256
-from dist_moe.data.errors import DataError
 from dist_moe.data.files import Document, local_files, read_local
+from dist_moe.errors import DataError
 
 BUILT_IN = ("stdlib-code", "shakespeare")
 # Tests repeat one another, installed packages are not the library, and the build's own files differ from

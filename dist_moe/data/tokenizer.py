@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from dist_moe.data.errors import DataError
+from dist_moe.errors import DataError
 
 END = "<|endoftext|>"
 BYTES = 256

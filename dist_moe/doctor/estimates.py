@@ -16,11 +16,11 @@ from transformers import AutoConfig
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import gathered
 from dist_moe.config import Config, Resolved
-from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.doctor.context import Subject, experts_taken
+from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
+from dist_moe.engine.optimizer_shards import moments_of
 from dist_moe.model.build import empty_model, routing_rule
 from dist_moe.model.convert import find_layers
-from dist_moe.engine.optimizer_shards import moments_of
 
 FP32 = 4
 CGROUP = Path("/sys/fs/cgroup")

@@ -15,19 +15,19 @@ from torch.distributed import distributed_c10d
 
 from dist_moe.comm.init import join_world, limit_groups, set_threads
 from dist_moe.comm.mesh import make_mesh, ranks_per_node
-from dist_moe.worker.rank_info import Place
 from dist_moe.comm.reduce import gathered
 from dist_moe.config import Resolved
-from dist_moe.errors import UserError
 from dist_moe.data.corpus import Prepared
+from dist_moe.doctor.context import Subject
+from dist_moe.doctor.estimates import check_disk, check_memory, shape_of
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange, check_places, check_speed, check_versions
 from dist_moe.doctor.network import check_clocks, check_ports
-from dist_moe.doctor.estimates import check_disk, check_memory, shape_of
-from dist_moe.doctor.context import Subject
 from dist_moe.doctor.temporary import temporary
 from dist_moe.doctor.training_checks import check_parity, check_saving
+from dist_moe.errors import UserError
 from dist_moe.train.loop import prepare_text
+from dist_moe.worker.rank_info import Place
 
 NO_TEXT = "there is no text, so nothing can be trained"
 LONGEST_S = 30.0

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from dist_moe.comm.exchange import exchange_rows
 from dist_moe.comm.reduce import gathered
-from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.doctor.context import Subject
+from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.observe.record import versions
 
 SMALL_BYTES = 16 << 10

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from dist_moe.comm.init import address_towards
 from dist_moe.comm.reduce import gathered
-from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.context import Subject
+from dist_moe.doctor.finding import Finding, Outcome
 
 MOST_TOLD = 4
 """A rank looks no further then, since the others wait: a place that does not answer takes an eighth of the limit."""

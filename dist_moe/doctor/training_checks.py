@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
+from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.snapshot import collect
 from dist_moe.comm.init import limit_groups
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import Config
 from dist_moe.config.family import family_of
 from dist_moe.data.stream import Batch
-from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.doctor.context import Subject
+from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
+from dist_moe.engine.train_state import Training
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import Rule, Threshold, TopK
-from dist_moe.checkpoint.snapshot import collect
-from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.loop import engine_settings, make_balancer
-from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, go_on, load_model
-from dist_moe.checkpoint.async_saver import Saver
-from dist_moe.checkpoint.training_state import Training
 from dist_moe.train.step import train_step
 
 FEW_EXPERTS, LONGEST, VOCABULARY = 8, 64, 257

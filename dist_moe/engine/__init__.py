@@ -1,1 +1,1 @@
-"""TODO."""
+"""DeepSpeed behind one importer, and what a run holds of it."""

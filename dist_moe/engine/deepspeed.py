@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.engine.optimizer_shards import STEPS, Held, held, inner_optimizer, moments_of
+from dist_moe.moe.layer import ExpertParallelLayer
 
 if not torch.cuda.is_available():
     # DeepSpeed looks for its device when it is imported, and warns of the CPU that it falls back to.

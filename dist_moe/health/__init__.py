@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checks on a run in progress: skipped steps, diverging replicas, hangs, requests to stop."""

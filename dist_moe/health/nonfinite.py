@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.comm.reduce import gathered
-from dist_moe.errors import UserError
 from dist_moe.data.corpus import document_names
 from dist_moe.data.stream import Batch, Rows
-from dist_moe.checkpoint.training_state import Training
+from dist_moe.engine.train_state import Training
+from dist_moe.errors import UserError
 
 MOST_DOCUMENTS = 8
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import gathered, sum_counts
+from dist_moe.engine.train_state import Training
 from dist_moe.errors import UserError
-from dist_moe.checkpoint.training_state import Training
 
 SHOWN = 4
 

@@ -7,18 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.config.schema import Config
-from dist_moe.launch.command import (
-    LAUNCH_VARIABLE,
-    NO_SHELL,
-    LaunchError,
-    has_devices,
-    own_environment,
-    threads_per_worker,
-)
+from dist_moe.config.sections.cluster import ClusterConfig
+from dist_moe.launch.command import NO_SHELL, LaunchError, has_devices, own_environment, threads_per_worker
 from dist_moe.launch.hostfile import chosen, read_hostfile
 from dist_moe.launch.supervise.protocol import is_own
+from dist_moe.worker.contract import LAUNCH_VARIABLE
 
 CONNECT_LIMIT_S = 10
 # DeepSpeed's launcher carries what begins so to other hosts unasked, and lets their shells read it.

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_moe.errors import UserError
 from dist_moe.config.schema import Config
+from dist_moe.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 # What an outer launcher may have left in the environment, and what would make the workers take part in its
 # job.
 OUTER_JOB = (

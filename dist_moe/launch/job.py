@@ -8,15 +8,16 @@ from pathlib import Path
 
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster
-from dist_moe.launch.command import LAUNCH_VARIABLE, LOOPBACK, Command, LaunchError
+from dist_moe.launch.command import LOOPBACK, Command, LaunchError
 from dist_moe.launch.launchers.deepspeed import DEEPSPEED_VARIABLES, deepspeed_cluster_command, deepspeed_command
-from dist_moe.launch.supervise.monitor import Hub
 from dist_moe.launch.launchers.kubernetes import apply, kubernetes_objects, manifest
 from dist_moe.launch.launchers.mpirun import mpirun_cluster_command, mpirun_command
-from dist_moe.launch.preflight import check_hosts
-from dist_moe.launch.supervise.run_job import Outcome, run
 from dist_moe.launch.launchers.slurm import slurm_script, submit
 from dist_moe.launch.launchers.torchrun import torchrun_cluster_command, torchrun_command
+from dist_moe.launch.preflight import check_hosts
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.run_job import Outcome, run
+from dist_moe.worker.contract import LAUNCH_VARIABLE
 
 HIDDEN = "HIDDEN"
 """Stands for values of the user's that may be secret."""

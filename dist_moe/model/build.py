@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.family import Score, family_of
-from dist_moe.config.schema import BalanceConfig, RouterConfig
+from dist_moe.config.sections.balance import BalanceConfig
+from dist_moe.config.sections.router import RouterConfig
 from dist_moe.model.convert import MoeLayer, convert, find_layers
 from dist_moe.model.families import adapter_of
 from dist_moe.moe.router import Router

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dist_moe.balance.counts import Tally, count_routing
 from dist_moe.balance.losses import (
     RoutingLosses,
     balance_loss,
@@ -13,7 +14,6 @@ from dist_moe.balance.losses import (
     z_loss,
 )
 from dist_moe.balance.rules.quantile import count_margins
-from dist_moe.balance.counts import Tally, count_routing
 from dist_moe.moe.records import Routed
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import OVER_LOGITS, gate_scores, select

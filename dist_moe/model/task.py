@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.counts import Tally
+from dist_moe.balance.losses import RoutingLosses
 from dist_moe.model.convert import find_layers
 from dist_moe.model.routing import routing_loss, tally_routing
 

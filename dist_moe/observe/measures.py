@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_takers
 from dist_moe.balance.load import (
     cov_floor,
     dead_experts,
@@ -23,7 +24,6 @@ from dist_moe.balance.load import (
     max_vio,
     max_vio_floor,
 )
-from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_takers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

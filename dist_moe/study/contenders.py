@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import max_vio
-from dist_moe.balance.spec import BalanceSettings, update_rule
-from dist_moe.balance.rules.quantile import count_margins
 from dist_moe.balance.counts import count_routing
+from dist_moe.balance.load import max_vio
+from dist_moe.balance.rules.quantile import count_margins
+from dist_moe.balance.spec import BalanceSettings, update_rule
 from dist_moe.config.family import Score
 from dist_moe.moe.select import OVER_LOGITS, Threshold, TopK, gate_scores, select
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio_floor
-from dist_moe.errors import UserError, listed
+from dist_moe.errors import UserError
 from dist_moe.study.contenders import CONTENDERS, LEVEL, Contender, Course
 from dist_moe.study.measures import Measures, balancing_bias, measure, sign_steps
 from dist_moe.study.scores import Drift, draw_scores, random_source
+from dist_moe.text import listed
 
 PREDICTION_TOKENS = 4096
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from rich.table import Table
 
 from dist_moe.comm.init import join_world, set_threads
-from dist_moe.worker.rank_info import read_place
 from dist_moe.study.table import fitted_table
+from dist_moe.worker.rank_info import read_place
 
 SIZES_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)
 """Of what one rank sends in all."""

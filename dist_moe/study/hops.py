@@ -22,10 +22,10 @@ from torch import Tensor
 
 from dist_moe.comm.init import join_world, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
-from dist_moe.worker.rank_info import read_place
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.study.table import fitted_table
+from dist_moe.worker.rank_info import read_place
 
 TOKENS = (16, 128, 1024)
 EXPERTS_OF_RANK = 16

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dist_moe.checkpoint.format.layout import step_of
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
-from dist_moe.train.reporting import Report
 from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.layout import step_of
+from dist_moe.train.reporting import Report
 
 
 class Saves:

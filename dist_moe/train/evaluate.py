@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from dist_moe.balance.counts import Tally, add_tallies, sum_tallies
+from dist_moe.checkpoint.errors import WeightsError
+from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.comm.init import join_world, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.worker.rank_info import read_place
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import load_config
 from dist_moe.config.family import family_of
@@ -25,8 +26,7 @@ from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
-from dist_moe.checkpoint.format.hf_folder import WeightsError
-from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
+from dist_moe.worker.rank_info import read_place
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from dist_moe.checkpoint.format.hf_weights import load_weights
 from dist_moe.comm.mesh import Mesh
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.train.evaluate import model_folder
-from dist_moe.checkpoint.format.hf_weights import load_weights
 
 
 def generate(checkpoint: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:

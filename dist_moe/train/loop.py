@@ -10,35 +10,36 @@ import torch
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.spec import BalanceSettings
+from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.pretrained import begin_with
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.training_state import seed_random
 from dist_moe.comm.init import World, join_world, limit_groups, set_threads
-from dist_moe.worker.exit import Stopped, exit_hard
-from dist_moe.health.hang_detector import Lookout, lookout
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
-from dist_moe.worker.rank_info import Place
 from dist_moe.comm.reduce import gathered
 from dist_moe.config import Config, Resolved
 from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import Prepared, prepare
-from dist_moe.data.errors import DataError
 from dist_moe.data.mmap_files import change_of, refuse_change
 from dist_moe.data.stream import Rows
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
+from dist_moe.engine.precision import choose_precision
+from dist_moe.engine.train_state import Training
+from dist_moe.errors import DataError
+from dist_moe.health.hang_detector import Lookout, lookout
+from dist_moe.health.nonfinite import Guard
+from dist_moe.health.replica_check import ReplicaError, compare_ranks
+from dist_moe.health.stop_signals import asked_to_stop
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.engine.deepspeed import EngineSettings, start_engine
-from dist_moe.train.evaluate import evaluate, held_out
-from dist_moe.health.nonfinite import Guard
-from dist_moe.engine.precision import choose_precision
-from dist_moe.checkpoint.pretrained import begin_with
-from dist_moe.health.replica_check import ReplicaError, compare_ranks
-from dist_moe.train.reporting import Report, open_report
-from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, go_on, load_model
-from dist_moe.checkpoint.async_saver import Saver
 from dist_moe.train.checkpointing import Saves
+from dist_moe.train.evaluate import evaluate, held_out
+from dist_moe.train.reporting import Report, open_report
 from dist_moe.train.schedule import Schedule
-from dist_moe.health.stop_signals import asked_to_stop
-from dist_moe.checkpoint.training_state import Training, seed_random
 from dist_moe.train.step import StepRecord, Word, train_step
+from dist_moe.worker.exit import Stopped, exit_hard
+from dist_moe.worker.rank_info import Place
 
 
 def run(resolved: Resolved, place: Place) -> None:

@@ -8,23 +8,23 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dist_moe.checkpoint.async_saver import Saved
+from dist_moe.checkpoint.format.layout import own_folder
+from dist_moe.checkpoint.resume import Checkpoint, job_of
 from dist_moe.comm.init import World
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import sum_scalars
 from dist_moe.config import Config, Resolved, dump_config
-from dist_moe.errors import needs_folder
 from dist_moe.data.corpus import Prepared
+from dist_moe.errors import needs_folder
 from dist_moe.model.task import LanguageModelTask
+from dist_moe.observe.alerts import LoadWatch
 from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
-from dist_moe.observe.alerts import LoadWatch
-from dist_moe.checkpoint.format.layout import own_folder
 from dist_moe.train.microbatch_vio import computation_max_vio
-from dist_moe.checkpoint.resume import Checkpoint, job_of
-from dist_moe.checkpoint.async_saver import Saved
 from dist_moe.train.step import StepRecord
 
 

@@ -14,8 +14,8 @@ from dist_moe.balance.counts import Tally
 from dist_moe.comm.reduce import sum_counts
 from dist_moe.data.mmap_files import refuse_change
 from dist_moe.data.stream import Batch
-from dist_moe.model.task import IGNORED, Output
 from dist_moe.engine.deepspeed import Engine
+from dist_moe.model.task import IGNORED, Output
 
 
 @dataclass(frozen=True)

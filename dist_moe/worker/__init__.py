@@ -1,1 +1,1 @@
-"""TODO."""
+"""One worker process: its rank, how it ends, and what it agrees on with its launch."""

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_moe.errors import ConfigError, RunFolderError, UserError, needs_folder
+from dist_moe.worker.contract import (
+    INTERRUPTED_CODE,
+    LAUNCH_VARIABLE,
+    STOPPED_CODE,
+    USER_ERROR_CODE,
+    error_file,
+    record_file,
+)
 
-LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
-USER_ERROR_CODE = 2
-INTERRUPTED_CODE = 130
-STOPPED_CODE = 75
-"""Of a worker that was asked to stop, saved a checkpoint, and can go on from there (EX_TEMPFAIL of sysexits.h)."""
 END_BY_LAUNCH_S = 5.0
 # Characters of an error's own text in its report; all of it stands in the traceback.
 LONGEST_MESSAGE = 8000
@@ -145,10 +148,6 @@ def flush_output() -> None:
             flush()
 
 
-def error_file(folder: Path, rank: int) -> Path:
-    return folder / "errors" / f"rank-{rank}.txt"
-
-
 def note_state(folder: Path, rank: int, state: str, code: int, tell: bool = True) -> None:
     """As `write_record`, at the end of a worker: a disk that fails changes nothing of how it ends, and is told."""
     try:
@@ -172,10 +171,6 @@ def overwrite(path: Path, content: bytes) -> bool:
 def write_record(folder: Path, rank: int, state: str, code: int | None = None) -> None:
     """Writes `workers/rank-N.json`; pid and start time together name one process for good."""
     write_atomically(record_file(folder, rank), record_text(rank, state, code))
-
-
-def record_file(folder: Path, rank: int) -> Path:
-    return folder / "workers" / f"rank-{rank}.json"
 
 
 def record_text(rank: int, state: str, code: int | None) -> str:

@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
 from dist_moe.comm.init import World
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.worker.rank_info import Place
 from dist_moe.config import Resolved, load_config, resolve
-from dist_moe.model.build import parameter_groups
 from dist_moe.engine.deepspeed import start_engine
+from dist_moe.engine.train_state import Training
+from dist_moe.model.build import parameter_groups
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, micro_batches, prepare_text
-from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
-from dist_moe.checkpoint.async_saver import Saver
-from dist_moe.checkpoint.training_state import Training
 from dist_moe.train.step import Word, train_step
+from dist_moe.worker.rank_info import Place
 from tests.bench.memory import Peak, folder_bytes
 from tests.bench.size import OVERRIDES
 from tests.dist.resumable import ROOT, overrides_of, started

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.spec import BalanceSettings
 from dist_moe.balance.counts import Tally
+from dist_moe.balance.spec import BalanceSettings
+from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.worker.rank_info import read_place
 from dist_moe.config import load_config, resolve
 from dist_moe.data.corpus import Corpus
 from dist_moe.data.stream import Batch, Stream
+from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.task import IGNORED, LanguageModelTask
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
-from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.train.evaluate import HeldOut, evaluate
 from dist_moe.train.loop import run
 from dist_moe.train.step import train_step
-from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
+from dist_moe.worker.rank_info import read_place
 from tests.collectives import counted
 from tests.dist.small import LENGTH, ROWS, VOCABULARY, Case, make_balancer, make_task, ragged_batch, share
 

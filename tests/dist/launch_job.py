@@ -8,10 +8,10 @@ from pathlib import Path
 from dist_moe.config import load_config
 from dist_moe.launch.command import LOOPBACK, Command, LaunchError
 from dist_moe.launch.launchers.deepspeed import deepspeed_command
-from dist_moe.launch.supervise.monitor import Hub
 from dist_moe.launch.launchers.mpirun import mpirun_command
-from dist_moe.launch.supervise.run_job import run
 from dist_moe.launch.launchers.torchrun import torchrun_command
+from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.run_job import run
 
 
 def main(launcher: str, workers: int, path: str, restarts: int) -> None:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from dist_moe.cli.main import mind_if_asked
 from dist_moe.comm.init import join_world
-from dist_moe.worker.exit import STOPPED_CODE, exit_hard, report_failure, write_record
-from dist_moe.worker.rank_info import read_place
 from dist_moe.config import ConfigError, Violation, load_config
+from dist_moe.worker.contract import STOPPED_CODE
+from dist_moe.worker.exit import exit_hard, report_failure, write_record
+from dist_moe.worker.rank_info import read_place
 
 HEARD: list[int] = []
 SEEN_S = 0.3

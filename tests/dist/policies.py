@@ -5,10 +5,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.spec import BalanceSettings
-from dist_moe.balance.rules.quantile import quantile_update
 from dist_moe.balance.counts import Tally
+from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balance.rules.quantile import quantile_update
+from dist_moe.balance.spec import BalanceSettings
 from dist_moe.model.routing import tally_routing
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import Forced, Rule, Threshold, TopK

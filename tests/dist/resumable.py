@@ -11,16 +11,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dist_moe.checkpoint.async_saver import save_checkpoint
+from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.training_state import read_numbers
 from dist_moe.comm.init import World
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.worker.rank_info import Place
 from dist_moe.config import Resolved, load_config, resolve
-from dist_moe.model.build import parameter_groups
 from dist_moe.engine.deepspeed import start_engine
+from dist_moe.engine.train_state import Training
+from dist_moe.model.build import parameter_groups
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, prepare_text, run
-from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
-from dist_moe.checkpoint.async_saver import save_checkpoint
-from dist_moe.checkpoint.training_state import Training, read_numbers
+from dist_moe.worker.rank_info import Place
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

@@ -14,10 +14,10 @@ from torch import Tensor
 from dist_moe.balance.counts import Tally
 from dist_moe.comm.init import World
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.worker.rank_info import read_place
 from dist_moe.config import load_config
 from dist_moe.train.reporting import open_report
 from dist_moe.train.step import StepRecord, train_step
+from dist_moe.worker.rank_info import read_place
 from tests.collectives import counted
 from tests.dist.balanced import CONFIG, CPU, started
 from tests.dist.small import Case, make_balancer, ragged_batch, share

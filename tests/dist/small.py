@@ -11,10 +11,10 @@ from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.spec import BalanceSettings
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.data.stream import Batch
+from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import build_model, parameter_groups
 from dist_moe.model.task import IGNORED, NO_LOSSES, LanguageModelTask
 from dist_moe.moe.select import Rule
-from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.train.step import StepRecord, train_step
 
 VOCABULARY = 61

@@ -1,8 +1,8 @@
 """Single steps of a started run, in the workers of the pool."""
 
 from dist_moe.config import Resolved
+from dist_moe.engine.train_state import Training
 from dist_moe.train.loop import micro_batches
-from dist_moe.checkpoint.training_state import Training
 from dist_moe.train.step import NOTHING, Word, train_step
 
 

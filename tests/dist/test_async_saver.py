@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.init import limit_groups
-from dist_moe.checkpoint.format.layout import Completion, checkpoints, complete
-from dist_moe.checkpoint.snapshot import HostCopy, collect
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
-from dist_moe.checkpoint.format.manifest import FileEntry, faults, read_manifest
 from dist_moe.checkpoint.async_saver import Saver, Written
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.layout import Completion, checkpoints, complete
+from dist_moe.checkpoint.format.manifest import FileEntry, faults, read_manifest
+from dist_moe.checkpoint.snapshot import HostCopy, collect
+from dist_moe.comm.init import limit_groups
 from dist_moe.train.step import Word
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_text

@@ -14,22 +14,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dist_moe.checkpoint import training_state
+from dist_moe.checkpoint.snapshot import collect
 from dist_moe.comm.init import World, limit_groups
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.worker.rank_info import Place
 from dist_moe.config import load_config, resolve
 from dist_moe.doctor import training_checks
+from dist_moe.doctor.context import Subject
+from dist_moe.doctor.estimates import estimate_memory, shape_of
 from dist_moe.doctor.examine import together
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange
-from dist_moe.doctor.estimates import estimate_memory, shape_of
-from dist_moe.doctor.context import Subject
 from dist_moe.doctor.training_checks import check_parity, check_saving
-from dist_moe.checkpoint import training_state
-from dist_moe.checkpoint.snapshot import collect
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.train.loop import prepare_text
 from dist_moe.train.step import StepRecord, train_step
+from dist_moe.worker.rank_info import Place
 from tests.dist.pool import RankPool
 from tests.dist.resumable import ROOT, overrides_of, started, write_text
 from tests.dist.steps import one_step
@@ -177,12 +177,12 @@ def spoil_gradient() -> None:
             down.register_hook(lambda gradient: gradient * 1.01)
         return train_step(engine, *given)  # type: ignore[arg-type]
 
-    trials.train_step = spoilt  # type: ignore[assignment]
+    training_checks.train_step = spoilt  # type: ignore[assignment]
 
 
 def spoil_moments() -> None:
     """A run that goes on does not read the moments."""
-    state._restore_optimizer = lambda *given: None
+    training_state._restore_optimizer = lambda *given: None
 
 
 @pytest.mark.parametrize(

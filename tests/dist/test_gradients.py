@@ -10,11 +10,11 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dist_moe.checkpoint.format.hf_weights import save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.task import IGNORED
-from dist_moe.engine.deepspeed import EngineSettings, start_engine
-from dist_moe.checkpoint.format.hf_weights import save_weights
 from tests.dist.pool import RankPool
 from tests.dist.small import Case, Trace, make_task, named_weights, part, ragged_batch, run_case
 from tests.dist.test_engine import assert_gradients, decays, expected, gradients_of, initial

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.init import limit_groups
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.comm.exchange import exchange_rows
-from dist_moe.health.hang_detector import HangError, Position, lookout, told
+from dist_moe.comm.init import limit_groups
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
+from dist_moe.health.hang_detector import HangError, Position, lookout, told
 from tests.dist.pool import RankError, RankPool
 from tests.dist.resumable import ROOT, command, overrides_of, steps, write_text
 from tests.dist.workers import direct

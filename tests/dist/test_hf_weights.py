@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dist_moe.balance.spec import BalanceSettings
+from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.convert import MoeLayer, find_layers
-from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.step import train_step
-from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from tests.dist.pool import RankPool
 from tests.dist.small import ROWS, Case, make_balancer, make_task, ragged_batch, share
 

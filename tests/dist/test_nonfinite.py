@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.checkpoint.format.layout import checkpoints
+from dist_moe.engine.train_state import Training
 from dist_moe.health.nonfinite import Guard, find_origin
 from dist_moe.train.loop import micro_batches
-from dist_moe.checkpoint.training_state import Training
 from tests.dist.pool import RankPool
 from tests.dist.resumable import ROOT, command, overrides_of, started, steps, write_text
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
+from dist_moe.engine.train_state import Training
 from dist_moe.health.replica_check import ReplicaError, compare_ranks, digest
-from dist_moe.checkpoint.training_state import Training
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, started, write_text
 from tests.dist.steps import one_step

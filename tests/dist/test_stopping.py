@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.worker.exit import STOPPED_CODE
+from dist_moe.worker.contract import STOPPED_CODE
 from tests.dist.resumable import ROOT, command, same_bits, steps, write_text
 
 LIMIT_S = 200.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dist_moe.data.errors import DataError
+from dist_moe.errors import DataError
 from dist_moe.train.loop import micro_batches
 from dist_moe.train.step import Word, train_step
 from tests.dist.pool import RankPool

@@ -10,11 +10,11 @@ import shutil
 import time
 from pathlib import Path
 
-from dist_moe.checkpoint.format.layout import PARTIAL
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
-from dist_moe.checkpoint.format.manifest import NAME, digest
 from dist_moe.checkpoint.async_saver import Saver
-from dist_moe.checkpoint.training_state import Training
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.layout import PARTIAL
+from dist_moe.checkpoint.format.manifest import NAME, digest
+from dist_moe.engine.train_state import Training
 from tests.dist.resumable import overrides_of, same_bits, started
 from tests.faults.files import CHANGES, LAST, SAVED, go
 from tests.faults.processes import lost

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_moe.config import Resolved
-from dist_moe.errors import UserError
-from dist_moe.checkpoint.format.layout import step_of
-from dist_moe.train.loop import make_schedule
-from dist_moe.checkpoint.format.manifest import NAME, digest
 from dist_moe.checkpoint.async_saver import save_checkpoint
-from dist_moe.checkpoint.training_state import Training
+from dist_moe.checkpoint.format.layout import step_of
+from dist_moe.checkpoint.format.manifest import NAME, digest
+from dist_moe.config import Resolved
+from dist_moe.engine.train_state import Training
+from dist_moe.errors import UserError
+from dist_moe.train.loop import make_schedule
 from tests.dist.resumable import overrides_of, same_bits, started
 from tests.dist.steps import one_step
 from tests.faults.processes import lost

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from dist_moe.worker.exit import STOPPED_CODE
 from dist_moe.checkpoint.format.layout import PARTIAL, checkpoints
 from dist_moe.checkpoint.format.manifest import NAME, digest, faults, read_manifest
+from dist_moe.worker.contract import STOPPED_CODE
 from tests.dist.resumable import same_bits, steps
 from tests.faults.job import EVERY, STEPS, Job, is_worker_of, job, state_of
 from tests.faults.row import Row

@@ -11,14 +11,14 @@ import torch
 from dist_moe.balance.balancer import Balancer
 from dist_moe.comm.init import join_world
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.worker.rank_info import Place
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.routing import tally_routing
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
-from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.train.step import train_step
+from dist_moe.worker.rank_info import Place
 from tests.dist.policies import EXPERTS, POLICIES, logits_of
 from tests.dist.small import DEEPSEEK, ROWS, Case, make_balancer, make_task, ragged_batch, share
 

@@ -38,7 +38,7 @@ class Pair:
 
     def __init__(self, ranks: list[int], seed: int) -> None:
         self.ranks = ranks
-        self.mpi = dist.new_group(ranks, backend=mpi.NAME, timeout=TIMEOUT)
+        self.mpi = dist.new_group(ranks, backend=backend.NAME, timeout=TIMEOUT)
         self.gloo = dist.new_group(ranks, backend="gloo", timeout=TIMEOUT)
         self.draw = random.Random(seed)
         self.size = len(ranks)
@@ -267,7 +267,7 @@ def main() -> None:
     rank, size = place.rank, place.world_size
     torch.set_num_threads(1)
     dist.init_process_group(
-        mpi.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size, timeout=TIMEOUT
+        backend.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size, timeout=TIMEOUT
     )
     agreed = 0
     everyone = list(range(size))

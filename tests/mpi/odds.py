@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.mpi import backend
 from dist_moe.comm.init import limit_groups
+from dist_moe.comm.mpi import backend
 from dist_moe.worker.rank_info import read_place
 
 
@@ -162,7 +162,9 @@ STEPS = (
 def main() -> None:
     place = read_place(os.environ)
     rank, size = place.rank, place.world_size
-    dist.init_process_group(mpi.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size)
+    dist.init_process_group(
+        backend.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size
+    )
     for step in STEPS:
         step(rank, size)
 

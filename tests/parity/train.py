@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from dist_moe.worker.rank_info import read_place
 from dist_moe.config import load_config, resolve
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import Threshold, TopK, bias_inputs, biased_scores
 from dist_moe.train.loop import run
+from dist_moe.worker.rank_info import read_place
 from tests.dist.pool import RankPool
 from tests.parity.case import POOL, Case
 from tests.parity.setting import CONFIG, overrides

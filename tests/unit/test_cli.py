@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from dist_moe import cli
+from dist_moe.cli import main as cli
 from dist_moe.config import load_config
 
 DEBUG = Path(__file__).resolve().parents[2] / "configs" / "debug.yaml"

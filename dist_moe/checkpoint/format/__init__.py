@@ -1,1 +1,1 @@
-"""TODO."""
+"""The format of checkpoints and of Hugging Face folders on disk."""

@@ -12,17 +12,13 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_moe.config.untrusted import read_json
-from dist_moe.errors import UserError
+from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.tensor_header import FLOATS, Stored, read_header
+from dist_moe.config.untrusted import read_json
 
 INDEX = "model.safetensors.index.json"
 EXPERT = re.compile(r"(.+)\.experts\.(0|[1-9][0-9]{0,8})\.(gate|up|down)_proj\.weight")
 FUSED = re.compile(r"(.+)\.experts\.(gate_up|down)_proj")
-
-
-class WeightsError(UserError, ValueError):
-    """A weights folder that does not fit; the message lists every tensor that is missing or unexpected."""
 
 
 class Source(NamedTuple):

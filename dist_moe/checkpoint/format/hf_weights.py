@@ -18,25 +18,25 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from dist_moe.comm.mesh import Mesh
-from dist_moe.config.family import family_of
-from dist_moe.config.pretrained import OWN_PREFIX
-from dist_moe.model.build import empty_model, family_rule, materialise
-from dist_moe.model.convert import MoeLayer, find_layers
-from dist_moe.model.families import Adapter, adapter_of
-from dist_moe.moe.select import Forced, Rule, Threshold, TopK
-from dist_moe.checkpoint.format.shard_reader import ElementReader, write_tensors
+from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_folder import (
     FUSED,
     INDEX,
     Source,
-    WeightsError,
     find_sources,
     raw_config,
     read_sources,
     tensor_files,
 )
+from dist_moe.checkpoint.format.shard_reader import ElementReader, write_tensors
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config.family import family_of
+from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER, Named
+from dist_moe.model.build import empty_model, family_rule, materialise
+from dist_moe.model.convert import MoeLayer, find_layers
+from dist_moe.model.families import Adapter, adapter_of
+from dist_moe.moe.select import Forced, Rule, Threshold, TopK
 
 # What config.json calls the kinds of rules.
 RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": Threshold, "forced": Forced}

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_moe.config import Config
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
-from dist_moe.checkpoint.format.manifest import FileEntry, entry, sync_folder, write_manifest
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_weights import write_index
+from dist_moe.checkpoint.format.manifest import FileEntry, entry, sync_folder, write_manifest
+from dist_moe.config import Config
 
 LATEST = "latest"
 PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"

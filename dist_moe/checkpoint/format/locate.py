@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from dist_moe.config.untrusted import read_text
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import LATEST, checkpoints
-from dist_moe.checkpoint.format.tensor_header import CheckpointError
 from dist_moe.checkpoint.format.manifest import NAME
+from dist_moe.config.untrusted import read_text
 
 
 def locate(path: Path) -> Path:

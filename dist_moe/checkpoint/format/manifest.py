@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 import xxhash
 from pydantic import Field
 
-from dist_moe.config.untrusted import parse_json, printable, read_text
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.config.base import Section
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
+from dist_moe.config.untrusted import parse_json, printable, read_text
 
 NAME = "manifest.json"
 FORMAT = 2

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_moe.checkpoint.format.tensor_header import CheckpointError, Stored, read_header
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.tensor_header import Stored, read_header
 
 RANDOM = "random"
 """The kind of the random states, in bytes; all others are numbers in fp32."""

@@ -5,8 +5,8 @@ import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.config.untrusted import LARGEST_TEXT, parse_json
-from dist_moe.errors import UserError
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -17,10 +17,6 @@ ITEM_BYTES = {
 """The bytes of one number of each dtype, by the words of the format."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 MOST_DIMS = 8
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be written or used: which, why, and what to do."""
 
 
 class Stored(NamedTuple):

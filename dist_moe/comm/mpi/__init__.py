@@ -1,1 +1,1 @@
-"""TODO."""
+"""A backend of torch.distributed over MPI."""

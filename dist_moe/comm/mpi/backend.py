@@ -15,8 +15,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from dist_moe.comm.mpi.backend.work import Dense, Pending, apart, each, joined, spread
-from dist_moe.comm.mpi.backend.reduce_ops import Numbers, memory
+from dist_moe.comm.mpi.reduce_ops import Numbers, memory
+from dist_moe.comm.mpi.work import Dense, Pending, apart, each, joined, spread
 
 NAME = "mpi4py"
 """The backend's name in torch, whose own "mpi" has to be compiled in."""

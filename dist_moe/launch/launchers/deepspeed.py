@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dist_moe.errors import needs_folder
 from dist_moe.config.schema import Config
+from dist_moe.errors import needs_folder
 from dist_moe.launch.cluster import (
     Cluster,
     carried_environment,

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dist_moe.launch.command import LAUNCH_VARIABLE
 from dist_moe.launch.supervise.first_failure import read_record
 from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, read_process, send
-from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
 from dist_moe.launch.supervise.protocol import LOG_ALONE, Line, Meeting
+from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
+from dist_moe.worker.contract import LAUNCH_VARIABLE
 
 CONNECT_LIMIT_S = 10.0
 LOOK_S = 0.1

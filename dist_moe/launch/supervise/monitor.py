@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.launch.supervise.first_failure import Failure, failure_of, silent_end
-from dist_moe.launch.supervise.pty import CLEAR_LINE, CONTROL, SHOW_CURSOR
 from dist_moe.launch.supervise.protocol import LOG_ALONE, Line, Meeting, ready
+from dist_moe.launch.supervise.pty import CLEAR_LINE, CONTROL, SHOW_CURSOR
 
 END_LIMIT_S = 5.0
 # What a launcher sends to workers that have not left when it sees that another has.

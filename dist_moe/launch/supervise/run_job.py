@@ -14,10 +14,11 @@ from types import FrameType
 from typing import NamedTuple
 
 from dist_moe.errors import needs_folder
-from dist_moe.launch.command import LAUNCH_VARIABLE, Command, LaunchError
+from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.supervise.monitor import Hub
 from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, send
 from dist_moe.launch.supervise.pty import terminal_environment
+from dist_moe.worker.contract import LAUNCH_VARIABLE, STOPPED_CODE
 
 LOOK_S = 0.1
 # After a worker has failed, the launcher has this long to end the others; DeepSpeed's looks once a second.
@@ -29,7 +30,6 @@ WORKER_GRACE_S = 1.0
 # After a request to stop, the workers have this long for the step that they are in and for a checkpoint.
 STOP_LIMIT_S = 1800.0
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-STOPPED_CODE = 75
 
 
 class Outcome(NamedTuple):

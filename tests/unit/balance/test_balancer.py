@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.spec import BalanceSettings
-from dist_moe.balance.rules.quantile import BINS
 from dist_moe.balance.counts import Tally
+from dist_moe.balance.rules.quantile import BINS
+from dist_moe.balance.spec import BalanceSettings
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import Threshold, TopK
 

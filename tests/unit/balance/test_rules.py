@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dist_moe.balance.counts import Tally
 from dist_moe.balance.rules.adaptive_weight import adaptive_weight_update
 from dist_moe.balance.rules.loss_free import loss_free_update
 from dist_moe.balance.spec import BalanceSettings, UpdateRule, update_rule
-from dist_moe.balance.counts import Tally
 
 loads = st.lists(st.integers(0, 2**40), min_size=1, max_size=12)
 

@@ -1,4 +1,6 @@
-"""A worker whose disk or text is struck at one step and mended at another, `python -m tests.unit.checkpoint.damaged ...`.
+"""A worker whose disk or text fails at one step and is repaired at another.
+
+Run as `python -m tests.unit.checkpoint.damaged ...`.
 
 The worker is the real one, in a process of its own; all that is added is the blow, between two of its steps.
 """
@@ -11,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_moe.checkpoint import async_saver
 from dist_moe.cli.main import train
-from dist_moe.train import loop, saver
+from dist_moe.train import loop
 from tests.disk import detach, set_read_only
 from tests.dist.resumable import ROOT
 
@@ -43,7 +46,7 @@ def main(kind: str, where: str, strike_at: str, mend_at: str, *overrides: str) -
 
     mend_at: the step before which a read-only disk is made as it was; 0 for none.
     """
-    one_step, write, struck = loop.one_step, saver._write, threading.Event()
+    one_step, write, struck = loop.one_step, async_saver._write, threading.Event()
 
     def step_and_blow(*given: Any) -> Any:
         step = given[3]
@@ -60,7 +63,7 @@ def main(kind: str, where: str, strike_at: str, mend_at: str, *overrides: str) -
         return write(contents, partial)
 
     setattr(loop, "one_step", step_and_blow)  # noqa: B010  (its type is another)
-    setattr(saver, "_write", write_after_blow)  # noqa: B010
+    setattr(async_saver, "_write", write_after_blow)  # noqa: B010
     train(ROOT / "configs/debug.yaml", list(overrides), 0)
 
 

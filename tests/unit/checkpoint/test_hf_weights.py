@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dist_moe.checkpoint.errors import WeightsError
+from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh
 from dist_moe.data.tokenizer import byte_tokenizer
 from dist_moe.model.build import build_model, family_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.moe.select import Forced, Rule, Threshold, TopK
-from dist_moe.checkpoint.format.hf_folder import WeightsError
-from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from tests.unit.model.samples import ALONE, FAMILIES, logits, perturb, small_model, stored_tensors, tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

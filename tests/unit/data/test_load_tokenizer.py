@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dist_moe.data.corpus import prepare
-from dist_moe.data.errors import DataError
 from dist_moe.data.load_tokenizer import load_tokenizer
+from dist_moe.errors import DataError
 from tests.folders import END, THINK, make_tokenizer
 
 TEXT = f"The router's load,\nétait 12 naïve!\n\n  日本語 {END} {THINK}x</think> <|endoftext|>"

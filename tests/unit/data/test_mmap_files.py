@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data import mmap_files, origin
+from dist_moe.data import mmap_files, source_manifest
 from dist_moe.data.corpus import Prepared, open_prepared, prepare
-from dist_moe.data.errors import DataError
 from dist_moe.data.mmap_files import Mapped, change_of, content_digest, refuse_change
 from dist_moe.data.sources import fetch_sources
+from dist_moe.errors import DataError
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_tokens_without_a_list_of_digests_are_used_as_they_are(prepared: Prepare
     """Those of an earlier version: a checkpoint that has learned from them goes on."""
     path = prepared.folder / "manifest.json"
     before = json.loads(path.read_text())
-    del before["digests"], before["files"][origin.NAME]
+    del before["digests"], before["files"][source_manifest.NAME]
     path.write_text(json.dumps(before))
-    (prepared.folder / origin.NAME).unlink()
+    (prepared.folder / source_manifest.NAME).unlink()
     inode = prepared.folder.stat().st_ino
     again = made(source, source.parent)
     assert (again.folder.stat().st_ino, again.fingerprint) == (inode, prepared.fingerprint)
@@ -84,8 +84,8 @@ def test_a_digest_covers_every_block_and_the_size(tmp_path: Path, place: int) ->
 def test_a_large_file_is_read_in_blocks_from_its_first_byte_to_its_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "WHOLE_BYTES", 1 << 20)
-    monkeypatch.setattr(mapped, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(mmap_files, "WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(mmap_files, "BLOCK_BYTES", 1 << 10)
     path = tmp_path / "tokens"
     size = 2 << 20
     path.write_bytes(bytes(size))
@@ -161,21 +161,23 @@ def test_a_source_that_differs_is_named_by_its_file(tmp_path: Path) -> None:
         return prepare([str(tmp_path / "*.txt")], "bytes", 0, 0.5, tmp_path / "cache")
 
     first = now()
-    assert origin.difference(first.folder, now().folder) == ""
+    assert source_manifest.difference(first.folder, now().folder) == ""
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.txt").write_text("text of B " * 20)
     (tmp_path / "g.txt").write_text("text of g " * 20)
     told = "a.txt is gone, b.txt was changed (200 bytes, now 200), g.txt is new"
-    assert origin.difference(first.folder, now().folder) == told
+    assert source_manifest.difference(first.folder, now().folder) == told
     for name in "cd":
         (tmp_path / f"{name}.txt").write_text("short")
-    assert origin.difference(first.folder, now().folder).endswith("c.txt was changed (200 bytes, now 5) and 2 more")
-    assert origin.difference(tmp_path / "nowhere", first.folder) == ""
+    assert source_manifest.difference(first.folder, now().folder).endswith(
+        "c.txt was changed (200 bytes, now 5) and 2 more"
+    )
+    assert source_manifest.difference(tmp_path / "nowhere", first.folder) == ""
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(source: Path, tmp_path: Path) -> None:
     records = fetch_sources([str(source)], tmp_path)
-    origin.write_origin(tmp_path, records)
+    source_manifest.write_origin(tmp_path, records)
     longer(source)
     with pytest.raises(DataError, match=r"works\.jsonl' was changed while it was read; start again"):
-        origin.write_origin(tmp_path, records)
+        source_manifest.write_origin(tmp_path, records)

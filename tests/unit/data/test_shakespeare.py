@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.cache import file_sha256
-from dist_moe.data.errors import DataError
 from dist_moe.data.shakespeare import ARCHIVE, SHA256, shakespeare_archive
 from dist_moe.data.sources import fetch_sources, read_documents
+from dist_moe.errors import DataError
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.errors import DataError
 from dist_moe.data.sources import fetch_sources, read_documents
+from dist_moe.errors import DataError
 
 
 def test_stdlib_is_code_without_tests_or_packages(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_moe.data.errors import DataError
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.tokenizer import END, Tokenizer, byte_tokenizer, cut, train_bpe
+from dist_moe.errors import DataError
 
 SAMPLE = (
     "The quality of mercy isn't strain'd,\n  it droppeth as the gentle rain from heaven.\n\n"

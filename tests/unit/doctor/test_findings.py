@@ -9,9 +9,7 @@ from rich.console import Console
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import load_config, resolve
-from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words, read_json, table, write_json
-from dist_moe.doctor.machines import compare_places, compare_versions, patterns
-from dist_moe.doctor.network import compare_clocks, refused
+from dist_moe.doctor.context import experts_taken
 from dist_moe.doctor.estimates import (
     Claim,
     Memory,
@@ -23,7 +21,9 @@ from dist_moe.doctor.estimates import (
     free_memory,
     kept_checkpoints,
 )
-from dist_moe.doctor.context import experts_taken
+from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words, read_json, table, write_json
+from dist_moe.doctor.machines import compare_places, compare_versions, patterns
+from dist_moe.doctor.network import compare_clocks, refused
 
 DEBUG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 

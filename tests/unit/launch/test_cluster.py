@@ -13,8 +13,8 @@ from dist_moe.config import Config, load_config
 from dist_moe.errors import ConfigError
 from dist_moe.launch.cluster import Cluster, read_cluster
 from dist_moe.launch.command import Command, LaunchError
-from dist_moe.launch.launchers.deepspeed import deepspeed_cluster_command
 from dist_moe.launch.job import Job
+from dist_moe.launch.launchers.deepspeed import deepspeed_cluster_command
 from dist_moe.launch.launchers.mpirun import mpirun_cluster_command, subnet
 from dist_moe.launch.launchers.torchrun import torchrun_cluster_command
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.worker import exit
 from dist_moe.launch.supervise import run_job
 from dist_moe.launch.supervise.first_failure import Failure, failure_of, silent_end
 from dist_moe.launch.supervise.process_tree import read_process
+from dist_moe.worker import exit as worker_exit
 
 
 def reported(rank: int, error: Exception, code: int = 1) -> Failure:
     """What the worker's report says, in the words that the launch reads."""
-    return failure_of(failure.error_report(rank, error, code, "Traceback\n"), rank, Path(f"errors/rank-{rank}.txt"))
+    return failure_of(worker_exit.error_report(rank, error, code, "Traceback\n"), rank, Path(f"errors/rank-{rank}.txt"))
 
 
 def test_the_earlier_report_is_named() -> None:
@@ -61,6 +61,6 @@ def test_exit_codes_of_silent_ends(code: int, finished: bool, expected: int) -> 
 def test_both_sides_mean_the_same_variable_and_the_same_process() -> None:
     me = read_process(os.getpid())
     assert me
-    assert run_job.LAUNCH_VARIABLE == failure.LAUNCH_VARIABLE
-    assert run_job.STOPPED_CODE == failure.STOPPED_CODE
-    assert failure.start_time(os.getpid()) == me.start_time
+    assert run_job.LAUNCH_VARIABLE == worker_exit.LAUNCH_VARIABLE
+    assert run_job.STOPPED_CODE == worker_exit.STOPPED_CODE
+    assert worker_exit.start_time(os.getpid()) == me.start_time

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.command import LAUNCH_VARIABLE
 from dist_moe.launch.supervise.monitor import Hub
 from dist_moe.launch.supervise.protocol import LONGEST_BYTES, Meeting, ready
+from dist_moe.worker.contract import LAUNCH_VARIABLE
 from tests.unit.launch.monitored import LIMIT_S, WORKER, greet, start, until
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.supervise import run_job
 from dist_moe.launch.command import Command
+from dist_moe.launch.supervise import run_job
 from dist_moe.launch.supervise.monitor import Hub
-from dist_moe.launch.supervise.run_job import End, ends_at_once, follow, grace_s, verdict
 from dist_moe.launch.supervise.protocol import Line
+from dist_moe.launch.supervise.run_job import End, ends_at_once, follow, grace_s, verdict
 
 COMMAND = Command("torchrun", (), {})
 

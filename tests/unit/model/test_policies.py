@@ -10,7 +10,8 @@ from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.spec import BalanceSettings
 from dist_moe.config.combinations import POLICIES, SCORES, SELECTIONS, refusal
-from dist_moe.config.sections.router import BalanceConfig, RouterConfig
+from dist_moe.config.sections.balance import BalanceConfig
+from dist_moe.config.sections.router import RouterConfig
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.task import LanguageModelTask
 from tests.unit.model.samples import ALONE, FAMILIES, tokens

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dist_moe import cli
+from dist_moe.cli import main as cli
 from dist_moe.study.contenders import CONTENDERS
 from dist_moe.study.controllers import SIZES, Plan, Size, make_plan, run_plan
 from dist_moe.study.figure import binned

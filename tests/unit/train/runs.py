@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config, resolve
 from dist_moe.train.loop import prepare_text
-from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from tests.dist.resumable import ROOT, command, overrides_of
 
 ALONE, CPU = Mesh(1, 0, 1), torch.device("cpu")

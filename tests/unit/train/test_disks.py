@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.layout import checkpoints
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import load_config, resolve
-from dist_moe.checkpoint.format.layout import checkpoints
-from dist_moe.checkpoint.format.shard_reader import CheckpointError
 from dist_moe.train.loop import prepare_text
-from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from tests.disk import on_disk
 from tests.dist.resumable import ROOT, command, overrides_of, same_bits, steps, write_text
 
@@ -32,7 +32,8 @@ def trained(text: Path, disk: Path, size: str, *blow: str) -> subprocess.Complet
     """Train with all of run.dir on a disk of its own, and strike it, unless `blow` is empty; `out` is what is left."""
     argv = command(text, disk / "run", *CHANGES)
     if blow:
-        argv = [sys.executable, "-m", "tests.unit.checkpoint.damaged", *blow, *overrides_of(text, disk / "run", *CHANGES)]
+        changes = overrides_of(text, disk / "run", *CHANGES)
+        argv = [sys.executable, "-m", "tests.unit.checkpoint.damaged", *blow, *changes]
     return on_disk(disk, size, ["sh", "-c", COPY, str(disk), str(disk.with_name("out")), *argv])
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Unit tests of `dist_moe.balance.rules`."""

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.load import max_vio
-from dist_moe.balance.spec import BalanceSettings, update_rule
-from dist_moe.balance.rules.quantile import BINS, count_margins, quantile_update
 from dist_moe.balance.counts import Tally
+from dist_moe.balance.load import max_vio
+from dist_moe.balance.rules.quantile import BINS, count_margins, quantile_update
+from dist_moe.balance.spec import BalanceSettings, update_rule
 from dist_moe.config.family import Score
 from dist_moe.moe.select import TopK, bias_inputs, gate_scores, select_top_k
 

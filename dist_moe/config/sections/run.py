@@ -1,0 +1,28 @@
+"""The fields of the run as a whole."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dist_moe.config.base import Auto, Section
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    dir: str = Field(
+        default="runs/default",
+        min_length=1,
+        description="the folder for everything the run writes; made if it is not there",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="the seed of the initial weights and of the data order (0 or more)",
+    )
+    threads: Annotated[int, Field(ge=1)] | Auto = Field(
+        default="auto",
+        description="the CPU threads of each worker inside one operation (1 or more), or auto: the "
+        "host's cores divided by its workers",
+    )

@@ -1,0 +1,27 @@
+"""Everything of a run that a step changes or that a checkpoint is made of."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from dist_moe.balance.balancer import Balancer
+from dist_moe.config import Config
+from dist_moe.data.corpus import Prepared
+from dist_moe.data.stream import Stream
+from dist_moe.engine.deepspeed import Engine
+from dist_moe.model.task import LanguageModelTask
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a checkpoint is made of."""
+
+    config: Config
+    engine: Engine
+    balancer: Balancer
+    task: LanguageModelTask
+    prepared: Prepared
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The endless rows to train on."""
+        return Stream(self.prepared.train, self.config.data.sequence_length, self.config.run.seed)
