@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_moe.moe.select import Inputs, Threshold, TopK
+from dist_moe.moe.select import Inputs, ThresholdRouting, TopK
 
 
 def slow_gate(logits_E: Tensor, score: str) -> Tensor:
@@ -31,19 +31,19 @@ def slow_select(logits_E: Tensor, rule: TopK, inputs: Inputs) -> tuple[list[int]
     size = len(choice) // rule.groups
     groups = [range(first, first + size) for first in range(0, len(choice), size)]
     groups.sort(key=lambda group: -sum(sorted(choice[expert] for expert in group)[-2:]))
-    open_to_it = [expert for group in groups[: rule.top_groups] for expert in group]
+    open_to_it = [expert for group in groups[: rule.topk_groups] for expert in group]
     ids = sorted(open_to_it, key=lambda expert: -choice[expert])[: rule.top_k]
-    mixing_E = shifted_E if rule.shapes_mixture else logits_E
+    mixing_E = shifted_E if rule.bias_in_gate_weights else logits_E
     weights_K = slow_gate(mixing_E[ids] if rule.score == "softmax_selected" else mixing_E, rule.score)
     if rule.score != "softmax_selected":
         weights_K = weights_K[ids]
-    if rule.normalise:
+    if rule.normalize:
         weights_K = weights_K / weights_K.sum()
-    return ids, weights_K * rule.scaling
+    return ids, weights_K * rule.routed_scaling_factor
 
 
 def slow_select_by_threshold(
-    logits_E: Tensor, rule: Threshold, threshold: float, logit_bias_E: Tensor | None
+    logits_E: Tensor, rule: ThresholdRouting, threshold: float, logit_bias_E: Tensor | None
 ) -> tuple[list[int], Tensor]:
     """The experts of one token, most probable first, taken until they reach the threshold; and their weights."""
     biased_E = logits_E if logit_bias_E is None else logits_E + logit_bias_E
@@ -55,10 +55,10 @@ def slow_select_by_threshold(
             break
         ids.append(expert)
         reached += choice[expert]
-    weights_K = slow_gate(biased_E if rule.shapes_mixture else logits_E, "softmax")[ids]
-    if rule.normalise:
+    weights_K = slow_gate(biased_E if rule.bias_in_gate_weights else logits_E, "softmax")[ids]
+    if rule.normalize:
         weights_K = weights_K / weights_K.sum()
-    return ids, weights_K * rule.scaling
+    return ids, weights_K * rule.routed_scaling_factor
 
 
 def slow_mixture(
@@ -91,7 +91,7 @@ class LayerCase:
     top_k: int
     takers: tuple[int, ...] | None = None
     padding: float = 0.0
-    skew: float = 0.0
+    zipf_exponent: float = 0.0
     ragged: bool = False
     width: int = 8
     expert_width: int = 4
@@ -104,7 +104,7 @@ class LayerCase:
         generator = torch.Generator().manual_seed(1000 * self.seed + rank)
         tokens = self.tokens[rank]
         takers = torch.tensor(self.takers or range(self.experts))
-        love = torch.exp(self.skew * torch.linspace(-1, 1, len(takers))).expand(tokens, -1)
+        love = torch.exp(self.zipf_exponent * torch.linspace(-1, 1, len(takers))).expand(tokens, -1)
         ids_TK = torch.zeros(0, self.top_k, dtype=torch.int64)
         if tokens:
             ids_TK = takers[torch.multinomial(love, self.top_k, generator=generator)]

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import Tally, add_tallies, sum_tallies
+from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts
 from dist_moe.balance.rules.quantile import BINS
 from dist_moe.balance.spec import BalanceSettings, update_rule
 from dist_moe.balance.threshold_controller import Controller, control, start_controller
@@ -26,7 +26,7 @@ class Balanced(Protocol):
     def balanced(self) -> bool: ...
 
     @property
-    def most(self) -> int:
+    def max_experts_per_token(self) -> int:
         """Experts a token takes at most."""
         ...
 
@@ -68,30 +68,30 @@ class Balancer:
         held = [router.threshold for router in self.routers.values() if router.threshold is not None]
         return float(held[0]) if held else None
 
-    def observe(self, tallies: Sequence[Tally]) -> None:
+    def observe(self, routing_counts: Sequence[RoutingCounts]) -> None:
         """Add one micro-batch: the counts of each layer on this rank, in the order of `routers`."""
-        self._window = add_tallies(self._window, tallies)
+        self._window = add_counts(self._window, routing_counts)
 
     @torch.no_grad()
-    def step(self) -> list[Tally]:
+    def step(self) -> list[RoutingCounts]:
         """After a step that was taken: reduce the window, update every layer, begin a new window.
 
         -> the counts of each layer over all ranks. The one collective is made under policy "none" too, since the load
         is shown under every policy. All ranks call it alike.
         """
-        tallies = self._reduce_window()
+        routing_counts = self._reduce_window()
         rate = self.settings.rate_at(self.taken)
-        for router, tally in zip(self.routers.values(), tallies, strict=True):
+        for router, layer_counts in zip(self.routers.values(), routing_counts, strict=True):
             if not router.balanced:
                 continue
-            router.last_load.copy_(tally.load_E)
+            router.last_load.copy_(layer_counts.load_E)
             if self._rule is not None and not self.settings.frozen_at(self.taken):
-                router.selection_bias.copy_(self._rule(router.selection_bias, tally, rate))
-        self._control_threshold(tallies)
+                router.selection_bias.copy_(self._rule(router.selection_bias, layer_counts, rate))
+        self._control_threshold(routing_counts)
         self.taken += 1
-        return tallies
+        return routing_counts
 
-    def discard(self) -> list[Tally]:
+    def discard(self) -> list[RoutingCounts]:
         """After a step that was skipped: the counts are reduced for the record, and move nothing."""
         return self._reduce_window()
 
@@ -127,13 +127,15 @@ class Balancer:
         """The routers whose threshold the budget's controller moves."""
         return [router for router in self.routers.values() if router.balanced and router.threshold is not None]
 
-    def _control_threshold(self, tallies: Sequence[Tally]) -> None:
+    def _control_threshold(self, routing_counts: Sequence[RoutingCounts]) -> None:
         budget = self.settings.budget
-        pairs = zip(self.routers.values(), tallies, strict=True)
-        counted = [tally for router, tally in pairs if router.balanced and router.threshold is not None]
+        pairs = zip(self.routers.values(), routing_counts, strict=True)
+        counted = [layer_counts for router, layer_counts in pairs if router.balanced and router.threshold is not None]
         if self.controller is None or budget is None or not counted:
             return
-        sums = torch.stack([count.sum() for tally in counted for count in (tally.load_E, tally.takers_K)]).tolist()
+        sums = torch.stack(
+            [count.sum() for layer_counts in counted for count in (layer_counts.load_E, layer_counts.k_histogram_K)]
+        ).tolist()
         assignments, tokens = sum(sums[::2]), sum(sums[1::2])
         if tokens:
             self._set_controller(control(self.controller, assignments / tokens, budget))
@@ -144,19 +146,19 @@ class Balancer:
             assert router.threshold is not None
             router.threshold.fill_(controller.threshold)
 
-    def _reduce_window(self) -> list[Tally]:
-        tallies = sum_tallies(self._window, self.device)
+    def _reduce_window(self) -> list[RoutingCounts]:
+        routing_counts = all_reduce_routing_counts(self._window, self.device)
         self._window = self._empty_window()
-        return tallies
+        return routing_counts
 
-    def _empty_window(self) -> list[Tally]:
-        return [self._empty_tally(router) for router in self.routers.values()]
+    def _empty_window(self) -> list[RoutingCounts]:
+        return [self._empty_counts(router) for router in self.routers.values()]
 
-    def _empty_tally(self, router: Balanced) -> Tally:
+    def _empty_counts(self, router: Balanced) -> RoutingCounts:
         experts = router.selection_bias.numel()
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
         margins_EQ = zeros(experts, BINS) if self.settings.counts_margins else None
-        return Tally(zeros(experts), zeros(router.most), margins_EQ)
+        return RoutingCounts(zeros(experts), zeros(router.max_experts_per_token), margins_EQ)

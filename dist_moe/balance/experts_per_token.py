@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def experts_per_token(takers_K: Tensor) -> float:
+def experts_per_token(k_histogram_K: Tensor) -> float:
     """Mean number of experts that a token took; 0 where there is no token.
 
     Args:
@@ -19,12 +19,12 @@ def experts_per_token(takers_K: Tensor) -> float:
         TypeError: the counts are not int64.
         ValueError: the counts have another number of dims, or one is negative.
     """
-    counts = _checked(takers_K).tolist()
+    counts = _checked(k_histogram_K).tolist()
     tokens = sum(counts)
     return sum(taken * count for taken, count in enumerate(counts, start=1)) / tokens if tokens else 0.0
 
 
-def experts_per_token_percentile(takers_K: Tensor, percent: int) -> int:
+def experts_per_token_percentile(k_histogram_K: Tensor, percent: int) -> int:
     """The smallest n such that `percent` of 100 tokens took n experts or fewer; 0 where there is no token.
 
     Args:
@@ -36,7 +36,7 @@ def experts_per_token_percentile(takers_K: Tensor, percent: int) -> int:
     """
     if not 1 <= percent <= 100:
         raise ValueError(f"percent={percent}; it is 1 to 100; use 50 for the median")
-    counts = _checked(takers_K)
+    counts = _checked(k_histogram_K)
     tokens = int(counts.sum())
     if tokens == 0:
         return 0
@@ -44,23 +44,29 @@ def experts_per_token_percentile(takers_K: Tensor, percent: int) -> int:
     return 1 + int((100 * counts.cumsum(dim=0) < percent * tokens).sum())
 
 
-def sum_takers(takers_L: Sequence[Tensor]) -> Tensor:
+def sum_k_histograms(k_histogram_L: Sequence[Tensor]) -> Tensor:
     """Sum the counts of layers, each as long as its own K -> int64, as long as the largest K; [0] without layers.
 
     Raises:
         TypeError, ValueError: as `experts_per_token`.
     """
-    total_K = torch.zeros(max((len(_checked(takers_K)) for takers_K in takers_L), default=0), dtype=torch.int64)
-    for takers_K in takers_L:
-        total_K[: len(takers_K)] += takers_K.cpu()
+    total_K = torch.zeros(
+        max((len(_checked(k_histogram_K)) for k_histogram_K in k_histogram_L), default=0), dtype=torch.int64
+    )
+    for k_histogram_K in k_histogram_L:
+        total_K[: len(k_histogram_K)] += k_histogram_K.cpu()
     return total_K
 
 
-def _checked(takers_K: Tensor) -> Tensor:
-    if takers_K.dtype != torch.int64:
-        raise TypeError(f"counts of tokens have dtype {takers_K.dtype}; counts are torch.int64; count with bincount")
-    if takers_K.dim() != 1:
-        raise ValueError(f"counts of tokens have shape {tuple(takers_K.shape)}; it is [K]; pass one tensor per layer")
-    if takers_K.numel() and int(takers_K.min()) < 0:
-        raise ValueError(f"a count of tokens is {int(takers_K.min())}; it is never negative; count with bincount")
-    return takers_K
+def _checked(k_histogram_K: Tensor) -> Tensor:
+    if k_histogram_K.dtype != torch.int64:
+        raise TypeError(
+            f"counts of tokens have dtype {k_histogram_K.dtype}; counts are torch.int64; count with bincount"
+        )
+    if k_histogram_K.dim() != 1:
+        raise ValueError(
+            f"counts of tokens have shape {tuple(k_histogram_K.shape)}; it is [K]; pass one tensor per layer"
+        )
+    if k_histogram_K.numel() and int(k_histogram_K.min()) < 0:
+        raise ValueError(f"a count of tokens is {int(k_histogram_K.min())}; it is never negative; count with bincount")
+    return k_histogram_K

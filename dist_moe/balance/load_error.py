@@ -17,9 +17,9 @@ def load_error(load_E: Tensor) -> Tensor:
     return (error_E / total.clamp(min=1)).to(torch.float32)
 
 
-def centred(bias_E: Tensor, centre: bool) -> Tensor:
-    """The bias less its mean where `centre` says so."""
-    return bias_E - bias_E.mean() if centre else bias_E
+def centered(bias_E: Tensor, center: bool) -> Tensor:
+    """The bias less its mean where `center` says so."""
+    return bias_E - bias_E.mean() if center else bias_E
 
 
 def check_bias(bias_E: Tensor) -> None:

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dist_moe.balance.counts import Tally
+from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.rules.adaptive_weight import adaptive_weight_update
 from dist_moe.balance.rules.loss_free import loss_free_update
 from dist_moe.balance.rules.quantile import quantile_update
 
 # (bias_E fp32, the layer's counts over all ranks, rate) -> the next bias_E
-UpdateRule = Callable[[Tensor, Tally, float], Tensor]
+UpdateRule = Callable[[Tensor, RoutingCounts, float], Tensor]
 # What null stands for, by policy: the paper's own.
 PROPORTIONAL = {"loss_free": False, "adaptive_weight": True}
-CENTRE = {"loss_free": False, "adaptive_weight": True, "quantile": True}
+CENTER = {"loss_free": False, "adaptive_weight": True, "quantile": True}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BalanceSettings:
     rate: float
     schedule: str
     schedule_steps: int
-    centre: bool | None = None
+    center: bool | None = None
     proportional: bool | None = None
     freeze_at: int | None = None
     clip: float | None = None
@@ -61,20 +61,24 @@ def update_rule(settings: BalanceSettings) -> UpdateRule | None:
     policy = settings.policy
     if policy in ("none", "auxiliary"):
         return None
-    if policy not in CENTRE:
-        raise ValueError(f"balance.policy={policy!r} is unknown; use none, auxiliary or one of {', '.join(CENTRE)}")
-    centre = CENTRE[policy] if settings.centre is None else settings.centre
+    if policy not in CENTER:
+        raise ValueError(f"balance.policy={policy!r} is unknown; use none, auxiliary or one of {', '.join(CENTER)}")
+    center = CENTER[policy] if settings.center is None else settings.center
     if policy == "quantile":
-        return lambda bias_E, tally, rate: _by_quantile(bias_E, tally, centre)
+        return lambda bias_E, layer_counts, rate: _by_quantile(bias_E, layer_counts, center)
     proportional = PROPORTIONAL[policy] if settings.proportional is None else settings.proportional
     if policy == "loss_free":
-        return lambda bias_E, tally, rate: loss_free_update(bias_E, tally.load_E, rate, centre, proportional)
+        return lambda bias_E, layer_counts, rate: loss_free_update(
+            bias_E, layer_counts.load_E, rate, center, proportional
+        )
     clip = settings.clip
-    return lambda bias_E, tally, rate: adaptive_weight_update(bias_E, tally.load_E, rate, clip, proportional, centre)
+    return lambda bias_E, layer_counts, rate: adaptive_weight_update(
+        bias_E, layer_counts.load_E, rate, clip, proportional, center
+    )
 
 
-def _by_quantile(bias_E: Tensor, tally: Tally, centre: bool) -> Tensor:
-    if tally.margins_EQ is None:
+def _by_quantile(bias_E: Tensor, layer_counts: RoutingCounts, center: bool) -> Tensor:
+    if layer_counts.margins_EQ is None:
         raise RuntimeError("the quantile policy was given no margins; the task was made for another policy")
-    experts_a_token = tally.takers_K.numel()
-    return quantile_update(bias_E, tally.margins_EQ, experts_a_token / bias_E.numel(), centre)
+    experts_a_token = layer_counts.k_histogram_K.numel()
+    return quantile_update(bias_E, layer_counts.margins_EQ, experts_a_token / bias_E.numel(), center)

@@ -1,11 +1,11 @@
 """Saves checkpoints while training goes on: begun at one step boundary, completed at a later one.
 
 How a checkpoint comes to be, on every rank alike:
-1. `begin`, at a step boundary: the tensors are copied into the host's memory, and a thread begins to write them into
+1. `save_async`, at a step boundary: the tensors are copied into the host's memory, and a thread begins to write them into
    `step-NNNNNN.partial`. Training waits for the copy alone.
 2. At each later boundary every rank tells, in the one all-reduce that a step makes anyhow, whether its files are
    written.
-3. `finish`, at the first boundary at which all have told so, or when somebody has to wait: rank 0 lists the files with
+3. `finalize`, at the first boundary at which all have told so, or when somebody has to wait: rank 0 lists the files with
    sizes and digests in manifest.json, and renames the folder, in a thread too: the others wait in short collectives,
    so that storage that is slow is no reason for a time-out.
 
@@ -25,14 +25,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.collective import run_on_all_ranks
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.checkpoint.file_transfer import Parcel, deliver, find_hosts
+from dist_moe.checkpoint.file_transfer import FileTransfer, broadcast_files, find_hosts
 from dist_moe.checkpoint.format.layout import PARTIAL, checkpoint_folder, complete
 from dist_moe.checkpoint.format.manifest import FileEntry, entry
-from dist_moe.checkpoint.snapshot import Contents, HostCopy, collect
-from dist_moe.comm.reduce import sum_counts
-from dist_moe.engine.train_state import Training
+from dist_moe.checkpoint.snapshot import Snapshot, StagingBuffer, collect
+from dist_moe.comm.reduce import all_reduce_counts
+from dist_moe.engine.train_state import TrainState
 
 Result = TypeVar("Result")
 
@@ -64,7 +64,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Pending:
+class Work:
     """A checkpoint whose files are being written. keep_all: whether older ones stay. stall_s: so far, on this rank."""
 
     step: int
@@ -74,19 +74,19 @@ class Pending:
     stall_s: float
 
 
-class Saver:
-    """The checkpoints of one run. Every rank has one and calls its methods alike: `begin` and `finish` are collective.
+class AsyncSaver:
+    """The checkpoints of one run. Every rank has one and calls its methods alike: `save_async` and `finalize` are collective.
 
     warn: told what somebody should know while it waits.
     """
 
-    def __init__(self, training: Training, warn: Callable[[str], None] = print) -> None:
+    def __init__(self, training: TrainState, warn: Callable[[str], None] = print) -> None:
         self._training = training
         self._warn = warn
         self._mesh = training.engine.mesh
         self._hosts = find_hosts(self._mesh, training.config.cluster.shared_storage)
-        self._copy = HostCopy()
-        self._pending: Pending | None = None
+        self._copy = StagingBuffer()
+        self._pending: Work | None = None
         self._deleting: Future[None] | None = None
 
     @property
@@ -99,11 +99,11 @@ class Saver:
         """Whether this rank's files of the pending checkpoint are written, or will not be."""
         return self._pending is not None and self._pending.work.done()
 
-    def begin(self, step: int, keep_all: bool = False, beside: bool = True) -> None:
+    def save_async(self, step: int, keep_all: bool = False, asynchronous: bool = True) -> None:
         """Begin to save the run after `step`; the checkpoint before has to be finished.
 
         keep_all: whether checkpoint.keep_last and keep_every delete nothing this time. beside: whether training goes
-        on at once, for which the tensors are copied; else nothing may change before `finish`. Errors: CheckpointError,
+        on at once, for which the tensors are copied; else nothing may change before `finalize`. Errors: CheckpointError,
         on all ranks alike.
         """
         if self._pending is not None:
@@ -111,25 +111,25 @@ class Saver:
         began_s = time.perf_counter()
         final = checkpoint_folder(self._training.config, step)
         partial = final.with_name(final.name + PARTIAL)
-        found: list[Contents] = []
+        found: list[Snapshot] = []
 
         def prepare() -> None:
-            if self._hosts.leads(self._mesh.rank):
+            if self._hosts.is_host_leader(self._mesh.rank):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            contents = collect(self._training, step)
-            found.append(self._copy.of(contents) if beside else contents)
+            snapshot = collect(self._training, step)
+            found.append(self._copy.of(snapshot) if asynchronous else snapshot)
 
         try:
-            together(self._mesh, _told(final), prepare)
+            run_on_all_ranks(self._mesh, _told(final), prepare)
         except CheckpointError:
-            if self._hosts.leads(self._mesh.rank):
+            if self._hosts.is_host_leader(self._mesh.rank):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         work = in_thread(f"save step {step}", lambda: _write(found[0], partial))
-        self._pending = Pending(step, partial, keep_all, work, time.perf_counter() - began_s)
+        self._pending = Work(step, partial, keep_all, work, time.perf_counter() - began_s)
 
-    def finish(self) -> Saved | None:
+    def finalize(self) -> Saved | None:
         """Wait until every rank has written its files, and make the checkpoint complete; None where none is pending.
 
         Errors: CheckpointError, on all ranks alike, where one could not write; what was saved before is as it was.
@@ -143,15 +143,15 @@ class Saver:
         self._pending = None
         work: Future[list[str]] | None = None
         try:
-            answers = together(mesh, _told(final), lambda: (pending.work.result(), pending.stall_s))
-            came = self._deliver(pending.partial, final, [written.files for written, _ in answers])
+            answers = run_on_all_ranks(mesh, _told(final), lambda: (pending.work.result(), pending.stall_s))
+            came = self._broadcast_file(pending.partial, final, [written.files for written, _ in answers])
             files = {name: found for written, _ in answers for name, found in written.files.items()}
             work = in_thread(f"complete step {pending.step}", lambda: self._complete(pending, final, files, came))
             self._await(work, final, "completed it")
-            warnings = together(mesh, _told(final), work.result)[0]
+            warnings = run_on_all_ranks(mesh, _told(final), work.result)[0]
         finally:
             # After a failure, or on a host that is not rank 0's; never under a thread that still completes it.
-            if self._hosts.leads(mesh.rank) and (work is None or work.done()):
+            if self._hosts.is_host_leader(mesh.rank) and (work is None or work.done()):
                 shutil.rmtree(pending.partial, ignore_errors=True)
         return Saved(
             step=pending.step,
@@ -163,9 +163,9 @@ class Saver:
         )
 
     def save(self, step: int, keep_all: bool = False) -> Saved:
-        """Save the run after `step`, complete when the call returns. Errors: as `begin` and `finish`."""
-        self.begin(step, keep_all, beside=False)
-        saved = self.finish()
+        """Save the run after `step`, complete when the call returns. Errors: as `save_async` and `finalize`."""
+        self.save_async(step, keep_all, asynchronous=False)
+        saved = self.finalize()
         assert saved is not None
         return saved
 
@@ -182,7 +182,7 @@ class Saver:
             wait_for([work], timeout=min(LONGEST_POLL_S, limit_s / 4))
             own = torch.zeros(self._mesh.world_size, dtype=torch.int64)
             own[self._mesh.rank] = int(work.done())
-            (done,) = sum_counts([own], self._training.engine.device)
+            (done,) = all_reduce_counts([own], self._training.engine.device)
             slow = [rank for rank, flag in enumerate(done.tolist()) if not flag]
             if not slow:
                 return
@@ -193,21 +193,23 @@ class Saver:
                 told = f"after {waited_s:.0f} s rank {ranks} has not {done_is}"
                 self._warn(f"{folder}: {told}; see to the storage there")
 
-    def _deliver(self, partial: Path, final: Path, written: list[dict[str, FileEntry]]) -> dict[str, FileEntry]:
+    def _broadcast_file(self, partial: Path, final: Path, written: list[dict[str, FileEntry]]) -> dict[str, FileEntry]:
         """Bring what other hosts have written to rank 0's, where they share no storage; training waits for it.
 
         -> the files that came.
         """
-        parcels = [Parcel(name, found.bytes, rank) for rank, part in enumerate(written) for name, found in part.items()]
-        far = [parcel for parcel in parcels if self._hosts.far(parcel.owner)]
+        transfers = [
+            FileTransfer(name, found.bytes, rank) for rank, part in enumerate(written) for name, found in part.items()
+        ]
+        far = [transfer for transfer in transfers if self._hosts.is_remote(transfer.owner)]
         if far:
             mesh, device = self._mesh, self._training.engine.device
             here = partial if mesh.rank == 0 else None
-            together(mesh, _told(final), lambda: deliver(far, mesh, device, partial, here))
-        return {parcel.name: written[parcel.owner][parcel.name] for parcel in far}
+            run_on_all_ranks(mesh, _told(final), lambda: broadcast_files(far, mesh, device, partial, here))
+        return {transfer.name: written[transfer.owner][transfer.name] for transfer in far}
 
     def _complete(
-        self, pending: Pending, final: Path, files: dict[str, FileEntry], came: dict[str, FileEntry]
+        self, pending: Work, final: Path, files: dict[str, FileEntry], came: dict[str, FileEntry]
     ) -> list[str]:
         """Rank 0's part, and nobody else's -> warnings. What is not kept is deleted beside training."""
         if self._mesh.rank != 0:
@@ -225,9 +227,9 @@ def _told(final: Path) -> str:
     return f"{final} could not be saved"
 
 
-def _write(contents: Contents, partial: Path) -> Written:
+def _write(snapshot: Snapshot, partial: Path) -> Written:
     began_s = time.perf_counter()
-    return Written(contents.write(partial), time.perf_counter() - began_s)
+    return Written(snapshot.write(partial), time.perf_counter() - began_s)
 
 
 def _check_arrived(partial: Path, told: dict[str, FileEntry]) -> None:
@@ -258,12 +260,12 @@ def in_thread(name: str, work: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def save_checkpoint(training: Training, step: int) -> Path:
+def save_checkpoint(training: TrainState, step: int) -> Path:
     """Save all that the run is after `step`, at once -> its folder; every rank calls it, and writes its own part.
 
     Errors: CheckpointError, on all ranks alike, where one could not write; then what was saved before is as it was.
     """
-    saver = Saver(training)
+    saver = AsyncSaver(training)
     saved = saver.save(step)
     saver.close()
     return saved.folder

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_folder import raw_config, tensor_files
 from dist_moe.checkpoint.format.layout import PARTIAL
-from dist_moe.checkpoint.format.locate import locate
-from dist_moe.checkpoint.format.manifest import NAME, faults, read_manifest, sync_folder
-from dist_moe.checkpoint.format.shard_reader import ElementReader
+from dist_moe.checkpoint.format.locate import resolve_path
+from dist_moe.checkpoint.format.manifest import NAME, find_damage, read_manifest, sync_folder
+from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.format.tensor_header import FLOATS, ITEM_BYTES, Stored, read_header
 from dist_moe.checkpoint.inspect import BIAS
 from dist_moe.config.untrusted import read_text
@@ -38,7 +38,7 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
     stay as they are. Errors: CheckpointError and WeightsError for a checkpoint that is none or is damaged, and for an
     `out` that holds something: nothing is removed.
     """
-    source = locate(path)
+    source = resolve_path(path)
     whole = (source / NAME).exists()
     model = source / "model" if whole else source
     partial = out.with_name(out.name + PARTIAL)
@@ -46,7 +46,7 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
     if whole:
         manifest = read_manifest(source)
         used = [name for name in manifest.files if name.startswith(("model/", "state/rank-"))]
-        if wrong := faults(source, manifest, used):
+        if wrong := find_damage(source, manifest, used):
             raise CheckpointError(f"{source} is damaged: {', '.join(wrong[:3])}; export another one")
     try:
         partial.mkdir(parents=True)
@@ -77,7 +77,7 @@ def _write(source: Path, model: Path, partial: Path, dtype: Dtype) -> None:
     order = sorted(found.values(), key=lambda stored: (-ITEM_BYTES[planned[stored.name]], stored.name))
     path, digest = partial / "model.safetensors", hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        masters = stack.enter_context(ElementReader(source / "state")) if dtype == "fp32" else None
+        masters = stack.enter_context(ShardReader(source / "state")) if dtype == "fp32" else None
         files = {each: stack.enter_context(safe_open(each, framework="pt")) for each in {s.file for s in order}}
         file = stack.enter_context(path.open("xb"))
         values = (_values(stored, files[stored.file], masters, planned[stored.name]) for stored in order)
@@ -121,7 +121,7 @@ def _header(order: Sequence[Stored], planned: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _values(stored: Stored, file: Any, masters: ElementReader | None, word: str) -> Iterator[memoryview]:
+def _values(stored: Stored, file: Any, masters: ShardReader | None, word: str) -> Iterator[memoryview]:
     """The bytes of a tensor in its new dtype, some millions of numbers at a time."""
     flat = file.get_tensor(stored.name).reshape(-1)
     mastered = masters if masters is not None and masters.holds(MASTER, stored.name) else None

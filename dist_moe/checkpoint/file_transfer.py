@@ -19,11 +19,11 @@ class Hosts(NamedTuple):
 
     names: tuple[str, ...]
 
-    def leads(self, rank: int) -> bool:
+    def is_host_leader(self, rank: int) -> bool:
         """Whether it is the first rank of its host, which does there what is done once."""
         return rank == self.names.index(self.names[rank])
 
-    def far(self, rank: int) -> bool:
+    def is_remote(self, rank: int) -> bool:
         """Whether its host is not rank 0's."""
         return self.names[rank] != self.names[0]
 
@@ -34,7 +34,7 @@ def find_hosts(mesh: Mesh, shared: bool) -> Hosts:
     return Hosts(tuple(hosts_of_ranks() if apart else [""] * mesh.world_size))
 
 
-class Parcel(NamedTuple):
+class FileTransfer(NamedTuple):
     """A file that one rank can read: its path below the folder, its size, and the rank."""
 
     name: str
@@ -42,31 +42,35 @@ class Parcel(NamedTuple):
     owner: int
 
 
-def deliver(parcels: Sequence[Parcel], mesh: Mesh, device: torch.device, source: Path, target: Path | None) -> None:
+def broadcast_files(
+    transfers: Sequence[FileTransfer], mesh: Mesh, device: torch.device, source: Path, target: Path | None
+) -> None:
     """Copy files of the owners' folder `source` into `target` of every rank that gives one, chunk by chunk.
 
     A collective call, with the same parcels on all ranks. Errors: OSError, on this rank alone and after the last file.
     """
-    failures = [_deliver(parcel, mesh, device, source, target) for parcel in parcels]
+    failures = [_broadcast_file(transfer, mesh, device, source, target) for transfer in transfers]
     if failure := next(filter(None, failures), None):
         raise failure
 
 
-def _deliver(parcel: Parcel, mesh: Mesh, device: torch.device, source: Path, target: Path | None) -> OSError | None:
+def _broadcast_file(
+    transfer: FileTransfer, mesh: Mesh, device: torch.device, source: Path, target: Path | None
+) -> OSError | None:
     failure = read = write = None
     with contextlib.ExitStack() as stack:
         try:
-            if mesh.rank == parcel.owner:
-                read = stack.enter_context((source / parcel.name).open("rb"))
+            if mesh.rank == transfer.owner:
+                read = stack.enter_context((source / transfer.name).open("rb"))
             elif target is not None:
-                (target / parcel.name).parent.mkdir(parents=True, exist_ok=True)
-                write = stack.enter_context((target / parcel.name).open("wb"))
+                (target / transfer.name).parent.mkdir(parents=True, exist_ok=True)
+                write = stack.enter_context((target / transfer.name).open("wb"))
         except OSError as error:
             failure = error
-        for offset in range(0, parcel.bytes, CHUNK_BYTES):
-            chunk = torch.zeros(min(CHUNK_BYTES, parcel.bytes - offset), dtype=torch.uint8, device=device)
+        for offset in range(0, transfer.bytes, CHUNK_BYTES):
+            chunk = torch.zeros(min(CHUNK_BYTES, transfer.bytes - offset), dtype=torch.uint8, device=device)
             failure = _fill(chunk, read) or failure
-            dist.broadcast(chunk, src=parcel.owner)
+            dist.broadcast(chunk, src=transfer.owner)
             failure = _put(chunk, write) or failure
     return failure
 

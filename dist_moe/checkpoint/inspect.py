@@ -11,11 +11,11 @@ from torch import Tensor
 from dist_moe.balance.load import max_vio
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_folder import EXPERT, FUSED, Source, raw_config, read_sources, tensor_files
-from dist_moe.checkpoint.format.locate import locate
+from dist_moe.checkpoint.format.locate import resolve_path
 from dist_moe.checkpoint.format.manifest import NAME, first_line, read_manifest
-from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
+from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import Stored, read_header
-from dist_moe.checkpoint.training_state import read_balance, read_numbers
+from dist_moe.checkpoint.training_state import read_balance, read_counters
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.config.untrusted import printable
 
@@ -29,7 +29,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     path: a step-NNNNNN folder, a run.dir or its checkpoints (the latest is taken), or a Hugging Face folder. No weight
     is read. Errors: CheckpointError and WeightsError for whatever is none of these.
     """
-    folder = locate(path)
+    folder = resolve_path(path)
     if not (folder / NAME).exists():
         found = tensor_files(folder)
         sources = {match[1]: Source(stored) for name, stored in found.items() if (match := BIAS.fullmatch(name))}
@@ -44,7 +44,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "optimizer": None,
             "balance": _balance(biases),
         }
-    manifest, numbers, model = read_manifest(folder), read_numbers(folder / "state"), folder / "model"
+    manifest, counters, model = read_manifest(folder), read_counters(folder / "state"), folder / "model"
     try:
         layers = read_balance(folder / "state")
     except (OSError, ValueError) as error:
@@ -52,8 +52,8 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "step": manifest.step,
-        "steps_taken": numbers.taken,
-        "layout": numbers.model_dump(include={"workers", "expert_parallel", "zero_stage", "bf16"}),
+        "steps_taken": counters.taken,
+        "layout": counters.model_dump(include={"workers", "expert_parallel", "zero_stage", "bf16"}),
         "bytes": _sizes(folder, {"weights": "model/", "optimizer": "state/rank-"}),
         "model": _model(model, tensor_files(model)),
         "optimizer": _optimizer(folder / "state"),
@@ -94,13 +94,13 @@ def _model(folder: Path, found: Mapping[str, Stored]) -> dict[str, Any]:
 
 def _optimizer(folder: Path) -> dict[str, int]:
     """Numbers that are held of each kind; the fp32 weights, where there are any, are the kind master."""
-    held: Counter[str] = Counter()
+    optimizer_fragments: Counter[str] = Counter()
     for path in sorted(folder.glob("rank-*.safetensors")):
         for stored in read_header(path).values():
-            kind, _, _ = elements_of(stored)
-            held[printable(kind)] += stored.numel
-    held.pop(RANDOM, None)
-    return dict(held)
+            kind, _, _ = parse_key(stored)
+            optimizer_fragments[printable(kind)] += stored.numel
+    optimizer_fragments.pop(RANDOM, None)
+    return dict(optimizer_fragments)
 
 
 def _balance(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float | None]]:
@@ -118,12 +118,12 @@ def _balance(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, 
     return found
 
 
-def told(contents: Mapping[str, Any]) -> Iterator[str]:
+def told(snapshot: Mapping[str, Any]) -> Iterator[str]:
     """The contents in lines."""
-    model, layout, sizes = contents["model"], contents["layout"], contents["bytes"]
-    yield printable(contents["folder"])
+    model, layout, sizes = snapshot["model"], snapshot["layout"], snapshot["bytes"]
+    yield printable(snapshot["folder"])
     if layout is not None:
-        yield f"step {contents['step']}, {contents['steps_taken']} of them taken"
+        yield f"step {snapshot['step']}, {snapshot['steps_taken']} of them taken"
         yield (
             f"written by {layout['workers']} workers, expert parallel {layout['expert_parallel']}, ZeRO "
             f"{layout['zero_stage']}, {'bf16' if layout['bf16'] else 'fp32'}"
@@ -133,11 +133,11 @@ def told(contents: Mapping[str, Any]) -> Iterator[str]:
     dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in model["dtypes"].items())
     yield f"{model['model_type']}, which opens with {model['opens_with']}"
     yield f"{model['moe_layers']} MoE layers of {experts} experts"
-    yield f"{model['tensors']} tensors ({dtypes}), {model['numbers']:,} numbers"
-    if contents["optimizer"] is not None:
-        held = ", ".join(f"{kind} {numel:,}" for kind, numel in contents["optimizer"].items())
-        yield f"optimizer {held or 'holds nothing'}"
-    for layer, bias in contents["balance"].items():
+    yield f"{model['tensors']} tensors ({dtypes}), {model['counters']:,} numbers"
+    if snapshot["optimizer"] is not None:
+        optimizer_fragments = ", ".join(f"{kind} {numel:,}" for kind, numel in snapshot["optimizer"].items())
+        yield f"optimizer {optimizer_fragments or 'holds nothing'}"
+    for layer, bias in snapshot["balance"].items():
         load = "" if bias["max_vio"] is None else f", MaxVio of the last step {bias['max_vio']:.3f}"
         yield f"{layer}: bias {bias['bias_min']:+.4f} to {bias['bias_max']:+.4f}, mean {bias['bias_mean']:+.4f}{load}"
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from dist_moe.checkpoint.format.hf_weights import config_files, shard_tensors
 from dist_moe.checkpoint.format.manifest import FileEntry, entry
 from dist_moe.checkpoint.format.shard_reader import write_tensors
-from dist_moe.checkpoint.training_state import NUMBERS, numbers_of, state_tensors
+from dist_moe.checkpoint.training_state import COUNTERS, counters_of, state_tensors
 from dist_moe.config import dump_config
 from dist_moe.data.tokenizer import Tokenizer
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.train_state import TrainState
 
 MODEL, STATE, CONFIG = "model", "state", "config.yaml"
 
@@ -21,7 +21,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Contents:
+class Snapshot:
     """tensors: by name, by path below the checkpoint's folder. texts: likewise. tokenizer: rank 0's, for `model/`."""
 
     tensors: Tensors
@@ -49,21 +49,21 @@ class Contents:
         return {str(path.relative_to(folder)): entry(path) for path in written}
 
 
-def collect(training: Training, step: int) -> Contents:
+def collect(training: TrainState, step: int) -> Snapshot:
     """What this rank has to write of the run after `step`; the tensors are views of what training changes."""
     config, mesh, model = training.config, training.engine.mesh, training.task.model
     balanced = config.balance.policy not in ("none", "auxiliary")
     tensors = {f"{MODEL}/{name}": part for name, part in shard_tensors(model, mesh, balanced).items()}
     tensors |= {f"{STATE}/{name}": part for name, part in state_tensors(training).items()}
     if mesh.rank != 0:
-        return Contents(tensors, {})
+        return Snapshot(tensors, {})
     texts = {f"{MODEL}/{name}": text for name, text in config_files(model, balanced).items()}
-    texts[f"{STATE}/{NUMBERS}"] = numbers_of(training, step).model_dump_json(indent=1) + "\n"
+    texts[f"{STATE}/{COUNTERS}"] = counters_of(training, step).model_dump_json(indent=1) + "\n"
     texts[CONFIG] = dump_config(config)
-    return Contents(tensors, texts, training.prepared.tokenizer)
+    return Snapshot(tensors, texts, training.prepared.tokenizer)
 
 
-class HostCopy:
+class StagingBuffer:
     """Memory of the host that holds a copy of a rank's tensors, and is used again for the next one.
 
     Fresh memory costs the system several times what the copying costs. It stays as large as the largest copy.
@@ -72,14 +72,14 @@ class HostCopy:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
 
-    def of(self, contents: Contents) -> Contents:
+    def of(self, snapshot: Snapshot) -> Snapshot:
         """The same contents, which training changes no more. The copy of before is overwritten."""
         copied: Tensors = {}
-        for file, name, tensor in _each(contents.tensors):
+        for file, name, tensor in _each(snapshot.tensors):
             copied.setdefault(file, {})[name] = self._room(file, name, tensor).copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return replace(contents, tensors=copied)
+        return replace(snapshot, tensors=copied)
 
     def _room(self, file: str, name: str, tensor: Tensor) -> Tensor:
         kept = self._kept.get((file, name))

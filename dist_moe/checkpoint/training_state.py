@@ -20,19 +20,28 @@ from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_folder import stored_tensors
 from dist_moe.checkpoint.format.hf_weights import named_parameters
 from dist_moe.checkpoint.format.manifest import first_line, read_small
-from dist_moe.checkpoint.format.shard_reader import RANDOM, ElementReader
+from dist_moe.checkpoint.format.shard_reader import RANDOM, ShardReader
 from dist_moe.checkpoint.format.tensor_header import read_header
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.base import Section
 from dist_moe.engine.deepspeed import Engine
-from dist_moe.engine.optimizer_shards import MASTER, STEPS, Held, Piece, captured, key, pieces, strayed
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.optimizer_shards import (
+    MASTER,
+    STEPS,
+    OptimizerFragment,
+    TensorFragment,
+    key,
+    mapping_is_wrong,
+    optimizer_tensors,
+    tensor_fragments,
+)
+from dist_moe.engine.train_state import TrainState
 
 BALANCE = "balance.safetensors"
-NUMBERS = "training.json"
+COUNTERS = "training.json"
 
 
-class Numbers(Section):
+class Counters(Section):
     """step: optimizer steps done; taken: those that were not skipped. controller: the budget's (`Controller`).
 
     corpus: the fingerprint of the text. The others say where the checkpoint comes from, and bind nobody.
@@ -48,11 +57,11 @@ class Numbers(Section):
     bf16: bool
 
 
-def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:
+def state_tensors(training: TrainState) -> dict[str, dict[str, Tensor]]:
     """This rank's part of `state/`: tensors by name, by file; mostly views. Rank 0 has what all share too."""
     engine, mesh = training.engine, training.engine.mesh
-    found = [piece for piece in own_pieces(training) if piece.numel]
-    tensors = dict(captured(found, engine.optimizer_state, engine.has_masters))
+    found = [piece for piece in own_fragments(training) if piece.numel]
+    tensors = dict(optimizer_tensors(found, engine.optimizer_state, engine.has_masters))
     tensors |= {key(RANDOM, f"{device}/{mesh.rank}", 0): state for device, state in random_states(engine.device)}
     files = {f"rank-{mesh.rank:05d}.safetensors": tensors}
     if mesh.rank == 0:
@@ -61,10 +70,10 @@ def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:
     return files
 
 
-def numbers_of(training: Training, step: int) -> Numbers:
+def counters_of(training: TrainState, step: int) -> Counters:
     """What `state/training.json` says after `step`."""
     mesh, settings, state = training.engine.mesh, training.engine.settings, training.balancer.state_dict()
-    return Numbers(
+    return Counters(
         step=step,
         taken=state["taken"],
         controller=state["controller"],
@@ -76,25 +85,25 @@ def numbers_of(training: Training, step: int) -> Numbers:
     )
 
 
-def own_pieces(training: Training) -> list[Piece]:
+def own_fragments(training: TrainState) -> list[TensorFragment]:
     """What this rank writes: what it holds, or its share of that where others hold the same."""
     engine = training.engine
-    held = engine.held()
-    if strayed(held):
+    optimizer_fragments = engine.optimizer_fragments()
+    if mapping_is_wrong(optimizer_fragments):
         raise CheckpointError(
             "DeepSpeed's optimizer does not hold what it says that it holds; leave out the further keys of "
             "train.deepspeed one by one, and report the one that does this"
         )
     if engine.settings.zero_stage == 0:
-        held = [share(one, engine.mesh) for one in held]
-    return pieces(held, named_parameters(training.task.model, engine.mesh))
+        optimizer_fragments = [share(one, engine.mesh) for one in optimizer_fragments]
+    return tensor_fragments(optimizer_fragments, named_parameters(training.task.model, engine.mesh))
 
 
-def share(held: Held, mesh: Mesh) -> Held:
+def share(optimizer_fragments: OptimizerFragment, mesh: Mesh) -> OptimizerFragment:
     """This rank's share of a parameter that is whole on every rank, or an expert's, on every rank that has it."""
-    if getattr(held.parameter, "allreduce", True):
-        return held.part(mesh.rank, mesh.world_size)
-    return held.part(mesh.edp_rank, mesh.world_size // mesh.expert_parallel)
+    if getattr(optimizer_fragments.parameter, "allreduce", True):
+        return optimizer_fragments.part(mesh.rank, mesh.world_size)
+    return optimizer_fragments.part(mesh.edp_rank, mesh.world_size // mesh.expert_parallel)
 
 
 def random_states(device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -109,35 +118,35 @@ def seed_random(*words: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
 
-def read_numbers(folder: Path) -> Numbers:
+def read_counters(folder: Path) -> Counters:
     """CheckpointError for a file that is none."""
-    path = folder / NUMBERS
+    path = folder / COUNTERS
     try:
-        numbers = Numbers.model_validate_json(read_small(path))
-        if numbers.taken > numbers.step:
-            raise ValueError(f"{numbers.taken} of {numbers.step} steps were taken")
-        return numbers
+        counters = Counters.model_validate_json(read_small(path))
+        if counters.taken > counters.step:
+            raise ValueError(f"{counters.taken} of {counters.step} steps were taken")
+        return counters
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
 
 
-def restore(training: Training, folder: Path, numbers: Numbers) -> None:
+def restore(training: TrainState, folder: Path, counters: Counters) -> None:
     """Set optimizer, balancer, random states and counts of a run that has just begun with the folder's weights.
 
     Errors: CheckpointError where the folder lacks something, or is of other layers or of another kind of routing.
     """
     engine = training.engine
-    with ElementReader(folder) as reader:
-        found = pieces(engine.held(), named_parameters(training.task.model, engine.mesh))
-        if numbers.taken:
+    with ShardReader(folder) as reader:
+        found = tensor_fragments(engine.optimizer_fragments(), named_parameters(training.task.model, engine.mesh))
+        if counters.taken:
             _restore_optimizer(engine, found, reader)
         _restore_masters(engine, found, reader, folder.with_name("model"))
-        _restore_random(training, numbers, reader)
-    _restore_balance(training.balancer, folder, numbers)
-    engine.went_on(numbers.step, numbers.taken)
+        _restore_random(training, counters, reader)
+    _restore_balance(training.balancer, folder, counters)
+    engine.set_step_counters(counters.step, counters.taken)
 
 
-def _restore_optimizer(engine: Engine, found: list[Piece], reader: ElementReader) -> None:
+def _restore_optimizer(engine: Engine, found: list[TensorFragment], reader: ShardReader) -> None:
     kinds = engine.settings.moments
     counts: dict[Tensor, set[float]] = {}
     for piece in found:
@@ -155,11 +164,11 @@ def _restore_optimizer(engine: Engine, found: list[Piece], reader: ElementReader
         engine.optimizer_state[owner][STEPS] = torch.tensor(found_counts.pop())
 
 
-def _restore_masters(engine: Engine, found: list[Piece], reader: ElementReader, model: Path) -> None:
+def _restore_masters(engine: Engine, found: list[TensorFragment], reader: ShardReader, model: Path) -> None:
     """The fp32 weights of the optimizer, where the model's are not: those that were kept, or those of an fp32 model."""
     if not engine.has_masters:
         return
-    of_model: dict[str, list[Piece]] = {}
+    of_model: dict[str, list[TensorFragment]] = {}
     for piece in found:
         if reader.holds(MASTER, piece.name):
             piece.of(piece.owner).copy_(reader.read(MASTER, piece.name, piece.start, piece.numel))
@@ -170,11 +179,11 @@ def _restore_masters(engine: Engine, found: list[Piece], reader: ElementReader, 
             piece.of(piece.owner).copy_(stored.reshape(-1)[piece.start : piece.start + piece.numel])
 
 
-def _restore_random(training: Training, numbers: Numbers, reader: ElementReader) -> None:
+def _restore_random(training: TrainState, counters: Counters, reader: ShardReader) -> None:
     """Where the workers are as many as they were; else each begins anew, from a seed that this rank and step decide."""
     engine, mesh = training.engine, training.engine.mesh
-    seed_random(training.config.run.seed, numbers.step, mesh.rank)
-    if numbers.workers != mesh.world_size:
+    seed_random(training.config.run.seed, counters.step, mesh.rank)
+    if counters.workers != mesh.world_size:
         return
     for device, _ in random_states(engine.device):
         if not reader.holds(RANDOM, f"{device}/{mesh.rank}"):
@@ -202,12 +211,12 @@ def read_balance(folder: Path) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _restore_balance(balancer: Balancer, folder: Path, numbers: Numbers) -> None:
+def _restore_balance(balancer: Balancer, folder: Path, counters: Counters) -> None:
     try:
         layers = read_balance(folder)
         for layer, router in balancer.routers.items():
             if any(value.shape != router.selection_bias.shape for value in layers.get(layer, {}).values()):
                 raise ValueError(f"{layer} has another number of experts")
-        balancer.load_state_dict({"taken": numbers.taken, "controller": numbers.controller, "layers": layers})
+        balancer.load_state_dict({"taken": counters.taken, "controller": counters.controller, "layers": layers})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder / BALANCE} cannot be used ({first_line(error)})") from None

@@ -18,11 +18,11 @@ from dist_moe.checkpoint.format.hf_weights import (
     shaped_model,
 )
 from dist_moe.checkpoint.format.layout import step_of
-from dist_moe.checkpoint.format.locate import within
-from dist_moe.checkpoint.format.manifest import NAME, Manifest, faults, read_manifest, unlisted
-from dist_moe.checkpoint.format.shard_reader import RANDOM, elements_of
+from dist_moe.checkpoint.format.locate import list_checkpoints
+from dist_moe.checkpoint.format.manifest import NAME, Manifest, find_damage, read_manifest, unlisted
+from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import FLOATS, read_header
-from dist_moe.checkpoint.training_state import Numbers, read_balance, read_numbers
+from dist_moe.checkpoint.training_state import Counters, read_balance, read_counters
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.config.untrusted import printable
@@ -57,7 +57,7 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
 
     Errors: CheckpointError where there is none.
     """
-    several = [] if (path / NAME).exists() else within(path)
+    several = [] if (path / NAME).exists() else list_checkpoints(path)
     if not several:
         return [verify(path, read_manifest(path))]
     verdicts = []
@@ -74,7 +74,7 @@ def verify(folder: Path, manifest: Manifest) -> Verdict:
     verdict, model, state = Verdict(folder), folder / "model", folder / "state"
     total = sum(entry.bytes for entry in manifest.files.values())
     files = f"{len(manifest.files)} files, {total:,} bytes: size and digest as in {NAME}, and no further file"
-    verdict.check(files, lambda: iter([*unlisted(folder, manifest), *faults(folder, manifest, manifest.files)]))
+    verdict.check(files, lambda: iter([*unlisted(folder, manifest), *find_damage(folder, manifest, manifest.files)]))
     verdict.check("the step of the folder, the manifest and the numbers", lambda: _steps(folder, manifest))
     verdict.check("the index names the file of each tensor", lambda: _index(model))
     verdict.check("every tensor and every expert of the model, by name, shape and dtype", lambda: _fits(model))
@@ -86,7 +86,7 @@ def verify(folder: Path, manifest: Manifest) -> Verdict:
 
 
 def _steps(folder: Path, manifest: Manifest) -> Iterator[str]:
-    for told, step in (("folder", step_of(folder)), ("numbers", read_numbers(folder / "state").step)):
+    for told, step in (("folder", step_of(folder)), ("numbers", read_counters(folder / "state").step)):
         if step not in (None, manifest.step):
             yield f"its {told} says step {step}, and its {NAME} step {manifest.step}"
 
@@ -110,21 +110,21 @@ def _fits(model: Path) -> Iterator[str]:
 
 
 def _elements(folder: Path) -> Iterator[str]:
-    state, config, numbers = folder / "state", load_config(folder / "config.yaml"), read_numbers(folder / "state")
+    state, config, counters = folder / "state", load_config(folder / "config.yaml"), read_counters(folder / "state")
     wanted = {one.name: one.numel for one in named_parameters(_shaped(folder / "model"), ALONE)}
     runs: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for path in sorted(state.glob("rank-*.safetensors")):
         for stored in read_header(path).values():
-            kind, name, start = elements_of(stored)
+            kind, name, start = parse_key(stored)
             runs.setdefault(kind, {}).setdefault(name, []).append((start, start + stored.numel))
     states = runs.pop(RANDOM, {})
-    if lacking := [rank for rank in range(min(numbers.workers, 1 << 20)) if f"cpu/{rank}" not in states]:
+    if lacking := [rank for rank in range(min(counters.workers, 1 << 20)) if f"cpu/{rank}" not in states]:
         yield f"the random states of ranks {lacking[:10]} are missing"
     known = {*_moments(config), MASTER}
     yield from (
         f"the optimizer holds {kind!a}, which is nothing of {config.train.optimizer}" for kind in {*runs} - known
     )
-    for kind in sorted(known & {*runs, *_kinds(config, numbers)}):
+    for kind in sorted(known & {*runs, *_kinds(config, counters)}):
         found = runs.get(kind, {})
         yield from (f"{kind} of {name!a}, which the model does not have" for name in sorted(set(found) - set(wanted)))
         if lacking_all := sorted(set(wanted) - set(found)):
@@ -133,9 +133,9 @@ def _elements(folder: Path) -> Iterator[str]:
             yield from _covered(f"{kind} of {name}", found[name], 1 if kind == STEPS else wanted[name])
 
 
-def _kinds(config: Config, numbers: Numbers) -> set[str]:
+def _kinds(config: Config, counters: Counters) -> set[str]:
     """What the optimizer must hold: nothing yet before the first step, and fp32 weights where the model's are not."""
-    return {*(_moments(config) if numbers.taken else ()), *([MASTER] if numbers.bf16 else [])}
+    return {*(_moments(config) if counters.taken else ()), *([MASTER] if counters.bf16 else [])}
 
 
 def _moments(config: Config) -> tuple[str, ...]:

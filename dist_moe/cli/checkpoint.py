@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dist_moe.cli.options import complain, errors_in_plain_words
+from dist_moe.cli.options import print_error, report_user_errors
 
 checkpoint_app = typer.Typer(
     help="What is inside a checkpoint, whether it is whole, and its weights in one file.", no_args_is_help=True
@@ -35,7 +35,7 @@ def inspect(
     """Show what a checkpoint holds; reads headers, and not the data."""
     from dist_moe.checkpoint.inspect import inspect_checkpoint, told
 
-    with errors_in_plain_words():
+    with report_user_errors():
         contents = inspect_checkpoint(checkpoint)
         print(json.dumps(contents) if as_json else "\n".join(told(contents)))
 
@@ -49,13 +49,13 @@ def verify(
     """Read all of a checkpoint and list every fault; exits with 1 if there is one, with 2 if it is no checkpoint."""
     from dist_moe.checkpoint.verify import verify_checkpoints
 
-    with errors_in_plain_words():
+    with report_user_errors():
         verdicts = verify_checkpoints(checkpoint)
     for verdict in verdicts:
         print(verdict.folder, "is damaged" if verdict.faults else "is good", flush=True)
         print(*(f"  checked: {line}" for line in verdict.checked), sep="\n", flush=True)
         for fault in verdict.faults:
-            complain(f"  {fault}")
+            print_error(f"  {fault}")
     raise typer.Exit(int(any(verdict.faults for verdict in verdicts)))
 
 
@@ -70,5 +70,5 @@ def export(
     """Write a checkpoint's weights into one model.safetensors, with its config and tokenizer."""
     from dist_moe.checkpoint.export import export as write
 
-    with errors_in_plain_words():
+    with report_user_errors():
         print(f"{write(checkpoint, out, dtype.value)} is exported to {out}")

@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 
 from dist_moe.cli.launchers import Launcher, Runner
-from dist_moe.cli.options import ConfigFile, Overrides, errors_in_plain_words
+from dist_moe.cli.options import ConfigFile, Overrides, report_user_errors
 
 if TYPE_CHECKING:
     from dist_moe.config import Resolved
     from dist_moe.doctor.finding import Finding
-    from dist_moe.worker.rank_info import Place
+    from dist_moe.worker.rank_info import RankInfo
 
 Json = Annotated[Path | None, typer.Option("--json", help="File for the findings.")]
 FINDINGS = "findings.json"
@@ -40,11 +40,11 @@ def doctor(
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
-    from dist_moe.worker.rank_info import read_place
+    from dist_moe.worker.rank_info import rank_info_from_env
 
-    if read_place(os.environ).world_size > 1:
+    if rank_info_from_env(os.environ).world_size > 1:
         raise typer.Exit(within_a_job(config, overrides, as_json))
-    with errors_in_plain_words():
+    with report_user_errors():
         settings = load_config(config, overrides or ())
         cluster = read_cluster(settings.cluster)
         if launcher in (Launcher.slurm, Launcher.kubernetes):
@@ -82,12 +82,12 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import table, write_json
     from dist_moe.worker.exit import flush_output
-    from dist_moe.worker.rank_info import read_place
+    from dist_moe.worker.rank_info import rank_info_from_env
 
-    place = read_place(os.environ)
-    with errors_in_plain_words():
-        resolved = resolve(load_config(config, overrides or ()), place.world_size)
-        name_accelerator(resolved.config.parallel.backend, place)
+    rank_info = rank_info_from_env(os.environ)
+    with report_user_errors():
+        resolved = resolve(load_config(config, overrides or ()), rank_info.world_size)
+        name_accelerator(resolved.config.parallel.backend, rank_info)
     folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
 
     def tell(found: Sequence["Finding"]) -> None:
@@ -99,7 +99,7 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
         flush_output()
         os._exit(failed(found))
 
-    return failed(examine(resolved, place, folder, tell, leave))
+    return failed(examine(resolved, rank_info, folder, tell, leave))
 
 
 def failed(findings: Sequence["Finding"]) -> int:
@@ -109,14 +109,14 @@ def failed(findings: Sequence["Finding"]) -> int:
     return int(any(finding.outcome is Outcome.failed for finding in findings))
 
 
-def name_accelerator(backend: str, place: "Place") -> None:
+def name_accelerator(backend: str, rank_info: "RankInfo") -> None:
     """Tell DeepSpeed its device before it is imported; it would else choose by itself, or as the launch's host."""
     from dist_moe.comm.init import choose_backend
 
-    os.environ["DS_ACCELERATOR"] = "cuda" if choose_backend(backend, place) == "nccl" else "cpu"
+    os.environ["DS_ACCELERATOR"] = "cuda" if choose_backend(backend, rank_info) == "nccl" else "cpu"
 
 
-def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
+def run_doctor_worker(resolved: "Resolved", rank_info: "RankInfo", findings: Path) -> None:
     """One worker's part; rank 0 writes what was found."""
     from dist_moe.doctor.examine import examine
     from dist_moe.doctor.finding import write_json
@@ -130,6 +130,6 @@ def be_examined(resolved: "Resolved", place: "Place", findings: Path) -> None:
     def leave(_: Sequence["Finding"]) -> NoReturn:
         # As a failure, so that the launch ends those that are stuck.
         lost = UserError("the workers have lost each other; the check in which that was says more, if it is below")
-        end_process(findings.parent, place.rank, lost, USER_ERROR_CODE)
+        end_process(findings.parent, rank_info.rank, lost, USER_ERROR_CODE)
 
-    examine(resolved, place, findings.parent / "trial", tell, leave)
+    examine(resolved, rank_info, findings.parent / "trial", tell, leave)

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_moe.cli.checkpoint import checkpoint_app
-from dist_moe.cli.doctor import be_examined, doctor, name_accelerator
+from dist_moe.cli.doctor import doctor, name_accelerator, run_doctor_worker
 from dist_moe.cli.launchers import Launcher, Runner
-from dist_moe.cli.options import CheckpointFolder, ConfigFile, Overrides, Workers, complain, errors_in_plain_words
+from dist_moe.cli.options import CheckpointFolder, ConfigFile, Overrides, Workers, print_error, report_user_errors
 from dist_moe.cli.study import study_app
 
 app = typer.Typer(
@@ -71,7 +71,7 @@ def launch(
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.job import Job
 
-    with errors_in_plain_words():
+    with report_user_errors():
         settings = load_config(config, overrides or ())
         cluster = read_cluster(settings.cluster)
         job = Job(settings, config, overrides or (), launcher, cluster, workers, runner, max_restarts, min_hosts)
@@ -85,7 +85,7 @@ def launch(
             return
         outcome = job.run()
     if outcome.message:
-        complain(outcome.message)
+        print_error(outcome.message)
     raise typer.Exit(outcome.code)
 
 
@@ -104,21 +104,21 @@ def train(
     restore_visible_devices()
     from dist_moe.config import load_config, resolve
     from dist_moe.worker.exit import report_failure
-    from dist_moe.worker.rank_info import read_place
+    from dist_moe.worker.rank_info import rank_info_from_env
 
-    with errors_in_plain_words():
+    with report_user_errors():
         settings = load_config(config, overrides or ())
-        place = read_place(os.environ)
-        mind_if_asked(place.rank, place.world_size, settings.run.dir)
-    with report_failure(settings.run.dir, place.rank):
-        resolved = resolve(settings, place.world_size)
-        name_accelerator(settings.parallel.backend, place)
+        rank_info = rank_info_from_env(os.environ)
+        fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
+    with report_failure(settings.run.dir, rank_info.rank):
+        resolved = resolve(settings, rank_info.world_size)
+        name_accelerator(settings.parallel.backend, rank_info)
         if findings is not None:
-            be_examined(resolved, place, findings)
+            run_doctor_worker(resolved, rank_info, findings)
             return
         from dist_moe.train.loop import run
 
-        run(resolved, place)
+        run(resolved, rank_info)
 
 
 app.command()(doctor)
@@ -128,11 +128,11 @@ app.command()(doctor)
 def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None) -> None:
     """Measure a checkpoint on the validation text, and print the result as one JSON object."""
     from dist_moe.train.evaluate import evaluate_checkpoint
-    from dist_moe.worker.rank_info import read_place
+    from dist_moe.worker.rank_info import rank_info_from_env
 
-    with errors_in_plain_words():
+    with report_user_errors():
         result = evaluate_checkpoint(checkpoint, overrides or ())
-        if read_place(os.environ).rank == 0:
+        if rank_info_from_env(os.environ).rank == 0:
             print(json.dumps(result))
 
 
@@ -147,14 +147,14 @@ def generate(
     """Continue a text with a checkpoint's model."""
     from dist_moe.train.generate import generate as continue_text
 
-    with errors_in_plain_words():
+    with report_user_errors():
         print(continue_text(checkpoint, prompt, tokens, temperature, seed))
 
 
 @app.command("config")
 def print_config(config: ConfigFile, overrides: Overrides = None, workers: Workers = 1) -> None:
     """Check a run for a number of workers, and print it with every field filled in."""
-    with errors_in_plain_words():
+    with report_user_errors():
         print(check(config, overrides, workers), end="")
 
 
@@ -169,7 +169,7 @@ def fetch(
     from dist_moe.data.cache import cache_folder
     from dist_moe.data.sources import BUILT_IN, fetch_sources
 
-    with errors_in_plain_words():
+    with report_user_errors():
         records = fetch_sources(names or BUILT_IN, cache_folder())
     table = Table("source", "version", "bytes", "sha256")
     for record in records:
@@ -192,13 +192,13 @@ def restore_visible_devices() -> None:
         os.environ[VISIBLE_DEVICES] = os.environ[KEPT_DEVICES]
 
 
-def mind_if_asked(rank: int, world_size: int, run_dir: str) -> None:
+def fork_agent(rank: int, world_size: int, run_dir: str) -> None:
     """Puts a minder beside this worker if a launch has started it."""
-    from dist_moe.launch.supervise.protocol import SCHEME, Meeting
+    from dist_moe.launch.supervise.protocol import SCHEME, Rendezvous
     from dist_moe.worker.contract import LAUNCH_VARIABLE
 
     launch = os.environ.get(LAUNCH_VARIABLE, "")
     if launch.startswith(SCHEME):
         from dist_moe.launch.supervise.agent import mind
 
-        mind(Meeting.parse(launch), rank, world_size, Path(run_dir))
+        mind(Rendezvous.parse(launch), rank, world_size, Path(run_dir))

@@ -21,18 +21,18 @@ Workers = Annotated[int, typer.Option(min=1, help="Number of workers (processes,
 
 
 @contextlib.contextmanager
-def errors_in_plain_words() -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Turns an error that is the user's to mend into its message and exit code 2, without a traceback."""
     from dist_moe.errors import UserError
 
     try:
         yield
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         raise typer.Exit(2) from None
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Writes to stderr, and leaves the lines as they are: paths and values are there to be copied."""
     Console(stderr=True, style="bold red", highlight=False, markup=False, soft_wrap=True).print(message)
     sys.stderr.flush()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, errors_in_plain_words
+from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, report_user_errors
 
 study_app = typer.Typer(help="What the design claims, measured again without long training.", no_args_is_help=True)
 
@@ -28,7 +28,7 @@ def controllers(
     from dist_moe.study.table import notes, terminal_tables
 
     console = Console()
-    with errors_in_plain_words():
+    with report_user_errors():
         plan = make_plan(experts or (), seeds, quick)
     began = perf_counter()
     runs = run_plan(plan, lambda line: console.print(line, highlight=False))
@@ -52,7 +52,7 @@ def policies(
     from dist_moe.study.policies import plan_runs, train_all
 
     console = Console()
-    with errors_in_plain_words():
+    with report_user_errors():
         runs = plan_runs(config, out, seeds, overrides or [])
         results = train_all(runs, jobs, lambda line: console.print(line, highlight=False, markup=False))
     write_comparison(out, runs, results)
@@ -66,7 +66,7 @@ def exchange(repetitions: Repetitions = 50) -> None:
     """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
     from dist_moe.study.exchange import run
 
-    with errors_in_plain_words():
+    with report_user_errors():
         for table in run(repetitions):
             Console().print(table)
 
@@ -82,6 +82,6 @@ def hops(
     """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this."""
     from dist_moe.study.hops import TOKENS, Size, run
 
-    with errors_in_plain_words():
+    with report_user_errors():
         for table in run([Size(count, top_k, width) for count in tokens or TOKENS], repetitions, out):
             Console().print(table)

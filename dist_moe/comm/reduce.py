@@ -10,7 +10,9 @@ from torch import Tensor
 Object = TypeVar("Object")
 
 
-def sum_counts(counts: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+def all_reduce_counts(
+    counts: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[Tensor]:
     """Sum int64 tensors of any shapes over the ranks in ONE all-reduce -> tensors of the same shapes, int64.
 
     Integers, because a float32 counter above 2**24 loses single tokens and bf16 has flipped the sign of a load error.
@@ -29,7 +31,7 @@ def sum_counts(counts: Sequence[Tensor], device: torch.device, group: dist.Proce
     return [part.view(count.shape) for part, count in zip(packed.split(sizes), counts, strict=True)]
 
 
-def sum_scalars(scalars: Mapping[str, float], device: torch.device) -> dict[str, float]:
+def all_reduce_scalars(scalars: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sum named numbers over all ranks in one all-reduce in fp64; every rank passes the same names in one order."""
     packed = torch.tensor(list(scalars.values()), dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -37,7 +39,7 @@ def sum_scalars(scalars: Mapping[str, float], device: torch.device) -> dict[str,
     return dict(zip(scalars, packed.tolist(), strict=True))
 
 
-def gathered(own: Object) -> list[Object]:
+def all_gather_objects(own: Object) -> list[Object]:
     """What each rank passes, by rank; for small things that pickle takes, at the edges of a run."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [own]

@@ -8,20 +8,19 @@ from dist_moe.errors import Violation
 from dist_moe.text import listed
 
 
-def balancing_violations(config: Config, router: RouterConfig, experts: int, accumulation: int) -> list[Violation]:
-    """What is wrong between `router` (every field filled), `config.balance`, and a model of `experts` experts.
-
-    accumulation: micro-batches of each worker in an optimizer step.
-    """
+def balancing_violations(config: Config, router: RouterConfig, experts: int) -> list[Violation]:
+    """What is wrong between `router` (every field filled), `config.balance`, and a model of `experts` experts."""
     found = _combination(config, router)
     found += _threshold(config, router, experts) if router.selection == "threshold" else _fixed_number(router)
-    found += _forced(config, router) if router.selection in FORCED else []
-    if router.skew != RouterConfig.model_fields["skew"].default and router.selection != "zipf":
+    found += _random(config, router) if router.selection in FORCED else []
+    if router.zipf_exponent != RouterConfig.model_fields["zipf_exponent"].default and router.selection != "zipf":
         rule = f"has no meaning with router.selection={router.selection}"
-        found.append(Violation("router.skew", router.skew, rule, "leave it out, or set router.selection=zipf"))
+        found.append(
+            Violation("router.zipf_exponent", router.zipf_exponent, rule, "leave it out, or set router.selection=zipf")
+        )
     if config.balance.policy == "quantile":
         found += _quantile(config, router, experts)
-    return found + _fields_of_policies(config, accumulation)
+    return found + _fields_of_policies(config)
 
 
 def _combination(config: Config, router: RouterConfig) -> list[Violation]:
@@ -39,22 +38,22 @@ def _threshold(config: Config, router: RouterConfig, experts: int) -> list[Viola
     if most > experts:
         rule = f"is more than the model's {experts} experts"
         found.append(Violation("router.max_experts", most, rule, f"use 1 to {experts}, or null"))
-    if router.normalise and most == 1:
+    if router.normalize and most == 1:
         rule = "makes the weight of a token's one expert 1 whatever its probability, so the router cannot learn"
-        found.append(Violation("router.normalise", True, rule, "set it to false, or max_experts above 1"))
+        found.append(Violation("router.normalize", True, rule, "set it to false, or max_experts above 1"))
     if router.groups != 1:
         rule = "limits a token to some groups, which threshold routing does not know"
         found.append(Violation(routing_key(config, "groups"), router.groups, rule, "set it to 1"))
-    if router.budget is not None and not 1 <= router.budget < min(most, experts):
+    if router.target_experts_per_token is not None and not 1 <= router.target_experts_per_token < min(most, experts):
         rule = f"cannot be held, since a token takes 1 to {min(most, experts)} experts"
         remedy = f"give 1 to below {min(most, experts)}, or null"
-        found.append(Violation("router.budget", router.budget, rule, remedy))
+        found.append(Violation("router.target_experts_per_token", router.target_experts_per_token, rule, remedy))
     return found
 
 
 def _fixed_number(router: RouterConfig) -> list[Violation]:
     found = []
-    for name in ("threshold", "budget", "max_experts"):
+    for name in ("threshold", "target_experts_per_token", "max_experts"):
         if (value := getattr(router, name)) != RouterConfig.model_fields[name].default:
             rule = f"has no meaning with router.selection={router.selection}, where each token takes top_k experts"
             found.append(Violation(f"router.{name}", value, rule, "leave it out, or set router.selection=threshold"))
@@ -64,7 +63,7 @@ def _fixed_number(router: RouterConfig) -> list[Violation]:
     return found
 
 
-def _forced(config: Config, router: RouterConfig) -> list[Violation]:
+def _random(config: Config, router: RouterConfig) -> list[Violation]:
     """What asks forced routing to be anything but drawn at random."""
     found = []
     losses = {
@@ -97,17 +96,16 @@ def _quantile(config: Config, router: RouterConfig, experts: int) -> list[Violat
     return found
 
 
-def _fields_of_policies(config: Config, accumulation: int) -> list[Violation]:
+def _fields_of_policies(config: Config) -> list[Violation]:
     """Fields that one policy alone reads, set away from their default under another."""
     balance = config.balance
     owners = {
-        "shapes": ("adaptive_weight",),
-        "cadence": ("adaptive_weight",),
+        "applies_to": ("adaptive_weight",),
         "clip": ("adaptive_weight",),
         "form": ("loss_free",),
         "rule": ("loss_free", "adaptive_weight"),
         "freeze_at": ("loss_free", "adaptive_weight", "quantile"),
-        "centre": ("loss_free", "adaptive_weight", "quantile"),
+        "center": ("loss_free", "adaptive_weight", "quantile"),
     }
     found = []
     for name, policies in owners.items():
@@ -115,14 +113,10 @@ def _fields_of_policies(config: Config, accumulation: int) -> list[Violation]:
         if value != default and balance.policy not in policies:
             rule = f"has no meaning with balance.policy={balance.policy}"
             found.append(Violation(f"balance.{name}", value, rule, f"leave it out, or use {listed(policies)}"))
-    if balance.policy == "quantile" and balance.centre is False:
+    if balance.policy == "quantile" and balance.center is False:
         rule = "lets the biases of balance.policy=quantile drift until margins can no longer be told apart"
-        found.append(Violation("balance.centre", False, rule, "leave it out"))
+        found.append(Violation("balance.center", False, rule, "leave it out"))
     if balance.policy == "auxiliary" and balance.auxiliary_loss == 0:
         rule = "leaves balance.policy=auxiliary without a loss"
         found.append(Violation("balance.auxiliary_loss", 0.0, rule, "give a coefficient above 0, such as 0.01"))
-    if balance.policy == "adaptive_weight" and balance.cadence == "micro_batch" and accumulation > 1:
-        rule = f"would change the routing within a step of {accumulation} micro-batches"
-        remedy = "use step, or raise train.micro_batch until a step is one micro-batch for each worker"
-        found.append(Violation("balance.cadence", balance.cadence, rule, remedy))
     return found

@@ -7,12 +7,12 @@ from dist_moe.errors import Violation
 
 # Dotted key of DeepSpeed -> the field of ours that decides it.
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
-    "managed_gradient_accumulation": "train.global_batch and train.micro_batch",
-    "elasticity": "train.global_batch and train.micro_batch",
-    "gradient_allreduce_op": "train.global_batch (the loss is the mean over its tokens)",
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "elasticity": "train.global_batch_size and train.micro_batch_size",
+    "gradient_allreduce_op": "train.global_batch_size (the loss is the mean over its tokens)",
     "gradient_clipping": "train.gradient_clipping",
     "optimizer": "train.optimizer",
     "zero_allow_untested_optimizer": "train.optimizer",
@@ -31,8 +31,8 @@ OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "zero_optimization.round_robin_gradients": "parallel.zero_stage (to false)",
     "expert_parallel": "parallel.expert_parallel",
     "use_data_before_expert_parallelism": "parallel.expert_parallel",
-    "checkpoint": "checkpoint.every",
-    "steps_per_print": "observe.every",
+    "checkpoint": "checkpoint.interval",
+    "steps_per_print": "observe.interval",
     "tensorboard": "observe.tensorboard",
 }
 

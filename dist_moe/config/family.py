@@ -25,10 +25,10 @@ class Family:
     experts: str
     top_k: str
     score: Score
-    normalise: str | None
+    normalize: str | None
     scaling: str | None
     groups: str | None
-    top_groups: str | None
+    topk_groups: str | None
     undeclared: tuple[str, ...] = ()
 
 
@@ -38,20 +38,20 @@ FAMILIES: dict[str, Family] = {
         experts="n_routed_experts",
         top_k="num_experts_per_tok",
         score="sigmoid",
-        normalise="norm_topk_prob",
+        normalize="norm_topk_prob",
         scaling="routed_scaling_factor",
         groups="n_group",
-        top_groups="topk_group",
+        topk_groups="topk_group",
     ),
     "qwen3_moe": Family(
         architecture="qwen3_moe",
         experts="num_experts",
         top_k="num_experts_per_tok",
         score="softmax",
-        normalise="norm_topk_prob",
+        normalize="norm_topk_prob",
         scaling=None,
         groups=None,
-        top_groups=None,
+        topk_groups=None,
         undeclared=("head_dim",),
     ),
 }

@@ -25,7 +25,7 @@ OWNED_MODEL_KEYS: dict[str, str] = {
 RENAMED_KEYS = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 BYTES_VOCABULARY = 257  # 256 bytes and the end token
 # What a routing value is where neither the configuration nor the family says it.
-NEUTRAL: dict[str, Any] = {"normalise": False, "scaling": 1.0, "groups": 1, "top_groups": 1}
+NEUTRAL: dict[str, Any] = {"normalize": False, "scaling_factor": 1.0, "groups": 1, "topk_groups": 1}
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ def read_model(config: Config) -> Reading:
     fields = routing_fields(family)
     if config.router.selection == "threshold":
         # What a family says of the weights of K experts is not said of these: raw, as in the paper, where null.
-        fields |= {"normalise": None, "scaling": None}
+        fields |= {"normalize": None, "scaling_factor": None}
     for name, field in fields.items():
         wanted = getattr(config.router, name)
         if wanted is None:
             continue
         given = arguments.get(field) if field is not None else None
-        if field is None and name in ("groups", "top_groups") and wanted != 1:
+        if field is None and name in ("groups", "topk_groups") and wanted != 1:
             rule = f"asks for expert groups, which {family.architecture} does not have"
             violations.append(Violation(f"router.{name}", wanted, rule, "leave it null"))
         elif given is not None and given != wanted:
@@ -127,10 +127,10 @@ def routing_fields(family: Family) -> dict[str, str | None]:
     """Our name of each routing value -> the family's field for it."""
     return {
         "top_k": family.top_k,
-        "normalise": family.normalise,
-        "scaling": family.scaling,
+        "normalize": family.normalize,
+        "scaling_factor": family.scaling,
         "groups": family.groups,
-        "top_groups": family.top_groups,
+        "topk_groups": family.topk_groups,
     }
 
 
@@ -208,25 +208,25 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
     def violation(name: str, rule: str, remedy: str) -> Violation:
         return Violation(routing_key(config, name), filled[name], rule, remedy)
 
-    top_k, groups, top_groups = filled["top_k"], filled["groups"], filled["top_groups"]
+    top_k, groups, topk_groups = filled["top_k"], filled["groups"], filled["topk_groups"]
     found = []
     if top_k is None or not 1 <= top_k <= experts:
         rule = f"is not within the model's {experts} experts"
         found.append(violation("top_k", rule, f"use 1 to {experts}"))
-    elif top_k == 1 and filled["normalise"] and config.router.selection != "threshold":
+    elif top_k == 1 and filled["normalize"] and config.router.selection != "threshold":
         rule = "makes the weight of a token's one expert 1 whatever its score, so the router cannot learn"
-        found.append(violation("normalise", rule, "set it to false, or top_k above 1"))
-    if filled["scaling"] <= 0:
-        found.append(violation("scaling", "turns the weights off or around", "give a factor above 0"))
+        found.append(violation("normalize", rule, "set it to false, or top_k above 1"))
+    if filled["scaling_factor"] <= 0:
+        found.append(violation("scaling_factor", "turns the weights off or around", "give a factor above 0"))
     # A group is judged by its two best experts (arXiv 2412.19437, section 2.1.2), so it needs two.
     possible = [count for count in divisors(experts) if count == 1 or experts // count >= 2]
     if groups not in possible:
         rule = f"does not divide the model's {experts} experts into groups of 2 or more"
         found.append(violation("groups", rule, f"use {listed(possible)}"))
-    elif not 1 <= top_groups <= groups:
+    elif not 1 <= topk_groups <= groups:
         rule = f"is not within the {groups} groups"
-        found.append(violation("top_groups", rule, f"use {listed(range(1, groups + 1))}"))
-    elif not found and top_groups * (experts // groups) < top_k:
-        rule = f"leaves a token {top_groups * (experts // groups)} experts to take {top_k} from"
-        found.append(violation("top_groups", rule, f"use {-(-top_k * groups // experts)} or more"))
+        found.append(violation("topk_groups", rule, f"use {listed(range(1, groups + 1))}"))
+    elif not found and topk_groups * (experts // groups) < top_k:
+        rule = f"leaves a token {topk_groups * (experts // groups)} experts to take {top_k} from"
+        found.append(violation("topk_groups", rule, f"use {-(-top_k * groups // experts)} or more"))
     return found

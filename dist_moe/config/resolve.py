@@ -46,9 +46,9 @@ def resolve(config: Config, workers: int) -> Resolved:
     violations += _schedule_violations(config.train)
     if experts is not None:
         violations += _expert_parallel_violations(config, workers, experts)
-    accumulation = max(1, config.train.global_batch // (workers * config.train.micro_batch))
+    accumulation = max(1, config.train.global_batch_size // (workers * config.train.micro_batch_size))
     if facts is not None:
-        violations += balancing_violations(config, facts.router, facts.experts, accumulation)
+        violations += balancing_violations(config, facts.router, facts.experts)
     if violations or facts is None:
         raise ConfigError(violations)
     train, asked = config.train, config.parallel.expert_parallel
@@ -64,19 +64,19 @@ def resolve(config: Config, workers: int) -> Resolved:
 
 
 def _batch_violations(train: TrainConfig, workers: int) -> list[Violation]:
-    batch, micro = train.global_batch, train.micro_batch
+    batch, micro = train.global_batch_size, train.micro_batch_size
     if batch % (workers * micro) == 0:
         return []
     if batch % workers == 0:
         rule = f"does not divide the {batch // workers} sequences of each of {workers} workers"
         remedy = f"use {listed(divisors(batch // workers))}"
-        return [Violation("train.micro_batch", micro, rule, remedy)]
+        return [Violation("train.micro_batch_size", micro, rule, remedy)]
     rule = f"does not divide among {workers} workers with micro-batches of {micro}"
     step = workers * micro
     multiples = [count for count in (batch // step * step, (batch // step + 1) * step) if count]
     fitting = [count for count in divisors(batch) if count % micro == 0 and batch % (count * micro) == 0]
     remedy = f"use {listed(multiples)}" + (f", or {listed(fitting)} workers" if fitting else "")
-    return [Violation("train.global_batch", batch, rule, remedy)]
+    return [Violation("train.global_batch_size", batch, rule, remedy)]
 
 
 def _schedule_violations(train: TrainConfig) -> list[Violation]:

@@ -14,7 +14,7 @@ import tokenizers
 from dist_moe.data.cache import file_sha256, locked
 from dist_moe.data.files import Document
 from dist_moe.data.load_tokenizer import load_tokenizer
-from dist_moe.data.mmap_files import Mapped, content_digest, same_content
+from dist_moe.data.mmap_files import MmapFile, content_digest, same_content
 from dist_moe.data.source_manifest import write_origin
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
 from dist_moe.data.split import SALT, in_validation
@@ -47,7 +47,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TokenizedData:
     """Tokenizer and both splits; equal fingerprints mean equal tokens. `folder` opens again with
     `open_prepared`. mapped: the files of both splits."""
 
@@ -57,7 +57,7 @@ class Prepared:
     records: tuple[SourceRecord, ...]
     fingerprint: str
     folder: Path
-    mapped: tuple[Mapped, ...] = ()
+    mapped: tuple[MmapFile, ...] = ()
 
 
 def prepare(
@@ -67,7 +67,7 @@ def prepare(
     validation_fraction: float,
     cache: Path,
     pretrained: Path | None = None,
-) -> Prepared:
+) -> TokenizedData:
     """Fetch, split, tokenise and open, or only open what the cache folder already holds.
 
     Safe in several processes at once (one works, the others wait); memory holds one group of documents at a
@@ -111,23 +111,25 @@ def _opened(folder: Path | None, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def open_prepared(folder: Path) -> Prepared:
+def open_prepared(folder: Path) -> TokenizedData:
     """Open what `prepare` made, mapping its files; DataError if the folder is not whole."""
     if not _is_whole(folder):
         raise DataError(str(folder), "is not a folder of prepared tokens, or a damaged one", "prepare the data again")
     return _open(folder)
 
 
-def _open(folder: Path) -> Prepared:
+def _open(folder: Path) -> TokenizedData:
     manifest = json.loads((folder / "manifest.json").read_text())
     tokenizer = load_tokenizer(folder / "tokenizer")
-    files: list[Mapped] = []
+    files: list[MmapFile] = []
     train, validation = (_open_split(folder, split, manifest, tokenizer.end_id, files) for split in SPLITS)
     records = tuple(SourceRecord(**record) for record in manifest["records"])
-    return Prepared(tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder, tuple(files))
+    return TokenizedData(
+        tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder, tuple(files)
+    )
 
 
-def document_names(prepared: Prepared, split: str, indices: Collection[int]) -> dict[int, str]:
+def document_names(prepared: TokenizedData, split: str, indices: Collection[int]) -> dict[int, str]:
     """The names of documents of a split by index, as their source gives them; without those that cannot be read."""
     try:
         with (prepared.folder / f"{split}.documents.jsonl").open(encoding="utf-8") as lines:
@@ -136,9 +138,9 @@ def document_names(prepared: Prepared, split: str, indices: Collection[int]) -> 
         return {}
 
 
-def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int, files: list[Mapped]) -> Corpus:
+def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int, files: list[MmapFile]) -> Corpus:
     def mapped(kind: str, dtype: str) -> np.ndarray:
-        files.append(Mapped(folder / f"{split}.{kind}"))
+        files.append(MmapFile(folder / f"{split}.{kind}"))
         return files[-1].array(dtype)
 
     return Corpus(

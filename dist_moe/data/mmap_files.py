@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dist_moe.comm.reduce import gathered
+from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.errors import DataError
 
 # Files up to this size are read whole. XXH3 reads 5 GB/s on one core (SHA-256: 0.3 to 2), so this costs 0.2 s.
@@ -22,7 +22,7 @@ BLOCK_BYTES = 1 << 20
 BLOCKS = 256
 
 
-class Mapped:
+class MmapFile:
     """One file, held open as long as this lives: removed or replaced, it stays what it was for whom has mapped it."""
 
     def __init__(self, path: Path) -> None:
@@ -51,17 +51,17 @@ class Mapped:
         return found.st_size, found.st_mtime_ns
 
 
-def change_of(files: Iterable[Mapped]) -> str:
+def detect_change(files: Iterable[MmapFile]) -> str:
     """The first of the files that is not as it was opened, and in what; "" where all are."""
     return next((f"{file.path} {change}" for file in files if (change := file.change())), "")
 
 
-def refuse_change(change: str) -> None:
-    """Tell all ranks of a change that any of them has seen. A collective call; change: as of `change_of`.
+def reject_change(change: str) -> None:
+    """Tell all ranks of a change that any of them has seen. A collective call; change: as of `detect_change`.
 
     Errors: DataError, the same on all ranks.
     """
-    for rank, seen in enumerate(gathered(change)):
+    for rank, seen in enumerate(all_gather_objects(change)):
         if seen:
             remedy = "start the run again: the tokens are made anew from their sources, and it goes on from here"
             raise DataError(seen, f"while the run was reading it (rank {rank})", remedy)

@@ -7,33 +7,33 @@ from pathlib import Path
 
 import torch
 
-from dist_moe.comm.init import World
+from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, Resolved
-from dist_moe.data.corpus import Prepared
+from dist_moe.data.corpus import TokenizedData
 from dist_moe.engine.precision import choose_precision
 
 
 def experts_taken(config: Config) -> int:
     """How many experts a token takes: top-K; with a threshold the budget, and where there is none at most so many."""
     router = config.router
-    if router.selection == "threshold" and router.budget:
-        return math.ceil(router.budget)
+    if router.selection == "threshold" and router.target_experts_per_token:
+        return math.ceil(router.target_experts_per_token)
     return router.max_experts or router.top_k or 1
 
 
 @dataclass(frozen=True)
-class Subject:
+class DoctorContext:
     """resolved: for this number of workers. folder: of the doctor alone, on the file system of run.dir.
 
     prepared: the text; None where it could not be had. limit_s: how long a collective of a check may take.
     """
 
     resolved: Resolved
-    world: World
+    dist_context: DistContext
     mesh: Mesh
     folder: Path
-    prepared: Prepared | None
+    prepared: TokenizedData | None
     limit_s: float = 30.0
 
     @property
@@ -44,11 +44,11 @@ class Subject:
     @cached_property
     def message_bytes(self) -> int:
         """About what a rank sends in one exchange of a micro-batch."""
-        tokens = self.config.train.micro_batch * self.config.data.sequence_length
+        tokens = self.config.train.micro_batch_size * self.config.data.sequence_length
         width = int(self.resolved.model_config.get("hidden_size", 1024))
         return tokens * experts_taken(self.config) * width * (2 if self.bf16 else 4)
 
     @property
     def bf16(self) -> bool:
         """Whether the run will compute in bf16 here."""
-        return choose_precision(self.config.train.precision, self.world.device) == torch.bfloat16
+        return choose_precision(self.config.train.precision, self.dist_context.device) == torch.bfloat16

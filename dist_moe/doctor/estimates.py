@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import gathered
+from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.config import Config, Resolved
-from dist_moe.doctor.context import Subject, experts_taken
+from dist_moe.doctor.context import DoctorContext, experts_taken
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.engine.optimizer_shards import moments_of
 from dist_moe.model.build import empty_model, routing_rule
@@ -81,7 +81,7 @@ def estimate_memory(config: Config, shape: Shape, mesh: Mesh, bf16: bool) -> Mem
     # The weights are written by the first rank that holds them, everything else by all in equal parts.
     written = share * (int(bf16) + moments) * FP32
     written += item * (experts * (mesh.edp_rank == 0) + shape.dense * (mesh.rank == 0))
-    copied = written if config.checkpoint.asynchronous and config.checkpoint.every else 0
+    copied = written if config.checkpoint.asynchronous and config.checkpoint.interval else 0
     return Memory(fixed, _activations(config, shape, item), copied)
 
 
@@ -96,7 +96,7 @@ def _activations(config: Config, shape: Shape, item: int) -> int:
     With activation checkpointing a layer keeps its input, and one layer at a time all of it. Logits are held three
     times, once in fp32.
     """
-    tokens = config.train.micro_batch * config.data.sequence_length
+    tokens = config.train.micro_batch_size * config.data.sequence_length
     layer = 16 * shape.width + shape.taken * (2 * shape.width + 4 * shape.expert_width)
     kept = shape.layers * shape.width + layer if config.train.activation_checkpointing else shape.layers * layer
     return tokens * (kept * item + shape.vocabulary * (2 * item + FP32))
@@ -110,7 +110,7 @@ def checkpoint_bytes(config: Config, shape: Shape, bf16: bool) -> int:
 def kept_checkpoints(config: Config) -> int:
     """How many lie on the disk at most, one in the making among them."""
     settings, steps = config.checkpoint, config.train.steps
-    made = (steps // settings.every if settings.every else 0) + 1
+    made = (steps // settings.interval if settings.interval else 0) + 1
     if not settings.keep_last:
         return made
     return min(made, settings.keep_last + 1 + (steps // settings.keep_every if settings.keep_every else 0))
@@ -120,20 +120,20 @@ def kept_checkpoints(config: Config) -> int:
 class Claim:
     """What one rank takes of one memory. place: whose it is. needed, free: bytes."""
 
-    place: str
+    rank_info: str
     needed: int
     free: int
 
 
-def check_memory(subject: Subject, shape: Shape, bf16: bool) -> Finding:
+def check_memory(subject: DoctorContext, shape: Shape, bf16: bool) -> Finding:
     """What all ranks of each host, or each device, take against what its memory has."""
-    needed, device = estimate_memory(subject.config, shape, subject.mesh, bf16), subject.world.device
+    needed, device = estimate_memory(subject.config, shape, subject.mesh, bf16), subject.dist_context.device
     host = Claim(socket.gethostname(), needed.total, free_memory())
     own = [host]
     if device.type == "cuda":
-        of_device = Claim(f"{host.place} {device}", needed.total - needed.copy, torch.cuda.mem_get_info(device)[0])
+        of_device = Claim(f"{host.rank_info} {device}", needed.total - needed.copy, torch.cuda.mem_get_info(device)[0])
         own = [replace(host, needed=needed.copy), of_device]
-    return compare_memory(needed, [claim for claims in gathered(own) for claim in claims])
+    return compare_memory(needed, [claim for claims in all_gather_objects(own) for claim in claims])
 
 
 def compare_memory(needed: Memory, found: Sequence[Claim]) -> Finding:
@@ -142,18 +142,18 @@ def compare_memory(needed: Memory, found: Sequence[Claim]) -> Finding:
         f"{bytes_in_words(needed.total)} for rank 0: {bytes_in_words(needed.fixed)} weights, gradients and optimizer, "
         f"about {bytes_in_words(needed.activations)} activations, {bytes_in_words(needed.copy)} copy for saving"
     )
-    places: dict[str, list[Claim]] = {}
+    rank_infos: dict[str, list[Claim]] = {}
     for claim in found:
-        places.setdefault(claim.place, []).append(claim)
+        rank_infos.setdefault(claim.rank_info, []).append(claim)
     short = []
-    for place, claims in places.items():
+    for rank_info, claims in rank_infos.items():
         wanted, free = sum(claim.needed for claim in claims), min(claim.free for claim in claims)
         if wanted > free:
             told_of = f"{bytes_in_words(free)} free, and {len(claims)} ranks need {bytes_in_words(wanted)}"
-            short.append(f"{place} has {told_of}")
+            short.append(f"{rank_info} has {told_of}")
     if short:
         remedy = (
-            "use more hosts, ZeRO 1 or 2, a smaller train.micro_batch, train.activation_checkpointing=true, or "
+            "use more hosts, ZeRO 1 or 2, a smaller train.micro_batch_size, train.activation_checkpointing=true, or "
             "checkpoint.asynchronous=false"
         )
         return Finding("memory", Outcome.failed, f"{told}; {'; '.join(short)}", remedy)
@@ -181,7 +181,7 @@ def _left_in_groups() -> Iterator[int]:
             yield int(most) - int(used.read_text()) + (int(pages[1]) if pages else 0)
 
 
-def check_disk(subject: Subject, shape: Shape, bf16: bool) -> Finding:
+def check_disk(subject: DoctorContext, shape: Shape, bf16: bool) -> Finding:
     """What the checkpoints of the run take, against what run.dir's file system has."""
     one, count = checkpoint_bytes(subject.config, shape, bf16), kept_checkpoints(subject.config)
     return compare_disk(one, count, shutil.disk_usage(subject.folder).free)

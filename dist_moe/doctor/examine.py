@@ -13,21 +13,21 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dist_moe.comm.init import join_world, limit_groups, set_threads
+from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.mesh import make_mesh, ranks_per_node
-from dist_moe.comm.reduce import gathered
+from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.config import Resolved
-from dist_moe.data.corpus import Prepared
-from dist_moe.doctor.context import Subject
+from dist_moe.data.corpus import TokenizedData
+from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.estimates import check_disk, check_memory, shape_of
 from dist_moe.doctor.finding import Finding, Outcome
-from dist_moe.doctor.machines import check_exchange, check_places, check_speed, check_versions
+from dist_moe.doctor.machines import check_exchange, check_rank_infos, check_speed, check_versions
 from dist_moe.doctor.network import check_clocks, check_ports
 from dist_moe.doctor.temporary import temporary
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.errors import UserError
 from dist_moe.train.loop import prepare_text
-from dist_moe.worker.rank_info import Place
+from dist_moe.worker.rank_info import RankInfo
 
 NO_TEXT = "there is no text, so nothing can be trained"
 LONGEST_S = 30.0
@@ -39,7 +39,7 @@ LINGER_S = 2.0
 """How long rank 0 stays after it has told, since it may keep the store that the others look into."""
 SEVEREST = (Outcome.failed, Outcome.warned, Outcome.passed, Outcome.idle)
 
-Check = Callable[[Subject], Finding]
+Check = Callable[[DoctorContext], Finding]
 
 
 class Part(IntEnum):
@@ -53,21 +53,21 @@ class Part(IntEnum):
 def sizes_check(name: str, look: Callable[..., Finding]) -> tuple[str, Check]:
     """A check of memory or disk, which needs the shapes of the whole model."""
 
-    def check(subject: Subject) -> Finding:
+    def check(subject: DoctorContext) -> Finding:
         vocabulary = subject.prepared.tokenizer.vocab_size if subject.prepared else 1 << 15
         return look(subject, shape_of(subject.resolved, vocabulary), subject.bf16)
 
     return name, check
 
 
-def check_text(subject: Subject) -> Finding:
+def check_text(subject: DoctorContext) -> Finding:
     """How often the run reads its text; a warning where that is often."""
     assert subject.prepared is not None
     config, tokens = subject.config, len(subject.prepared.train.tokens)
-    read = config.train.steps * config.train.global_batch * config.data.sequence_length
+    read = config.train.steps * config.train.global_batch_size * config.data.sequence_length
     epochs = read / tokens
-    held = len(subject.prepared.validation.tokens)
-    told = f"{tokens:,} tokens to train on, {held:,} held out; the run reads {read:,}, that is {epochs:.2f} epochs"
+    optimizer_fragments = len(subject.prepared.validation.tokens)
+    told = f"{tokens:,} tokens to train on, {optimizer_fragments:,} held out; the run reads {read:,}, that is {epochs:.2f} epochs"
     if epochs > MANY_EPOCHS:
         remedy = f"more text, or fewer train.steps; beyond {MANY_EPOCHS:.0f} epochs a text teaches little that is new"
         return Finding("text", Outcome.warned, told, remedy)
@@ -76,7 +76,7 @@ def check_text(subject: Subject) -> Finding:
 
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("versions", check_versions),
-    ("places", check_places),
+    ("places", check_rank_infos),
     ("ports", check_ports),
     ("clocks", check_clocks),
     ("text", check_text),
@@ -92,7 +92,7 @@ NEED_TEXT = ("text", "EP 1 = EP N", "save and load")
 
 def examine(
     resolved: Resolved,
-    place: Place,
+    rank_info: RankInfo,
     folder: Path,
     tell: Callable[[Sequence[Finding]], None],
     leave: Callable[[Sequence[Finding]], NoReturn],
@@ -103,26 +103,26 @@ def examine(
     have lost each other, since parting may then take for ever.
     """
     config = resolved.config
-    set_threads(config.run.threads, place)
-    prepared: Prepared | None = None
+    set_threads(config.run.threads, rank_info)
+    prepared: TokenizedData | None = None
     lacking = ""
     try:
         prepared = prepare_text(config)
     except (UserError, OSError) as error:
         lacking = str(error)
     limit_s = min(config.parallel.timeout_s, LONGEST_S)
-    with join_world(place, config.parallel.backend, config.parallel.timeout_s) as world:
-        mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.exchange, resolved.expert_parallel))
-        limit_groups(limit_s)
-        subject = Subject(resolved, world, mesh, folder, prepared, limit_s)
-        lacking = next(filter(None, gathered(lacking)), "")
+    with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:
+        mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.all_to_all, resolved.expert_parallel))
+        set_pg_timeouts(limit_s)
+        subject = DoctorContext(resolved, dist_context, mesh, folder, prepared, limit_s)
+        lacking = next(filter(None, all_gather_objects(lacking)), "")
         with temporary(folder):
             findings, lost = make_checks(subject, lacking)
             lost = lost or not all_are_here()
-        if place.rank == 0:
+        if rank_info.rank == 0:
             tell(findings)
         if lost:
-            wait_until_told(place.rank, limit_s)
+            wait_until_told(rank_info.rank, limit_s)
             leave(findings)
     return findings
 
@@ -147,7 +147,7 @@ def wait_until_told(rank: int, limit_s: float) -> None:
             store.wait([TOLD], timedelta(seconds=3 * limit_s))
 
 
-def make_checks(subject: Subject, lacking: str) -> tuple[list[Finding], bool]:
+def make_checks(subject: DoctorContext, lacking: str) -> tuple[list[Finding], bool]:
     """All of them -> the findings, and whether the workers have lost each other. lacking: why there is no text."""
     findings, lost = [], False
     for name, check in CHECKS:
@@ -157,12 +157,12 @@ def make_checks(subject: Subject, lacking: str) -> tuple[list[Finding], bool]:
             failed = Finding("text", Outcome.failed, lacking, "mend data.sources")
             findings.append(failed if name == "text" else Finding(name, Outcome.idle, NO_TEXT))
         else:
-            finding, lost = together(name, check, subject)
+            finding, lost = run_on_all_ranks(name, check, subject)
             findings.append(finding)
     return findings, lost
 
 
-def together(name: str, check: Check, subject: Subject) -> tuple[Finding, bool]:
+def run_on_all_ranks(name: str, check: Check, subject: DoctorContext) -> tuple[Finding, bool]:
     """A check by all ranks -> the severest of their findings, and whether a collective was broken off.
 
     What a check raises is a failure in its words. The verdicts go by the store, and not by a collective: a rank that
@@ -190,7 +190,7 @@ def told_first(own: int, ranks: int) -> list[int]:
 
 
 def _verdict(
-    name: str, rank: int, own: Finding, lost: bool, subject: Subject, deadline_s: float
+    name: str, rank: int, own: Finding, lost: bool, subject: DoctorContext, deadline_s: float
 ) -> tuple[Finding, Part]:
     store, key = distributed_c10d._get_default_store(), f"doctor/{name}/{rank}"
     if rank == subject.mesh.rank:

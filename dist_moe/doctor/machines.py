@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.comm.exchange import exchange_rows
-from dist_moe.comm.reduce import gathered
-from dist_moe.doctor.context import Subject
+from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.observe.record import versions
 
@@ -23,10 +23,10 @@ REPETITIONS = 20
 WIDTH = 8
 
 
-def check_versions(subject: Subject) -> Finding:
+def check_versions(subject: DoctorContext) -> Finding:
     """Every rank has the same Python, libraries and sources."""
     own = {**versions(), "dist-moe source": source_digest()}
-    return compare_versions(gathered(own))
+    return compare_versions(all_gather_objects(own))
 
 
 def source_digest() -> str:
@@ -52,15 +52,15 @@ def compare_versions(found: Sequence[Mapping[str, str | None]]) -> Finding:
     return Finding("versions", Outcome.passed, f"equal on {len(found)} ranks: {named}")
 
 
-def check_places(subject: Subject) -> Finding:
+def check_rank_infos(subject: DoctorContext) -> Finding:
     """Backend, device, and threads against the cores of each host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    told = f"backend {subject.world.backend}, device {subject.world.device.type}; "
-    found = gathered((socket.gethostname(), cores, torch.get_num_threads()))
-    return compare_places(found, told + f"expert parallel {subject.mesh.expert_parallel}")
+    told = f"backend {subject.dist_context.backend}, device {subject.dist_context.device.type}; "
+    found = all_gather_objects((socket.gethostname(), cores, torch.get_num_threads()))
+    return compare_rank_infos(found, told + f"expert parallel {subject.mesh.expert_parallel}")
 
 
-def compare_places(found: Sequence[tuple[str, int, int]], told: str) -> Finding:
+def compare_rank_infos(found: Sequence[tuple[str, int, int]], told: str) -> Finding:
     """found: host, cores and threads of each rank; a rank that is bound sees its own cores alone."""
     hosts: dict[str, list[tuple[int, int]]] = {}
     for host, cores, threads in found:
@@ -88,7 +88,7 @@ def patterns(ranks: int) -> dict[str, list[list[int]]]:
     }
 
 
-def check_exchange(subject: Subject) -> Finding:
+def check_exchange(subject: DoctorContext) -> Finding:
     """Every row of an all-to-all arrives, with its value, at the rank that it was sent to, forward and backward."""
     name, group, mesh = "all-to-all", subject.mesh.ep_group, subject.mesh
     if group is None:
@@ -98,7 +98,7 @@ def check_exchange(subject: Subject) -> Finding:
         for pattern, rows in patterns(mesh.expert_parallel).items():
             send, receive = rows[mesh.ep_rank], [of_rank[mesh.ep_rank] for of_rank in rows]
             values = [_mark(mesh.ep_rank, p) for p, count in enumerate(send) for _ in range(count)]
-            sent = torch.tensor(values, dtype=dtype, device=subject.world.device).reshape(-1, 1).repeat(1, WIDTH)
+            sent = torch.tensor(values, dtype=dtype, device=subject.dist_context.device).reshape(-1, 1).repeat(1, WIDTH)
             sent.requires_grad_()
             came = exchange_rows(sent, send, receive, group)
             wanted = [_mark(r, mesh.ep_rank) for r, count in enumerate(receive) for _ in range(count)]
@@ -107,7 +107,7 @@ def check_exchange(subject: Subject) -> Finding:
             if came[:, 0].tolist() != wanted or not bool((came == came[:, :1]).all()) or not whole:
                 wrong.append(f"{pattern} in {str(dtype).removeprefix('torch.')}")
     if wrong:
-        remedy = "try parallel.exchange=flat and another parallel.backend, and report it"
+        remedy = "try parallel.all_to_all=flat and another parallel.backend, and report it"
         return Finding(name, Outcome.failed, f"rank {mesh.rank}: wrong rows: {', '.join(wrong)}", remedy)
     return Finding(name, Outcome.passed, f"{', '.join(patterns(2))}: all rows right, in fp32 and bf16, and back")
 
@@ -117,7 +117,7 @@ def _mark(source: int, target: int) -> float:
     return float((source * 31 + target * 7) % 251)
 
 
-def check_speed(subject: Subject) -> Finding:
+def check_speed(subject: DoctorContext) -> Finding:
     """Latency and bandwidth of the exchange, and what a step's exchanges cost at least."""
     name, mesh = "exchange", subject.mesh
     if mesh.ep_group is None:
@@ -140,7 +140,7 @@ def check_speed(subject: Subject) -> Finding:
     return Finding(name, Outcome.passed, told)
 
 
-def moe_layer_count(subject: Subject) -> int:
+def moe_layer_count(subject: DoctorContext) -> int:
     """From the keys of the model's config, as the family reads them."""
     from transformers import AutoConfig
 
@@ -149,9 +149,9 @@ def moe_layer_count(subject: Subject) -> int:
     return len(moe_layers(AutoConfig.for_model(subject.config.model.architecture, **subject.resolved.model_config)))
 
 
-def _all_to_all_s(subject: Subject, size: int) -> float:
+def _all_to_all_s(subject: DoctorContext, size: int) -> float:
     each = max(1, size // subject.mesh.expert_parallel)
-    block = torch.zeros(each * subject.mesh.expert_parallel, dtype=torch.uint8, device=subject.world.device)
+    block = torch.zeros(each * subject.mesh.expert_parallel, dtype=torch.uint8, device=subject.dist_context.device)
     came = torch.empty_like(block)
 
     def once() -> None:

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.checkpoint.async_saver import Saver
-from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, go_on, load_model
+from dist_moe.checkpoint.async_saver import AsyncSaver
+from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, load_model, restore_run
 from dist_moe.checkpoint.snapshot import collect
-from dist_moe.comm.init import limit_groups
+from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import Config
 from dist_moe.config.family import family_of
 from dist_moe.data.stream import Batch
-from dist_moe.doctor.context import Subject
+from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.train_state import TrainState
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.moe.select import Rule, Threshold, TopK
+from dist_moe.moe.select import Rule, ThresholdRouting, TopK
 from dist_moe.train.loop import engine_settings, make_balancer
 from dist_moe.train.step import train_step
 
@@ -48,12 +48,12 @@ class Outcomes(NamedTuple):
     experts: dict[str, Tensor]
 
 
-def few_layers(subject: Subject, expert_parallel: int) -> tuple[dict[str, Any], Rule]:
+def few_layers(subject: DoctorContext, expert_parallel: int) -> tuple[dict[str, Any], Rule]:
     """Keys of the model's config class for a model that takes seconds, and its rule of routing."""
     config, family = subject.config, family_of(subject.config.model.architecture)
     settings = {**subject.resolved.model_config, "vocab_size": VOCABULARY}
     rule = routing_rule(config.router, config.balance)
-    taken = min(rule.most, subject.resolved.experts)
+    taken = min(rule.max_experts_per_token, subject.resolved.experts)
     experts = min(max(FEW_EXPERTS, taken), subject.resolved.experts)
     experts = -(-experts // expert_parallel) * expert_parallel
     settings[family.experts] = experts
@@ -61,14 +61,14 @@ def few_layers(subject: Subject, expert_parallel: int) -> tuple[dict[str, Any], 
         settings |= {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
     else:
         settings |= {"num_hidden_layers": 2, "mlp_only_layers": [], "decoder_sparse_step": 1}
-    if isinstance(rule, Threshold):
+    if isinstance(rule, ThresholdRouting):
         return settings, replace(rule, max_experts=min(taken, experts))
     if isinstance(rule, TopK):
-        return settings, replace(rule, groups=1, top_groups=1)
+        return settings, replace(rule, groups=1, topk_groups=1)
     return settings, rule
 
 
-def check_parity(subject: Subject) -> Finding:
+def check_parity(subject: DoctorContext) -> Finding:
     """One SGD step in fp32 with the run's expert parallelism changes every weight as one without any does."""
     name, mesh = "EP 1 = EP N", subject.mesh
     if mesh.expert_parallel == 1:
@@ -90,18 +90,18 @@ def check_parity(subject: Subject) -> Finding:
     )
     if far <= TOLERANCE and norm <= TOLERANCE:
         return Finding(name, Outcome.passed, told)
-    remedy = "try parallel.exchange=flat, another parallel.backend or zero_stage, and report it"
+    remedy = "try parallel.all_to_all=flat, another parallel.backend or zero_stage, and report it"
     return Finding(name, Outcome.failed, f"rank {mesh.rank}: {told}; most in {where}", remedy)
 
 
-def one_step(subject: Subject, mesh: Mesh) -> Outcomes:
+def one_step(subject: DoctorContext, mesh: Mesh) -> Outcomes:
     """One SGD step of the small model, the same tokens whatever the mesh."""
     settings = replace(
-        engine_settings(subject.resolved, subject.world),
+        engine_settings(subject.resolved, subject.dist_context),
         optimizer="sgd",
         momentum=0.0,
         bf16=False,
-        micro_batch=1,
+        micro_batch_size=1,
         accumulation=1,
     )
     with small_training(subject, mesh, settings) as training:
@@ -113,7 +113,7 @@ def one_step(subject: Subject, mesh: Mesh) -> Outcomes:
     return Outcomes(record.grad_norm, dense, experts)
 
 
-def named(training: Training, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def named(training: TrainState, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies of the dense weights, and of each expert that this rank holds, by names without a layout."""
     dense = {
         name: parameter.detach().clone()
@@ -123,13 +123,13 @@ def named(training: Training, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, 
     experts = {}
     for layer in find_layers(training.task.model):
         local = layer.experts.local
-        for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+        for rank_info, expert in enumerate(mesh.local_experts(layer.experts.experts)):
             for kind, stacked in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
-                experts[f"{layer.name}.{expert}.{kind}"] = stacked.detach()[place].clone()
+                experts[f"{layer.name}.{expert}.{kind}"] = stacked.detach()[rank_info].clone()
     return dense, experts
 
 
-def row(subject: Subject, rank: int) -> Batch:
+def row(subject: DoctorContext, rank: int) -> Batch:
     """Tokens of one rank, the same in every run."""
     length = min(LONGEST, subject.config.data.sequence_length)
     generator = torch.Generator().manual_seed(1000 + rank)
@@ -140,8 +140,8 @@ def row(subject: Subject, rank: int) -> Batch:
 
 @contextmanager
 def small_training(
-    subject: Subject, mesh: Mesh, settings: EngineSettings, found: Checkpoint | None = None
-) -> Iterator[Training]:
+    subject: DoctorContext, mesh: Mesh, settings: EngineSettings, found: Checkpoint | None = None
+) -> Iterator[TrainState]:
     """The small model in a real engine, in the doctor's own folder; with `found` it goes on from there."""
     config, (model_config, rule) = small_config(subject), few_layers(subject, subject.mesh.expert_parallel)
     model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
@@ -149,40 +149,40 @@ def small_training(
     if found is not None:
         load_model(found, task, mesh)
     with start_engine(task, parameter_groups(model, config.train.weight_decay), settings, mesh) as engine:
-        limit_groups(subject.limit_s)
+        set_pg_timeouts(subject.limit_s)
         balancer: Balancer = make_balancer(task, config, engine.device)
         assert subject.prepared is not None
-        training = Training(config, engine, balancer, task, subject.prepared)
+        training = TrainState(config, engine, balancer, task, subject.prepared)
         if found is not None:
-            go_on(found, training)
+            restore_run(found, training)
         yield training
 
 
-def small_config(subject: Subject) -> Config:
+def small_config(subject: DoctorContext) -> Config:
     """The user's, with the doctor's folder as run.dir, and its checkpoint as that to go on from."""
     run = subject.config.run.model_copy(update={"dir": str(subject.folder)})
     checkpoint = subject.config.checkpoint.model_copy(update={"resume": AUTO})
     return subject.config.model_copy(update={"run": run, "checkpoint": checkpoint})
 
 
-def check_saving(subject: Subject) -> Finding:
+def check_saving(subject: DoctorContext) -> Finding:
     """The small model is saved by all ranks, and another engine goes on from there with the same bits.
 
     Of weights, fp32 masters, moments, biases and random states, by the way that a run takes, between hosts too.
     """
     name, mesh = "save and load", subject.mesh
-    settings = replace(engine_settings(subject.resolved, subject.world), micro_batch=1, accumulation=1)
+    settings = replace(engine_settings(subject.resolved, subject.dist_context), micro_batch_size=1, accumulation=1)
     with small_training(subject, mesh, settings) as training:
         train_step(training.engine, training.balancer, [row(subject, mesh.rank)], 1e-3)
         kept = copied(training)
         began_s = time.perf_counter()
-        saver = Saver(training)
+        saver = AsyncSaver(training)
         size = saver.save(1).bytes
         save_s = time.perf_counter() - began_s
         saver.close()
     assert subject.prepared is not None
     began_s = time.perf_counter()
-    found = find_checkpoint(small_config(subject), subject.prepared, mesh, subject.world.device)
+    found = find_checkpoint(small_config(subject), subject.prepared, mesh, subject.dist_context.device)
     load_s = time.perf_counter() - began_s
     if found is None:
         return Finding(name, Outcome.failed, f"rank {mesh.rank} finds no checkpoint", "see to the storage of run.dir")
@@ -198,7 +198,7 @@ def check_saving(subject: Subject) -> Finding:
     return Finding(name, Outcome.passed, f"{told}; weights, moments and biases go on bit for bit")
 
 
-def copied(training: Training) -> dict[str, Tensor]:
+def copied(training: TrainState) -> dict[str, Tensor]:
     """All that this rank writes of a run, by file and name, and the weights that another one writes."""
     files = collect(training, 1).tensors.items()
     written = {f"{name} in {file}": tensor.clone() for file, part in files for name, tensor in part.items()}

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.engine.optimizer_shards import STEPS, Held, held, inner_optimizer, moments_of
+from dist_moe.engine.optimizer_shards import STEPS, OptimizerFragment, inner_optimizer, moments_of, optimizer_fragments
 from dist_moe.moe.layer import ExpertParallelLayer
 
 if not torch.cuda.is_available():
@@ -45,7 +45,7 @@ class EngineSettings:
     """
 
     zero_stage: int
-    micro_batch: int
+    micro_batch_size: int
     accumulation: int
     optimizer: str
     gradient_clipping: float
@@ -104,7 +104,7 @@ class Engine:
 
     @property
     def optimizer_state(self) -> MutableMapping[Tensor, dict[str, Any]]:
-        """What the optimizer keeps for each of its own tensors, the owners of `held`."""
+        """What the optimizer keeps for each of its own tensors, the owners of `optimizer_fragments`."""
         state: MutableMapping[Tensor, dict[str, Any]] = inner_optimizer(self._engine.optimizer).state
         return state
 
@@ -113,18 +113,18 @@ class Engine:
         """Whether the optimizer's weights are fp32 and the model's are not."""
         return self.settings.bf16
 
-    def held(self) -> list[Held]:
+    def optimizer_fragments(self) -> list[OptimizerFragment]:
         """What this rank's optimizer holds of the parameters: at ZeRO 1 and 2 its slice, at ZeRO 0 everything."""
-        return held(self.module, self._engine.optimizer, sharded=self.settings.zero_stage > 0)
+        return optimizer_fragments(self.module, self._engine.optimizer, sharded=self.settings.zero_stage > 0)
 
-    def went_on(self, steps: int, taken: int) -> None:
+    def set_step_counters(self, steps: int, taken: int) -> None:
         """Set DeepSpeed's counters as they are after so many steps, of which `taken` were not skipped."""
         self._engine.global_steps = steps
         self._engine.skipped_steps = steps - taken
         self._engine.micro_steps = steps * self.settings.accumulation
         self._engine.global_samples = steps * self._engine.train_batch_size()
 
-    def forget_steps(self) -> None:
+    def reset_optimizer_steps(self) -> None:
         """Count none of the optimizer's steps so far."""
         for state in self.optimizer_state.values():
             if STEPS in state:
@@ -204,7 +204,7 @@ def start_engine(
         dist_init_required=False,
     )
     started = Engine(engine, settings, mesh)
-    started.forget_steps()
+    started.reset_optimizer_steps()
     try:
         yield started
     finally:
@@ -215,9 +215,9 @@ def start_engine(
 def deepspeed_json(settings: EngineSettings, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, and the user's further keys below it."""
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation,
-        "train_batch_size": settings.micro_batch * settings.accumulation * world_size,
+        "train_batch_size": settings.micro_batch_size * settings.accumulation * world_size,
         # At stage 0 the clipping is done in Engine._step_whole.
         "gradient_clipping": settings.gradient_clipping if settings.zero_stage > 0 else 0.0,
         "bf16": {"enabled": settings.bf16},

@@ -24,7 +24,7 @@ def moments_of(optimizer: str, momentum: float) -> tuple[str, ...]:
     return ("momentum_buffer",) if momentum else ()
 
 
-class Held(NamedTuple):
+class OptimizerFragment(NamedTuple):
     """`numel` elements of `parameter` from `start` on, which the optimizer keeps in `owner` from `offset` on."""
 
     parameter: Tensor
@@ -33,13 +33,13 @@ class Held(NamedTuple):
     owner: Tensor
     offset: int
 
-    def part(self, index: int, parts: int) -> "Held":
+    def part(self, index: int, parts: int) -> "OptimizerFragment":
         """The share of one of several ranks that hold the same."""
         first, end = (self.numel * bound // parts for bound in (index, index + 1))
         return self._replace(start=self.start + first, numel=end - first, offset=self.offset + first)
 
 
-def strayed(runs: Sequence[Held]) -> bool:
+def mapping_is_wrong(runs: Sequence[OptimizerFragment]) -> bool:
     """Whether the optimizer's weights are not those of the model, so that the runs cannot be where they are told."""
     for run in runs:
         own = run.owner.detach().view(-1)[run.offset : run.offset + run.numel]
@@ -49,7 +49,7 @@ def strayed(runs: Sequence[Held]) -> bool:
     return False
 
 
-class Named(NamedTuple):
+class ParameterSlice(NamedTuple):
     """A tensor of the weights folder, and where it lies in this rank's parameter: flat, from `start` on."""
 
     name: str
@@ -58,7 +58,7 @@ class Named(NamedTuple):
     numel: int
 
 
-class Piece(NamedTuple):
+class TensorFragment(NamedTuple):
     """`numel` elements of the tensor `name` from `start` on, in `owner` from `offset` on."""
 
     name: str
@@ -72,7 +72,7 @@ class Piece(NamedTuple):
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
-def held(module: nn.Module, optimizer: Any, sharded: bool) -> list[Held]:
+def optimizer_fragments(module: nn.Module, optimizer: Any, sharded: bool) -> list[OptimizerFragment]:
     """What the optimizer that DeepSpeed made for `module` holds on this rank.
 
     sharded: ZeRO 1 and 2, where each parameter knows its slice; else it is whole, in bf16 as a copy.
@@ -83,14 +83,14 @@ def held(module: nn.Module, optimizer: Any, sharded: bool) -> list[Held]:
         if inner is not optimizer:
             groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
             pairs = (pair for ours, theirs in groups for pair in zip(ours, theirs, strict=True))
-        return [Held(parameter, 0, parameter.numel(), owner, 0) for parameter, owner in pairs]
+        return [OptimizerFragment(parameter, 0, parameter.numel(), owner, 0) for parameter, owner in pairs]
     found = []
     for parameter in module.parameters():
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
             owner = inner.param_groups[mapping.param_group_index]["params"][0]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            found.append(Held(parameter, here.start, here.numel, owner, there.start))
+            found.append(OptimizerFragment(parameter, here.start, here.numel, owner, there.start))
     return found
 
 
@@ -100,9 +100,9 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def pieces(runs: Sequence[Held], named: Sequence[Named]) -> list[Piece]:
+def tensor_fragments(runs: Sequence[OptimizerFragment], named: Sequence[ParameterSlice]) -> list[TensorFragment]:
     """What is held, cut along the tensors of the weights folder."""
-    by_parameter: dict[int, list[Named]] = {}
+    by_parameter: dict[int, list[ParameterSlice]] = {}
     for one in named:
         by_parameter.setdefault(id(one.parameter), []).append(one)
     found = []
@@ -111,12 +111,14 @@ def pieces(runs: Sequence[Held], named: Sequence[Named]) -> list[Piece]:
             first = max(run.start, one.start)
             numel = min(run.start + run.numel, one.start + one.numel) - first
             if numel > 0:
-                found.append(Piece(one.name, first - one.start, numel, run.owner, run.offset + first - run.start))
+                found.append(
+                    TensorFragment(one.name, first - one.start, numel, run.owner, run.offset + first - run.start)
+                )
     return found
 
 
-def captured(
-    found: Sequence[Piece], state: Mapping[Tensor, Mapping[str, Any]], masters: bool
+def optimizer_tensors(
+    found: Sequence[TensorFragment], state: Mapping[Tensor, Mapping[str, Any]], masters: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """(key, elements) of everything that the optimizer keeps for these pieces.
 

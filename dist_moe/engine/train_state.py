@@ -5,21 +5,21 @@ from functools import cached_property
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.config import Config
-from dist_moe.data.corpus import Prepared
+from dist_moe.data.corpus import TokenizedData
 from dist_moe.data.stream import Stream
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.model.task import LanguageModelTask
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainState:
     """All that a checkpoint is made of."""
 
     config: Config
     engine: Engine
     balancer: Balancer
     task: LanguageModelTask
-    prepared: Prepared
+    prepared: TokenizedData
 
     @cached_property
     def stream(self) -> Stream:

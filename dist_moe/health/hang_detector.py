@@ -70,7 +70,7 @@ class Position:
         return f"{name}, step {self.step}, for {self.seconds:.0f} s, at {self.path}"
 
 
-class Lookout:
+class HangDetector:
     """One rank's. The main thread says at which step it is; the thread of the lookout does the rest."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
@@ -86,7 +86,7 @@ class Lookout:
         self._store, self._asking = store.clone(), store.clone()
         self._period_s = LOOK_S * max(1.0, world_size / RANKS_PER_LOOK)
 
-    def at(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """The main thread begins this step."""
         self._step = step
 
@@ -98,7 +98,7 @@ class Lookout:
         """Look no more."""
         self._over.set()
 
-    def leave(self, error: BaseException) -> None:
+    def announce_failure(self, error: BaseException) -> None:
         """Tell the others where `error` met this rank, which answers no more: a second where nobody asks.
 
         Where somebody does, it stays until that one has had its answers: a launch ends all others as soon as one has
@@ -131,7 +131,7 @@ class Lookout:
         asking = threading.Thread(target=ask, name="lookout asks", daemon=True)
         asking.start()
         asking.join(STORE_S + ANSWER_S + self._period_s)
-        return told(self._rank, own, answers[0] if answers else None, self._timeout_s)
+        return format_report(self._rank, own, answers[0] if answers else None, self._timeout_s)
 
     def _look(self) -> None:
         while not self._over.wait(self._period_s):
@@ -181,7 +181,7 @@ class Lookout:
         return self._those_that_answered(ranks[:middle]) + self._those_that_answered(ranks[middle:])
 
 
-def told(rank: int, own: Position, others: dict[int, Position | None] | None, timeout_s: float) -> str:
+def format_report(rank: int, own: Position, others: dict[int, Position | None] | None, timeout_s: float) -> str:
     """The words for it. others: None where the store could not be asked, a position of None for a silent rank."""
     name = f"{own.collective or 'a collective'} number {own.sequence}"
     of = f" of ranks {_listed(own.group)}" if own.group else ""
@@ -208,9 +208,9 @@ def told(rank: int, own: Position, others: dict[int, Position | None] | None, ti
 
 
 @contextlib.contextmanager
-def lookout(rank: int, world_size: int, timeout_s: float) -> Iterator[Lookout]:
+def hang_detector(rank: int, world_size: int, timeout_s: float) -> Iterator[HangDetector]:
     """In the block, an error of a collective that ran out of time becomes a HangError. For a joined process group."""
-    one = Lookout(rank, world_size, timeout_s)
+    one = HangDetector(rank, world_size, timeout_s)
     one.start()
     try:
         yield one
@@ -219,7 +219,7 @@ def lookout(rank: int, world_size: int, timeout_s: float) -> Iterator[Lookout]:
         if world_size > 1 and not isinstance(error, HangError | UserError):
             if OUT_OF_TIME.search(str(error)) and _collective(_frames(error))[0]:
                 raise HangError(one.report(error)) from error
-            one.leave(error)  # a peer that ran out of time has closed its connections: this rank had arrived
+            one.announce_failure(error)  # a peer that ran out of time has closed its connections: this rank had arrived
         raise
     finally:
         one.stop()

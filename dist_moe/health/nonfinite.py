@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_moe.comm.reduce import gathered
+from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.data.corpus import document_names
 from dist_moe.data.stream import Batch, Rows
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
 
 MOST_DOCUMENTS = 8
@@ -47,7 +47,7 @@ class Finding:
     documents: tuple[str, ...] = ()
 
 
-class Guard:
+class NonFiniteMonitor:
     """Counts the steps that were skipped one after the other; all ranks count alike. limit: 0 for none."""
 
     def __init__(self, limit: int) -> None:
@@ -55,18 +55,18 @@ class Guard:
         self._in_a_row = 0
         self._random: list[Tensor] = []
 
-    def before(self, device: torch.device) -> None:
+    def before_step(self, device: torch.device) -> None:
         """Keep the random state of a step that may be the last one, so that it can be made again as it was."""
         if self._limit and self._in_a_row == self._limit - 1:
             self._random = _random_state(device)
 
-    def after(self, taken: bool) -> bool:
+    def after_step(self, taken: bool) -> bool:
         """Note whether a step was taken -> whether the limit is reached."""
         self._in_a_row = 0 if taken else self._in_a_row + 1
         return bool(self._limit) and self._in_a_row >= self._limit
 
     def error(
-        self, training: Training, step: int, parts: Sequence[Rows], scales: tuple[Tensor, Tensor], good: Path | None
+        self, training: TrainState, step: int, parts: Sequence[Rows], scales: tuple[Tensor, Tensor], good: Path | None
     ) -> NonFiniteError:
         """Make the skipped step again, without its end, and look where it goes wrong. A collective call.
 
@@ -79,7 +79,7 @@ class Guard:
         except Exception as error:  # whatever it is, the run ends with what is known
             origin = Origin(f"the search ended in {type(error).__name__}: {error}")
         documents = _documents(training, parts[origin.micro_batch - 1]) if origin and origin.micro_batch else ()
-        told = _told(_gathered(Finding(origin, documents), training.engine.mesh.world_size))
+        told = _told(_gather_findings(Finding(origin, documents), training.engine.mesh.world_size))
         left = "no checkpoint is there yet" if good is None else f"the newest checkpoint, {good}, is as it was"
         return NonFiniteError(
             f"{self._in_a_row} steps in a row were skipped, up to step {step}, because a gradient was not finite "
@@ -141,16 +141,16 @@ def _outputs(task: nn.Module) -> Iterator[list[tuple[str, bool]]]:
         yield seen
 
 
-def _documents(training: Training, rows: Rows) -> tuple[str, ...]:
+def _documents(training: TrainState, rows: Rows) -> tuple[str, ...]:
     indices = training.stream.documents(rows)[:MOST_DOCUMENTS]
     names = document_names(training.prepared, "train", indices)
     return tuple(names.get(index, f"document {index}") for index in indices)
 
 
-def _gathered(finding: Finding, ranks: int) -> dict[int, Finding]:
+def _gather_findings(finding: Finding, ranks: int) -> dict[int, Finding]:
     """The findings by rank; this rank's alone where the group does not work any more."""
     try:
-        return dict(enumerate(gathered(finding) if ranks > 1 else [finding]))
+        return dict(enumerate(all_gather_objects(finding) if ranks > 1 else [finding]))
     except RuntimeError:
         return {dist.get_rank(): finding}
 

@@ -13,8 +13,8 @@ import xxhash
 from torch import Tensor
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import gathered, sum_counts
-from dist_moe.engine.train_state import Training
+from dist_moe.comm.reduce import all_gather_objects, all_reduce_counts
+from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
 
 SHOWN = 4
@@ -24,31 +24,31 @@ class ReplicaError(UserError, RuntimeError):
     """Ranks differ in what they hold alike; the message names the rank that stands alone, and the tensors."""
 
 
-def compare_ranks(training: Training, step: int, begun: int = 0) -> None:
-    """Compare after `step` where `observe.check_ranks_every` asks for it; a collective call.
+def check_replicas(training: TrainState, step: int, begun: int = 0) -> None:
+    """Compare after `step` where `observe.replica_check_interval` asks for it; a collective call.
 
     begun: the step after which this process began. Two numbers of each rank travel, in one all-reduce; names and
     digests of tensors only where those differ. Errors: ReplicaError, on all ranks alike.
     """
-    every, mesh = training.config.observe.check_ranks_every, training.engine.mesh
+    every, mesh = training.config.observe.replica_check_interval, training.engine.mesh
     if not every or step % every or mesh.world_size == 1:
         return
     dense, experts = digests(training)
     own = torch.zeros(mesh.world_size, 2, dtype=torch.int64)
     own[mesh.rank] = torch.tensor([combined(dense), combined(experts)])
-    (found,) = sum_counts([own], training.engine.device)
+    (found,) = all_reduce_counts([own], training.engine.device)
     if all(len(set(part)) == 1 for part in _alike(found.tolist(), mesh)):
         return
-    answers = gathered((dense, experts))
+    answers = all_gather_objects((dense, experts))
     before = f"after step {step - every} they were alike" if step - every > begun else "they were not compared before"
     raise ReplicaError(
         f"after step {step} ranks differ in what they hold alike: {'; '.join(_words(answers, mesh))}; {before}; "
         "go on from a checkpoint of before (checkpoint.resume), without the host of that rank, or with its memory "
-        "tested; observe.check_ranks_every says how often ranks are compared"
+        "tested; observe.replica_check_interval says how often ranks are compared"
     )
 
 
-def digests(training: Training) -> tuple[dict[str, int], dict[str, int]]:
+def digests(training: TrainState) -> tuple[dict[str, int], dict[str, int]]:
     """What this rank holds alike with all ranks, and with those that have the same experts: digest by name."""
     dense: dict[str, int] = {"balance: steps taken": training.balancer.taken}
     experts: dict[str, int] = {}

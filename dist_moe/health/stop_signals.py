@@ -12,7 +12,7 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[list[str]]:
+def stop_requests() -> Iterator[list[str]]:
     """In the block, these signals end nothing, and their names are put into the list. For the main thread.
 
     A worker that waits in a collective hears them when that ends; if another worker has failed, that is when its

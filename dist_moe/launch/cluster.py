@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.cluster import ClusterConfig
-from dist_moe.launch.command import NO_SHELL, LaunchError, has_devices, own_environment, threads_per_worker
-from dist_moe.launch.hostfile import chosen, read_hostfile
+from dist_moe.launch.command import NO_SHELL, LaunchError, clean_env, has_devices, threads_per_worker
+from dist_moe.launch.hostfile import filter_hosts, read_hostfile
 from dist_moe.launch.supervise.protocol import is_own
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 
 CONNECT_LIMIT_S = 10
 # DeepSpeed's launcher carries what begins so to other hosts unasked, and lets their shells read it.
-TAKEN_ALONG = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Cluster:
     def workers(self) -> int:
         return sum(len(host.devices) for host in self.hosts)
 
-    def has_room(self, threads: int) -> bool:
+    def has_cores(self, threads: int) -> bool:
         """Whether every host is known to have a core for every thread of its workers."""
         return all(host.cores is not None and len(host.devices) * threads <= host.cores for host in self.hosts)
 
@@ -92,7 +92,7 @@ def read_cluster(settings: ClusterConfig) -> Cluster | None:
         every = {host.name: list(range(host.slots)) for host in settings.hosts}
     if not every:
         return None
-    left = chosen(every, settings.include, settings.exclude)
+    left = filter_hosts(every, settings.include, settings.exclude)
     hosts = [Host(name, tuple(devices), given.get(name) or _address(name)) for name, devices in left.items()]
     if len(hosts) > 1 and (hosts[0].address.startswith("127.") or hosts[0].address == "::1"):
         raise LaunchError(
@@ -111,7 +111,7 @@ def _address(name: str) -> str:
         ) from None
 
 
-def carried_environment(config: Config, cluster: Cluster, base: Mapping[str, str]) -> dict[str, str]:
+def forwarded_env(config: Config, cluster: Cluster, base: Mapping[str, str]) -> dict[str, str]:
     """The variables that go along to the other hosts, where workers have these and what their ssh server sets.
 
     Workers of the launch's own host have its environment as well.
@@ -141,11 +141,11 @@ def carried_environment(config: Config, cluster: Cluster, base: Mapping[str, str
 def launcher_environment(base: Mapping[str, str], carried: Mapping[str, str]) -> dict[str, str]:
     """The environment of a launcher that starts workers on other hosts: `base` without what belongs to an outer job
     or would be taken along by itself, and with what is carried."""
-    own = own_environment(base, TAKEN_ALONG)
+    own = clean_env(base, FORWARDED_PREFIXES)
     return {**own, **carried, "PATH": own["PATH"]}
 
 
-def without_shell_words(told: str, texts: Sequence[str]) -> None:
+def require_shell_safe(told: str, texts: Sequence[str]) -> None:
     """LaunchError for a text that a shell would not leave as it is; told: who hands them to a shell."""
     for text in texts:
         if not NO_SHELL.fullmatch(text):
@@ -155,7 +155,7 @@ def without_shell_words(told: str, texts: Sequence[str]) -> None:
             )
 
 
-def plain_devices(cluster: Cluster, told: str, alike: bool = False) -> None:
+def require_first_devices(cluster: Cluster, told: str, alike: bool = False) -> None:
     """LaunchError where a launcher that only counts workers is asked for devices other than the first ones.
 
     alike: it starts the same number on each host.

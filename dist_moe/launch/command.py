@@ -50,12 +50,12 @@ class Command:
     launcher: str
     argv: tuple[str, ...]
     environment: Mapping[str, str]
-    beside: tuple[tuple[str, ...], ...] = ()
+    remote_commands: tuple[tuple[str, ...], ...] = ()
     restarts: bool = False
 
     def lines(self, base: Mapping[str, str]) -> list[str]:
         """The commands, each as one line for a shell whose environment is `base`."""
-        return [self._line(self.argv, base), *map(shlex.join, self.beside)]
+        return [self._line(self.argv, base), *map(shlex.join, self.remote_commands)]
 
     def _line(self, argv: tuple[str, ...], base: Mapping[str, str]) -> str:
         removed = [part for name in sorted(base.keys() - self.environment.keys()) for part in ("-u", name)]
@@ -80,13 +80,13 @@ def worker_environment(config: Config, workers: int, base: Mapping[str, str]) ->
     """
     return {
         "GLOO_SOCKET_IFNAME": "lo",
-        **own_environment(base),
+        **clean_env(base),
         "OMP_NUM_THREADS": str(threads_per_worker(config.run.threads, workers)),
         "PYTHONSAFEPATH": "1",
     }
 
 
-def own_environment(base: Mapping[str, str], left_out: tuple[str, ...] = ()) -> dict[str, str]:
+def clean_env(base: Mapping[str, str], left_out: tuple[str, ...] = ()) -> dict[str, str]:
     """`base` with the folder of this Python first on PATH, less an outer job's variables and what begins so."""
     kept = {k: v for k, v in base.items() if k not in OUTER_JOB and not k.startswith((*OUTER_PREFIXES, *left_out))}
     programs = str(Path(sys.executable).parent)

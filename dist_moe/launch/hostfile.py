@@ -46,7 +46,7 @@ def _parse(content: str, told: str) -> tuple[str, int]:
     return found[1], int(slots)
 
 
-def chosen(hosts: Mapping[str, list[int]], include: str | None, exclude: str | None) -> Slots:
+def filter_hosts(hosts: Mapping[str, list[int]], include: str | None, exclude: str | None) -> Slots:
     """The hosts and devices that are left, in the order of `hosts`.
 
     include, exclude: HOST[:DEVICE[,DEVICE...]][@HOST...], only one of the two. LaunchError for both, for what is not

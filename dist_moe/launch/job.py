@@ -15,7 +15,7 @@ from dist_moe.launch.launchers.mpirun import mpirun_cluster_command, mpirun_comm
 from dist_moe.launch.launchers.slurm import slurm_script, submit
 from dist_moe.launch.launchers.torchrun import torchrun_cluster_command, torchrun_command
 from dist_moe.launch.preflight import check_hosts
-from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import Outcome, run
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 
@@ -35,7 +35,7 @@ class Job:
     asked_workers: int | None = None
     runner: str = "pdsh"
     restarts: int = 0
-    fewest_hosts: int | None = None
+    min_nodes: int | None = None
 
     @property
     def workers(self) -> int:
@@ -60,7 +60,7 @@ class Job:
             return (mpirun_command if self.launcher == "mpirun" else deepspeed_command)(*here, base=base)
         what = (self.config, self.cluster, self.config_path, self.overrides)
         if self.launcher == "torchrun":
-            return torchrun_cluster_command(*what, self.restarts, self.fewest_hosts, base)
+            return torchrun_cluster_command(*what, self.restarts, self.min_nodes, base)
         if self.launcher == "mpirun":
             return mpirun_cluster_command(*what, base)
         return deepspeed_cluster_command(*what, self.runner, base)
@@ -77,14 +77,14 @@ class Job:
         """Nothing that was asked for is passed over in silence."""
         if self.restarts and self.launcher != "torchrun":
             raise LaunchError(f"--max-restarts {self.restarts} is torchrun's; leave it out, or use --launcher torchrun")
-        if self.fewest_hosts and (self.launcher != "torchrun" or not self.cluster):
+        if self.min_nodes and (self.launcher != "torchrun" or not self.cluster):
             raise LaunchError(
-                f"--min-hosts {self.fewest_hosts} is torchrun's, over several hosts; leave it out, or use --launcher "
+                f"--min-hosts {self.min_nodes} is torchrun's, over several hosts; leave it out, or use --launcher "
                 "torchrun with a cluster"
             )
-        if self.cluster and self.fewest_hosts and self.fewest_hosts > len(self.cluster.hosts):
+        if self.cluster and self.min_nodes and self.min_nodes > len(self.cluster.hosts):
             raise LaunchError(
-                f"--min-hosts {self.fewest_hosts} is more than the {len(self.cluster.hosts)} hosts of the cluster; ask "
+                f"--min-hosts {self.min_nodes} is more than the {len(self.cluster.hosts)} hosts of the cluster; ask "
                 "for fewer"
             )
         if self.runner != "pdsh" and (self.launcher != "deepspeed" or not self.cluster):
@@ -113,13 +113,13 @@ class Job:
         """Check the hosts, and run the job to its end."""
         run_dir = Path(self.config.run.dir)
         if self.cluster is None:
-            with Hub(LOOPBACK, self.workers, run_dir, apart=False) as hub:
-                return run(self.command(os.environ), run_dir, hub)
-        with Hub(address_towards(self.cluster), self.workers, run_dir) as hub:
-            seen = check_hosts(self.cluster, self.config, self.config_path, hub.meeting)
-            command = replace(self, cluster=seen).command({**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
+            with WorkerMonitor(LOOPBACK, self.workers, run_dir, apart=False) as monitor:
+                return run(self.command(os.environ), run_dir, monitor)
+        with WorkerMonitor(address_towards(self.cluster), self.workers, run_dir) as monitor:
+            seen = check_hosts(self.cluster, self.config, self.config_path, monitor.rendezvous)
+            command = replace(self, cluster=seen).command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
             try:
-                return run(command, run_dir, hub)
+                return run(command, run_dir, monitor)
             finally:
                 if told := command.environment.get(DEEPSPEED_VARIABLES):
                     Path(told).unlink(missing_ok=True)

@@ -12,13 +12,13 @@ from typing import Any
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster, Host
 from dist_moe.launch.command import LaunchError
-from dist_moe.launch.supervise.protocol import Meeting
+from dist_moe.launch.supervise.protocol import Rendezvous
 
 LIMIT_S = 60.0
 SSH_FAILED = 255
 
 
-def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Meeting) -> Cluster:
+def check_hosts(cluster: Cluster, config: Config, config_path: Path, rendezvous: Rendezvous) -> Cluster:
     """Ask every host at once -> the cluster with the cores of each.
 
     LaunchError with a line for each fault: the host, what is wrong, and what to do.
@@ -36,7 +36,7 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, meeting: Me
             "config": str(config_path),
             "run_dir": str(run_dir),
             "mark": mark if cluster.settings.shared_storage else None,
-            "meeting": meeting[:2],
+            "meeting": rendezvous[:2],
             "interface": cluster.settings.interface,
         }
         ask = {
@@ -94,7 +94,7 @@ def _faults(cluster: Cluster, config: Config, config_path: Path, host: Host, ans
     elif answer["port"]:
         yield f"port {settings.port} cannot be used ({answer['port']}); set cluster.port to a free one"
     if answer["meeting"]:
-        yield f"it cannot reach the launch ({answer['meeting']}); open the firewall between them"
+        yield f"it cannot reach the launch ({answer['rendezvous']}); open the firewall between them"
     if not answer["interface"]:
         yield f"it has no network interface {settings.interface}; set cluster.interface, or leave it out"
     if answer["config"].startswith("!"):

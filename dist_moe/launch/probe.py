@@ -17,7 +17,7 @@ DISTRIBUTIONS = ("torch", "deepspeed", "transformers", "numpy", "mpi4py")
 CONNECT_LIMIT_S = 5.0
 
 
-def look(question: dict[str, Any]) -> dict[str, Any]:
+def poll(question: dict[str, Any]) -> dict[str, Any]:
     """What this host has, as plain values.
 
     question: config (a path), run_dir, mark (a file there, or null), meeting ([address, port] of the launch), address
@@ -100,4 +100,4 @@ def bound(address: str, port: int) -> str:
 
 
 if __name__ == "__main__":
-    json.dump(look(json.load(sys.stdin)), sys.stdout)
+    json.dump(poll(json.load(sys.stdin)), sys.stdout)

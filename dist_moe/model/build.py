@@ -15,7 +15,7 @@ from dist_moe.config.sections.router import RouterConfig
 from dist_moe.model.convert import MoeLayer, convert, find_layers
 from dist_moe.model.families import adapter_of
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import OVER_LOGITS, Forced, Rule, Threshold, TopK
+from dist_moe.moe.select import OVER_LOGITS, RandomRouting, Rule, ThresholdRouting, TopK
 
 
 def build_model(
@@ -53,29 +53,33 @@ def family_rule(config: PretrainedConfig, score: Score) -> TopK:
     return TopK(
         top_k=stated(family.top_k, None),
         score=score,
-        normalise=bool(stated(family.normalise, False)),
-        scaling=float(stated(family.scaling, 1.0)),
+        normalize=bool(stated(family.normalize, False)),
+        routed_scaling_factor=float(stated(family.scaling, 1.0)),
         groups=int(stated(family.groups, 1) or 1),
-        top_groups=int(stated(family.top_groups, 1) or 1),
+        topk_groups=int(stated(family.topk_groups, 1) or 1),
     )
 
 
 def routing_rule(router: RouterConfig, balance: BalanceConfig) -> Rule:
     """The rule of a resolved configuration, in which every field of `router` is filled."""
-    score, top_k, normalise, scaling = router.score, router.top_k, router.normalise, router.scaling
-    if score is None or top_k is None or normalise is None or scaling is None:
+    score, top_k, normalize, routed_scaling_factor = router.score, router.top_k, router.normalize, router.scaling_factor
+    if score is None or top_k is None or normalize is None or routed_scaling_factor is None:
         raise RuntimeError("router.* is not resolved; load the config through dist_moe.config.resolve")
-    shapes_mixture = balance.shapes == "mixture"
+    bias_in_gate_weights = balance.applies_to == "gate_weights"
     if router.selection == "threshold":
         most = router.max_experts
         if most is None:
             raise RuntimeError("router.max_experts is not resolved; load the config through dist_moe.config.resolve")
-        return Threshold(router.threshold, most, normalise, scaling, shapes_mixture)
+        return ThresholdRouting(router.threshold, most, normalize, routed_scaling_factor, bias_in_gate_weights)
     if router.selection != "top_k":
-        return Forced(top_k, router.skew if router.selection == "zipf" else 0.0, score, normalise, scaling)
-    groups, top_groups = router.groups or 1, router.top_groups or 1
+        return RandomRouting(
+            top_k, router.zipf_exponent if router.selection == "zipf" else 0.0, score, normalize, routed_scaling_factor
+        )
+    groups, topk_groups = router.groups or 1, router.topk_groups or 1
     multiplicative = balance.form == "multiplicative" and score not in OVER_LOGITS
-    return TopK(top_k, score, normalise, scaling, groups, top_groups, multiplicative, shapes_mixture)
+    return TopK(
+        top_k, score, normalize, routed_scaling_factor, groups, topk_groups, multiplicative, bias_in_gate_weights
+    )
 
 
 def materialise(model: PreTrainedModel) -> None:

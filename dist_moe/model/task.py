@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dist_moe.balance.counts import Tally
+from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.model.convert import find_layers
 from dist_moe.model.routing import routing_loss, tally_routing
@@ -30,12 +30,12 @@ class Output(NamedTuple):
     loss: Tensor
     nll_sum: Tensor
     auxiliary: Tensor
-    tallies: list[Tally]
+    routing_counts: list[RoutingCounts]
 
     @property
     def loads(self) -> list[Tensor]:
         """int64 load_E of each MoE layer on this rank."""
-        return [tally.load_E for tally in self.tallies]
+        return [layer_counts.load_E for layer_counts in self.routing_counts]
 
 
 class LanguageModelTask(nn.Module):
@@ -79,16 +79,16 @@ class LanguageModelTask(nn.Module):
         nll_sum = F.cross_entropy(
             logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        tallies = [
+        routing_counts = [
             tally_routing(layer.router, routed, self.counts_margins and self.training)
             for layer, routed in zip(self.layers, records, strict=True)
         ]
         loss, auxiliary = nll_sum * scale, torch.zeros_like(nll_sum)
         if self.losses.any and self.training and token_scale is not None:
-            for layer, routed, tally in zip(self.layers, records, tallies, strict=True):
+            for layer, routed, layer_counts in zip(self.layers, records, routing_counts, strict=True):
                 auxiliary = auxiliary + routing_loss(
-                    self.losses, layer.router, routed, tally, sequences=tokens_BS.shape[0]
+                    self.losses, layer.router, routed, layer_counts, sequences=tokens_BS.shape[0]
                 )
             auxiliary = auxiliary * token_scale
             loss = loss + auxiliary
-        return Output(loss, nll_sum.detach(), auxiliary.detach(), tallies)
+        return Output(loss, nll_sum.detach(), auxiliary.detach(), routing_counts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_moe.comm.exchange import exchange_counts, exchange_rows
 from dist_moe.comm.mesh import Mesh
-from dist_moe.moe.records import Dispatched, Receipt
+from dist_moe.moe.records import Dispatched, DispatchHandle
 
 
 def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
@@ -28,7 +28,7 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dis
     slots_R, counts_E = _sort_slots(ids_TK, experts)
     rows_RD = take_rows(hidden_TD, slots_R, ids_TK.shape[1])
     if mesh.ep_group is None:
-        return Dispatched(rows_RD, counts_E.cpu(), Receipt(slots_R, None, [], []))
+        return Dispatched(rows_RD, counts_E.cpu(), DispatchHandle(slots_R, None, [], []))
     local = experts // mesh.expert_parallel
     counts_Pe = counts_E.view(mesh.expert_parallel, local)
     arriving_Pe = exchange_counts(counts_Pe, mesh.ep_group).cpu()
@@ -36,17 +36,17 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dis
     arrived_QD = exchange_rows(rows_RD, send, receive, mesh.ep_group)
     order_Q = _order_by_expert(arriving_Pe).to(arrived_QD.device)
     rows_QD = _Permute.apply(arrived_QD, order_Q)
-    return Dispatched(rows_QD, arriving_Pe.sum(0), Receipt(slots_R, order_Q, send, receive))
+    return Dispatched(rows_QD, arriving_Pe.sum(0), DispatchHandle(slots_R, order_Q, send, receive))
 
 
-def combine(results_QD: Tensor, weights_TK: Tensor, receipt: Receipt, mesh: Mesh) -> Tensor:
+def combine(results_QD: Tensor, weights_TK: Tensor, handle: DispatchHandle, mesh: Mesh) -> Tensor:
     """Bring results back to their tokens and sum them by mixture weight -> mixed_TD; a token without rows gets 0."""
-    if receipt.expert_order_Q is not None and mesh.ep_group is not None:
-        arrived_QD = _Permute.apply(results_QD, _invert(receipt.expert_order_Q))
-        results_QD = exchange_rows(arrived_QD, receipt.receive, receipt.send, mesh.ep_group)
+    if handle.expert_order_Q is not None and mesh.ep_group is not None:
+        arrived_QD = _Permute.apply(results_QD, _invert(handle.expert_order_Q))
+        results_QD = exchange_rows(arrived_QD, handle.receive, handle.send, mesh.ep_group)
     tokens, slots = weights_TK.shape
-    weighted_RD = results_QD * weights_TK.reshape(-1).index_select(0, receipt.slots_R).unsqueeze(-1)
-    return sum_rows(weighted_RD, receipt.slots_R, tokens, slots)
+    weighted_RD = results_QD * weights_TK.reshape(-1).index_select(0, handle.slots_R).unsqueeze(-1)
+    return sum_rows(weighted_RD, handle.slots_R, tokens, slots)
 
 
 def take_rows(hidden_TD: Tensor, slots_R: Tensor, slots: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.comm.exchange import exchange_rows
-from dist_moe.comm.mesh import Mesh, Nodes
+from dist_moe.comm.mesh import Mesh, NodeGroups
 from dist_moe.comm.packed import exchange_packed
 from dist_moe.moe.dispatch import sum_rows, take_rows
 
@@ -24,15 +24,15 @@ from dist_moe.moe.dispatch import sum_rows, take_rows
 OnHost = Callable[[Tensor, Tensor, Tensor, Mesh], Tensor]
 
 
-def mix_over_hosts(
-    hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, nodes: Nodes, on_host: OnHost
+def hierarchical_dispatch_combine(
+    hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, nodes: NodeGroups, on_host: OnHost
 ) -> Tensor:
     """Route the tokens of this rank through experts on all hosts -> mixed_TD; a token without experts gets 0.
 
-    on_host: what mixes the tokens that a host was sent by the experts that it holds, over the ranks of `nodes.within`.
+    on_host: what mixes the tokens that a host was sent by the experts that it holds, over the ranks of `nodes.intra`.
     """
-    hosts = nodes.between.expert_parallel
-    group = nodes.between.ep_group
+    hosts = nodes.inter.expert_parallel
+    group = nodes.inter.ep_group
     assert group is not None
     of_host = experts // hosts
     host_TK = torch.where(ids_TK >= 0, ids_TK // of_host, -1)
@@ -55,7 +55,7 @@ def mix_over_hosts(
         group,
     )
     ids_QK, weights_QK = _as_slots(counts_Q.long(), ids_F.long(), weights_F)
-    mixed_QD = on_host(arrived_QD, ids_QK, weights_QK, nodes.within)
+    mixed_QD = on_host(arrived_QD, ids_QK, weights_QK, nodes.intra)
     return sum_rows(exchange_rows(mixed_QD, rows, send_rows, group), slots_R, hidden_TD.shape[0], hosts)
 
 

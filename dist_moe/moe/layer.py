@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.dispatch import combine, dispatch
 from dist_moe.moe.experts import GroupedExperts
-from dist_moe.moe.hierarchical_dispatch import mix_over_hosts
+from dist_moe.moe.hierarchical_dispatch import hierarchical_dispatch_combine
 
 
 class ExpertParallelLayer(nn.Module):
@@ -25,7 +25,7 @@ class ExpertParallelLayer(nn.Module):
         nodes = self.mesh.nodes
         if nodes is None:
             return self._mix(hidden_TD, ids_TK, weights_TK, self.mesh)
-        mixed_TD = mix_over_hosts(hidden_TD, ids_TK, weights_TK, self.experts, nodes, self._mix)
+        mixed_TD = hierarchical_dispatch_combine(hidden_TD, ids_TK, weights_TK, self.experts, nodes, self._mix)
         return mixed_TD.to(hidden_TD.dtype)
 
     def _mix(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, mesh: Mesh) -> Tensor:
@@ -33,4 +33,4 @@ class ExpertParallelLayer(nn.Module):
         experts = self.experts // self.mesh.expert_parallel * mesh.expert_parallel
         dispatched = dispatch(hidden_TD, ids_TK, experts, mesh)
         results_QD = self.local(dispatched.rows_QD, dispatched.counts_e)
-        return combine(results_QD, weights_TK, dispatched.receipt, mesh).to(hidden_TD.dtype)
+        return combine(results_QD, weights_TK, dispatched.handle, mesh).to(hidden_TD.dtype)

@@ -19,7 +19,7 @@ class Routing(NamedTuple):
     weights_TK: Tensor
 
 
-class Routed(NamedTuple):
+class RouterRecord(NamedTuple):
     """What one forward of a router leaves behind, for the losses and the balancer.
 
     logits_TE: fp32 or wider, with the graph. ids_TK: as in Routing. mask_T: bool, the tokens that exist; None
@@ -31,7 +31,7 @@ class Routed(NamedTuple):
     mask_T: Tensor | None
 
 
-class Receipt(NamedTuple):
+class DispatchHandle(NamedTuple):
     """What `combine` needs to bring rows back to their tokens.
 
     slots_R: int64, place of each sent row in the flattened [T * K] slots.
@@ -50,4 +50,4 @@ class Dispatched(NamedTuple):
 
     rows_QD: Tensor
     counts_e: Tensor
-    receipt: Receipt
+    handle: DispatchHandle

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_moe.moe.records import Routed
-from dist_moe.moe.select import Forced, Rule, Threshold, select
+from dist_moe.moe.records import RouterRecord
+from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, select
 
 
 class Router(nn.Module):
@@ -36,27 +36,27 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32))
         self.register_buffer("last_load", torch.zeros(experts, dtype=torch.int64), persistent=False)
-        start = torch.tensor(rule.threshold, dtype=torch.float32) if isinstance(rule, Threshold) else None
+        start = torch.tensor(rule.threshold, dtype=torch.float32) if isinstance(rule, ThresholdRouting) else None
         self.register_buffer("threshold", start)
         self._mask_T: Tensor | None = None
         self._open = False
-        self._routed: Routed | None = None
+        self._record: RouterRecord | None = None
 
     @property
     def balanced(self) -> bool:
         """Whether a balancer may move what is kept here: neither a frozen router nor a forced one must drift."""
-        return self.weight.requires_grad and not isinstance(self.rule, Forced)
+        return self.weight.requires_grad and not isinstance(self.rule, RandomRouting)
 
     @property
-    def most(self) -> int:
+    def max_experts_per_token(self) -> int:
         """Experts a token takes at most."""
-        return self.rule.most
+        return self.rule.max_experts_per_token
 
     def reset_state(self) -> None:
         """Give the buffers the values of a run that begins; on the meta device they have none."""
         self.selection_bias.zero_()
         self.last_load.zero_()
-        if self.threshold is not None and isinstance(self.rule, Threshold):
+        if self.threshold is not None and isinstance(self.rule, ThresholdRouting):
             self.threshold.fill_(self.rule.threshold)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
@@ -72,14 +72,14 @@ class Router(nn.Module):
     def open_record(self, mask_T: Tensor | None) -> None:
         """Begin a forward: only tokens where `mask_T` (bool) is true are routed and counted; None means all."""
         self._mask_T = mask_T
-        self._open, self._routed = True, None
+        self._open, self._record = True, None
 
-    def close_record(self) -> Routed:
+    def close_record(self) -> RouterRecord:
         """End the forward and return what it left.
 
         In training the mask stays, because recomputation in the backward pass needs it.
         """
-        routed, self._routed, self._open = self._routed, None, False
+        routed, self._record, self._open = self._record, None, False
         if not self.training:
             self._mask_T = None
         if routed is None:
@@ -98,7 +98,7 @@ class Router(nn.Module):
         if self._mask_T is not None:
             ids_TK = ids_TK.masked_fill(~self._mask_T.unsqueeze(-1), -1)
         if self._open:
-            if self._routed is not None:
+            if self._record is not None:
                 raise RuntimeError("a router ran twice in one forward of the model; its record holds one run")
-            self._routed = Routed(logits_TE, ids_TK, self._mask_T)
+            self._record = RouterRecord(logits_TE, ids_TK, self._mask_T)
         return logits_TE, routing.weights_TK.to(hidden.dtype), ids_TK

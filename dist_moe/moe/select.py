@@ -28,21 +28,21 @@ class TopK:
 
     top_k: int
     score: Score
-    normalise: bool = False
-    scaling: float = 1.0
+    normalize: bool = False
+    routed_scaling_factor: float = 1.0
     groups: int = 1
-    top_groups: int = 1
+    topk_groups: int = 1
     multiplicative: bool = False
-    shapes_mixture: bool = False
+    bias_in_gate_weights: bool = False
 
     @property
-    def most(self) -> int:
+    def max_experts_per_token(self) -> int:
         """Experts a token takes at most."""
         return self.top_k
 
 
 @dataclass(frozen=True)
-class Threshold:
+class ThresholdRouting:
     """The rule of threshold routing over softmax probabilities (Huang et al. 2024, arXiv 2403.07652, section 3.1).
 
     threshold: the cumulative probability that a token's experts reach; the router may hold a newer value.
@@ -52,19 +52,19 @@ class Threshold:
 
     threshold: float
     max_experts: int
-    normalise: bool = False
-    scaling: float = 1.0
-    shapes_mixture: bool = False
+    normalize: bool = False
+    routed_scaling_factor: float = 1.0
+    bias_in_gate_weights: bool = False
     score: Score = "softmax"
 
     @property
-    def most(self) -> int:
+    def max_experts_per_token(self) -> int:
         """Experts a token takes at most."""
         return self.max_experts
 
 
 @dataclass(frozen=True)
-class Forced:
+class RandomRouting:
     """Experts drawn instead of chosen, for benchmarks.
 
     top_k: experts a token takes. The first is expert i with probability ~ 1 / (i + 1)**skew (Zipf; 0 is uniform), and
@@ -72,18 +72,18 @@ class Forced:
     """
 
     top_k: int
-    skew: float
+    zipf_exponent: float
     score: Score
-    normalise: bool = False
-    scaling: float = 1.0
+    normalize: bool = False
+    routed_scaling_factor: float = 1.0
 
     @property
-    def most(self) -> int:
+    def max_experts_per_token(self) -> int:
         """Experts a token takes at most."""
         return self.top_k
 
 
-Rule = TopK | Threshold | Forced
+Rule = TopK | ThresholdRouting | RandomRouting
 _32_BITS = 0xFFFFFFFF
 
 
@@ -100,7 +100,7 @@ def bias_inputs(rule: Rule, bias_E: Tensor) -> Inputs:
 
     Adding b to the logits of a softmax multiplies its probabilities by exp(b) and makes them sum to 1 again.
     """
-    if isinstance(rule, Forced):
+    if isinstance(rule, RandomRouting):
         return Inputs()
     if rule.score in OVER_LOGITS:
         return Inputs(logit_bias_E=bias_E)
@@ -120,14 +120,16 @@ def gate_scores(logits_TE: Tensor, score: Score) -> Tensor:
 
 
 def select(logits_TE: Tensor, rule: Rule, bias_E: Tensor, threshold: Tensor | float | None = None) -> Routing:
-    """The experts and weights of each token by any rule; `threshold` replaces the one of a `Threshold` rule."""
+    """The experts and weights of each token by any rule; `threshold` replaces the one of a `ThresholdRouting` rule."""
     inputs = bias_inputs(rule, bias_E)
-    if isinstance(rule, Threshold):
+    if isinstance(rule, ThresholdRouting):
         return select_by_threshold(
             logits_TE, rule, rule.threshold if threshold is None else threshold, inputs.logit_bias_E
         )
-    if isinstance(rule, Forced):
-        return _weigh(logits_TE, _draw(logits_TE, rule), TopK(rule.top_k, rule.score, rule.normalise, rule.scaling))
+    if isinstance(rule, RandomRouting):
+        return _weigh(
+            logits_TE, _draw(logits_TE, rule), TopK(rule.top_k, rule.score, rule.normalize, rule.routed_scaling_factor)
+        )
     return select_top_k(logits_TE, rule, *inputs)
 
 
@@ -148,9 +150,9 @@ def select_top_k(
     with torch.no_grad():
         choice_TE = biased_scores(logits_TE.detach(), rule, Inputs(score_bias_E, logit_bias_E, log_weight_E))
         if rule.groups > 1:
-            choice_TE = _keep_top_groups(choice_TE, rule.groups, rule.top_groups)
+            choice_TE = _keep_topk_groups(choice_TE, rule.groups, rule.topk_groups)
         ids_TK = _highest(choice_TE, rule.top_k)
-    if rule.shapes_mixture and logit_bias_E is not None:
+    if rule.bias_in_gate_weights and logit_bias_E is not None:
         logits_TE = logits_TE + logit_bias_E
     return _weigh(logits_TE, ids_TK, rule)
 
@@ -166,7 +168,7 @@ def biased_scores(logits_TE: Tensor, rule: TopK, inputs: Inputs) -> Tensor:
 
 
 def select_by_threshold(
-    logits_TE: Tensor, rule: Threshold, threshold: Tensor | float, logit_bias_E: Tensor | None = None
+    logits_TE: Tensor, rule: ThresholdRouting, threshold: Tensor | float, logit_bias_E: Tensor | None = None
 ) -> Routing:
     """For each token the fewest experts, in order of probability, whose probabilities add up to the threshold.
 
@@ -184,7 +186,7 @@ def select_by_threshold(
         taken_TE[:, rule.max_experts :] = False
         most = int(taken_TE.sum(dim=1).max()) if len(taken_TE) else 1
         taken_TK, order_TK = taken_TE[:, :most], order_TE[:, :most]
-    probabilities_TE = (biased_TE if rule.shapes_mixture else logits_TE).softmax(dim=-1)
+    probabilities_TE = (biased_TE if rule.bias_in_gate_weights else logits_TE).softmax(dim=-1)
     weights_TK = probabilities_TE.gather(1, order_TK) * taken_TK
     return Routing(order_TK.masked_fill(~taken_TK, -1), _scaled(weights_TK, rule))
 
@@ -198,10 +200,10 @@ def _weigh(logits_TE: Tensor, ids_TK: Tensor, rule: TopK) -> Routing:
     return Routing(ids_TK, _scaled(weights_TK, rule))
 
 
-def _scaled(weights_TK: Tensor, rule: TopK | Threshold) -> Tensor:
-    if rule.normalise:
+def _scaled(weights_TK: Tensor, rule: TopK | ThresholdRouting) -> Tensor:
+    if rule.normalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights_TK * rule.scaling
+    return weights_TK * rule.routed_scaling_factor
 
 
 def _highest(values_TN: Tensor, count: int) -> Tensor:
@@ -209,16 +211,16 @@ def _highest(values_TN: Tensor, count: int) -> Tensor:
     return values_TN.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def _keep_top_groups(choice_TE: Tensor, groups: int, top_groups: int) -> Tensor:
+def _keep_topk_groups(choice_TE: Tensor, groups: int, topk_groups: int) -> Tensor:
     """Leave each token the experts of its best groups; a group's score is the sum of its two best (DeepSeek-V3)."""
     choice_TGe = choice_TE.unflatten(1, (groups, -1))
     group_scores_TG = choice_TGe.topk(min(2, choice_TGe.shape[-1]), dim=-1).values.sum(dim=-1)
-    kept = _highest(group_scores_TG, top_groups)
+    kept = _highest(group_scores_TG, topk_groups)
     closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)
     return choice_TGe.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).view_as(choice_TE)
 
 
-def _draw(logits_TE: Tensor, rule: Forced) -> Tensor:
+def _draw(logits_TE: Tensor, rule: RandomRouting) -> Tensor:
     """K different experts a token, by noise made of the bits of its logits (Gumbel's top-K).
 
     So they differ between tokens, layers and steps, recomputation finds the same ones, and nothing is random but the
@@ -230,4 +232,4 @@ def _draw(logits_TE: Tensor, rule: Forced) -> Tensor:
         mixed_TE = ((mixed_TE ^ (mixed_TE >> shift)) * factor) & _32_BITS
     uniform_TE = ((mixed_TE ^ (mixed_TE >> 16)).double() + 0.5) / 2.0**32
     gumbel_TE = -(-uniform_TE.log()).log()
-    return _highest(gumbel_TE - rule.skew * (experts_E + 1).double().log(), rule.top_k)
+    return _highest(gumbel_TE - rule.zipf_exponent * (experts_E + 1).double().log(), rule.top_k)

@@ -78,7 +78,7 @@ class RunConsole:
         for line in lines:
             self._print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
 
-    def complain(self, line: str) -> None:
+    def print_error(self, line: str) -> None:
         """Print one line as a warning."""
         self.warn([line])
 

@@ -55,7 +55,7 @@ def evaluation_metrics(
     tokens: int,
     text_bytes: int,
     load_L: Sequence[Tensor],
-    takers_L: Sequence[Tensor],
+    k_histogram_L: Sequence[Tensor],
 ) -> EvaluationMetrics:
     """Build the record of one evaluation from sums over all its rows and ranks.
 
@@ -87,5 +87,5 @@ def evaluation_metrics(
         max_vio_global_floor=mean(measures.max_vio_floor_per_layer),
         max_vio_global_per_layer=measures.max_vio_per_layer,
         max_vio_global_floor_per_layer=measures.max_vio_floor_per_layer,
-        **shared_figures(measures, takers_L),
+        **shared_figures(measures, k_histogram_L),
     )

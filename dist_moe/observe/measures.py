@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_takers
+from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
 from dist_moe.balance.load import (
     cov_floor,
     dead_experts,
@@ -75,7 +75,7 @@ def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
     )
 
 
-def shared_figures(measures: LoadMeasures, takers_L: Sequence[Tensor]) -> dict[str, Any]:
+def shared_figures(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> dict[str, Any]:
     """The fields that the record of a step and that of an evaluation have in common, by name.
 
     Args:
@@ -86,12 +86,12 @@ def shared_figures(measures: LoadMeasures, takers_L: Sequence[Tensor]) -> dict[s
         TypeError: counts are not int64.
         ValueError: counts are not one-dimensional or negative, or are of another number of layers than the load.
     """
-    if len(takers_L) != len(measures.load):
+    if len(k_histogram_L) != len(measures.load):
         raise ValueError(
-            f"{len(takers_L)} counts of tokens for {len(measures.load)} loads; each layer has one of each; "
+            f"{len(k_histogram_L)} counts of tokens for {len(measures.load)} loads; each layer has one of each; "
             "pass both of every layer"
         )
-    takers_K = sum_takers(takers_L)
+    k_histogram_K = sum_k_histograms(k_histogram_L)
     return {
         "load": measures.load,
         "load_cov": mean(measures.load_cov_per_layer),
@@ -100,11 +100,11 @@ def shared_figures(measures: LoadMeasures, takers_L: Sequence[Tensor]) -> dict[s
         "load_deviation_percent_floor": mean(measures.load_deviation_percent_floor_per_layer),
         "load_deviation_percent_per_layer": measures.load_deviation_percent_per_layer,
         "load_deviation_percent_floor_per_layer": measures.load_deviation_percent_floor_per_layer,
-        "experts_per_token": experts_per_token(takers_K),
-        "experts_per_token_p50": experts_per_token_percentile(takers_K, 50),
-        "experts_per_token_p99": experts_per_token_percentile(takers_K, 99),
-        "experts_per_token_histogram": tuple(takers_K.tolist()),
-        "experts_per_token_per_layer": tuple(experts_per_token(takers_K) for takers_K in takers_L),
+        "experts_per_token": experts_per_token(k_histogram_K),
+        "experts_per_token_p50": experts_per_token_percentile(k_histogram_K, 50),
+        "experts_per_token_p99": experts_per_token_percentile(k_histogram_K, 99),
+        "experts_per_token_histogram": tuple(k_histogram_K.tolist()),
+        "experts_per_token_per_layer": tuple(experts_per_token(k_histogram_K) for k_histogram_K in k_histogram_L),
     }
 
 

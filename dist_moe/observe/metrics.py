@@ -92,7 +92,7 @@ def step_metrics(
     progress: Progress,
     *,
     load_L: Sequence[Tensor],
-    takers_L: Sequence[Tensor],
+    k_histogram_L: Sequence[Tensor],
     computation_L: Sequence[tuple[float, float]],
     bias_L: Sequence[Tensor | None],
     expert_parallel: int,
@@ -118,7 +118,7 @@ def step_metrics(
         **_balance_figures(measures),
         **_computation_figures(computation_L, layers=len(load_L)),
         **_rank_figures(load_L, expert_parallel),
-        **shared_figures(measures, takers_L),
+        **shared_figures(measures, k_histogram_L),
         bias_per_layer=tuple(None if bias_E is None else _bias_range(bias_E) for bias_E in bias_L),
     )
 

@@ -13,7 +13,7 @@ from dist_moe.balance.load import max_vio
 from dist_moe.balance.rules.quantile import count_margins
 from dist_moe.balance.spec import BalanceSettings, update_rule
 from dist_moe.config.family import Score
-from dist_moe.moe.select import OVER_LOGITS, Threshold, TopK, gate_scores, select
+from dist_moe.moe.select import OVER_LOGITS, ThresholdRouting, TopK, gate_scores, select
 
 THRESHOLD = 0.4
 """The cumulative probability of threshold routing, as in its paper (Huang et al. 2024, arXiv 2403.07652)."""
@@ -47,10 +47,10 @@ class Contender:
         """What the update rule is made of."""
         return BalanceSettings(self.policy, self.rate, "constant", 1, proportional=self.proportional)
 
-    def rule(self, experts: int, top_k: int) -> TopK | Threshold:
+    def rule(self, experts: int, top_k: int) -> TopK | ThresholdRouting:
         """The rule of selection in a layer of this size."""
         if self.by_threshold:
-            return Threshold(THRESHOLD, max_experts=experts)
+            return ThresholdRouting(THRESHOLD, max_experts=experts)
         return TopK(top_k, self.score, multiplicative=self.multiplicative)
 
     def biased_space(self, logits_TE: Tensor) -> Tensor:
@@ -97,11 +97,13 @@ class Course:
         """Route by the bias from before the step, measure the load, and let the policy move the bias."""
         tokens, experts = logits_TE.shape
         routing = select(logits_TE, self._rule, self.bias_E)
-        tally = count_routing(routing.ids_TK, experts, self._rule.most)
+        layer_counts = count_routing(routing.ids_TK, experts, self._rule.max_experts_per_token)
         if self._settings.counts_margins:
             scores_TE = self.contender.biased_space(logits_TE)
-            tally = tally._replace(margins_EQ=count_margins(scores_TE, self.bias_E, self._rule.most))
+            layer_counts = layer_counts._replace(
+                margins_EQ=count_margins(scores_TE, self.bias_E, self._rule.max_experts_per_token)
+            )
         if self._update is not None:
-            self.bias_E = self._update(self.bias_E, tally, self._settings.rate_at(len(self.max_vio)))
-        self.max_vio.append(float(max_vio(tally.load_E)))
-        self.experts_a_token.append(int(tally.load_E.sum()) / tokens)
+            self.bias_E = self._update(self.bias_E, layer_counts, self._settings.rate_at(len(self.max_vio)))
+        self.max_vio.append(float(max_vio(layer_counts.load_E)))
+        self.experts_a_token.append(int(layer_counts.load_E.sum()) / tokens)

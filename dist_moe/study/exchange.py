@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from dist_moe.comm.init import join_world, set_threads
+from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.study.table import fitted_table
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 
 SIZES_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)
 """Of what one rank sends in all."""
@@ -49,14 +49,14 @@ class Timing:
 
 def run(repetitions: int) -> list[Table]:
     """Join the job that mpirun started, and measure -> the table on rank 0, none elsewhere. Errors: PlaceError."""
-    place = read_place(os.environ)
-    set_threads(1, place)
-    with join_world(place, "mpi", TIMEOUT_S):
+    rank_info = rank_info_from_env(os.environ)
+    set_threads(1, rank_info)
+    with init_distributed(rank_info, "mpi", TIMEOUT_S):
         groups = {"mpi": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
         timings = measure(groups, repetitions, SIZES_BYTES)
-    if place.rank != 0:
+    if rank_info.rank != 0:
         return []
-    return [fitted_table(f"All-to-all on {place.world_size} ranks", HEADINGS, rows(timings))]
+    return [fitted_table(f"All-to-all on {rank_info.world_size} ranks", HEADINGS, rows(timings))]
 
 
 def measure(groups: dict[str, dist.ProcessGroup], repetitions: int, sizes_bytes: Sequence[int]) -> list[Timing]:

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from dist_moe.comm.init import join_world, set_threads
+from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.study.table import fitted_table
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 
 TOKENS = (16, 128, 1024)
 EXPERTS_OF_RANK = 16
@@ -71,17 +71,17 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table
     out: a file for the same as JSON. Errors: PlaceError; MeshError where the ranks do not lie on several hosts, as many
     on each.
     """
-    place = read_place(os.environ)
-    set_threads(1, place)
-    with join_world(place, "auto", TIMEOUT_S) as world:
-        mesh = make_mesh(place.world_size, ranks_per_node(HIERARCHICAL, place.world_size))
-        found = measure(mesh, sizes, repetitions, world.device)
-    if place.rank != 0:
+    rank_info = rank_info_from_env(os.environ)
+    set_threads(1, rank_info)
+    with init_distributed(rank_info, "auto", TIMEOUT_S) as dist_context:
+        mesh = make_mesh(rank_info.world_size, ranks_per_node(HIERARCHICAL, rank_info.world_size))
+        found = measure(mesh, sizes, repetitions, dist_context.device)
+    if rank_info.rank != 0:
         return []
     if out is not None:
         out.write_text(json.dumps([asdict(one) | {"ratio": one.ratio} for one in found], indent=1) + "\n")
-    experts = EXPERTS_OF_RANK * place.world_size
-    title = f"{place.world_size} ranks of several hosts by {world.backend}, {experts} experts, medians of {repetitions}"
+    experts = EXPERTS_OF_RANK * rank_info.world_size
+    title = f"{rank_info.world_size} ranks of several hosts by {dist_context.backend}, {experts} experts, medians of {repetitions}"
     return [fitted_table(title, HEADINGS, rows(found))]
 
 
@@ -137,7 +137,7 @@ def _difference(results: dict[str, list[Tensor]]) -> float:
 def _bytes_between_hosts(mesh: Mesh, ids_TK: Tensor, size: Size) -> list[int]:
     """Of all ranks, flat and hierarchical: rows there, results back, and the gradients of both."""
     assert mesh.nodes is not None
-    hosts, mine = mesh.nodes.between.expert_parallel, mesh.nodes.between.ep_rank
+    hosts, mine = mesh.nodes.inter.expert_parallel, mesh.nodes.inter.ep_rank
     host_TK = ids_TK // (EXPERTS_OF_RANK * mesh.expert_parallel // hosts)
     taken_NTK = torch.stack([host_TK == host for host in range(hosts) if host != mine])
     crossing = torch.stack([taken_NTK.sum(), taken_NTK.any(dim=2).sum()])

@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import step_of
 from dist_moe.train.reporting import Report
 
 
-class Saves:
+class CheckpointSchedule:
     """The saver of one run, and the report that is told of each checkpoint. Every rank has one and calls it alike.
 
     newest: the folder of the newest complete checkpoint; the one that the run goes on from, until there is another.
     A step that was skipped is saved as any other, but no older checkpoint is deleted then: the run may be lost.
     """
 
-    def __init__(self, saver: Saver, report: Report, newest: Path | None) -> None:
+    def __init__(self, saver: AsyncSaver, report: Report, newest: Path | None) -> None:
         self._saver = saver
         self._report = report
         self.newest = newest
@@ -25,23 +25,23 @@ class Saves:
         """Whether this rank has written its files of a checkpoint that is not complete yet."""
         return self._saver.written
 
-    def due(self, step: int, taken: bool, beside: bool) -> None:
+    def save_due(self, step: int, taken: bool, asynchronous: bool) -> None:
         """Save a checkpoint that others will follow: one that fails is told, and costs no step of training.
 
         beside: whether training goes on while it is written.
         """
-        self.finish()
+        self.finalize()
         try:
-            self._saver.begin(step, keep_all=not taken, beside=beside)
+            self._saver.save_async(step, keep_all=not taken, asynchronous=asynchronous)
         except CheckpointError as error:
             self._report.warn(f"{error}; training goes on")
-        if not beside:
-            self.finish()
+        if not asynchronous:
+            self.finalize()
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Complete what was begun, if anything was; a collective call."""
         try:
-            saved = self._saver.finish()
+            saved = self._saver.finalize()
         except CheckpointError as error:
             self._report.warn(f"{error}; training goes on")
             return
@@ -49,19 +49,19 @@ class Saves:
             self._report.saved(saved)
             self.newest = saved.folder
 
-    def rescue(self, step: int) -> None:
+    def save_before_error(self, step: int) -> None:
         """Save all steps so far before an error ends the run that has left them whole; one that fails is told."""
-        self.finish()
+        self.finalize()
         if step == 0 or (self.newest is not None and step_of(self.newest) == step):
             return
         try:
-            self.now(step, taken=False)
+            self.save_now(step, taken=False)
         except CheckpointError as error:
             self._report.warn(str(error))
 
-    def now(self, step: int, taken: bool) -> None:
+    def save_now(self, step: int, taken: bool) -> None:
         """Save a checkpoint that nothing follows. Errors: CheckpointError."""
-        self.finish()
+        self.finalize()
         saved = self._saver.save(step, keep_all=not taken)
         self._report.saved(saved)
         self.newest = saved.folder

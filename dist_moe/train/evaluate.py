@@ -11,83 +11,83 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_moe.balance.counts import Tally, add_tallies, sum_tallies
+from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
-from dist_moe.comm.init import join_world, set_threads
+from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.comm.reduce import sum_scalars
+from dist_moe.comm.reduce import all_reduce_scalars
 from dist_moe.config import load_config
 from dist_moe.config.family import family_of
 from dist_moe.config.pretrained import text_vocabulary
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.corpus import Prepared, prepare
+from dist_moe.data.corpus import TokenizedData, prepare
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.stream import Stream
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """Which held-out text is evaluated: rows 0 .. rows-1 of the validation split in file order.
 
-    token_bytes_V: int64, bytes of text that each token id stands for. micro_batch: rows of one forward.
+    token_bytes_V: int64, bytes of text that each token id stands for. micro_batch_size: rows of one forward.
     """
 
     stream: Stream
     token_bytes_V: np.ndarray[Any, Any]
     rows: int
-    micro_batch: int
+    micro_batch_size: int
 
 
-def held_out(prepared: Prepared, sequence_length: int, limit: int, micro_batch: int) -> HeldOut:
+def validation_set(prepared: TokenizedData, sequence_length: int, limit: int, micro_batch_size: int) -> ValidationSet:
     """The first `limit` rows of the validation split; 0 takes all."""
     stream = Stream(prepared.validation, sequence_length, seed=0)
     rows = min(limit, stream.rows_per_epoch) if limit else stream.rows_per_epoch
-    return HeldOut(stream, prepared.tokenizer.token_bytes_V, rows, micro_batch)
+    return ValidationSet(stream, prepared.tokenizer.token_bytes_V, rows, micro_batch_size)
 
 
 @torch.no_grad()
-def evaluate(task: nn.Module, text: HeldOut, mesh: Mesh, device: torch.device, step: int) -> EvaluationMetrics:
+def evaluate(task: nn.Module, text: ValidationSet, mesh: Mesh, device: torch.device, step: int) -> EvaluationMetrics:
     """Evaluate `task` with the rows divided over all ranks; every rank calls it and gets the same result.
 
     Each rank runs the same number of forwards, with rows of padding where the text has ended, because the
     experts' collectives need every rank. The balancer sees nothing of it, and nothing is updated.
     """
-    stride = mesh.world_size * text.micro_batch
+    stride = mesh.world_size * text.micro_batch_size
     nats, labels, text_bytes = 0.0, 0, 0
-    tallies: list[Tally] | None = None
+    routing_counts: list[RoutingCounts] | None = None
     was_training = task.training
     task.eval()
     try:
         for first in range(0, text.rows, stride):
-            batch_nats, batch_labels, batch_bytes, batch_tallies = _forward(task, text, first, mesh, device)
+            batch_nats, batch_labels, batch_bytes, batch_counts = _forward(task, text, first, mesh, device)
             nats, labels, text_bytes = nats + batch_nats, labels + batch_labels, text_bytes + batch_bytes
-            tallies = batch_tallies if tallies is None else add_tallies(tallies, batch_tallies)
+            routing_counts = batch_counts if routing_counts is None else add_counts(routing_counts, batch_counts)
     finally:
         task.train(was_training)
-    summed = sum_tallies(tallies or [], device)
-    total = sum_scalars({"nats": nats, "labels": labels, "bytes": text_bytes}, device)
+    summed = all_reduce_routing_counts(routing_counts or [], device)
+    total = all_reduce_scalars({"nats": nats, "labels": labels, "bytes": text_bytes}, device)
     return evaluation_metrics(
         step=step,
         total_nats=total["nats"],
         tokens=int(total["labels"]),
         text_bytes=int(total["bytes"]),
-        load_L=[tally.load_E.cpu() for tally in summed],
-        takers_L=[tally.takers_K.cpu() for tally in summed],
+        load_L=[layer_counts.load_E.cpu() for layer_counts in summed],
+        k_histogram_L=[layer_counts.k_histogram_K.cpu() for layer_counts in summed],
     )
 
 
 def _forward(
-    task: nn.Module, text: HeldOut, first: int, mesh: Mesh, device: torch.device
-) -> tuple[float, int, int, list[Tally]]:
+    task: nn.Module, text: ValidationSet, first: int, mesh: Mesh, device: torch.device
+) -> tuple[float, int, int, list[RoutingCounts]]:
     """One forward of this rank: sum of -ln p in nats, label tokens, bytes of text they stand for, counts."""
-    row = first + mesh.rank * text.micro_batch
-    batch = text.stream.in_order(row, text.micro_batch)
+    row = first + mesh.rank * text.micro_batch_size
+    batch = text.stream.in_order(row, text.micro_batch_size)
     # Rows past the limit belong to the corpus but not to this evaluation.
-    outside_B = torch.arange(row, row + text.micro_batch) >= text.rows
+    outside_B = torch.arange(row, row + text.micro_batch_size) >= text.rows
     targets_BS = batch.targets_BS.masked_fill(outside_B.unsqueeze(1), IGNORED)
     mask_BS = (batch.documents_BS >= 0) & ~outside_B.unsqueeze(1)
     inputs = (batch.tokens_BS, targets_BS, batch.positions_BS, mask_BS)
@@ -97,8 +97,8 @@ def _forward(
     if not math.isfinite(nats):
         nats = math.nan
     # The balancer sees nothing of an evaluation, so its histograms are neither kept nor summed.
-    tallies = [tally._replace(margins_EQ=None) for tally in output.tallies]
-    return nats, counted.size, int(text.token_bytes_V[counted].sum()), tallies
+    routing_counts = [layer_counts._replace(margins_EQ=None) for layer_counts in output.routing_counts]
+    return nats, counted.size, int(text.token_bytes_V[counted].sum()), routing_counts
 
 
 def model_folder(checkpoint: Path) -> Path:
@@ -116,8 +116,8 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
     if not config_file.is_file():
         raise WeightsError(f"{checkpoint} has no config.yaml; give a step-NNNNNN folder of a run")
     config = load_config(config_file, overrides)
-    place = read_place(os.environ)
-    set_threads(config.run.threads, place)
+    rank_info = rank_info_from_env(os.environ)
+    set_threads(config.run.threads, rank_info)
     data, folder = config.data, model_folder(checkpoint)
     vocabulary, fraction = text_vocabulary(config), data.validation_fraction
     prepared = prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), folder)
@@ -127,12 +127,14 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
             f"the tokenizer of {checkpoint} is not the one that data.sources={data.sources} gives now; the text has "
             "changed since, so evaluate where it has not"
         )
-    with join_world(place, config.parallel.backend, config.parallel.timeout_s) as world:
-        mesh = make_mesh(place.world_size if _experts_divide(checkpoint, place.world_size) else 1)
-        task = LanguageModelTask(load_weights(model_folder(checkpoint), mesh)).to(world.device)
-        text = held_out(prepared, data.sequence_length, config.observe.validation_sequences, config.train.micro_batch)
+    with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:
+        mesh = make_mesh(rank_info.world_size if _experts_divide(checkpoint, rank_info.world_size) else 1)
+        task = LanguageModelTask(load_weights(model_folder(checkpoint), mesh)).to(dist_context.device)
+        text = validation_set(
+            prepared, data.sequence_length, config.observe.validation_sequences, config.train.micro_batch_size
+        )
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint.name.startswith("step-") else 0
-        return evaluate(task, text, mesh, world.device, step).as_dict()
+        return evaluate(task, text, mesh, dist_context.device, step).as_dict()
 
 
 def _experts_divide(checkpoint: Path, workers: int) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dist_moe.balance.load import mean_max_vio
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import sum_counts
+from dist_moe.comm.reduce import all_reduce_counts
 
 
-def computation_max_vio(
+def microbatch_max_vio(
     micro_loads: Sequence[Sequence[Tensor]], mesh: Mesh, device: torch.device
 ) -> list[tuple[float, float]]:
     """MaxVio of the computation batches of this rank's group -> for each layer (MaxVio, floor), means over them.
@@ -25,5 +25,5 @@ def computation_max_vio(
     """
     load_LME = [torch.stack(layer) for layer in zip(*micro_loads, strict=True)]
     if mesh.ep_group is not None:
-        load_LME = sum_counts(load_LME, device, mesh.ep_group)
+        load_LME = all_reduce_counts(load_LME, device, mesh.ep_group)
     return [mean_max_vio(load_ME.cpu()) for load_ME in load_LME]

@@ -11,11 +11,11 @@ from torch import Tensor
 from dist_moe.checkpoint.async_saver import Saved
 from dist_moe.checkpoint.format.layout import own_folder
 from dist_moe.checkpoint.resume import Checkpoint, job_of
-from dist_moe.comm.init import World
+from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import sum_scalars
+from dist_moe.comm.reduce import all_reduce_scalars
 from dist_moe.config import Config, Resolved, dump_config
-from dist_moe.data.corpus import Prepared
+from dist_moe.data.corpus import TokenizedData
 from dist_moe.errors import needs_folder
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.alerts import LoadWatch
@@ -24,7 +24,7 @@ from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
-from dist_moe.train.microbatch_vio import computation_max_vio
+from dist_moe.train.microbatch_vio import microbatch_max_vio
 from dist_moe.train.step import StepRecord
 
 
@@ -34,7 +34,7 @@ class Report:
     def __init__(
         self,
         config: Config,
-        world: World,
+        dist_context: DistContext,
         mesh: Mesh,
         recorder: RunRecorder | None,
         console: RunConsole | None,
@@ -42,33 +42,33 @@ class Report:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.config = config
-        self.world = world
+        self.dist_context = dist_context
         self.mesh = mesh
         self.recorder, self.console, self.board = recorder, console, board
         self._watch = LoadWatch(config.observe.max_vio_limit, config.observe.max_vio_patience)
         self._checkpoint = checkpoint
-        self._skipped_steps = 0 if checkpoint is None else checkpoint.numbers.step - checkpoint.numbers.taken
+        self._skipped_steps = 0 if checkpoint is None else checkpoint.counters.step - checkpoint.counters.taken
         self._seconds = 0.0
         self._steps = 0
 
-    def describe(self, resolved: Resolved, prepared: Prepared, task: LanguageModelTask) -> None:
+    def describe(self, resolved: Resolved, prepared: TokenizedData, task: LanguageModelTask) -> None:
         """Write down what the run is, and tell in three lines what will be trained and which layers are balanced."""
         if self.recorder is None or self.console is None:
             return
         plain = self.config.model_dump(mode="json")
-        world = {
+        dist_context = {
             "workers": self.mesh.world_size,
             "expert_parallel": self.mesh.expert_parallel,
             "accumulation": resolved.accumulation,
-            "backend": self.world.backend,
-            "device": str(self.world.device),
-            "launcher": self.world.place.launcher,
+            "backend": self.dist_context.backend,
+            "device": str(self.dist_context.device),
+            "launcher": self.dist_context.rank_info.launcher,
             "sources": [record.__dict__ for record in prepared.records],
             "corpus": prepared.fingerprint,
             "job": job_of(os.environ),
             "resumed_from": None if self._checkpoint is None else str(self._checkpoint.folder),
         }
-        self.recorder.describe(plain, dump_config(self.config), world)
+        self.recorder.describe(plain, dump_config(self.config), dist_context)
         if self.board is not None:
             self.board.hyper_parameters(plain, dump_config(self.config))
         experts = sum(p.numel() for layer in task.layers for p in layer.experts.local.parameters())
@@ -85,8 +85,8 @@ class Report:
         self.console.say(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
         if self._checkpoint is not None:
             self.console.warn(list(self._checkpoint.passed_over))
-            self.console.say(f"goes on after step {self._checkpoint.numbers.step}, from {self._checkpoint.folder}")
-            if self._checkpoint.numbers.step >= self.config.train.steps:
+            self.console.say(f"goes on after step {self._checkpoint.counters.step}, from {self._checkpoint.folder}")
+            if self._checkpoint.counters.step >= self.config.train.steps:
                 self.console.say(
                     f"train.steps={self.config.train.steps} are done: raise it to train more, or set "
                     "checkpoint.resume=never to begin anew (what is there is kept)"
@@ -109,10 +109,10 @@ class Report:
         self._seconds += seconds
         self._steps += 1
         self._skipped_steps += not record.taken
-        if step % self.config.observe.every and record.taken and step not in (1, self.config.train.steps):
+        if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
         nll, auxiliary, computation_L = self._over_ranks(record)
-        step_tokens = self.config.train.global_batch * self.config.data.sequence_length
+        step_tokens = self.config.train.global_batch_size * self.config.data.sequence_length
         progress = Progress(
             step=step,
             loss=nll / record.labels if record.labels else math.nan,
@@ -130,7 +130,7 @@ class Report:
         metrics = step_metrics(
             progress,
             load_L=[load.cpu() for load in record.loads],
-            takers_L=[tally.takers_K.cpu() for tally in record.tallies],
+            k_histogram_L=[layer_counts.k_histogram_K.cpu() for layer_counts in record.routing_counts],
             computation_L=computation_L,
             bias_L=[bias.cpu() for bias in biases],
             expert_parallel=self.mesh.expert_parallel,
@@ -147,10 +147,10 @@ class Report:
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
         """Over all ranks: the sum of -ln p, the auxiliary loss, and of each layer MaxVio_computation and its floor."""
         scalars = {"nll": float(record.nll_sum), "auxiliary": float(record.auxiliary)}
-        computation_L = computation_max_vio(record.micro_loads, self.mesh, self.world.device)
+        computation_L = microbatch_max_vio(record.micro_loads, self.mesh, self.dist_context.device)
         for layer, (value, floor) in enumerate(computation_L):
             scalars |= {f"value {layer}": value, f"floor {layer}": floor}
-        sums = sum_scalars(scalars, self.world.device)
+        sums = all_reduce_scalars(scalars, self.dist_context.device)
         # The ranks of a group hold the same value, and groups are of one size: the mean over ranks is that over groups.
         means = {name: total / self.mesh.world_size for name, total in sums.items()}
         pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(computation_L))]
@@ -194,26 +194,28 @@ class Report:
 
 
 @contextlib.contextmanager
-def open_report(config: Config, world: World, mesh: Mesh, checkpoint: Checkpoint | None = None) -> Iterator[Report]:
+def open_report(
+    config: Config, dist_context: DistContext, mesh: Mesh, checkpoint: Checkpoint | None = None
+) -> Iterator[Report]:
     """The run's report, with files and terminal open on rank 0 and none elsewhere.
 
     checkpoint: what the run goes on from; the files of its own run.dir are continued, those of another are set aside.
     """
-    if world.place.rank != 0:
-        yield Report(config, world, mesh, None, None, None, checkpoint)
+    if dist_context.rank_info.rank != 0:
+        yield Report(config, dist_context, mesh, None, None, None, checkpoint)
         return
     folder = Path(config.run.dir)
     continues = checkpoint is not None and checkpoint.folder.resolve().parent == own_folder(config).resolve()
     with needs_folder(folder):
         aside = None if continues else set_aside(folder)
-    done = 0 if checkpoint is None else checkpoint.numbers.step
+    done = 0 if checkpoint is None else checkpoint.counters.step
     with contextlib.ExitStack() as stack:
         console = RunConsole(config.train.steps, done)
-        recorder = stack.enter_context(RunRecorder(folder, console.complain))
+        recorder = stack.enter_context(RunRecorder(folder, console.print_error))
         board = None
         if config.observe.tensorboard:
-            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.complain))
+            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.print_error))
         stack.enter_context(console)
         if aside is not None:
             console.say(f"what an earlier run left in {folder} is now in {aside}")
-        yield Report(config, world, mesh, recorder, console, board, checkpoint)
+        yield Report(config, dist_context, mesh, recorder, console, board, checkpoint)

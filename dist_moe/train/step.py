@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import Tally
-from dist_moe.comm.reduce import sum_counts
-from dist_moe.data.mmap_files import refuse_change
+from dist_moe.balance.counts import RoutingCounts
+from dist_moe.comm.reduce import all_reduce_counts
+from dist_moe.data.mmap_files import reject_change
 from dist_moe.data.stream import Batch
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.model.task import IGNORED, Output
@@ -52,7 +52,7 @@ class StepRecord:
     nll_sum: Tensor
     auxiliary: Tensor
     labels: int
-    tallies: list[Tally]
+    routing_counts: list[RoutingCounts]
     micro_loads: list[list[Tensor]]
     threshold: float | None
     scales: tuple[Tensor, Tensor]
@@ -62,7 +62,7 @@ class StepRecord:
     @property
     def loads(self) -> list[Tensor]:
         """int64 load_E of each layer over all ranks."""
-        return [tally.load_E for tally in self.tallies]
+        return [layer_counts.load_E for layer_counts in self.routing_counts]
 
 
 def train_step(
@@ -76,7 +76,7 @@ def train_step(
     """
     labels, tokens, asking, written, changed = count_labels(batches, engine.device, word)
     if changed:
-        refuse_change(word.changed)
+        reject_change(word.changed)
     # DeepSpeed divides by the micro-batches and averages over the ranks; this undoes both, so that the loss is the
     # mean over the label tokens of the global batch, however it was divided up, and the routing losses that over all
     # its tokens.
@@ -88,7 +88,7 @@ def train_step(
     for batch in batches:
         output = forward(engine, batch, scale, token_scale)
         engine.backward(output.loss)
-        balancer.observe(output.tallies)
+        balancer.observe(output.routing_counts)
         nll_sum += output.nll_sum
         auxiliary += output.auxiliary / len(batches)
         micro_loads.append(output.loads)
@@ -97,14 +97,14 @@ def train_step(
         raise RuntimeError(
             f"{len(batches)} micro-batches did not end a step; the engine was started for another number"
         )
-    tallies = balancer.step() if result.taken else balancer.discard()
+    routing_counts = balancer.step() if result.taken else balancer.discard()
     return StepRecord(
         taken=result.taken,
         grad_norm=result.grad_norm,
         nll_sum=nll_sum,
         auxiliary=auxiliary,
         labels=labels,
-        tallies=tallies,
+        routing_counts=routing_counts,
         micro_loads=micro_loads,
         threshold=threshold,
         scales=(scale, token_scale),
@@ -126,5 +126,5 @@ def count_labels(batches: Sequence[Batch], device: torch.device, word: Word = NO
     labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), none)
     tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
     words = torch.tensor([word.asked, word.written, bool(word.changed)], dtype=torch.int64)
-    counts = sum_counts([labels, tokens, words], device)
+    counts = all_reduce_counts([labels, tokens, words], device)
     return int(counts[0]), int(counts[1]), *counts[2].tolist()

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from dist_moe.errors import UserError
 
 
-class PlaceError(UserError, ValueError):
+class RankInfoError(UserError, ValueError):
     """The environment names a place that cannot exist (value, rule and remedy in the message)."""
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """The place of one worker in the job.
 
     rank and world_size count workers over all hosts, local_rank and local_world_size those of this host; launcher
@@ -29,7 +29,7 @@ class Place:
 
 
 # launcher -> the variables that hold (rank, world size, local rank, local world size)
-DIALECTS = {
+LAUNCHER_ENV_VARS = {
     "env": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "openmpi": (
         "OMPI_COMM_WORLD_RANK",
@@ -42,22 +42,22 @@ DIALECTS = {
 }
 
 
-def read_place(environment: Mapping[str, str]) -> Place:
+def rank_info_from_env(environment: Mapping[str, str]) -> RankInfo:
     """Read the worker's place from `environment`; without a launcher's variables it is a world of one.
 
     Errors: PlaceError where a value is no integer, or a rank is not below its world size.
     """
-    for launcher, names in DIALECTS.items():
+    for launcher, names in LAUNCHER_ENV_VARS.items():
         if names[0] in environment and names[1] in environment:
-            return _read_dialect(environment, launcher, names)
-    return Place()
+            return _read_env_vars(environment, launcher, names)
+    return RankInfo()
 
 
-def _read_dialect(environment: Mapping[str, str], launcher: str, names: tuple[str, str, str, str]) -> Place:
+def _read_env_vars(environment: Mapping[str, str], launcher: str, names: tuple[str, str, str, str]) -> RankInfo:
     def number(name: str, default: int) -> int:
         text = environment.get(name, str(default))
         if not text.strip().isdigit():
-            raise PlaceError(
+            raise RankInfoError(
                 f"{name}={text!r} is not a whole number >= 0; the launcher sets it, so start the worker by one"
             )
         return int(text)
@@ -68,9 +68,11 @@ def _read_dialect(environment: Mapping[str, str], launcher: str, names: tuple[st
     # if it was asked for a number of them, and then this rank knows of those up to itself.
     local_world_size = number(names[3], number("LOCAL_SIZE", world_size if launcher == "env" else local_rank + 1))
     if not rank < world_size:
-        raise PlaceError(f"{names[0]}={rank} must be below {names[1]}={world_size}; unset both, or start by a launcher")
+        raise RankInfoError(
+            f"{names[0]}={rank} must be below {names[1]}={world_size}; unset both, or start by a launcher"
+        )
     if not local_rank < local_world_size:
-        raise PlaceError(
+        raise RankInfoError(
             f"{names[2]}={local_rank} must be below {names[3]}={local_world_size}; unset both, or start by a launcher"
         )
-    return Place(rank, world_size, local_rank, local_world_size, launcher)
+    return RankInfo(rank, world_size, local_rank, local_world_size, launcher)

@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.checkpoint.async_saver import Saver
-from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
-from dist_moe.comm.init import World
+from dist_moe.checkpoint.async_saver import AsyncSaver
+from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore_run
+from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.engine.deepspeed import start_engine
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.train_state import TrainState
 from dist_moe.model.build import parameter_groups
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, micro_batches, prepare_text
 from dist_moe.train.step import Word, train_step
-from dist_moe.worker.rank_info import Place
+from dist_moe.worker.rank_info import RankInfo
 from tests.bench.memory import Peak, folder_bytes
 from tests.bench.size import OVERRIDES
 from tests.dist.resumable import ROOT, overrides_of, started
@@ -31,7 +31,7 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
     words = overrides_of(text, folder, *OVERRIDES)
     with started(rank, world_size, words) as (resolved, training):
         steps(resolved, training, 2)
-        saver = Saver(training)
+        saver = AsyncSaver(training)
         with Peak() as peak:
             began_s = time.perf_counter()
             saver.save(training.balancer.taken)
@@ -67,7 +67,7 @@ def load(rank: int, world_size: int, words: list[str], weights: list[Tensor]) ->
     mesh = make_mesh(resolved.expert_parallel)
     task = make_task(resolved, prepared, mesh)
     cpu = torch.device("cpu")
-    settings = engine_settings(resolved, World(Place(rank, world_size, rank, world_size, "env"), cpu, "gloo"))
+    settings = engine_settings(resolved, DistContext(RankInfo(rank, world_size, rank, world_size, "env"), cpu, "gloo"))
     dist.barrier()
     with Peak() as opening:
         began_s = time.perf_counter()
@@ -77,18 +77,18 @@ def load(rank: int, world_size: int, words: list[str], weights: list[Tensor]) ->
         dist.barrier()
         seconds = time.perf_counter() - began_s
     with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
-        training = Training(config, engine, make_balancer(task, config, engine.device), task, prepared)
+        training = TrainState(config, engine, make_balancer(task, config, engine.device), task, prepared)
         dist.barrier()
         with Peak() as restoring:
             began_s = time.perf_counter()
-            go_on(checkpoint, training)
+            restore_run(checkpoint, training)
             dist.barrier()
             seconds += time.perf_counter() - began_s
         assert all(map(torch.equal, weights, task.parameters()))
     return seconds, max(opening.mib, restoring.mib)
 
 
-def steps(resolved: Resolved, training: Training, count: int, saver: Saver | None = None) -> bool:
+def steps(resolved: Resolved, training: TrainState, count: int, saver: AsyncSaver | None = None) -> bool:
     """Make steps on the same text -> whether a pending checkpoint was written by all at the last of them."""
     written = False
     for _ in range(count):
@@ -98,7 +98,7 @@ def steps(resolved: Resolved, training: Training, count: int, saver: Saver | Non
     return written
 
 
-def timed(resolved: Resolved, training: Training, saver: Saver | None) -> float:
+def timed(resolved: Resolved, training: TrainState, saver: AsyncSaver | None) -> float:
     """Seconds of a step, over STEPS of them."""
     dist.barrier()
     began_s = time.perf_counter()
@@ -106,16 +106,16 @@ def timed(resolved: Resolved, training: Training, saver: Saver | None) -> float:
     return (time.perf_counter() - began_s) / STEPS
 
 
-def beside(resolved: Resolved, training: Training, saver: Saver, step_s: float) -> tuple[float, float, float]:
+def beside(resolved: Resolved, training: TrainState, saver: AsyncSaver, step_s: float) -> tuple[float, float, float]:
     """Save while training goes on until it is complete -> seconds: stall, all that training lost, writing."""
     dist.barrier()
     began_s, made = time.perf_counter(), 0
-    saver.begin(training.balancer.taken)
+    saver.save_async(training.balancer.taken)
     written = False
     while not written:
         written = steps(resolved, training, 1, saver)
         made += 1
-    saved = saver.finish()
+    saved = saver.finalize()
     elapsed_s = time.perf_counter() - began_s
     assert saved is not None
     return saved.stall_s, elapsed_s - made * step_s, saved.write_s

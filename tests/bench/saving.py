@@ -37,8 +37,8 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="Of both programs.")] =
         text = write_text(Path(folder))
         for number in range(rounds):
             for name, program in (("ours", ours), ("theirs", theirs)):
-                place = Path(folder) / f"{name}-{number}"
-                words = (text, place) if program is ours else (place,)
+                rank_info = Path(folder) / f"{name}-{number}"
+                words = (text, rank_info) if program is ours else (rank_info,)
                 ranks = pool.run(program.measure, 2, *words, timeout_s=300)
                 found[name].append({key: max(rank[key] for rank in ranks) for key in ranks[0]})
     Console(width=110).print(table(found["ours"], found["theirs"]))

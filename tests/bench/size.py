@@ -9,8 +9,8 @@ OVERRIDES = (
     f"model.config.n_routed_experts={EXPERTS}",
     f"model.config.moe_intermediate_size={MOE_WIDTH}",
     "data.sequence_length=128",
-    f"train.global_batch={2 * TOKENS // 128}",
-    "train.micro_batch=4",
+    f"train.global_batch_size={2 * TOKENS // 128}",
+    "train.micro_batch_size=4",
     "train.precision=fp32",
     "parallel.zero_stage=1",
 )

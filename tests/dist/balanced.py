@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import Tally
+from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.spec import BalanceSettings
 from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
@@ -25,10 +25,10 @@ from dist_moe.model.build import parameter_groups
 from dist_moe.model.task import IGNORED, LanguageModelTask
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
-from dist_moe.train.evaluate import HeldOut, evaluate
+from dist_moe.train.evaluate import ValidationSet, evaluate
 from dist_moe.train.loop import run
 from dist_moe.train.step import train_step
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 from tests.collectives import counted
 from tests.dist.small import LENGTH, ROWS, VOCABULARY, Case, make_balancer, make_task, ragged_batch, share
 
@@ -41,13 +41,15 @@ def started(case: Case, world_size: int) -> Iterator[tuple[Engine, LanguageModel
     """The small model under the engine, as one rank of a joined world."""
     mesh = make_mesh(case.expert_parallel)
     task = make_task(case, mesh)
-    micro_batch = ROWS // (world_size * case.accumulation)
-    settings = EngineSettings(case.zero_stage, micro_batch, case.accumulation, case.optimizer, case.clipping, case.bf16)
+    micro_batch_size = ROWS // (world_size * case.accumulation)
+    settings = EngineSettings(
+        case.zero_stage, micro_batch_size, case.accumulation, case.optimizer, case.clipping, case.bf16
+    )
     with start_engine(task, parameter_groups(task.model, 0.1), settings, mesh) as engine:
         yield engine, task
 
 
-def held_out(rows: int, micro_batch: int = 2) -> HeldOut:
+def validation_set(rows: int, micro_batch_size: int = 2) -> ValidationSet:
     """`rows` of a corpus of 9 rows, the last of which is padded; its text is random and never changes."""
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, 8 * LENGTH + 6).astype(np.uint16)
     ends = np.array([50, 51, 120, len(tokens)])
@@ -56,7 +58,7 @@ def held_out(rows: int, micro_batch: int = 2) -> HeldOut:
     corpus = Corpus(tokens, starts_N1, np.zeros(len(ends), dtype=np.int64), ("text",), 0, len(tokens))
     stream = Stream(corpus, LENGTH, seed=0)
     assert stream.rows_per_epoch == 9
-    return HeldOut(stream, np.arange(VOCABULARY, dtype=np.int64), rows, micro_batch)
+    return ValidationSet(stream, np.arange(VOCABULARY, dtype=np.int64), rows, micro_batch_size)
 
 
 def steps_with_evaluation(rank: int, world_size: int, evaluated: bool) -> tuple[list[Tensor], list[Any]]:
@@ -68,7 +70,7 @@ def steps_with_evaluation(rank: int, world_size: int, evaluated: bool) -> tuple[
             batches = share(ragged_batch(seed=step), engine.mesh, 1)
             loads.append([load.tolist() for load in train_step(engine, balancer, batches, 1.0).loads])
             if evaluated:
-                evaluate(task, held_out(rows=5), engine.mesh, CPU, step)
+                evaluate(task, validation_set(rows=5), engine.mesh, CPU, step)
         return [bias.clone() for bias in balancer.biases], loads
 
 
@@ -76,7 +78,7 @@ def evaluations(rank: int, world_size: int, expert_parallel: int, rows: list[int
     """The record of an evaluation of each of these numbers of rows."""
     mesh = make_mesh(expert_parallel)
     task = make_task(Case(), mesh)
-    return [evaluate(task, held_out(count), mesh, CPU, 1).as_dict() for count in rows]
+    return [evaluate(task, validation_set(count), mesh, CPU, 1).as_dict() for count in rows]
 
 
 def half_of_padding(rank: int, world_size: int) -> tuple[float, float, list[list[int]], list[Tensor]]:
@@ -108,13 +110,17 @@ def biases_in_bf16(rank: int, world_size: int, folder: str) -> list[list[Tensor]
 
 def layers_of_many_sizes(rank: int, world_size: int, policy: str) -> tuple[list[list[int]], list[list[float]], int]:
     """Layers of 2, 5 and 3 experts, other loads on each rank -> loads, biases, and the collectives of the step."""
-    routers = {f"layer.{place}": Router(count, 4, TopK(1, "sigmoid")) for place, count in enumerate((2, 5, 3))}
+    routers = {f"layer.{rank_info}": Router(count, 4, TopK(1, "sigmoid")) for rank_info, count in enumerate((2, 5, 3))}
     balancer = Balancer(routers, BalanceSettings(policy, 0.5, "constant", 10), CPU)
     seen = [torch.arange(router.experts) * (rank + 1) for router in routers.values()]
-    balancer.observe([Tally(load_E, load_E.sum().view(1)) for load_E in seen])
+    balancer.observe([RoutingCounts(load_E, load_E.sum().view(1)) for load_E in seen])
     with counted("all_reduce") as calls:
-        tallies = balancer.step()
-    return [tally.load_E.tolist() for tally in tallies], [bias.tolist() for bias in balancer.biases], len(calls)
+        routing_counts = balancer.step()
+    return (
+        [layer_counts.load_E.tolist() for layer_counts in routing_counts],
+        [bias.tolist() for bias in balancer.biases],
+        len(calls),
+    )
 
 
 def whole_run(
@@ -130,13 +136,13 @@ def whole_run(
             "data.validation_fraction=0.5",
             "train.steps=1",
             "train.warmup_steps=0",
-            "checkpoint.every=0",
+            "checkpoint.interval=0",
             "observe.tensorboard=false",
             *overrides,
         ],
     )
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        run(resolve(config, world_size), read_place(os.environ))
+        run(resolve(config, world_size), rank_info_from_env(os.environ))
     metrics = Path(folder, "run", "metrics.jsonl")
     lines = metrics.read_text().splitlines() if rank == 0 else []
     return printed.getvalue(), [json.loads(line) for line in lines]

@@ -10,7 +10,7 @@ from dist_moe.launch.command import LOOPBACK, Command, LaunchError
 from dist_moe.launch.launchers.deepspeed import deepspeed_command
 from dist_moe.launch.launchers.mpirun import mpirun_command
 from dist_moe.launch.launchers.torchrun import torchrun_command
-from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import run
 
 
@@ -24,8 +24,8 @@ def main(launcher: str, workers: int, path: str, restarts: int) -> None:
     }
     command = make[launcher](config, workers, path, module="tests.dist.launch_worker")
     try:
-        with Hub(LOOPBACK, workers, Path(config.run.dir), apart=False) as hub:
-            outcome = run(command, config.run.dir, hub)
+        with WorkerMonitor(LOOPBACK, workers, Path(config.run.dir), apart=False) as monitor:
+            outcome = run(command, config.run.dir, monitor)
     except LaunchError as error:
         sys.exit(f"outcome: {error}")
     sys.stderr.write(f"outcome: {outcome.message}\n")

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_moe.cli.main import mind_if_asked
-from dist_moe.comm.init import join_world
+from dist_moe.cli.main import fork_agent
+from dist_moe.comm.init import init_distributed
 from dist_moe.config import ConfigError, Violation, load_config
 from dist_moe.worker.contract import STOPPED_CODE
 from dist_moe.worker.exit import exit_hard, report_failure, write_record
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 
 HEARD: list[int] = []
 SEEN_S = 0.3
@@ -25,19 +25,19 @@ SEEN_S = 0.3
 def main() -> None:
     """Called as `train CONFIG [key=value]...`, like the real worker."""
     config = load_config(sys.argv[2], sys.argv[3:])
-    place = read_place(os.environ)
-    mind_if_asked(place.rank, place.world_size, config.run.dir)
+    rank_info = rank_info_from_env(os.environ)
+    fork_agent(rank_info.rank, rank_info.world_size, config.run.dir)
     with (
-        report_failure(config.run.dir, place.rank),
-        join_world(place, "gloo", config.parallel.timeout_s),
-        exit_hard(config.run.dir, place.rank),
+        report_failure(config.run.dir, rank_info.rank),
+        init_distributed(rank_info, "gloo", config.parallel.timeout_s),
+        exit_hard(config.run.dir, rank_info.rank),
     ):
         name = os.environ["LAUNCH_ACT"]
         prepare(name)
         meet()
-        sys.stdout.write(f"rank {place.rank} of {place.world_size} is up\n")
+        sys.stdout.write(f"rank {rank_info.rank} of {rank_info.world_size} is up\n")
         sys.stdout.flush()
-        act(name, place.rank)
+        act(name, rank_info.rank)
 
 
 def prepare(name: str) -> None:

@@ -5,19 +5,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import Tally
+from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.rules.quantile import quantile_update
 from dist_moe.balance.spec import BalanceSettings
 from dist_moe.model.routing import tally_routing
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import Forced, Rule, Threshold, TopK
+from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 from tests.dist.small import Case
 
 CPU = torch.device("cpu")
-SIGMOID = TopK(top_k=2, score="sigmoid", normalise=True, scaling=1.5)
-SOFTMAX = TopK(top_k=2, score="softmax", normalise=True)
-THRESHOLD = Threshold(threshold=0.3, max_experts=6)
+SIGMOID = TopK(top_k=2, score="sigmoid", normalize=True, routed_scaling_factor=1.5)
+SOFTMAX = TopK(top_k=2, score="softmax", normalize=True)
+THRESHOLD = ThresholdRouting(threshold=0.3, max_experts=6)
 EXPERTS = 12
 
 
@@ -29,9 +29,9 @@ def settings(policy: str, rate: float = 0.05, **fields: object) -> BalanceSettin
 POLICIES: dict[str, tuple[Rule, BalanceSettings]] = {
     "sign": (SIGMOID, settings("loss_free")),
     "multiplicative": (TopK(2, "sigmoid", multiplicative=True), settings("loss_free")),
-    "sqrt_softplus": (TopK(2, "sqrt_softplus"), settings("loss_free", centre=True)),
+    "sqrt_softplus": (TopK(2, "sqrt_softplus"), settings("loss_free", center=True)),
     "proportional on softmax": (SOFTMAX, settings("loss_free", proportional=True)),
-    "adaptive weight": (TopK(2, "softmax", shapes_mixture=True), settings("adaptive_weight", clip=2.0)),
+    "adaptive weight": (TopK(2, "softmax", bias_in_gate_weights=True), settings("adaptive_weight", clip=2.0)),
     "threshold": (THRESHOLD, settings("none")),
     "threshold, adaptive weight": (THRESHOLD, settings("adaptive_weight")),
     "threshold, budget": (THRESHOLD, settings("adaptive_weight", budget=2.5)),
@@ -52,7 +52,7 @@ def logits_of(step: int, layer: int) -> Tensor:
     return torch.randn(101, EXPERTS, generator=generator) + torch.linspace(-1, 1, EXPERTS)
 
 
-def given_logits(rank: int, world_size: int, name: str) -> tuple[list[list[Tally]], dict[str, object]]:
+def given_logits(rank: int, world_size: int, name: str) -> tuple[list[list[RoutingCounts]], dict[str, object]]:
     """Five steps of two layers on logits that do not depend on the ranks, each with an uneven part of the tokens.
 
     -> the counts over all ranks of each step, and the state at the end. The router is real; its weight is the
@@ -63,15 +63,15 @@ def given_logits(rank: int, world_size: int, name: str) -> tuple[list[list[Tally
     for router in routers.values():
         torch.nn.init.eye_(router.weight)
     balancer = Balancer(routers, balance, CPU)
-    cuts = [101 * place**2 // world_size**2 for place in range(world_size + 1)]
+    cuts = [101 * rank_info**2 // world_size**2 for rank_info in range(world_size + 1)]
     seen = []
     for step in range(5):
-        tallies = []
+        routing_counts = []
         for layer, router in enumerate(routers.values()):
             router.open_record(None)
             router(logits_of(step, layer)[cuts[rank] : cuts[rank + 1]])
-            tallies.append(tally_routing(router, router.close_record(), balance.counts_margins))
-        balancer.observe(tallies)
+            routing_counts.append(tally_routing(router, router.close_record(), balance.counts_margins))
+        balancer.observe(routing_counts)
         seen.append(balancer.step())
     return seen, balancer.state_dict()
 
@@ -80,12 +80,12 @@ def mean_of_local_quantiles(rank: int, world_size: int) -> Tensor:
     """The bias that comes out where each rank takes the quantiles of its own tokens and the ranks average them."""
     router = Router(EXPERTS, EXPERTS, SIGMOID)
     torch.nn.init.eye_(router.weight)
-    cuts = [101 * place**2 // world_size**2 for place in range(world_size + 1)]
+    cuts = [101 * rank_info**2 // world_size**2 for rank_info in range(world_size + 1)]
     router.open_record(None)
     router(logits_of(0, 0)[cuts[rank] : cuts[rank + 1]])
-    tally = tally_routing(router, router.close_record(), counts_margins=True)
-    assert tally.margins_EQ is not None
-    bias_E = quantile_update(router.selection_bias, tally.margins_EQ, 2 / EXPERTS)
+    layer_counts = tally_routing(router, router.close_record(), counts_margins=True)
+    assert layer_counts.margins_EQ is not None
+    bias_E = quantile_update(router.selection_bias, layer_counts.margins_EQ, 2 / EXPERTS)
     dist.all_reduce(bias_E)
     return bias_E / world_size
 
@@ -96,4 +96,4 @@ LOSSES: dict[str, RoutingLosses] = {
     "z": RoutingLosses(z=0.3),
     "entropy": RoutingLosses(entropy=1.0),
 }
-FORCED = Forced(top_k=2, skew=1.0, score="softmax")
+FORCED = RandomRouting(top_k=2, zipf_exponent=1.0, score="softmax")

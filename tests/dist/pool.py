@@ -137,9 +137,9 @@ class RankPool:
             raise ValueError(f"world_size={world_size} does not fit this pool; use 1 to {self.size}")
         try:
             self._start_workers(world_size)
-            meeting = _meeting_point(timeout_s)
+            rendezvous = _meeting_point(timeout_s)
             for rank, worker in enumerate(self._workers[:world_size]):
-                task = Task(function, rank, world_size, meeting.port, args, timeout_s)
+                task = Task(function, rank, world_size, rendezvous.port, args, timeout_s)
                 worker.connection.send_bytes(pickle.dumps(task))
             answers = self._collect(world_size, timeout_s)
             return self._results(answers, world_size, timeout_s)

@@ -12,28 +12,28 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import save_checkpoint
-from dist_moe.checkpoint.resume import find_checkpoint, go_on, load_model
-from dist_moe.checkpoint.training_state import read_numbers
-from dist_moe.comm.init import World
+from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore_run
+from dist_moe.checkpoint.training_state import read_counters
+from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.engine.deepspeed import start_engine
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.train_state import TrainState
 from dist_moe.model.build import parameter_groups
 from dist_moe.train.loop import engine_settings, make_balancer, make_task, prepare_text, run
-from dist_moe.worker.rank_info import Place
+from dist_moe.worker.rank_info import RankInfo
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "data.sequence_length=16",
-    "train.global_batch=8",
-    "train.micro_batch=1",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=1",
     "train.schedule_steps=20",
     "train.warmup_steps=3",
-    "observe.every=1",
+    "observe.interval=1",
     "observe.tensorboard=false",
     "observe.validation_sequences=4",
-    "checkpoint.every=0",
+    "checkpoint.interval=0",
 )
 
 
@@ -43,7 +43,9 @@ def write_text(folder: Path) -> Path:
     words = ["expert", "token", "load", "bias", "router", "gate", "rank", "step"]
     with path.open("w") as file:
         for number in range(120):
-            text = " ".join(words[(number * number + place * 3) % len(words)] for place in range(4 + number % 9))
+            text = " ".join(
+                words[(number * number + rank_info * 3) % len(words)] for rank_info in range(4 + number % 9)
+            )
             file.write(json.dumps({"text": text}) + "\n")
     return path
 
@@ -61,11 +63,11 @@ def command(text: Path, folder: Path, *further: str) -> list[str]:
 def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Sequence[str] = ()) -> None:
     """Train into `folder` as one rank of the pool's group; later overrides win."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *overrides)), world_size)
-    run(resolved, Place(rank, world_size, rank, world_size, "env"))
+    run(resolved, RankInfo(rank, world_size, rank, world_size, "env"))
 
 
 @contextlib.contextmanager
-def started(rank: int, world_size: int, words: Sequence[str]) -> Iterator[tuple[Resolved, Training]]:
+def started(rank: int, world_size: int, words: Sequence[str]) -> Iterator[tuple[Resolved, TrainState]]:
     """A run of configs/debug.yaml with the overrides `words`, started or gone on, before its next step."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", words), world_size)
     config, prepared = resolved.config, prepare_text(resolved.config)
@@ -74,12 +76,12 @@ def started(rank: int, world_size: int, words: Sequence[str]) -> Iterator[tuple[
     task = make_task(resolved, prepared, mesh)
     if checkpoint is not None:
         load_model(checkpoint, task, mesh)
-    place = Place(rank, world_size, rank, world_size, "env")
-    settings = engine_settings(resolved, World(place, torch.device("cpu"), "gloo"))
+    rank_info = RankInfo(rank, world_size, rank, world_size, "env")
+    settings = engine_settings(resolved, DistContext(rank_info, torch.device("cpu"), "gloo"))
     with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
-        training = Training(config, engine, make_balancer(task, config, engine.device), task, prepared)
+        training = TrainState(config, engine, make_balancer(task, config, engine.device), task, prepared)
         if checkpoint is not None:
-            go_on(checkpoint, training)
+            restore_run(checkpoint, training)
         yield resolved, training
 
 
@@ -87,7 +89,7 @@ def resave(rank: int, world_size: int, text: Path, folder: Path, source: Path, o
     """Open the checkpoint `source` and save it again into the run `folder`, without a step between."""
     words = overrides_of(text, folder, f"checkpoint.resume={source}", *overrides)
     with started(rank, world_size, words) as (_, training):
-        save_checkpoint(training, read_numbers(source / "state").step)
+        save_checkpoint(training, read_counters(source / "state").step)
 
 
 def elements(checkpoint: Path) -> dict[str, Tensor]:

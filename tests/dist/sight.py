@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import Tally
-from dist_moe.comm.init import World
+from dist_moe.balance.counts import RoutingCounts
+from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import load_config
 from dist_moe.train.reporting import open_report
 from dist_moe.train.step import StepRecord, train_step
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 from tests.collectives import counted
 from tests.dist.balanced import CONFIG, CPU, started
 from tests.dist.small import Case, make_balancer, ragged_batch, share
@@ -47,13 +47,13 @@ def micro_loads(rank: int) -> list[list[Tensor]]:
 
 def reported(rank: int, world_size: int, expert_parallel: int, folder: str) -> Reported:
     """Report steps with the loads of `micro_loads`, an auxiliary loss of 1 + rank and a threshold of one half."""
-    overrides = [f"run.dir={folder}", "observe.tensorboard=false", "observe.every=10", "train.steps=20"]
+    overrides = [f"run.dir={folder}", "observe.tensorboard=false", "observe.interval=10", "train.steps=20"]
     config = load_config(CONFIG, overrides)
-    world = World(read_place(os.environ), CPU, "gloo")
+    dist_context = DistContext(rank_info_from_env(os.environ), CPU, "gloo")
     mesh = make_mesh(expert_parallel)
     everywhere = [load for one in range(world_size) for load in micro_loads(one)]
     load_L = [torch.stack(layer).sum(dim=0) for layer in zip(*everywhere, strict=True)]
-    tallies = [Tally(load_E, torch.tensor([int(load_E.sum()), 0])) for load_E in load_L]
+    routing_counts = [RoutingCounts(load_E, torch.tensor([int(load_E.sum()), 0])) for load_E in load_L]
     record = StepRecord(
         scales=(torch.ones(()), torch.ones(())),
         taken=True,
@@ -61,13 +61,13 @@ def reported(rank: int, world_size: int, expert_parallel: int, folder: str) -> R
         nll_sum=torch.tensor(2.0),
         auxiliary=torch.tensor(1.0 + rank),
         labels=4 * world_size,
-        tallies=tallies,
+        routing_counts=routing_counts,
         micro_loads=micro_loads(rank),
         threshold=0.5,
     )
     biases = [torch.zeros(size) for size in SIZES]
     collectives = []
-    with contextlib.redirect_stdout(io.StringIO()), open_report(config, world, mesh) as report:
+    with contextlib.redirect_stdout(io.StringIO()), open_report(config, dist_context, mesh) as report:
         for step, taken in ((1, True), (2, True), (3, False)):
             with counted("all_reduce") as calls:
                 report.step(step, replace(record, taken=taken), biases, 0.1, 0.01, 1.0)

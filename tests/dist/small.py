@@ -102,7 +102,7 @@ def share(batch: Batch, mesh: Mesh, accumulation: int) -> list[Batch]:
     """The micro-batches of this rank."""
     rows = batch.tokens_BS.shape[0] // (mesh.world_size * accumulation)
     start = mesh.rank * accumulation * rows
-    return [part(batch, start + place * rows, rows) for place in range(accumulation)]
+    return [part(batch, start + rank_info * rows, rows) for rank_info in range(accumulation)]
 
 
 def make_task(case: Case, mesh: Mesh) -> LanguageModelTask:
@@ -147,7 +147,7 @@ def run_case(rank: int, world_size: int, case: Case) -> Trace:
     task = make_task(case, mesh)
     settings = EngineSettings(
         zero_stage=case.zero_stage,
-        micro_batch=ROWS // (world_size * case.accumulation),
+        micro_batch_size=ROWS // (world_size * case.accumulation),
         accumulation=case.accumulation,
         optimizer=case.optimizer,
         gradient_clipping=case.clipping,
@@ -197,8 +197,8 @@ def trace(
         biases=[bias.clone() for bias in balancer.biases],
         state=balancer.state_dict(),
         experts_per_token=[
-            sum(int(tally.load_E.sum()) for tally in record.tallies)
-            / max(1, sum(int(tally.takers_K.sum()) for tally in record.tallies))
+            sum(int(layer_counts.load_E.sum()) for layer_counts in record.routing_counts)
+            / max(1, sum(int(layer_counts.k_histogram_K.sum()) for layer_counts in record.routing_counts))
             for record, _ in records
         ],
         weights=named_weights(task, mesh),
@@ -224,8 +224,8 @@ def named_experts(task: LanguageModelTask, mesh: Mesh, values: dict[str, Tensor]
             named[name] = value
             continue
         experts = next(layer.experts.experts for layer in task.layers if name.startswith(f"model.{layer.name}."))
-        for place, expert in enumerate(mesh.local_experts(experts)):
-            named[name.replace(".local.", f".{expert}.")] = value[place]
+        for rank_info, expert in enumerate(mesh.local_experts(experts)):
+            named[name.replace(".local.", f".{expert}.")] = value[rank_info]
     return named
 
 

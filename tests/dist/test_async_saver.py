@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.checkpoint.async_saver import Saver, Written
+from dist_moe.checkpoint.async_saver import AsyncSaver, Written
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import Completion, checkpoints, complete
-from dist_moe.checkpoint.format.manifest import FileEntry, faults, read_manifest
-from dist_moe.checkpoint.snapshot import HostCopy, collect
-from dist_moe.comm.init import limit_groups
+from dist_moe.checkpoint.format.manifest import FileEntry, find_damage, read_manifest
+from dist_moe.checkpoint.snapshot import StagingBuffer, collect
+from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.train.step import Word
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_text
@@ -34,9 +34,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_checkpoints_written_beside_training_have_the_bits_of_those_it_waits_for(
     ranks: RankPool, text: Path, tmp_path: Path, stage: int
 ) -> None:
-    changes = ("train.steps=7", "checkpoint.every=2", f"parallel.zero_stage={stage}", "train.precision=bf16")
-    for beside in ("true", "false"):
-        ranks.run(train, 2, text, tmp_path / beside, (*changes, f"checkpoint.asynchronous={beside}"))
+    changes = ("train.steps=7", "checkpoint.interval=2", f"parallel.zero_stage={stage}", "train.precision=bf16")
+    for asynchronous in ("true", "false"):
+        ranks.run(train, 2, text, tmp_path / asynchronous, (*changes, f"checkpoint.asynchronous={asynchronous}"))
     assert [step for step, _ in checkpoints(tmp_path / "true/checkpoints")] == [2, 4, 6, 7]
     for step in ("2", "4", "6", "7"):
         name = f"checkpoints/step-{step:0>6}"
@@ -50,7 +50,7 @@ def overwritten(rank: int, world_size: int, text: Path, folder: Path) -> list[st
         one_step(resolved, training, 1)
         files = collect(training, 1).tensors.items()
         before = {(file, name): tensor.clone() for file, part in files for name, tensor in part.items()}
-        copy = HostCopy().of(collect(training, 1))
+        copy = StagingBuffer().of(collect(training, 1))
         for step in (2, 3):
             one_step(resolved, training, step)
         now = collect(training, 3).tensors
@@ -66,18 +66,18 @@ def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[boo
     """Rank 1's storage takes three time limits of a collective: told by step, warnings, and whether it is complete."""
     with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=1")) as (resolved, training):
         warnings: list[str] = []
-        saver = Saver(training, warnings.append)
-        saver.begin(1)
+        saver = AsyncSaver(training, warnings.append)
+        saver.save_async(1)
         pending = saver._pending
         assert pending is not None
         written = pending.work.result(60)
-        held: Future[Written] = Future()
+        optimizer_fragments: Future[Written] = Future()
         if rank == 1:
-            saver._pending = replace(pending, work=held)
+            saver._pending = replace(pending, work=optimizer_fragments)
         told = [one_step(resolved, training, step, Word(written=saver.written)) for step in (2, 3)]
         if rank == 1:
-            threading.Timer(3.0, held.set_result, (written,)).start()
-        saved = saver.finish()
+            threading.Timer(3.0, optimizer_fragments.set_result, (written,)).start()
+        saved = saver.finalize()
         assert saved is not None
         dist.barrier()
         return told, warnings, (saved.folder / "manifest.json").is_file()
@@ -85,23 +85,23 @@ def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[boo
 
 def ended_amid(rank: int, world_size: int, text: Path, folder: Path) -> list[str]:
     """A peer is gone while a thread completes a checkpoint: what is wrong with the folder afterwards."""
-    release, waits = threading.Event(), Saver._await
+    release, waits = threading.Event(), AsyncSaver._await
 
-    def held(*given: Any) -> Completion:
+    def optimizer_fragments(*given: Any) -> Completion:
         release.wait(60)
         return complete(*given)
 
-    def cut(saver: Saver, work: Future[Any], where: Path, done_is: str) -> None:
+    def cut(saver: AsyncSaver, work: Future[Any], where: Path, done_is: str) -> None:
         if done_is == "completed it":
             raise RuntimeError("Connection closed by peer")
         waits(saver, work, where, done_is)
 
     with started(rank, world_size, overrides_of(text, folder, "checkpoint.keep_last=1")) as (_, training):
-        saver = Saver(training)
+        saver = AsyncSaver(training)
         saver.save(1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dist_moe.checkpoint.async_saver.complete", held)
-            patch.setattr(Saver, "_await", cut)
+            patch.setattr("dist_moe.checkpoint.async_saver.complete", optimizer_fragments)
+            patch.setattr(AsyncSaver, "_await", cut)
             with pytest.raises(RuntimeError):
                 saver.save(2)
             release.set()
@@ -109,7 +109,7 @@ def ended_amid(rank: int, world_size: int, text: Path, folder: Path) -> list[str
             while not final.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
         manifest = read_manifest(final)
-        return faults(final, manifest, manifest.files)
+        return find_damage(final, manifest, manifest.files)
 
 
 def test_a_checkpoint_that_is_being_completed_is_not_removed(ranks: RankPool, text: Path, tmp_path: Path) -> None:
@@ -119,17 +119,17 @@ def test_a_checkpoint_that_is_being_completed_is_not_removed(ranks: RankPool, te
 def lost_disk(rank: int, world_size: int, text: Path, folder: Path) -> tuple[str, list[str]]:
     """Rank 1's disk is full while the second of three checkpoints is written: the error, and what is left."""
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
-        saver = Saver(training)
+        saver = AsyncSaver(training)
         one_step(resolved, training, 1)
         saver.save(1)
         one_step(resolved, training, 2)
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 patch.setattr("dist_moe.checkpoint.snapshot.write_tensors", no_space)
-            saver.begin(2)
+            saver.save_async(2)
             one_step(resolved, training, 3)
             with pytest.raises(CheckpointError) as raised:
-                saver.finish()
+                saver.finalize()
         one_step(resolved, training, 4)
         saver.save(4)
         saver.close()
@@ -156,7 +156,7 @@ def completed_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tu
     """Rank 0's disk takes three time limits of a collective to complete a checkpoint: warnings, and whether it did."""
     with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=3")) as (_, training):
         warnings: list[str] = []
-        limit_groups(3.0)
+        set_pg_timeouts(3.0)
 
         def late(partial: Path, final: Path, files: dict[str, FileEntry], keep_last: int, every: int) -> Completion:
             time.sleep(9.0)
@@ -164,7 +164,7 @@ def completed_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tu
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dist_moe.checkpoint.async_saver.complete", late)
-            saver = Saver(training, warnings.append)
+            saver = AsyncSaver(training, warnings.append)
             saved = saver.save(1)
         dist.barrier()
         return warnings, (saved.folder / "manifest.json").is_file()

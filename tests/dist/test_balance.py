@@ -15,9 +15,9 @@ from tests.dist.balanced import (
     evaluations,
     gradients,
     half_of_padding,
-    held_out,
     layers_of_many_sizes,
     steps_with_evaluation,
+    validation_set,
     whole_run,
 )
 from tests.dist.pool import RankPool
@@ -130,7 +130,7 @@ def test_trap_T14_an_evaluated_model_keeps_its_bias() -> None:
     for layer in task.layers:
         layer.router.selection_bias.copy_(torch.arange(12) * 0.01)
     was_training = task.training
-    evaluate(task, held_out(rows=5), ALONE, CPU, 1)
+    evaluate(task, validation_set(rows=5), ALONE, CPU, 1)
     assert all(torch.equal(layer.router.selection_bias, torch.arange(12) * 0.01) for layer in task.layers)
     assert task.training == was_training
 
@@ -161,7 +161,7 @@ def test_trap_T30_an_uneven_last_batch_of_the_evaluation(ranks: RankPool, worker
     """Ranks that have no row left go along; the last row of the text is padded, and rows past the limit are there."""
     rows = [1, 7, 9]
     task = make_task(Case(), ALONE)
-    wanted = [evaluate(task, held_out(count), ALONE, CPU, 1).as_dict() for count in rows]
+    wanted = [evaluate(task, validation_set(count), ALONE, CPU, 1).as_dict() for count in rows]
     for found in ranks.run(evaluations, workers, expert_parallel, rows, timeout_s=60):
         for ours, theirs in zip(found, wanted, strict=True):
             assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-6)

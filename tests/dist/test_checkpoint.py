@@ -16,7 +16,7 @@ LAYOUTS = {  # workers, expert parallel, ZeRO stage
 }
 BF16 = ("train.precision=bf16",)
 KINDS = {
-    "fp32, ZeRO 1, accumulated": ("parallel.zero_stage=1", "train.micro_batch=2"),
+    "fp32, ZeRO 1, accumulated": ("parallel.zero_stage=1", "train.micro_batch_size=2"),
     "fp32, ZeRO 2": ("parallel.zero_stage=2",),
     "fp32, ZeRO 0": ("parallel.zero_stage=0",),
     "bf16, ZeRO 0": ("parallel.zero_stage=0", "train.precision=bf16"),
@@ -31,7 +31,7 @@ KINDS = {
     "threshold, adaptive weights, budget": (
         "router.selection=threshold",
         "router.score=softmax",
-        "router.budget=3.0",
+        "router.target_experts_per_token=3.0",
         "balance.policy=adaptive_weight",
         "balance.rate=0.05",
     ),
@@ -70,7 +70,7 @@ def saved(ranks: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory)
     for layout, (workers, changes) in LAYOUTS.items():
         for bf16 in (False, True):
             folder = found[layout, bf16] = tmp_path_factory.mktemp("saved")
-            further = ("train.steps=10", "checkpoint.every=5", *(BF16 if bf16 else ()))
+            further = ("train.steps=10", "checkpoint.interval=5", *(BF16 if bf16 else ()))
             ranks.run(train, workers, text, folder, (*changes, *further))
     return found
 

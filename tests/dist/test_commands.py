@@ -16,7 +16,13 @@ from dist_moe.model.task import IGNORED
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SHORT = ("train.steps=2", "observe.every=1", "checkpoint.every=0", "observe.tensorboard=false", "train.warmup_steps=1")
+SHORT = (
+    "train.steps=2",
+    "observe.interval=1",
+    "checkpoint.interval=0",
+    "observe.tensorboard=false",
+    "train.warmup_steps=1",
+)
 PLAIN = {
     "deepspeed": (
         *(str(BIN / "deepspeed"), "--no_local_rank", "--num_accelerators", "2", "--master_port", "29731"),
@@ -87,7 +93,7 @@ def test_a_run_that_begins_anew_in_the_same_folder_sets_the_first_aside(runs: di
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_worker_killed_in_training_ends_the_job_and_is_named(launcher: str, tmp_path: Path) -> None:
     argv = (str(BIN / "dist-moe"), "launch", "configs/debug.yaml", "--launcher", launcher, f"run.dir={tmp_path}")
-    long = ("train.steps=100000", "observe.every=1", "observe.tensorboard=false")
+    long = ("train.steps=100000", "observe.interval=1", "observe.tensorboard=false")
     job = subprocess.Popen(
         [*argv, *long], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -29,7 +29,7 @@ def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int, per_node: i
         takers=draw(st.sampled_from([None, tuple(sorted(takers))])),
         ragged=draw(st.booleans()),
         padding=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        skew=draw(st.sampled_from([0.0, 2.0, 6.0])),
+        zipf_exponent=draw(st.sampled_from([0.0, 2.0, 6.0])),
         width=draw(st.sampled_from([4, 5, 8])),
         expert_width=draw(st.sampled_from([3, 4])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),
@@ -89,7 +89,7 @@ def test_in_two_hops_a_row_goes_to_a_host_once(ranks: RankPool) -> None:
 
 
 def test_trap_T33_prime_token_counts_that_differ_on_every_rank(ranks: RankPool) -> None:
-    check_against_twin(ranks, [LayerCase(4, (7, 2, 13, 5), 12, 3, skew=1.0)])
+    check_against_twin(ranks, [LayerCase(4, (7, 2, 13, 5), 12, 3, zipf_exponent=1.0)])
 
 
 @pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 2)])
@@ -108,7 +108,7 @@ def multiply_by_expert(rank: int, world_size: int, case: LayerCase) -> list[torc
     there = dispatch(hidden_TD, ids_TK, case.experts, mesh)
     expert_of_row_Q = torch.tensor(mesh.local_experts(case.experts)).repeat_interleave(there.counts_e)
     results_QD = there.rows_QD * expert_of_row_Q.unsqueeze(1)
-    return [combine(results_QD, weights_TK, there.receipt, mesh), hidden_TD, ids_TK, weights_TK]
+    return [combine(results_QD, weights_TK, there.handle, mesh), hidden_TD, ids_TK, weights_TK]
 
 
 @pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 2), (4, 2), (4, 4)])

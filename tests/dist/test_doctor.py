@@ -16,20 +16,20 @@ import torch.distributed as dist
 
 from dist_moe.checkpoint import training_state
 from dist_moe.checkpoint.snapshot import collect
-from dist_moe.comm.init import World, limit_groups
+from dist_moe.comm.init import DistContext, set_pg_timeouts
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import load_config, resolve
 from dist_moe.doctor import training_checks
-from dist_moe.doctor.context import Subject
+from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.estimates import estimate_memory, shape_of
-from dist_moe.doctor.examine import together
+from dist_moe.doctor.examine import run_on_all_ranks
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.train.loop import prepare_text
 from dist_moe.train.step import StepRecord, train_step
-from dist_moe.worker.rank_info import Place
+from dist_moe.worker.rank_info import RankInfo
 from tests.dist.pool import RankPool
 from tests.dist.resumable import ROOT, overrides_of, started, write_text
 from tests.dist.steps import one_step
@@ -111,9 +111,9 @@ def test_workers_that_somebody_else_has_started_leave_nothing(tmp_path: Path) ->
     argv += [*overrides_of(write_text(tmp_path), tmp_path / "new/run"), "--json", str(tmp_path / "found.json")]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    rendezvous = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [
-        subprocess.Popen(argv, cwd=ROOT, env=os.environ | meeting | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")
+        subprocess.Popen(argv, cwd=ROOT, env=os.environ | rendezvous | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")
     ]
     try:
         assert [worker.wait(150) for worker in workers] == [0, 0]
@@ -132,11 +132,11 @@ def test_a_wrong_configuration_starts_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def subject_of(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...] = ()) -> Subject:
+def subject_of(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...] = ()) -> DoctorContext:
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *words)), world_size)
-    place = Place(rank, world_size, rank, world_size, "env")
-    world, mesh = World(place, torch.device("cpu"), "gloo"), make_mesh(resolved.expert_parallel)
-    return Subject(resolved, world, mesh, folder, prepare_text(resolved.config))
+    rank_info = RankInfo(rank, world_size, rank, world_size, "env")
+    dist_context, mesh = DistContext(rank_info, torch.device("cpu"), "gloo"), make_mesh(resolved.expert_parallel)
+    return DoctorContext(resolved, dist_context, mesh, folder, prepare_text(resolved.config))
 
 
 def examined(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[Finding]:
@@ -206,7 +206,7 @@ def test_the_trials_find_what_is_wrong_and_only_that(
 def raising(rank: int, world_size: int, text: Path, folder: Path, within: bool) -> tuple[Finding, bool]:
     """Rank 1 raises in a check, before the others' collective or beside none."""
 
-    def check(subject: Subject) -> Finding:
+    def check(subject: DoctorContext) -> Finding:
         if rank == 1:
             raise OSError("only here")
         if within:
@@ -214,11 +214,11 @@ def raising(rank: int, world_size: int, text: Path, folder: Path, within: bool) 
         return Finding("trial", Outcome.passed, "well")
 
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder)), world_size)
-    place = Place(rank, world_size, rank, world_size, "env")
+    rank_info = RankInfo(rank, world_size, rank, world_size, "env")
     mesh, limit_s = make_mesh(2), 4.0
-    limit_groups(limit_s)
-    subject = Subject(resolved, World(place, torch.device("cpu"), "gloo"), mesh, folder, None, limit_s)
-    return together("trial", check, subject)
+    set_pg_timeouts(limit_s)
+    subject = DoctorContext(resolved, DistContext(rank_info, torch.device("cpu"), "gloo"), mesh, folder, None, limit_s)
+    return run_on_all_ranks("trial", check, subject)
 
 
 @pytest.mark.parametrize("within", [False, True])
@@ -237,7 +237,10 @@ def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tupl
         one_step(resolved, training, 1)
         engine = training.engine
         weights = sum(parameter.nbytes for parameter in training.task.parameters())
-        owners = {id(held.owner): held.owner for held in engine.held()}
+        owners = {
+            id(optimizer_fragments.owner): optimizer_fragments.owner
+            for optimizer_fragments in engine.optimizer_fragments()
+        }
         own = {id(parameter) for parameter in training.task.parameters()}
         masters = sum(owner.nbytes for key, owner in owners.items() if key not in own)
         states = (engine.optimizer_state.get(owner, {}) for owner in owners.values())
@@ -255,6 +258,6 @@ def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tupl
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_exact_part_of_the_memory_is_exact(ranks: RankPool, tmp_path: Path, stage: int, precision: str) -> None:
     words = (f"parallel.zero_stage={stage}", f"train.precision={precision}", "parallel.expert_parallel=2")
-    for pairs in ranks.run(held_bytes, 4, write_text(tmp_path), tmp_path, (*words, "checkpoint.every=1")):
+    for pairs in ranks.run(held_bytes, 4, write_text(tmp_path), tmp_path, (*words, "checkpoint.interval=1")):
         for found, expected in pairs:
             assert found == pytest.approx(expected, rel=0.02)

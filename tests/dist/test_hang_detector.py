@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.comm.exchange import exchange_rows
-from dist_moe.comm.init import limit_groups
+from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mesh import make_mesh
-from dist_moe.health.hang_detector import HangError, Position, lookout, told
+from dist_moe.health.hang_detector import HangError, Position, format_report, hang_detector
 from tests.dist.pool import RankError, RankPool
 from tests.dist.resumable import ROOT, command, overrides_of, steps, write_text
 from tests.dist.workers import direct
@@ -28,11 +28,11 @@ def endless(rank: int, world_size: int) -> str:
     """Rank 1 goes round in circles, while the other waits for it in the exchange of the expert-parallel group."""
     mesh = make_mesh(2)
     assert mesh.ep_group is not None
-    limit_groups(LIMIT_S)
+    set_pg_timeouts(LIMIT_S)
     rows = torch.ones(2, 3)
     try:
-        with lookout(rank, world_size, LIMIT_S) as watch:
-            watch.at(7)
+        with hang_detector(rank, world_size, LIMIT_S) as watch:
+            watch.set_step(7)
             exchange_rows(rows, [1, 1], [1, 1], mesh.ep_group)
             if rank == 1:
                 return circles()
@@ -63,12 +63,12 @@ def test_trap_T30_a_rank_that_stays_away_is_named_with_its_line_and_a_sub_group_
 def mismatched(rank: int, world_size: int) -> str:
     """Rank 1 is one collective ahead, in a group of two of three; the third is in neither."""
     group = dist.new_group([0, 1])
-    limit_groups(LIMIT_S)
+    set_pg_timeouts(LIMIT_S)
     if rank == 2:
         time.sleep(2.5 * LIMIT_S)
         return ""
     try:
-        with lookout(rank, world_size, LIMIT_S):
+        with hang_detector(rank, world_size, LIMIT_S):
             if rank == 0:
                 dist.all_to_all_single(torch.zeros(2), torch.ones(2), group=group)
             else:
@@ -90,13 +90,13 @@ def test_ranks_in_different_collectives_are_told_apart(ranks: RankPool) -> None:
 def late(rank: int, world_size: int) -> str:
     """Ranks 0 and 1 wait, rank 2 comes before they run out of time, rank 3 stays away."""
     dist.barrier()
-    limit_groups(LIMIT_S)
+    set_pg_timeouts(LIMIT_S)
     if rank == 3:
         time.sleep(4 * LIMIT_S)
         return ""
     time.sleep(LIMIT_S / 2 if rank == 2 else 0)
     try:
-        with lookout(rank, world_size, LIMIT_S):
+        with hang_detector(rank, world_size, LIMIT_S):
             dist.all_reduce(torch.ones(1))
     except HangError as error:
         found = str(error)
@@ -148,8 +148,8 @@ def test_the_launch_tells_who_stayed_away_and_not_who_lost_a_connection(tmp_path
         finally:
             launch.kill()
             launch.wait()
-    told = (tmp_path / "log").read_text().rpartition("failed with HangError: ")[2].splitlines()[0]
-    assert "not arrived, and silent (stopped, dead or cut off): rank 3" in told
+    format_report = (tmp_path / "log").read_text().rpartition("failed with HangError: ")[2].splitlines()[0]
+    assert "not arrived, and silent (stopped, dead or cut off): rank 3" in format_report
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -161,14 +161,17 @@ def wait_for_step(run: Path, step: int) -> None:
 
 def slow_storage(rank: int, world_size: int) -> None:
     """An error that speaks of a time-out, and comes from no collective."""
-    with lookout(rank, world_size, LIMIT_S):
+    with hang_detector(rank, world_size, LIMIT_S):
         raise CheckpointError("step-000003 could not be saved: [Errno 110] Connection timed out")
 
 
 def test_an_error_of_a_storage_stays_what_it_is(ranks: RankPool) -> None:
     with pytest.raises(RankError) as raised:
         ranks.run(slow_storage, 2)
-    assert all("CheckpointError: step-000003 could not be saved" in told for told in raised.value.failures.values())
+    assert all(
+        "CheckpointError: step-000003 could not be saved" in format_report
+        for format_report in raised.value.failures.values()
+    )
     assert "HangError" not in str(raised.value)
 
 
@@ -177,6 +180,6 @@ HERE = Position(3, "all_reduce", 9, (0, 1, 2), "f:1", 8.0)
 
 def test_words_when_all_have_arrived_and_when_none_can_be_asked() -> None:
     others: dict[int, Position | None] = {1: HERE, 2: HERE}
-    assert "arrived: rank 0, 1, 2; all have arrived, so it was slow" in told(0, HERE, others, 8)
-    alone = told(0, HERE, None, 8)
+    assert "arrived: rank 0, 1, 2; all have arrived, so it was slow" in format_report(0, HERE, others, 8)
+    alone = format_report(0, HERE, None, 8)
     assert "rank 0 stands in all_reduce number 9, step 3, for 8 s, at f:1" in alone and "rank 1" not in alone

@@ -33,10 +33,10 @@ def save_constants(rank: int, world_size: int, folder: Path) -> list[str]:
     with torch.no_grad():
         for index, layer in enumerate(find_layers(model)):
             local = layer.experts.local
-            for place, expert in enumerate(mesh.local_experts(EXPERTS)):
-                local.gate_up_proj[place, :16] = constant(index, expert, 0)
-                local.gate_up_proj[place, 16:] = constant(index, expert, 1)
-                local.down_proj[place] = constant(index, expert, 2)
+            for rank_info, expert in enumerate(mesh.local_experts(EXPERTS)):
+                local.gate_up_proj[rank_info, :16] = constant(index, expert, 0)
+                local.gate_up_proj[rank_info, 16:] = constant(index, expert, 1)
+                local.down_proj[rank_info] = constant(index, expert, 2)
     save_weights(model, mesh, folder, balanced=True)
     return sorted(path.name for path in folder.iterdir())
 
@@ -45,7 +45,7 @@ def values(layer: MoeLayer) -> list[list[list[float]]]:
     """The values that occur in gate, up and down of each local expert."""
     local = layer.experts.local
     parts = (local.gate_up_proj[:, :16], local.gate_up_proj[:, 16:], local.down_proj)
-    return [[weights[place].unique().tolist() for weights in parts] for place in range(len(local.down_proj))]
+    return [[weights[rank_info].unique().tolist() for weights in parts] for rank_info in range(len(local.down_proj))]
 
 
 def test_trap_T41_every_expert_is_saved_once_and_found_again_on_other_layouts(ranks: RankPool, tmp_path: Path) -> None:

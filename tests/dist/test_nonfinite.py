@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.checkpoint.format.layout import checkpoints
-from dist_moe.engine.train_state import Training
-from dist_moe.health.nonfinite import Guard, find_origin
+from dist_moe.engine.train_state import TrainState
+from dist_moe.health.nonfinite import NonFiniteMonitor, find_origin
 from dist_moe.train.loop import micro_batches
 from tests.dist.pool import RankPool
 from tests.dist.resumable import ROOT, command, overrides_of, started, steps, write_text
@@ -24,7 +24,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def spoil_output(training: Training) -> None:
+def spoil_output(training: TrainState) -> None:
     """Rank 1's first MoE layer gives NaN from its second forward on."""
     if training.engine.mesh.rank != 1:
         return
@@ -37,7 +37,7 @@ def spoil_output(training: Training) -> None:
     training.task.get_submodule("model.model.layers.1.mlp").register_forward_hook(spoil)
 
 
-def spoil_gradient(training: Training) -> None:
+def spoil_gradient(training: TrainState) -> None:
     """The gradient at the input of rank 0's dense layer is infinite; all values of the forward are finite."""
 
     def spoil(_: nn.Module, inputs: Gradients, __: Gradients) -> Gradients:
@@ -47,23 +47,23 @@ def spoil_gradient(training: Training) -> None:
         training.task.get_submodule("model.model.layers.0.mlp").register_full_backward_hook(spoil)
 
 
-def spoil_weight(training: Training) -> None:
+def spoil_weight(training: TrainState) -> None:
     """One weight of one expert on rank 1 is infinite."""
     if training.engine.mesh.rank == 1:
         local = training.task.get_submodule("model.model.layers.2.mlp.experts.local")
         local.get_parameter("down_proj").data[0, 0, 0] = torch.inf
 
 
-def spoil_nothing(training: Training) -> None:
+def spoil_nothing(training: TrainState) -> None:
     """Nothing."""
 
 
-def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callable[[Training], None]) -> str:
+def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callable[[TrainState], None]) -> str:
     """Spoil a run and let the guard look at its first step -> what it says."""
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
         spoil(training)
         parts, scale = micro_batches(resolved, training.engine.mesh, 1), torch.tensor(1 / 64)
-        error = Guard(1).error(training, 1, parts, (scale, scale), None)
+        error = NonFiniteMonitor(1).error(training, 1, parts, (scale, scale), None)
         assert all(parameter.grad is None for parameter in training.task.parameters())
         assert training.balancer.taken == 0
         return str(error)
@@ -79,7 +79,7 @@ def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callab
     ],
 )
 def test_the_layer_the_rank_and_the_documents_are_named(
-    ranks: RankPool, text: Path, tmp_path: Path, spoil: Callable[[Training], None], told: str
+    ranks: RankPool, text: Path, tmp_path: Path, spoil: Callable[[TrainState], None], told: str
 ) -> None:
     first, second = ranks.run(searched, 2, text, tmp_path, spoil)
     assert first == second
@@ -94,7 +94,7 @@ def test_a_run_that_only_skips_ends_and_leaves_its_checkpoints(text: Path, tmp_p
     run = tmp_path / "run"
     argv = command(
         text, run, "train.steps=12", "train.schedule_steps=20", "train.learning_rate=1e25", "train.warmup_steps=0",
-        "checkpoint.every=1", "checkpoint.keep_last=1", "train.skip_limit=3",
+        "checkpoint.interval=1", "checkpoint.keep_last=1", "train.skip_limit=3",
     )  # fmt: skip
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2, done.stderr

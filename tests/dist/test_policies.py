@@ -7,7 +7,7 @@ import torch
 
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.comm.mesh import Mesh
-from tests.dist.balanced import CPU, evaluate, held_out
+from tests.dist.balanced import CPU, evaluate, validation_set
 from tests.dist.policies import (
     FORCED,
     LOSSES,
@@ -54,8 +54,8 @@ def test_trap_T10_counts_and_state_are_those_of_one_rank_exactly(ranks: RankPool
         for found, found_state in ranks.run(given_logits, workers, name):
             assert_same_state(found_state, state)
             for step, wanted_step in zip(found, wanted, strict=True):
-                for tally, wanted_tally in zip(step, wanted_step, strict=True):
-                    assert_same_state(tally._asdict(), wanted_tally._asdict())
+                for layer_counts, wanted_tally in zip(step, wanted_step, strict=True):
+                    assert_same_state(layer_counts._asdict(), wanted_tally._asdict())
 
 
 def test_trap_T10_a_mean_of_local_quantiles_is_another_bias(ranks: RankPool) -> None:
@@ -187,9 +187,9 @@ def test_trap_T14_evaluation_leaves_the_state_of_every_policy(name: str) -> None
             batch = ragged_batch(seed)
             mask_BS = batch.documents_BS >= 0
             output = task(batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS, torch.tensor(1.0))
-            balancer.observe(output.tallies)
+            balancer.observe(output.routing_counts)
             if evaluated:
-                evaluate(task, held_out(rows=5), ALONE, CPU, 1)
+                evaluate(task, validation_set(rows=5), ALONE, CPU, 1)
             balancer.step()
         states.append(balancer.state_dict())
     assert_same_state(states[1], states[0])

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from dist_moe.engine.train_state import Training
-from dist_moe.health.replica_check import ReplicaError, compare_ranks, digest
+from dist_moe.engine.train_state import TrainState
+from dist_moe.health.replica_check import ReplicaError, check_replicas, digest
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, started, write_text
 from tests.dist.steps import one_step
 
-EVERY = "observe.check_ranks_every=2"
+EVERY = "observe.replica_check_interval=2"
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +28,23 @@ def flip(tensor: Tensor) -> None:
     tensor.detach().view(-1)[-1:].view(torch.uint8)[0] ^= 1
 
 
-def dense(training: Training) -> None:
+def dense(training: TrainState) -> None:
     flip(training.task.get_parameter("model.model.layers.0.mlp.down_proj.weight"))
 
 
-def bias(training: Training) -> None:
+def bias(training: TrainState) -> None:
     flip(training.task.layers[1].router.selection_bias)
 
 
-def expert(training: Training) -> None:
+def expert(training: TrainState) -> None:
     flip(training.task.layers[0].experts.local.down_proj)
 
 
-def count(training: Training) -> None:
+def count(training: TrainState) -> None:
     training.balancer.taken += 1
 
 
-Spoil = Callable[[Training], None]
+Spoil = Callable[[TrainState], None]
 
 
 def compared(
@@ -59,7 +59,7 @@ def compared(
             elif step == 3 and rank == at:
                 spoil(training)
             try:
-                compare_ranks(training, step)
+                check_replicas(training, step)
             except ReplicaError as error:
                 found.append(str(error))
     return found
@@ -98,9 +98,9 @@ def test_ranks_hold_the_same_bits(ranks: RankPool, text: Path, tmp_path: Path, s
 def test_every_bit_counts_whatever_it_means(size: int, draw: some.DataObject) -> None:
     """A tensor of NaN with a payload too."""
     content = torch.frombuffer(bytearray(draw.draw(some.randoms()).randbytes(4 * size)), dtype=torch.uint8).clone()
-    place, bit = draw.draw(some.integers(0, 4 * size - 1)), draw.draw(some.integers(0, 7))
+    rank_info, bit = draw.draw(some.integers(0, 4 * size - 1)), draw.draw(some.integers(0, 7))
     before = digest(content.view(torch.float32))
-    content[place] ^= 1 << bit
+    content[rank_info] ^= 1 << bit
     assert digest(content.view(torch.float32)) != before
-    content[place] ^= 1 << bit
+    content[rank_info] ^= 1 << bit
     assert digest(content.view(torch.float32)) == before

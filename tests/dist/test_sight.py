@@ -20,10 +20,10 @@ def computation_batches(workers: int, expert_parallel: int, layer: int) -> list[
     """The loads of `micro_loads`, summed in loops over the ranks of each group: a list for each batch of a group."""
     batches = []
     for first in range(0, workers, expert_parallel):
-        for place in range(MICRO_BATCHES):
+        for rank_info in range(MICRO_BATCHES):
             batch = [0] * SIZES[layer]
             for rank in range(first, first + expert_parallel):
-                for expert, count in enumerate(micro_loads(rank)[place][layer].tolist()):
+                for expert, count in enumerate(micro_loads(rank)[rank_info][layer].tolist()):
                     batch[expert] += count
             batches.append(batch)
     return batches
@@ -99,8 +99,8 @@ def test_whole_runs_write_every_figure(ranks: RankPool, tmp_path: Path, workers:
     """Threshold routing with a budget that moves the threshold, and a balance loss."""
     for number in range(8):
         (tmp_path / f"text-{number}.txt").write_text(f"{number} to be, or not to be: that is the question\n" * 20)
-    overrides = ["train.steps=3", "observe.every=1", "router.selection=threshold", "router.score=softmax"]
-    overrides += ["router.budget=3", "balance.policy=adaptive_weight", "balance.auxiliary_loss=0.01"]
+    overrides = ["train.steps=3", "observe.interval=1", "router.selection=threshold", "router.score=softmax"]
+    overrides += ["router.target_experts_per_token=3", "balance.policy=adaptive_weight", "balance.auxiliary_loss=0.01"]
     printed, lines = ranks.run(whole_run, workers, str(tmp_path), overrides)[0]
     saved = [line for line in lines if line["event"] == "checkpoint"]
     assert [line["step"] for line in saved] == [3] and saved[0]["stall_ms"] >= saved[0]["write_ms"] > 0

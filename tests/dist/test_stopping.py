@@ -36,9 +36,9 @@ def start(text: Path, run: Path, *changes: str) -> list[subprocess.Popen[bytes]]
         port = free.getsockname()[1]
     argv = command(text, run, f"train.steps={STEPS}", "train.schedule_steps=null", *changes)
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    rank_infos = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return [subprocess.Popen(argv, cwd=ROOT, env={**environment, **place}) for place in places]
+    return [subprocess.Popen(argv, cwd=ROOT, env={**environment, **rank_info}) for rank_info in rank_infos]
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -77,7 +77,7 @@ def test_trap_T45_a_request_waits_for_the_end_of_the_step_and_the_run_goes_on_bi
 def test_workers_that_are_killed_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path, undisturbed: Path) -> None:
     """SIGKILL leaves no time for a checkpoint; steps after the last one are made again, alike."""
     run = tmp_path / "run"
-    workers = start(text, run, "checkpoint.every=5")
+    workers = start(text, run, "checkpoint.interval=5")
     try:
         wait_for_step(run, 17)
     finally:
@@ -85,7 +85,7 @@ def test_workers_that_are_killed_go_on_from_the_last_checkpoint(text: Path, tmp_
             worker.kill()
             worker.wait(LIMIT_S)
     assert not (run / "earlier-1").exists()
-    assert [worker.wait(LIMIT_S) for worker in start(text, run, "checkpoint.every=5")] == [0, 0]
+    assert [worker.wait(LIMIT_S) for worker in start(text, run, "checkpoint.interval=5")] == [0, 0]
     last = f"checkpoints/step-{STEPS:06d}"
     assert same_bits(undisturbed / last, run / last) == []
     assert [one["loss"] for one in steps(run).values()] == [one["loss"] for one in steps(undisturbed).values()]

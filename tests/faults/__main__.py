@@ -23,8 +23,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dist_moe.comm.init import join_world
-from dist_moe.worker.rank_info import Place
+from dist_moe.comm.init import init_distributed
+from dist_moe.worker.rank_info import RankInfo
 from tests.dist.resumable import write_text
 from tests.faults import disks, files, processes
 from tests.faults.job import job
@@ -100,7 +100,7 @@ def file_faults(folder: Path, seed: int, rows: Path, count: int | None, console:
         subprocess.run(argv, check=True, env=os.environ | {APART: "1", "OMP_NUM_THREADS": "1"})
         return
     text = write_text(folder)
-    with join_world(Place(0, 1, 0, 1, "env"), "gloo", 60):
+    with init_distributed(RankInfo(0, 1, 0, 1, "env"), "gloo", 60):
         made = files.make_run(text, folder / "made")
         planned = [(name, number) for name in files.HARMS for number in range(count or OF_EACH_HARM)]
         planned += [(name, number) for name in disks.KINDS for number in range(count or OF_EACH_DISK)]

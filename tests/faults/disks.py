@@ -10,11 +10,11 @@ import shutil
 import time
 from pathlib import Path
 
-from dist_moe.checkpoint.async_saver import Saver
+from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import PARTIAL
 from dist_moe.checkpoint.format.manifest import NAME, digest
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.train_state import TrainState
 from tests.dist.resumable import overrides_of, same_bits, started
 from tests.faults.files import CHANGES, LAST, SAVED, go
 from tests.faults.processes import lost
@@ -58,9 +58,9 @@ def inject(kind: str, seed: int, text: Path, made: Path, folder: Path) -> Row:
     )
 
 
-def struck(kind: str, training: Training, disk: Path, behind: Path, draw: random.Random) -> tuple[str, list[str]]:
+def struck(kind: str, training: TrainState, disk: Path, behind: Path, draw: random.Random) -> tuple[str, list[str]]:
     """Begin a save, break the disk before it is over, and mend it afterwards -> the proof, and what is wrong."""
-    saver, step = Saver(training), training.balancer.taken
+    saver, step = AsyncSaver(training), training.balancer.taken
     ballast = disk / "ballast"
     if kind == KINDS[0]:
         # So little room that the save begins, and ends in the middle.
@@ -69,10 +69,10 @@ def struck(kind: str, training: Training, disk: Path, behind: Path, draw: random
     partial = disk / f"run/checkpoints/step-{step:06d}{PARTIAL}"
     began = told = ""
     try:
-        saver.begin(step)
+        saver.save_async(step)
         began = "begun" if partial.is_dir() else ""
         broken = kind == KINDS[0] or break_disk(kind, disk, saver, draw)
-        saver.finish()
+        saver.finalize()
         told = "" if broken else "missed"
     except CheckpointError as error:
         told = str(error)
@@ -91,7 +91,7 @@ def struck(kind: str, training: Training, disk: Path, behind: Path, draw: random
     return f"step {step} begun, then {told.rpartition(': ')[2] or 'nothing told'}", wrong
 
 
-def break_disk(kind: str, disk: Path, saver: Saver, draw: random.Random) -> bool:
+def break_disk(kind: str, disk: Path, saver: AsyncSaver, draw: random.Random) -> bool:
     """Break it while this rank's files are being written -> whether that came in time."""
     time.sleep(draw.random() * 0.004)
     while not saver.written:

@@ -11,7 +11,7 @@ from dist_moe.checkpoint.async_saver import save_checkpoint
 from dist_moe.checkpoint.format.layout import step_of
 from dist_moe.checkpoint.format.manifest import NAME, digest
 from dist_moe.config import Resolved
-from dist_moe.engine.train_state import Training
+from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
 from dist_moe.train.loop import make_schedule
 from tests.dist.resumable import overrides_of, same_bits, started
@@ -20,7 +20,7 @@ from tests.faults.processes import lost
 from tests.faults.row import Row
 
 SAVED, LAST = (2, 4, 6), 8
-CHANGES = (f"train.steps={LAST}", "train.schedule_steps=null", "checkpoint.every=2")
+CHANGES = (f"train.steps={LAST}", "train.schedule_steps=null", "checkpoint.interval=2")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def make_run(text: Path, folder: Path) -> Path:
     return folder
 
 
-def go(resolved: Resolved, training: Training, first: int, last: int) -> None:
+def go(resolved: Resolved, training: TrainState, first: int, last: int) -> None:
     """Steps `first` to `last`, and a checkpoint after every second."""
     for step in range(first, last + 1):
         rate = make_schedule(training.config).learning_rate(training.balancer.taken)
@@ -58,9 +58,9 @@ def inject(name: str, seed: int, text: Path, made: Path, folder: Path) -> Row:
     began_s, draw = time.monotonic(), random.Random(seed)
     run = shutil.copytree(made / "run", folder)
     newest = run / f"checkpoints/step-{SAVED[-1]:06d}"
-    before = contents(newest)
+    before = snapshot(newest)
     damage = HARMS[name](newest, draw)
-    now = contents(newest)
+    now = snapshot(newest)
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     proof = f"{damage.what}; other contents of {', '.join(changed)}" if changed else ""
     wrong = refused(text, newest, folder, damage)
@@ -69,7 +69,7 @@ def inject(name: str, seed: int, text: Path, made: Path, folder: Path) -> Row:
     return Row("file", name, seed, False, proof, onward, wrong + more, time.monotonic() - began_s)
 
 
-def contents(newest: Path) -> dict[str, str | None]:
+def snapshot(newest: Path) -> dict[str, str | None]:
     """The digest of every file by its path below the folder, and where a link leads instead."""
     return {
         str(path.relative_to(newest)): f"link to {path.readlink()}" if path.is_symlink() else digest(path)

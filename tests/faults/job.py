@@ -18,7 +18,7 @@ LIMIT_S = 240.0
 STEPS, EVERY = 40, 3
 CHANGES = (
     f"train.steps={STEPS}",
-    f"checkpoint.every={EVERY}",
+    f"checkpoint.interval={EVERY}",
     "train.schedule_steps=null",
     "model.config.num_hidden_layers=5",
     "parallel.timeout_s=8",
@@ -63,8 +63,8 @@ def job(text: Path, run: Path, ranks: int, launcher: str | None, *changes: str) 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        meeting = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        places = [meeting | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+        rendezvous = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        places = [rendezvous | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
         calls = [(argv, place) for place in places]
     else:
         further = ["--max-restarts", "3"] if launcher == "torchrun --max-restarts" else []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dist_moe.checkpoint.format.layout import PARTIAL, checkpoints
-from dist_moe.checkpoint.format.manifest import NAME, digest, faults, read_manifest
+from dist_moe.checkpoint.format.manifest import NAME, digest, find_damage, read_manifest
 from dist_moe.worker.contract import STOPPED_CODE
 from tests.dist.resumable import same_bits, steps
 from tests.faults.job import EVERY, STEPS, Job, is_worker_of, job, state_of
@@ -226,7 +226,7 @@ def _changed(folder: Path, told: str) -> Iterator[str]:
         yield f"{folder.name} was complete, and is not as it was"
         return
     manifest = read_manifest(folder)
-    yield from (f"{folder.name}: {wrong}" for wrong in faults(folder, manifest, manifest.files))
+    yield from (f"{folder.name}: {wrong}" for wrong in find_damage(folder, manifest, manifest.files))
 
 
 def differing(run: Path, undisturbed: Path, workers: int, goes_on: int) -> list[str]:

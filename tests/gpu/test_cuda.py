@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.comm.init import join_world
+from dist_moe.comm.init import init_distributed
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
@@ -18,7 +18,7 @@ from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
 from dist_moe.train.step import train_step
-from dist_moe.worker.rank_info import Place
+from dist_moe.worker.rank_info import RankInfo
 from tests.dist.policies import EXPERTS, POLICIES, logits_of
 from tests.dist.small import DEEPSEEK, ROWS, Case, make_balancer, make_task, ragged_batch, share
 
@@ -68,7 +68,7 @@ def test_the_layer_gives_the_same_gradients_twice_bit_for_bit() -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_world_of_one_on_nccl_trains(stage: int, bf16: bool) -> None:
     case = Case(zero_stage=stage, bf16=bf16, clipping=1.0, model=dict(DEEPSEEK))
-    with join_world(Place(), "nccl", 60) as world:
+    with init_distributed(RankInfo(), "nccl", 60) as world:
         mesh = make_mesh(1)
         task = make_task(case, mesh)
         settings = EngineSettings(stage, ROWS, 1, "adamw", 1.0, bf16)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.comm.mpi import backend
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -98,9 +98,9 @@ def all_gather_into_tensor(pair: Pair, dtype: torch.dtype) -> Action:
     tensor = pair.tensor(pair.length(), 2, dtype=dtype)
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
-        gathered = tensor.new_empty(pair.size * len(tensor), 2)
-        dist.all_gather_into_tensor(gathered, tensor, group=group)
-        return [gathered]
+        all_gather_objects = tensor.new_empty(pair.size * len(tensor), 2)
+        dist.all_gather_into_tensor(all_gather_objects, tensor, group=group)
+        return [all_gather_objects]
 
     return act
 
@@ -109,9 +109,9 @@ def all_gather(pair: Pair, dtype: torch.dtype) -> Action:
     tensor = pair.tensor(pair.length(), 2, dtype=dtype)
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
-        gathered = [torch.empty_like(tensor) for _ in range(pair.size)]
-        dist.all_gather(gathered, tensor, group=group)
-        return gathered
+        all_gather_objects = [torch.empty_like(tensor) for _ in range(pair.size)]
+        dist.all_gather(all_gather_objects, tensor, group=group)
+        return all_gather_objects
 
     return act
 
@@ -120,9 +120,9 @@ def gather(pair: Pair, dtype: torch.dtype) -> Action:
     tensor, root = pair.tensor(pair.length(), dtype=dtype), pair.root()
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
-        gathered = [torch.empty_like(tensor) for _ in range(pair.size)] if dist.get_rank() == root else None
-        dist.gather(tensor, gathered, root, group=group)
-        return gathered or []
+        all_gather_objects = [torch.empty_like(tensor) for _ in range(pair.size)] if dist.get_rank() == root else None
+        dist.gather(tensor, all_gather_objects, root, group=group)
+        return all_gather_objects or []
 
     return act
 
@@ -263,8 +263,8 @@ def compare(pair: Pair, make: Callable[[Pair, torch.dtype], Action], dtype: torc
 
 def main() -> None:
     """Prints how many comparisons agreed; an error names the first that did not."""
-    place = read_place(os.environ)
-    rank, size = place.rank, place.world_size
+    rank_info = rank_info_from_env(os.environ)
+    rank, size = rank_info.rank, rank_info.world_size
     torch.set_num_threads(1)
     dist.init_process_group(
         backend.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size, timeout=TIMEOUT

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.init import limit_groups
+from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mpi import backend
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 
 
 def objects(rank: int, size: int) -> None:
@@ -53,9 +53,9 @@ def futures_and_sources(rank: int, size: int) -> None:
 
 def uneven_lists(rank: int, size: int) -> None:
     """Parts of other sizes for other ranks, which gloo has not."""
-    gathered = [torch.empty(one + 1) for one in range(size)]
-    dist.all_gather(gathered, torch.full((rank + 1,), float(rank)))
-    assert [part.tolist() for part in gathered] == [[float(one)] * (one + 1) for one in range(size)]
+    all_gather_objects = [torch.empty(one + 1) for one in range(size)]
+    dist.all_gather(all_gather_objects, torch.full((rank + 1,), float(rank)))
+    assert [part.tolist() for part in all_gather_objects] == [[float(one)] * (one + 1) for one in range(size)]
     added = torch.empty(rank + 1)
     dist.reduce_scatter(added, [torch.full((one + 1,), float(rank + one)) for one in range(size)])
     assert added.tolist() == [sum(range(size)) + size * float(rank)] * (rank + 1)
@@ -129,7 +129,7 @@ def forgotten(rank: int, size: int) -> None:
 def time_out(rank: int, size: int) -> None:
     """Last, since the communicator is of no use afterwards."""
     group = dist.new_group()
-    limit_groups(1.5)
+    set_pg_timeouts(1.5)
     dist.all_reduce(torch.ones(1), group=group)
     assert group._get_sequence_number_for_group() == 1
     if rank == 0:
@@ -137,7 +137,7 @@ def time_out(rank: int, size: int) -> None:
         with pytest.raises(RuntimeError, match=rf"all-reduce among {size} ranks timed out after 1.5 s: another rank"):
             dist.all_reduce(torch.ones(1), group=group)
         assert 1.4 < time.monotonic() - began_s < 10
-    limit_groups(60)
+    set_pg_timeouts(60)
     dist.barrier()
     sys.stdout.write(f"rank {rank} is through\n")
     sys.stdout.flush()
@@ -160,8 +160,8 @@ STEPS = (
 
 
 def main() -> None:
-    place = read_place(os.environ)
-    rank, size = place.rank, place.world_size
+    rank_info = rank_info_from_env(os.environ)
+    rank, size = rank_info.rank, rank_info.world_size
     dist.init_process_group(
         backend.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size
     )

@@ -28,7 +28,7 @@ def steps(run_dir: Path) -> list[dict[str, object]]:
 
 def test_plain_mpirun_trains_and_meets_without_an_address(tmp_path: Path) -> None:
     """Nothing is exported; `auto` is MPI's backend under mpirun. The losses are gloo's to rounding."""
-    config = ["-m", "dist_moe", "train", str(ROOT / "configs" / "debug.yaml"), "train.steps=6", "observe.every=1"]
+    config = ["-m", "dist_moe", "train", str(ROOT / "configs" / "debug.yaml"), "train.steps=6", "observe.interval=1"]
     for backend in ("auto", "gloo"):
         job = mpirun(2, [*config, f"parallel.backend={backend}", f"run.dir={tmp_path / backend}"], PYTHONSAFEPATH="1")
         assert job.returncode == 0, job.stdout + job.stderr

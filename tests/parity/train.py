@@ -19,9 +19,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from dist_moe.config import load_config, resolve
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import Threshold, TopK, bias_inputs, biased_scores
+from dist_moe.moe.select import ThresholdRouting, TopK, bias_inputs, biased_scores
 from dist_moe.train.loop import run
-from dist_moe.worker.rank_info import read_place
+from dist_moe.worker.rank_info import rank_info_from_env
 from tests.dist.pool import RankPool
 from tests.parity.case import POOL, Case
 from tests.parity.setting import CONFIG, overrides
@@ -62,7 +62,7 @@ def train_worker(rank: int, world_size: int, changes: list[str]) -> None:
     """Be one worker of a run, as the command `train` is."""
     resolved = resolve(load_config(CONFIG, changes), world_size)
     with contextlib.redirect_stdout(io.StringIO()):
-        run(resolved, read_place(os.environ))
+        run(resolved, rank_info_from_env(os.environ))
 
 
 def launch(case: Case, changes: list[str]) -> None:
@@ -95,7 +95,7 @@ def closest_choice(router: Router, logits_TE: Tensor) -> float:
     if isinstance(rule, TopK):
         best_TK = biased_scores(logits_TE, rule, inputs).topk(rule.top_k + 1).values
         return float((best_TK[:, -2] - best_TK[:, -1]).min())
-    assert isinstance(rule, Threshold) and inputs.logit_bias_E is not None and router.threshold is not None
+    assert isinstance(rule, ThresholdRouting) and inputs.logit_bias_E is not None and router.threshold is not None
     sorted_TE = (logits_TE + inputs.logit_bias_E).softmax(dim=1).sort(dim=1, descending=True).values
     before_TE = sorted_TE.cumsum(dim=1)[:, : rule.max_experts - 1]
     taken_T1 = 1 + (before_TE < router.threshold).sum(dim=1, keepdim=True)

@@ -45,16 +45,16 @@ def test_a_dry_run_finds_what_depends_on_the_workers() -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     told = one_line(result.stderr)
-    assert "train.global_batch=12 does not divide among 5 workers" in told
+    assert "train.global_batch_size=12 does not divide among 5 workers" in told
     assert "parallel.expert_parallel=5 does not divide the model's 12 experts" in told
 
 
 @pytest.mark.parametrize("command", ["launch", "train", "config"])
 def test_a_wrong_config_is_told_without_a_traceback(command: str, tmp_path: Path) -> None:
-    result = invoke(command, DEBUG, "train.stepz=3", "train.micro_batch=0", f"run.dir={tmp_path / 'run'}")
+    result = invoke(command, DEBUG, "train.stepz=3", "train.micro_batch_size=0", f"run.dir={tmp_path / 'run'}")
     assert result.exit_code == 2
     assert "train.stepz" in result.stderr and "train.steps" in result.stderr
-    assert "train.micro_batch=0" in result.stderr
+    assert "train.micro_batch_size=0" in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "run").exists()
 
@@ -99,7 +99,7 @@ def test_a_worker_reports_a_config_that_does_not_fit_the_workers(tmp_path: Path)
     place = {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0"}
     done = worker(tmp_path, str(DEBUG), "--local_rank=0", **place)
     assert done.returncode == 2
-    assert done.stderr.startswith("train.global_batch=12 does not divide among 5 workers")
+    assert done.stderr.startswith("train.global_batch_size=12 does not divide among 5 workers")
     assert "Traceback" not in done.stderr
     assert "ConfigError" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
 

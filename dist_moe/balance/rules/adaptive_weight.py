@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load_error import centred, check_bias, load_error
+from dist_moe.balance.load_error import centered, check_bias, load_error
 
 
 def adaptive_weight_update(
@@ -20,7 +20,7 @@ def adaptive_weight_update(
     rate: float,
     clip: float | None = None,
     proportional: bool = True,
-    centre: bool = True,
+    center: bool = True,
 ) -> Tensor:
     """The next weights w_i * exp(rate * e_i), as logarithms -> fp32 [E], a new tensor.
 
@@ -36,5 +36,5 @@ def adaptive_weight_update(
     if clip is not None and clip <= 1:
         raise ValueError(f"clip={clip}; it bounds a weight from above, and 1 / clip from below; give more than 1")
     error_E = load_error(load_E)
-    updated_E = centred(log_weight_E + rate * (error_E if proportional else torch.sign(error_E)), centre)
+    updated_E = centered(log_weight_E + rate * (error_E if proportional else torch.sign(error_E)), center)
     return updated_E if clip is None else updated_E.clamp(-math.log(clip), math.log(clip))

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load_error import centred, check_bias, load_error
+from dist_moe.balance.load_error import centered, check_bias, load_error
 
 
 def loss_free_update(
-    bias_E: Tensor, load_E: Tensor, rate: float, centre: bool = False, proportional: bool = False
+    bias_E: Tensor, load_E: Tensor, rate: float, center: bool = False, proportional: bool = False
 ) -> Tensor:
     """The next selection bias -> fp32 [E], a new tensor.
 
@@ -21,4 +21,4 @@ def loss_free_update(
     """
     check_bias(bias_E)
     error_E = load_error(load_E)
-    return centred(bias_E + rate * (error_E if proportional else torch.sign(error_E)), centre)
+    return centered(bias_E + rate * (error_E if proportional else torch.sign(error_E)), center)

@@ -14,7 +14,7 @@ Shapes: T tokens, E experts, K experts a token takes, Q bins.
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load_error import centred
+from dist_moe.balance.load_error import centered
 
 BINS = 1000
 
@@ -39,7 +39,7 @@ def count_margins(scores_TE: Tensor, bias_E: Tensor, top_k: int, mask_T: Tensor 
     return torch.bincount(cell_TE.reshape(-1), minlength=experts * BINS).view(experts, BINS)
 
 
-def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, centre: bool = True) -> Tensor:
+def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, center: bool = True) -> Tensor:
     """The next bias, -quantile_{1 - share}(margins) -> fp32 [E]; the old one where nothing was counted.
 
     margins_EQ: int64 [E, Q], summed over micro-batches and ALL ranks. share: K / E. Within a bin the margins are taken
@@ -62,4 +62,4 @@ def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, centre: bo
     position_E1 = bin_E1 + (rank_E1 - below_E1) / inside_E1.clamp(min=1)
     place_E = (position_E1 / (margins_EQ.shape[-1] / 2) - 1).squeeze(-1)
     margin_E = place_E / (1 - place_E.abs()).clamp(min=1e-9)
-    return centred((-margin_E).to(torch.float32), centre)
+    return centered((-margin_E).to(torch.float32), center)

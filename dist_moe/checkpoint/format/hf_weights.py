@@ -28,18 +28,18 @@ from dist_moe.checkpoint.format.hf_folder import (
     read_sources,
     tensor_files,
 )
-from dist_moe.checkpoint.format.shard_reader import ElementReader, write_tensors
+from dist_moe.checkpoint.format.shard_reader import ShardReader, write_tensors
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.family import family_of
 from dist_moe.config.pretrained import OWN_PREFIX
-from dist_moe.engine.optimizer_shards import MASTER, Named
+from dist_moe.engine.optimizer_shards import MASTER, ParameterSlice
 from dist_moe.model.build import empty_model, family_rule, materialise
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.families import Adapter, adapter_of
-from dist_moe.moe.select import Forced, Rule, Threshold, TopK
+from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 
 # What config.json calls the kinds of rules.
-RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": Threshold, "forced": Forced}
+RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": ThresholdRouting, "forced": RandomRouting}
 
 
 def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: bool) -> None:
@@ -114,7 +114,7 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     return model
 
 
-def fill_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, masters: ElementReader | None = None) -> None:
+def fill_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, masters: ShardReader | None = None) -> None:
     """Copy the tensors of `folder` into `model`, the experts of this rank alone; WeightsError as `load_weights`.
 
     masters: where fp32 weights are found, which are taken before those of the folder.
@@ -155,10 +155,10 @@ def shaped_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: Path)
         raise WeightsError(f"{folder / 'config.json'} is of no model ({error}); use another checkpoint") from None
 
 
-def named_parameters(model: PreTrainedModel, mesh: Mesh) -> list[Named]:
+def named_parameters(model: PreTrainedModel, mesh: Mesh) -> list[ParameterSlice]:
     """Every tensor of the folder that is a parameter or a part of one on this rank, and where it lies there."""
     named = [
-        Named(name, parameter, 0, parameter.numel())
+        ParameterSlice(name, parameter, 0, parameter.numel())
         for name, parameter in model.named_parameters()
         if ".experts.local." not in name
     ]
@@ -166,9 +166,9 @@ def named_parameters(model: PreTrainedModel, mesh: Mesh) -> list[Named]:
         up, down = layer.experts.local.gate_up_proj, layer.experts.local.down_proj
         size = down[0].numel()
         for place, prefix in _local_experts(layer, mesh):
-            named.append(Named(f"{prefix}.gate_proj.weight", up, 2 * place * size, size))
-            named.append(Named(f"{prefix}.up_proj.weight", up, (2 * place + 1) * size, size))
-            named.append(Named(f"{prefix}.down_proj.weight", down, place * size, size))
+            named.append(ParameterSlice(f"{prefix}.gate_proj.weight", up, 2 * place * size, size))
+            named.append(ParameterSlice(f"{prefix}.up_proj.weight", up, (2 * place + 1) * size, size))
+            named.append(ParameterSlice(f"{prefix}.down_proj.weight", down, place * size, size))
     return named
 
 

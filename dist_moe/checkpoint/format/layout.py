@@ -130,7 +130,7 @@ def recover(folder: Path) -> None:
         shutil.rmtree(deleted, ignore_errors=True)
 
 
-def set_later_aside(chosen: Path) -> None:
+def archive_newer(chosen: Path) -> None:
     """Rename the checkpoints of run.dir that are later than the one it goes on from: it will make those steps anew.
 
     Nothing is deleted; the names end in .abandoned.

@@ -9,14 +9,14 @@ from dist_moe.checkpoint.format.manifest import NAME
 from dist_moe.config.untrusted import read_text
 
 
-def locate(path: Path) -> Path:
+def resolve_path(path: Path) -> Path:
     """The folder of a checkpoint or of a Hugging Face model: `path`, or the latest of its run or its checkpoints.
 
     Errors: CheckpointError where there is none.
     """
     if (path / NAME).exists() or (path / "config.json").exists():
         return path
-    found = within(path)
+    found = list_checkpoints(path)
     if not found:
         raise CheckpointError(
             f"{path} is no checkpoint; give a run.dir, a step-NNNNNN folder of it, or a Hugging Face folder"
@@ -30,7 +30,7 @@ def locate(path: Path) -> Path:
     return named.with_name(name) if is_one else found[-1]
 
 
-def within(path: Path) -> list[Path]:
+def list_checkpoints(path: Path) -> list[Path]:
     """The checkpoints in a run.dir, or in its folder of checkpoints, in the order of their steps."""
     own = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     return [folder for _, folder in checkpoints(own)]

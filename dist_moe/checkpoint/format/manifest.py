@@ -109,7 +109,7 @@ def lies_below(name: str) -> bool:
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """What is wrong with these files of the manifest, in words; nothing where they are as they were written."""
     found = []
     for name in names:

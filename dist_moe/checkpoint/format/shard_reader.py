@@ -44,7 +44,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
-class Run(NamedTuple):
+class StoredSlice(NamedTuple):
     """`numel` elements from `start` on, under `key` in `file`."""
 
     start: int
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     key: str
 
 
-def elements_of(stored: Stored) -> tuple[str, str, int]:
+def parse_key(stored: Stored) -> tuple[str, str, int]:
     """(kind, tensor, first element) of the elements in a file; CheckpointError for what are none."""
     kind, _, rest = stored.name.partition(":")
     tensor, _, start = rest.rpartition(":")
@@ -66,7 +66,7 @@ def elements_of(stored: Stored) -> tuple[str, str, int]:
     return kind, tensor, int(start)
 
 
-class ElementReader:
+class ShardReader:
     """Files of elements, open for the length of the context; only what is asked for is read.
 
     Errors: CheckpointError for a file that is none, and for elements that no file holds.
@@ -74,7 +74,7 @@ class ElementReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._runs: defaultdict[tuple[str, str], list[Run]] = defaultdict(list)
+        self._runs: defaultdict[tuple[str, str], list[StoredSlice]] = defaultdict(list)
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -94,8 +94,8 @@ class ElementReader:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint") from None
         for name, stored in header.items():
-            kind, tensor, start = elements_of(stored)
-            self._runs[kind, tensor].append(Run(start, stored.numel, file, name))
+            kind, tensor, start = parse_key(stored)
+            self._runs[kind, tensor].append(StoredSlice(start, stored.numel, file, name))
 
     def holds(self, kind: str, name: str) -> bool:
         """Whether there is anything of this kind."""

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-NUMBERS = {
+MPI_DATATYPES = {
     torch.float32: MPI.FLOAT,
     torch.float64: MPI.DOUBLE,
     torch.int8: MPI.INT8_T,
@@ -32,7 +32,7 @@ OPERATIONS = (
 """torch's reduction, then MPI's of floats, integers and truth values, which are bytes 0 and 1."""
 
 
-class Numbers:
+class ReduceBuffer:
     """The elements of `target` as MPI computes with them.
 
     buffer: memory and datatype for MPI; `target`'s own where that can be. op: MPI's. put_back: writes the outcome to
@@ -47,7 +47,7 @@ class Numbers:
         self._work = target.to(STAND_INS.get(target.dtype, target.dtype)).contiguous()
         if target.dtype == torch.bool:
             self._work = self._work.view(torch.uint8)
-        self.buffer = [memory(self._work), NUMBERS[self._work.dtype]]
+        self.buffer = [memory(self._work), MPI_DATATYPES[self._work.dtype]]
 
     def put_back(self) -> None:
         if self._divisor > 1:
@@ -64,7 +64,7 @@ def _operation(dtype: torch.dtype, reduction: Any) -> MPI.Op:
         if reduction == theirs:
             name = theirs.name
             found = dict(zip(("floats", "integers", "truth values"), ours, strict=True))[kind]
-            if found != MPI.OP_NULL and (dtype in NUMBERS or dtype in STAND_INS or dtype == torch.bool):
+            if found != MPI.OP_NULL and (dtype in MPI_DATATYPES or dtype in STAND_INS or dtype == torch.bool):
                 return found
     raise TypeError(f"the MPI backend has no {name} of {dtype}; take another, or parallel.backend=gloo")
 

@@ -18,7 +18,7 @@ TESTS_BEFORE_SLEEP = 2000
 SLEEP_S = 50e-6
 
 
-class Pending(dist.Work):
+class Work(dist.Work):
     """A collective on its way.
 
     It holds the tensors whose memory is worked on, and `started` holds it, until the data is there, also where the
@@ -36,7 +36,7 @@ class Pending(dist.Work):
         timeout: timedelta,
         outputs: Sequence[Tensor],
         finish: Callable[[], None] | None,
-        started: "set[Pending]",
+        started: "set[Work]",
         source: Callable[[], int],
     ) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Pending(dist.Work):
     source_rank = _source_rank
 
 
-class Dense:
+class ContiguousView:
     """A tensor without gaps to work on: `target` itself, or a copy that `put_back` writes to it."""
 
     def __init__(self, target: Tensor) -> None:
@@ -106,19 +106,19 @@ class Dense:
             self._target.copy_(self.tensor)
 
 
-def apart(given: Tensor, taken: Tensor) -> Tensor:
+def clone_if_overlapping(given: Tensor, taken: Tensor) -> Tensor:
     """`given`, or a copy where it overlaps `taken`: MPI may not write what it reads."""
     begin, target = given.data_ptr(), taken.data_ptr()
     overlap = begin < target + taken.nbytes and target < begin + given.nbytes
     return given.clone() if overlap else given
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def concat(parts: Sequence[Tensor]) -> Tensor:
     """The elements of all parts in one piece; of a single one its own memory, where it has no gaps."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
 
 
-def spread(flat: Tensor, targets: Sequence[Tensor]) -> Callable[[], None]:
+def scatter_into(flat: Tensor, targets: Sequence[Tensor]) -> Callable[[], None]:
     """What copies consecutive parts of `flat` into the targets."""
 
     def copy() -> None:
@@ -128,7 +128,7 @@ def spread(flat: Tensor, targets: Sequence[Tensor]) -> Callable[[], None]:
     return copy
 
 
-def each(steps: Sequence[Callable[[], None]]) -> Callable[[], None]:
+def run_all(steps: Sequence[Callable[[], None]]) -> Callable[[], None]:
     def run() -> None:
         for step in steps:
             step()

@@ -40,7 +40,7 @@ class BalanceConfig(Section):
     freeze_at: int | None = Field(
         default=None, ge=0, description="the optimizer steps after which no bias moves any more, or null (never)"
     )
-    centre: bool | None = Field(
+    center: bool | None = Field(
         default=None,
         description="whether each layer's biases are moved to mean 0 after an update: true, false or null (the "
         "policy's own: false for loss_free, as in its paper, true for the others)",
@@ -51,14 +51,9 @@ class BalanceConfig(Section):
         description="the largest weight that adaptive_weight gives an expert, and one over the smallest (above "
         "1), or null (no bound)",
     )
-    cadence: Literal["step", "micro_batch"] = Field(
-        default="step",
-        description="the moment at which adaptive_weight adjusts: after each optimizer step, or after each "
-        "micro_batch (only where a step is one micro-batch for each worker, which comes to the same)",
-    )
-    shapes: Literal["selection", "mixture"] = Field(
+    applies_to: Literal["selection", "gate_weights"] = Field(
         default="selection",
-        description="the part that adaptive_weight shapes: the selection alone, or the mixture weights too",
+        description="what adaptive_weight applies to: the selection alone, or the gate weights too (gate_weights)",
     )
     auxiliary_loss: float = Field(
         default=0.0,

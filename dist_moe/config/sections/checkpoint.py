@@ -8,7 +8,9 @@ from dist_moe.config.base import Section
 class CheckpointConfig(Section):
     """When the run is saved, and from where it goes on."""
 
-    every: int = Field(default=0, ge=0, description="the optimizer steps between checkpoints (0: one at the end only)")
+    interval: int = Field(
+        default=0, ge=0, description="the optimizer steps between checkpoints (0: one at the end only)"
+    )
     resume: str = Field(
         default="auto",
         min_length=1,

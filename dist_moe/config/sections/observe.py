@@ -8,7 +8,7 @@ from dist_moe.config.base import Section
 class ObserveConfig(Section):
     """What is shown, and how often."""
 
-    every: int = Field(default=10, ge=1, description="the optimizer steps between logged steps (1 or more)")
+    interval: int = Field(default=10, ge=1, description="the optimizer steps between logged steps (1 or more)")
     tensorboard: bool = Field(default=True, description="whether TensorBoard event files are written")
     validation_sequences: int = Field(
         default=256, ge=0, description="the validation sequences of one evaluation, at most (0: all)"
@@ -23,7 +23,7 @@ class ObserveConfig(Section):
         ge=1,
         description="the logged steps in a row over max_vio_limit before a warning (1 or more)",
     )
-    check_ranks_every: int = Field(
+    replica_check_interval: int = Field(
         default=100,
         ge=0,
         description="the optimizer steps between comparisons of what several ranks hold alike, bit by bit (0: none)",

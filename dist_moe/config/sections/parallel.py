@@ -16,7 +16,7 @@ class ParallelConfig(Section):
         description="the number of workers that share one set of experts; it divides the workers and the "
         "experts (auto: the largest number that does)",
     )
-    exchange: Literal["auto", "flat", "hierarchical"] = Field(
+    all_to_all: Literal["auto", "flat", "hierarchical"] = Field(
         default="auto",
         description="the way of tokens to their experts: flat (one all-to-all), hierarchical (first to each host, once "
         "for all experts there, then within it), or auto (hierarchical between hosts with as many workers each)",

@@ -23,14 +23,14 @@ class RouterConfig(Section):
         gt=0,
         lt=1,
         description="the cumulative probability that the experts of a token reach, with threshold routing "
-        "(between 0 and 1); where it begins, if there is a budget",
+        "(between 0 and 1); where it begins, if there is a target",
     )
     max_experts: int | None = Field(
         default=None,
         ge=1,
         description="the experts a token takes at most, with threshold routing (1 or more), or null (all)",
     )
-    budget: float | None = Field(
+    target_experts_per_token: float | None = Field(
         default=None,
         gt=0,
         description="the experts a token takes on average, held by a controller that moves the threshold "
@@ -42,21 +42,21 @@ class RouterConfig(Section):
         description="the coefficient of the entropy of the routing probabilities in the loss (0: off; the "
         "paper of threshold routing has 1e-4)",
     )
-    skew: float = Field(
+    zipf_exponent: float = Field(
         default=1.0,
         ge=0,
-        description="the exponent of zipf: a token first draws expert i with probability ~ 1 / (i + 1)^skew",
+        description="the exponent of zipf: a token first draws expert i with probability ~ 1 / (i + 1)^zipf_exponent",
     )
     score: Score | None = Field(
         default=None,
         description="the gate function from logits to scores: sigmoid, softmax, softmax_selected (over a "
         "token's experts alone), sqrt_softplus, or null (the family's own)",
     )
-    normalise: bool | None = Field(
+    normalize: bool | None = Field(
         default=None,
         description="whether the weights of a token's experts are divided by their sum: true, false or null",
     )
-    scaling: float | None = Field(
+    scaling_factor: float | None = Field(
         default=None, gt=0, description="the factor on the weights of a token's experts (above 0), or null"
     )
     groups: int | None = Field(
@@ -64,7 +64,7 @@ class RouterConfig(Section):
         ge=1,
         description="the number of groups the experts are divided into (1: no groups), or null",
     )
-    top_groups: int | None = Field(
+    topk_groups: int | None = Field(
         default=None,
         ge=1,
         description="the number of groups a token may take experts from (1 or more), or null",

@@ -18,11 +18,11 @@ class TrainConfig(Section):
         ge=1,
         description="the optimizer steps that the schedules are stretched over (steps or more), or null (steps)",
     )
-    global_batch: int = Field(
+    global_batch_size: int = Field(
         ge=1,
         description="the sequences of one optimizer step, all workers together; divides by workers * micro_batch",
     )
-    micro_batch: int = Field(ge=1, description="the sequences a worker puts through the model at once (1 or more)")
+    micro_batch_size: int = Field(ge=1, description="the sequences a worker puts through the model at once (1 or more)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description="the number format of the weights in use: fp32, bf16, or auto "

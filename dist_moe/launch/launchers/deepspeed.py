@@ -10,10 +10,10 @@ from dist_moe.config.schema import Config
 from dist_moe.errors import needs_folder
 from dist_moe.launch.cluster import (
     Cluster,
-    carried_environment,
+    forwarded_env,
     launcher_environment,
-    plain_devices,
-    without_shell_words,
+    require_first_devices,
+    require_shell_safe,
 )
 from dist_moe.launch.command import (
     LOOPBACK,
@@ -95,13 +95,13 @@ def deepspeed_cluster_command(
     with needs_folder(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
     first, settings = cluster.hosts[0], cluster.settings
-    carried = carried_environment(config, cluster, base)
+    carried = forwarded_env(config, cluster, base)
     if runner != "pdsh":
-        plain_devices(cluster, f"--runner {runner}", alike=runner in ("mpich", "slurm"))
+        require_first_devices(cluster, f"--runner {runner}", alike=runner in ("mpich", "slurm"))
         carried |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
     words = worker_arguments(config_path, overrides)
     shell = [cluster.folder, cluster.python, *words] if runner == "pdsh" else []
-    without_shell_words("DeepSpeed's launcher", [*shell, *carried.values()])
+    require_shell_safe("DeepSpeed's launcher", [*shell, *carried.values()])
     hostfile, variables = folder / "hostfile", folder / "environment"
     hostfile.write_text("".join(f"{host.name} slots={max(host.devices) + 1}\n" for host in cluster.hosts))
     variables.unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def deepspeed_cluster_command(
     if runner in MPI_RUNNERS:
         environment["PATH"] = _path_to_mpirun(MPI_RUNNERS[runner], folder, environment)
     options = {
-        "openmpi": [*openmpi_options(1, room=False), *openmpi_network(cluster)],
+        "openmpi": [*openmpi_options(1, has_cores=False), *openmpi_network(cluster)],
         "mpich": mpich_options(1, False),
         "slurm": slurm_options(cluster),
     }

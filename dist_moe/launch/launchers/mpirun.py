@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_moe.config.schema import Config
-from dist_moe.launch.cluster import Cluster, carried_environment, launcher_environment, plain_devices
+from dist_moe.launch.cluster import Cluster, forwarded_env, launcher_environment, require_first_devices
 from dist_moe.launch.command import (
     LOOPBACK,
     Command,
@@ -62,8 +62,8 @@ def mpirun_command(
     library = loaded_mpi(environment)
     program = mpirun_of(library, environment)
     threads = threads_per_worker(config.run.threads, workers)
-    room = workers * threads <= len(os.sched_getaffinity(0))
-    options = openmpi_options(threads, room) if library.family == "OpenMPI" else mpich_options(threads, room)
+    has_cores = workers * threads <= len(os.sched_getaffinity(0))
+    options = openmpi_options(threads, has_cores) if library.family == "OpenMPI" else mpich_options(threads, has_cores)
     # Without them only MPI's own backend would find the other workers.
     environment |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
     if not sys.stdout.isatty():
@@ -84,9 +84,9 @@ def mpirun_cluster_command(
 
     LaunchError as `mpirun_command`, and for devices other than the first ones.
     """
-    plain_devices(cluster, "--launcher mpirun")
+    require_first_devices(cluster, "--launcher mpirun")
     first, settings = cluster.hosts[0], cluster.settings
-    carried = carried_environment(config, cluster, base)
+    carried = forwarded_env(config, cluster, base)
     carried |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
     environment = launcher_environment(base, carried)
     library = loaded_mpi(environment)
@@ -94,15 +94,15 @@ def mpirun_cluster_command(
     hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)
     words = (cluster.python, "-m", "dist_moe", *worker_arguments(config_path, overrides))
     threads = int(carried["OMP_NUM_THREADS"])
-    room = cluster.has_room(threads)
+    has_cores = cluster.has_cores(threads)
     if library.family == "OpenMPI":
         environment |= openmpi_environment(cluster.ssh_options)
-        options = (*openmpi_options(threads, room), *openmpi_network(cluster), "--host", hosts)
+        options = (*openmpi_options(threads, has_cores), *openmpi_network(cluster), "--host", hosts)
         options += ("--wdir", cluster.folder, *(part for name in carried for part in ("-x", name)))
     else:
         ssh = shlex.join(cluster.ssh_options)
         environment |= {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXTRA_ARGS": ssh}
-        options = (*mpich_options(threads, room), "-hosts", hosts, "-wdir", cluster.folder)
+        options = (*mpich_options(threads, has_cores), "-hosts", hosts, "-wdir", cluster.folder)
         options += ("-genvlist", ",".join(carried))
         if settings.interface:
             options += ("-iface", settings.interface)
@@ -133,16 +133,16 @@ def subnet(addresses: Sequence[str]) -> str:
     return str(ipaddress.IPv4Network((numbers[0] >> varying << varying, 32 - varying)))
 
 
-def openmpi_options(threads: int, room: bool) -> tuple[str, ...]:
+def openmpi_options(threads: int, has_cores: bool) -> tuple[str, ...]:
     """room: whether there is a core for every thread of every worker."""
-    placed = (f"slot:PE={threads}", "core") if room else ("slot:OVERSUBSCRIBE", "none")
+    placed = (f"slot:PE={threads}", "core") if has_cores else ("slot:OVERSUBSCRIBE", "none")
     root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
     return (*root, "--map-by", placed[0], "--bind-to", placed[1])
 
 
-def mpich_options(threads: int, room: bool) -> tuple[str, ...]:
+def mpich_options(threads: int, has_cores: bool) -> tuple[str, ...]:
     """room: whether there is a core for every thread of every worker."""
-    return ("-bind-to", f"core:{threads}") if room else ("-bind-to", "none")
+    return ("-bind-to", f"core:{threads}") if has_cores else ("-bind-to", "none")
 
 
 def loaded_mpi(environment: Mapping[str, str]) -> Mpi:

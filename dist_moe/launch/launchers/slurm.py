@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_moe.config.schema import Config
-from dist_moe.launch.cluster import without_shell_words
+from dist_moe.launch.cluster import require_shell_safe
 from dist_moe.launch.command import LaunchError, threads_per_worker, worker_arguments
 
 SUBMIT_LIMIT_S = 60.0
@@ -62,7 +62,7 @@ def slurm_script(
     Nothing in it is left unquoted. LaunchError for a run.dir that a #SBATCH line cannot hold.
     """
     slurm, run_dir = config.slurm, Path(config.run.dir)
-    without_shell_words("a #SBATCH line", [str(run_dir)])
+    require_shell_safe("a #SBATCH line", [str(run_dir)])
     options = {
         "job-name": slurm.job_name,
         "nodes": slurm.nodes,

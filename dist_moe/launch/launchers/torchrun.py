@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_moe.config.schema import Config
-from dist_moe.launch.cluster import Cluster, Host, carried_environment, launcher_environment
+from dist_moe.launch.cluster import Cluster, Host, forwarded_env, launcher_environment
 from dist_moe.launch.command import LOOPBACK, Command, free_port, worker_arguments, worker_environment
 
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -30,15 +30,15 @@ def torchrun_command(
     restarts: how often workers are started again after a failure. base: the environment to start from.
     """
     port, environment = str(free_port()), worker_environment(config, workers, base)
-    meeting: tuple[str, ...] = ("--master-addr", LOOPBACK, "--master-port", port)
+    rendezvous: tuple[str, ...] = ("--master-addr", LOOPBACK, "--master-port", port)
     if restarts:
         # At a fixed address all attempts share one store.
-        meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:{port}", "--rdzv-conf", "is_host=1")
+        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:{port}", "--rdzv-conf", "is_host=1")
         environment |= FRESH_STORE
     arguments = [
         *("--nnodes", "1"),
         *("--nproc-per-node", str(workers)),
-        *meeting,
+        *rendezvous,
         *("--local-addr", LOOPBACK),
         *("--max-restarts", str(restarts)),
         # Without it every job leaves a folder behind in the system's place for temporary files.
@@ -69,7 +69,7 @@ def torchrun_cluster_command(
     restarts: how often workers are started again after a failure. fewest: the job begins, and goes on, with this many
     hosts at least; all of them unless told.
     """
-    carried = carried_environment(config, cluster, base) | FRESH_STORE
+    carried = forwarded_env(config, cluster, base) | FRESH_STORE
     environment = launcher_environment(base, carried)
     words, name = worker_arguments(config_path, overrides), f"dist-moe-{secrets.token_hex(4)}"
     first, most = cluster.hosts[0], len(cluster.hosts)

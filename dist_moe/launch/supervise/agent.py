@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from dist_moe.launch.supervise.first_failure import read_record
 from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, read_process, send
-from dist_moe.launch.supervise.protocol import LOG_ALONE, Line, Meeting
+from dist_moe.launch.supervise.protocol import LOG_ALONE, MessageSocket, Rendezvous
 from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 
@@ -38,7 +38,7 @@ PR_SET_PDEATHSIG = 1
 UNREACHABLE_CODE = 1
 
 
-def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
+def mind(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Path) -> None:
     """Split this process in two: the worker, in which this returns, and its minder, which ends as the worker does.
 
     Call it before any thread starts. The worker's launch (DIST_MOE_LAUNCH) is the minder from here on.
@@ -48,14 +48,14 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
         with contextlib.suppress(OSError):  # which the worker tells better, as the first thing it does
             left.unlink(missing_ok=True)  # an earlier worker's, which would be taken for this one's
     try:
-        connection = socket.create_connection(meeting[:2], timeout=CONNECT_LIMIT_S)
+        connection = socket.create_connection(rendezvous[:2], timeout=CONNECT_LIMIT_S)
     except OSError as error:
-        place = f"{meeting.address}, port {meeting.port}"
+        place = f"{rendezvous.address}, port {rendezvous.port}"
         sys.stderr.write(f"rank {rank} on {socket.gethostname()} cannot reach the launch at {place}: {error}\n")
         sys.stderr.flush()
         os._exit(UNREACHABLE_CODE)
     connection.settimeout(None)
-    line = Line(connection)
+    line = MessageSocket(connection)
     terminal = os.environ.pop(TERMINAL_VARIABLE, None)
     screen = open_terminal(terminal) if terminal and rank == 0 else None
     pipes = [screen or os.pipe(), os.pipe()]
@@ -76,9 +76,9 @@ def mind(meeting: Meeting, rank: int, world_size: int, run_dir: Path) -> None:
     for _, writing in pipes:
         os.close(writing)
     known = {"rank": rank, "size": world_size, "host": socket.gethostname(), "minder": me.pid}
-    line.give({"word": meeting.word, **known})
+    line.send({"word": rendezvous.word, **known})
     with adopting_orphans():
-        Minder(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher, screen is not None).run()
+        Agent(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher, screen is not None).run()
 
 
 def launcher_of(pid: int) -> Process | None:
@@ -90,12 +90,12 @@ def launcher_of(pid: int) -> Process | None:
     return None
 
 
-class Minder:
+class Agent:
     """The life of one worker, seen from beside it."""
 
     def __init__(
         self,
-        line: Line,
+        line: MessageSocket,
         worker: int,
         rank: int,
         run_dir: Path,
@@ -117,15 +117,15 @@ class Minder:
         """Until the worker has ended, and nothing of it is left; leaves with its exit code."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the worker too
         for signum in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(signum, self._pass_on)
+            signal.signal(signum, self._forward_signal)
         connected = True
         while not select.select([self.handle], [], [], 0)[0]:
-            sources: list[int | Line] = [self.handle, *self.outputs, *([self.line] if connected else [])]
+            sources: list[int | MessageSocket] = [self.handle, *self.outputs, *([self.line] if connected else [])]
             ready = select.select(sources, [], [], LOOK_S)[0]
             self._copy([one for one in ready if isinstance(one, int)])
             self._report()
             if self.line in ready:
-                connected = self._heed(self.line.take())
+                connected = self._heed(self.line.receive())
             if self.ending is not None:
                 self._end_all(time.monotonic() - self.ending > GRACE_S)
         status, ended_s = os.waitpid(self.worker, 0)[1], time.time()
@@ -139,7 +139,7 @@ class Minder:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         state = (read_record(self.run_dir, self.rank) or {}).get("state")
-        self.line.give({"ended": status, "state": state, "time": ended_s})
+        self.line.send({"ended": status, "state": state, "time": ended_s})
         self.line.close()
         code = os.waitstatus_to_exitcode(status)
         os._exit(code if code >= 0 else 128 - code)
@@ -152,10 +152,10 @@ class Minder:
                 send(self.launcher, signal.SIGTERM)
             return False
         for message in messages:
-            self._pass_on(int(message["signal"]))
+            self._forward_signal(int(message["signal"]))
         return True
 
-    def _pass_on(self, signum: int, frame: FrameType | None = None) -> None:
+    def _forward_signal(self, signum: int, frame: FrameType | None = None) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.handle, signum)
 
@@ -164,7 +164,7 @@ class Minder:
         path = self.run_dir / "errors" / f"rank-{self.rank}.txt"
         if not self.told and path.is_file():
             self.told = True
-            self.line.give({"report": path.read_text(encoding="utf-8", errors="replace")[:LONGEST_REPORT]})
+            self.line.send({"report": path.read_text(encoding="utf-8", errors="replace")[:LONGEST_REPORT]})
 
     def _end_all(self, at_once: bool) -> bool:
         """Ask, or make, whatever descends from here to end; whether anything was there."""
@@ -193,8 +193,8 @@ class Minder:
 
     def _drawn(self, part: bytes) -> bytes:
         """Send what is drawn on a terminal as it is -> the lines that its log gets."""
-        self.line.give({"drawn": self.decoder.decode(part, final=not part)})
-        return self.transcript.take(part)
+        self.line.send({"drawn": self.decoder.decode(part, final=not part)})
+        return self.transcript.receive(part)
 
     def _give_lines(self, output: int, end: bool) -> None:
         """Send whole lines, and at the end, or where a line is too long for a message, what there is of one."""
@@ -203,4 +203,4 @@ class Minder:
             whole, newline, rest = self.begun[output], b"", b""
         self.begun[output] = rest
         if whole or newline:
-            self.line.give({"output": self.outputs[output], "text": whole.decode(errors="replace")})
+            self.line.send({"output": self.outputs[output], "text": whole.decode(errors="replace")})

@@ -19,7 +19,7 @@ LOST_PEER = (
     "remote process exited",
 )
 MEMORY_HINT = (
-    "often the kernel did it for want of memory: lower train.micro_batch or data.sequence_length, "
+    "often the kernel did it for want of memory: lower train.micro_batch_size or data.sequence_length, "
     "or start fewer workers"
 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.launch.supervise.first_failure import Failure, failure_of, silent_end
-from dist_moe.launch.supervise.protocol import LOG_ALONE, Line, Meeting, ready
+from dist_moe.launch.supervise.protocol import LOG_ALONE, MessageSocket, Rendezvous, ready
 from dist_moe.launch.supervise.pty import CLEAR_LINE, CONTROL, SHOW_CURSOR
 
 END_LIMIT_S = 5.0
@@ -19,8 +19,8 @@ END_LIMIT_S = 5.0
 LAUNCHERS_SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 
 
-class Hub:
-    """What is known of the workers so far. Call `look` often; close it after use.
+class WorkerMonitor:
+    """What is known of the workers so far. Call `poll` often; close it after use.
 
     What they print is printed here, each line after its rank, and kept by rank in `logs/` of the run's folder, after
     what an earlier run left there.
@@ -33,14 +33,14 @@ class Hub:
     def __init__(self, address: str, size: int, run_dir: Path, apart: bool = True) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._server = socket.create_server((address, 0), family=family, backlog=512)
-        self.meeting = Meeting(address, self._server.getsockname()[1], secrets.token_urlsafe(16))
+        self.rendezvous = Rendezvous(address, self._server.getsockname()[1], secrets.token_urlsafe(16))
         self.size = size
         self.apart = apart
         self._run_dir = run_dir
         # Connections that have not said whose they are, and those of workers whose rank is another's by now.
-        self._strangers: list[Line] = []
-        self._past: list[Line] = []
-        self._lines: dict[int, Line] = {}
+        self._unidentified: list[MessageSocket] = []
+        self._replaced: list[MessageSocket] = []
+        self._lines: dict[int, MessageSocket] = {}
         self._records: dict[int, dict[str, Any]] = {}
         self._failures: dict[int, Failure] = {}
         self._finished: set[int] = set()
@@ -49,19 +49,19 @@ class Hub:
         self._left = False
         self._drawing = False
 
-    def __enter__(self) -> "Hub":
+    def __enter__(self) -> "WorkerMonitor":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def pass_on(self, signum: int) -> None:
+    def forward_signal(self, signum: int) -> None:
         """Have the signal sent to every worker, also to those that appear for the first time later."""
         self._asked = signum
         for line in self._lines.values():
-            line.give({"signal": signum})
+            line.send({"signal": signum})
 
-    def let_go(self) -> None:
+    def release_workers(self) -> None:
         """Leave every worker on another host, so that it ends, and wait until its minder says that it has.
 
         Those of one host are ended as the descendants of this process that they are. No end from here on is a failure.
@@ -69,21 +69,21 @@ class Hub:
         self._left = True
         if not self.apart:
             return
-        for line in [*self._past, *self._lines.values()]:
+        for line in [*self._replaced, *self._lines.values()]:
             with contextlib.suppress(OSError):
                 line.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + END_LIMIT_S
-        while (self._lines or self._past) and time.monotonic() < deadline:
+        while (self._lines or self._replaced) and time.monotonic() < deadline:
             self.wait(deadline - time.monotonic())
-            self.look()
+            self.poll()
 
     def close(self) -> None:
         """Takes no more connections, leaves every worker, and its unfinished drawing."""
         if self._drawing:
             self._draw(f"{SHOW_CURSOR}\n")
-        for line in [*self._strangers, *self._past, *self._lines.values()]:
+        for line in [*self._unidentified, *self._replaced, *self._lines.values()]:
             line.close()
-        self._past.clear()
+        self._replaced.clear()
         self._lines.clear()
         self._server.close()
 
@@ -104,23 +104,23 @@ class Hub:
         """Returns when a message comes, or after this time."""
         ready(self._sources(), seconds)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Takes notice of all that has come."""
         while spoken := ready(self._sources(), 0):
-            for line in [one for one in self._past if one in spoken and one.take() is None]:
-                self._past.remove(line)
+            for line in [one for one in self._replaced if one in spoken and one.receive() is None]:
+                self._replaced.remove(line)
                 line.close()
             known = [(rank, line) for rank, line in self._lines.items() if line in spoken]
-            for line in [one for one in self._strangers if one in spoken]:
+            for line in [one for one in self._unidentified if one in spoken]:
                 self._greet(line)
             for rank, line in known:
                 if self._lines.get(rank) is line:
-                    self._hear(rank, line.take())
+                    self._handle(rank, line.receive())
             if self._server in spoken:
-                self._strangers.append(Line(self._server.accept()[0]))
+                self._unidentified.append(MessageSocket(self._server.accept()[0]))
 
-    def _sources(self) -> list[socket.socket | Line]:
-        return [self._server, *self._strangers, *self._past, *self._lines.values()]
+    def _sources(self) -> list[socket.socket | MessageSocket]:
+        return [self._server, *self._unidentified, *self._replaced, *self._lines.values()]
 
     def unfinished(self) -> list[int]:
         """The ranks that have neither finished nor stopped on request."""
@@ -138,45 +138,45 @@ class Hub:
         """For messages: the rank, and where hosts are several the one that it said it is on."""
         return f"rank {rank} on {self._records[rank]['host']}" if self.apart else f"rank {rank}"
 
-    def _greet(self, line: Line) -> None:
+    def _greet(self, line: MessageSocket) -> None:
         """Take a connection for a worker's if its first message says so, and else close it."""
-        messages = line.take()
+        messages = line.receive()
         if messages == []:
             return  # the rest of its first message is on its way
-        self._strangers.remove(line)
+        self._unidentified.remove(line)
         record, *rest = messages or [{}]
         rank, size = record.get("rank"), record.get("size")
-        known = secrets.compare_digest(str(record.get("word")).encode(errors="replace"), self.meeting.word.encode())
+        known = secrets.compare_digest(str(record.get("word")).encode(errors="replace"), self.rendezvous.word.encode())
         if not (known and isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
             line.close()
             return
         if self._stopped or (self._asked is not None and rank in self._records):
             # A launcher took the stop, or a failure on the way to it, for one to mend, and has started this one again.
-            self._past.append(line)
+            self._replaced.append(line)
             return
         # A launcher that restarts workers gives their ranks again.
         self._resize(size)
         if rank in self._lines:
             # Closed, it would tell its minder that this launch is gone.
-            self._past.append(self._lines[rank])
+            self._replaced.append(self._lines[rank])
         self._lines[rank], self._records[rank] = line, record
         self._failures.pop(rank, None)
         self._finished.discard(rank)
         self._keep(rank, "")
         if self._asked is not None:
-            line.give({"signal": self._asked})
+            line.send({"signal": self._asked})
         if rest:
-            self._hear(rank, rest)
+            self._handle(rank, rest)
 
     def _resize(self, size: int) -> None:
         """Forget the ranks that are no more."""
         self.size = size
-        self._past += [line for rank, line in self._lines.items() if rank >= size]
+        self._replaced += [line for rank, line in self._lines.items() if rank >= size]
         for known in (self._records, self._failures, self._lines):
             for rank in [one for one in known if one >= size]:
                 del known[rank]
 
-    def _hear(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
+    def _handle(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
         if messages is None:
             self._lines.pop(rank).close()
             if rank not in self._finished | self._stopped:

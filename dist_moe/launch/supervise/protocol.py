@@ -14,7 +14,7 @@ LOG_ALONE = 0
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 
 
-class Meeting(NamedTuple):
+class Rendezvous(NamedTuple):
     """Where a launch listens, and the word by which it knows its own workers."""
 
     address: str
@@ -25,13 +25,13 @@ class Meeting(NamedTuple):
         return f"{SCHEME}{self.word}@{self.address}:{self.port}"
 
     @classmethod
-    def parse(cls, text: str) -> "Meeting":
+    def parse(cls, text: str) -> "Rendezvous":
         word, _, place = text.removeprefix(SCHEME).partition("@")
         address, _, port = place.rpartition(":")
         return cls(address, int(port), word)
 
 
-class Line:
+class MessageSocket:
     """A connected socket that gives and takes whole messages."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -44,7 +44,7 @@ class Line:
     def fileno(self) -> int:
         return self.connection.fileno()
 
-    def give(self, message: dict[str, Any]) -> bool:
+    def send(self, message: dict[str, Any]) -> bool:
         """Send a message; False where nobody is there to take it."""
         try:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
@@ -52,7 +52,7 @@ class Line:
             return False
         return True
 
-    def take(self) -> list[dict[str, Any]] | None:
+    def receive(self) -> list[dict[str, Any]] | None:
         """What has come, once the socket is readable; None at the end of the connection, and after nonsense."""
         try:
             part = self.connection.recv(1 << 16)

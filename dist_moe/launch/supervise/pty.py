@@ -47,7 +47,7 @@ class Transcript:
         self._rest = b""
         self._live = b""
 
-    def take(self, drawn: bytes) -> bytes:
+    def receive(self, drawn: bytes) -> bytes:
         """The lines that are whole with this part; an empty part is the end."""
         parts = re.split(rb"([\r\n])", self._rest + (drawn or b"\n"))
         self._rest = parts.pop()

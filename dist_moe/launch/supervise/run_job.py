@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dist_moe.errors import needs_folder
 from dist_moe.launch.command import Command, LaunchError
-from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, send
 from dist_moe.launch.supervise.pty import terminal_environment
 from dist_moe.worker.contract import LAUNCH_VARIABLE, STOPPED_CODE
@@ -50,7 +50,7 @@ class End(NamedTuple):
     signum: int | None = None
 
 
-def run(command: Command, run_dir: str | Path, hub: Hub) -> Outcome:
+def run(command: Command, run_dir: str | Path, monitor: WorkerMonitor) -> Outcome:
     """Runs the job to its end; no process of it is left when this returns, on any host that can be reached.
 
     The launcher gets a session of its own, so Ctrl-C reaches this process alone, which then ends all others:
@@ -64,31 +64,31 @@ def run(command: Command, run_dir: str | Path, hub: Hub) -> Outcome:
     from the main thread, which alone hears signals.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sole_user(Path(run_dir)))
-        received = stack.enter_context(heard_signals())
+        stack.enter_context(run_dir_lock(Path(run_dir)))
+        received = stack.enter_context(capture_signals())
         stack.enter_context(adopting_orphans())
         others = set(descendants(os.getpid()))
-        hub.clear()
+        monitor.clear()
         launchers: list[subprocess.Popen[bytes]] = []
         # From the last to the first, each of them whatever another raises.
-        stack.callback(hub.look)  # for the workers' last words
-        stack.callback(end_all, launchers, hub, others, received)
+        stack.callback(monitor.poll)  # for the workers' last words
+        stack.callback(end_all, launchers, monitor, others, received)
         stack.callback(release, launchers)
-        stack.callback(hub.let_go)
-        for launcher in start(command, hub):
+        stack.callback(monitor.release_workers)
+        for launcher in start(command, monitor):
             launchers.append(launcher)
-        end = follow(launchers, hub, received, command.restarts)
-    return verdict(command, end, hub, received)
+        end = follow(launchers, monitor, received, command.restarts)
+    return verdict(command, end, monitor, received)
 
 
-def start(command: Command, hub: Hub) -> Iterator[subprocess.Popen[bytes]]:
+def start(command: Command, monitor: WorkerMonitor) -> Iterator[subprocess.Popen[bytes]]:
     """Starts each launcher in a session of its own; its environment names the meeting, and the terminal to draw on.
 
     One that runs on another host has a pipe as its input, which is closed when this process ends.
     """
-    drawn = {} if hub.apart else terminal_environment(sys.stdout)
-    environment = {**command.environment, **drawn, LAUNCH_VARIABLE: str(hub.meeting)}
-    for argv in (command.argv, *command.beside):
+    drawn = {} if monitor.apart else terminal_environment(sys.stdout)
+    environment = {**command.environment, **drawn, LAUNCH_VARIABLE: str(monitor.rendezvous)}
+    for argv in (command.argv, *command.remote_commands):
         given = subprocess.PIPE if argv[0] == "ssh" else subprocess.DEVNULL
         yield subprocess.Popen(argv, env=environment, stdin=given, start_new_session=True)
 
@@ -100,7 +100,9 @@ def release(launchers: Sequence[subprocess.Popen[bytes]]) -> None:
             launcher.stdin.close()
 
 
-def follow(launchers: Sequence[subprocess.Popen[bytes]], hub: Hub, received: list[int], restarts: bool) -> End:
+def follow(
+    launchers: Sequence[subprocess.Popen[bytes]], monitor: WorkerMonitor, received: list[int], restarts: bool
+) -> End:
     """Waits for the launchers' end, the end of a grace, or a signal that ends the job; passes the others on.
 
     restarts: a worker's failure is the launcher's to mend.
@@ -108,38 +110,38 @@ def follow(launchers: Sequence[subprocess.Popen[bytes]], hub: Hub, received: lis
     deadline, passed_on = math.inf, 0
     while (signum := ends_at_once(received)) is None:
         codes = [launcher.poll() for launcher in launchers]
-        hub.look()
+        monitor.poll()
         if None not in codes:
             return End(next((code for code in codes if code), 0))
         if len(received) > passed_on:
             passed_on = len(received)
-            if not hub.complete():
+            if not monitor.complete():
                 break  # no worker has anything to save yet
-            hub.pass_on(received[-1])
+            monitor.forward_signal(received[-1])
             deadline = min(deadline, time.monotonic() + STOP_LIMIT_S)
-        deadline = min(deadline, time.monotonic() + grace_s(hub, any(codes), restarts, bool(received)))
+        deadline = min(deadline, time.monotonic() + grace_s(monitor, any(codes), restarts, bool(received)))
         if time.monotonic() > deadline:
-            late = bool(received) and bool(hub.unfinished()) and not hub.failures()
+            late = bool(received) and bool(monitor.unfinished()) and not monitor.failures()
             return End(next((code for code in codes if code), None), received[0] if late else None)
-        hub.wait(LOOK_S)
+        monitor.wait(LOOK_S)
     return End(None, received[0] if signum is None else signum)
 
 
-def grace_s(hub: Hub, failed: bool, restarts: bool, asked: bool) -> float:
+def grace_s(monitor: WorkerMonitor, failed: bool, restarts: bool, asked: bool) -> float:
     """How long a job may go on after a worker or one of several launchers has failed, or all workers have left.
 
     Infinite before that. asked: the workers are to stop, so none that fails is started again.
     """
-    if hub.stopped():
+    if monitor.stopped():
         # A launcher that restarts workers takes a stop for a failure.
         return 0.0 if restarts else LAUNCHER_GRACE_S
     if restarts and not asked:
         return math.inf
-    if failures := hub.failures():
+    if failures := monitor.failures():
         return 0.0 if failures[0].of_config else LAUNCHER_GRACE_S
     if failed and not restarts:
         return LAUNCHER_GRACE_S
-    return math.inf if hub.unfinished() else FINISHED_GRACE_S
+    return math.inf if monitor.unfinished() else FINISHED_GRACE_S
 
 
 def ends_at_once(received: Sequence[int]) -> int | None:
@@ -151,7 +153,7 @@ def ends_at_once(received: Sequence[int]) -> int | None:
 
 
 def end_all(
-    launchers: Sequence[subprocess.Popen[bytes]], hub: Hub, others: Collection[int], received: list[int]
+    launchers: Sequence[subprocess.Popen[bytes]], monitor: WorkerMonitor, others: Collection[int], received: list[int]
 ) -> None:
     """Ends all that descends from this process, but for `others`, and returns when nothing of it is left.
 
@@ -170,7 +172,7 @@ def end_all(
             return
         patient = time.monotonic() < deadline and len(received) == heard
         for process in job:
-            if not (patient and belongs(process, family, hub.pids())):
+            if not (patient and belongs(process, family, monitor.pids())):
                 send(process, signal.SIGKILL)
             elif (process.pid, process.start_time) not in told:
                 told.add((process.pid, process.start_time))
@@ -194,9 +196,9 @@ def belongs(process: Process, family: dict[int, Process], roots: Collection[int]
     return member is not None
 
 
-def verdict(command: Command, end: End, hub: Hub, received: Sequence[int]) -> Outcome:
+def verdict(command: Command, end: End, monitor: WorkerMonitor, received: Sequence[int]) -> Outcome:
     """What the end of the launcher, the user's signals and the workers' ends say about the job."""
-    failures = hub.failures()
+    failures = monitor.failures()
     # What a worker does that cannot stop yet.
     died = next((signum for signum in received if any(one.code == 128 + signum for one in failures)), None)
     signum = died if end.signum is None else end.signum
@@ -204,12 +206,12 @@ def verdict(command: Command, end: End, hub: Hub, received: Sequence[int]) -> Ou
         return Outcome(128 + signum, f"stopped by {signal.Signals(signum).name}; every process has ended")
     if failures:
         return Outcome(failures[0].code, failures[0].text)
-    if hub.stopped():
+    if monitor.stopped():
         by = f" ({signal.Signals(received[0]).name})" if received else ""
         told = f"stopped on request{by}: every rank saved its checkpoint; start it again to go on"
         return Outcome(STOPPED_CODE, told)
     code = end.code
-    unfinished = ", ".join(map(str, hub.unfinished()))
+    unfinished = ", ".join(map(str, monitor.unfinished()))
     if code is None:
         how = f"and was ended after {FINISHED_GRACE_S:g} s"
         return Outcome(0, f"every rank finished, but the {command.launcher} launcher did not end, {how}")
@@ -224,7 +226,7 @@ def verdict(command: Command, end: End, hub: Hub, received: Sequence[int]) -> Ou
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
+def run_dir_lock(folder: Path) -> Iterator[None]:
     """Holds the run's folder against another job; the kernel lets go when this process ends, in any way."""
     with needs_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +242,7 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def heard_signals() -> Iterator[list[int]]:
+def capture_signals() -> Iterator[list[int]]:
     """In the block, SIGINT, SIGTERM, SIGHUP and SIGUSR1 end nothing, and are put into the list."""
     received: list[int] = []
 

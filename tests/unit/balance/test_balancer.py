@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import Tally
+from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.rules.quantile import BINS
 from dist_moe.balance.spec import BalanceSettings
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import Threshold, TopK
+from dist_moe.moe.select import ThresholdRouting, TopK
 
 CPU = torch.device("cpu")
 PLAIN = BalanceSettings("loss_free", 0.5, "constant", 10)
@@ -20,14 +20,14 @@ def make_routers(*experts: int) -> dict[str, Router]:
     return {f"layer.{place}": Router(count, 4, TopK(1, "sigmoid")) for place, count in enumerate(experts)}
 
 
-def counts(*values: int) -> Tally:
+def counts(*values: int) -> RoutingCounts:
     """The counts of a layer with this load, by tokens that took one expert each."""
-    return Tally(torch.tensor(values), torch.tensor([sum(values)]))
+    return RoutingCounts(torch.tensor(values), torch.tensor([sum(values)]))
 
 
-def loads(tallies: list[Tally]) -> list[list[int]]:
+def loads(routing_counts: list[RoutingCounts]) -> list[list[int]]:
     """The load of each layer."""
-    return [tally.load_E.tolist() for tally in tallies]
+    return [layer_counts.load_E.tolist() for layer_counts in routing_counts]
 
 
 def test_the_window_is_the_sum_of_its_micro_batches() -> None:
@@ -143,7 +143,7 @@ def test_the_linear_schedule_moves_the_bias() -> None:
 
 
 def test_centring_holds_the_mean() -> None:
-    balancer = Balancer(make_routers(4), BalanceSettings("loss_free", 0.5, "constant", 10, centre=True), CPU)
+    balancer = Balancer(make_routers(4), BalanceSettings("loss_free", 0.5, "constant", 10, center=True), CPU)
     balancer.observe([counts(9, 1, 1, 1)])
     balancer.step()
     assert balancer.biases[0].tolist() == [-0.75, 0.25, 0.25, 0.25]
@@ -151,18 +151,18 @@ def test_centring_holds_the_mean() -> None:
 
 def threshold_routers() -> dict[str, Router]:
     """Two routers by threshold, of four experts."""
-    return {name: Router(4, 4, Threshold(0.4, 4)) for name in ("a", "b")}
+    return {name: Router(4, 4, ThresholdRouting(0.4, 4)) for name in ("a", "b")}
 
 
 BUDGET = BalanceSettings("adaptive_weight", 0.1, "constant", 10, budget=2.0)
-ONE_EACH = Tally(torch.tensor([9, 1, 1, 1]), torch.tensor([12, 0, 0, 0]))
+ONE_EACH = RoutingCounts(torch.tensor([9, 1, 1, 1]), torch.tensor([12, 0, 0, 0]))
 
 
 def test_trap_T14_a_frozen_router_keeps_its_threshold() -> None:
     routers = threshold_routers()
     routers["a"].requires_grad_(False)
     balancer = Balancer(routers, BUDGET, CPU)
-    balancer.observe([ONE_EACH._replace(takers_K=torch.tensor([0, 0, 0, 3])), ONE_EACH])
+    balancer.observe([ONE_EACH._replace(k_histogram_K=torch.tensor([0, 0, 0, 3])), ONE_EACH])
     balancer.step()
     assert routers["a"].threshold is not None and routers["b"].threshold is not None
     assert float(routers["a"].threshold) == pytest.approx(0.4)
@@ -187,11 +187,11 @@ def test_a_frozen_schedule_stops_every_policy() -> None:
 
 def test_trap_T44_a_run_goes_on_from_its_state() -> None:
     """Five steps are three, the state carried over, and two; a window that was open there is forgotten (T7)."""
-    steps = [Tally(torch.tensor([9, 1, 1, step]), torch.tensor([6 + step, 3, 0, 0])) for step in range(5)]
+    steps = [RoutingCounts(torch.tensor([9, 1, 1, step]), torch.tensor([6 + step, 3, 0, 0])) for step in range(5)]
 
-    def run(balancer: Balancer, tallies: list[Tally]) -> Balancer:
-        for tally in tallies:
-            balancer.observe([tally, tally])
+    def run(balancer: Balancer, routing_counts: list[RoutingCounts]) -> Balancer:
+        for layer_counts in routing_counts:
+            balancer.observe([layer_counts, layer_counts])
             balancer.step()
         return balancer
 

@@ -2,29 +2,33 @@
 
 import torch
 
-from dist_moe.balance.counts import Tally, add_tallies, count_routing, sum_tallies
+from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts, count_routing
 
 IDS_TK = torch.tensor([[0, 2], [2, -1], [-1, -1], [2, 1]])  # the third token is padding
 
 
 def test_a_tally_by_hand() -> None:
-    tally = count_routing(IDS_TK, experts=4, most=3)
-    assert tally.load_E.tolist() == [1, 1, 3, 0]
-    assert tally.takers_K.tolist() == [1, 2, 0], "one token took 1, two took 2, none took 3"
-    assert {count.dtype for count in tally if count is not None} == {torch.int64}
+    layer_counts = count_routing(IDS_TK, experts=4, max_experts_per_token=3)
+    assert layer_counts.load_E.tolist() == [1, 1, 3, 0]
+    assert layer_counts.k_histogram_K.tolist() == [1, 2, 0], "one token took 1, two took 2, none took 3"
+    assert {count.dtype for count in layer_counts if count is not None} == {torch.int64}
 
 
 def test_sums_over_micro_batches_and_layers() -> None:
-    tally = count_routing(IDS_TK, experts=4, most=3)
-    with_margins = tally._replace(margins_EQ=torch.ones(4, 5, dtype=torch.int64))
-    added = add_tallies([tally, with_margins], [tally, with_margins])
-    summed = sum_tallies(added, torch.device("cpu"))
+    layer_counts = count_routing(IDS_TK, experts=4, max_experts_per_token=3)
+    with_margins = layer_counts._replace(margins_EQ=torch.ones(4, 5, dtype=torch.int64))
+    added = add_counts([layer_counts, with_margins], [layer_counts, with_margins])
+    summed = all_reduce_routing_counts(added, torch.device("cpu"))
     for one in (*added, *summed):
-        assert (one.load_E.tolist(), one.takers_K.tolist()) == ([2, 2, 6, 0], [2, 4, 0])
+        assert (one.load_E.tolist(), one.k_histogram_K.tolist()) == ([2, 2, 6, 0], [2, 4, 0])
     assert added[0].margins_EQ is None and summed[0].margins_EQ is None
     assert summed[1].margins_EQ is not None and summed[1].margins_EQ.tolist() == [[2] * 5] * 4
 
 
 def test_nothing_routed_is_nothing_counted() -> None:
-    tally = count_routing(torch.full((3, 1), -1), experts=2, most=2)
-    assert tally == Tally(tally.load_E, tally.takers_K) and not tally.load_E.any() and not tally.takers_K.any()
+    layer_counts = count_routing(torch.full((3, 1), -1), experts=2, max_experts_per_token=2)
+    assert (
+        layer_counts == RoutingCounts(layer_counts.load_E, layer_counts.k_histogram_K)
+        and not layer_counts.load_E.any()
+        and not layer_counts.k_histogram_K.any()
+    )

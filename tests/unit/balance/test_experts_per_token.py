@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_takers
+from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
 
 # 5 tokens that took one expert, 3 that took two, none that took three, 2 that took four.
 HAND_K = torch.tensor([5, 3, 0, 2])
@@ -20,26 +20,26 @@ def test_trap_T19_counts_of_tokens_begin_with_one_expert() -> None:
 
 
 def test_trap_T19_layers_are_added_place_by_place_whatever_their_k() -> None:
-    takers_L = [torch.tensor([5, 3]), HAND_K, torch.tensor([1])]
-    assert sum_takers(takers_L).tolist() == [11, 6, 0, 2]
-    assert [count.tolist() for count in takers_L] == [[5, 3], [5, 3, 0, 2], [1]], "none is written to"
-    assert sum_takers([]).tolist() == []
+    k_histogram_L = [torch.tensor([5, 3]), HAND_K, torch.tensor([1])]
+    assert sum_k_histograms(k_histogram_L).tolist() == [11, 6, 0, 2]
+    assert [count.tolist() for count in k_histogram_L] == [[5, 3], [5, 3, 0, 2], [1]], "none is written to"
+    assert sum_k_histograms([]).tolist() == []
 
 
 def test_no_token_has_no_experts() -> None:
-    for takers_K in (torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)):
-        assert (experts_per_token(takers_K), experts_per_token_percentile(takers_K, 50)) == (0.0, 0)
+    for k_histogram_K in (torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)):
+        assert (experts_per_token(k_histogram_K), experts_per_token_percentile(k_histogram_K, 50)) == (0.0, 0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 100))
 def test_they_agree_with_a_slow_twin(counts: list[int], percent: int) -> None:
-    takers_K = torch.tensor(counts)
+    k_histogram_K = torch.tensor(counts)
     tokens = [taken for taken, count in enumerate(counts, start=1) for _ in range(count)]
     mean = sum(tokens) / len(tokens) if tokens else 0.0
     place = math.ceil(len(tokens) * percent / 100)
-    assert experts_per_token(takers_K) == pytest.approx(mean)
-    assert experts_per_token_percentile(takers_K, percent) == (tokens[place - 1] if tokens else 0)
+    assert experts_per_token(k_histogram_K) == pytest.approx(mean)
+    assert experts_per_token_percentile(k_histogram_K, percent) == (tokens[place - 1] if tokens else 0)
 
 
 def test_a_percentile_is_right_to_the_last_token() -> None:
@@ -51,8 +51,8 @@ def test_a_percentile_is_right_to_the_last_token() -> None:
 def test_malformed_counts_are_refused() -> None:
     for read in (
         experts_per_token,
-        lambda takers_K: experts_per_token_percentile(takers_K, 50),
-        lambda t: sum_takers([t]),
+        lambda k_histogram_K: experts_per_token_percentile(k_histogram_K, 50),
+        lambda t: sum_k_histograms([t]),
     ):
         with pytest.raises(TypeError, match=r"float32; counts are torch\.int64"):
             read(torch.ones(3))

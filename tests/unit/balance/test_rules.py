@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.counts import Tally
+from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.rules.adaptive_weight import adaptive_weight_update
 from dist_moe.balance.rules.loss_free import loss_free_update
 from dist_moe.balance.spec import BalanceSettings, UpdateRule, update_rule
@@ -26,12 +26,12 @@ def drawn(experts: int, seed: int) -> Tensor:
     return torch.randn(experts, generator=torch.Generator().manual_seed(seed))
 
 
-@given(load=loads, rate=st.sampled_from([0.001, 0.1, 1.0]), seed=st.integers(0, 100), centre=st.booleans())
-def test_the_proportional_rule_of_loss_free(load: list[int], rate: float, seed: int, centre: bool) -> None:
+@given(load=loads, rate=st.sampled_from([0.001, 0.1, 1.0]), seed=st.integers(0, 100), center=st.booleans())
+def test_the_proportional_rule_of_loss_free(load: list[int], rate: float, seed: int, center: bool) -> None:
     bias_E = drawn(len(load), seed)
     wanted_E = bias_E.double().numpy() + rate * errors(load)
-    wanted_E -= wanted_E.mean() if centre else 0.0
-    found_E = loss_free_update(bias_E, torch.tensor(load), rate, centre, proportional=True)
+    wanted_E -= wanted_E.mean() if center else 0.0
+    found_E = loss_free_update(bias_E, torch.tensor(load), rate, center, proportional=True)
     assert found_E.dtype == torch.float32
     np.testing.assert_allclose(found_E.numpy(), wanted_E, rtol=1e-5, atol=1e-5)
 
@@ -72,17 +72,17 @@ RULES: dict[str, UpdateRule] = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_level_load_is_a_fixed_point(name: str) -> None:
-    level = Tally(torch.full((6,), 7), torch.tensor([42]))
+    level = RoutingCounts(torch.full((6,), 7), torch.tensor([42]))
     bias_E = drawn(6, 0)
     bias_E -= bias_E.mean()
     torch.testing.assert_close(RULES[name](bias_E, level, 0.1), bias_E, rtol=0, atol=1e-6)
-    empty = Tally(torch.zeros(6, dtype=torch.int64), torch.tensor([0]))
+    empty = RoutingCounts(torch.zeros(6, dtype=torch.int64), torch.tensor([0]))
     torch.testing.assert_close(RULES[name](bias_E, empty, 0.1), bias_E, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_greedy_expert_falls_and_a_starved_one_rises(name: str) -> None:
-    moved_E = RULES[name](torch.zeros(3), Tally(torch.tensor([8, 4, 0]), torch.tensor([12])), 0.1)
+    moved_E = RULES[name](torch.zeros(3), RoutingCounts(torch.tensor([8, 4, 0]), torch.tensor([12])), 0.1)
     assert moved_E[0] < moved_E[1] < moved_E[2]
 
 
@@ -107,14 +107,14 @@ def test_trap_T05_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: 
 
 def test_trap_T11_adaptive_weights_are_centred_of_themselves() -> None:
     """Null in the config: the paper's rule."""
-    tally = Tally(torch.tensor([9, 1, 1, 1]), torch.tensor([12]))
+    layer_counts = RoutingCounts(torch.tensor([9, 1, 1, 1]), torch.tensor([12]))
     own = {
         policy: update_rule(BalanceSettings(policy, 0.1, "constant", 10)) for policy in ("loss_free", "adaptive_weight")
     }
     assert own["loss_free"] and own["adaptive_weight"]
-    assert own["loss_free"](torch.zeros(4), tally, 1.0).tolist() == [-1, 1, 1, 1], "the sign, not centred"
+    assert own["loss_free"](torch.zeros(4), layer_counts, 1.0).tolist() == [-1, 1, 1, 1], "the sign, not centred"
     torch.testing.assert_close(
-        own["adaptive_weight"](torch.full((4,), 0.5), tally, 1.0), torch.tensor([-2.0, 2 / 3, 2 / 3, 2 / 3])
+        own["adaptive_weight"](torch.full((4,), 0.5), layer_counts, 1.0), torch.tensor([-2.0, 2 / 3, 2 / 3, 2 / 3])
     )
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from dist_moe.balance.threshold_controller import HIGHEST, control, start_controller
-from dist_moe.moe.select import Threshold, select_by_threshold
+from dist_moe.moe.select import ThresholdRouting, select_by_threshold
 
 
 def run(sharpness: float, budget: float, start: float, experts: int = 16, steps: int = 60) -> list[float]:
     """The mean number of experts in each step, over fresh tokens."""
     generator = torch.Generator().manual_seed(0)
-    state, rule, means = start_controller(start), Threshold(start, experts), []
+    state, rule, means = start_controller(start), ThresholdRouting(start, experts), []
     for _ in range(steps):
         logits_TE = sharpness * torch.randn(2048, experts, generator=generator)
         ids_TK = select_by_threshold(logits_TE, rule, state.threshold).ids_TK

@@ -18,7 +18,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one worker with checkpoints of steps 2, 4 and 6."""
     run = tmp_path_factory.mktemp("made") / "run"
-    done = train(text, run, "train.steps=6", "checkpoint.every=2")
+    done = train(text, run, "train.steps=6", "checkpoint.interval=2")
     assert done.returncode == 0, done.stderr
     return run
 

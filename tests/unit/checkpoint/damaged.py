@@ -57,10 +57,10 @@ def main(kind: str, where: str, strike_at: str, mend_at: str, *overrides: str) -
             assert set_read_only(Path(where), False)
         return one_step(*given)
 
-    def write_after_blow(contents: Any, partial: Path) -> Any:
+    def write_after_blow(snapshot: Any, partial: Path) -> Any:
         if f"{int(strike_at) - 1:06d}" in partial.name:
             assert struck.wait(LIMIT_S)
-        return write(contents, partial)
+        return write(snapshot, partial)
 
     setattr(loop, "one_step", step_and_blow)  # noqa: B010  (its type is another)
     setattr(async_saver, "_write", write_after_blow)  # noqa: B010

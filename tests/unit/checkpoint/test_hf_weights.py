@@ -16,7 +16,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.data.tokenizer import byte_tokenizer
 from dist_moe.model.build import build_model, family_rule
 from dist_moe.model.convert import find_layers
-from dist_moe.moe.select import Forced, Rule, Threshold, TopK
+from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 from tests.unit.model.samples import ALONE, FAMILIES, logits, perturb, small_model, stored_tensors, tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -134,11 +134,11 @@ def beyond(case: str) -> PreTrainedModel:
     if case == "scaling on Qwen3":
         settings, score = FAMILIES["qwen3_moe"]
         rule = family_rule(AutoConfig.for_model("qwen3_moe", **settings), score)
-        return build_model("qwen3_moe", settings, replace(rule, scaling=2.5), ALONE, seed=0)
+        return build_model("qwen3_moe", settings, replace(rule, routed_scaling_factor=2.5), ALONE, seed=0)
     rules: dict[str, Rule] = {
-        "threshold": Threshold(0.3, 3, shapes_mixture=True),
-        "forced": Forced(2, 1.0, "sigmoid"),
-        "multiplicative": TopK(2, "sigmoid", normalise=True, multiplicative=True),
+        "threshold": ThresholdRouting(0.3, 3, bias_in_gate_weights=True),
+        "forced": RandomRouting(2, 1.0, "sigmoid"),
+        "multiplicative": TopK(2, "sigmoid", normalize=True, multiplicative=True),
         "softmax after": TopK(2, "softmax_selected"),
     }
     if case in rules:
@@ -152,7 +152,7 @@ def beyond(case: str) -> PreTrainedModel:
     if case == "groups on Qwen3":
         for layer in find_layers(model):
             assert isinstance(layer.router.rule, TopK)
-            layer.router.rule = replace(layer.router.rule, groups=4, top_groups=1)
+            layer.router.rule = replace(layer.router.rule, groups=4, topk_groups=1)
     else:
         set_biases(model)
     return model
@@ -211,9 +211,9 @@ def test_trap_T42_experts_are_ordered_as_numbers(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     for rank in range(2):
         local = find_layers(load_weights(tmp_path, Mesh(2, rank, 2)))[0].experts.local
-        held = range(rank * 6, rank * 6 + 6)
-        assert [weight.unique().tolist() for weight in local.gate_up_proj] == [[e + 0.25] for e in held]
-        assert [weight.unique().tolist() for weight in local.down_proj] == [[e + 0.5] for e in held]
+        optimizer_fragments = range(rank * 6, rank * 6 + 6)
+        assert [weight.unique().tolist() for weight in local.gate_up_proj] == [[e + 0.25] for e in optimizer_fragments]
+        assert [weight.unique().tolist() for weight in local.down_proj] == [[e + 0.5] for e in optimizer_fragments]
 
 
 def change_file(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:

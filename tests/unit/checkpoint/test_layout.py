@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.checkpoint.collective import together
+from dist_moe.checkpoint.collective import run_on_all_ranks
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import checkpoints, recover
 from dist_moe.checkpoint.format.manifest import read_manifest
 from dist_moe.checkpoint.resume import find_checkpoint
-from dist_moe.data.corpus import Prepared
+from dist_moe.data.corpus import TokenizedData
 from dist_moe.train.loop import prepare_text
 from tests.dist.resumable import tensors
 from tests.unit.train.runs import ALONE, CPU, MORE, STATE, WEIGHTS, find, settings, step, train
@@ -39,7 +39,7 @@ def test_the_newest_is_taken_and_latest_names_it(text: Path, run: Path) -> None:
     assert find(text, run, "checkpoint.resume=never") is None
     assert find(text, run / "elsewhere") is None
     by_path = find(text, run / "elsewhere", f"checkpoint.resume={step(run, 2)}")
-    assert by_path is not None and by_path.numbers.step == 2
+    assert by_path is not None and by_path.counters.step == 2
 
 
 def link(path: Path) -> None:
@@ -121,13 +121,13 @@ def test_a_job_that_is_started_again_goes_on_whatever_it_was_told_at_first(
     for number, wanted in (("8", None), ("7", 6)):
         monkeypatch.setenv(job, number)
         found = find(text, run, "checkpoint.resume=never")
-        assert (found and found.numbers.step) == wanted
+        assert (found and found.counters.step) == wanted
     told = f"checkpoint.resume={step(run, 2)}"
     elsewhere = find(text, tmp_path / "empty", told)
-    assert elsewhere is not None and elsewhere.numbers.step == 2, "nothing of its own yet"
+    assert elsewhere is not None and elsewhere.counters.step == 2, "nothing of its own yet"
     monkeypatch.setenv(count, "0")
     first = find(text, run, told)
-    assert first is not None and first.numbers.step == 2
+    assert first is not None and first.counters.step == 2
 
 
 def test_going_back_sets_what_is_later_aside(text: Path, run: Path) -> None:
@@ -136,14 +136,14 @@ def test_going_back_sets_what_is_later_aside(text: Path, run: Path) -> None:
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["latest", "step-000002", "step-000004.abandoned-1", "step-000006.abandoned-1"]
     found = find(text, run)
-    assert found is not None and found.numbers.step == 2
+    assert found is not None and found.counters.step == 2
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ("run.seed=1", "run.seed"),
-        ("train.global_batch=4", "train.global_batch"),
+        ("train.global_batch_size=4", "train.global_batch_size"),
         ("model.config.hidden_size=32", "model.config"),
         ("balance.policy=none", "balance.policy"),
         ("train.optimizer=sgd", "train.optimizer"),
@@ -163,15 +163,15 @@ def test_what_may_change_does(text: Path, run: Path) -> None:
         "train.steps=99",
         "train.schedule_steps=null",
         "train.learning_rate=1e-4",
-        "train.micro_batch=2",
+        "train.micro_batch_size=2",
         "parallel.zero_stage=2",
     )
-    assert find(text, run, *changes, "train.precision=bf16", "observe.every=3", "balance.rate=0.1") is not None
+    assert find(text, run, *changes, "train.precision=bf16", "observe.interval=3", "balance.rate=0.1") is not None
 
 
 def test_another_text_is_refused(text: Path, run: Path) -> None:
     config = settings(text, run)
-    prepared: Prepared = replace(prepare_text(config), fingerprint="another")
+    prepared: TokenizedData = replace(prepare_text(config), fingerprint="another")
     with pytest.raises(CheckpointError, match=r"is not the one that .*step-000006 has learned from"):
         find_checkpoint(config, prepared, ALONE, CPU)
 
@@ -197,7 +197,7 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, changed: dict[str, o
 
 def test_only_what_is_to_be_kept_is_kept(text: Path, made: Path, tmp_path: Path) -> None:
     """Of steps 3 to 7 the newest two, and the multiples of 3; one of another run is set aside."""
-    changes = ("train.steps=7", "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
+    changes = ("train.steps=7", "checkpoint.interval=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
     shutil.copytree(step(made, 6), step(tmp_path, 60))
     done = train(text, tmp_path, *changes, f"checkpoint.resume={step(made, 2)}")
     assert done.returncode == 0, done.stderr
@@ -227,4 +227,4 @@ def test_a_failure_on_one_rank_is_told_with_its_rank() -> None:
     with pytest.raises(
         CheckpointError, match=r"step-1 could not be saved: \[Errno 28\] No space left on device \(rank 0\)"
     ):
-        together(ALONE, "step-1 could not be saved", fail)
+        run_on_all_ranks(ALONE, "step-1 could not be saved", fail)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dist_moe.checkpoint.errors import CheckpointError, WeightsError
 from dist_moe.checkpoint.format.hf_weights import fill_weights, find_weights
-from dist_moe.checkpoint.pretrained import begin_with
+from dist_moe.checkpoint.pretrained import load_pretrained
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.convert import find_layers
@@ -63,7 +63,7 @@ def test_the_first_logits_are_those_of_transformers(
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = logits(theirs, tokens())
     assert not torch.allclose(logits(task.model, tokens()), wanted, atol=1e-2)
-    begin_with(folder, task.model, ALONE)
+    load_pretrained(folder, task.model, ALONE)
     torch.testing.assert_close(logits(task.model, tokens()), wanted, rtol=1e-5, atol=1e-5)
     assert {parameter.dtype for parameter in task.model.parameters()} == {torch.float32}
 
@@ -77,8 +77,8 @@ def test_each_rank_reads_its_own_experts_alone(tmp_path: Path, save: dict[str, A
         mesh = Mesh(4, rank, 4)
         model = small_model("qwen3_moe", mesh, vocab_size=320)
         read = {name for name in find_weights(model, mesh, tmp_path) if ".experts." in name}
-        held = {int(name.split(".experts.")[1].split(".")[0]) for name in read}
-        assert held == {3 * rank, 3 * rank + 1, 3 * rank + 2} and len(read) == 2 * 3 * 3
+        optimizer_fragments = {int(name.split(".experts.")[1].split(".")[0]) for name in read}
+        assert optimizer_fragments == {3 * rank, 3 * rank + 1, 3 * rank + 2} and len(read) == 2 * 3 * 3
         fill_weights(model, mesh, tmp_path)
         for ours, all_of_them in zip(find_layers(model), find_layers(whole), strict=True):
             every = all_of_them.experts.local.gate_up_proj[3 * rank : 3 * rank + 3]
@@ -133,7 +133,7 @@ def test_experts_together_of_another_number_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"the run cannot begin with model\.pretrained=.*nowhere: it is gone"):
-        begin_with(tmp_path / "nowhere", small_model("qwen3_moe"), ALONE)
+        load_pretrained(tmp_path / "nowhere", small_model("qwen3_moe"), ALONE)
 
 
 def test_a_run_does_not_start_with_a_folder_that_does_not_fit(text: Path, tmp_path: Path) -> None:

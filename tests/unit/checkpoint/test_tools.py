@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from dist_moe.checkpoint.format.hf_weights import load_weights
 from dist_moe.checkpoint.format.manifest import FORMAT, NAME, entry
-from dist_moe.checkpoint.format.shard_reader import ElementReader
+from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.cli.main import app
 from dist_moe.errors import UserError
 from tests.dist.resumable import elements
@@ -225,10 +225,10 @@ def test_a_hostile_checkpoint_is_refused_in_words(text: Path, run: Path, case: s
     assert invoke("inspect", folder).exit_code in (0, 2)
     if name in (NAME, "state/training.json") or (folder / name).is_fifo():
         found = find(text, run)
-        assert found is not None and found.numbers.step == 4
+        assert found is not None and found.counters.step == 4
     elif name == WEIGHTS:
         with pytest.raises(UserError, match=re.escape(str(folder))):
             load_weights(folder / "model", ALONE)
     else:
-        with pytest.raises(UserError, match=re.escape(str(folder))), ElementReader(folder / "state"):
+        with pytest.raises(UserError, match=re.escape(str(folder))), ShardReader(folder / "state"):
             find(text, run)

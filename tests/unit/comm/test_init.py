@@ -6,18 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.init import choose_backend, join_world, set_threads
-from dist_moe.worker.rank_info import Place, PlaceError, read_place
+from dist_moe.comm.init import choose_backend, init_distributed, set_threads
+from dist_moe.worker.rank_info import RankInfo, RankInfoError, rank_info_from_env
 from tests.dist.pool import RankPool
 
 
 def test_the_backend_is_the_one_that_the_machine_has() -> None:
     devices = torch.cuda.device_count()
-    many = Place(0, devices + 1, 0, devices + 1, "env")
-    assert choose_backend("gloo", Place()) == "gloo"
-    assert choose_backend("auto", Place()) == ("nccl" if devices else "gloo")
+    many = RankInfo(0, devices + 1, 0, devices + 1, "env")
+    assert choose_backend("gloo", RankInfo()) == "gloo"
+    assert choose_backend("auto", RankInfo()) == ("nccl" if devices else "gloo")
     assert choose_backend("auto", many) == "gloo", "one worker more than there are devices"
-    with pytest.raises(PlaceError, match=f"each of this host's {devices + 1} workers and torch sees {devices}"):
+    with pytest.raises(RankInfoError, match=f"each of this host's {devices + 1} workers and torch sees {devices}"):
         choose_backend("nccl", many)
 
 
@@ -26,11 +26,11 @@ def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
-    with join_world(read_place(os.environ), "gloo", 30) as world:
+    with init_distributed(rank_info_from_env(os.environ), "gloo", 30) as dist_context:
         dist.all_reduce(torch.ones(1))
         found = dist.get_world_size()
         names = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    return found, world.backend, names, dist.is_initialized()
+    return found, dist_context.backend, names, dist.is_initialized()
 
 
 def test_workers_share_the_hosts_cores_and_one_that_mpirun_bound_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +39,10 @@ def test_workers_share_the_hosts_cores_and_one_that_mpirun_bound_keeps_its_own(m
     try:
         for given, launcher, expected in ((3, "openmpi", 3), ("auto", "env", 2), ("auto", "openmpi", 4)):
             monkeypatch.setenv("OMP_NUM_THREADS", "4")
-            set_threads(given, Place(0, 2, 0, 2, launcher))
+            set_threads(given, RankInfo(0, 2, 0, 2, launcher))
             assert torch.get_num_threads() == expected
         monkeypatch.delenv("OMP_NUM_THREADS")
-        set_threads("auto", Place(0, 2, 0, 2, "openmpi"))
+        set_threads("auto", RankInfo(0, 2, 0, 2, "openmpi"))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -55,8 +55,8 @@ def test_a_world_of_one_needs_no_launcher_and_ends_with_its_context(ranks: RankP
 
 def joined_twice(rank: int, world_size: int) -> tuple[int, bool]:
     """A group that exists already is used, and left alone."""
-    with join_world(read_place(os.environ), "gloo", 30) as world:
-        total = torch.tensor([world.place.rank])
+    with init_distributed(rank_info_from_env(os.environ), "gloo", 30) as dist_context:
+        total = torch.tensor([dist_context.rank_info.rank])
         dist.all_reduce(total)
     return int(total), dist.is_initialized()
 
@@ -69,7 +69,7 @@ def another_mpi(rank: int, world_size: int) -> str:
     """The variables of an mpirun, in a process that no mpirun started."""
     dist.destroy_process_group()
     os.environ.pop("MASTER_ADDR")
-    with pytest.raises(PlaceError) as error, join_world(Place(0, 2, 0, 2, "openmpi"), "gloo", 5):
+    with pytest.raises(RankInfoError) as error, init_distributed(RankInfo(0, 2, 0, 2, "openmpi"), "gloo", 5):
         pass
     return str(error.value)
 
@@ -84,7 +84,7 @@ def nowhere_to_meet(rank: int, world_size: int) -> str:
     dist.destroy_process_group()
     os.environ.pop("MASTER_ADDR")
     os.environ.pop("MASTER_PORT")
-    with pytest.raises(PlaceError) as error, join_world(Place(0, 2, 0, 2, "slurm"), "gloo", 5):
+    with pytest.raises(RankInfoError) as error, init_distributed(RankInfo(0, 2, 0, 2, "slurm"), "gloo", 5):
         pass
     return str(error.value)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.comm.reduce import sum_counts, sum_scalars
+from dist_moe.comm.reduce import all_reduce_counts, all_reduce_scalars
 from tests.collectives import counted
 from tests.dist.pool import RankPool
 
@@ -14,21 +14,21 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.bool])
 def test_trap_T05_counts_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"counts are {dtype}; load counts are int64"):
-        sum_counts([torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=dtype)], CPU)
+        all_reduce_counts([torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=dtype)], CPU)
 
 
 def test_a_world_of_one_sums_over_itself() -> None:
     counts = [torch.tensor([3, 4]), torch.tensor(5)]
-    assert [count.tolist() for count in sum_counts(counts, CPU)] == [[3, 4], 5]
-    assert sum_scalars({"nats": 1.5, "tokens": 2}, CPU) == {"nats": 1.5, "tokens": 2.0}
+    assert [count.tolist() for count in all_reduce_counts(counts, CPU)] == [[3, 4], 5]
+    assert all_reduce_scalars({"nats": 1.5, "tokens": 2}, CPU) == {"nats": 1.5, "tokens": 2.0}
 
 
 def sums(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, float], int]:
     """Counts above 2**24 that differ by one, numbers; and the collectives that the counts took."""
     shapes = [torch.tensor([2**24 + rank, 1]), torch.tensor(2**53 * rank + 1), torch.zeros(0, dtype=torch.int64)]
     with counted("all_reduce") as calls:
-        summed = sum_counts([*shapes, torch.ones(2, 3, dtype=torch.int64)], CPU)
-    return summed, sum_scalars({"nats": 0.5 + rank, "tokens": 7}, CPU), len(calls)
+        summed = all_reduce_counts([*shapes, torch.ones(2, 3, dtype=torch.int64)], CPU)
+    return summed, all_reduce_scalars({"nats": 0.5 + rank, "tokens": 7}, CPU), len(calls)
 
 
 def test_trap_T05_counts_above_2_to_the_24_are_summed_to_the_last_unit(ranks: RankPool) -> None:
@@ -41,8 +41,8 @@ def test_trap_T05_counts_above_2_to_the_24_are_summed_to_the_last_unit(ranks: Ra
 
 def nothing_then_something(rank: int, world_size: int) -> int:
     """An empty list makes no collective, so the next one meets its like on the other ranks."""
-    assert sum_counts([], CPU) == []
-    return int(sum_counts([torch.tensor(rank + 1)], CPU)[0])
+    assert all_reduce_counts([], CPU) == []
+    return int(all_reduce_counts([torch.tensor(rank + 1)], CPU)[0])
 
 
 def test_trap_T16_nothing_to_sum_makes_no_collective(ranks: RankPool) -> None:

@@ -14,7 +14,7 @@ from tests.unit.config.files import DEBUG, debug
 SMALLEST = """
 model: {architecture: qwen3_moe, config: {}}
 data: {sequence_length: 8}
-train: {steps: 1, global_batch: 2, micro_batch: 1, learning_rate: 1e-3}
+train: {steps: 1, global_batch_size: 2, micro_batch_size: 1, learning_rate: 1e-3}
 """
 
 
@@ -43,7 +43,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones() -> None:
     config = debug("train.steps=7", "train.steps=9", "train.betas=[0.8, 0.9]", "run.threads=2", "router.score=softmax")
     assert (config.train.steps, config.train.betas) == (9, (0.8, 0.9))
     assert (config.run.threads, config.router.score) == (2, "softmax")
-    assert config.train.global_batch == 12
+    assert config.train.global_batch_size == 12
 
 
 def test_an_override_reaches_below_free_mappings() -> None:
@@ -63,8 +63,8 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("train.stepps=4", "train.stepps=4 is not a key of train; did you mean train.steps?"),
         ("run.thread=3", "run.thread=3 is not a key of run; did you mean run.threads?"),
         ("trian.steps=3", 'trian={"steps": 3} is not a section; did you mean train?'),
-        ("micro_batch=7", "micro_batch=7 is not a section; did you mean train.micro_batch?"),
-        ("every=7", "every=7 is not a section; did you mean checkpoint.every or observe.every?"),
+        ("micro_batch=7", "micro_batch=7 is not a section; did you mean train.micro_batch_size?"),
+        ("every=7", "every=7 is not a section; did you mean checkpoint.interval or observe.interval?"),
         ("run.top_k=1", "run.top_k=1 is not a key of run; did you mean router.top_k?"),
         ("run.qqqqqq=1", "run.qqqqqq=1 is not a key of run; the known keys are dir, seed and threads"),
         ("foo", "override=foo is not of the form key=value; write for example train.steps=20"),
@@ -123,11 +123,11 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     found = {violation.key for violation in caught.value.violations}
     assert found == {
         *("override", "run.seed", "modell", "train.warmup", "data.tokenizer"),
-        *("model", "data.sequence_length", "train.global_batch", "train.micro_batch", "train.learning_rate"),
+        *("model", "data.sequence_length", "train.global_batch_size", "train.micro_batch_size", "train.learning_rate"),
     }
-    missing = next(violation for violation in caught.value.violations if violation.key == "train.micro_batch")
+    missing = next(violation for violation in caught.value.violations if violation.key == "train.micro_batch_size")
     assert missing.value is ABSENT
-    assert str(missing).startswith("train.micro_batch is missing; give the sequences a worker puts")
+    assert str(missing).startswith("train.micro_batch_size is missing; give the sequences a worker puts")
 
 
 def test_deepspeed_keys_of_ours_are_refused_with_our_field() -> None:
@@ -169,7 +169,7 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
 def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text(SMALLEST + "run:\nobserve:\n  # every: 3\n")
-    assert load_config(path).observe.every == 10
+    assert load_config(path).observe.interval == 10
     path.write_text("")
     assert {line.split(" ")[0] for line in refused(path=path)} == {"model", "data", "train"}
 

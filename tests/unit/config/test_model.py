@@ -53,9 +53,9 @@ def test_the_family_score_is_that_of_its_router(architecture: str, router: type[
     chosen = resolved.config.router
     scores_TE = logits_TE.softmax(-1) if chosen.score == "softmax" else logits_TE.sigmoid()
     expected_TK = scores_TE.gather(1, ids_TK)
-    if chosen.normalise:
+    if chosen.normalize:
         expected_TK = expected_TK / expected_TK.sum(-1, keepdim=True)
-    torch.testing.assert_close(weights_TK, expected_TK * chosen.scaling)
+    torch.testing.assert_close(weights_TK, expected_TK * chosen.scaling_factor)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -110,7 +110,7 @@ def test_a_bpe_vocabulary_must_fit() -> None:
 
 def test_routing_values_are_written_into_the_model() -> None:
     bare = debug("model.config.num_experts_per_tok=null", "model.config.n_group=null", "model.config.topk_group=null")
-    router = {"top_k": 3, "groups": 4, "top_groups": 2, "scaling": 2.0, "normalise": False}
+    router = {"top_k": 3, "groups": 4, "topk_groups": 2, "scaling_factor": 2.0, "normalize": False}
     wanted = bare.router.model_copy(update=router)
     without_scale = {
         key: bare.model.config[key] for key in bare.model.config if "scal" not in key and "norm" not in key
@@ -131,7 +131,7 @@ def test_a_class_default_is_used_and_blamed_by_its_name() -> None:
     assert not violations(config.model_copy(update={"router": debug("router={groups: 2, top_groups: 1}").router}))
 
 
-@pytest.mark.parametrize("name", ["top_k=3", "scaling=2.0", "normalise=false", "groups=2", "top_groups=2"])
+@pytest.mark.parametrize("name", ["top_k=3", "scaling_factor=2.0", "normalize=false", "groups=2", "topk_groups=2"])
 def test_set_in_both_places_and_different(name: str) -> None:
     key = f"router.{name.partition('=')[0]}"
     (found,) = violations(debug(f"router.{name}")).values()
@@ -147,9 +147,9 @@ def test_too_few_experts_in_the_groups() -> None:
 
 def test_a_family_without_groups() -> None:
     assert list(violations(qwen("router.groups=4"))) == ["router.groups"]
-    resolved = resolve(qwen("router.groups=1", "router.score=sigmoid", "router.scaling=2.5"), workers=1)
-    assert (resolved.config.router.score, resolved.config.router.scaling) == ("sigmoid", 2.5)
-    assert (resolved.config.router.groups, resolved.config.router.normalise) == (1, False)
+    resolved = resolve(qwen("router.groups=1", "router.score=sigmoid", "router.scaling_factor=2.5"), workers=1)
+    assert (resolved.config.router.score, resolved.config.router.scaling_factor) == ("sigmoid", 2.5)
+    assert (resolved.config.router.groups, resolved.config.router.normalize) == (1, False)
 
 
 BROKEN = [

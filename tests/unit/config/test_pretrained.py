@@ -45,7 +45,7 @@ def test_the_folder_says_what_the_model_is(folder: Path, settings: dict[str, Any
     assert (keys["num_experts"], keys["vocab_size"], keys["head_dim"]) == (8, 400, 16)
     assert keys["rope_parameters"] == {"rope_theta": 1000000.0, "rope_type": "default"}
     assert "eos_token_id" not in keys and resolved.model_config["eos_token_id"] is None
-    assert (resolved.config.router.top_k, resolved.config.router.normalise) == (2, True)
+    assert (resolved.config.router.top_k, resolved.config.router.normalize) == (2, True)
     again = folder.parent / "again.yaml"
     again.write_text(dump_config(resolved.config))
     assert resolve(load_config(again), workers=1) == resolved, "keys set in both places, and equal"

@@ -19,8 +19,8 @@ def test_resolved_holds_what_follows_from_the_configuration() -> None:
         12,
     )
     router = resolved.config.router
-    assert (router.top_k, router.score, router.normalise, router.scaling) == (2, "sigmoid", True, 1.0)
-    assert (router.groups, router.top_groups) == (1, 1)
+    assert (router.top_k, router.score, router.normalize, router.scaling_factor) == (2, "sigmoid", True, 1.0)
+    assert (router.groups, router.topk_groups) == (1, 1)
     assert resolved.config.train.schedule_steps == 20
     assert resolved.model_config["num_experts_per_tok"] == 2
     assert "vocab_size" not in resolved.model_config
@@ -53,7 +53,7 @@ def test_automatic_expert_parallelism_is_the_largest_common_divisor(workers: int
     ],
 )
 def test_trap_T35_expert_parallelism_that_does_not_divide_is_told_first(asked: int, workers: int, line: str) -> None:
-    config = qwen(f"parallel.expert_parallel={asked}", "train.global_batch=24")
+    config = qwen(f"parallel.expert_parallel={asked}", "train.global_batch_size=24")
     found = violations(config, workers)
     assert list(found) == ["parallel.expert_parallel"]
     assert str(found["parallel.expert_parallel"]) == f"parallel.expert_parallel={asked} {line}"
@@ -66,7 +66,7 @@ def test_expert_parallelism_that_divides_is_kept(asked: int) -> None:
 
 def with_batch(batch: int, micro: int) -> Config:
     start = debug()
-    train = start.train.model_copy(update={"global_batch": batch, "micro_batch": micro})
+    train = start.train.model_copy(update={"global_batch_size": batch, "micro_batch_size": micro})
     return start.model_copy(update={"train": train})
 
 
@@ -83,18 +83,18 @@ def test_batches_divide_or_the_remedy_works(workers: int) -> None:
             refused += 1
             ((key, violation),) = found.items()
             first, _, other = violation.remedy.partition(", or ")
-            for number in map(int, re.findall(r"\d+", violation.remedy if key == "train.micro_batch" else first)):
-                better = (batch, number) if key == "train.micro_batch" else (number, micro)
+            for number in map(int, re.findall(r"\d+", violation.remedy if key == "train.micro_batch_size" else first)):
+                better = (batch, number) if key == "train.micro_batch_size" else (number, micro)
                 assert not violations(with_batch(*better), workers)
-            for number in map(int, re.findall(r"\d+", other) if key == "train.global_batch" else ()):
+            for number in map(int, re.findall(r"\d+", other) if key == "train.global_batch_size" else ()):
                 assert not violations(with_batch(batch, micro), number)
     assert refused
 
 
 def test_the_error_lists_the_micro_batches_that_work() -> None:
-    found = violations(debug("train.micro_batch=5"), workers=2)
-    assert str(found["train.micro_batch"]) == (
-        "train.micro_batch=5 does not divide the 6 sequences of each of 2 workers; use 1, 2, 3 or 6"
+    found = violations(debug("train.micro_batch_size=5"), workers=2)
+    assert str(found["train.micro_batch_size"]) == (
+        "train.micro_batch_size=5 does not divide the 6 sequences of each of 2 workers; use 1, 2, 3 or 6"
     )
 
 
@@ -140,7 +140,7 @@ def test_everything_is_told_at_once() -> None:
     assert set(violations(debug(*overrides), workers=5)) == {
         *("model.config.n_group", "router.top_k", "parallel.expert_parallel", "train.schedule_steps"),
         *("model.config.first_k_dense_replace", "data.sequence_length", "model.config.hiden_size"),
-        "train.global_batch",
+        "train.global_batch_size",
     }
 
 
@@ -149,6 +149,6 @@ def test_a_model_that_its_class_refuses_does_not_hide_the_rest() -> None:
     found = violations(debug(*overrides), workers=10)
     assert set(found) == {
         *("model.config.hidden_size", "model.config.rms_norm_eps", "parallel.expert_parallel"),
-        "train.global_batch",
+        "train.global_batch_size",
     }
     assert "expected int, got str" in found["model.config.hidden_size"].rule

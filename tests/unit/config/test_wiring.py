@@ -7,7 +7,7 @@ import pytest
 
 from dist_moe.config import load_config, resolve
 from dist_moe.model.build import routing_rule
-from dist_moe.moe.select import Forced, Threshold, TopK
+from dist_moe.moe.select import RandomRouting, ThresholdRouting, TopK
 from dist_moe.train.loop import balance_settings, routing_losses
 
 DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
@@ -19,18 +19,21 @@ ADAPTIVE = [*SOFTMAX, "balance.policy=adaptive_weight"]
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        ([], TopK(2, "sigmoid", normalise=True)),
-        (["router.score=sqrt_softplus"], TopK(2, "sqrt_softplus", normalise=True)),
+        ([], TopK(2, "sigmoid", normalize=True)),
+        (["router.score=sqrt_softplus"], TopK(2, "sqrt_softplus", normalize=True)),
         (["model.config.n_group=3", "model.config.topk_group=2"], TopK(2, "sigmoid", True, 1.0, 3, 2)),
-        (["balance.form=multiplicative"], TopK(2, "sigmoid", normalise=True, multiplicative=True)),
-        ([*ADAPTIVE, "balance.shapes=mixture"], TopK(2, "softmax", normalise=True, shapes_mixture=True)),
-        ([*THRESHOLD, "router.threshold=0.7"], Threshold(0.7, 12)),
+        (["balance.form=multiplicative"], TopK(2, "sigmoid", normalize=True, multiplicative=True)),
+        ([*ADAPTIVE, "balance.applies_to=gate_weights"], TopK(2, "softmax", normalize=True, bias_in_gate_weights=True)),
+        ([*THRESHOLD, "router.threshold=0.7"], ThresholdRouting(0.7, 12)),
         (
-            [*THRESHOLD, "router.max_experts=3", "router.normalise=true", "router.scaling=2"],
-            Threshold(0.4, 3, True, 2.0),
+            [*THRESHOLD, "router.max_experts=3", "router.normalize=true", "router.scaling_factor=2"],
+            ThresholdRouting(0.4, 3, True, 2.0),
         ),
-        (["router.selection=zipf", "router.skew=2", "balance.policy=none"], Forced(2, 2.0, "sigmoid", True)),
-        (["router.selection=uniform", "balance.policy=none"], Forced(2, 0.0, "sigmoid", True)),
+        (
+            ["router.selection=zipf", "router.zipf_exponent=2", "balance.policy=none"],
+            RandomRouting(2, 2.0, "sigmoid", True),
+        ),
+        (["router.selection=uniform", "balance.policy=none"], RandomRouting(2, 0.0, "sigmoid", True)),
     ],
 )
 def test_the_rule(overrides: list[str], wanted: Any) -> None:
@@ -45,14 +48,14 @@ def test_the_rule(overrides: list[str], wanted: Any) -> None:
         (["balance.rate=0.5"], "rate", 0.5),
         (["balance.schedule=quadratic"], "schedule", "quadratic"),
         (["train.schedule_steps=77"], "schedule_steps", 77),
-        (["balance.centre=true"], "centre", True),
-        (["balance.centre=false"], "centre", False),
-        ([], "centre", None),
+        (["balance.center=true"], "center", True),
+        (["balance.center=false"], "center", False),
+        ([], "center", None),
         (["balance.rule=proportional"], "proportional", True),
         (["balance.rule=sign"], "proportional", False),
         (["balance.freeze_at=3"], "freeze_at", 3),
         ([*ADAPTIVE, "balance.clip=7"], "clip", 7.0),
-        ([*THRESHOLD, "router.budget=3"], "budget", 3.0),
+        ([*THRESHOLD, "router.target_experts_per_token=3"], "budget", 3.0),
     ],
 )
 def test_the_settings_of_the_balancer(overrides: list[str], field: str, wanted: Any) -> None:

@@ -42,18 +42,18 @@ def _texts(corpus: Corpus, decode: object) -> list[str]:
 def test_every_document_is_in_its_split_once(source: str, tmp_path: Path, tokenizer: str) -> None:
     prepared = prepare([source], tokenizer, 300, 0.3, tmp_path)  # type: ignore[arg-type]
     decode = prepared.tokenizer.decode
-    held_out = {name for name in TEXTS if in_validation(name, 0.3)}
-    assert _texts(prepared.train, decode) == [text for name, text in TEXTS.items() if name not in held_out]
-    assert _texts(prepared.validation, decode) == [text for name, text in TEXTS.items() if name in held_out]
+    validation_set = {name for name in TEXTS if in_validation(name, 0.3)}
+    assert _texts(prepared.train, decode) == [text for name, text in TEXTS.items() if name not in validation_set]
+    assert _texts(prepared.validation, decode) == [text for name, text in TEXTS.items() if name in validation_set]
     assert prepared.train.domains == ("domain 0", "domain 1")
-    domains = [int(name.split()[1]) % 2 for name in TEXTS if name not in held_out]
+    domains = [int(name.split()[1]) % 2 for name in TEXTS if name not in validation_set]
     assert prepared.train.domains_N.tolist() == domains
     for corpus in (prepared.train, prepared.validation):
         assert corpus.text_bytes == prepared.tokenizer.token_bytes_V[corpus.tokens].sum()
         assert corpus.tokens.dtype == np.uint16
         assert all(isinstance(each, np.memmap) for each in (corpus.tokens, corpus.starts_N1, corpus.domains_N))
     listed = (prepared.folder / "validation.documents.jsonl").read_text().splitlines()
-    assert {json.loads(line)["name"] for line in listed} == held_out
+    assert {json.loads(line)["name"] for line in listed} == validation_set
 
 
 def test_split_holds_whatever_the_order_and_the_company(source: str, tmp_path: Path) -> None:
@@ -182,6 +182,6 @@ def test_built_in_sources_split_fairly(name: str, tmp_path: Path, request: pytes
         (tmp_path / "sources").mkdir()
         shutil.copy(request.getfixturevalue("archive"), tmp_path / "sources")
     prepared = prepare([name], "bytes", 0, 0.1, tmp_path)
-    held_out, trained = prepared.validation.text_bytes, prepared.train.text_bytes
-    assert 0.03 < held_out / (held_out + trained) < 0.25
+    validation_set, trained = prepared.validation.text_bytes, prepared.train.text_bytes
+    assert 0.03 < validation_set / (validation_set + trained) < 0.25
     assert len(prepared.validation.starts_N1) - 1 >= 3

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dist_moe.data import mmap_files, source_manifest
-from dist_moe.data.corpus import Prepared, open_prepared, prepare
-from dist_moe.data.mmap_files import Mapped, change_of, content_digest, refuse_change
+from dist_moe.data.corpus import TokenizedData, open_prepared, prepare
+from dist_moe.data.mmap_files import MmapFile, content_digest, detect_change, reject_change
 from dist_moe.data.sources import fetch_sources
 from dist_moe.errors import DataError
 
@@ -25,11 +25,11 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def prepared(source: Path, tmp_path: Path) -> Prepared:
+def prepared(source: Path, tmp_path: Path) -> TokenizedData:
     return made(source, tmp_path)
 
 
-def made(source: Path, folder: Path) -> Prepared:
+def made(source: Path, folder: Path) -> TokenizedData:
     return prepare([str(source)], "bytes", 0, 0.3, folder / "cache")
 
 
@@ -45,7 +45,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [f"{split}.{kind}" for split in ("train", "validation") for kind in ("tokens", "starts", "domains")]
 )
-def test_one_bit_is_found_and_the_tokens_are_made_anew(prepared: Prepared, source: Path, name: str) -> None:
+def test_one_bit_is_found_and_the_tokens_are_made_anew(prepared: TokenizedData, source: Path, name: str) -> None:
     expected = np.array(prepared.train.tokens)
     flip(prepared.folder / name)
     with pytest.raises(DataError, match="damaged"):
@@ -56,7 +56,7 @@ def test_one_bit_is_found_and_the_tokens_are_made_anew(prepared: Prepared, sourc
     open_prepared(prepared.folder)
 
 
-def test_tokens_without_a_list_of_digests_are_used_as_they_are(prepared: Prepared, source: Path) -> None:
+def test_tokens_without_a_list_of_digests_are_used_as_they_are(prepared: TokenizedData, source: Path) -> None:
     """Those of an earlier version: a checkpoint that has learned from them goes on."""
     path = prepared.folder / "manifest.json"
     before = json.loads(path.read_text())
@@ -122,23 +122,23 @@ def other(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "told"), [(shorter, "bytes instead of"), (longer, "bytes instead of"), (other, "was written to")]
 )
-def test_a_change_is_named(prepared: Prepared, harm: Callable[[Path], None], told: str) -> None:
-    assert change_of(prepared.mapped) == "" and len(prepared.mapped) == 6
-    refuse_change("")
+def test_a_change_is_named(prepared: TokenizedData, harm: Callable[[Path], None], told: str) -> None:
+    assert detect_change(prepared.mapped) == "" and len(prepared.mapped) == 6
+    reject_change("")
     path = prepared.folder / "train.starts"
     harm(path)
     with pytest.raises(DataError, match=rf"{path} .*{told}.* while the run was reading it \(rank 0\); start the run"):
-        refuse_change(change_of(prepared.mapped))
+        reject_change(detect_change(prepared.mapped))
 
 
-def test_a_file_that_was_removed_or_replaced_is_what_it_was(prepared: Prepared) -> None:
+def test_a_file_that_was_removed_or_replaced_is_what_it_was(prepared: TokenizedData) -> None:
     """Whoever has it mapped keeps it: there is nothing to end a run for."""
     path = prepared.folder / "train.tokens"
     before = np.array(prepared.train.tokens)
     path.rename(path.with_name("away"))
     path.write_bytes(b"other")
     path.with_name("away").unlink()
-    assert change_of(prepared.mapped) == ""
+    assert detect_change(prepared.mapped) == ""
     np.testing.assert_array_equal(prepared.train.tokens, before)
 
 
@@ -146,7 +146,7 @@ def test_a_mapped_file_is_closed_with_whoever_has_it(tmp_path: Path) -> None:
     path = tmp_path / "numbers"
     path.write_bytes(np.arange(4, dtype=np.int64).tobytes())
     before = len(os.listdir("/proc/self/fd"))
-    file = Mapped(path)
+    file = MmapFile(path)
     array = file.array("int64")
     assert array.tolist() == [0, 1, 2, 3]
     del file, array
@@ -157,7 +157,7 @@ def test_a_source_that_differs_is_named_by_its_file(tmp_path: Path) -> None:
     for name in "abcdef":
         (tmp_path / f"{name}.txt").write_text(f"text of {name} " * 20)
 
-    def now() -> Prepared:
+    def now() -> TokenizedData:
         return prepare([str(tmp_path / "*.txt")], "bytes", 0, 0.5, tmp_path / "cache")
 
     first = now()

@@ -22,7 +22,7 @@ from dist_moe.doctor.estimates import (
     kept_checkpoints,
 )
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words, read_json, table, write_json
-from dist_moe.doctor.machines import compare_places, compare_versions, patterns
+from dist_moe.doctor.machines import compare_rank_infos, compare_versions, patterns
 from dist_moe.doctor.network import compare_clocks, refused
 
 DEBUG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
@@ -41,8 +41,8 @@ def test_another_version_on_one_rank_is_named() -> None:
 
 
 def test_more_threads_than_cores_is_a_warning() -> None:
-    assert compare_places([("a", 4, 2), ("a", 4, 2)], "gloo").outcome is Outcome.passed
-    crowded = compare_places([("a", 4, 2), ("b", 4, 4), ("b", 4, 4)], "gloo")
+    assert compare_rank_infos([("a", 4, 2), ("a", 4, 2)], "gloo").outcome is Outcome.passed
+    crowded = compare_rank_infos([("a", 4, 2), ("b", 4, 4), ("b", 4, 4)], "gloo")
     assert crowded.outcome is Outcome.warned and "b: 8 threads of 2 ranks on 4 cores" in crowded.found
 
 
@@ -65,7 +65,7 @@ def test_memory_is_summed_over_the_ranks_of_a_host() -> None:
 def test_what_a_threshold_takes_is_its_budget() -> None:
     threshold = ("router.selection=threshold", "router.score=softmax", "balance.policy=adaptive_weight")
     assert experts_taken(settings(*threshold, "router.max_experts=6")) == 6  # type: ignore[arg-type]
-    assert experts_taken(settings(*threshold, "router.max_experts=6", "router.budget=2.5")) == 3  # type: ignore[arg-type]
+    assert experts_taken(settings(*threshold, "router.max_experts=6", "router.target_experts_per_token=2.5")) == 3  # type: ignore[arg-type]
 
 
 def test_clocks_that_are_apart_are_told_by_their_hosts() -> None:
@@ -76,9 +76,9 @@ def test_clocks_that_are_apart_are_told_by_their_hosts() -> None:
 
 def test_a_port_that_nobody_listens_at_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        place = server.getsockname()
-        assert refused(place, 3.0) == ""
-    assert f"127.0.0.1:{place[1]} (" in refused(place, 3.0)
+        rank_info = server.getsockname()
+        assert refused(rank_info, 3.0) == ""
+    assert f"127.0.0.1:{rank_info[1]} (" in refused(rank_info, 3.0)
 
 
 def test_disk() -> None:
@@ -89,11 +89,11 @@ def test_disk() -> None:
 @pytest.mark.parametrize(
     ("words", "count"),
     [
-        (("train.steps=20", "checkpoint.every=0"), 1),
-        (("train.steps=20", "checkpoint.every=5"), 5),
-        (("train.steps=20", "checkpoint.every=5", "checkpoint.keep_last=2"), 3),
-        (("train.steps=20", "checkpoint.every=5", "checkpoint.keep_last=1", "checkpoint.keep_every=10"), 4),
-        (("train.steps=20", "checkpoint.every=10", "checkpoint.keep_last=9"), 3),
+        (("train.steps=20", "checkpoint.interval=0"), 1),
+        (("train.steps=20", "checkpoint.interval=5"), 5),
+        (("train.steps=20", "checkpoint.interval=5", "checkpoint.keep_last=2"), 3),
+        (("train.steps=20", "checkpoint.interval=5", "checkpoint.keep_last=1", "checkpoint.keep_every=10"), 4),
+        (("train.steps=20", "checkpoint.interval=10", "checkpoint.keep_last=9"), 3),
     ],
 )
 def test_how_many_checkpoints_lie_on_the_disk(words: tuple[str, ...], count: int) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.monitor import WorkerMonitor
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub("127.0.0.1", 1, tmp_path) as opened:
+def monitor(tmp_path: Path) -> Iterator[WorkerMonitor]:
+    with WorkerMonitor("127.0.0.1", 1, tmp_path) as opened:
         yield opened

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_moe.launch.supervise.monitor import Hub
-from dist_moe.launch.supervise.protocol import Line
+from dist_moe.launch.supervise.monitor import WorkerMonitor
+from dist_moe.launch.supervise.protocol import MessageSocket
 
 WORKER = """
 import os, subprocess, sys, time
@@ -23,21 +23,21 @@ exec(sys.argv[3])
 LIMIT_S = 20.0
 
 
-def start(hub: Hub, run_dir: Path, act: str) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", WORKER, str(hub.meeting), str(run_dir), act]
+def start(monitor: WorkerMonitor, run_dir: Path, act: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", WORKER, str(monitor.rendezvous), str(run_dir), act]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def greet(hub: Hub, rank: int, size: int) -> Line:
+def greet(monitor: WorkerMonitor, rank: int, size: int) -> MessageSocket:
     """The connection of a minder, without a worker."""
-    line = Line(socket.create_connection(hub.meeting[:2], timeout=LIMIT_S))
-    line.give({"word": hub.meeting.word, "rank": rank, "size": size, "host": f"host of {rank} in {size}"})
+    line = MessageSocket(socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S))
+    line.send({"word": monitor.rendezvous.word, "rank": rank, "size": size, "host": f"host of {rank} in {size}"})
     return line
 
 
-def until(hub: Hub, true: Callable[[], bool]) -> None:
+def until(monitor: WorkerMonitor, true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not true():
         assert time.monotonic() < deadline
-        hub.wait(0.1)
-        hub.look()
+        monitor.wait(0.1)
+        monitor.poll()

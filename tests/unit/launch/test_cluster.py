@@ -37,7 +37,7 @@ def job(tmp_path: Path, *overrides: str) -> tuple[Config, Cluster]:
 
 def words_there(command: Command) -> list[str]:
     """What the shell of the second host makes of its command, without running it."""
-    return shlex.split(command.beside[0][-1])
+    return shlex.split(command.remote_commands[0][-1])
 
 
 def test_the_file_says_which_hosts_and_in_which_order(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_torchrun_quotes_whatever_reaches_another_hosts_shell(tmp_path: Path) ->
     command = torchrun_cluster_command(
         config, cluster, NASTY, [f"run.dir={NASTY}"], base={"SECRET": NASTY, "OTHER": "1"}
     )
-    (ssh,) = command.beside
+    (ssh,) = command.remote_commands
     assert ssh[0] == "ssh" and ssh[-2] == "b" and ssh[-4:-2] == ("-p", "2222")
     found = words_there(command)
     assert found[:4] == ["cd", NASTY, "&&", "exec"]
@@ -159,7 +159,7 @@ def test_workers_are_the_slots_of_the_cluster(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="--max-restarts 1 is torchrun's"):
         Job(config, CONFIG, (), "deepspeed", cluster, restarts=1).command({})
     with pytest.raises(LaunchError, match="--min-hosts 1 is torchrun's, over several hosts"):
-        Job(config, CONFIG, (), "torchrun", None, fewest_hosts=1).command({})
+        Job(config, CONFIG, (), "torchrun", None, min_nodes=1).command({})
 
 
 def test_torchrun_of_one_host_starts_workers_again_in_a_store_of_their_own(tmp_path: Path) -> None:

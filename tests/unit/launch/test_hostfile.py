@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.launch.command import LaunchError
-from dist_moe.launch.hostfile import chosen, read_hostfile
+from dist_moe.launch.hostfile import filter_hosts, read_hostfile
 
 POOL = {"a": [0, 1], "b": [0, 1, 2], "c": [0]}
 
@@ -57,7 +57,7 @@ def test_a_hostfile_that_is_not_there_is_no_reason_to_train_alone(tmp_path: Path
 def test_include_and_exclude_keep_the_order_of_the_hosts(
     include: str | None, exclude: str | None, left: dict[str, list[int]]
 ) -> None:
-    found = chosen(POOL, include, exclude)
+    found = filter_hosts(POOL, include, exclude)
     assert (found, list(found)) == (left, list(left))
 
 
@@ -73,5 +73,5 @@ def test_include_and_exclude_keep_the_order_of_the_hosts(
 )
 def test_a_choice_that_cannot_be_made_is_told(include: str | None, exclude: str | None, told: str) -> None:
     with pytest.raises(LaunchError) as error:
-        chosen(POOL, include, exclude)
+        filter_hosts(POOL, include, exclude)
     assert told in str(error.value)

@@ -10,26 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.supervise.monitor import Hub
-from dist_moe.launch.supervise.protocol import LONGEST_BYTES, Meeting, ready
+from dist_moe.launch.supervise.monitor import WorkerMonitor
+from dist_moe.launch.supervise.protocol import LONGEST_BYTES, Rendezvous, ready
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from tests.unit.launch.monitored import LIMIT_S, WORKER, greet, start, until
 
 
 def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monitor: WorkerMonitor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     act = """
 from dist_moe.worker.exit import write_record
 write_record(Path(sys.argv[2]), 0, "finished", code=0)
 """
-    worker = start(hub, tmp_path, act)
-    until(hub, lambda: not hub.unfinished())
+    worker = start(monitor, tmp_path, act)
+    until(monitor, lambda: not monitor.unfinished())
     assert (*worker.communicate(timeout=LIMIT_S), worker.returncode) == ("", "", 0)
     prefix = f"[0@{socket.gethostname()}] "
     assert capsys.readouterr() == (f"{prefix}hello\n", f"{prefix}oops\n")
     assert (tmp_path / "logs" / "rank-0.log").read_text() == "hello\noops\n"
-    assert hub.failures() == []
+    assert monitor.failures() == []
 
 
 @pytest.mark.parametrize(
@@ -41,25 +41,25 @@ write_record(Path(sys.argv[2]), 0, "finished", code=0)
     ],
 )
 def test_an_end_without_a_report_is_told_with_rank_and_host(
-    hub: Hub, tmp_path: Path, act: str, code: int, told: str
+    monitor: WorkerMonitor, tmp_path: Path, act: str, code: int, told: str
 ) -> None:
-    worker = start(hub, tmp_path, act)
-    until(hub, lambda: bool(hub.failures()))
-    (failure,) = hub.failures()
+    worker = start(monitor, tmp_path, act)
+    until(monitor, lambda: bool(monitor.failures()))
+    (failure,) = monitor.failures()
     assert failure.code == code and failure.text.startswith(f"rank 0 on {socket.gethostname()} {told}")
     worker.communicate(timeout=LIMIT_S)
     assert worker.returncode == (code if told.startswith("was") or code == 3 else 0)
 
 
-def test_the_report_of_an_error_comes_before_its_end(hub: Hub, tmp_path: Path) -> None:
+def test_the_report_of_an_error_comes_before_its_end(monitor: WorkerMonitor, tmp_path: Path) -> None:
     act = """
 from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
     raise ValueError("boom")
 """
-    worker = start(hub, tmp_path, act)
-    until(hub, lambda: bool(hub.failures()))
-    assert hub.failures()[0].text.startswith(f"rank 0 on {socket.gethostname()} failed with ValueError: boom")
+    worker = start(monitor, tmp_path, act)
+    until(monitor, lambda: bool(monitor.failures()))
+    assert monitor.failures()[0].text.startswith(f"rank 0 on {socket.gethostname()} failed with ValueError: boom")
     worker.communicate(timeout=LIMIT_S)
     assert worker.returncode == 1
 
@@ -70,20 +70,20 @@ from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
     raise ValueError("boom")
 """
-    with Hub("127.0.0.1", 1, tmp_path, apart=False) as hub:
-        worker = start(hub, tmp_path, act)
-        until(hub, lambda: bool(hub.failures()))
+    with WorkerMonitor("127.0.0.1", 1, tmp_path, apart=False) as monitor:
+        worker = start(monitor, tmp_path, act)
+        until(monitor, lambda: bool(monitor.failures()))
         report = tmp_path / "errors" / "rank-0.txt"
-        assert hub.failures()[0].text == f"rank 0 failed with ValueError: boom\n(traceback: {report})"
-        assert hub.pids() == {worker.pid}
+        assert monitor.failures()[0].text == f"rank 0 failed with ValueError: boom\n(traceback: {report})"
+        assert monitor.pids() == {worker.pid}
         worker.communicate(timeout=LIMIT_S)
-        hub.clear()
+        monitor.clear()
         assert not report.exists()
     assert capsys.readouterr().out == "[rank 0] hello\n"
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_a_worker_and_what_it_started_end_with_the_launch(hub: Hub, tmp_path: Path, deaf: bool) -> None:
+def test_a_worker_and_what_it_started_end_with_the_launch(monitor: WorkerMonitor, tmp_path: Path, deaf: bool) -> None:
     ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
     act = f"""
 {ignore}
@@ -91,23 +91,23 @@ stray = subprocess.Popen(["sleep", "600"], start_new_session=True)
 Path(sys.argv[2], "pid").write_text(str(stray.pid))
 time.sleep(600)
 """
-    worker = start(hub, tmp_path, act)
-    until(hub, lambda: hub.complete() and (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    worker = start(monitor, tmp_path, act)
+    until(monitor, lambda: monitor.complete() and (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
     began_s = time.monotonic()
-    hub.let_go()
+    monitor.release_workers()
     assert time.monotonic() - began_s < 4
     worker.communicate(timeout=LIMIT_S)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_worker_does_not_outlive_its_minder(hub: Hub, tmp_path: Path) -> None:
+def test_a_worker_does_not_outlive_its_minder(monitor: WorkerMonitor, tmp_path: Path) -> None:
     act = 'Path(sys.argv[2], "pid").write_text(str(os.getpid())); time.sleep(600)'
-    worker = start(hub, tmp_path, act)
-    until(hub, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    worker = start(monitor, tmp_path, act)
+    until(monitor, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
     worker.send_signal(signal.SIGKILL)
-    until(hub, lambda: bool(hub.failures()))
-    assert "was lost: its host ended, or the network to it was cut" in hub.failures()[0].text
+    until(monitor, lambda: bool(monitor.failures()))
+    assert "was lost: its host ended, or the network to it was cut" in monitor.failures()[0].text
     worker.communicate(timeout=LIMIT_S)
     deadline = time.monotonic() + LIMIT_S
     while Path("/proc", (tmp_path / "pid").read_text()).exists():
@@ -115,65 +115,65 @@ def test_a_worker_does_not_outlive_its_minder(hub: Hub, tmp_path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_launcher_on_the_workers_host_ends_with_the_launch(hub: Hub, tmp_path: Path) -> None:
+def test_a_launcher_on_the_workers_host_ends_with_the_launch(monitor: WorkerMonitor, tmp_path: Path) -> None:
     """Also one that does not listen: torchrun waits for minutes for a store that it cannot reach."""
     launcher = f"""
 import signal, subprocess, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 subprocess.run([sys.executable, "-c", {WORKER!r}, *sys.argv[1:]])
 """
-    argv = [sys.executable, "-c", launcher, str(hub.meeting), str(tmp_path), "time.sleep(600)"]
-    process = subprocess.Popen(argv, env={**os.environ, LAUNCH_VARIABLE: str(hub.meeting)})
-    until(hub, hub.complete)
-    hub.let_go()
+    argv = [sys.executable, "-c", launcher, str(monitor.rendezvous), str(tmp_path), "time.sleep(600)"]
+    process = subprocess.Popen(argv, env={**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
+    until(monitor, monitor.complete)
+    monitor.release_workers()
     assert process.wait(timeout=LIMIT_S) == -signal.SIGKILL
 
 
-def test_what_an_earlier_worker_left_is_not_taken_for_this_ones(hub: Hub, tmp_path: Path) -> None:
+def test_what_an_earlier_worker_left_is_not_taken_for_this_ones(monitor: WorkerMonitor, tmp_path: Path) -> None:
     """The worker itself removes it only when it gets there."""
     (tmp_path / "errors").mkdir()
     (tmp_path / "errors" / "rank-0.txt").write_text("time: 1\nrank: 0\n\nValueError: old\n")
     (tmp_path / "workers").mkdir()
     (tmp_path / "workers" / "rank-0.json").write_text('{"state": "finished"}')
-    worker = start(hub, tmp_path, "time.sleep(0.5); os._exit(0)")
-    until(hub, lambda: bool(hub.failures()))
-    assert "ended with exit code 0 before its work was done" in hub.failures()[0].text
+    worker = start(monitor, tmp_path, "time.sleep(0.5); os._exit(0)")
+    until(monitor, lambda: bool(monitor.failures()))
+    assert "ended with exit code 0 before its work was done" in monitor.failures()[0].text
     worker.communicate(timeout=LIMIT_S)
 
 
-def test_a_long_report_keeps_its_head(hub: Hub, tmp_path: Path) -> None:
+def test_a_long_report_keeps_its_head(monitor: WorkerMonitor, tmp_path: Path) -> None:
     act = """
 from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
     raise ValueError("boom " + "x" * 300_000)
 """
-    worker = start(hub, tmp_path, act)
-    until(hub, lambda: bool(hub.failures()))
-    assert hub.failures()[0].text.startswith(f"rank 0 on {socket.gethostname()} failed with ValueError: boom xxx")
+    worker = start(monitor, tmp_path, act)
+    until(monitor, lambda: bool(monitor.failures()))
+    assert monitor.failures()[0].text.startswith(f"rank 0 on {socket.gethostname()} failed with ValueError: boom xxx")
     worker.communicate(timeout=LIMIT_S)
 
 
-def test_a_job_that_goes_on_with_fewer_workers_is_followed(hub: Hub) -> None:
+def test_a_job_that_goes_on_with_fewer_workers_is_followed(monitor: WorkerMonitor) -> None:
     """The ranks that are no more are forgotten, and a worker whose rank is another's now is not told to end."""
-    before = [greet(hub, 0, 2), greet(hub, 1, 2)]
-    until(hub, lambda: hub.size == 2 and hub.complete())
+    before = [greet(monitor, 0, 2), greet(monitor, 1, 2)]
+    until(monitor, lambda: monitor.size == 2 and monitor.complete())
     before[1].close()
-    until(hub, lambda: bool(hub.failures()))
-    after = greet(hub, 0, 1)
-    until(hub, lambda: hub.size == 1 and not hub.failures())
-    assert hub.complete() and hub.unfinished() == [0]
+    until(monitor, lambda: bool(monitor.failures()))
+    after = greet(monitor, 0, 1)
+    until(monitor, lambda: monitor.size == 1 and not monitor.failures())
+    assert monitor.complete() and monitor.unfinished() == [0]
     assert ready([before[0]], 0.2) == []
-    again = [greet(hub, 0, 2), greet(hub, 1, 2)]
-    until(hub, lambda: hub.size == 2 and hub.complete())
-    last = greet(hub, 0, 1)
-    until(hub, lambda: hub.size == 1)
+    again = [greet(monitor, 0, 2), greet(monitor, 1, 2)]
+    until(monitor, lambda: monitor.size == 2 and monitor.complete())
+    last = greet(monitor, 0, 1)
+    until(monitor, lambda: monitor.size == 1)
     again[1].close()
     for _ in range(3):
-        hub.wait(0.05)
-        hub.look()
-    assert hub.failures() == []
-    last.give({"ended": 0, "state": "finished"})
-    until(hub, lambda: not hub.unfinished())
+        monitor.wait(0.05)
+        monitor.poll()
+    assert monitor.failures() == []
+    last.send({"ended": 0, "state": "finished"})
+    until(monitor, lambda: not monitor.unfinished())
     for line in (before[0], after, again[0], last):
         line.close()
 
@@ -192,20 +192,20 @@ def test_a_job_that_goes_on_with_fewer_workers_is_followed(hub: Hub) -> None:
         b"a" * (LONGEST_BYTES + 2),
     ],
 )
-def test_a_stranger_is_turned_away(hub: Hub, said: bytes) -> None:
-    with socket.create_connection(hub.meeting[:2], timeout=LIMIT_S) as stranger:
+def test_a_stranger_is_turned_away(monitor: WorkerMonitor, said: bytes) -> None:
+    with socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S) as stranger:
         stranger.sendall(said[: 1 << 16])
         for _ in range(5):
-            hub.wait(0.05)
-            hub.look()
-    hub.look()
-    assert not hub.complete() and hub.failures() == []
+            monitor.wait(0.05)
+            monitor.poll()
+    monitor.poll()
+    assert not monitor.complete() and monitor.failures() == []
 
 
 def test_a_worker_that_cannot_reach_its_launch_says_so(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        meeting = Meeting("127.0.0.1", closed.getsockname()[1], "word")
-    argv = [sys.executable, "-c", WORKER, str(meeting), str(tmp_path), ""]
+        rendezvous = Rendezvous("127.0.0.1", closed.getsockname()[1], "word")
+    argv = [sys.executable, "-c", WORKER, str(rendezvous), str(tmp_path), ""]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    assert done.returncode == 1 and f"cannot reach the launch at 127.0.0.1, port {meeting.port}" in done.stderr
+    assert done.returncode == 1 and f"cannot reach the launch at 127.0.0.1, port {rendezvous.port}" in done.stderr

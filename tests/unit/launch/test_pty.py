@@ -85,6 +85,6 @@ def test_a_live_line_is_logged_once_for_each_change_however_it_travels() -> None
     drawn = b"\x1b[?25lstep 1\r\x1b[2Ktext\nstep 1\r\x1b[2K\x1b[31mstep 2\x1b[0m\r\x1b[2Kstep 2\n\x1b[?25h\nend"
     told = b"step 1\ntext\nstep 2\nend\n"
     whole = Transcript()
-    assert whole.take(drawn) + whole.take(b"") == told
+    assert whole.receive(drawn) + whole.receive(b"") == told
     parts = Transcript()
-    assert b"".join(parts.take(bytes([one])) for one in drawn) + parts.take(b"") == told
+    assert b"".join(parts.receive(bytes([one])) for one in drawn) + parts.receive(b"") == told

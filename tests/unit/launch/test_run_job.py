@@ -12,16 +12,16 @@ import pytest
 
 from dist_moe.launch.command import Command
 from dist_moe.launch.supervise import run_job
-from dist_moe.launch.supervise.monitor import Hub
-from dist_moe.launch.supervise.protocol import Line
+from dist_moe.launch.supervise.monitor import WorkerMonitor
+from dist_moe.launch.supervise.protocol import MessageSocket
 from dist_moe.launch.supervise.run_job import End, ends_at_once, follow, grace_s, verdict
 
 COMMAND = Command("torchrun", (), {})
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub("127.0.0.1", 1, tmp_path, apart=False) as opened:
+def monitor(tmp_path: Path) -> Iterator[WorkerMonitor]:
+    with WorkerMonitor("127.0.0.1", 1, tmp_path, apart=False) as opened:
         yield opened
 
 
@@ -32,13 +32,13 @@ def launcher() -> Iterator[subprocess.Popen[bytes]]:
         sleeping.kill()
 
 
-def greet(hub: Hub) -> Line:
+def greet(monitor: WorkerMonitor) -> MessageSocket:
     """The only worker's minder."""
-    line = Line(socket.create_connection(hub.meeting[:2]))
-    line.give({"word": hub.meeting.word, "rank": 0, "size": 1, "host": "host", "minder": 0})
-    while not hub.complete():
-        hub.wait(0.1)
-        hub.look()
+    line = MessageSocket(socket.create_connection(monitor.rendezvous[:2]))
+    line.send({"word": monitor.rendezvous.word, "rank": 0, "size": 1, "host": "host", "minder": 0})
+    while not monitor.complete():
+        monitor.wait(0.1)
+        monitor.poll()
     return line
 
 
@@ -59,30 +59,36 @@ def test_only_a_first_request_lets_the_job_go_on(received: list[int], expected: 
 
 
 def test_workers_that_do_not_answer_a_request_are_not_waited_for_without_end(
-    hub: Hub, launcher: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    monitor: WorkerMonitor, launcher: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_job, "STOP_LIMIT_S", 0.3)
-    line = greet(hub)
-    end = follow([launcher], hub, [signal.SIGUSR1], restarts=False)
-    assert line.take() == [{"signal": signal.SIGUSR1}]
+    line = greet(monitor)
+    end = follow([launcher], monitor, [signal.SIGUSR1], restarts=False)
+    assert line.receive() == [{"signal": signal.SIGUSR1}]
     assert end == End(None, signal.SIGUSR1)
-    assert verdict(COMMAND, end, hub, [signal.SIGUSR1]).code == 128 + signal.SIGUSR1
+    assert verdict(COMMAND, end, monitor, [signal.SIGUSR1]).code == 128 + signal.SIGUSR1
     line.close()
 
 
-def test_a_request_before_the_workers_are_there_ends_the_job(hub: Hub, launcher: subprocess.Popen[bytes]) -> None:
-    assert follow([launcher], hub, [signal.SIGTERM], restarts=False) == End(None, signal.SIGTERM)
+def test_a_request_before_the_workers_are_there_ends_the_job(
+    monitor: WorkerMonitor, launcher: subprocess.Popen[bytes]
+) -> None:
+    assert follow([launcher], monitor, [signal.SIGTERM], restarts=False) == End(None, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_a_launcher_that_restarts_workers_is_left_no_time_to_do_so_after_a_stop(hub: Hub, restarts: bool) -> None:
-    line = greet(hub)
-    assert grace_s(hub, failed=False, restarts=restarts, asked=True) == math.inf
-    line.give({"ended": 75 << 8, "state": "stopped", "time": time.time()})
-    while not hub.stopped():
-        hub.wait(0.1)
-        hub.look()
-    assert grace_s(hub, failed=False, restarts=restarts, asked=True) == (0 if restarts else run_job.LAUNCHER_GRACE_S)
+def test_a_launcher_that_restarts_workers_is_left_no_time_to_do_so_after_a_stop(
+    monitor: WorkerMonitor, restarts: bool
+) -> None:
+    line = greet(monitor)
+    assert grace_s(monitor, failed=False, restarts=restarts, asked=True) == math.inf
+    line.send({"ended": 75 << 8, "state": "stopped", "time": time.time()})
+    while not monitor.stopped():
+        monitor.wait(0.1)
+        monitor.poll()
+    assert grace_s(monitor, failed=False, restarts=restarts, asked=True) == (
+        0 if restarts else run_job.LAUNCHER_GRACE_S
+    )
     told = "stopped on request: every rank saved its checkpoint; start it again to go on"
-    assert verdict(COMMAND, End(75), hub, []) == (75, told)
+    assert verdict(COMMAND, End(75), monitor, []) == (75, told)
     line.close()

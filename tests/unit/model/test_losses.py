@@ -22,7 +22,7 @@ SCALE = torch.tensor(1.0 / (ROWS * LENGTH - PADDING))
 
 def make_task(losses: RoutingLosses, score: Score) -> LanguageModelTask:
     """The small Qwen3 (12 experts, 2 MoE layers), with biases that decide and a load from the step before."""
-    rule = TopK(2, score, normalise=True)
+    rule = TopK(2, score, normalize=True)
     task = LanguageModelTask(build_model("qwen3_moe", FAMILIES["qwen3_moe"][0], rule, ALONE, seed=0), losses)
     for number, layer in enumerate(task.layers):
         layer.router.selection_bias.copy_(BIAS_E.roll(number))

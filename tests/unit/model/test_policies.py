@@ -25,8 +25,8 @@ LENGTH = 24
 def make(selection: str, score: str, policy: str) -> tuple[LanguageModelTask, Balancer]:
     """The small DeepSeek-V3 with this routing, as the config would have it."""
     router = RouterConfig.model_validate(
-        {"selection": selection, "score": score, "top_k": 2, "normalise": False, "scaling": 1.0, "groups": 1}
-        | {"top_groups": 1, "threshold": 0.5, "max_experts": 4 if selection == "threshold" else None}
+        {"selection": selection, "score": score, "top_k": 2, "normalize": False, "scaling_factor": 1.0, "groups": 1}
+        | {"topk_groups": 1, "threshold": 0.5, "max_experts": 4 if selection == "threshold" else None}
     )
     balance = BalanceConfig.model_validate({"policy": policy, "rate": 0.05})
     model = build_model("deepseek_v3", FAMILIES["deepseek_v3"][0], routing_rule(router, balance), ALONE, seed=0)
@@ -43,7 +43,7 @@ def step(task: LanguageModelTask, balancer: Balancer, tokens_BS: Tensor) -> None
     scale = torch.tensor(1.0 / tokens_BS.numel())
     output = task(tokens_BS, tokens_BS.roll(-1, 1), positions_BS, torch.ones_like(tokens_BS).bool(), scale, scale)
     output.loss.backward()
-    balancer.observe(output.tallies)
+    balancer.observe(output.routing_counts)
     balancer.step()
 
 

@@ -29,7 +29,7 @@ def test_a_token_that_is_not_routed_gets_zero_and_no_gradient() -> None:
     hidden_TD = HIDDEN_TD.clone().requires_grad_()
     weights_TK = torch.tensor([[1.0, 2.0], [7.0, 7.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
     there = dispatch(hidden_TD, IDS_TK, 5, ALONE)
-    mixed_TD = combine(there.rows_QD, weights_TK, there.receipt, ALONE)
+    mixed_TD = combine(there.rows_QD, weights_TK, there.handle, ALONE)
     assert torch.equal(mixed_TD, HIDDEN_TD * torch.tensor([3.0, 0.0, 7.0, 11.0]).unsqueeze(1))
     mixed_TD.sum().backward()
     assert hidden_TD.grad is not None and hidden_TD.grad[:, 0].tolist() == [3.0, 0.0, 7.0, 11.0]
@@ -51,7 +51,7 @@ def test_no_token_passes_through(top_k: int) -> None:
     hidden_TD = torch.zeros(0, 4, requires_grad=True)
     there = dispatch(hidden_TD, torch.zeros(0, top_k, dtype=torch.int64), 3, ALONE)
     assert there.counts_e.tolist() == [0, 0, 0]
-    mixed_TD = combine(there.rows_QD, torch.zeros(0, top_k), there.receipt, ALONE)
+    mixed_TD = combine(there.rows_QD, torch.zeros(0, top_k), there.handle, ALONE)
     mixed_TD.sum().backward()
     assert mixed_TD.shape == (0, 4) and hidden_TD.grad is not None
 
@@ -59,7 +59,7 @@ def test_no_token_passes_through(top_k: int) -> None:
 def test_a_token_may_take_the_same_expert_twice() -> None:
     there = dispatch(HIDDEN_TD, torch.tensor([[1, 1]]).expand(4, 2), 2, ALONE)
     assert there.counts_e.tolist() == [0, 8]
-    assert torch.equal(combine(there.rows_QD, torch.ones(4, 2), there.receipt, ALONE), 2 * HIDDEN_TD)
+    assert torch.equal(combine(there.rows_QD, torch.ones(4, 2), there.handle, ALONE), 2 * HIDDEN_TD)
 
 
 class Largest(TorchDispatchMode):
@@ -85,5 +85,5 @@ def test_one_token_with_many_experts_makes_no_room_for_all_others() -> None:
     weights_TK = torch.rand(201, 64)
     with Largest() as largest:
         dispatched = dispatch(hidden_TD, ids_TK, 64, ALONE)
-        combine(dispatched.rows_QD, weights_TK, dispatched.receipt, ALONE).sum().backward()
+        combine(dispatched.rows_QD, weights_TK, dispatched.handle, ALONE).sum().backward()
     assert largest.numel <= max(264 * 48, ids_TK.numel())

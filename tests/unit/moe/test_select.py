@@ -18,15 +18,15 @@ def rules(draw: st.DrawFn) -> tuple[TopK, int]:
     """A rule that some number of experts can follow, and that number."""
     groups = draw(st.sampled_from([1, 1, 2, 3, 4]))
     size = draw(st.integers(2, 4))
-    top_groups = draw(st.integers(1, groups))
+    topk_groups = draw(st.integers(1, groups))
     rule = TopK(
-        top_k=draw(st.integers(1, min(4, top_groups * size))),
+        top_k=draw(st.integers(1, min(4, topk_groups * size))),
         score=draw(st.sampled_from(SCORES)),
-        normalise=draw(st.booleans()),
-        scaling=draw(st.sampled_from([1.0, 2.5])),
+        normalize=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         groups=groups,
-        top_groups=top_groups,
-        shapes_mixture=draw(st.booleans()),
+        topk_groups=topk_groups,
+        bias_in_gate_weights=draw(st.booleans()),
     )
     return rule, groups * size
 
@@ -138,7 +138,7 @@ def test_a_bias_as_large_as_the_gap_of_two_scores_turns_the_choice() -> None:
 def test_groups_are_closed_whatever_their_experts_score() -> None:
     # Group 0 holds the best expert, group 1 the better pair; biases below zero do not open a closed group.
     scores_TE = torch.tensor([[0.9, 0.1, 0.6, 0.7]])
-    rule = TopK(top_k=2, score="sigmoid", groups=2, top_groups=1)
+    rule = TopK(top_k=2, score="sigmoid", groups=2, topk_groups=1)
     assert select_top_k(scores_TE.logit(), rule).ids_TK.tolist() == [[3, 2]]
     bias_E = torch.full((4,), -5.0)
     assert select_top_k(scores_TE.logit(), rule, score_bias_E=bias_E).ids_TK.tolist() == [[3, 2]]
@@ -148,5 +148,5 @@ def test_groups_are_closed_whatever_their_experts_score() -> None:
 def test_trap_T37_equal_scores_go_to_the_first_experts(experts: int) -> None:
     logits_TE = torch.zeros(5, experts)
     assert select_top_k(logits_TE, TopK(3, "sigmoid")).ids_TK.tolist() == [[0, 1, 2]] * 5
-    grouped = TopK(3, "sigmoid", groups=4, top_groups=1)
+    grouped = TopK(3, "sigmoid", groups=4, topk_groups=1)
     assert select_top_k(logits_TE, grouped).ids_TK.tolist() == [[0, 1, 2]] * 5

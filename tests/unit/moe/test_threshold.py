@@ -6,20 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import Threshold, select_by_threshold
+from dist_moe.moe.select import ThresholdRouting, select_by_threshold
 from tests.twin import slow_select_by_threshold
 
 
 @st.composite
-def rules(draw: st.DrawFn) -> tuple[Threshold, int]:
+def rules(draw: st.DrawFn) -> tuple[ThresholdRouting, int]:
     """A rule, and a number of experts that can follow it."""
     experts = draw(st.integers(1, 9))
-    rule = Threshold(
+    rule = ThresholdRouting(
         threshold=draw(st.sampled_from([0.01, 0.25, 0.4, 0.7, 0.9, 0.999])),
         max_experts=draw(st.integers(1, experts)),
-        normalise=draw(st.booleans()),
-        scaling=draw(st.sampled_from([1.0, 2.5])),
-        shapes_mixture=draw(st.booleans()),
+        normalize=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        bias_in_gate_weights=draw(st.booleans()),
     )
     return rule, experts
 
@@ -33,7 +33,7 @@ def rules(draw: st.DrawFn) -> tuple[Threshold, int]:
     seed=st.integers(0, 10_000),
 )
 def test_selection_equals_its_slow_twin(
-    rule_and_experts: tuple[Threshold, int], tokens: int, biased: bool, sharpness: float, seed: int
+    rule_and_experts: tuple[ThresholdRouting, int], tokens: int, biased: bool, sharpness: float, seed: int
 ) -> None:
     rule, experts = rule_and_experts
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def test_selection_equals_its_slow_twin(
 
 def taken(probabilities: list[float], threshold: float, max_experts: int | None = None) -> list[int]:
     """The experts of a token with these probabilities."""
-    rule = Threshold(threshold, max_experts or len(probabilities))
+    rule = ThresholdRouting(threshold, max_experts or len(probabilities))
     ids_TK = select_by_threshold(torch.tensor([probabilities]).log(), rule, threshold).ids_TK
     return [expert for expert in ids_TK[0].tolist() if expert >= 0]
 
@@ -81,17 +81,17 @@ def test_a_token_takes_at_most_the_greatest_number() -> None:
 
 
 def test_the_threshold_of_the_call_replaces_that_of_the_rule() -> None:
-    logits_TE, rule = torch.tensor([[0.5, 0.3, 0.2]]).log(), Threshold(0.1, 3)
+    logits_TE, rule = torch.tensor([[0.5, 0.3, 0.2]]).log(), ThresholdRouting(0.1, 3)
     assert select_by_threshold(logits_TE, rule, torch.tensor(0.7)).ids_TK.tolist() == [[0, 1]]
 
 
 def test_trap_T18_the_weight_of_an_expert_shapes_the_choice_and_not_the_mixture() -> None:
     logits_TE = torch.tensor([[0.6, 0.3, 0.1]]).log()
     log_weight_E = torch.tensor([0.1, 1.0, 10.0]).log()  # weighted: 0.06, 0.3, 1.0
-    plain = select_by_threshold(logits_TE, Threshold(0.5, 3), 0.5, log_weight_E)
+    plain = select_by_threshold(logits_TE, ThresholdRouting(0.5, 3), 0.5, log_weight_E)
     assert plain.ids_TK.tolist() == [[2]]
     torch.testing.assert_close(plain.weights_TK, torch.tensor([[0.1]]))
-    shaped = select_by_threshold(logits_TE, Threshold(0.5, 3, shapes_mixture=True), 0.5, log_weight_E)
+    shaped = select_by_threshold(logits_TE, ThresholdRouting(0.5, 3, bias_in_gate_weights=True), 0.5, log_weight_E)
     assert shaped.ids_TK.tolist() == [[2]]
     torch.testing.assert_close(shaped.weights_TK, torch.tensor([[1.0 / 1.36]]))
 
@@ -99,13 +99,13 @@ def test_trap_T18_the_weight_of_an_expert_shapes_the_choice_and_not_the_mixture(
 def test_trap_T36_each_weight_is_that_of_its_expert() -> None:
     """Probabilities in another order than the experts' numbers."""
     probabilities = [0.05, 0.3, 0.15, 0.5]
-    routing = select_by_threshold(torch.tensor([probabilities]).log(), Threshold(0.9, 4), 0.9)
+    routing = select_by_threshold(torch.tensor([probabilities]).log(), ThresholdRouting(0.9, 4), 0.9)
     assert routing.ids_TK.tolist() == [[3, 1, 2]]
     torch.testing.assert_close(routing.weights_TK, torch.tensor([[0.5, 0.3, 0.15]]))
 
 
 def test_trap_T12_the_threshold_stays_fp32_whatever_the_model_becomes() -> None:
-    router = Router(4, 8, Threshold(0.4001, 4))
+    router = Router(4, 8, ThresholdRouting(0.4001, 4))
     router.bfloat16()
     assert router.threshold is not None
     assert (router.threshold.dtype, float(router.threshold)) == (torch.float32, pytest.approx(0.4001))

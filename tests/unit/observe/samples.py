@@ -53,7 +53,7 @@ def step_sample(
     return step_metrics(
         progress_sample(step, loss, skipped, threshold, auxiliary_loss),
         load_L=[torch.tensor(load) for load in loads],
-        takers_L=takers_of(loads, takers),
+        k_histogram_L=takers_of(loads, takers),
         computation_L=[(1.5 + layer, 0.25) for layer in range(len(loads))],
         bias_L=[torch.arange(len(load)) / 4 - 0.25 for load in loads],
         expert_parallel=1,
@@ -68,7 +68,7 @@ def evaluation_sample(step: int = 20, loads: Counts = UNEVEN, takers: Counts | N
         tokens=100,
         text_bytes=250,
         load_L=[torch.tensor(load) for load in loads],
-        takers_L=takers_of(loads, takers),
+        k_histogram_L=takers_of(loads, takers),
     )
 
 

@@ -109,7 +109,7 @@ def test_the_load_of_ranks_is_each_layers_own_and_floors_are_of_ranks() -> None:
     metrics = step_metrics(
         progress_sample(),
         load_L=loads,
-        takers_L=[torch.tensor([60]), torch.tensor([80])],
+        k_histogram_L=[torch.tensor([60]), torch.tensor([80])],
         computation_L=[(0.5, 0.25), (1.5, 0.75)],
         bias_L=[None, None],
         expert_parallel=2,
@@ -153,7 +153,7 @@ def test_the_range_of_each_bias_and_none_for_a_layer_without() -> None:
     metrics = step_metrics(
         progress_sample(),
         load_L=[torch.tensor([1, 1, 1]), torch.tensor([1, 1])],
-        takers_L=[torch.tensor([3]), torch.tensor([2])],
+        k_histogram_L=[torch.tensor([3]), torch.tensor([2])],
         computation_L=[(0.0, 0.5)] * 2,
         bias_L=[torch.tensor([-0.5, 0.25, 0.0]), None],
         expert_parallel=1,
@@ -206,7 +206,7 @@ def test_an_evaluation_gives_nats_per_token_and_bits_per_byte() -> None:
 @pytest.mark.parametrize(("tokens", "text_bytes"), [(0, 5), (5, 0)])
 def test_an_evaluation_of_nothing_is_refused(tokens: int, text_bytes: int) -> None:
     with pytest.raises(ValueError, match=f"evaluated {tokens} label tokens and {text_bytes} bytes"):
-        evaluation_metrics(step=0, total_nats=0.0, tokens=tokens, text_bytes=text_bytes, load_L=[], takers_L=[])
+        evaluation_metrics(step=0, total_nats=0.0, tokens=tokens, text_bytes=text_bytes, load_L=[], k_histogram_L=[])
 
 
 def test_trap_T05_counts_are_int64_in_records() -> None:
@@ -215,7 +215,7 @@ def test_trap_T05_counts_are_int64_in_records() -> None:
     with pytest.raises(TypeError, match=r"counts are torch\.int64"):
         measure_load([torch.tensor([1.0, 2.0])])
     with pytest.raises(TypeError, match=r"counts are torch\.int64"):
-        step_metrics(progress_sample(), **given(takers_L=[torch.tensor([2.0])]))
+        step_metrics(progress_sample(), **given(k_histogram_L=[torch.tensor([2.0])]))
 
 
 def test_trap_T12_a_bias_that_is_not_float32_is_refused() -> None:
@@ -229,7 +229,7 @@ def test_trap_T12_a_bias_that_is_not_float32_is_refused() -> None:
 
 def test_figures_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="0 counts of tokens for 1 loads"):
-        step_metrics(progress_sample(), **given(takers_L=[]))
+        step_metrics(progress_sample(), **given(k_histogram_L=[]))
     with pytest.raises(ValueError, match="2 computation loads for 1 loads"):
         step_metrics(progress_sample(), **given(computation_L=[(0.0, 0.5)] * 2))
 

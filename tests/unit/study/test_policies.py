@@ -30,7 +30,12 @@ def test_every_contender_can_be_run_on_the_quick_start(tmp_path: Path) -> None:
 
 def test_real_runs_are_read_and_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be, or not to be: that is the question\n" * 200)
-    small = [f"data.sources=[{tmp_path}/*.txt,stdlib-code]", "train.steps=2", "train.warmup_steps=0", "observe.every=1"]
+    small = [
+        f"data.sources=[{tmp_path}/*.txt,stdlib-code]",
+        "train.steps=2",
+        "train.warmup_steps=0",
+        "observe.interval=1",
+    ]
     runs = plan_runs(CONFIGS / "debug.yaml", tmp_path / "out", 1, small)[-2:]
     told: list[str] = []
     first = train_all(runs, jobs=2, tell=told.append)

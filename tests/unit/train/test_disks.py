@@ -17,7 +17,7 @@ from dist_moe.train.loop import prepare_text
 from tests.disk import on_disk
 from tests.dist.resumable import ROOT, command, overrides_of, same_bits, steps, write_text
 
-CHANGES = ("train.steps=8", "checkpoint.every=2")
+CHANGES = ("train.steps=8", "checkpoint.interval=2")
 NEVER = "0"
 # What the tests look at lies on the disk, which goes with the process: it is copied out at the end.
 COPY = 'disk=$0; out=$1; shift; "$@"; code=$?; cp -r "$disk/run" "$out" 2>/dev/null; exit $code'
@@ -54,7 +54,7 @@ def test_a_full_disk_costs_neither_a_step_nor_an_earlier_checkpoint(text: Path, 
     assert list(steps(tmp_path / "out")) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert json.loads((tmp_path / "out/workers/rank-0.json").read_text())["state"] == "failed"
     found = found_in(text, tmp_path / "out")
-    assert found is not None and found.numbers.step == 2 and found.passed_over == ()
+    assert found is not None and found.counters.step == 2 and found.passed_over == ()
 
 
 def test_a_disk_that_is_read_only_inside_a_save_and_works_again_costs_what_was_due_then(
@@ -71,7 +71,7 @@ def test_a_disk_that_is_read_only_inside_a_save_and_works_again_costs_what_was_d
     assert left - {"step-000004.partial"} == {"latest", "step-000002", "step-000008"}
     assert list(steps(tmp_path / "out")) == [1, 2, 3, 4, 8]
     found = found_in(text, tmp_path / "out")
-    assert found is not None and found.numbers.step == 8
+    assert found is not None and found.counters.step == 8
     assert not (tmp_path / "out/checkpoints/step-000004.partial").exists(), "removed by the next run"
 
 
@@ -86,7 +86,7 @@ def test_a_disk_that_vanishes_inside_a_save_leaves_a_run_that_saves_where_its_pa
     assert {6, 8} <= {step for step, _ in checkpoints(below / "checkpoints")} <= {4, 6, 8}
     assert list(steps(below)) == [5, 6, 7, 8]
     found = found_in(text, below)
-    assert found is not None and found.numbers.step == 8
+    assert found is not None and found.counters.step == 8
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_tokens_that_change_under_a_run_end_it_with_all_steps_saved_and_it_goes_
     """They get shorter before step 4, where reading them would end the process by a signal; then the source does."""
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
     text, whole, run = write_text(tmp_path), tmp_path / "whole", tmp_path / "run"
-    changes = ("train.steps=6", "checkpoint.every=2")
+    changes = ("train.steps=6", "checkpoint.interval=2")
 
     def go(argv: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)

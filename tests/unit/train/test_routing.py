@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.config import Config, resolve
-from dist_moe.data.corpus import Prepared, prepare
+from dist_moe.data.corpus import TokenizedData, prepare
 from dist_moe.moe.select import TopK
 from dist_moe.train.loop import make_task
 from tests.unit.config.files import debug, qwen
@@ -18,7 +18,7 @@ DEEPSEEK = (
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> Prepared:
+def prepared(tmp_path: Path) -> TokenizedData:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"Document {n}.", "name": str(n)}) + "\n" for n in range(40)))
     return prepare([str(text)], "bytes", 0, 0.5, tmp_path / "cache")
@@ -27,16 +27,16 @@ def prepared(tmp_path: Path) -> Prepared:
 @pytest.mark.parametrize(
     ("config", "rule"),
     [
-        (qwen("router.scaling=2.5", "router.score=sigmoid"), TopK(2, "sigmoid", scaling=2.5)),
-        (qwen("router.normalise=true"), TopK(2, "softmax", normalise=True)),
+        (qwen("router.scaling_factor=2.5", "router.score=sigmoid"), TopK(2, "sigmoid", routed_scaling_factor=2.5)),
+        (qwen("router.normalize=true"), TopK(2, "softmax", normalize=True)),
         (
             debug(*(f"model.config.{setting}" for setting in DEEPSEEK), "router.score=softmax"),
-            TopK(3, "softmax", scaling=1.75, groups=4, top_groups=2),
+            TopK(3, "softmax", routed_scaling_factor=1.75, groups=4, topk_groups=2),
         ),
     ],
     ids=["not in Qwen3's config", "in Qwen3's config", "in DeepSeek's config"],
 )
-def test_every_router_value_reaches_every_router(prepared: Prepared, config: Config, rule: TopK) -> None:
+def test_every_router_value_reaches_every_router(prepared: TokenizedData, config: Config, rule: TopK) -> None:
     task = make_task(resolve(config, workers=1), prepared, ALONE)
     assert len(task.layers) > 0
     assert {layer.router.rule for layer in task.layers} == {rule}

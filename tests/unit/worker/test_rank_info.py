@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_moe.worker.rank_info import Place, PlaceError, read_place
+from dist_moe.worker.rank_info import RankInfo, RankInfoError, rank_info_from_env
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
@@ -17,16 +17,16 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
     [(TORCHRUN, "env"), (DEEPSPEED, "env"), (OPENMPI, "openmpi"), (MPICH, "mpich"), (SLURM, "slurm")],
 )
 def test_every_launcher_says_the_same_in_its_own_words(environment: dict[str, str], launcher: str) -> None:
-    assert read_place(environment) == Place(5, 8, 1, 4, launcher)
+    assert rank_info_from_env(environment) == RankInfo(5, 8, 1, 4, launcher)
 
 
 def test_without_a_launcher_it_is_a_world_of_one() -> None:
-    assert read_place({}) == Place(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
-    assert read_place({"RANK": "3"}) == Place(), "half a dialect is none"
+    assert rank_info_from_env({}) == RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
+    assert rank_info_from_env({"RANK": "3"}) == RankInfo(), "half a dialect is none"
 
 
 def test_a_worker_that_torchrun_started_inside_a_slurm_job_is_torchruns() -> None:
-    assert read_place(SLURM | {**TORCHRUN, "RANK": "6"}).rank == 6
+    assert rank_info_from_env(SLURM | {**TORCHRUN, "RANK": "6"}).rank == 6
 
 
 @pytest.mark.parametrize(
@@ -39,5 +39,5 @@ def test_a_worker_that_torchrun_started_inside_a_slurm_job_is_torchruns() -> Non
     ],
 )
 def test_a_place_that_cannot_exist_is_an_error(change: dict[str, str], message: str) -> None:
-    with pytest.raises(PlaceError, match=message):
-        read_place(TORCHRUN | change)
+    with pytest.raises(RankInfoError, match=message):
+        rank_info_from_env(TORCHRUN | change)

@@ -61,20 +61,20 @@ def test_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: torch.dty
 HOT_E = torch.tensor([93, 1, 1, 1, 1, 1, 1, 1])  # one hot expert of 8
 
 
-def after(steps: int, centre: bool) -> Tensor:
+def after(steps: int, center: bool) -> Tensor:
     """The bias after so many steps with the hot expert, at u = 0.001."""
     bias_E = torch.zeros(8)
     for _ in range(steps):
-        bias_E = loss_free_update(bias_E, HOT_E, 0.001, centre)
+        bias_E = loss_free_update(bias_E, HOT_E, 0.001, center)
     return bias_E
 
 
 def test_trap_T11_the_plain_rule_drifts_by_three_quarters_of_u_a_step() -> None:
-    assert float(after(1, centre=False).mean()) == pytest.approx(0.75e-3, rel=1e-5)
-    assert float(after(1000, centre=False).mean()) == pytest.approx(0.75, rel=1e-3)
+    assert float(after(1, center=False).mean()) == pytest.approx(0.75e-3, rel=1e-5)
+    assert float(after(1000, center=False).mean()) == pytest.approx(0.75, rel=1e-3)
 
 
 def test_trap_T11_the_centred_rule_holds_the_mean_and_keeps_the_gaps() -> None:
-    centred_E, plain_E = after(1000, centre=True), after(1000, centre=False)
+    centred_E, plain_E = after(1000, center=True), after(1000, center=False)
     assert float(centred_E.mean()) == pytest.approx(0.0, abs=1e-5)
     torch.testing.assert_close(centred_E - centred_E[0], plain_E - plain_E[0], rtol=1e-3, atol=1e-3)

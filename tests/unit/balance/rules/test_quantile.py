@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.counts import Tally
+from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.load import max_vio
 from dist_moe.balance.rules.quantile import BINS, count_margins, quantile_update
 from dist_moe.balance.spec import BalanceSettings, update_rule
@@ -50,7 +50,7 @@ def test_the_histogram_is_numpy_s(experts: int, tokens: int, seed: int, data: st
 def test_the_quantile_is_numpy_s_to_the_width_of_a_bin(experts: int, seed: int, data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, experts - 1))
     scores_TE, bias_E = scores(500, experts, seed), torch.zeros(experts)
-    found_E = quantile_update(bias_E, count_margins(scores_TE, bias_E, top_k), top_k / experts, centre=False)
+    found_E = quantile_update(bias_E, count_margins(scores_TE, bias_E, top_k), top_k / experts, center=False)
     margins_TE = numpy_margins(scores_TE, bias_E, top_k)
     for expert, found in enumerate(found_E.tolist()):
         # Between the neighbours in order of the exact quantile, and one bin further.
@@ -92,7 +92,7 @@ def test_trap_T11_the_biases_hold_their_mean_over_a_long_run() -> None:
         logits_TE = torch.randn(512, 8, generator=torch.Generator().manual_seed(step))
         margins_EQ = count_margins(logits_TE, bias_E, 2)
         bias_E = rule(
-            bias_E, Tally(torch.zeros(8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), margins_EQ), 0
+            bias_E, RoutingCounts(torch.zeros(8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), margins_EQ), 0
         )
     assert abs(float(bias_E.mean())) < 1e-6
 
