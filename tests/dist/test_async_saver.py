@@ -71,12 +71,12 @@ def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[boo
         pending = saver._pending
         assert pending is not None
         written = pending.work.result(60)
-        optimizer_fragments: Future[Written] = Future()
+        held: Future[Written] = Future()
         if rank == 1:
-            saver._pending = replace(pending, work=optimizer_fragments)
+            saver._pending = replace(pending, work=held)
         told = [one_step(resolved, training, step, Word(written=saver.written)) for step in (2, 3)]
         if rank == 1:
-            threading.Timer(3.0, optimizer_fragments.set_result, (written,)).start()
+            threading.Timer(3.0, held.set_result, (written,)).start()
         saved = saver.finalize()
         assert saved is not None
         dist.barrier()
@@ -87,7 +87,7 @@ def ended_amid(rank: int, world_size: int, text: Path, folder: Path) -> list[str
     """A peer is gone while a thread completes a checkpoint: what is wrong with the folder afterwards."""
     release, waits = threading.Event(), AsyncSaver._await
 
-    def optimizer_fragments(*given: Any) -> Completion:
+    def held(*given: Any) -> Completion:
         release.wait(60)
         return complete(*given)
 
@@ -100,7 +100,7 @@ def ended_amid(rank: int, world_size: int, text: Path, folder: Path) -> list[str
         saver = AsyncSaver(training)
         saver.save(1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dist_moe.checkpoint.async_saver.complete", optimizer_fragments)
+            patch.setattr("dist_moe.checkpoint.async_saver.complete", held)
             patch.setattr(AsyncSaver, "_await", cut)
             with pytest.raises(RuntimeError):
                 saver.save(2)

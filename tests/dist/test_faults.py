@@ -54,9 +54,9 @@ def test_damaged_files_and_broken_disks_are_held(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_rows(rows)
-    optimizer_fragments = {row.kind for row in found if row.optimizer_fragments}
-    assert len(optimizer_fragments) == 15 and not [row for row in found if row.faults]
-    assert sum(row.inside for row in found if row.optimizer_fragments) == 3
+    held = {row.kind for row in found if row.held}
+    assert len(held) == 15 and not [row for row in found if row.faults]
+    assert sum(row.inside for row in found if row.held) == 3
     assert "one bit flipped" in markdown(found) and "disk gone inside a save" in markdown(found)
 
 
