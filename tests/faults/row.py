@@ -29,7 +29,7 @@ class Row:
     seconds: float = 0.0
 
     @property
-    def optimizer_fragments(self) -> bool:
+    def held(self) -> bool:
         """Whether it struck and the run is as if nothing had been."""
         return bool(self.proof) and not self.faults
 
@@ -52,12 +52,12 @@ def missing(rows: Sequence[Row], groups: Collection[str] = GROUPS, kinds: Sequen
 
     kinds: of a short one, which has to hold one fault of each of them; None for a whole one.
     """
-    optimizer_fragments = [row for row in rows if row.optimizer_fragments]
+    held = [row for row in rows if row.held]
     wrong = [f"{row.kind}, seed {row.seed}: {'; '.join(row.faults)}" for row in rows if row.faults]
     if kinds is not None:
-        return [f"no {kind}" for kind in kinds if kind not in {row.kind for row in optimizer_fragments}] + wrong
-    counts = Counter(row.group for row in optimizer_fragments)
-    counts["inside a save"] = sum(row.inside for row in optimizer_fragments if row.group == "process")
+        return [f"no {kind}" for kind in kinds if kind not in {row.kind for row in held}] + wrong
+    counts = Counter(row.group for row in held)
+    counts["inside a save"] = sum(row.inside for row in held if row.group == "process")
     wanted = {
         name: least for name, least in WANTED.items() if name in groups or ("process" in groups and name not in GROUPS)
     }
@@ -74,6 +74,6 @@ def markdown(rows: Sequence[Row]) -> str:
     for (_, kind), of_kind in sorted(kinds.items(), key=lambda item: (item[0][0] != "process", item[0][1])):
         struck = [row for row in of_kind if row.proof]
         ways = ", ".join(f"{count} {way}" for way, count in Counter(row.onward for row in struck).most_common())
-        inside, optimizer_fragments = sum(row.inside for row in struck), sum(row.optimizer_fragments for row in of_kind)
-        lines.append(f"| {kind} | {len(of_kind)} | {len(struck)} | {inside} | {optimizer_fragments} | {ways} |")
+        inside, held = sum(row.inside for row in struck), sum(row.held for row in of_kind)
+        lines.append(f"| {kind} | {len(of_kind)} | {len(struck)} | {inside} | {held} | {ways} |")
     return "\n".join(lines)
