@@ -26,7 +26,7 @@ from dist_moe.doctor.network import check_clocks, check_ports
 from dist_moe.doctor.temporary import temporary
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.errors import UserError
-from dist_moe.train.loop import prepare_text
+from dist_moe.train.setup import tokenize
 from dist_moe.worker.rank_info import RankInfo
 
 NO_TEXT = "there is no text, so nothing can be trained"
@@ -107,7 +107,7 @@ def examine(
     prepared: TokenizedData | None = None
     lacking = ""
     try:
-        prepared = prepare_text(config)
+        prepared = tokenize(config)
     except (UserError, OSError) as error:
         lacking = str(error)
     limit_s = min(config.parallel.timeout_s, LONGEST_S)

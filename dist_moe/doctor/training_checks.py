@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer
 from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, load_model, restore_run
 from dist_moe.checkpoint.snapshot import collect
@@ -24,13 +23,13 @@ from dist_moe.config.family import family_of
 from dist_moe.data.stream import Batch
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
-from dist_moe.engine.deepspeed import EngineSettings, start_engine
+from dist_moe.engine.deepspeed import EngineSettings
 from dist_moe.engine.train_state import TrainState
-from dist_moe.model.build import build_model, parameter_groups, routing_rule
+from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
-from dist_moe.train.loop import engine_settings, make_balancer
+from dist_moe.train.setup import engine_settings, start_training
 from dist_moe.train.step import train_step
 
 FEW_EXPERTS, LONGEST, VOCABULARY = 8, 64, 257
@@ -97,7 +96,7 @@ def check_parity(subject: DoctorContext) -> Finding:
 def one_step(subject: DoctorContext, mesh: Mesh) -> Outcomes:
     """One SGD step of the small model, the same tokens whatever the mesh."""
     settings = replace(
-        engine_settings(subject.resolved, subject.dist_context),
+        engine_settings(subject.resolved, subject.dist_context.device),
         optimizer="sgd",
         momentum=0.0,
         bf16=False,
@@ -123,9 +122,9 @@ def named(training: TrainState, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str
     experts = {}
     for layer in find_layers(training.task.model):
         local = layer.experts.local
-        for rank_info, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+        for index, expert in enumerate(mesh.local_experts(layer.experts.experts)):
             for kind, stacked in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
-                experts[f"{layer.name}.{expert}.{kind}"] = stacked.detach()[rank_info].clone()
+                experts[f"{layer.name}.{expert}.{kind}"] = stacked.detach()[index].clone()
     return dense, experts
 
 
@@ -148,11 +147,9 @@ def small_training(
     task = LanguageModelTask(model, counts_margins=config.balance.policy == "quantile")
     if found is not None:
         load_model(found, task, mesh)
-    with start_engine(task, parameter_groups(model, config.train.weight_decay), settings, mesh) as engine:
+    assert subject.prepared is not None
+    with start_training(config, task, subject.prepared, mesh, settings) as training:
         set_pg_timeouts(subject.limit_s)
-        balancer: Balancer = make_balancer(task, config, engine.device)
-        assert subject.prepared is not None
-        training = TrainState(config, engine, balancer, task, subject.prepared)
         if found is not None:
             restore_run(found, training)
         yield training
@@ -171,7 +168,9 @@ def check_saving(subject: DoctorContext) -> Finding:
     Of weights, fp32 masters, moments, biases and random states, by the way that a run takes, between hosts too.
     """
     name, mesh = "save and load", subject.mesh
-    settings = replace(engine_settings(subject.resolved, subject.dist_context), micro_batch_size=1, accumulation=1)
+    settings = replace(
+        engine_settings(subject.resolved, subject.dist_context.device), micro_batch_size=1, accumulation=1
+    )
     with small_training(subject, mesh, settings) as training:
         train_step(training.engine, training.balancer, [row(subject, mesh.rank)], 1e-3)
         kept = copied(training)

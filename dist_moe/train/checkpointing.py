@@ -1,56 +1,81 @@
-"""When a run saves, what it does if that fails, and what is told of it."""
+"""When a run saves checkpoints, and what it does when saving fails."""
 
 from pathlib import Path
 
 from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import step_of
+from dist_moe.checkpoint.resume import Checkpoint
+from dist_moe.engine.train_state import TrainState
 from dist_moe.train.reporting import Report
 
 
 class CheckpointSchedule:
-    """The saver of one run, and the report that is told of each checkpoint. Every rank has one and calls it alike.
+    """Saves the checkpoints of one run and reports each. Every rank holds one and calls it at the same steps.
 
-    newest: the folder of the newest complete checkpoint; the one that the run goes on from, until there is another.
-    A step that was skipped is saved as any other, but no older checkpoint is deleted then: the run may be lost.
+    A checkpoint of a skipped step is saved like any other, but deletes no older one: the run may be lost.
+
+    Args:
+        state: The run's state.
+        report: Logs each checkpoint, and each failure.
+        resumed_from: The checkpoint that the run resumes from, if any.
+
+    Attributes:
+        newest: The folder of the newest complete checkpoint, at first that of `resumed_from`; None if there is none.
     """
 
-    def __init__(self, saver: AsyncSaver, report: Report, newest: Path | None) -> None:
-        self._saver = saver
+    def __init__(self, state: TrainState, report: Report, resumed_from: Checkpoint | None) -> None:
+        self._config = state.config
+        self._saver = AsyncSaver(state, report.warn)
         self._report = report
-        self.newest = newest
+        self.newest: Path | None = None if resumed_from is None else resumed_from.folder
 
     @property
-    def written(self) -> bool:
-        """Whether this rank has written its files of a checkpoint that is not complete yet."""
+    def shard_written(self) -> bool:
+        """Whether this rank's files of the checkpoint in progress are written."""
         return self._saver.written
 
-    def save_due(self, step: int, taken: bool, asynchronous: bool) -> None:
-        """Save a checkpoint that others will follow: one that fails is told, and costs no step of training.
+    def after_step(self, step: int, taken: bool, stop_requested: bool) -> None:
+        """Save what is due after `step`. A collective call.
 
-        beside: whether training goes on while it is written.
+        Args:
+            step: The step, from 1.
+            taken: Whether it was taken.
+            stop_requested: Whether the run ends here on request.
+
+        Raises:
+            CheckpointError: The last checkpoint of the run cannot be saved.
         """
+        interval = self._config.checkpoint.interval
+        if stop_requested or step == self._config.train.steps:
+            self.save_now(step, taken)
+        elif interval and step % interval == 0:
+            self.save_due(step, taken)
+
+    def save_due(self, step: int, taken: bool) -> None:
+        """Begin to save a checkpoint that others will follow. A failure is reported, and training continues."""
+        asynchronous = self._config.checkpoint.asynchronous
         self.finalize()
         try:
             self._saver.save_async(step, keep_all=not taken, asynchronous=asynchronous)
         except CheckpointError as error:
-            self._report.warn(f"{error}; training goes on")
+            self._report.warn(f"{error}; training continues")
         if not asynchronous:
             self.finalize()
 
-    def finalize(self) -> None:
-        """Complete what was begun, if anything was; a collective call."""
-        try:
-            saved = self._saver.finalize()
-        except CheckpointError as error:
-            self._report.warn(f"{error}; training goes on")
-            return
-        if saved is not None:
-            self._report.saved(saved)
-            self.newest = saved.folder
+    def save_now(self, step: int, taken: bool) -> None:
+        """Save a checkpoint that no other follows, and wait for it.
+
+        Raises:
+            CheckpointError: It cannot be saved.
+        """
+        self.finalize()
+        saved = self._saver.save(step, keep_all=not taken)
+        self._report.saved(saved)
+        self.newest = saved.folder
 
     def save_before_error(self, step: int) -> None:
-        """Save all steps so far before an error ends the run that has left them whole; one that fails is told."""
+        """Save the last whole step before an error ends the run. A failure is reported."""
         self.finalize()
         if step == 0 or (self.newest is not None and step_of(self.newest) == step):
             return
@@ -59,13 +84,22 @@ class CheckpointSchedule:
         except CheckpointError as error:
             self._report.warn(str(error))
 
-    def save_now(self, step: int, taken: bool) -> None:
-        """Save a checkpoint that nothing follows. Errors: CheckpointError."""
-        self.finalize()
-        saved = self._saver.save(step, keep_all=not taken)
-        self._report.saved(saved)
-        self.newest = saved.folder
+    def finalize(self) -> Path | None:
+        """Complete the checkpoint in progress, if any. A collective call.
+
+        Returns:
+            The folder of the newest complete checkpoint.
+        """
+        try:
+            saved = self._saver.finalize()
+        except CheckpointError as error:
+            self._report.warn(f"{error}; training continues")
+            return self.newest
+        if saved is not None:
+            self._report.saved(saved)
+            self.newest = saved.folder
+        return self.newest
 
     def close(self) -> None:
-        """Wait until this rank has deleted what is not kept; after the last collective of the run."""
+        """Wait until this rank has deleted the checkpoints that are not kept, after the last collective of the run."""
         self._saver.close()

@@ -17,7 +17,7 @@ from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.reduce import all_reduce_scalars
-from dist_moe.config import load_config
+from dist_moe.config import Config, load_config
 from dist_moe.config.family import family_of
 from dist_moe.config.pretrained import text_vocabulary
 from dist_moe.data.cache import cache_folder
@@ -31,9 +31,13 @@ from dist_moe.worker.rank_info import rank_info_from_env
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Which held-out text is evaluated: rows 0 .. rows-1 of the validation split in file order.
+    """The held-out text to evaluate: rows 0 to `rows` - 1 of the validation split, in file order.
 
-    token_bytes_V: int64, bytes of text that each token id stands for. micro_batch_size: rows of one forward.
+    Attributes:
+        stream: The rows of the validation split.
+        token_bytes_V: int64, bytes of text that each token id stands for.
+        rows: Number of rows to evaluate.
+        micro_batch_size: Rows of one forward.
     """
 
     stream: Stream
@@ -42,19 +46,30 @@ class ValidationSet:
     micro_batch_size: int
 
 
-def validation_set(prepared: TokenizedData, sequence_length: int, limit: int, micro_batch_size: int) -> ValidationSet:
-    """The first `limit` rows of the validation split; 0 takes all."""
-    stream = Stream(prepared.validation, sequence_length, seed=0)
+def validation_set(config: Config, data: TokenizedData) -> ValidationSet:
+    """Return the first `observe.validation_sequences` rows of the validation split; all of them where it is 0."""
+    stream = Stream(data.validation, config.data.sequence_length, seed=0)
+    limit = config.observe.validation_sequences
     rows = min(limit, stream.rows_per_epoch) if limit else stream.rows_per_epoch
-    return ValidationSet(stream, prepared.tokenizer.token_bytes_V, rows, micro_batch_size)
+    return ValidationSet(stream, data.tokenizer.token_bytes_V, rows, config.train.micro_batch_size)
 
 
 @torch.no_grad()
 def evaluate(task: nn.Module, text: ValidationSet, mesh: Mesh, device: torch.device, step: int) -> EvaluationMetrics:
-    """Evaluate `task` with the rows divided over all ranks; every rank calls it and gets the same result.
+    """Evaluate `task` with the rows divided over all ranks. A collective call.
 
-    Each rank runs the same number of forwards, with rows of padding where the text has ended, because the
-    experts' collectives need every rank. The balancer sees nothing of it, and nothing is updated.
+    Each rank runs the same number of forwards, with rows of padding after the end of the text, because the experts'
+    collectives need every rank. The balancer is not involved, and nothing is updated.
+
+    Args:
+        task: The model and its loss, a `LanguageModelTask`.
+        text: The rows to evaluate.
+        mesh: The layout of the ranks.
+        device: The device of the task.
+        step: The optimizer step to record.
+
+    Returns:
+        The metrics over all ranks, equal on each.
     """
     stride = mesh.world_size * text.micro_batch_size
     nats, labels, text_bytes = 0.0, 0, 0
@@ -83,7 +98,11 @@ def evaluate(task: nn.Module, text: ValidationSet, mesh: Mesh, device: torch.dev
 def _forward(
     task: nn.Module, text: ValidationSet, first: int, mesh: Mesh, device: torch.device
 ) -> tuple[float, int, int, list[RoutingCounts]]:
-    """One forward of this rank: sum of -ln p in nats, label tokens, bytes of text they stand for, counts."""
+    """Run one forward of this rank.
+
+    Returns:
+        The sum of -ln p in nats, the label tokens, the bytes of text that these stand for, and the routing counts.
+    """
     row = first + mesh.rank * text.micro_batch_size
     batch = text.stream.in_order(row, text.micro_batch_size)
     # Rows past the limit belong to the corpus but not to this evaluation.
@@ -92,25 +111,34 @@ def _forward(
     mask_BS = (batch.documents_BS >= 0) & ~outside_B.unsqueeze(1)
     inputs = (batch.tokens_BS, targets_BS, batch.positions_BS, mask_BS)
     output: Output = task(*(tensor.to(device) for tensor in inputs), torch.tensor(1.0, device=device))
-    counted = targets_BS[targets_BS != IGNORED].numpy()
+    labels = targets_BS[targets_BS != IGNORED].numpy()
     nats = float(output.nll_sum)
     if not math.isfinite(nats):
         nats = math.nan
-    # The balancer sees nothing of an evaluation, so its histograms are neither kept nor summed.
+    # The balancer is not involved in an evaluation, so the histograms of margins are neither kept nor summed.
     routing_counts = [layer_counts._replace(margins_EQ=None) for layer_counts in output.routing_counts]
-    return nats, counted.size, int(text.token_bytes_V[counted].sum()), routing_counts
+    return nats, labels.size, int(text.token_bytes_V[labels].sum()), routing_counts
 
 
 def model_folder(checkpoint: Path) -> Path:
-    """The weights folder of a checkpoint: `checkpoint` itself, or its `model` folder."""
+    """Return the weights folder of a checkpoint: `checkpoint` itself, or its folder `model`."""
     return checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
 
 
 def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a checkpoint of a run on its validation text, under the run's own config with `overrides`.
+    """Evaluate a checkpoint on the validation text of its own configuration.
 
-    -> the record that the run itself writes at its end. Works alone or as one worker of a launcher. Errors:
-    WeightsError where the folder is no checkpoint or its tokenizer is not the one that the text gives.
+    Works in a single process or as one worker of a launcher.
+
+    Args:
+        checkpoint: A step-NNNNNN folder.
+        overrides: `key=value` replacements in the configuration that the checkpoint holds.
+
+    Returns:
+        The record that the run itself writes at its end.
+
+    Raises:
+        WeightsError: The folder is not a checkpoint, or its tokenizer differs from the one that the text gives.
     """
     config_file = checkpoint / "config.yaml"
     if not config_file.is_file():
@@ -118,23 +146,20 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
     config = load_config(config_file, overrides)
     rank_info = rank_info_from_env(os.environ)
     set_threads(config.run.threads, rank_info)
-    data, folder = config.data, model_folder(checkpoint)
-    vocabulary, fraction = text_vocabulary(config), data.validation_fraction
-    prepared = prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), folder)
+    sources, folder = config.data, model_folder(checkpoint)
+    vocabulary, fraction = text_vocabulary(config), sources.validation_fraction
+    data = prepare(sources.sources, sources.tokenizer, vocabulary, fraction, cache_folder(), folder)
     stored = load_tokenizer(folder)
-    if not np.array_equal(stored.token_bytes_V, prepared.tokenizer.token_bytes_V):
+    if not np.array_equal(stored.token_bytes_V, data.tokenizer.token_bytes_V):
         raise WeightsError(
-            f"the tokenizer of {checkpoint} is not the one that data.sources={data.sources} gives now; the text has "
-            "changed since, so evaluate where it has not"
+            f"the tokenizer of {checkpoint} is not the one that data.sources={sources.sources} gives now; the text "
+            "has changed since, so evaluate it where the text is unchanged"
         )
     with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:
         mesh = make_mesh(rank_info.world_size if _experts_divide(checkpoint, rank_info.world_size) else 1)
-        task = LanguageModelTask(load_weights(model_folder(checkpoint), mesh)).to(dist_context.device)
-        text = validation_set(
-            prepared, data.sequence_length, config.observe.validation_sequences, config.train.micro_batch_size
-        )
+        task = LanguageModelTask(load_weights(folder, mesh)).to(dist_context.device)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint.name.startswith("step-") else 0
-        return evaluate(task, text, mesh, dist_context.device, step).as_dict()
+        return evaluate(task, validation_set(config, data), mesh, dist_context.device, step).as_dict()
 
 
 def _experts_divide(checkpoint: Path, workers: int) -> bool:

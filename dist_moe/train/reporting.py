@@ -115,7 +115,7 @@ class Report:
         step_tokens = self.config.train.global_batch_size * self.config.data.sequence_length
         progress = Progress(
             step=step,
-            loss=nll / record.labels if record.labels else math.nan,
+            loss=nll / record.label_tokens if record.label_tokens else math.nan,
             auxiliary_loss=auxiliary,
             learning_rate=learning_rate,
             grad_norm=record.grad_norm,

@@ -1,10 +1,11 @@
 """One training step, whole: read this first.
 
-A step is one optimizer step over the global batch: `accumulation` micro-batches on each of the workers.
+A step is one optimizer step over the global batch: `accumulation` micro-batches on each worker.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,76 +13,83 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.comm.reduce import all_reduce_counts
-from dist_moe.data.mmap_files import reject_change
 from dist_moe.data.stream import Batch
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.model.task import IGNORED, Output
 
 
-@dataclass(frozen=True)
-class Word:
-    """What a rank tells the others along with its counts.
+class GlobalCounts(NamedTuple):
+    """Integers of one step, summed over all ranks.
 
-    asked: it was asked to stop. written: its files of the checkpoint that is being saved are written. changed: what
-    has become of a file of the text; "" where all are as they were.
+    Attributes:
+        label_tokens: Positions of the global batch that have a target.
+        tokens: Positions of the global batch that are not padding.
+        extra: The caller's integers, summed position by position.
     """
 
-    asked: bool = False
-    written: bool = False
-    changed: str = ""
-
-
-NOTHING = Word()
+    label_tokens: int
+    tokens: int
+    extra: list[int]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step leaves behind.
+    """The result of one step.
 
-    taken: false where it was skipped. grad_norm: global 2-norm before clipping. nll_sum: this rank's sum of -ln p,
-    fp32 scalar, nats. auxiliary: this rank's mean over its micro-batches of the routing losses, whose mean over the
-    ranks is their part of the loss. labels: label tokens of the global batch. tallies: the counts of each layer over
-    all ranks. micro_loads: this rank's own int64 load_E, for each micro-batch a list over the layers. threshold: the
-    one that routed this step, from before its update; None without threshold routing. scales: `scale` and
-    `token_scale` of the task in this step. asked: whether any rank was asked to stop before this step. written:
-    whether every rank had written its files.
+    Attributes:
+        taken: False where the step was skipped.
+        grad_norm: Global 2-norm of the gradient before clipping.
+        nll_sum: fp32 scalar, this rank's sum of -ln p over its label tokens, in nats.
+        auxiliary: fp32 scalar, this rank's mean over its micro-batches of the routing losses; its mean over the ranks
+            is their part of the loss.
+        label_tokens: Label tokens of the global batch.
+        routing_counts: Counts of each MoE layer over all ranks.
+        micro_loads: This rank's own int64 load_E, for each micro-batch a list over the layers.
+        threshold: The threshold that routed this step, before its update; None without threshold routing.
+        scales: `scale` and `token_scale` of the task in this step.
     """
 
     taken: bool
     grad_norm: float
     nll_sum: Tensor
     auxiliary: Tensor
-    labels: int
+    label_tokens: int
     routing_counts: list[RoutingCounts]
     micro_loads: list[list[Tensor]]
     threshold: float | None
     scales: tuple[Tensor, Tensor]
-    asked: bool = False
-    written: bool = False
 
     @property
     def loads(self) -> list[Tensor]:
-        """int64 load_E of each layer over all ranks."""
+        """int64 load_E of each MoE layer over all ranks."""
         return [layer_counts.load_E for layer_counts in self.routing_counts]
 
 
 def train_step(
-    engine: Engine, balancer: Balancer, batches: Sequence[Batch], learning_rate: float, word: Word = NOTHING
+    engine: Engine,
+    balancer: Balancer,
+    batches: Sequence[Batch],
+    learning_rate: float,
+    counts: GlobalCounts | None = None,
 ) -> StepRecord:
-    """Forward and backward over this worker's micro-batches, one optimizer step, one update of the balance.
+    """Run forward and backward over this worker's micro-batches, one optimizer step, and one balancer update.
 
-    The bias that routes in this step is the one from before it. A step that is skipped, because its gradient is not
-    finite on some rank, moves no weight, no moment and no bias. word: what all ranks learn from the record. Errors:
-    DataError, on all ranks alike and before anything has moved, where one tells of a changed text.
+    The step is routed by the bias from before it. A step whose gradient is not finite on any rank is skipped: no
+    weight, moment or bias changes. A collective call.
+
+    Args:
+        engine: The engine, started for `len(batches)` micro-batches a step.
+        balancer: The balancer of the engine's model.
+        batches: This worker's micro-batches of the global batch.
+        learning_rate: The learning rate of this step.
+        counts: The token counts of the global batch, where the caller has reduced them together with integers of its
+            own (`reduce_counts`); reduced here otherwise.
     """
-    labels, tokens, asking, written, changed = count_labels(batches, engine.device, word)
-    if changed:
-        reject_change(word.changed)
-    # DeepSpeed divides by the micro-batches and averages over the ranks; this undoes both, so that the loss is the
-    # mean over the label tokens of the global batch, however it was divided up, and the routing losses that over all
-    # its tokens.
+    label_tokens, tokens, _ = counts or reduce_counts(batches, engine.device)
+    # DeepSpeed divides by the micro-batches and averages over the ranks. These factors undo both, so that the loss is
+    # the mean over the label tokens of the global batch, and the routing losses that over all its tokens.
     parts = engine.mesh.world_size * len(batches)
-    scale, token_scale = (torch.tensor(parts / max(1, count), device=engine.device) for count in (labels, tokens))
+    scale, token_scale = (torch.tensor(parts / max(1, count), device=engine.device) for count in (label_tokens, tokens))
     nll_sum, auxiliary = torch.zeros((), device=engine.device), torch.zeros((), device=engine.device)
     micro_loads, threshold = [], balancer.threshold
     result = None
@@ -95,7 +103,7 @@ def train_step(
         result = engine.step(learning_rate)
     if result is None:
         raise RuntimeError(
-            f"{len(batches)} micro-batches did not end a step; the engine was started for another number"
+            f"{len(batches)} micro-batches did not complete a step; the engine was started for another number"
         )
     routing_counts = balancer.step() if result.taken else balancer.discard()
     return StepRecord(
@@ -103,28 +111,31 @@ def train_step(
         grad_norm=result.grad_norm,
         nll_sum=nll_sum,
         auxiliary=auxiliary,
-        labels=labels,
+        label_tokens=label_tokens,
         routing_counts=routing_counts,
         micro_loads=micro_loads,
         threshold=threshold,
         scales=(scale, token_scale),
-        asked=asking > 0,
-        written=written == engine.mesh.world_size,
     )
 
 
 def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) -> Output:
-    """The module's output for one micro-batch."""
+    """Run the engine's module on one micro-batch."""
     mask_BS = batch.documents_BS >= 0
     inputs = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS)
     return engine.forward(*(tensor.to(engine.device) for tensor in inputs), scale, token_scale)
 
 
-def count_labels(batches: Sequence[Batch], device: torch.device, word: Word = NOTHING) -> tuple[int, ...]:
-    """Over all ranks: label and all tokens of the global batch, and how many were asked, have written, saw a change."""
+def reduce_counts(batches: Sequence[Batch], device: torch.device, extra: Sequence[int] = ()) -> GlobalCounts:
+    """Count the tokens of the global batch over all ranks in ONE all-reduce. A collective call.
+
+    Args:
+        batches: This worker's micro-batches.
+        device: The device of the collective.
+        extra: Further integers to sum in the same all-reduce, as many on every rank.
+    """
     none = torch.zeros((), dtype=torch.int64)
     labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), none)
     tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
-    words = torch.tensor([word.asked, word.written, bool(word.changed)], dtype=torch.int64)
-    counts = all_reduce_counts([labels, tokens, words], device)
-    return int(counts[0]), int(counts[1]), *counts[2].tolist()
+    counts = all_reduce_counts([labels, tokens, torch.tensor(extra, dtype=torch.int64)], device)
+    return GlobalCounts(int(counts[0]), int(counts[1]), counts[2].tolist())

@@ -9,18 +9,15 @@ from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore_run
-from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
-from dist_moe.engine.deepspeed import start_engine
 from dist_moe.engine.train_state import TrainState
-from dist_moe.model.build import parameter_groups
-from dist_moe.train.loop import engine_settings, make_balancer, make_task, micro_batches, prepare_text
-from dist_moe.train.step import Word, train_step
-from dist_moe.worker.rank_info import RankInfo
+from dist_moe.train.rank_flags import RankFlags
+from dist_moe.train.setup import build_task, engine_settings, start_training, tokenize
 from tests.bench.memory import Peak, folder_bytes
 from tests.bench.size import OVERRIDES
 from tests.dist.resumable import ROOT, overrides_of, started
+from tests.dist.steps import one_step
 
 STEPS = 12
 """Steps that are timed without a save."""
@@ -63,11 +60,11 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
 def load(rank: int, world_size: int, words: list[str], weights: list[Tensor]) -> tuple[float, float]:
     """Find, check and open the newest checkpoint in a run that starts -> seconds and MiB of that alone."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", words), world_size)
-    config, prepared = resolved.config, prepare_text(resolved.config)
+    config, prepared = resolved.config, tokenize(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
-    task = make_task(resolved, prepared, mesh)
+    task = build_task(resolved, prepared, mesh)
     cpu = torch.device("cpu")
-    settings = engine_settings(resolved, DistContext(RankInfo(rank, world_size, rank, world_size, "env"), cpu, "gloo"))
+    settings = engine_settings(resolved, cpu)
     dist.barrier()
     with Peak() as opening:
         began_s = time.perf_counter()
@@ -76,8 +73,7 @@ def load(rank: int, world_size: int, words: list[str], weights: list[Tensor]) ->
         load_model(checkpoint, task, mesh)
         dist.barrier()
         seconds = time.perf_counter() - began_s
-    with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
-        training = TrainState(config, engine, make_balancer(task, config, engine.device), task, prepared)
+    with start_training(config, task, prepared, mesh, settings) as training:
         dist.barrier()
         with Peak() as restoring:
             began_s = time.perf_counter()
@@ -92,9 +88,8 @@ def steps(resolved: Resolved, training: TrainState, count: int, saver: AsyncSave
     """Make steps on the same text -> whether a pending checkpoint was written by all at the last of them."""
     written = False
     for _ in range(count):
-        batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
-        word = Word(written=saver is not None and saver.written)
-        written = train_step(training.engine, training.balancer, batches, 1e-4, word).written
+        flags = RankFlags(shard_written=saver is not None and saver.written)
+        written = one_step(resolved, training, 1, flags, rate=1e-4)
     return written
 
 

@@ -89,7 +89,7 @@ def half_of_padding(rank: int, world_size: int) -> tuple[float, float, list[list
         batch.targets_BS[ROWS // 2 :] = IGNORED
         balancer = make_balancer(task)
         record = train_step(engine, balancer, share(batch, engine.mesh, 1), 1.0)
-        loss = float(record.nll_sum) / record.labels
+        loss = float(record.nll_sum) / record.label_tokens
         loads = [load.tolist() for load in record.loads]
         return loss, record.grad_norm, loads, [bias.clone() for bias in balancer.biases]
 

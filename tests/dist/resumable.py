@@ -14,13 +14,11 @@ from torch import Tensor
 from dist_moe.checkpoint.async_saver import save_checkpoint
 from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore_run
 from dist_moe.checkpoint.training_state import read_counters
-from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
-from dist_moe.engine.deepspeed import start_engine
 from dist_moe.engine.train_state import TrainState
-from dist_moe.model.build import parameter_groups
-from dist_moe.train.loop import engine_settings, make_balancer, make_task, prepare_text, run
+from dist_moe.train.loop import run
+from dist_moe.train.setup import build_task, engine_settings, start_training, tokenize
 from dist_moe.worker.rank_info import RankInfo
 
 ROOT = Path(__file__).parents[2]
@@ -70,16 +68,14 @@ def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Seque
 def started(rank: int, world_size: int, words: Sequence[str]) -> Iterator[tuple[Resolved, TrainState]]:
     """A run of configs/debug.yaml with the overrides `words`, started or gone on, before its next step."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", words), world_size)
-    config, prepared = resolved.config, prepare_text(resolved.config)
+    config, prepared = resolved.config, tokenize(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
     checkpoint = find_checkpoint(config, prepared, mesh, torch.device("cpu"))
-    task = make_task(resolved, prepared, mesh)
+    task = build_task(resolved, prepared, mesh)
     if checkpoint is not None:
         load_model(checkpoint, task, mesh)
-    rank_info = RankInfo(rank, world_size, rank, world_size, "env")
-    settings = engine_settings(resolved, DistContext(rank_info, torch.device("cpu"), "gloo"))
-    with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
-        training = TrainState(config, engine, make_balancer(task, config, engine.device), task, prepared)
+    settings = engine_settings(resolved, torch.device("cpu"))
+    with start_training(config, task, prepared, mesh, settings) as training:
         if checkpoint is not None:
             restore_run(checkpoint, training)
         yield resolved, training

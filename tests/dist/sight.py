@@ -60,7 +60,7 @@ def reported(rank: int, world_size: int, expert_parallel: int, folder: str) -> R
         grad_norm=1.0,
         nll_sum=torch.tensor(2.0),
         auxiliary=torch.tensor(1.0 + rank),
-        labels=4 * world_size,
+        label_tokens=4 * world_size,
         routing_counts=routing_counts,
         micro_loads=micro_loads(rank),
         threshold=0.5,

@@ -190,7 +190,7 @@ def trace(
 ) -> Trace:
     """Collect a run's results; losses are this rank's share, so that the shares of all ranks add up."""
     return Trace(
-        losses=[nll / record.labels for record, nll in records],
+        losses=[nll / record.label_tokens for record, nll in records],
         norms=[record.grad_norm for record, _ in records],
         taken=[record.taken for record, _ in records],
         loads=[[load.tolist() for load in record.loads] for record, _ in records],

@@ -19,7 +19,7 @@ from dist_moe.checkpoint.format.layout import Completion, checkpoints, complete
 from dist_moe.checkpoint.format.manifest import FileEntry, find_damage, read_manifest
 from dist_moe.checkpoint.snapshot import StagingBuffer, collect
 from dist_moe.comm.init import set_pg_timeouts
-from dist_moe.train.step import Word
+from dist_moe.train.rank_flags import RankFlags
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_text
 from tests.dist.steps import one_step
@@ -74,7 +74,7 @@ def slow(rank: int, world_size: int, text: Path, folder: Path) -> tuple[list[boo
         held: Future[Written] = Future()
         if rank == 1:
             saver._pending = replace(pending, work=held)
-        told = [one_step(resolved, training, step, Word(written=saver.written)) for step in (2, 3)]
+        told = [one_step(resolved, training, step, RankFlags(shard_written=saver.written)) for step in (2, 3)]
         if rank == 1:
             threading.Timer(3.0, held.set_result, (written,)).start()
         saved = saver.finalize()

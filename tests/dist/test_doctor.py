@@ -27,7 +27,7 @@ from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.doctor.machines import check_exchange
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.engine.deepspeed import Engine
-from dist_moe.train.loop import prepare_text
+from dist_moe.train.setup import tokenize
 from dist_moe.train.step import StepRecord, train_step
 from dist_moe.worker.rank_info import RankInfo
 from tests.dist.pool import RankPool
@@ -136,7 +136,7 @@ def subject_of(rank: int, world_size: int, text: Path, folder: Path, words: tupl
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *words)), world_size)
     rank_info = RankInfo(rank, world_size, rank, world_size, "env")
     dist_context, mesh = DistContext(rank_info, torch.device("cpu"), "gloo"), make_mesh(resolved.expert_parallel)
-    return DoctorContext(resolved, dist_context, mesh, folder, prepare_text(resolved.config))
+    return DoctorContext(resolved, dist_context, mesh, folder, tokenize(resolved.config))
 
 
 def examined(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[Finding]:

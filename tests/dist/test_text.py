@@ -1,15 +1,16 @@
 """A text that one rank finds changed ends all ranks alike, before anything has moved."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dist_moe.errors import DataError
 from dist_moe.train.loop import micro_batches
-from dist_moe.train.step import Word, train_step
+from dist_moe.train.rank_flags import RankFlags
+from dist_moe.train.step import train_step
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, started, write_text
+from tests.dist.steps import one_step
 
 
 def told_of_a_change(rank: int, world_size: int, text: Path, folder: Path) -> tuple[str, bool, float]:
@@ -17,10 +18,10 @@ def told_of_a_change(rank: int, world_size: int, text: Path, folder: Path) -> tu
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
         before = [parameter.detach().clone() for parameter in training.task.parameters()]
         batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
-        word = replace(Word(), changed="train.tokens has 1 byte" if rank == 1 else "")
+        flags = RankFlags(data_changed="train.tokens has 1 byte" if rank == 1 else "")
         told = ""
         try:
-            train_step(training.engine, training.balancer, [] if rank == 1 else batches, 0.01, word)
+            one_step(resolved, training, 1, flags)
         except DataError as error:
             told = str(error)
         same = all(torch.equal(one, now) for one, now in zip(before, training.task.parameters(), strict=True))

@@ -13,7 +13,7 @@ from dist_moe.checkpoint.format.manifest import NAME, digest
 from dist_moe.config import Resolved
 from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
-from dist_moe.train.loop import make_schedule
+from dist_moe.train.schedule import learning_rate_schedule
 from tests.dist.resumable import overrides_of, same_bits, started
 from tests.dist.steps import one_step
 from tests.faults.processes import lost
@@ -47,7 +47,7 @@ def make_run(text: Path, folder: Path) -> Path:
 def go(resolved: Resolved, training: TrainState, first: int, last: int) -> None:
     """Steps `first` to `last`, and a checkpoint after every second."""
     for step in range(first, last + 1):
-        rate = make_schedule(training.config).learning_rate(training.balancer.taken)
+        rate = learning_rate_schedule(training.config).learning_rate(training.balancer.taken)
         one_step(resolved, training, step, rate=rate)
         if step % 2 == 0:
             save_checkpoint(training, step)

@@ -46,23 +46,23 @@ def main(kind: str, where: str, strike_at: str, mend_at: str, *overrides: str) -
 
     mend_at: the step before which a read-only disk is made as it was; 0 for none.
     """
-    one_step, write, struck = loop.one_step, async_saver._write, threading.Event()
+    run_step, write, struck = loop.run_step, async_saver._write, threading.Event()
 
     def step_and_blow(*given: Any) -> Any:
-        step = given[3]
+        step = given[1]
         if step == int(strike_at):
             STRIKE[kind](Path(where))
             struck.set()
         if step == int(mend_at):
             assert set_read_only(Path(where), False)
-        return one_step(*given)
+        return run_step(*given)
 
     def write_after_blow(snapshot: Any, partial: Path) -> Any:
         if f"{int(strike_at) - 1:06d}" in partial.name:
             assert struck.wait(LIMIT_S)
         return write(snapshot, partial)
 
-    setattr(loop, "one_step", step_and_blow)  # noqa: B010  (its type is another)
+    setattr(loop, "run_step", step_and_blow)  # noqa: B010  (its type is another)
     setattr(async_saver, "_write", write_after_blow)  # noqa: B010
     train(ROOT / "configs/debug.yaml", list(overrides), 0)
 

@@ -14,7 +14,7 @@ from dist_moe.checkpoint.format.layout import checkpoints, recover
 from dist_moe.checkpoint.format.manifest import read_manifest
 from dist_moe.checkpoint.resume import find_checkpoint
 from dist_moe.data.corpus import TokenizedData
-from dist_moe.train.loop import prepare_text
+from dist_moe.train.setup import tokenize
 from tests.dist.resumable import tensors
 from tests.unit.train.runs import ALONE, CPU, MORE, STATE, WEIGHTS, find, settings, step, train
 
@@ -171,7 +171,7 @@ def test_what_may_change_does(text: Path, run: Path) -> None:
 
 def test_another_text_is_refused(text: Path, run: Path) -> None:
     config = settings(text, run)
-    prepared: TokenizedData = replace(prepare_text(config), fingerprint="another")
+    prepared: TokenizedData = replace(tokenize(config), fingerprint="another")
     with pytest.raises(CheckpointError, match=r"is not the one that .*step-000006 has learned from"):
         find_checkpoint(config, prepared, ALONE, CPU)
 

@@ -17,7 +17,7 @@ from dist_moe.checkpoint.pretrained import load_pretrained
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.convert import find_layers
-from dist_moe.train.loop import make_task, prepare_text
+from dist_moe.train.setup import build_task, tokenize
 from tests.dist.resumable import ROOT, overrides_of, write_text
 from tests.folders import make_folder, make_tokenizer
 from tests.unit.model.samples import ALONE, FAMILIES, logits, small_model, tokens
@@ -59,7 +59,7 @@ def test_the_first_logits_are_those_of_transformers(
     make_folder(folder, architecture, dtype, **changes)
     make_tokenizer(folder)
     resolved = resolved_run(text, tmp_path / "run", *begun_with(folder, architecture))
-    task = make_task(resolved, prepare_text(resolved.config), ALONE)
+    task = build_task(resolved, tokenize(resolved.config), ALONE)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = logits(theirs, tokens())
     assert not torch.allclose(logits(task.model, tokens()), wanted, atol=1e-2)

@@ -13,7 +13,7 @@ WIDTH = 5
 
 
 def rows_sent(sender: int, receiver: int, most: int) -> int:
-    """Different for each pair; rank 1 is sent nothing, and only rank 0 sends rank 2 as many as `max_experts_per_token`."""
+    """Different for each pair; rank 1 is sent nothing, and only rank 0 sends rank 2 the most."""
     return 0 if receiver == 1 else most if (sender, receiver) == (0, 2) else sender + receiver
 
 

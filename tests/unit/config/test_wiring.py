@@ -8,7 +8,7 @@ import pytest
 from dist_moe.config import load_config, resolve
 from dist_moe.model.build import routing_rule
 from dist_moe.moe.select import RandomRouting, ThresholdRouting, TopK
-from dist_moe.train.loop import balance_settings, routing_losses
+from dist_moe.train.setup import balance_settings, routing_losses
 
 DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
 SOFTMAX = ["router.score=softmax"]

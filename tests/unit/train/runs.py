@@ -8,7 +8,7 @@ import torch
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config, resolve
-from dist_moe.train.loop import prepare_text
+from dist_moe.train.setup import tokenize
 from tests.dist.resumable import ROOT, command, overrides_of
 
 ALONE, CPU = Mesh(1, 0, 1), torch.device("cpu")
@@ -22,7 +22,7 @@ def train(text: Path, run: Path, *changes: str) -> subprocess.CompletedProcess[s
 
 def find(text: Path, run: Path, *changes: str) -> Checkpoint | None:
     config = settings(text, run, *changes)
-    return find_checkpoint(config, prepare_text(config), ALONE, CPU)
+    return find_checkpoint(config, tokenize(config), ALONE, CPU)
 
 
 def settings(text: Path, run: Path, *changes: str) -> Config:

@@ -13,7 +13,7 @@ from dist_moe.checkpoint.format.layout import checkpoints
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import load_config, resolve
-from dist_moe.train.loop import prepare_text
+from dist_moe.train.setup import tokenize
 from tests.disk import on_disk
 from tests.dist.resumable import ROOT, command, overrides_of, same_bits, steps, write_text
 
@@ -39,7 +39,7 @@ def trained(text: Path, disk: Path, size: str, *blow: str) -> subprocess.Complet
 
 def found_in(text: Path, run: Path) -> Checkpoint | None:
     config = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, run, *CHANGES)), 1).config
-    return find_checkpoint(config, prepare_text(config), Mesh(1, 0, 1), torch.device("cpu"))
+    return find_checkpoint(config, tokenize(config), Mesh(1, 0, 1), torch.device("cpu"))
 
 
 def test_a_full_disk_costs_neither_a_step_nor_an_earlier_checkpoint(text: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from dist_moe.config import Config, resolve
 from dist_moe.data.corpus import TokenizedData, prepare
 from dist_moe.moe.select import TopK
-from dist_moe.train.loop import make_task
+from dist_moe.train.setup import build_task
 from tests.unit.config.files import debug, qwen
 from tests.unit.model.samples import ALONE
 
@@ -37,6 +37,6 @@ def prepared(tmp_path: Path) -> TokenizedData:
     ids=["not in Qwen3's config", "in Qwen3's config", "in DeepSeek's config"],
 )
 def test_every_router_value_reaches_every_router(prepared: TokenizedData, config: Config, rule: TopK) -> None:
-    task = make_task(resolve(config, workers=1), prepared, ALONE)
+    task = build_task(resolve(config, workers=1), prepared, ALONE)
     assert len(task.layers) > 0
     assert {layer.router.rule for layer in task.layers} == {rule}

@@ -1,0 +1,208 @@
+"""Builds everything that a run needs out of its configuration, in one place."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_moe.balance.balancer import Balancer
+from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balance.spec import BalanceSettings
+from dist_moe.checkpoint.pretrained import load_pretrained
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore_run
+from dist_moe.checkpoint.training_state import seed_random
+from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
+from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
+from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.config import Config, Resolved
+from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
+from dist_moe.data.cache import cache_folder
+from dist_moe.data.corpus import TokenizedData, prepare
+from dist_moe.engine.deepspeed import EngineSettings, start_engine
+from dist_moe.engine.precision import choose_precision
+from dist_moe.engine.train_state import TrainState
+from dist_moe.errors import DataError
+from dist_moe.health.hang_detector import HangDetector, hang_detector
+from dist_moe.model.build import build_model, parameter_groups, routing_rule
+from dist_moe.model.task import LanguageModelTask
+from dist_moe.train.reporting import Report, open_report
+from dist_moe.worker.exit import exit_hard
+from dist_moe.worker.rank_info import RankInfo
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        resolved: The configuration, checked for this number of workers.
+        state: Everything that steps change and that checkpoints hold.
+        report: Logs the run; only rank 0's writes anything.
+        checkpoint: The checkpoint that the run resumes from; None for a run that begins.
+        hang_detector: Reports which ranks a collective waited for.
+    """
+
+    resolved: Resolved
+    state: TrainState
+    report: Report
+    checkpoint: Checkpoint | None
+    hang_detector: HangDetector
+
+    @property
+    def config(self) -> Config:
+        """The configuration, every field filled in."""
+        return self.resolved.config
+
+    @property
+    def mesh(self) -> Mesh:
+        """The layout of the ranks."""
+        return self.state.engine.mesh
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps before this process began."""
+        return 0 if self.checkpoint is None else self.checkpoint.counters.step
+
+
+@contextlib.contextmanager
+def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
+    """Build a run for the length of the context: data, process group, model, engine, balancer, report.
+
+    A collective call. An exception inside the context ends the process, as `exit_hard` documents.
+
+    Args:
+        resolved: The configuration, checked for `rank_info.world_size` workers.
+        rank_info: This worker's rank.
+    """
+    config = resolved.config
+    set_threads(config.run.threads, rank_info)
+    data = tokenize(config)
+    with contextlib.ExitStack() as stack:
+        dist_context = stack.enter_context(
+            init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s)
+        )
+        stack.enter_context(exit_hard(config.run.dir, rank_info.rank))
+        detector = stack.enter_context(hang_detector(rank_info.rank, rank_info.world_size, config.parallel.timeout_s))
+        mesh = build_mesh(resolved)
+        set_pg_timeouts(config.parallel.timeout_s)
+        check_same_data(config, data)
+        checkpoint = find_checkpoint(config, data, mesh, dist_context.device)
+        report = stack.enter_context(open_report(config, dist_context, mesh, checkpoint))
+        task = build_task(resolved, data, mesh)
+        if checkpoint is not None:
+            load_model(checkpoint, task, mesh)
+        elif config.model.pretrained is not None:
+            load_pretrained(Path(config.model.pretrained), task.model, mesh)
+        report.describe(resolved, data, task)
+        settings = engine_settings(resolved, dist_context.device)
+        state = stack.enter_context(start_training(config, task, data, mesh, settings))
+        seed_random(config.run.seed, 0, rank_info.rank)
+        if checkpoint is not None:
+            restore_run(checkpoint, state)
+        yield Run(resolved, state, report, checkpoint, detector)
+
+
+@contextlib.contextmanager
+def start_training(
+    config: Config, task: LanguageModelTask, data: TokenizedData, mesh: Mesh, settings: EngineSettings
+) -> Iterator[TrainState]:
+    """Start the engine and the balancer of `task` for the length of the context. A collective call."""
+    with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
+        # DeepSpeed has made process groups of its own, which wait torch's 30 minutes otherwise.
+        set_pg_timeouts(config.parallel.timeout_s)
+        yield TrainState(config, engine, build_balancer(task, config, engine.device), task, data)
+
+
+def tokenize(config: Config) -> TokenizedData:
+    """Fetch and tokenize the data of a run, or open the tokens that exist.
+
+    Every worker calls it before the process group exists. Workers of one host wait for each other at a file lock,
+    without a time limit, and data that cannot be had ends each of them with the same message.
+
+    Raises:
+        DataError: The data cannot be fetched, read or split.
+    """
+    data = config.data
+    vocabulary, fraction = text_vocabulary(config), data.validation_fraction
+    return prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), tokenizer_folder(config))
+
+
+def check_same_data(config: Config, data: TokenizedData) -> None:
+    """Check that all ranks hold the same tokens, which two hosts may not. A collective call.
+
+    Raises:
+        DataError: Ranks hold different tokens; raised on every rank.
+    """
+    fingerprints = all_gather_objects(data.fingerprint)
+    other = next((rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]), None)
+    if other is not None:
+        raise DataError(
+            f"data.sources={config.data.sources}",
+            f"has different text on rank {other} and rank 0",
+            "use the same files, and the same Python version for stdlib-code, on every host",
+        )
+
+
+def build_mesh(resolved: Resolved) -> Mesh:
+    """Return the mesh of a run. A collective call."""
+    per_node = ranks_per_node(resolved.config.parallel.all_to_all, resolved.expert_parallel)
+    return make_mesh(resolved.expert_parallel, per_node)
+
+
+def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageModelTask:
+    """Return the model with its initial values, and its loss."""
+    config = resolved.config
+    tokenizer = data.tokenizer
+    model_config = {"vocab_size": tokenizer.vocab_size, **resolved.model_config}
+    model_config |= {"eos_token_id": tokenizer.end_id, "bos_token_id": None, "pad_token_id": None}
+    rule = routing_rule(config.router, config.balance)
+    model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
+    if config.train.activation_checkpointing:
+        # Reentrant checkpointing silently loses the gradient of losses computed outside the checkpointed function.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return LanguageModelTask(model, routing_losses(config), balance_settings(config).counts_margins)
+
+
+def build_balancer(task: LanguageModelTask, config: Config, device: torch.device) -> Balancer:
+    """Return the balancer over the routers of every MoE layer."""
+    return Balancer({layer.name: layer.router for layer in task.layers}, balance_settings(config), device)
+
+
+def engine_settings(resolved: Resolved, device: torch.device) -> EngineSettings:
+    """Return the engine's part of the configuration."""
+    train = resolved.config.train
+    return EngineSettings(
+        zero_stage=resolved.config.parallel.zero_stage,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=resolved.accumulation,
+        optimizer=train.optimizer,
+        gradient_clipping=train.gradient_clipping,
+        bf16=choose_precision(train.precision, device) == torch.bfloat16,
+        betas=(train.betas[0], train.betas[1]),
+        momentum=train.momentum,
+        further=dict(train.deepspeed),
+    )
+
+
+def routing_losses(config: Config) -> RoutingLosses:
+    """Return the routing losses that are added to the loss."""
+    balance = config.balance
+    return RoutingLosses(balance.auxiliary_loss, balance.auxiliary_scope, balance.z_loss, config.router.entropy_loss)
+
+
+def balance_settings(config: Config) -> BalanceSettings:
+    """Return the balancer's part of the configuration."""
+    balance = config.balance
+    return BalanceSettings(
+        policy=balance.policy,
+        rate=balance.rate,
+        schedule=balance.schedule,
+        schedule_steps=config.train.schedule_steps or config.train.steps,
+        center=balance.center,
+        proportional=None if balance.rule is None else balance.rule == "proportional",
+        freeze_at=balance.freeze_at,
+        clip=balance.clip,
+        budget=config.router.target_experts_per_token,
+    )
