@@ -29,3 +29,8 @@ def divisors(number: int) -> list[int]:
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate spelt most like `word`; None if none is close."""
     return next(iter(difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)), None)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 worker` or `2 workers`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

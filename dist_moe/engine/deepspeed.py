@@ -1,12 +1,12 @@
-"""DeepSpeed behind one file: sharding, reduction, clipping, skipping, and where it is wrong, the right answer.
+"""The only importer of DeepSpeed: sharding, reduction, clipping and skipping, with its defects corrected.
 
-What is done here that DeepSpeed 0.19.8 does not do, each held by a test in tests/dist/test_engine.py:
-- It knows only experts of its own class. A parameterless child of that class switches its expert groups on, and the
+Corrections to DeepSpeed 0.19.8, each held by a test in tests/dist/test_engine.py:
+- It recognizes only experts of its own class. A parameterless child of that class enables its expert groups, and the
   expert parameters are tagged, so that the experts stay plain modules.
 - At ZeRO 0 it clips by the mean of per-rank norms (fp32) or leaves the experts out of the norm (bf16), and in fp32 it
-  applies a non-finite gradient. There its clipping is off, and the norm, the clipping and the skip are done here.
-- Its optimizer for bf16 at ZeRO 0 makes a step of its own at its start, which AdamW would count.
-- Its first collective compiles an operator for CPUs (up to a minute). It is told that the operator is not there.
+  applies a non-finite gradient. There its clipping is off, and norm, clipping and skipping are done here.
+- Its bf16 optimizer at ZeRO 0 runs one step when it starts, which AdamW would count.
+- Its first collective compiles an operator for CPUs (up to a minute). The operator is marked as not available.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from dist_moe.engine.optimizer_shards import STEPS, OptimizerFragment, inner_opt
 from dist_moe.moe.layer import ExpertParallelLayer
 
 if not torch.cuda.is_available():
-    # DeepSpeed looks for its device when it is imported, and warns of the CPU that it falls back to.
+    # DeepSpeed detects its device on import, and warns when it falls back to the CPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -38,10 +38,18 @@ from deepspeed.utils import groups as deepspeed_groups
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the engine needs to know of the config.
+    """The engine's part of the configuration.
 
-    optimizer: "adamw" or "sgd". betas: AdamW's; momentum: SGD's. gradient_clipping: largest global 2-norm, 0 is off.
-    bf16: whether parameters and gradients are bf16 with fp32 masters. further: more keys of DeepSpeed's JSON.
+    Attributes:
+        zero_stage: ZeRO stage, 0 to 2.
+        micro_batch_size: Sequences of one micro-batch on one rank.
+        accumulation: Micro-batches per optimizer step.
+        optimizer: "adamw" or "sgd".
+        gradient_clipping: Largest global 2-norm of the gradient; 0 for no clipping.
+        bf16: Whether parameters and gradients are bf16, with fp32 master weights.
+        betas: AdamW's betas.
+        momentum: SGD's momentum.
+        further: Further keys of DeepSpeed's JSON.
     """
 
     zero_stage: int
@@ -56,15 +64,18 @@ class EngineSettings:
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """What the optimizer keeps of every element, by PyTorch's names."""
+        """Names, as in PyTorch, of the optimizer state that exists for every element."""
         return moments_of(self.optimizer, self.momentum)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of an optimizer step: whether it was taken, and the global 2-norm of its gradient before clipping.
+    """The result of an optimizer step.
 
-    The norm is over every dense parameter once and every expert of every rank once; not finite if the step was skipped.
+    Attributes:
+        taken: Whether the step was taken.
+        grad_norm: Global 2-norm of the gradient before clipping, over every dense parameter once and every expert of
+            every rank once; not finite if the step was skipped.
     """
 
     taken: bool
@@ -72,7 +83,7 @@ class StepResult:
 
 
 class Engine:
-    """One DeepSpeed engine. `forward`, `backward` and `step` are called once per micro-batch, in this order."""
+    """One DeepSpeed engine. Call `forward`, `backward` and `step` once per micro-batch, in this order."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, settings: EngineSettings, mesh: Mesh) -> None:
         self._engine = engine
@@ -82,7 +93,7 @@ class Engine:
         self.device = torch.device(engine.device)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Run the module on inputs that lie on the engine's device."""
+        """Run the module on inputs on the engine's device."""
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -90,9 +101,12 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> StepResult | None:
-        """Close a micro-batch; at the end of a window clip and apply the gradient -> its result, else None.
+        """End a micro-batch; after the last one of a step, clip and apply the gradient.
 
-        A step whose gradient is not finite on any rank is skipped on all: weights and moments stay as they are.
+        A step whose gradient is not finite on any rank is skipped on all ranks: weights and moments do not change.
+
+        Returns:
+            The result of the optimizer step; None before the last micro-batch.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         for group in self._engine.optimizer.param_groups:
@@ -104,7 +118,7 @@ class Engine:
 
     @property
     def optimizer_state(self) -> MutableMapping[Tensor, dict[str, Any]]:
-        """What the optimizer keeps for each of its own tensors, the owners of `optimizer_fragments`."""
+        """The optimizer's state of each of its own tensors, the owners of `optimizer_fragments`."""
         state: MutableMapping[Tensor, dict[str, Any]] = inner_optimizer(self._engine.optimizer).state
         return state
 
@@ -114,18 +128,18 @@ class Engine:
         return self.settings.bf16
 
     def optimizer_fragments(self) -> list[OptimizerFragment]:
-        """What this rank's optimizer holds of the parameters: at ZeRO 1 and 2 its slice, at ZeRO 0 everything."""
+        """Return this rank's share of the parameters in the optimizer: a slice at ZeRO 1 and 2, everything at ZeRO 0."""
         return optimizer_fragments(self.module, self._engine.optimizer, sharded=self.settings.zero_stage > 0)
 
     def set_step_counters(self, steps: int, taken: int) -> None:
-        """Set DeepSpeed's counters as they are after so many steps, of which `taken` were not skipped."""
+        """Set DeepSpeed's counters to their values after `steps` steps, of which `taken` were not skipped."""
         self._engine.global_steps = steps
         self._engine.skipped_steps = steps - taken
         self._engine.micro_steps = steps * self.settings.accumulation
         self._engine.global_samples = steps * self._engine.train_batch_size()
 
     def reset_optimizer_steps(self) -> None:
-        """Count none of the optimizer's steps so far."""
+        """Set the optimizer's own step counts to zero."""
         for state in self.optimizer_state.values():
             if STEPS in state:
                 state[STEPS].zero_()
@@ -137,7 +151,7 @@ class Engine:
         return StepResult(taken, float(norm) if taken else math.nan)
 
     def _step_whole(self) -> StepResult:
-        """ZeRO 0: gradients are reduced and whole on every rank; norm, clipping and skip are ours."""
+        """Step at ZeRO 0, where gradients are reduced and whole on every rank; norm, clipping and skipping are ours."""
         gradients = [(p.grad, is_moe_param(p)) for p in self.module.parameters() if p.grad is not None]
         norm = self._global_norm(gradients)
         if not math.isfinite(norm):
@@ -152,7 +166,7 @@ class Engine:
         return StepResult(True, norm)
 
     def _global_norm(self, gradients: list[tuple[Tensor, bool]]) -> float:
-        """sqrt(dense^2 + sum over the expert-parallel group of expert^2), the same on all ranks."""
+        """Return sqrt(dense^2 + sum over the expert-parallel group of expert^2), equal on all ranks."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for gradient, is_expert in gradients:
             squares[int(is_expert)] += gradient.double().square().sum()
@@ -161,7 +175,7 @@ class Engine:
         return float(squares.sum().sqrt())
 
     def _skip(self) -> None:
-        """End the window without a step: DeepSpeed's own counters go on as its own skip would leave them."""
+        """End the accumulation window without a step, with DeepSpeed's counters as after a skip of its own."""
         self._engine.zero_grad()
         self._engine.optimizer.zero_grad()
         self._engine.micro_steps += 1
@@ -170,24 +184,30 @@ class Engine:
 
 
 class ExpertMarker(MoE):
-    """A child without parameters: DeepSpeed looks for its class and then reduces experts over their own groups."""
+    """A child module without parameters, whose class makes DeepSpeed reduce experts over their own groups."""
 
     def __init__(self, experts: int) -> None:
         nn.Module.__init__(self)
         self.num_experts = experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups were made beforehand."""
+        """Do nothing: the groups exist already."""
 
 
 @contextlib.contextmanager
 def start_engine(
     module: nn.Module, parameter_groups: list[dict[str, Any]], settings: EngineSettings, mesh: Mesh
 ) -> Iterator[Engine]:
-    """Wrap `module` for the length of the context. torch.distributed has to be initialised; all ranks call it.
+    """Wrap `module` in an engine for the length of the context. A collective call.
 
-    parameter_groups: {"name", "params", "weight_decay"} each. Afterwards DeepSpeed's process-wide state is cleared, so
-    that another engine can be started in the same process.
+    torch.distributed must be initialized. On exit DeepSpeed's process-wide state is cleared, so that another engine can
+    be started in the same process.
+
+    Args:
+        module: The model and its loss.
+        parameter_groups: Each a dict with "name", "params" and "weight_decay".
+        settings: The engine's part of the configuration.
+        mesh: The layout of the ranks.
     """
     _quieten()
     _forbid_compilation()
@@ -213,7 +233,7 @@ def start_engine(
 
 
 def deepspeed_json(settings: EngineSettings, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: ours, and the user's further keys below it."""
+    """Return DeepSpeed's configuration: the user's further keys, overridden by ours."""
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation,
@@ -237,7 +257,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_optimizer(parameter_groups: list[dict[str, Any]], settings: EngineSettings) -> torch.optim.Optimizer:
-    # Weight decay is multiplied by the learning rate, which `Engine.step` sets before each step.
+    # The learning rate is 0 here; `Engine.step` sets it before each step, and it scales the weight decay too.
     split = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
     split = [group for group in split if group["params"]]
     if settings.optimizer == "adamw":
@@ -246,7 +266,7 @@ def _make_optimizer(parameter_groups: list[dict[str, Any]], settings: EngineSett
 
 
 def _tag_experts(module: nn.Module, group_name: str) -> int:
-    """Mark the expert parameters as DeepSpeed expects it -> experts of a layer over all ranks."""
+    """Tag the expert parameters as DeepSpeed expects; return the experts of a layer over all ranks."""
     experts = 0
     for layer in module.modules():
         if isinstance(layer, ExpertParallelLayer):
@@ -263,7 +283,7 @@ def _make_expert_groups(mesh: Mesh) -> None:
 
 
 def _quieten() -> None:
-    """Keep DeepSpeed's start-up talk off the screen, and PyTorch's word to DeepSpeed about a renamed collective."""
+    """Suppress DeepSpeed's start-up messages, and PyTorch's warning to DeepSpeed about a renamed collective."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
 

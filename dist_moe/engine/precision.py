@@ -1,4 +1,4 @@
-"""Which number format a device computes fast in."""
+"""Chooses the number format of training."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import torch
 
 
 def choose_precision(requested: str, device: torch.device) -> torch.dtype:
-    """torch.float32 or torch.bfloat16 for `train.precision`; "auto" asks the device.
+    """Return torch.float32 or torch.bfloat16 for `train.precision`.
 
-    auto takes bf16 on a CUDA device that multiplies it natively, and on a CPU whose flags name avx512_bf16 or
-    amx_bf16: elsewhere a CPU emulates bf16 and is slower than in fp32.
+    "auto" is bf16 on a CUDA device with native bf16, and on a CPU whose flags include avx512_bf16 or amx_bf16; other
+    CPUs emulate bf16 and are slower than in fp32.
     """
     if requested != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[requested]

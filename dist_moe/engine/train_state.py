@@ -13,7 +13,7 @@ from dist_moe.model.task import LanguageModelTask
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a checkpoint is made of."""
+    """The state of a run that steps change, and what it is computed from."""
 
     config: Config
     engine: Engine
@@ -23,5 +23,5 @@ class TrainState:
 
     @cached_property
     def stream(self) -> Stream:
-        """The endless rows to train on."""
+        """The endless stream of rows to train on."""
         return Stream(self.prepared.train, self.config.data.sequence_length, self.config.run.seed)

@@ -1,7 +1,7 @@
-"""Ends a run that only skips steps, and says where the first value that is not finite comes from.
+"""Aborts after too many consecutive skipped steps, and locates the first non-finite value.
 
-A step is skipped where a gradient is not finite on some rank. One now and then costs nothing; `train.skip_limit` of
-them in a row mean that the run is lost, and that whoever minds it needs to know the layer, the rank and the text.
+A step is skipped where a gradient is not finite on any rank. A single one costs nothing. `train.skip_limit`
+consecutive ones mean that the run is lost, and its owner needs the layer, the rank and the text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,15 +23,18 @@ MOST_DOCUMENTS = 8
 
 
 class NonFiniteError(UserError, ArithmeticError):
-    """Too many steps in a row had a gradient that is not finite; the message says where that begins."""
+    """Too many consecutive steps had a non-finite gradient; the message names the first non-finite value."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where on one rank a value is not finite. what: in words.
+    """The first non-finite value on one rank.
 
-    micro_batch: from 1; 0 for the weights themselves. after: what was computed before it in that micro-batch, counted
-    alike on all ranks: with experts' exchange, what is wrong on one rank is soon wrong on others too.
+    Attributes:
+        what: The tensor or module, for the message.
+        micro_batch: The micro-batch, from 1; 0 for the weights themselves.
+        after: The number of modules and gradients computed before it in that micro-batch. Comparable between ranks,
+            which matters because the all-to-all spreads a non-finite value from one rank to the others.
     """
 
     what: str
@@ -41,60 +44,76 @@ class Origin:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank found. documents: the names of those that its micro-batch was made of."""
+    """The result of the search on one rank.
+
+    Attributes:
+        origin: The first non-finite value; None where all values are finite.
+        documents: Names of the documents of its micro-batch.
+    """
 
     origin: Origin | None
     documents: tuple[str, ...] = ()
 
 
 class NonFiniteMonitor:
-    """Counts the steps that were skipped one after the other; all ranks count alike. limit: 0 for none."""
+    """Counts consecutive skipped steps, equally on all ranks.
+
+    Args:
+        limit: The number at which the run is aborted; 0 for no limit.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._in_a_row = 0
+        self._consecutive = 0
         self._random: list[Tensor] = []
 
     def before_step(self, device: torch.device) -> None:
-        """Keep the random state of a step that may be the last one, so that it can be made again as it was."""
-        if self._limit and self._in_a_row == self._limit - 1:
+        """Keep the random state of a step that may be the last one, so that it can be repeated exactly."""
+        if self._limit and self._consecutive == self._limit - 1:
             self._random = _random_state(device)
 
     def after_step(self, taken: bool) -> bool:
-        """Note whether a step was taken -> whether the limit is reached."""
-        self._in_a_row = 0 if taken else self._in_a_row + 1
-        return bool(self._limit) and self._in_a_row >= self._limit
+        """Record whether a step was taken; return whether the limit is reached."""
+        self._consecutive = 0 if taken else self._consecutive + 1
+        return bool(self._limit) and self._consecutive >= self._limit
 
     def error(
-        self, training: TrainState, step: int, parts: Sequence[Rows], scales: tuple[Tensor, Tensor], good: Path | None
+        self, state: TrainState, step: int, rows: Sequence[Rows], scales: tuple[Tensor, Tensor], newest: Path | None
     ) -> NonFiniteError:
-        """Make the skipped step again, without its end, and look where it goes wrong. A collective call.
+        """Repeat the skipped step up to its gradients, and return an error that locates the first non-finite value.
 
-        parts: this rank's micro-batches. scales: of its losses, as in its record. good: the newest checkpoint.
+        A collective call.
+
+        Args:
+            state: The run's state.
+            step: The step, from 1.
+            rows: This rank's micro-batches.
+            scales: The `StepRecord.scales` of the step.
+            newest: The newest complete checkpoint, if any.
         """
-        _set_random_state(self._random, training.engine.device)
+        _set_random_state(self._random, state.engine.device)
         try:
-            batches = [part.of(training.stream) for part in parts]
-            origin = find_origin(training.task, batches, scales, training.engine.device)
-        except Exception as error:  # whatever it is, the run ends with what is known
+            batches = [part.of(state.stream) for part in rows]
+            origin = find_origin(state.task, batches, scales, state.engine.device)
+        except Exception as error:  # the run ends anyway; report what is known
             origin = Origin(f"the search ended in {type(error).__name__}: {error}")
-        documents = _documents(training, parts[origin.micro_batch - 1]) if origin and origin.micro_batch else ()
-        told = _told(_gather_findings(Finding(origin, documents), training.engine.mesh.world_size))
-        left = "no checkpoint is there yet" if good is None else f"the newest checkpoint, {good}, is as it was"
+        documents = _documents(state, rows[origin.micro_batch - 1]) if origin and origin.micro_batch else ()
+        where = _format_findings(_gather_findings(Finding(origin, documents), state.engine.mesh.world_size))
+        checkpoint = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
         return NonFiniteError(
-            f"{self._in_a_row} steps in a row were skipped, up to step {step}, because a gradient was not finite "
-            f"(train.skip_limit={self._limit}); {told}; {left}; lower train.learning_rate, or mend the text, and go on "
-            "from a checkpoint (checkpoint.resume); train.skip_limit=0 skips without end"
+            f"{self._consecutive} consecutive steps were skipped, up to step {step}, because a gradient was not finite "
+            f"(train.skip_limit={self._limit}); {where}; {checkpoint}; lower train.learning_rate or fix the text, and "
+            "resume from a checkpoint (checkpoint.resume); train.skip_limit=0 sets no limit"
         )
 
 
 def find_origin(
     task: nn.Module, batches: Sequence[Batch], scales: tuple[Tensor, Tensor], device: torch.device
 ) -> Origin | None:
-    """The first value on this rank that is not finite: of the weights, forward, or backward; None for none.
+    """Return the first non-finite value on this rank: of the weights, the forward or the backward pass.
 
-    Every rank calls it with as many batches, since the experts' exchange needs all; no gradient is accumulated and
-    nothing is counted.
+    A collective call, with as many batches on every rank, because the all-to-all needs all ranks. No gradient is
+    accumulated, and no token is counted.
     """
     broken = [name for name, tensor in task.named_parameters() if not bool(tensor.detach().isfinite().all())]
     found = Origin(f"the weights {_listed(broken)} themselves") if broken else None
@@ -112,12 +131,12 @@ def _origin_in(
     inputs = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS)
     with _outputs(task) as finite:
         output = task(*(tensor.to(device) for tensor in (*inputs, *scales)))
-    # Not `backward`: the engine's hooks would reduce these gradients.
+    # `grad`, not `backward`: the engine's hooks would reduce these gradients.
     gradients = torch.autograd.grad(output.loss, weights, allow_unused=True)
     for after, (name, whole) in enumerate(finite):
         if not whole:
             return Origin(f"forward, in {name or 'the loss'}", number, after)
-    # Gradients travel from the loss towards the text: the last weight is the first to see them.
+    # Backward runs from the loss to the input: the gradient of the last weight is computed first.
     backwards = list(zip(names, gradients, strict=True))[::-1]
     for after, (name, gradient) in enumerate(backwards, start=len(finite)):
         if gradient is not None and not bool(gradient.isfinite().all()):
@@ -127,49 +146,49 @@ def _origin_in(
 
 @contextmanager
 def _outputs(task: nn.Module) -> Iterator[list[tuple[str, bool]]]:
-    """In the block, each module that has ended, in this order, and whether all of its output is finite."""
+    """Record, in the context, each module in the order of completion, and whether all of its output is finite."""
     seen: list[tuple[str, bool]] = []
     with ExitStack() as stack:
         for name, module in task.named_modules():
 
-            def look(_: nn.Module, __: object, output: object, name: str = name) -> None:
+            def record(_: nn.Module, __: object, output: object, name: str = name) -> None:
                 tensors = output if isinstance(output, tuple | list) else (output,)
-                floats = [one for one in tensors if isinstance(one, Tensor) and one.is_floating_point()]
+                floats = [each for each in tensors if isinstance(each, Tensor) and each.is_floating_point()]
                 seen.append((name, all(bool(tensor.isfinite().all()) for tensor in floats)))
 
-            stack.callback(module.register_forward_hook(look).remove)
+            stack.callback(module.register_forward_hook(record).remove)
         yield seen
 
 
-def _documents(training: TrainState, rows: Rows) -> tuple[str, ...]:
-    indices = training.stream.documents(rows)[:MOST_DOCUMENTS]
-    names = document_names(training.prepared, "train", indices)
+def _documents(state: TrainState, rows: Rows) -> tuple[str, ...]:
+    indices = state.stream.documents(rows)[:MOST_DOCUMENTS]
+    names = document_names(state.prepared, "train", indices)
     return tuple(names.get(index, f"document {index}") for index in indices)
 
 
 def _gather_findings(finding: Finding, ranks: int) -> dict[int, Finding]:
-    """The findings by rank; this rank's alone where the group does not work any more."""
+    """Return the findings by rank; only this rank's where the process group no longer works."""
     try:
         return dict(enumerate(all_gather_objects(finding) if ranks > 1 else [finding]))
     except RuntimeError:
         return {dist.get_rank(): finding}
 
 
-def _told(findings: dict[int, Finding]) -> str:
-    """The ranks on which it begins first, and which it reaches later."""
+def _format_findings(findings: dict[int, Finding]) -> str:
+    """Name the ranks with the earliest non-finite value, and those that it reached later."""
     at = {rank: (one.origin.micro_batch, one.origin.after) for rank, one in findings.items() if one.origin is not None}
     if not at:
         return (
-            "made again, every micro-batch is finite on every rank, so only their sum, that over the ranks, or the "
-            "norm was not"
+            "when the step was repeated, every micro-batch was finite on every rank, so only the sum over micro-batches or "
+            "ranks, or the norm, was not"
         )
     first = min(at.values())
-    parts = [_words(rank, findings[rank]) for rank, when in at.items() if when == first]
+    parts = [_format_finding(rank, findings[rank]) for rank, when in at.items() if when == first]
     later = [str(rank) for rank, when in at.items() if when > first]
     return "; ".join(parts) + (f" (and later on rank {', '.join(later)})" if later else "")
 
 
-def _words(rank: int, finding: Finding) -> str:
+def _format_finding(rank: int, finding: Finding) -> str:
     origin = finding.origin
     assert origin is not None
     where = f" of micro-batch {origin.micro_batch}" if origin.micro_batch else ""

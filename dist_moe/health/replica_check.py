@@ -1,8 +1,8 @@
-"""Finds a rank that does not hold what it has to hold alike with others, bit by bit.
+"""Detects a rank whose replicated state diverges from the other ranks', by checksum.
 
-Biases and everything dense are the same on all ranks, and experts on all ranks of their column of the mesh; ZeRO 1
-and 2 keep it so by gathering the weights after each step. A broken memory or a library's mistake lets one rank go its
-own way, and no loss tells: each rank trains on, and the checkpoint is rank 0's.
+Biases and dense weights are replicated on all ranks, and experts on all ranks of one column of the mesh; ZeRO 1 and 2
+gather the weights after each step. Faulty memory or a library defect can make one rank diverge without any sign in the
+loss, while checkpoints take the dense weights from rank 0.
 """
 
 from collections import Counter
@@ -21,65 +21,76 @@ SHOWN = 4
 
 
 class ReplicaError(UserError, RuntimeError):
-    """Ranks differ in what they hold alike; the message names the rank that stands alone, and the tensors."""
+    """Replicas differ; the message names the rank that diverged, and the tensors."""
 
 
-def check_replicas(training: TrainState, step: int, begun: int = 0) -> None:
-    """Compare after `step` where `observe.replica_check_interval` asks for it; a collective call.
+def check_replicas(state: TrainState, step: int, steps_done: int = 0) -> None:
+    """Compare the replicas after every `observe.replica_check_interval` steps. A collective call.
 
-    begun: the step after which this process began. Two numbers of each rank travel, in one all-reduce; names and
-    digests of tensors only where those differ. Errors: ReplicaError, on all ranks alike.
+    One all-reduce of two numbers per rank; the digests of the tensors are gathered only where these differ.
+
+    Args:
+        state: The run's state.
+        step: The step, from 1.
+        steps_done: Optimizer steps before this process began.
+
+    Raises:
+        ReplicaError: Replicas differ; raised on every rank.
     """
-    every, mesh = training.config.observe.replica_check_interval, training.engine.mesh
-    if not every or step % every or mesh.world_size == 1:
+    interval, mesh = state.config.observe.replica_check_interval, state.engine.mesh
+    if not interval or step % interval or mesh.world_size == 1:
         return
-    dense, experts = digests(training)
+    dense, experts = digests(state)
     own = torch.zeros(mesh.world_size, 2, dtype=torch.int64)
-    own[mesh.rank] = torch.tensor([combined(dense), combined(experts)])
-    (found,) = all_reduce_counts([own], training.engine.device)
-    if all(len(set(part)) == 1 for part in _alike(found.tolist(), mesh)):
+    own[mesh.rank] = torch.tensor([combine(dense), combine(experts)])
+    (combined,) = all_reduce_counts([own], state.engine.device)
+    if all(len(set(part)) == 1 for part in _replicas(combined.tolist(), mesh)):
         return
     answers = all_gather_objects((dense, experts))
-    before = f"after step {step - every} they were alike" if step - every > begun else "they were not compared before"
+    before = (
+        f"they were equal after step {step - interval}"
+        if step - interval > steps_done
+        else "they were not compared before"
+    )
     raise ReplicaError(
-        f"after step {step} ranks differ in what they hold alike: {'; '.join(_words(answers, mesh))}; {before}; "
-        "go on from a checkpoint of before (checkpoint.resume), without the host of that rank, or with its memory "
-        "tested; observe.replica_check_interval says how often ranks are compared"
+        f"replicas differ after step {step}: {'; '.join(_differences(answers, mesh))}; {before}; resume from an "
+        "earlier checkpoint (checkpoint.resume), without the host of that rank or after a memory test of it; "
+        "observe.replica_check_interval sets how often replicas are compared"
     )
 
 
-def digests(training: TrainState) -> tuple[dict[str, int], dict[str, int]]:
-    """What this rank holds alike with all ranks, and with those that have the same experts: digest by name."""
-    dense: dict[str, int] = {"balance: steps taken": training.balancer.taken}
+def digests(state: TrainState) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the digests, by name, of what is replicated on all ranks, and on the ranks with the same experts."""
+    dense: dict[str, int] = {"balance: steps taken": state.balancer.taken}
     experts: dict[str, int] = {}
-    for name, parameter in training.task.named_parameters():
+    for name, parameter in state.task.named_parameters():
         kind = dense if getattr(parameter, "allreduce", True) else experts
         kind[name] = digest(parameter)
-    for name, layer in training.balancer.state_dict()["layers"].items():
+    for name, layer in state.balancer.state_dict()["layers"].items():
         dense |= {f"{name}.{kind}": digest(value) for kind, value in layer.items()}
     return dense, experts
 
 
 def digest(tensor: Tensor) -> int:
-    """XXH3 of a tensor's bits, as int64: a bit more or less is another number, whatever the values mean."""
+    """Return XXH3-64 of a tensor's bits, as int64."""
     content = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data
     return xxhash.xxh3_64_intdigest(content) - (1 << 63)
 
 
-def combined(found: Mapping[str, int]) -> int:
-    """One int64 for all of them."""
-    return xxhash.xxh3_64_intdigest(repr(sorted(found.items())).encode()) - (1 << 63)
+def combine(digests_by_name: Mapping[str, int]) -> int:
+    """Return one int64 for all digests."""
+    return xxhash.xxh3_64_intdigest(repr(sorted(digests_by_name.items())).encode()) - (1 << 63)
 
 
-def _alike(found: Sequence[Sequence[int]], mesh: Mesh) -> Iterator[list[int]]:
-    """The numbers that have to be one: those of the dense on all ranks, of the experts on each column."""
+def _replicas(found: Sequence[Sequence[int]], mesh: Mesh) -> Iterator[list[int]]:
+    """Yield the digests that must be equal: the dense ones of all ranks, then the experts' of each column."""
     yield [row[0] for row in found]
     for place in range(mesh.expert_parallel):
         yield [row[1] for row in found[place :: mesh.expert_parallel]]
 
 
-def _words(answers: Sequence[tuple[dict[str, int], dict[str, int]]], mesh: Mesh) -> Iterator[str]:
-    """Of each set of ranks that has to be alike: who stands alone, in which tensors."""
+def _differences(answers: Sequence[tuple[dict[str, int], dict[str, int]]], mesh: Mesh) -> Iterator[str]:
+    """Yield, for each set of ranks that must be equal and is not, the rank that diverged and the tensors."""
     ranks = range(mesh.world_size)
     columns = [(1, ranks[place :: mesh.expert_parallel]) for place in range(mesh.expert_parallel)]
     for part, column in [(0, ranks), *columns]:
@@ -88,13 +99,13 @@ def _words(answers: Sequence[tuple[dict[str, int], dict[str, int]]], mesh: Mesh)
         names = [name for name in first if len({one.get(name) for one in held.values()}) > 1]
         if names:
             tensors = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-            yield f"{_who(held, names)} in {tensors}"
+            yield f"{_diverged(held, names)} in {tensors}"
 
 
-def _who(held: Mapping[int, Mapping[str, int]], names: Sequence[str]) -> str:
-    values = {rank: tuple(one.get(name) for name in names) for rank, one in held.items()}
-    (most, count), *_ = Counter(values.values()).most_common(1)
+def _diverged(held: Mapping[int, Mapping[str, int]], names: Sequence[str]) -> str:
+    values = {rank: tuple(digests_by_name.get(name) for name in names) for rank, digests_by_name in held.items()}
+    (majority, count), *_ = Counter(values.values()).most_common(1)
     if count * 2 > len(values):
-        alone = [str(rank) for rank, value in values.items() if value != most]
-        return f"rank {', '.join(alone)} differs from the {count} others"
-    return f"ranks {', '.join(map(str, values))} differ, and none of them has more than half on its side"
+        diverged = [str(rank) for rank, value in values.items() if value != majority]
+        return f"rank {', '.join(diverged)} differs from the {count} others"
+    return f"ranks {', '.join(map(str, values))} differ, and there is no majority"

@@ -1,4 +1,4 @@
-"""Continues a text with a checkpoint's model."""
+"""Generates text from a checkpoint."""
 
 from pathlib import Path
 
@@ -11,9 +11,17 @@ from dist_moe.train.evaluate import model_folder
 
 
 def generate(checkpoint: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """`prompt` and up to `tokens` further tokens, which end at the end token; temperature 0 is greedy.
+    """Return `prompt` continued by up to `tokens` tokens; generation ends at the end token.
 
-    Errors: WeightsError where the folder is no checkpoint.
+    Args:
+        checkpoint: A step-NNNNNN folder, or its folder `model`.
+        prompt: The text to continue.
+        tokens: The largest number of tokens to add.
+        temperature: Sampling temperature; 0 takes the most likely token each time.
+        seed: Seed of the sampling.
+
+    Raises:
+        WeightsError: The folder is not a checkpoint.
     """
     folder = model_folder(checkpoint)
     tokenizer = load_tokenizer(folder)

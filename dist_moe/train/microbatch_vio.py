@@ -1,4 +1,4 @@
-"""How level the load is of what experts compute at once: one micro-batch of one expert-parallel group.
+"""MaxVio of computation batches: what experts compute at once, one micro-batch of one expert-parallel group.
 
 Shapes: M micro-batches, E experts of a layer.
 """
@@ -16,12 +16,19 @@ from dist_moe.comm.reduce import all_reduce_counts
 def microbatch_max_vio(
     micro_loads: Sequence[Sequence[Tensor]], mesh: Mesh, device: torch.device
 ) -> list[tuple[float, float]]:
-    """MaxVio of the computation batches of this rank's group -> for each layer (MaxVio, floor), means over them.
+    """Return the mean MaxVio of the computation batches of this rank's expert-parallel group, and its floor.
 
-    An expert waits for the ranks that send to it and no others, so its computation batch is a micro-batch of all ranks
-    of one expert-parallel group (Wang et al. 2024, arXiv 2408.15664, on expert parallelism). micro_loads: this
-    rank's own int64 load_E, for each micro-batch a list over the layers. ONE all-reduce within the group, and none
-    without expert parallelism; every rank of a group calls it alike.
+    An expert waits only for the ranks that send to it, so its computation batch is one micro-batch of all ranks of one
+    expert-parallel group (Wang et al. 2024, arXiv 2408.15664, on expert parallelism). A collective call: ONE
+    all-reduce within the group, and none without expert parallelism.
+
+    Args:
+        micro_loads: This rank's own int64 load_E, for each micro-batch a list over the layers.
+        mesh: The layout of the ranks.
+        device: The device of the collective.
+
+    Returns:
+        (MaxVio, sampling floor) for each layer.
     """
     load_LME = [torch.stack(layer) for layer in zip(*micro_loads, strict=True)]
     if mesh.ep_group is not None:

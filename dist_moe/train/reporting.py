@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, TensorBoard and the terminal, from rank 0, on logged steps only."""
+"""Logs a run: metrics.jsonl, TensorBoard and the terminal, from rank 0, on logged steps only."""
 
 import contextlib
 import math
@@ -24,12 +24,23 @@ from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, set_aside
 from dist_moe.observe.tensorboard import TensorBoardWriter
+from dist_moe.text import counted
 from dist_moe.train.microbatch_vio import microbatch_max_vio
 from dist_moe.train.step import StepRecord
 
 
 class Report:
-    """Collects what the logged steps need. Every rank holds one and calls it alike; only rank 0's has outlets."""
+    """Collects the metrics of logged steps. Every rank holds one and calls it at the same steps; only rank 0's writes.
+
+    Args:
+        config: The configuration of the run.
+        dist_context: The joined process group.
+        mesh: The layout of the ranks.
+        recorder: Writes metrics.jsonl and run.json; None on other ranks than 0.
+        console: Writes to the terminal; None on other ranks than 0.
+        board: Writes TensorBoard event files; None on other ranks than 0, and where they are off.
+        checkpoint: The checkpoint that the run resumes from, if any.
+    """
 
     def __init__(
         self,
@@ -45,18 +56,18 @@ class Report:
         self.dist_context = dist_context
         self.mesh = mesh
         self.recorder, self.console, self.board = recorder, console, board
-        self._watch = LoadWatch(config.observe.max_vio_limit, config.observe.max_vio_patience)
+        self._alerts = LoadWatch(config.observe.max_vio_limit, config.observe.max_vio_patience)
         self._checkpoint = checkpoint
         self._skipped_steps = 0 if checkpoint is None else checkpoint.counters.step - checkpoint.counters.taken
         self._seconds = 0.0
         self._steps = 0
 
     def describe(self, resolved: Resolved, prepared: TokenizedData, task: LanguageModelTask) -> None:
-        """Write down what the run is, and tell in three lines what will be trained and which layers are balanced."""
+        """Record what the run is, and print what will be trained, on which text, and which layers are balanced."""
         if self.recorder is None or self.console is None:
             return
         plain = self.config.model_dump(mode="json")
-        dist_context = {
+        layout = {
             "workers": self.mesh.world_size,
             "expert_parallel": self.mesh.expert_parallel,
             "accumulation": resolved.accumulation,
@@ -68,28 +79,29 @@ class Report:
             "job": job_of(os.environ),
             "resumed_from": None if self._checkpoint is None else str(self._checkpoint.folder),
         }
-        self.recorder.describe(plain, dump_config(self.config), dist_context)
+        self.recorder.describe(plain, dump_config(self.config), layout)
         if self.board is not None:
             self.board.hyper_parameters(plain, dump_config(self.config))
         experts = sum(p.numel() for layer in task.layers for p in layer.experts.local.parameters())
         others = sum(p.numel() for p in task.parameters()) - experts
         total = others + experts * self.mesh.expert_parallel
         self.console.say(
-            f"{self.config.model.architecture}: {total / 1e6:.1f} M parameters, {resolved.experts} experts in each of "
-            f"{len(task.layers)} MoE layers; {self.mesh.world_size} workers, expert parallel "
-            f"{self.mesh.expert_parallel}, ZeRO {self.config.parallel.zero_stage}"
+            f"{self.config.model.architecture}: {total / 1e6:.1f} M parameters, "
+            f"{counted(len(task.layers), 'MoE layer')} with {resolved.experts} experts each; "
+            f"{counted(self.mesh.world_size, 'worker')}, expert parallel {self.mesh.expert_parallel}, "
+            f"ZeRO {self.config.parallel.zero_stage}"
         )
         names = ", ".join(layer.name for layer in task.layers)
-        self.console.say(f"balance {self.config.balance.policy}: {names}")
+        self.console.say(f"balancing policy {self.config.balance.policy} on layers {names}")
         tokens = [len(corpus.tokens) for corpus in (prepared.train, prepared.validation)]
         self.console.say(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
         if self._checkpoint is not None:
             self.console.warn(list(self._checkpoint.passed_over))
-            self.console.say(f"goes on after step {self._checkpoint.counters.step}, from {self._checkpoint.folder}")
+            self.console.say(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
             if self._checkpoint.counters.step >= self.config.train.steps:
                 self.console.say(
-                    f"train.steps={self.config.train.steps} are done: raise it to train more, or set "
-                    "checkpoint.resume=never to begin anew (what is there is kept)"
+                    f"train.steps={self.config.train.steps} are done; raise it to train more, or set "
+                    "checkpoint.resume=never to start again (existing checkpoints are kept)"
                 )
 
     def step(
@@ -101,10 +113,18 @@ class Report:
         balance_rate: float,
         seconds: float,
     ) -> None:
-        """Take note of a step, and log it if it is due or was skipped.
+        """Record a step, and log it if it is due or was skipped. A collective call.
 
-        biases: those after the step. Logged steps take one collective over all ranks, and with expert parallelism one
-        within its group. Every rank calls it for every step, and decides alike whether it is logged.
+        A logged step takes one collective over all ranks, and with expert parallelism one within its group. Every rank
+        decides the same way whether a step is logged.
+
+        Args:
+            step: The step, from 1.
+            record: Its record.
+            biases: The selection bias [E] of each MoE layer after the step.
+            learning_rate: The learning rate of the step.
+            balance_rate: The rate of the balancing policy in the step.
+            seconds: Wall time of the step on this rank.
         """
         self._seconds += seconds
         self._steps += 1
@@ -140,29 +160,29 @@ class Report:
             return
         self.recorder.write(metrics.as_dict())
         self.console.step(metrics)
-        self.console.warn(self._watch.step(metrics))
+        self.console.warn(self._alerts.step(metrics))
         if self.board is not None:
             self.board.step(metrics)
 
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
-        """Over all ranks: the sum of -ln p, the auxiliary loss, and of each layer MaxVio_computation and its floor."""
+        """Return, over all ranks, the sum of -ln p, the auxiliary loss, and for each layer (micro-batch MaxVio, floor)."""
         scalars = {"nll": float(record.nll_sum), "auxiliary": float(record.auxiliary)}
         computation_L = microbatch_max_vio(record.micro_loads, self.mesh, self.dist_context.device)
         for layer, (value, floor) in enumerate(computation_L):
             scalars |= {f"value {layer}": value, f"floor {layer}": floor}
         sums = all_reduce_scalars(scalars, self.dist_context.device)
-        # The ranks of a group hold the same value, and groups are of one size: the mean over ranks is that over groups.
+        # The ranks of a group hold the same value, and all groups have one size: the mean over ranks is that over groups.
         means = {name: total / self.mesh.world_size for name, total in sums.items()}
         pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(computation_L))]
         return sums["nll"], means["auxiliary"], pairs
 
     def warn(self, line: str) -> None:
-        """Show a warning."""
+        """Print a warning."""
         if self.console is not None:
             self.console.warn([line])
 
     def saved(self, saved: Saved) -> None:
-        """Tell of a checkpoint that is complete: in metrics.jsonl, on TensorBoard and in a line."""
+        """Log a complete checkpoint: in metrics.jsonl, in TensorBoard and on the terminal."""
         if self.recorder is None or self.console is None:
             return
         times_ms = {"stall_ms": 1e3 * saved.stall_s, "write_ms": 1e3 * saved.write_s}
@@ -171,17 +191,17 @@ class Report:
             self.board.checkpoint(saved.step, times_ms)
         self.console.say(
             f"checkpoint of step {saved.step}: {saved.bytes / 1e6:,.1f} MB, written in {saved.write_s:.2f} s; "
-            f"training stood still for {times_ms['stall_ms']:,.0f} ms"
+            f"training stalled for {times_ms['stall_ms']:,.0f} ms"
         )
         self.console.warn(list(saved.warnings))
 
     def stopped(self, step: int, checkpoint: Path | None) -> None:
-        """Tell that the run ends here, as it was asked to."""
+        """Print that the run ends here on request."""
         if self.console is not None:
-            self.console.say(f"stopped on request after step {step}; started again, it goes on from {checkpoint}")
+            self.console.say(f"stopped on request after step {step}; the same command resumes from {checkpoint}")
 
     def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path | None) -> None:
-        """Write the final evaluation down and show where everything lies."""
+        """Log the final evaluation, and print where the results are."""
         if self.recorder is None or self.console is None:
             return
         self.recorder.write(metrics.as_dict())
@@ -197,9 +217,17 @@ class Report:
 def open_report(
     config: Config, dist_context: DistContext, mesh: Mesh, checkpoint: Checkpoint | None = None
 ) -> Iterator[Report]:
-    """The run's report, with files and terminal open on rank 0 and none elsewhere.
+    """Open the report of a run for the length of the context; files and terminal are open on rank 0 only.
 
-    checkpoint: what the run goes on from; the files of its own run.dir are continued, those of another are set aside.
+    Args:
+        config: The configuration of the run.
+        dist_context: The joined process group.
+        mesh: The layout of the ranks.
+        checkpoint: The checkpoint that the run resumes from. Where it is of this run.dir, the files there are
+            continued; otherwise the files of an earlier run are moved into `earlier-N`.
+
+    Raises:
+        RunFolderError: run.dir cannot be written.
     """
     if dist_context.rank_info.rank != 0:
         yield Report(config, dist_context, mesh, None, None, None, checkpoint)
@@ -217,5 +245,5 @@ def open_report(
             board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.print_error))
         stack.enter_context(console)
         if aside is not None:
-            console.say(f"what an earlier run left in {folder} is now in {aside}")
+            console.say(f"the files of an earlier run in {folder} were moved to {aside}")
         yield Report(config, dist_context, mesh, recorder, console, board, checkpoint)

@@ -77,7 +77,7 @@ def test_a_request_to_stop_reaches_every_host_and_the_run_goes_on(
     assert logged(run)[-1] == stopped, "the checkpoint is that of the last step"
     again = start((1, 1), "--launcher", launcher, steps=stopped + 2)
     ended = again.end(100)
-    assert ended.code == 0 and f"goes on after step {stopped}" in ended.output, ended.output + ended.errors
+    assert ended.code == 0 and f"resuming after step {stopped}" in ended.output, ended.output + ended.errors
     assert logged(run)[-3:] == [stopped + 1, stopped + 2, stopped + 2], "two steps and the evaluation"
 
 
@@ -221,7 +221,7 @@ def test_hosts_that_share_no_storage_train_and_go_on(start: Start, three: list[H
             saved = [path.name for path in sorted((run / "checkpoints" / f"step-{steps:06d}" / "state").iterdir())]
             assert saved == ["balance.safetensors", "rank-00000.safetensors", "rank-00001.safetensors", "training.json"]
             assert not list(apart.rglob("*.safetensors")), "nothing of it stays there"
-        assert "goes on after step 3" in ended.output and logged(run) == [1, 2, 3, 3, 4, 5, 5]
+        assert "resuming after step 3" in ended.output and logged(run) == [1, 2, 3, 3, 4, 5, 5]
     finally:
         subprocess.run(three[1].argv(["umount", str(run)], Path("/")), check=True)
 

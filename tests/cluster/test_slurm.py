@@ -94,4 +94,4 @@ def test_a_job_is_told_before_its_limit_queued_again_and_goes_on(controlled: Slu
     assert steps == list(range(1, len(steps) + 1)), "no step is missing or made twice"
     log = (run / "logs" / f"slurm-{number}.log").read_text()
     assert f"0: stopped on request after step {stopped}" in log
-    assert f"0: goes on after step {stopped}, from " in log
+    assert f"0: resuming after step {stopped} from " in log

@@ -67,11 +67,10 @@ def compared(
 
 ALONE = "rank 2 differs from the 3 others in "
 NAMES: dict[Spoil, str] = {
-    dense: f"{ALONE}model.model.layers.0.mlp.down_proj.weight; after step 2 they were alike",
+    dense: f"{ALONE}model.model.layers.0.mlp.down_proj.weight; they were equal after step 2",
     bias: f"{ALONE}model.layers.2.mlp.selection_bias; ",
     count: f"{ALONE}balance: steps taken; ",
-    expert: "ranks 0, 2 differ, and none of them has more than half on its side in "
-    "model.model.layers.1.mlp.experts.local.down_proj; ",
+    expert: "ranks 0, 2 differ, and there is no majority in model.model.layers.1.mlp.experts.local.down_proj; ",
 }
 
 
@@ -79,10 +78,10 @@ NAMES: dict[Spoil, str] = {
 def test_trap_T10_a_rank_that_differs_in_one_bit_is_named(
     ranks: RankPool, text: Path, tmp_path: Path, spoil: Spoil
 ) -> None:
-    """On all ranks alike, at the next step that is compared, and not before."""
+    """The error is the same on all ranks, at the next compared step and not before."""
     answers = ranks.run(compared, 4, text, tmp_path, ("parallel.expert_parallel=2",), spoil, 2)
     assert all(answer == answers[0] and len(answer) == 1 for answer in answers)
-    assert "after step 4 ranks differ in what they hold alike: " in answers[0][0]
+    assert "replicas differ after step 4: " in answers[0][0]
     assert NAMES[spoil] in answers[0][0]
 
 
@@ -95,12 +94,12 @@ def test_ranks_hold_the_same_bits(ranks: RankPool, text: Path, tmp_path: Path, s
 
 @settings(deadline=None, max_examples=200)
 @given(some.integers(1, 5000), some.data())
-def test_every_bit_counts_whatever_it_means(size: int, draw: some.DataObject) -> None:
+def test_every_bit_changes_the_digest(size: int, draw: some.DataObject) -> None:
     """A tensor of NaN with a payload too."""
     content = torch.frombuffer(bytearray(draw.draw(some.randoms()).randbytes(4 * size)), dtype=torch.uint8).clone()
-    rank_info, bit = draw.draw(some.integers(0, 4 * size - 1)), draw.draw(some.integers(0, 7))
+    position, bit = draw.draw(some.integers(0, 4 * size - 1)), draw.draw(some.integers(0, 7))
     before = digest(content.view(torch.float32))
-    content[rank_info] ^= 1 << bit
+    content[position] ^= 1 << bit
     assert digest(content.view(torch.float32)) != before
-    content[rank_info] ^= 1 << bit
+    content[position] ^= 1 << bit
     assert digest(content.view(torch.float32)) == before

@@ -210,7 +210,7 @@ def test_a_run_that_is_complete_is_evaluated_again_and_nothing_else(text: Path, 
     before = tensors(step(run, 6))
     done = train(text, run, "train.steps=6")
     assert done.returncode == 0, done.stderr
-    assert f"goes on after step 6, from {step(run, 6)}" in done.stdout and "validation loss" in done.stdout
+    assert f"resuming after step 6 from {step(run, 6)}" in done.stdout and "validation loss" in done.stdout
     assert tensors(step(run, 6)).keys() == before.keys() and not (run / "earlier-1").exists()
 
 

@@ -46,7 +46,7 @@ def test_a_full_disk_costs_neither_a_step_nor_an_earlier_checkpoint(text: Path, 
     """Room for one checkpoint: the others are told, the run trains to its end, and then fails."""
     done = trained(text, tmp_path / "disk", "4m")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "No space left on device" in done.stdout and "training goes on" in done.stdout
+    assert "No space left on device" in done.stdout and "training continues" in done.stdout
     assert "step 8/8" in done.stdout and "step-000008 could not be saved" in done.stderr
     assert "Traceback" not in done.stderr
     left = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
@@ -126,7 +126,7 @@ def test_tokens_that_change_under_a_run_end_it_with_all_steps_saved_and_it_goes_
     assert [step for step, _ in checkpoints(run / "checkpoints")] == [2, 3]
     done = go(command(text, run, *changes))
     assert done.returncode == 0, done.stderr
-    assert f"goes on after step 3, from {run}/checkpoints/step-000003" in done.stdout
+    assert f"resuming after step 3 from {run}/checkpoints/step-000003" in done.stdout
     assert same_bits(run / "checkpoints/step-000006", whole / "checkpoints/step-000006") == []
     with text.open("a") as file:
         file.write('{"text": "one more"}\n')
