@@ -128,7 +128,7 @@ class Engine:
         return self.settings.bf16
 
     def optimizer_fragments(self) -> list[OptimizerFragment]:
-        """Return this rank's share of the parameters in the optimizer: a slice at ZeRO 1 and 2, everything at ZeRO 0."""
+        """Return this rank's share of the parameters in the optimizer: a slice at ZeRO 1 and 2, all at ZeRO 0."""
         return optimizer_fragments(self.module, self._engine.optimizer, sharded=self.settings.zero_stage > 0)
 
     def set_step_counters(self, steps: int, taken: int) -> None:

@@ -165,7 +165,7 @@ class Report:
             self.board.step(metrics)
 
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
-        """Return, over all ranks, the sum of -ln p, the auxiliary loss, and for each layer (micro-batch MaxVio, floor)."""
+        """Return the sum of -ln p, the auxiliary loss, and (micro-batch MaxVio, floor) of each layer, over all ranks."""
         scalars = {"nll": float(record.nll_sum), "auxiliary": float(record.auxiliary)}
         computation_L = microbatch_max_vio(record.micro_loads, self.mesh, self.dist_context.device)
         for layer, (value, floor) in enumerate(computation_L):

@@ -36,8 +36,10 @@ def test_each_file_lists_only_what_differs_from_the_default(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_each_file_loads_and_fits_one_worker(path: Path) -> None:
-    assert resolve(load_config(path), workers=1).expert_parallel == 1
+def test_each_file_loads_and_fits_its_workers(path: Path) -> None:
+    """As many as the number in the name of the file, such as gpu-8.yaml, and otherwise one."""
+    workers = int(path.stem.rpartition("-")[2]) if "-" in path.stem else 1
+    assert resolve(load_config(path), workers).expert_parallel == workers
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 6, 12])
