@@ -51,7 +51,7 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 types: $(STAMP) ## mypy
-	$(BIN)/mypy dist_moe tests
+	$(BIN)/mypy dist_moe tests examples
 
 format: $(STAMP) ## write the format that lint asks for
 	$(BIN)/ruff check --fix-only .
