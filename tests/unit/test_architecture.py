@@ -5,12 +5,15 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mutants.catalogue import read_catalogue
 from tests.unit.source import ROOT, Source, depth, sources
+
+Rule = Callable[[Source], Iterator[str]]
 
 OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests")]
@@ -72,6 +75,50 @@ def stems(source: Source) -> set[str]:
     return {word.lower() for name in names for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
+def upward_imports(source: Source) -> Iterator[str]:
+    """Parts that the file must not import."""
+    if source.layer not in MAY_IMPORT:
+        yield f"{source.layer} has no place in the order of imports yet; give it one"
+    elif upwards := layers_of(source) - MAY_IMPORT[source.layer] - {source.layer}:
+        yield f"must not import {sorted(upwards)}"
+
+
+def large_rooms(source: Source) -> Iterator[str]:
+    """Too many lines in the file or in a function, and functions that nest too deep."""
+    lines = source.text.count("\n")
+    if lines > LONGEST_FILE:
+        yield f"{lines} lines; split the file in two nouns"
+    for function in source.functions():
+        long = (function.end_lineno or function.lineno) - function.lineno + 1
+        if long > LONGEST_FUNCTION:
+            yield f"{function.name} has {long} lines"
+        if source.path.parts[0] != "tests" and depth(function) > DEEPEST:
+            yield f"{function.name} nests {depth(function)} deep"
+
+
+def unnamed(source: Source) -> Iterator[str]:
+    """A file that does not open with a sentence, or whose names say nothing."""
+    docstring = ast.get_docstring(source.tree)
+    if not docstring:
+        yield "must open with one sentence that says what it holds"
+    elif not docstring.split("\n\n")[0].endswith("."):
+        yield "the first paragraph must be a sentence"
+    if words := stems(source) & SAY_NOTHING:
+        yield f"{sorted(words)} says nothing; use a noun of the design"
+
+
+def hidden_state(source: Source) -> Iterator[str]:
+    """Statements that make a name global."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Global):
+            yield f"global {node.names}; return what a stage makes"
+
+
+def violations(files: list[Source], rule: Rule) -> list[str]:
+    """All that a rule finds in the files, one line each."""
+    return [f"{source.path}: {found}" for source in files for found in rule(source)]
+
+
 def trap_tests() -> dict[str, list[str]]:
     """The tests that hold a trap, by trap: {"T05": ["tests/unit/x.py::test_trap_T05_..."]}."""
     found: dict[str, list[str]] = {}
@@ -89,11 +136,8 @@ def test_the_tree_under_test_is_this_one() -> None:
         assert found and Path(found).resolve() == ROOT / file
 
 
-@pytest.mark.parametrize("source", OURS, ids=lambda source: str(source.path))
-def test_imports_go_one_way(source: Source) -> None:
-    assert source.layer in MAY_IMPORT, f"{source.layer} has no place in the order of imports yet; give it one"
-    upwards = layers_of(source) - MAY_IMPORT[source.layer] - {source.layer}
-    assert not upwards, f"{source.path} must not import {sorted(upwards)}"
+def test_imports_go_one_way() -> None:
+    assert violations(OURS, upward_imports) == []
 
 
 @pytest.mark.parametrize("package", ONLY_IMPORTER)
@@ -113,31 +157,41 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("source", EVERYTHING, ids=lambda source: str(source.path))
-def test_rooms_are_small(source: Source) -> None:
-    lines = source.text.count("\n")
-    assert lines <= LONGEST_FILE, f"{lines} lines; split the file in two nouns"
-    for function in source.functions():
-        long = (function.end_lineno or function.lineno) - function.lineno + 1
-        assert long <= LONGEST_FUNCTION, f"{function.name} has {long} lines"
-        if source in OURS:
-            assert depth(function) <= DEEPEST, f"{function.name} nests {depth(function)} deep"
+def test_rooms_are_small() -> None:
+    assert violations(EVERYTHING, large_rooms) == []
 
 
-@pytest.mark.parametrize("source", EVERYTHING, ids=lambda source: str(source.path))
-def test_a_file_says_what_it_holds(source: Source) -> None:
-    docstring = ast.get_docstring(source.tree)
-    assert docstring, "the file must open with one sentence that says what it holds"
-    assert docstring.split("\n\n")[0].endswith("."), "the first paragraph must be a sentence"
-    assert not stems(source) & SAY_NOTHING, (
-        f"{sorted(stems(source) & SAY_NOTHING)} says nothing; use a noun of the design"
-    )
+def test_a_file_says_what_it_holds() -> None:
+    assert violations(EVERYTHING, unnamed) == []
 
 
-@pytest.mark.parametrize("source", OURS, ids=lambda source: str(source.path))
-def test_no_hidden_state(source: Source) -> None:
-    globals_ = [node.names for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
-    assert not globals_, f"global {globals_}; return what a stage makes"
+def test_no_hidden_state() -> None:
+    assert violations(OURS, hidden_state) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "text", "found"),
+    [
+        (upward_imports, "dist_moe/moe/x.py", "import dist_moe.train.loop", "must not import ['train']"),
+        (upward_imports, "dist_moe/new/x.py", "", "new has no place in the order of imports yet; give it one"),
+        (
+            large_rooms,
+            "tests/x.py",
+            "\n" * (LONGEST_FILE + 1),
+            f"{LONGEST_FILE + 1} lines; split the file in two nouns",
+        ),
+        (large_rooms, "tests/x.py", "def f():\n" + " pass\n" * LONGEST_FUNCTION, "f has 61 lines"),
+        (large_rooms, "dist_moe/x.py", "def f():\n if a:\n  if b:\n   if c:\n    if d: pass", "f nests 4 deep"),
+        (unnamed, "tests/x.py", "pass", "must open with one sentence that says what it holds"),
+        (unnamed, "tests/x.py", "'Words'", "the first paragraph must be a sentence"),
+        (unnamed, "tests/utils.py", "'A sentence.'", "['utils'] says nothing; use a noun of the design"),
+        (hidden_state, "dist_moe/x.py", "def f():\n global a", "global ['a']; return what a stage makes"),
+    ],
+)
+def test_a_violation_is_found(rule: Rule, path: str, text: str, found: str) -> None:
+    source = Source(Path(path))
+    source.__dict__["text"] = text
+    assert violations([source, *OURS[:3]], rule) == [f"{path}: {found}"]
 
 
 def test_every_trap_that_is_tested_has_a_mutant() -> None:
