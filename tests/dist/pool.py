@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from tests.dist.loaded import start_loaded
 
 LOOPBACK = "127.0.0.1"
 START_LIMIT_S = 180.0
@@ -70,7 +72,7 @@ class Answer:
 class Worker:
     """A live worker process, our end of its pipe, and the file in which it writes its stacks when asked."""
 
-    process: SpawnProcess
+    process: ForkServerProcess
     connection: Connection
     stack_file: Path
 
@@ -96,7 +98,7 @@ class Worker:
 
 
 class RankPool:
-    """Runs functions on up to `size` ranks, each a spawned process with one torch thread that outlives calls.
+    """Runs functions on up to `size` ranks, each a process with one torch thread that outlives calls.
 
     A worker starts at its first use. After a hang or a death the workers are killed, and the next call starts
     new ones.
@@ -104,7 +106,6 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="dist-moe-pool-")
         self._workers: list[Worker] = []
         self._started = 0
@@ -154,11 +155,10 @@ class RankPool:
         if any(not worker.process.is_alive() for worker in self._workers):
             self._end_workers()
         for _ in range(count - len(self._workers)):
-            ours, theirs = self._context.Pipe()
+            ours, theirs = multiprocessing.Pipe()
             stack_file = Path(self._folder.name) / f"worker-{self._started}.stack"
             stack_file.touch()
-            process = self._context.Process(target=_serve, args=(theirs, str(stack_file)), daemon=True)
-            process.start()
+            process = start_loaded(_serve, theirs, str(stack_file))
             theirs.close()
             self._started += 1
             self._workers.append(Worker(process, ours, stack_file))

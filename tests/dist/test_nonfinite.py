@@ -1,7 +1,6 @@
 """Runs whose steps are all skipped: they end with the layer, the rank and the documents, and what was saved stays."""
 
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from dist_moe.checkpoint.format.layout import checkpoints
 from dist_moe.engine.train_state import TrainState
 from dist_moe.health.nonfinite import NonFiniteMonitor, find_origin
 from dist_moe.train.loop import micro_batches
+from tests.dist.loaded import run_loaded
 from tests.dist.pool import RankPool
-from tests.dist.resumable import ROOT, command, overrides_of, started, steps, write_text
+from tests.dist.resumable import command, overrides_of, started, steps, write_text
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -96,7 +96,7 @@ def test_a_run_that_only_skips_ends_and_leaves_its_checkpoints(text: Path, tmp_p
         text, run, "train.steps=12", "train.schedule_steps=20", "train.learning_rate=1e25", "train.warmup_steps=0",
         "checkpoint.interval=1", "checkpoint.keep_last=1", "train.skip_limit=3",
     )  # fmt: skip
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = run_loaded(argv, tmp_path)
     assert done.returncode == 2, done.stderr
     logged = steps(run)
     taken, skipped = [[step for step in logged if logged[step]["skipped"] is flag] for flag in (False, True)]

@@ -2,33 +2,23 @@
 
 import os
 import socket
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.dist.resumable import ROOT
+from tests.dist.loaded import LoadedProcess
 
 
 @contextmanager
-def direct(argv: Sequence[str], ranks: int, log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def direct(argv: Sequence[str], ranks: int, log: Path) -> Iterator[list[LoadedProcess]]:
     """Start `argv` once for each rank; what is left of them at the end of the block is killed. log: what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with log.open("ab") as out:
-        workers = [
-            subprocess.Popen(
-                argv,
-                cwd=ROOT,
-                stdout=out,
-                stderr=out,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(ranks)
-        ]
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    workers = [LoadedProcess(argv, {**os.environ, **shared, **place}, log) for place in places]
     try:
         yield workers
     finally:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.dist.loaded import LoadedProcess
 from tests.dist.resumable import ROOT, command, overrides_of, steps
 
 LIMIT_S = 240.0
@@ -32,7 +33,7 @@ class Job:
     run: Path
     ranks: int
     launched: bool
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[subprocess.Popen[bytes] | LoadedProcess]
 
     def pid(self, rank: int) -> int | None:
         """The process of a worker by its own record, which is there before it trains."""
@@ -41,6 +42,15 @@ class Job:
             return int(record["pid"]) if record["state"] == "running" else None
         except (OSError, ValueError, KeyError):
             return None
+
+    def has(self, pid: int) -> bool:
+        """Whether the process is still a worker of this run, and no other that has its number now."""
+        if any(process.pid == pid and process.poll() is None for process in self.processes):
+            return True
+        try:
+            return f"run.dir={self.run}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
         """The exit codes of what was started; TimeoutExpired if it does not end."""
@@ -59,24 +69,24 @@ def job(text: Path, run: Path, ranks: int, launcher: str | None, *changes: str) 
     argv = command(text, run, *CHANGES, *changes)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for record in run.glob("workers/rank-*.json"):
+        record.unlink()  # of an earlier start: its processes are gone
+    started: list[subprocess.Popen[bytes] | LoadedProcess] = []
     if launcher is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         rendezvous = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         places = [rendezvous | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
-        calls = [(argv, place) for place in places]
+        started += [LoadedProcess(argv, environment | place) for place in places]
     else:
         further = ["--max-restarts", "3"] if launcher == "torchrun --max-restarts" else []
         options = ["--launcher", launcher.split()[0], "--workers", str(ranks), *further]
         words = [sys.executable, "-m", "dist_moe", "launch", "configs/debug.yaml", *overrides_of(text, run, *CHANGES)]
-        calls = [([*words, *changes, *options], {})]
-    for record in run.glob("workers/rank-*.json"):
-        record.unlink()  # of an earlier start: its processes are gone
-    out = subprocess.DEVNULL
-    started = [
-        subprocess.Popen(words, cwd=ROOT, env=environment | place, stdout=out, stderr=out) for words, place in calls
-    ]
+        out = subprocess.DEVNULL
+        started.append(
+            subprocess.Popen([*words, *changes, *options], cwd=ROOT, env=environment, stdout=out, stderr=out)
+        )
     running = Job(run, ranks, launcher is not None, started)
     try:
         yield running
@@ -93,16 +103,8 @@ def end(running: Job) -> None:
         process.wait()
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            if is_worker_of(pid, running.run):
+            if running.has(pid):
                 os.kill(pid, signal.SIGKILL)
-
-
-def is_worker_of(pid: int, run: Path) -> bool:
-    """Whether the process is still the worker of this run, and no other that has its number now."""
-    try:
-        return f"run.dir={run}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
 
 
 def state_of(pid: int) -> str:

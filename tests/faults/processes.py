@@ -16,7 +16,7 @@ from dist_moe.checkpoint.format.layout import PARTIAL, checkpoints
 from dist_moe.checkpoint.format.manifest import NAME, digest, find_damage, read_manifest
 from dist_moe.worker.contract import STOPPED_CODE
 from tests.dist.resumable import same_bits, steps
-from tests.faults.job import EVERY, STEPS, Job, is_worker_of, job, state_of
+from tests.faults.job import EVERY, STEPS, Job, job, state_of
 from tests.faults.row import Row
 
 Found = TypeVar("Found")
@@ -129,7 +129,7 @@ def strike(fault: ProcessFault, running: Job, draw: random.Random) -> Struck:
     rank = draw.randrange(2)
     pid = running.processes[0].pid if fault.target == "launch" else running.pid(rank)
     before = complete(running.run)
-    if pid is None or (fault.target != "launch" and not is_worker_of(pid, running.run)):
+    if pid is None or (fault.target != "launch" and not running.has(pid)):
         return Struck(before)
     step, inside = running.step, partial is not None and is_inside(partial)
     when = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -9,6 +9,7 @@ from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config, resolve
 from dist_moe.train.setup import tokenize
+from tests.dist.loaded import run_loaded
 from tests.dist.resumable import ROOT, command, overrides_of
 
 ALONE, CPU = Mesh(1, 0, 1), torch.device("cpu")
@@ -17,7 +18,7 @@ WEIGHTS, STATE = "model/model-00001-of-00001.safetensors", "state/rank-00000.saf
 
 
 def train(text: Path, run: Path, *changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(text, run, *changes), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_loaded(command(text, run, *changes), text.parent)
 
 
 def find(text: Path, run: Path, *changes: str) -> Checkpoint | None:
