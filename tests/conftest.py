@@ -1,10 +1,17 @@
 """Fixtures that every test may ask for."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.crash import pytest_testnodedown, pytest_xdist_make_scheduler
 from tests.dist.pool import RankPool
+
+# DeepSpeed decorates functions that nothing here calls with torch.compile, whose import is 2 s in every worker.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+__all__ = ["pytest_testnodedown", "pytest_xdist_make_scheduler"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
