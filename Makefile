@@ -3,13 +3,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+TEST_PROCESSES ?= 2
 CONFIG ?= configs/quickstart.yaml
 COMPOSE ?= docker compose -p dist-moe -f docker/compose.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Each file of tests in one of several processes, so that a hang costs its test alone (tests/crash.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cluster docker docker-train docker-down check lint types format parity mutants faults tensorboard clean
+.PHONY: help setup train test test-all test-cluster docker docker-train docker-down check lint types format parity mutants faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,12 +27,17 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## train CONFIG (the quick start) on WORKERS processes
 	$(BIN)/dist-moe launch $(CONFIG) --workers $(WORKERS) $(ARGS)
 
-test: $(STAMP) ## run the tests; those for a GPU only where there is one
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run tests of every part; those for a GPU only where there is one
+	$(PYTEST) -m "not slow and not full" $(ARGS)
 
+test-all: $(STAMP) ## run all tests on one machine: every fault, launcher and combination of parameters too
+	$(PYTEST) $(ARGS)
+
+# Images may take longer to build than any other test may take at all.
 test-cluster: $(STAMP) ## the tests over several hosts: network namespaces of this machine (root; installs Debian packages)
 	sh tests/cluster/packages.sh
-	$(BIN)/python -m pytest --override-ini addopts="--import-mode=importlib -ra" tests/cluster $(ARGS)
+	$(BIN)/python -m pytest --override-ini addopts="--import-mode=importlib -ra" \
+		--override-ini faulthandler_exit_on_timeout=false tests/cluster $(ARGS)
 
 docker: ## build the image dist-moe:cpu
 	docker build -f docker/Dockerfile --target cpu -t dist-moe:cpu .
@@ -44,7 +52,7 @@ docker-train: docker ## train the debug run in two containers; TensorBoard stays
 docker-down: ## stop TensorBoard and remove the containers; the runs stay in the volume dist-moe_runs
 	$(COMPOSE) down
 
-check: lint types test ## lint, types and tests
+check: lint types test ## lint, types and the tests of `make test`
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

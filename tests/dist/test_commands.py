@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dist_moe.data.stream import NO_LOSS
+from dist_moe.launch.command import free_port
 from dist_moe.model.task import IGNORED
 
 ROOT = Path(__file__).parents[2]
@@ -25,11 +26,11 @@ SHORT = (
 )
 PLAIN = {
     "deepspeed": (
-        *(str(BIN / "deepspeed"), "--no_local_rank", "--num_accelerators", "2", "--master_port", "29731"),
+        *(str(BIN / "deepspeed"), "--no_local_rank", "--num_accelerators", "2", "--master_port", str(free_port())),
         *("--module", "dist_moe"),
     ),
     "torchrun": (
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29732"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())),
         *("-m", "dist_moe"),
     ),
 }
@@ -79,6 +80,7 @@ def test_a_checkpoint_evaluates_as_the_run_did_and_generates(runs: dict[str, Pat
     assert text.startswith("import os") and text == call(*greedy, "--temperature", "0")
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_anew_in_the_same_folder_sets_the_first_aside(runs: dict[str, Path]) -> None:
     folder = runs["deepspeed"]
     before = (folder / "metrics.jsonl").read_bytes()
@@ -90,6 +92,7 @@ def test_a_run_that_begins_anew_in_the_same_folder_sets_the_first_aside(runs: di
     assert [(line["event"], line["step"]) for line in lines(folder)] == events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_worker_killed_in_training_ends_the_job_and_is_named(launcher: str, tmp_path: Path) -> None:
     argv = (str(BIN / "dist-moe"), "launch", "configs/debug.yaml", "--launcher", launcher, f"run.dir={tmp_path}")

@@ -33,6 +33,7 @@ from dist_moe.worker.rank_info import RankInfo
 from tests.dist.pool import RankPool
 from tests.dist.resumable import ROOT, overrides_of, started, write_text
 from tests.dist.steps import one_step
+from tests.selection import cross, only_first, slow
 
 NAMES = [
     "configuration",
@@ -56,7 +57,7 @@ def doctor(text: Path, run: Path, *words: str) -> subprocess.CompletedProcess[st
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=150)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", slow("deepspeed")])
 def test_all_is_well_and_nothing_is_left(tmp_path: Path, launcher: str) -> None:
     text = write_text(tmp_path)
     done = doctor(text, tmp_path / "run", "--launcher", launcher, "--json", str(tmp_path / "found.json"))
@@ -67,6 +68,7 @@ def test_all_is_well_and_nothing_is_left(tmp_path: Path, launcher: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_check_is_told_and_the_others_run(tmp_path: Path) -> None:
     """A text that cannot be had."""
     run = tmp_path / "run"
@@ -79,6 +81,7 @@ def test_a_failed_check_is_told_and_the_others_run(tmp_path: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_worker_that_is_stuck_does_not_keep_the_doctor(tmp_path: Path, stopped: int) -> None:
     """SIGSTOP once the workers have met; what was found till then is told where rank 0 is not the one."""
@@ -106,6 +109,7 @@ def test_a_worker_that_is_stuck_does_not_keep_the_doctor(tmp_path: Path, stopped
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_workers_that_somebody_else_has_started_leave_nothing(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "dist_moe", "doctor", "configs/debug.yaml"]
     argv += [*overrides_of(write_text(tmp_path), tmp_path / "new/run"), "--json", str(tmp_path / "found.json")]
@@ -148,7 +152,9 @@ ADAPTIVE = ("router.selection=threshold", "router.score=softmax", "balance.polic
 GROUPS = ("model.config.n_group=4", "model.config.topk_group=2")
 
 
-@pytest.mark.parametrize("words", [("parallel.zero_stage=0",), (*ADAPTIVE, "parallel.zero_stage=2"), GROUPS])
+@pytest.mark.parametrize(
+    "words", only_first([("parallel.zero_stage=0",), (*ADAPTIVE, "parallel.zero_stage=2"), GROUPS])
+)
 def test_trap_T22_expert_parallelism_is_compared_with_none(
     ranks: RankPool, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -190,7 +196,7 @@ def spoil_moments() -> None:
     [
         (spoil_nothing, ["pass", "pass"], "go on bit for bit"),
         (spoil_gradient, ["fail", "pass"], "rank 1: gradients of "),
-        (spoil_moments, ["pass", "fail"], "goes on with other bits in exp_avg"),
+        slow(spoil_moments, ["pass", "fail"], "goes on with other bits in exp_avg"),
     ],
 )
 def test_the_trials_find_what_is_wrong_and_only_that(
@@ -251,8 +257,7 @@ def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tupl
         ]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@cross(("precision", ["fp32", "bf16"]), ("stage", [0, 1, 2]), strength=1)
 def test_the_exact_part_of_the_memory_is_exact(ranks: RankPool, tmp_path: Path, stage: int, precision: str) -> None:
     words = (f"parallel.zero_stage={stage}", f"train.precision={precision}", "parallel.expert_parallel=2")
     for pairs in ranks.run(held_bytes, 4, write_text(tmp_path), tmp_path, (*words, "checkpoint.interval=1")):

@@ -9,7 +9,9 @@ import torch
 from dist_moe.comm.mesh import Mesh
 from tests.dist.pool import RankPool
 from tests.dist.small import Case, Trace, make_task, named_weights, reference, run_case
+from tests.selection import cross
 
+STAGES = [0, 1, 2]
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (workers, expert parallel)
 
 
@@ -58,9 +60,7 @@ def decays(name: str) -> bool:
     return initial()[name].ndim >= 2 and "embed_tokens" not in name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize(("workers", "expert_parallel"), LAYOUTS)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@cross(("accumulation", [1, 2]), ("workers, expert_parallel", LAYOUTS), ("stage", STAGES))
 def test_trap_T22_gradients_equal_the_reference(
     ranks: RankPool, workers: int, expert_parallel: int, stage: int, accumulation: int
 ) -> None:
@@ -73,8 +73,7 @@ def test_trap_T22_gradients_equal_the_reference(
     assert_gradients(gradients_of(traces, case.learning_rate), 1.0, 2e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (4, 2), (4, 4)])
+@cross(("workers, expert_parallel", [(1, 1), (4, 2), (4, 4)]), ("stage", [2, 0, 1]), strength=1)
 def test_trap_T24_clipping_uses_the_true_global_norm(
     ranks: RankPool, workers: int, expert_parallel: int, stage: int
 ) -> None:
@@ -86,8 +85,7 @@ def test_trap_T24_clipping_uses_the_true_global_norm(
     assert_gradients(gradients_of(traces, case.learning_rate), 0.2, 2e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize(("workers", "accumulation"), [(1, 1), (4, 1), (2, 4)])
+@cross(("workers, accumulation", [(1, 1), (4, 1), (2, 4)]), ("stage", [1, 2, 0]), strength=1)
 def test_gradients_in_bf16_are_those_of_one_process_in_bf16(
     ranks: RankPool, workers: int, accumulation: int, stage: int
 ) -> None:
@@ -106,10 +104,7 @@ def test_gradients_in_bf16_are_those_of_one_process_in_bf16(
     assert_gradients(gradients_of(traces, case.learning_rate), 1.0, 0.05, torch.bfloat16)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("poison", ["loss", "expert"])
+@cross(("poison", ["loss", "expert"]), ("bf16", [False, True]), ("optimizer", ["sgd", "adamw"]), ("stage", STAGES))
 def test_trap_T49_a_step_that_is_not_finite_is_skipped_on_every_rank(
     ranks: RankPool, stage: int, optimizer: str, bf16: bool, poison: str
 ) -> None:
@@ -125,7 +120,7 @@ def test_trap_T49_a_step_that_is_not_finite_is_skipped_on_every_rank(
     assert sum(map(sum, skipped[0].loads[0])) > 0, "the load of a skipped step is still shown"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_goes_on_after_a_skipped_step(ranks: RankPool, stage: int) -> None:
     case = Case(expert_parallel=2, zero_stage=stage, steps=3, poison="loss", optimizer="adamw", learning_rate=1e-2)
     traces = ranks.run(run_case, 2, case)
@@ -135,7 +130,7 @@ def test_a_run_goes_on_after_a_skipped_step(ranks: RankPool, stage: int) -> None
     assert any(bias.any() for bias in traces[0].biases)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_adamw_counts_no_step_before_the_first(ranks: RankPool, stage: int) -> None:
     """Its first step is as long as the learning rate, wherever the gradient is; counted as the second it is 0.73 of it.
 

@@ -12,6 +12,7 @@ from tests.dist.resumable import ROOT, write_text
 from tests.faults.job import job
 from tests.faults.processes import ProcessFault, inject, plan
 from tests.faults.row import WANTED, Row, markdown, missing, read_rows
+from tests.selection import slow
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 SHORT = (
@@ -36,7 +37,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("fault", SHORT, ids=lambda fault: fault.kind)
+@pytest.mark.parametrize("fault", [SHORT[0], *map(slow, SHORT[1:])], ids=lambda fault: fault.kind)
 def test_the_run_is_as_if_nothing_had_been(text: Path, undisturbed: Path, tmp_path: Path, fault: ProcessFault) -> None:
     """A strike that comes too late for the save is made again at another moment; it has to come in time once."""
     for number in range(TRIES):
@@ -47,6 +48,7 @@ def test_the_run_is_as_if_nothing_had_been(text: Path, undisturbed: Path, tmp_pa
     pytest.fail(f"{fault.kind} never struck")
 
 
+@pytest.mark.slow
 def test_damaged_files_and_broken_disks_are_held(tmp_path: Path) -> None:
     """One of each kind, in a mount namespace of its own, which needs no root."""
     rows = tmp_path / "rows.jsonl"

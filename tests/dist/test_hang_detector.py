@@ -20,6 +20,7 @@ from dist_moe.health.hang_detector import HangError, Position, format_report, ha
 from tests.dist.pool import RankError, RankPool
 from tests.dist.resumable import ROOT, command, overrides_of, steps, write_text
 from tests.dist.workers import direct
+from tests.selection import slow
 
 LIMIT_S = 3.0
 
@@ -114,7 +115,7 @@ def test_trap_T30_nobody_who_arrived_is_blamed_however_late(ranks: RankPool) -> 
         assert "arrived: rank 0, 1, 2; not arrived, and silent (stopped, dead or cut off): rank 3" in report
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [1, slow(0)])
 def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, stopped: int) -> None:
     """SIGSTOP in training: rank 1 is named as silent; without rank 0 there is no store, and nobody is blamed."""
     text, run = write_text(tmp_path), tmp_path / "run"
@@ -131,6 +132,7 @@ def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, s
         assert "the job's store does not answer: whoever keeps it (rank 0; under torchrun" in report
 
 
+@pytest.mark.slow
 def test_the_launch_tells_who_stayed_away_and_not_who_lost_a_connection(tmp_path: Path) -> None:
     """Of four ranks three wait: the first that runs out of time frees the others, and its report is what is told.
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.selection import slow
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 WORKERS = 2
@@ -104,7 +106,7 @@ def test_a_good_job_ends_with_0_and_says_nothing(start: Start, launcher: str) ->
     assert not list(job.run_dir.glob("errors/*"))
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["deepspeed", slow("torchrun"), slow("mpirun")])
 def test_the_first_rank_that_raises_is_named(start: Start, launcher: str) -> None:
     job = start(launcher, "raise")
     report = job.run_dir / "errors" / "rank-1.txt"
@@ -117,10 +119,10 @@ def test_the_first_rank_that_raises_is_named(start: Start, launcher: str) -> Non
 @pytest.mark.parametrize(
     ("launcher", "act", "code"),
     [
-        ("deepspeed", "SIGKILL", 137),
+        slow("deepspeed", "SIGKILL", 137),
         ("torchrun", "SIGKILL", 137),
-        ("torchrun", "SIGTERM", 143),
-        ("mpirun", "SIGKILL", 137),
+        slow("torchrun", "SIGTERM", 143),
+        slow("mpirun", "SIGKILL", 137),
     ],
 )
 def test_a_rank_that_is_killed_is_named(start: Start, launcher: str, act: str, code: int) -> None:
@@ -133,8 +135,8 @@ def test_a_rank_that_is_killed_is_named(start: Start, launcher: str, act: str, c
 @pytest.mark.parametrize(
     ("act", "code", "told"),
     [
-        ("vanish", 1, "rank 1 ended with exit code 0 before its work was done"),
-        ("config", 2, "data.sources=x is not there; name another"),
+        slow("vanish", 1, "rank 1 ended with exit code 0 before its work was done"),
+        slow("config", 2, "data.sources=x is not there; name another"),
     ],
 )
 def test_other_ways_to_fail(start: Start, act: str, code: int, told: str) -> None:
@@ -144,6 +146,7 @@ def test_other_ways_to_fail(start: Start, act: str, code: int, told: str) -> Non
     assert not job.left()
 
 
+@pytest.mark.slow
 def test_trap_T34_a_failed_rank_ends_a_job_that_hears_no_sigterm(start: Start) -> None:
     job = start("torchrun", "deaf")
     code, told = job.end()
@@ -151,7 +154,7 @@ def test_trap_T34_a_failed_rank_ends_a_job_that_hears_no_sigterm(start: Start) -
     assert not job.left()
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [slow(launcher) for launcher in LAUNCHERS])
 def test_ctrl_c_ends_every_process_at_once(start: Start, launcher: str) -> None:
     job = start(launcher, "stray")
     assert len(job.left()) > 2 * WORKERS  # the job, its launcher, the workers, and their strays
@@ -165,9 +168,9 @@ def test_ctrl_c_ends_every_process_at_once(start: Start, launcher: str) -> None:
 @pytest.mark.parametrize(
     ("launcher", "restarts", "signum"),
     [
-        ("deepspeed", 0, signal.SIGTERM),
-        ("torchrun", 0, signal.SIGUSR1),
-        ("torchrun", 3, signal.SIGTERM),
+        slow("deepspeed", 0, signal.SIGTERM),
+        slow("torchrun", 0, signal.SIGUSR1),
+        slow("torchrun", 3, signal.SIGTERM),
         ("mpirun", 0, signal.SIGUSR1),
     ],
 )
@@ -186,6 +189,7 @@ def test_workers_that_are_told_to_stop_end_the_job_with_75(
         assert lines == [f"rank {rank} of {WORKERS} is up", f"told {signum.name}"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_while_it_stops_is_named_and_not_started_again(start: Start) -> None:
     job = start("torchrun", "break", 3)
     job.process.send_signal(signal.SIGUSR1)
@@ -194,6 +198,7 @@ def test_a_worker_that_fails_while_it_stops_is_named_and_not_started_again(start
     assert not job.left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("restarts", "signum"), [(0, signal.SIGUSR1), (3, signal.SIGTERM)])
 def test_workers_that_cannot_stop_yet_end_by_the_signal(start: Start, restarts: int, signum: signal.Signals) -> None:
     job = start("torchrun", "stand", restarts)
@@ -202,6 +207,7 @@ def test_workers_that_cannot_stop_yet_end_by_the_signal(start: Start, restarts: 
     assert not job.left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_workers_that_do_not_answer(start: Start, second: signal.Signals) -> None:
     job = start("torchrun", "deaf alone")
@@ -213,6 +219,7 @@ def test_a_second_signal_ends_workers_that_do_not_answer(start: Start, second: s
     assert not job.left()
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_before_the_workers_are_there_ends_the_job(tmp_path: Path) -> None:
     job = Job("torchrun", "finish", write_config(tmp_path))
     while not (job.run_dir / "launch.lock").exists():
@@ -232,6 +239,7 @@ def test_a_killed_worker_is_started_again_by_torchrun(start: Start) -> None:
     assert not list(job.run_dir.glob("errors/*"))
 
 
+@pytest.mark.slow
 def test_the_last_attempt_is_told(start: Start) -> None:
     job = start("torchrun", "raise", 1)
     code, told = job.end(START_LIMIT_S)
@@ -239,6 +247,7 @@ def test_the_last_attempt_is_told(start: Start) -> None:
     assert (job.run_dir / "logs" / "rank-1.log").read_text().count("is up\n") == 2
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_launch_that_is_killed(start: Start) -> None:
     job = start("deepspeed", "stand")
     job.process.kill()

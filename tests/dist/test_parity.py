@@ -19,10 +19,12 @@ from tests.parity.report import Row, show
 from tests.parity.setting import CLIPPING
 from tests.parity.trace import Trace, compare, read_trace
 from tests.parity.train import train
+from tests.selection import full, only_first, slow
 
 PAIRS = covering(every_case(POOL), 2)
 OTHERS = other_routings([Case(POOL, 4, 2, 2, 3, "sgd"), Case(POOL, 2, 2, 0, 1, "adamw")])
 TWICE = Case(POOL, 4, 4, 2, 1, "adamw")
+QUICK = [*covering(PAIRS, 1), OTHERS[0], OTHERS[3]]
 CONTROLS = [Case(POOL, 4, 4, 0, 1, "sgd"), Case(POOL, 2, 2, 2, 1, "adamw")]
 LAUNCHED = Case(POOL, 2, 2, 1, 3, "adamw")
 
@@ -51,7 +53,7 @@ def tell() -> Iterator[Callable[[Row], None]]:
     assert rows
 
 
-@pytest.mark.parametrize("case", [*PAIRS, *OTHERS], ids=str)
+@pytest.mark.parametrize("case", [*QUICK, *(full(case) for case in [*PAIRS, *OTHERS] if case not in QUICK)], ids=str)
 def test_trap_T50_losses_and_norms_are_those_of_one_worker(
     ranks: RankPool, references: References, known: dict[Case, Trace], case: Case
 ) -> None:
@@ -68,7 +70,7 @@ def test_two_runs_on_one_layout_are_equal_bit_for_bit(
     check_pool(ranks, [TWICE], references, known, tell)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [slow(launcher) for launcher in LAUNCHERS])
 def test_a_launcher_s_run_is_the_pool_s_bit_for_bit(
     ranks: RankPool,
     references: References,
@@ -79,7 +81,7 @@ def test_a_launcher_s_run_is_the_pool_s_bit_for_bit(
     check_launched(ranks, [dataclasses.replace(LAUNCHED, start=launcher)], references, known, tell)
 
 
-@pytest.mark.parametrize("case", CONTROLS, ids=str)
+@pytest.mark.parametrize("case", only_first(CONTROLS), ids=str)
 def test_expert_gradients_times_the_degree_are_noticed(
     ranks: RankPool, references: References, tell: Callable[[Row], None], case: Case
 ) -> None:

@@ -14,6 +14,7 @@ from dist_moe.health.replica_check import ReplicaError, check_replicas, digest
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, started, write_text
 from tests.dist.steps import one_step
+from tests.selection import cross
 
 EVERY = "observe.replica_check_interval=2"
 
@@ -85,8 +86,7 @@ def test_trap_T10_a_rank_that_differs_in_one_bit_is_named(
     assert NAMES[spoil] in answers[0][0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@cross(("precision", ["fp32", "bf16"]), ("stage", [0, 1, 2]), strength=1)
 def test_ranks_hold_the_same_bits(ranks: RankPool, text: Path, tmp_path: Path, stage: int, precision: str) -> None:
     words = (f"parallel.zero_stage={stage}", f"train.precision={precision}", "parallel.expert_parallel=2")
     assert ranks.run(compared, 4, text, tmp_path, words, count, -1) == [[], [], [], []]

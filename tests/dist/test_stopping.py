@@ -4,14 +4,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from dist_moe.worker.contract import STOPPED_CODE
-from tests.dist.resumable import ROOT, command, same_bits, steps, write_text
+from tests.dist.loaded import LoadedProcess
+from tests.dist.resumable import command, same_bits, steps, write_text
+from tests.selection import slow
 
 LIMIT_S = 200.0
 STEPS = 60
@@ -29,8 +30,8 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def start(text: Path, run: Path, *changes: str) -> list[subprocess.Popen[bytes]]:
-    """Two workers, told their places by the environment alone, four micro-batches to a step."""
+def start(text: Path, run: Path, *changes: str) -> list[LoadedProcess]:
+    """Two workers, told their places by the environment alone, two micro-batches to a step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,7 +39,7 @@ def start(text: Path, run: Path, *changes: str) -> list[subprocess.Popen[bytes]]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rank_infos = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return [subprocess.Popen(argv, cwd=ROOT, env={**environment, **rank_info}) for rank_info in rank_infos]
+    return [LoadedProcess(argv, {**environment, **rank_info}) for rank_info in rank_infos]
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -48,7 +49,7 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("asking", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("asking", [signal.SIGTERM, slow(signal.SIGUSR1)])
 def test_trap_T45_a_request_waits_for_the_end_of_the_step_and_the_run_goes_on_bit_for_bit(
     text: Path, tmp_path: Path, undisturbed: Path, asking: signal.Signals
 ) -> None:
@@ -74,6 +75,7 @@ def test_trap_T45_a_request_waits_for_the_end_of_the_step_and_the_run_goes_on_bi
     assert [one["loss"] for one in steps(run).values()] == [one["loss"] for one in steps(undisturbed).values()]
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path, undisturbed: Path) -> None:
     """SIGKILL leaves no time for a checkpoint; steps after the last one are made again, alike."""
     run = tmp_path / "run"

@@ -7,9 +7,10 @@ import pytest
 
 from dist_moe.launch.command import free_port
 from tests.mpi.mpirun import ROOT, mpirun
+from tests.selection import slow
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [3, slow(2), slow(4)])
 def test_every_collective_gives_what_gloo_gives(ranks: int) -> None:
     job = mpirun(ranks, ["-m", "tests.mpi.collectives", str(free_port())])
     assert job.returncode == 0, job.stdout + job.stderr
@@ -26,6 +27,7 @@ def steps(run_dir: Path) -> list[dict[str, object]]:
     return [line for line in lines if line["event"] == "step"]
 
 
+@pytest.mark.slow
 def test_plain_mpirun_trains_and_meets_without_an_address(tmp_path: Path) -> None:
     """Nothing is exported; `auto` is MPI's backend under mpirun. The losses are gloo's to rounding."""
     config = ["-m", "dist_moe", "train", str(ROOT / "configs" / "debug.yaml"), "train.steps=6", "observe.interval=1"]
