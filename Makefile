@@ -8,11 +8,12 @@ CONFIG ?= configs/quickstart.yaml
 COMPOSE ?= docker compose -p dist-moe -f docker/compose.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # Each file of tests in one of several processes, so that a hang costs its test alone (tests/crash.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-cluster docker docker-train docker-down check lint types format parity mutants faults tensorboard clean
+.PHONY: help setup train test test-all test-cluster docker docker-train docker-down check lint types format docs parity mutants faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +65,13 @@ types: $(STAMP) ## mypy
 format: $(STAMP) ## write the format that lint asks for
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+docs: $(DOCS_STAMP) ## build the documentation site in build/docs; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 parity: $(STAMP) ## compare losses and gradients over worker counts, expert parallelism and ZeRO stages
 	$(BIN)/python -m tests.parity $(ARGS)
