@@ -67,7 +67,7 @@ format: $(STAMP) ## write the format that lint asks for
 	$(BIN)/ruff format .
 
 docs: $(DOCS_STAMP) ## build the documentation site in build/docs; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

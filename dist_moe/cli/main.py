@@ -151,8 +151,30 @@ def generate(
         print(continue_text(checkpoint, prompt, tokens, temperature, seed))
 
 
+def print_reference(asked: bool) -> None:
+    """Print the configuration reference and stop, if asked; before CONFIG is required."""
+    if asked:
+        from dist_moe.cli.reference import yaml_text
+
+        print(yaml_text(), end="")
+        raise typer.Exit
+
+
 @app.command("config")
-def print_config(config: ConfigFile, overrides: Overrides = None, workers: Workers = 1) -> None:
+def print_config(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: Workers = 1,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference",
+            callback=print_reference,
+            is_eager=True,
+            help="Print every field with its meaning, accepted values and default, and stop; needs no CONFIG.",
+        ),
+    ] = False,
+) -> None:
     """Check a run for a number of workers, and print it with every field filled in."""
     with report_user_errors():
         print(check(config, overrides, workers), end="")
