@@ -1,9 +1,11 @@
 """What is installed: the packages under their names, from any folder, and versions inside their ranges."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -40,6 +42,21 @@ def test_the_installed_names_import_from_any_folder(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [dist_moe.__version__, "None"], done.stderr
+
+
+def test_a_built_wheel_has_every_module_and_the_mark_of_types(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "dist_moe", tmp_path / "dist_moe", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools.build_meta import build_wheel; build_wheel('out')"
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "out").glob("dist_moe_train-*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dist_moe").rglob("*.py")}
+    assert modules | {"dist_moe/py.typed"} <= packed
+    assert {name.partition("/")[0] for name in packed} == {"dist_moe", wheel.name.partition("-py3")[0] + ".dist-info"}
 
 
 def test_make_alone_lists_every_task() -> None:
