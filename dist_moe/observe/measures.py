@@ -80,7 +80,7 @@ def shared_figures(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> d
 
     Args:
         measures: of the load.
-        takers_L: L tensors [K] int64, tokens that took 1, 2, .. K experts, on any device.
+        k_histogram_L: L tensors [K] int64, tokens that took 1, 2, .. K experts, on any device.
 
     Raises:
         TypeError: counts are not int64.

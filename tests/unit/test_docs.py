@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dist_moe.config import Config, ConfigError, load_config
+from dist_moe.config.messages import field_paths
 from tests.command_line import parse
 from tests.documents import (
     ROOT,
@@ -22,6 +23,8 @@ from tests.documents import (
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 FOLDERS = "configs|launch|examples|docker|docs|tests|benchmarks"
+SUFFIXES = {"json", "jsonl", "yaml", "py", "sh", "txt", "safetensors"}
+"""What follows a dot in the name of a file, such as run.json, and not of a field."""
 SHELLS = {"bash", "shell", "console", "zsh", "shell-session"}
 
 
@@ -113,6 +116,15 @@ def test_every_yaml_block_of_a_run_is_accepted_by_the_schema(tmp_path: Path) -> 
         load_config(file)
         checked += 1
     assert checked >= 2
+
+
+@pytest.mark.parametrize("path", markdown_files(), ids=str)
+def test_every_field_that_the_text_names_exists(path: Path) -> None:
+    sections = "|".join(Config.model_fields)
+    named = re.findall(rf"`(?:--)?((?:{sections})\.[a-z_]+)", (ROOT / path).read_text())
+    fields = {".".join(field.split(".")[:2]) for field in field_paths()}
+    unknown = {name for name in named if name.rpartition(".")[2] not in SUFFIXES} - fields
+    assert not unknown, f"{path} names {sorted(unknown)}"
 
 
 @pytest.mark.parametrize("path", [*markdown_files(), Path("CHANGELOG.md"), Path("SECURITY.md")], ids=str)

@@ -18,8 +18,8 @@ REQUIRED = {
     "model.architecture",
     "data.sequence_length",
     "train.steps",
-    "train.global_batch",
-    "train.micro_batch",
+    "train.global_batch_size",
+    "train.micro_batch_size",
     "train.learning_rate",
 }
 
