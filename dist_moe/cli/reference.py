@@ -137,7 +137,7 @@ def _comment(text: str, indent: str) -> list[str]:
 
 def _escaped(text: str) -> str:
     """Text for a cell of a table, where bars, stars and tags mean something else."""
-    return "".join(f"\\{each}" if each in "|*<" else each for each in text)
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*")
 
 
 if __name__ == "__main__":
