@@ -16,7 +16,6 @@ from tests.documents import arguments_of_dist_moe
 
 PROGRAMS = ("dist-moe", "deepspeed", "torchrun", "mpirun", "python")
 SHORT = (
-    "train.steps=2",
     "train.warmup_steps=0",
     "data.sources=[short.jsonl]",
     "data.vocabulary=300",
@@ -34,13 +33,19 @@ def newest(word: str) -> str:
     return word
 
 
+def steps() -> int:
+    """The steps of the next run: two more than those of any checkpoint, so that a run that is resumed trains too."""
+    done = [int(folder.name[-6:]) for folder in Path("runs").glob("**/step-??????")]
+    return max(done, default=0) + 2
+
+
 def shortened(command: list[str]) -> list[str]:
     """The command, with `SHORT` behind the overrides of a `dist-moe` command that reads a configuration."""
     arguments = arguments_of_dist_moe(command)
     if not arguments:
         return command
     starter, arguments = command[: -len(arguments)], [newest(word) for word in arguments]
-    more = SHORT if {"config", "overrides"} <= set(parse(arguments)) else ()
+    more = (*SHORT, f"train.steps={steps()}") if {"config", "overrides"} <= set(parse(arguments)) else ()
     return [*starter, *arguments, *more]
 
 
