@@ -165,13 +165,14 @@ class Report:
             self.board.step(metrics)
 
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
-        """Return the sum of -ln p, the auxiliary loss, and (micro-batch MaxVio, floor) of each layer, over all ranks."""
+        """Return, over all ranks: sum of -ln p, auxiliary loss, (micro-batch MaxVio, floor) of each layer."""
         scalars = {"nll": float(record.nll_sum), "auxiliary": float(record.auxiliary)}
         computation_L = microbatch_max_vio(record.micro_loads, self.mesh, self.dist_context.device)
         for layer, (value, floor) in enumerate(computation_L):
             scalars |= {f"value {layer}": value, f"floor {layer}": floor}
         sums = all_reduce_scalars(scalars, self.dist_context.device)
-        # The ranks of a group hold the same value, and all groups have one size: the mean over ranks is that over groups.
+        # The ranks of a group hold the same value, and all groups have one size, so the mean over ranks is that over
+        # groups.
         means = {name: total / self.mesh.world_size for name, total in sums.items()}
         pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(computation_L))]
         return sums["nll"], means["auxiliary"], pairs
