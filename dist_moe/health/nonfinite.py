@@ -179,8 +179,8 @@ def _format_findings(findings: dict[int, Finding]) -> str:
     at = {rank: (one.origin.micro_batch, one.origin.after) for rank, one in findings.items() if one.origin is not None}
     if not at:
         return (
-            "when the step was repeated, every micro-batch was finite on every rank, so only the sum over micro-batches "
-            "or ranks, or the norm, was not"
+            "when the step was repeated, every micro-batch was finite on every rank, so only the sum over "
+            "micro-batches or ranks, or the norm, was not"
         )
     first = min(at.values())
     parts = [_format_finding(rank, findings[rank]) for rank, when in at.items() if when == first]
