@@ -1,35 +1,21 @@
-"""Hears that the run is asked to stop: SIGTERM, and SIGUSR1, which Slurm sends ahead of a time limit."""
+"""Collects requests to stop the run: SIGTERM, and SIGUSR1, which Slurm sends before a time limit."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
-from types import FrameType
-from typing import Any
 
+from dist_moe.worker.contract import STOP_SIGNALS
 from dist_moe.worker.exit import Stopped
-
-ASKING = (signal.SIGTERM, signal.SIGUSR1)
+from dist_moe.worker.signals import capture_signals
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """In the block, these signals end nothing, and their names are put into the list. For the main thread.
+def stop_requests() -> Iterator[list[signal.Signals]]:
+    """Collect the signals that request a stop in a list; the run decides when to stop. For the main thread.
 
-    A worker that waits in a collective hears them when that ends; if another worker has failed, that is when its
-    connection closes, and else when the launcher kills. After `Stopped` they stay without effect: launchers send
-    SIGTERM to the workers that leave last.
+    A worker that waits in a collective sees them when the collective ends. If another worker has failed, that is when
+    its connection closes; otherwise the launcher kills the worker. After `Stopped` they are ignored, since launchers
+    send SIGTERM to the workers that end last.
     """
-    received: list[str] = []
-
-    def hear(signum: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(signum).name)
-
-    before: dict[signal.Signals, Any] = {signum: signal.signal(signum, hear) for signum in ASKING}
-    try:
+    with capture_signals(STOP_SIGNALS, ignore_after=(Stopped,)) as received:
         yield received
-    except Stopped:
-        before = dict.fromkeys(ASKING, signal.SIG_IGN)
-        raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -1,1 +1,1 @@
-"""One worker process: its rank, how it ends, and what it agrees on with its launch."""
+"""One worker process: its rank, how it ends, its host, and what it agrees on with its launch."""

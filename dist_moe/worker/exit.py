@@ -1,7 +1,6 @@
-"""Tells the outside how a worker fares: a record of its process, its error in a file, and a hard exit."""
+"""Records a worker's state, reports its error in a file, and ends its process without waiting for other ranks."""
 
 import contextlib
-import json
 import logging
 import os
 import select
@@ -10,7 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,64 +18,73 @@ from dist_moe.worker.contract import (
     LAUNCH_VARIABLE,
     STOPPED_CODE,
     USER_ERROR_CODE,
+    ErrorReport,
+    WorkerRecord,
+    WorkerState,
     error_file,
+    process_identity,
     record_file,
+    start_time,
 )
 
 END_BY_LAUNCH_S = 5.0
-# Characters of an error's own text in its report; all of it stands in the traceback.
-LONGEST_MESSAGE = 8000
+"""How long a worker with a user's error waits for the launch to end it."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved a checkpoint from which it goes on when it is started again."""
+    """The run stopped on request, after it saved a checkpoint from which a later start resumes."""
 
 
 @contextlib.contextmanager
 def report_failure(run_dir: str | Path, rank: int) -> Iterator[None]:
-    """Surrounds everything that a worker does, and tells whoever started the job how it went.
+    """Surround all work of a worker, and report how it ends.
 
-    On entry it writes `workers/rank-N.json` (pid, start time, state "running"), removes the error of an
-    earlier run, and ties the worker to the `dist-moe launch` that started it, if one did: when that process
-    is gone, even by SIGKILL, the worker ends too. After the block the state is "finished". An exception in
-    the block ends the process as `exit_hard` says.
+    On entry, write `workers/rank-N.json` (pid, start time, state "running"), remove the error report of an earlier
+    run, and end this process as soon as the launch that started it, if any, is gone, even by SIGKILL. After the block
+    the state is "finished". An exception in the block ends the process as described in `exit_hard`.
 
-    Meant for a process that does nothing else: it does not give control back after an error.
+    For a process that does nothing else: control does not return after an error.
 
-    run_dir: the run's folder. rank: this worker's number among all workers.
+    Args:
+        run_dir: The run's folder.
+        rank: This worker's rank among all workers.
     """
     folder = Path(run_dir)
     with exit_hard(folder, rank), needs_folder(folder):
         error_file(folder, rank).unlink(missing_ok=True)
-        write_record(folder, rank, "running")
+        write_record(folder, rank, WorkerState.RUNNING)
     end_with_launch(os.environ.get(LAUNCH_VARIABLE))
     try:
         with exit_hard(folder, rank):
             yield
     finally:
-        # Only success comes by here, sys.exit(0) included: exit_hard does not return from anything else.
-        note_state(folder, rank, "finished", code=0)
+        # Reached after success only, sys.exit(0) included: exit_hard returns from nothing else.
+        record_final_state(folder, rank, WorkerState.FINISHED, code=0)
 
 
 @contextlib.contextmanager
 def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
-    """Turns an exception in the block into a report and an immediate end of the process.
+    """Turn an exception in the block into a report and an immediate end of the process.
 
-    The report is `errors/rank-N.txt` (time, rank, exit code, exception type, message, traceback), the same
-    traceback on stderr, and the state "failed" in `workers/rank-N.json`. The exit code is 2 for a
-    `UserError`, the code of a `SystemExit`, 130 for Ctrl-C (which is no error and gets no file), 75 for `Stopped`
-    (no error either; the state is "stopped"), and 1 otherwise. A `UserError` is told without a traceback, and a
-    `ConfigError`, which is the same on every rank, once: by `dist-moe launch` or by rank 0.
+    The report is `errors/rank-N.txt` (time, rank, exit code, exception type, message, traceback), the same traceback
+    on stderr, and the state "failed" in `workers/rank-N.json`. The exit code is 2 for a `UserError`, the code of a
+    `SystemExit`, 130 for Ctrl-C (no error, so without a file), 75 for `Stopped` (no error either; the state is
+    "stopped"), and 1 otherwise. A `UserError` is printed without a traceback, and a `ConfigError`, which is the same
+    on every rank, once: by `dist-moe launch` or by rank 0.
 
-    Why the exit is hard (`os._exit`): a rank that raises while the others stand in a collective must be gone
-    at once, since its closed connections are what frees them. An ordinary exit first unwinds the context
-    managers around this one, joins threads and runs destructors. `destroy_process_group`, the destructor of a
-    communicator with work in flight, or a thread of a library may wait there for ranks that wait for this
-    one: the error would never be seen, and the job would stand still until the time-out of the collective.
-    The operating system reclaims everything such an exit would have freed.
+    Why the exit is hard (`os._exit`): a rank that raises while the others wait in a collective must end at once, since
+    its closed connections are what ends their wait. An ordinary exit first unwinds the context managers around this
+    one, joins threads and runs destructors. `destroy_process_group`, the destructor of a communicator with work in
+    flight, or a thread of a library may wait there for ranks that wait for this one: the error would never be seen,
+    and the job would hang until the time-out of the collective. The operating system frees everything that such an
+    exit would have freed.
 
-    So enter it just inside whatever may block while it is torn down (the process group), and around whatever
-    has something to save (writers of metrics): those close before the exit, this one leaves the rest.
+    So enter it just inside what may block while it is torn down (the process group), and outside what has something
+    to save (writers of metrics), which then closes before the exit.
+
+    Args:
+        run_dir: The run's folder.
+        rank: This worker's rank among all workers.
     """
     folder = Path(run_dir)
     try:
@@ -97,69 +104,70 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
 
 
 def end_stopped(folder: Path, rank: int) -> NoReturn:
-    """Records the state "stopped", and leaves: no failure, and not the end of the run either."""
+    """Record the state "stopped" and exit: neither a failure nor the end of the run."""
     try:
-        note_state(folder, rank, "stopped", STOPPED_CODE)
+        record_final_state(folder, rank, WorkerState.STOPPED, STOPPED_CODE)
         flush_output()
     finally:
         os._exit(STOPPED_CODE)
 
 
 def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoReturn:
-    """Reports `error` and leaves with `code`, whatever happens on the way (a full disk, a closed stderr)."""
+    """Report `error` and exit with `code`, also where reporting fails (a full disk, a closed stderr)."""
     launched, reported = LAUNCH_VARIABLE in os.environ, False
     try:
         if not isinstance(error, KeyboardInterrupt):
             trace = "".join(traceback.format_exception(error))
-            with contextlib.suppress(OSError):  # A full disk must not keep the error from stderr.
+            with contextlib.suppress(OSError):  # a full disk must not keep the error from stderr
                 write_atomically(error_file(folder, rank), error_report(rank, error, code, trace))
                 reported = launched
             if not isinstance(error, UserError):
                 sys.stderr.write(f"rank {rank} failed:\n{trace}")
             elif not reported and (rank == 0 or not isinstance(error, (ConfigError, RunFolderError))):
                 sys.stderr.write(f"{error}\n")
-        note_state(folder, rank, "failed", code, tell=not isinstance(error, RunFolderError))
+        record_final_state(folder, rank, WorkerState.FAILED, code, warn=not isinstance(error, RunFolderError))
         flush_output()
         if reported and isinstance(error, UserError):
-            # The launch ends the job as soon as it sees the report, and a launcher that is ended says
-            # nothing; one that sees a worker end writes a page about it below which the message would be
-            # lost.
+            # The launch ends the job as soon as it has the report, and a launcher that is ended prints nothing. One
+            # that sees a worker end prints a page about it, in which the user's message would be lost.
             time.sleep(END_BY_LAUNCH_S)
     finally:
         os._exit(code)
 
 
 def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:
-    """The text of an error file: `key: value` lines (the message as JSON), an empty line, the traceback."""
-    return (
-        f"time: {datetime.now(UTC).isoformat(timespec='microseconds')}\n"
-        f"rank: {rank}\n"
-        f"code: {code}\n"
-        f"exception: {type(error).__name__}\n"
-        f"message: {json.dumps(str(error)[:LONGEST_MESSAGE])}\n"
-        f"\n{trace}"
-    )
+    """Return the text of the error file for an exception that was caught now."""
+    return ErrorReport(time.time(), rank, code, type(error).__name__, str(error)).to_text(trace)
 
 
 def flush_output() -> None:
-    """Writes out what Python still holds; a reader that has gone away is no reason to stay."""
+    """Flush stdout, stderr and the loggers; a closed pipe is ignored."""
     for flush in (sys.stdout.flush, sys.stderr.flush, logging.shutdown):
         with contextlib.suppress(OSError, ValueError):
             flush()
 
 
-def note_state(folder: Path, rank: int, state: str, code: int, tell: bool = True) -> None:
-    """As `write_record`, at the end of a worker: a disk that fails changes nothing of how it ends, and is told."""
+def record_final_state(folder: Path, rank: int, state: WorkerState, code: int, warn: bool = True) -> None:
+    """Write the record of a worker that ends, in the place of its old one where the disk is full.
+
+    Args:
+        folder: The run's folder.
+        rank: The worker's rank.
+        state: How it ends.
+        code: Its exit code.
+        warn: Print a line to stderr where the record cannot be written. Such a failure is never raised, since it must
+            not change how the worker ends.
+    """
     try:
         write_record(folder, rank, state, code)
     except OSError as error:
-        text = record_text(rank, state, code).encode()
-        if not overwrite(record_file(folder, rank), text) and tell:
-            sys.stderr.write(f"rank {rank} is {state}, which cannot be recorded in {folder}: {error}\n")
+        text = own_record(rank, state, code).to_json().encode()
+        if not overwrite(record_file(folder, rank), text) and warn:
+            sys.stderr.write(f"rank {rank}: cannot record the state {state} in {folder}: {error}\n")
 
 
 def overwrite(path: Path, content: bytes) -> bool:
-    """Put other bytes in the place of those of a file, for which a full disk has room -> whether that was possible."""
+    """Replace a file's bytes in place, which needs no room on the disk, and return whether that succeeded."""
     try:
         with path.open("r+b") as file:
             file.write(content.ljust(os.fstat(file.fileno()).st_size))
@@ -168,24 +176,26 @@ def overwrite(path: Path, content: bytes) -> bool:
     return True
 
 
-def write_record(folder: Path, rank: int, state: str, code: int | None = None) -> None:
-    """Writes `workers/rank-N.json`; pid and start time together name one process for good."""
-    write_atomically(record_file(folder, rank), record_text(rank, state, code))
+def write_record(folder: Path, rank: int, state: WorkerState, code: int | None = None) -> None:
+    """Write `workers/rank-N.json` about this process.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    write_atomically(record_file(folder, rank), own_record(rank, state, code).to_json())
 
 
-def record_text(rank: int, state: str, code: int | None) -> str:
-    record = {
-        "rank": rank,
-        "pid": os.getpid(),
-        "start_time": start_time(os.getpid()),
-        "state": state,
-        "code": code,
-    }
-    return json.dumps(record) + "\n"
+def own_record(rank: int, state: WorkerState, code: int | None) -> WorkerRecord:
+    """Return the record of this process."""
+    return WorkerRecord(rank, os.getpid(), start_time(os.getpid()), state, code)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the whole new text or what was there before, never a part."""
+    """Write a file so that a reader sees the whole new text or the previous one, never a part.
+
+    Raises:
+        OSError: The file cannot be written; the previous one is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -197,26 +207,24 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def start_time(pid: int) -> int:
-    """When the process started, in clock ticks since the host did (field 22 of /proc/PID/stat)."""
-    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    return int(stat.rpartition(")")[2].split()[19])
-
-
 def end_with_launch(launch: str | None) -> None:
-    """Ends this process as soon as the process `launch` ("PID:START_TIME") has ended; nothing to do for None.
+    """End this process with exit code 1 as soon as the process `launch` has ended.
 
-    The thread sleeps in the kernel until then, and runs even while the main thread waits in a collective.
+    A daemon thread waits for it in the kernel, so it ends this process even while the main thread is in a collective.
+
+    Args:
+        launch: "PID:START_TIME" as `process_identity` returns it, or None, with which this function does nothing.
     """
     if launch is None:
         return
-    pid, _, started = launch.partition(":")
     try:
-        handle = os.pidfd_open(int(pid))
-        same = start_time(int(pid)) == int(started)
+        pid = int(launch.partition(":")[0])
+        handle = os.pidfd_open(pid)
+        # Compared after the handle was opened, so that the handle is of this process, not of a later one with its pid.
+        running = process_identity(pid) == launch
     except (ProcessLookupError, FileNotFoundError):
-        same = False
-    if not same:
+        running = False
+    if not running:
         os._exit(1)
 
     def wait() -> None:

@@ -1,6 +1,6 @@
-"""The place of this process in the job, read from the environment of whichever launcher started it.
+"""The rank of this process and the size of its job, read from the environment that a launcher sets.
 
-Without torch, so that a worker knows its rank, and can be named, before the slow imports begin.
+It imports no torch, so that a worker knows its rank, and errors can name it, before the slow imports begin.
 """
 
 from collections.abc import Mapping
@@ -10,15 +10,20 @@ from dist_moe.errors import UserError
 
 
 class RankInfoError(UserError, ValueError):
-    """The environment names a place that cannot exist (value, rule and remedy in the message)."""
+    """The environment names a rank that cannot exist (value, rule and remedy in the message)."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
     """The place of one worker in the job.
 
-    rank and world_size count workers over all hosts, local_rank and local_world_size those of this host; launcher
-    is the dialect that the values were read from ("env" covers deepspeed and torchrun; "none" is a world of one).
+    Attributes:
+        rank: Rank among the workers of all hosts.
+        world_size: Number of workers on all hosts.
+        local_rank: Rank among the workers of this host.
+        local_world_size: Number of workers on this host.
+        launcher: The key of `LAUNCHER_ENV_VARS` that the values come from ("env" is deepspeed's and torchrun's), or
+            "none" for a single process that no launcher started.
     """
 
     rank: int = 0
@@ -28,7 +33,8 @@ class RankInfo:
     launcher: str = "none"
 
 
-# launcher -> the variables that hold (rank, world size, local rank, local world size)
+# launcher -> the variables of (rank, world size, local rank, local world size). The order matters: torchrun inside a
+# Slurm job sets its own variables in addition to Slurm's, and the workers are torchrun's.
 LAUNCHER_ENV_VARS = {
     "env": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "openmpi": (
@@ -43,9 +49,13 @@ LAUNCHER_ENV_VARS = {
 
 
 def rank_info_from_env(environment: Mapping[str, str]) -> RankInfo:
-    """Read the worker's place from `environment`; without a launcher's variables it is a world of one.
+    """Read the worker's rank; without a launcher's variables it is rank 0 of 1.
 
-    Errors: PlaceError where a value is no integer, or a rank is not below its world size.
+    Args:
+        environment: The variables, as in `os.environ`.
+
+    Raises:
+        RankInfoError: A value is not an integer, or a rank is not below its world size.
     """
     for launcher, names in LAUNCHER_ENV_VARS.items():
         if names[0] in environment and names[1] in environment:
@@ -58,21 +68,22 @@ def _read_env_vars(environment: Mapping[str, str], launcher: str, names: tuple[s
         text = environment.get(name, str(default))
         if not text.strip().isdigit():
             raise RankInfoError(
-                f"{name}={text!r} is not a whole number >= 0; the launcher sets it, so start the worker by one"
+                f"{name}={text!r} is not an integer >= 0; start the worker with a launcher, which sets this variable"
             )
         return int(text)
 
     rank, world_size = number(names[0], 0), number(names[1], 1)
     local_rank = number(names[2], 0)
-    # DeepSpeed's launcher sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE; Slurm tells the tasks of a node only
-    # if it was asked for a number of them, and then this rank knows of those up to itself.
+    # DeepSpeed's launcher sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE. Slurm sets the number of tasks per
+    # node only if the job asked for one; without it this rank knows only of the local ranks up to itself.
     local_world_size = number(names[3], number("LOCAL_SIZE", world_size if launcher == "env" else local_rank + 1))
     if not rank < world_size:
         raise RankInfoError(
-            f"{names[0]}={rank} must be below {names[1]}={world_size}; unset both, or start by a launcher"
+            f"{names[0]}={rank} must be below {names[1]}={world_size}; unset both, or start the worker with a launcher"
         )
     if not local_rank < local_world_size:
         raise RankInfoError(
-            f"{names[2]}={local_rank} must be below {names[3]}={local_world_size}; unset both, or start by a launcher"
+            f"{names[2]}={local_rank} must be below {names[3]}={local_world_size}; unset both, or start the worker "
+            "with a launcher"
         )
     return RankInfo(rank, world_size, local_rank, local_world_size, launcher)
