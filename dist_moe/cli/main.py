@@ -221,6 +221,6 @@ def fork_agent(rank: int, world_size: int, run_dir: str) -> None:
 
     launch = os.environ.get(LAUNCH_VARIABLE, "")
     if launch.startswith(SCHEME):
-        from dist_moe.launch.supervise.agent import mind
+        from dist_moe.launch.supervise.agent import fork_worker
 
-        mind(Rendezvous.parse(launch), rank, world_size, Path(run_dir))
+        fork_worker(Rendezvous.parse(launch), rank, world_size, Path(run_dir))

@@ -1,1 +1,1 @@
-"""Who a worker is, which ranks hold which experts, and the collectives between them."""
+"""Process groups, the mesh of ranks, and the collectives between them."""

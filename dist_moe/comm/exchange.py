@@ -1,6 +1,6 @@
 """The differentiable all-to-all: rows go to the ranks that hold their experts, and their gradients come back.
 
-Shapes: R rows sent, Q rows received, D width, P ranks in the group.
+Shapes: R rows sent, Q rows received, D width, P ranks in the group, N counts for each rank.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,34 @@ from torch import Tensor
 
 
 def exchange_counts(counts_PN: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Send row p of `counts_PN` (int64) to rank p of the group; the result's row p came from rank p. No gradient."""
+    """Exchange counts; a collective call without gradient.
+
+    Args:
+        counts_PN: int64; row p goes to rank p of the group.
+        group: The process group.
+
+    Returns:
+        int64 of the same shape; row p came from rank p.
+    """
     received_PN = torch.empty_like(counts_PN)
     dist.all_to_all_single(received_PN, counts_PN.contiguous(), group=group)
     return received_PN
 
 
 def exchange_rows(rows_RD: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Send consecutive blocks of rows, send[p] of them to rank p, and receive receive[p] from rank p -> rows_QD.
+    """Exchange consecutive blocks of rows; any block may be empty, in both directions, even all of them.
 
-    Any block may be empty, in either direction, also all of them. The gradient travels the same way back. Every rank
-    of the group has to call this, forward and backward, in the same order.
+    The gradient takes the opposite way. Every rank of the group has to call this, forward and backward, in the same
+    order.
+
+    Args:
+        rows_RD: The rows to send, ordered by receiving rank.
+        send: send[p] rows go to rank p.
+        receive: receive[p] rows come from rank p.
+        group: The process group.
+
+    Returns:
+        rows_QD, ordered by sending rank.
     """
     return _ExchangeRows.apply(rows_RD, list(send), list(receive), group)
 

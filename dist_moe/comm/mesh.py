@@ -9,20 +9,29 @@ import torch.distributed as dist
 
 from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.errors import UserError
+from dist_moe.text import divisors
 
 
 class MeshError(UserError, ValueError):
-    """A mesh that cannot be laid out (value, rule and remedy in the message)."""
+    """A mesh that does not fit the workers, the experts or the hosts (value, rule and remedy in the message)."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks laid out as expert_data_parallel x expert_parallel, the expert-parallel axis innermost.
+    """Ranks in a grid of expert_data_parallel x expert_parallel, the expert-parallel axis innermost.
 
-    Rank r sits at (r // expert_parallel, r % expert_parallel). The ranks of one row exchange tokens and hold
-    different experts; the ranks of one column hold the same experts (DeepSpeed orders its groups the same way).
-    `ep_group` is the process group of this rank's row, None where expert_parallel is 1. `nodes`: how the row lies on
-    several hosts, None where it does not or where tokens are to travel as if it did not.
+    Rank r is at (r // expert_parallel, r % expert_parallel). The ranks of one row exchange tokens and hold different
+    experts; the ranks of one column hold the same experts. DeepSpeed orders its groups the same way.
+
+    Attributes:
+        world_size: Number of ranks.
+        rank: This rank.
+        expert_parallel: Ranks of a row.
+        ep_group: The process group of this rank's row; None where expert_parallel is 1.
+        nodes: The groups for a hierarchical exchange; None where rows do not span hosts, or tokens travel in one hop.
+
+    Raises:
+        MeshError: expert_parallel does not divide world_size.
     """
 
     world_size: int
@@ -40,21 +49,28 @@ class Mesh:
 
     @property
     def ep_rank(self) -> int:
-        """Place on the expert-parallel axis: which slice of the experts is here."""
+        """Index on the expert-parallel axis: which slice of the experts this rank holds."""
         return self.rank % self.expert_parallel
 
     @property
     def edp_rank(self) -> int:
-        """Place on the expert-data-parallel axis: which replica of that slice this is."""
+        """Index on the expert-data-parallel axis: which replica of that slice this rank holds."""
         return self.rank // self.expert_parallel
 
     def local_experts(self, experts: int) -> range:
-        """The global ids of the experts that this rank holds, out of `experts`. Errors: experts not divisible."""
+        """Return the global ids of the experts that this rank holds.
+
+        Args:
+            experts: Number of experts of a layer.
+
+        Raises:
+            MeshError: expert_parallel does not divide it.
+        """
         if experts % self.expert_parallel:
-            fits = [n for n in divisors(self.world_size) if experts % n == 0]
+            fitting = [n for n in divisors(self.world_size) if experts % n == 0]
             raise MeshError(
                 f"parallel.expert_parallel={self.expert_parallel} does not divide the model's {experts} experts; "
-                f"use one of {fits}"
+                f"use one of {fitting}"
             )
         local = experts // self.expert_parallel
         return range(self.ep_rank * local, (self.ep_rank + 1) * local)
@@ -62,9 +78,11 @@ class Mesh:
 
 @dataclass(frozen=True)
 class NodeGroups:
-    """An expert-parallel row of N hosts with G ranks each, seen from one rank.
+    """An expert-parallel row of N nodes (hosts) with G ranks each, from the view of one rank.
 
-    between: the N ranks with its place on their hosts, one of each host. within: the G ranks of its host.
+    Attributes:
+        inter: The N ranks with the same index within their node as this one, one per node.
+        intra: The G ranks of this node.
     """
 
     inter: Mesh
@@ -72,10 +90,12 @@ class NodeGroups:
 
 
 def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
-    """Lay the joined world out and create every row's process groups (a collective call: all ranks make it).
+    """Create the mesh of the current process group, and the process groups of every row; a collective call.
 
-    ranks_per_node: where rows lie on several hosts with so many consecutive ranks each, tokens travel in two hops; 0:
-    in one.
+    Args:
+        expert_parallel: Ranks of a row.
+        ranks_per_node: Consecutive ranks of a row that share a node, for a hierarchical exchange in two hops; 0 for a
+            flat exchange.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     mesh = Mesh(world_size, rank, expert_parallel)
@@ -90,52 +110,57 @@ def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
 
 
 def ranks_per_node(exchange: str, expert_parallel: int) -> int:
-    """What `make_mesh` is to be told for `parallel.all_to_all`, from where the ranks are (a collective call).
+    """Return the `ranks_per_node` of `make_mesh` for `parallel.all_to_all`; a collective call.
 
-    Errors: MeshError for "hierarchical" where rows do not lie on several hosts, the same number of ranks on each.
+    Args:
+        exchange: flat, hierarchical or auto.
+        expert_parallel: Ranks of a row.
+
+    Raises:
+        MeshError: "hierarchical" where rows do not span hosts with the same number of ranks on each.
     """
     if exchange == "flat" or expert_parallel == 1:
         return 0
     hosts = hosts_of_ranks()
-    found = block_of_hosts(hosts, expert_parallel)
-    if found == 0 and exchange == "hierarchical":
+    block = block_of_hosts(hosts, expert_parallel)
+    if block == 0 and exchange == "hierarchical":
         raise MeshError(
-            f"parallel.all_to_all=hierarchical needs rows of {expert_parallel} workers that lie on several hosts, "
-            f"as many on each, and they lie on {', '.join(hosts)}; use auto or flat"
+            f"parallel.all_to_all=hierarchical needs every {expert_parallel} consecutive workers to span several "
+            f"hosts, with the same number on each, but their hosts are {', '.join(hosts)}; use auto or flat"
         )
-    return found
+    return block
 
 
 def hosts_of_ranks() -> list[str]:
-    """The name of each rank's host (a collective call)."""
+    """Return the host name of each rank; a collective call."""
     return all_gather_objects(socket.gethostname())
 
 
 def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:
-    """How many consecutive ranks of one host every row is made of; 0 where there is no such number below a row's.
+    """Return how many consecutive ranks of each host every row consists of; 0 where rows are not built that way.
 
-    hosts: that of each rank.
+    Args:
+        hosts: The host name of each rank.
+        expert_parallel: Ranks of a row.
     """
     rows = [hosts[start : start + expert_parallel] for start in range(0, len(hosts), expert_parallel)]
     blocks = [[(host, len(list(ranks))) for host, ranks in itertools.groupby(row)] for row in rows]
     sizes = {size for row in blocks for _, size in row}
-    apart = all(len({host for host, _ in row}) == len(row) for row in blocks)
+    hosts_once = all(len({host for host, _ in row}) == len(row) for row in blocks)
     size = sizes.pop()
-    return size if not sizes and apart and size < expert_parallel else 0
+    return size if not sizes and hosts_once and size < expert_parallel else 0
 
 
 def _make_node_groups(row: range, per_node: int, rank: int) -> NodeGroups | None:
-    """Every rank makes all groups of a row, in the same order; None for a rank of another row."""
+    """Create the node groups of a row; None for a rank of another row.
+
+    Every rank creates the groups of all rows in the same order, as `dist.new_group` requires.
+    """
     count = len(row) // per_node
-    inter = [dist.new_group(list(row[place::per_node])) for place in range(per_node)]
+    inter = [dist.new_group(list(row[index::per_node])) for index in range(per_node)]
     intra = [dist.new_group(list(row[node * per_node : (node + 1) * per_node])) for node in range(count)]
     if rank not in row:
         return None
-    node, place = divmod(rank - row.start, per_node)
-    inside = Mesh(per_node, place, per_node, intra[node] if per_node > 1 else None)
-    return NodeGroups(Mesh(count, node, count, inter[place]), inside)
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of `number`, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    node, index = divmod(rank - row.start, per_node)
+    inside = Mesh(per_node, index, per_node, intra[node] if per_node > 1 else None)
+    return NodeGroups(Mesh(count, node, count, inter[index]), inside)

@@ -1,8 +1,9 @@
-"""Several tensors in one all-to-all: where a message costs more than its bytes, as between hosts, one is enough.
+"""Several tensors in one all-to-all, for networks on which a message costs more than its bytes, as between hosts.
 
-How many rows come is not known before, and a message that told it would take as long as one with rows. So the first
-message to each rank has a fixed size, the numbers of rows at its head and as much of the rows as it holds; a second
-one takes the rest, if any rank has a rest for any other. That is known to all: each tells every other its longest.
+The number of rows to receive is not known in advance, and a message with it would take as long as one with the rows.
+So the first message to each rank has a fixed size: the numbers of rows in its header, and as many of the rows as fit.
+A second message has the rest, if any rank has a rest for any other. All ranks know whether there is one, since each
+header has the size of its sender's largest part.
 
 Shapes: P ranks in the group, N tensors; the first dim of each tensor counts its rows.
 """
@@ -18,102 +19,120 @@ from torch import Tensor
 Splits = Sequence[Sequence[int]]  # [tensor][rank] rows
 
 FIRST_BYTES = 1 << 14
-"""Of the first message to a rank, filled up if need be: about what TCP sends at once after a rest (RFC 6928)."""
+"""Size of the first message to a rank, padded: about what TCP sends at once after an idle period (RFC 6928)."""
 NUMBER_BYTES = torch.int64.itemsize
 
 
 def exchange_packed(
     tensors: Sequence[Tensor], send: Splits, group: dist.ProcessGroup
 ) -> tuple[tuple[Tensor, ...], list[list[int]]]:
-    """Send consecutive blocks of rows of every tensor, send[i][p] of tensor i to rank p -> what arrives of each.
+    """Exchange consecutive blocks of rows of several tensors.
 
-    The second result says, as `send`, how many rows of each came from each rank. The gradients of the tensors that have
-    one travel back the same way, in one message. Every rank of the group has to call this, forward and backward, with
-    tensors of the same dtypes and widths.
+    The gradients of the floating-point tensors take the opposite way, in one message. Every rank of the group has to
+    call this, forward and backward, with tensors of the same dtypes and widths.
+
+    Args:
+        tensors: The rows to send, each tensor ordered by receiving rank.
+        send: send[i][p] rows of tensor i go to rank p.
+        group: The process group.
+
+    Returns:
+        The rows received of each tensor, ordered by sending rank, and the numbers of them: [i][p] came from rank p.
     """
-    *arrived, received_NP = _ExchangePacked.apply(group, [list(one) for one in send], *tensors)
-    return tuple(arrived), received_NP.tolist()
+    *received, received_NP = _ExchangePacked.apply(group, [list(rows) for rows in send], *tensors)
+    return tuple(received), received_NP.tolist()
 
 
 class _ExchangePacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, send: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        packed, receive = _exchange_unknown(_pack(tensors, send, group), send, _widths(tensors), group)
+        packed, receive = _exchange_unknown(_pack(tensors, send, group), send, _row_bytes(tensors), group)
         ctx.group, ctx.send, ctx.receive = group, send, receive
-        ctx.floats = [number for number, tensor in enumerate(tensors) if tensor.is_floating_point()]
-        arrived = _unpack(packed, receive, tensors)
+        ctx.floats = [index for index, tensor in enumerate(tensors) if tensor.is_floating_point()]
+        received = _unpack(packed, receive, tensors)
         received_NP = torch.tensor(receive)
-        ctx.mark_non_differentiable(received_NP, *(one for one in arrived if not one.is_floating_point()))
-        return *arrived, received_NP
+        ctx.mark_non_differentiable(received_NP, *(one for one in received if not one.is_floating_point()))
+        return *received, received_NP
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         tensors, send, receive = (
-            [of_all[number] for number in ctx.floats] for of_all in (gradients, ctx.receive, ctx.send)
+            [of_all[index] for index in ctx.floats] for of_all in (gradients, ctx.receive, ctx.send)
         )
-        sizes = _part_bytes(receive, _widths(tensors))
+        sizes = _part_bytes(receive, _row_bytes(tensors))
         packed = _all_to_all(_pack(tensors, send, ctx.group), sizes, ctx.group)
-        found = dict(zip(ctx.floats, _unpack(packed, receive, tensors), strict=True))
-        return None, None, *(found.get(number) for number in range(len(ctx.send)))
+        by_index = dict(zip(ctx.floats, _unpack(packed, receive, tensors), strict=True))
+        return None, None, *(by_index.get(index) for index in range(len(ctx.send)))
 
 
 def _exchange_unknown(
-    parts: list[Tensor], send: Splits, widths: list[int], group: dist.ProcessGroup
+    parts: list[Tensor], send: Splits, row_bytes: list[int], group: dist.ProcessGroup
 ) -> tuple[list[Tensor], list[list[int]]]:
-    """Part p goes to rank p -> the part that came from each rank, and the rows of each tensor in it."""
+    """Exchange byte tensors of sizes that the receivers do not know.
+
+    Args:
+        parts: parts[p] goes to rank p.
+        send: As in `exchange_packed`.
+        row_bytes: Bytes of a row of each tensor.
+        group: The process group.
+
+    Returns:
+        The part received from each rank, and the rows of each tensor in it: [tensor][rank].
+    """
     longest = max(len(part) for part in parts)
-    heads = torch.tensor([[*rows, longest] for rows in zip(*send, strict=True)]).to(parts[0].device)
-    head_bytes = heads.shape[1] * NUMBER_BYTES
-    room = max(FIRST_BYTES - head_bytes, 0)
-    first = parts[0].new_zeros(len(parts), head_bytes + room)
-    first[:, :head_bytes] = heads.view(torch.uint8)
-    for block, part in zip(first[:, head_bytes:], parts, strict=True):
-        block[: len(part)] = part[:room]
-    came = torch.empty_like(first)
-    dist.all_to_all_single(came, first, group=group)
-    told = came[:, :head_bytes].contiguous().view(torch.int64).tolist()
-    receive = [list(of_tensor) for of_tensor in zip(*(rows for *rows, _ in told), strict=True)]
-    sizes = _part_bytes(receive, widths)
-    begun = [block[:size] for block, size in zip(came[:, head_bytes:], sizes, strict=True)]
-    if max(head[-1] for head in told) <= room:
-        return begun, receive
-    rest = _all_to_all([part[room:] for part in parts], [max(size - room, 0) for size in sizes], group)
-    return [torch.cat(pair) for pair in zip(begun, rest, strict=True)], receive
+    headers = torch.tensor([[*rows, longest] for rows in zip(*send, strict=True)]).to(parts[0].device)
+    header_bytes = headers.shape[1] * NUMBER_BYTES
+    capacity = max(FIRST_BYTES - header_bytes, 0)
+    first = parts[0].new_zeros(len(parts), header_bytes + capacity)
+    first[:, :header_bytes] = headers.view(torch.uint8)
+    for block, part in zip(first[:, header_bytes:], parts, strict=True):
+        block[: len(part)] = part[:capacity]
+    received = torch.empty_like(first)
+    dist.all_to_all_single(received, first, group=group)
+    received_headers = received[:, :header_bytes].contiguous().view(torch.int64).tolist()
+    receive = [list(of_tensor) for of_tensor in zip(*(rows for *rows, _ in received_headers), strict=True)]
+    sizes = _part_bytes(receive, row_bytes)
+    heads = [block[:size] for block, size in zip(received[:, header_bytes:], sizes, strict=True)]
+    if max(header[-1] for header in received_headers) <= capacity:
+        return heads, receive
+    rests = _all_to_all([part[capacity:] for part in parts], [max(size - capacity, 0) for size in sizes], group)
+    return [torch.cat(pair) for pair in zip(heads, rests, strict=True)], receive
 
 
 def _all_to_all(parts: list[Tensor], sizes: list[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Bytes: parts[p] to rank p -> sizes[p] from each."""
+    """Send the bytes parts[p] to rank p, and return sizes[p] bytes from each rank p."""
     packed = parts[0].new_empty(sum(sizes))
     dist.all_to_all_single(packed, torch.cat(parts), sizes, [len(part) for part in parts], group=group)
     return list(packed.split(sizes))
 
 
 def _pack(tensors: Sequence[Tensor], send: Splits, group: dist.ProcessGroup) -> list[Tensor]:
-    """For each rank the bytes of its rows of all tensors."""
-    blocks = [one.contiguous().split(list(rows)) for one, rows in zip(tensors, send, strict=True)]
+    """Return, for each rank, the bytes of its rows of all tensors."""
+    blocks = [tensor.contiguous().split(list(rows)) for tensor, rows in zip(tensors, send, strict=True)]
     return [torch.cat([_as_bytes(of_tensor[rank]) for of_tensor in blocks]) for rank in range(group.size())]
 
 
 def _unpack(parts: list[Tensor], receive: Splits, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `_pack` on what came; each tensor has the dtype and row of the one in its place in `like`."""
-    widths = _widths(like)
+    """Invert `_pack`; each result has the dtype and row shape of the tensor at its index in `like`."""
+    row_bytes = _row_bytes(like)
     pieces = [
-        part.split([rows[rank] * width for rows, width in zip(receive, widths, strict=True)])
+        part.split([rows[rank] * size for rows, size in zip(receive, row_bytes, strict=True)])
         for rank, part in enumerate(parts)
     ]
     return [
-        torch.cat([of_rank[number] for of_rank in pieces]).view(one.dtype).view(-1, *one.shape[1:])
-        for number, one in enumerate(like)
+        torch.cat([of_rank[index] for of_rank in pieces]).view(tensor.dtype).view(-1, *tensor.shape[1:])
+        for index, tensor in enumerate(like)
     ]
 
 
-def _part_bytes(rows: Splits, widths: list[int]) -> list[int]:
-    return [sum(map(math.prod, zip(of_rank, widths, strict=True))) for of_rank in zip(*rows, strict=True)]
+def _part_bytes(rows: Splits, row_bytes: list[int]) -> list[int]:
+    """Return the bytes that `_pack` makes for each rank."""
+    return [sum(map(math.prod, zip(of_rank, row_bytes, strict=True))) for of_rank in zip(*rows, strict=True)]
 
 
-def _widths(tensors: Sequence[Tensor]) -> list[int]:
-    """Bytes of a row of each."""
-    return [math.prod(one.shape[1:]) * one.element_size() for one in tensors]
+def _row_bytes(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the bytes of a row of each tensor."""
+    return [math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors]
 
 
 def _as_bytes(block: Tensor) -> Tensor:

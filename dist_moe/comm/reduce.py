@@ -1,4 +1,4 @@
-"""What ranks tell each other: integer counts summed exactly, named scalars packed into one collective, and objects."""
+"""Values combined over ranks: exact sums of integer counts, named scalars in one collective, and objects."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -13,11 +13,20 @@ Object = TypeVar("Object")
 def all_reduce_counts(
     counts: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[Tensor]:
-    """Sum int64 tensors of any shapes over the ranks in ONE all-reduce -> tensors of the same shapes, int64.
+    """Sum int64 tensors over ranks in ONE all-reduce.
 
-    Integers, because a float32 counter above 2**24 loses single tokens and bf16 has flipped the sign of a load error.
-    group: the ranks that are summed over, this one among them; None is all of them. Every rank of it calls it with
-    the same shapes; an empty list makes no collective. Errors: TypeError for another dtype.
+    Integers, because a float32 counter above 2**24 loses single tokens, and bf16 has flipped the sign of a load error.
+
+    Args:
+        counts: int64 tensors of any shapes, the same on every rank of the group. An empty list makes no collective.
+        device: Where the collective works.
+        group: The ranks to sum over; None for all.
+
+    Returns:
+        int64 tensors of the same shapes.
+
+    Raises:
+        TypeError: A tensor has another dtype.
     """
     wrong = [str(count.dtype) for count in counts if count.dtype != torch.int64]
     if wrong:
@@ -32,7 +41,12 @@ def all_reduce_counts(
 
 
 def all_reduce_scalars(scalars: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Sum named numbers over all ranks in one all-reduce in fp64; every rank passes the same names in one order."""
+    """Sum named numbers over all ranks in one all-reduce in fp64.
+
+    Args:
+        scalars: The same names in the same order on every rank.
+        device: Where the collective works.
+    """
     packed = torch.tensor(list(scalars.values()), dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(packed)
@@ -40,9 +54,9 @@ def all_reduce_scalars(scalars: Mapping[str, float], device: torch.device) -> di
 
 
 def all_gather_objects(own: Object) -> list[Object]:
-    """What each rank passes, by rank; for small things that pickle takes, at the edges of a run."""
+    """Return the object of each rank, by rank; for small objects that pickle supports, outside of the training step."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [own]
-    found = [own] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
+    gathered = [own] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered

@@ -1,13 +1,11 @@
 """Checks of the machines: equal versions, threads, the exchange's values, its latency and bandwidth."""
 
-import hashlib
 import os
 import socket
 import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +15,7 @@ from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.observe.record import versions
+from dist_moe.worker.source_digest import source_digest
 
 SMALL_BYTES = 16 << 10
 REPETITIONS = 20
@@ -25,16 +24,8 @@ WIDTH = 8
 
 def check_versions(subject: DoctorContext) -> Finding:
     """Every rank has the same Python, libraries and sources."""
-    own = {**versions(), "dist-moe source": source_digest()}
+    own = {**versions(), "dist-moe source": source_digest()[:12]}
     return compare_versions(all_gather_objects(own))
-
-
-def source_digest() -> str:
-    """Of the package's own files, in 12 digits."""
-    found, package = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        found.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def compare_versions(found: Sequence[Mapping[str, str | None]]) -> Finding:

@@ -9,10 +9,10 @@ from contextlib import closing
 
 import torch.distributed as dist
 
-from dist_moe.comm.init import address_towards
 from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
+from dist_moe.worker.network import source_address
 
 MOST_TOLD = 4
 """A rank looks no further then, since the others wait: a place that does not answer takes an eighth of the limit."""
@@ -48,9 +48,9 @@ def check_ports(subject: DoctorContext) -> Finding:
 
 def own_address() -> str:
     """The address by which the other hosts reach this one; a collective call."""
-    known = all_gather_objects(address_towards(os.environ["MASTER_ADDR"]))
+    known = all_gather_objects(source_address(os.environ["MASTER_ADDR"]))
     # The meeting place's own host may know itself by a name of the loopback.
-    return address_towards(next((one for one in known if not one.startswith("127.")), known[0]))
+    return source_address(next((one for one in known if not one.startswith("127.")), known[0]))
 
 
 def refused(rank_info: tuple[str, int], limit_s: float) -> str:

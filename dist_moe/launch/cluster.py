@@ -11,8 +11,8 @@ from dist_moe.config.schema import Config
 from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.launch.command import NO_SHELL, LaunchError, clean_env, has_devices, threads_per_worker
 from dist_moe.launch.hostfile import filter_hosts, read_hostfile
-from dist_moe.launch.supervise.protocol import is_own
 from dist_moe.worker.contract import LAUNCH_VARIABLE
+from dist_moe.worker.network import is_local_address
 
 CONNECT_LIMIT_S = 10
 # DeepSpeed's launcher carries what begins so to other hosts unasked, and lets their shells read it.
@@ -34,7 +34,7 @@ class Host:
     @property
     def is_here(self) -> bool:
         """Whether it is the machine that this process runs on."""
-        return is_own(self.address)
+        return is_local_address(self.address)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
-"""What all launchers' commands share: their record, the workers' environment and arguments, a free port."""
+"""What all launchers' commands share: their record, the workers' environment and arguments."""
 
 import os
-import random
 import re
 import shlex
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from pathlib import Path
 from dist_moe.config.schema import Config
 from dist_moe.errors import UserError
 
-LOOPBACK = "127.0.0.1"
 # What an outer launcher may have left in the environment, and what would make the workers take part in its
 # job.
 OUTER_JOB = (
@@ -101,22 +98,3 @@ def threads_per_worker(threads: int | str, workers: int) -> int:
 def has_devices() -> bool:
     """Whether the drivers of this host show an accelerator."""
     return any(any(Path("/dev").glob(pattern)) for pattern in DEVICE_FILES)
-
-
-def free_port() -> int:
-    """A TCP port on the loopback address that nobody uses now.
-
-    It lies below the range from which the kernel gives ports to outgoing connections, so that none of those
-    takes it in the seconds until the workers listen on it. A LaunchError if 100 tries find none.
-    """
-    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    first_outgoing = int(range_file.read_text().split()[0]) if range_file.exists() else 32768
-    low, high = (10000, first_outgoing) if first_outgoing > 12000 else (10000, 65536)
-    for port in random.SystemRandom().sample(range(low, high), k=100):
-        with socket.socket() as probe:
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
-            return port
-    raise LaunchError(f"100 ports from {low} to {high} were tried on {LOOPBACK} and none is free; end other jobs")

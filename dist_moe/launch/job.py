@@ -1,14 +1,13 @@
 """A job as `dist-moe launch` was asked for it: on this host or a cluster, by one of the launchers."""
 
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster
-from dist_moe.launch.command import LOOPBACK, Command, LaunchError
+from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.launchers.deepspeed import DEEPSPEED_VARIABLES, deepspeed_cluster_command, deepspeed_command
 from dist_moe.launch.launchers.kubernetes import apply, kubernetes_objects, manifest
 from dist_moe.launch.launchers.mpirun import mpirun_cluster_command, mpirun_command
@@ -18,6 +17,7 @@ from dist_moe.launch.preflight import check_hosts
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import Outcome, run
 from dist_moe.worker.contract import LAUNCH_VARIABLE
+from dist_moe.worker.network import LOOPBACK, source_address
 
 HIDDEN = "HIDDEN"
 """Stands for values of the user's that may be secret."""
@@ -113,9 +113,9 @@ class Job:
         """Check the hosts, and run the job to its end."""
         run_dir = Path(self.config.run.dir)
         if self.cluster is None:
-            with WorkerMonitor(LOOPBACK, self.workers, run_dir, apart=False) as monitor:
+            with WorkerMonitor(LOOPBACK, self.workers, run_dir, multi_host=False) as monitor:
                 return run(self.command(os.environ), run_dir, monitor)
-        with WorkerMonitor(address_towards(self.cluster), self.workers, run_dir) as monitor:
+        with WorkerMonitor(launch_address(self.cluster), self.workers, run_dir) as monitor:
             seen = check_hosts(self.cluster, self.config, self.config_path, monitor.rendezvous)
             command = replace(self, cluster=seen).command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
             try:
@@ -125,15 +125,15 @@ class Job:
                     Path(told).unlink(missing_ok=True)
 
 
-def address_towards(cluster: Cluster) -> str:
-    """The address of this host that the cluster's hosts can reach it by."""
-    away = [host.address for host in cluster.hosts if not host.is_here]
-    target = away[0] if away else cluster.hosts[0].address
-    with socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((target, 9))  # only asks the routing table
-        except OSError as error:
-            raise LaunchError(
-                f"no network leads to {target} ({error.strerror}); mend the cluster's addresses"
-            ) from None
-        return str(probe.getsockname()[0])
+def launch_address(cluster: Cluster) -> str:
+    """Return the address of this host that the cluster's hosts can reach.
+
+    Raises:
+        LaunchError: No route leads to them.
+    """
+    remote = [host.address for host in cluster.hosts if not host.is_here]
+    target = remote[0] if remote else cluster.hosts[0].address
+    try:
+        return source_address(target)
+    except OSError as error:
+        raise LaunchError(f"no network leads to {target} ({error.strerror}); fix the cluster's addresses") from None

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -11,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dist_moe.launch.supervise.protocol import is_own
+from dist_moe.worker.network import is_local_address
+from dist_moe.worker.source_digest import source_digest
 
 DISTRIBUTIONS = ("torch", "deepspeed", "transformers", "numpy", "mpi4py")
 CONNECT_LIMIT_S = 5.0
@@ -26,12 +26,12 @@ def poll(question: dict[str, Any]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "versions": versions(),
-        "code": code_hash(),
+        "code": source_digest(),
         "config": file_hash(Path(question["config"])),
         "mark": question["mark"] is None or Path(question["run_dir"], question["mark"]).is_file(),
         "writable": writable(Path(question["run_dir"])),
         "meeting": reach(*question["meeting"]),
-        "address": is_own(question["address"]),
+        "address": is_local_address(question["address"]),
         "port": "" if question["port"] is None else bound(question["address"], question["port"]),
         "interface": question["interface"] in (None, *(name for _, name in socket.if_nameindex())),
         "cores": len(os.sched_getaffinity(0)),
@@ -48,17 +48,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def code_hash() -> str:
-    """One hash over every Python file of this package, by name and content."""
-    digest = hashlib.sha256()
-    for package in ("dist_moe", "dist_moe.launch"):
-        spec = importlib.util.find_spec(package)
-        for folder in spec.submodule_search_locations or [] if spec else []:
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str:

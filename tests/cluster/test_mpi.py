@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.command import free_port
+from dist_moe.worker.network import free_port
 from tests.cluster.conftest import ROOT, Start
 from tests.cluster.hosts import environment
 from tests.cluster.test_launchers import alone, assert_alike, losses  # noqa: F401  (a fixture)

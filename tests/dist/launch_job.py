@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from dist_moe.config import load_config
-from dist_moe.launch.command import LOOPBACK, Command, LaunchError
+from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.launchers.deepspeed import deepspeed_command
 from dist_moe.launch.launchers.mpirun import mpirun_command
 from dist_moe.launch.launchers.torchrun import torchrun_command
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import run
+from dist_moe.worker.network import LOOPBACK
 
 
 def main(launcher: str, workers: int, path: str, restarts: int) -> None:
@@ -24,7 +25,7 @@ def main(launcher: str, workers: int, path: str, restarts: int) -> None:
     }
     command = make[launcher](config, workers, path, module="tests.dist.launch_worker")
     try:
-        with WorkerMonitor(LOOPBACK, workers, Path(config.run.dir), apart=False) as monitor:
+        with WorkerMonitor(LOOPBACK, workers, Path(config.run.dir), multi_host=False) as monitor:
             outcome = run(command, config.run.dir, monitor)
     except LaunchError as error:
         sys.exit(f"outcome: {error}")

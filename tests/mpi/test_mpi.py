@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.command import free_port
+from dist_moe.worker.network import free_port
 from tests.mpi.mpirun import ROOT, mpirun
 from tests.selection import slow
 

@@ -1,4 +1,4 @@
-"""What the MPI backend's reductions compute with: the numbers and the operations that MPI has for torch's."""
+"""Reductions of the MPI backend: the datatypes and operations of MPI that correspond to torch's."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ MPI_DATATYPES = {
     torch.int32: MPI.INT32_T,
     torch.int64: MPI.INT64_T,
 }
-STAND_INS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
-"""What a reduction computes with instead: the sum of 16-bit floats is rounded once, at its end."""
+COMPUTE_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+"""MPI has no 16-bit floats. In fp32 a sum is rounded once, at its end, instead of after each addition."""
 
 OPERATIONS = (
     (dist.ReduceOp.SUM, MPI.SUM, MPI.SUM, MPI.MAX),
@@ -29,46 +29,56 @@ OPERATIONS = (
     (dist.ReduceOp.BOR, MPI.OP_NULL, MPI.BOR, MPI.MAX),
     (dist.ReduceOp.BXOR, MPI.OP_NULL, MPI.BXOR, MPI.BXOR),
 )
-"""torch's reduction, then MPI's of floats, integers and truth values, which are bytes 0 and 1."""
+"""torch's reduction, then MPI's for floats, integers and booleans, which are bytes 0 and 1."""
+KINDS = ("floats", "integers", "booleans")
 
 
 class ReduceBuffer:
-    """The elements of `target` as MPI computes with them.
+    """The elements of a tensor in a form that MPI can reduce.
 
-    buffer: memory and datatype for MPI; `target`'s own where that can be. op: MPI's. put_back: writes the outcome to
-    `target`. Errors: TypeError where MPI has no such reduction.
+    Args:
+        target: The tensor.
+        reduction: torch's reduction.
+        ranks: Number of ranks, for averages.
+
+    Attributes:
+        buffer: Memory and datatype for MPI; the target's own memory where possible.
+        op: MPI's operation.
+
+    Raises:
+        TypeError: MPI has no such reduction for the dtype.
     """
 
     def __init__(self, target: Tensor, reduction: Any, ranks: int) -> None:
-        average = reduction == dist.ReduceOp.AVG
         self.op = _operation(target.dtype, reduction)
-        target = target.detach()  # a collective is no operation of autograd
-        self._target, self._divisor = target, ranks if average else 1
-        self._work = target.to(STAND_INS.get(target.dtype, target.dtype)).contiguous()
+        target = target.detach()  # autograd does not track collectives
+        self._target, self._divisor = target, ranks if reduction == dist.ReduceOp.AVG else 1
+        self._values = target.to(COMPUTE_DTYPES.get(target.dtype, target.dtype)).contiguous()
         if target.dtype == torch.bool:
-            self._work = self._work.view(torch.uint8)
-        self.buffer = [memory(self._work), MPI_DATATYPES[self._work.dtype]]
+            self._values = self._values.view(torch.uint8)
+        self.buffer = [memory(self._values), MPI_DATATYPES[self._values.dtype]]
 
-    def put_back(self) -> None:
+    def copy_back(self) -> None:
+        """Write the result to the target."""
         if self._divisor > 1:
-            self._work /= self._divisor
-        if self._work.data_ptr() != self._target.data_ptr():
-            self._target.copy_(self._work)
+            self._values /= self._divisor
+        if self._values.data_ptr() != self._target.data_ptr():
+            self._target.copy_(self._values)
 
 
 def _operation(dtype: torch.dtype, reduction: Any) -> MPI.Op:
-    """MPI's operation for torch's reduction of such elements."""
-    kind = "truth values" if dtype == torch.bool else "floats" if dtype.is_floating_point else "integers"
+    """Return MPI's operation for torch's reduction of a dtype."""
+    kind = "booleans" if dtype == torch.bool else "floats" if dtype.is_floating_point else "integers"
     name = "such reduction"
-    for theirs, *ours in OPERATIONS:
-        if reduction == theirs:
-            name = theirs.name
-            found = dict(zip(("floats", "integers", "truth values"), ours, strict=True))[kind]
-            if found != MPI.OP_NULL and (dtype in MPI_DATATYPES or dtype in STAND_INS or dtype == torch.bool):
-                return found
-    raise TypeError(f"the MPI backend has no {name} of {dtype}; take another, or parallel.backend=gloo")
+    for torch_op, *mpi_ops in OPERATIONS:
+        if reduction == torch_op:
+            name = torch_op.name
+            operation = dict(zip(KINDS, mpi_ops, strict=True))[kind]
+            if operation != MPI.OP_NULL and (dtype in MPI_DATATYPES or dtype in COMPUTE_DTYPES or dtype == torch.bool):
+                return operation
+    raise TypeError(f"the MPI backend has no {name} of {dtype}; use another reduction, or parallel.backend=gloo")
 
 
-def memory(dense: Tensor) -> MPI.buffer:
-    """The bytes of a tensor without gaps, which has to live as long as MPI works on them."""
-    return MPI.buffer.fromaddress(dense.data_ptr(), dense.nbytes)
+def memory(tensor: Tensor) -> MPI.buffer:
+    """Return the bytes of a contiguous tensor, which has to stay alive as long as MPI uses them."""
+    return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)

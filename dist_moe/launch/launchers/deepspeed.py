@@ -16,10 +16,8 @@ from dist_moe.launch.cluster import (
     require_shell_safe,
 )
 from dist_moe.launch.command import (
-    LOOPBACK,
     Command,
     LaunchError,
-    free_port,
     has_devices,
     worker_arguments,
     worker_environment,
@@ -32,6 +30,7 @@ from dist_moe.launch.launchers.mpirun import (
     openmpi_network,
     openmpi_options,
 )
+from dist_moe.worker.network import LOOPBACK, free_port
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 KEPT_DEVICES = "DIST_MOE_VISIBLE_DEVICES"

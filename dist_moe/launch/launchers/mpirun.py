@@ -15,14 +15,13 @@ from typing import NamedTuple
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster, forwarded_env, launcher_environment, require_first_devices
 from dist_moe.launch.command import (
-    LOOPBACK,
     Command,
     LaunchError,
-    free_port,
     threads_per_worker,
     worker_arguments,
     worker_environment,
 )
+from dist_moe.worker.network import LOOPBACK, free_port
 
 PROBE_LIMIT_S = 60.0
 LIBRARY_PROBE = "from mpi4py import MPI; print(MPI.Get_library_version())"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster, Host, forwarded_env, launcher_environment
-from dist_moe.launch.command import LOOPBACK, Command, free_port, worker_arguments, worker_environment
+from dist_moe.launch.command import Command, worker_arguments, worker_environment
+from dist_moe.worker.network import LOOPBACK, free_port
 
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Workers that are started again meet in a store of their own; in torchrun's they find the addresses of the dead."""

@@ -1,10 +1,10 @@
-"""Minds one worker on its host: its output, how it ends, and that it ends when the launch does.
+"""Supervises one worker on its host: forwards its output and its end to the launch, and ends it with the launch.
 
-A launch cannot see the processes of other hosts, nor ask how one ended that is not its child. So each worker is the
-child of a small process, made before anything heavy is imported, that is connected to the launch: it sends what the
-worker prints, reports its error and exit, passes the launch's signals on, and ends all that the worker left when either
-of the two is gone. When the launch is gone it ends the launcher's own process on this host too, which may wait long for
-hosts that it cannot reach any more.
+A launch cannot see the processes of other hosts, nor get the exit status of a process that is not its child. So each
+worker is the child of a small process, forked before anything heavy is imported, that is connected to the launch. This
+agent sends what the worker prints, its error report and its exit status, forwards the launch's signals, and ends every
+process that the worker left behind when either of the two is gone. When the launch is gone it also ends the launcher's
+own process on this host, which may wait long for hosts that it cannot reach any more.
 """
 
 import codecs
@@ -20,136 +20,157 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dist_moe.launch.supervise.first_failure import read_record
-from dist_moe.launch.supervise.process_tree import Process, adopting_orphans, descendants, read_process, send
-from dist_moe.launch.supervise.protocol import LOG_ALONE, MessageSocket, Rendezvous
-from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
-from dist_moe.worker.contract import LAUNCH_VARIABLE
+import psutil
 
-CONNECT_LIMIT_S = 10.0
-LOOK_S = 0.1
+from dist_moe.launch.supervise.process_tree import adopt_orphans, descendants, send_signal
+from dist_moe.launch.supervise.protocol import LOG_ONLY, MessageSocket, Rendezvous
+from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
+from dist_moe.worker.contract import LAUNCH_VARIABLE, error_file, process_identity, read_state, record_file
+
+CONNECT_TIMEOUT_S = 10.0
+POLL_S = 0.1
 # After SIGTERM, a worker has this long until SIGKILL.
 GRACE_S = 1.0
 # A worker's output may be held open by a process that it left behind.
 DRAIN_S = 1.0
-# As JSON a character may take six bytes, and a message has room for 2^20.
-LONGEST_LINE = LONGEST_REPORT = 1 << 16
+# JSON may need six bytes for a character, and a message has at most 2^20.
+MAX_LINE_BYTES = MAX_REPORT_CHARACTERS = 1 << 16
 PR_SET_PDEATHSIG = 1
 UNREACHABLE_CODE = 1
 
 
-def mind(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Path) -> None:
-    """Split this process in two: the worker, in which this returns, and its minder, which ends as the worker does.
+def fork_worker(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Path) -> None:
+    """Split this process in two: the worker, in which this returns, and its agent, which exits when the worker does.
 
-    Call it before any thread starts. The worker's launch (DIST_MOE_LAUNCH) is the minder from here on.
+    Call it before any thread starts. In the worker, DIST_MOE_LAUNCH names the agent from here on.
+
+    Args:
+        rendezvous: Where the launch listens. The process exits with code 1 if it cannot connect.
+        rank: The worker's rank.
+        world_size: Number of workers of the job.
+        run_dir: The run's folder.
     """
-    launcher = launcher_of(os.getppid())
-    for left in (run_dir / "errors" / f"rank-{rank}.txt", run_dir / "workers" / f"rank-{rank}.json"):
-        with contextlib.suppress(OSError):  # which the worker tells better, as the first thing it does
-            left.unlink(missing_ok=True)  # an earlier worker's, which would be taken for this one's
+    launcher = launcher_process(os.getppid())
+    for stale in (error_file(run_dir, rank), record_file(run_dir, rank)):
+        # An earlier worker's, which the agent would take for this worker's. The worker itself reports a folder that
+        # cannot be written.
+        with contextlib.suppress(OSError):
+            stale.unlink(missing_ok=True)
     try:
-        connection = socket.create_connection(rendezvous[:2], timeout=CONNECT_LIMIT_S)
+        connection = socket.create_connection(rendezvous[:2], timeout=CONNECT_TIMEOUT_S)
     except OSError as error:
-        place = f"{rendezvous.address}, port {rendezvous.port}"
-        sys.stderr.write(f"rank {rank} on {socket.gethostname()} cannot reach the launch at {place}: {error}\n")
+        endpoint = f"{rendezvous.address}, port {rendezvous.port}"
+        sys.stderr.write(f"rank {rank} on {socket.gethostname()} cannot reach the launch at {endpoint}: {error}\n")
         sys.stderr.flush()
         os._exit(UNREACHABLE_CODE)
     connection.settimeout(None)
-    line = MessageSocket(connection)
-    terminal = os.environ.pop(TERMINAL_VARIABLE, None)
-    screen = open_terminal(terminal) if terminal and rank == 0 else None
-    pipes = [screen or os.pipe(), os.pipe()]
-    me = read_process(os.getpid())
-    assert me is not None
+    launch = MessageSocket(connection)
+    terminal_size = os.environ.pop(TERMINAL_VARIABLE, None)
+    terminal = open_terminal(terminal_size) if terminal_size and rank == 0 else None
+    pipes = [terminal or os.pipe(), os.pipe()]
+    agent_pid, agent_identity = os.getpid(), process_identity(os.getpid())
+    # What is still buffered would be written by both processes.
     sys.stdout.flush()
     sys.stderr.flush()
-    worker = os.fork()
-    if worker == 0:
-        line.close()
+    worker_pid = os.fork()
+    if worker_pid == 0:
+        launch.close()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for target, (reading, writing) in enumerate(pipes, start=1):
-            os.dup2(writing, target)
+        for stream, (reading, writing) in enumerate(pipes, start=1):
+            os.dup2(writing, stream)
             os.close(reading)
             os.close(writing)
-        os.environ[LAUNCH_VARIABLE] = f"{me.pid}:{me.start_time}"
+        os.environ[LAUNCH_VARIABLE] = agent_identity
         return
     for _, writing in pipes:
         os.close(writing)
-    known = {"rank": rank, "size": world_size, "host": socket.gethostname(), "minder": me.pid}
-    line.send({"word": rendezvous.word, **known})
-    with adopting_orphans():
-        Agent(line, worker, rank, run_dir, [reading for reading, _ in pipes], launcher, screen is not None).run()
+    greeting = {"rank": rank, "size": world_size, "host": socket.gethostname(), "agent_pid": agent_pid}
+    launch.send({"token": rendezvous.token, **greeting})
+    outputs = [reading for reading, _ in pipes]
+    with adopt_orphans():
+        Agent(launch, worker_pid, rank, run_dir, outputs, launcher, terminal is not None).run()
 
 
-def launcher_of(pid: int) -> Process | None:
-    """The process if it is a launcher's, which has been told of the launch as its workers were; else None."""
-    with contextlib.suppress(OSError):
-        told = f"{LAUNCH_VARIABLE}={os.environ.get(LAUNCH_VARIABLE)}".encode()
-        if told in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            return read_process(pid)
+def launcher_process(pid: int) -> psutil.Process | None:
+    """Return the process if it is a launcher of the same launch, which has the same DIST_MOE_LAUNCH; else None."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.environ().get(LAUNCH_VARIABLE) == os.environ.get(LAUNCH_VARIABLE):
+            return process
     return None
 
 
 class Agent:
-    """The life of one worker, seen from beside it."""
+    """Supervises one worker, its child.
+
+    Args:
+        launch: Connection to the launch.
+        worker_pid: The worker.
+        rank: Its rank.
+        run_dir: The run's folder.
+        outputs: File descriptors with the worker's stdout and stderr.
+        launcher: The launcher's process on this host, if it is the parent.
+        has_terminal: The worker's stdout is a pseudo-terminal.
+    """
 
     def __init__(
         self,
-        line: MessageSocket,
-        worker: int,
+        launch: MessageSocket,
+        worker_pid: int,
         rank: int,
         run_dir: Path,
         outputs: list[int],
-        launcher: Process | None,
-        draws: bool,
+        launcher: psutil.Process | None,
+        has_terminal: bool,
     ) -> None:
-        self.line, self.worker, self.run_dir, self.rank, self.launcher = line, worker, run_dir, rank, launcher
-        self.handle = os.pidfd_open(worker)
-        # The worker's stdout and stderr -> 1 and 2, and what of a line has come.
-        self.outputs = dict(zip(outputs, (LOG_ALONE if draws else 1, 2), strict=True))
-        self.begun = {output: b"" for output in outputs}
-        self.screen = outputs[0] if draws else None
+        self.launch, self.launcher = launch, launcher
+        self.worker_pid, self.rank, self.run_dir = worker_pid, rank, run_dir
+        self.handle = os.pidfd_open(worker_pid)
+        # File descriptor -> number of the stream, and the start of a line that is not complete yet.
+        self.streams = dict(zip(outputs, (LOG_ONLY if has_terminal else 1, 2), strict=True))
+        self.partial_lines = {output: b"" for output in outputs}
+        self.terminal = outputs[0] if has_terminal else None
         self.decoder, self.transcript = codecs.getincrementaldecoder("utf-8")("replace"), Transcript()
-        self.told = False
-        self.ending: float | None = None
+        self.report_sent = False
+        # When the launch was gone, in seconds of the monotonic clock.
+        self.launch_lost_s: float | None = None
 
     def run(self) -> NoReturn:
-        """Until the worker has ended, and nothing of it is left; leaves with its exit code."""
+        """Supervise until the worker has ended and none of its processes is left; exit with its exit code."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the worker too
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, self._forward_signal)
         connected = True
         while not select.select([self.handle], [], [], 0)[0]:
-            sources: list[int | MessageSocket] = [self.handle, *self.outputs, *([self.line] if connected else [])]
-            ready = select.select(sources, [], [], LOOK_S)[0]
-            self._copy([one for one in ready if isinstance(one, int)])
-            self._report()
-            if self.line in ready:
-                connected = self._heed(self.line.receive())
-            if self.ending is not None:
-                self._end_all(time.monotonic() - self.ending > GRACE_S)
-        status, ended_s = os.waitpid(self.worker, 0)[1], time.time()
-        self._drain()
-        self._report()
-        while self._end_all(at_once=True):
-            time.sleep(LOOK_S / 5)
-        if self.ending is not None and self.launcher is not None:
-            send(self.launcher, signal.SIGKILL)
+            sources: list[int | MessageSocket] = [self.handle, *self.streams, *([self.launch] if connected else [])]
+            readable = select.select(sources, [], [], POLL_S)[0]
+            self._copy_output([source for source in readable if isinstance(source, int)])
+            self._send_report()
+            if self.launch in readable:
+                connected = self._handle(self.launch.receive())
+            if self.launch_lost_s is not None:
+                self._end_descendants(kill=time.monotonic() - self.launch_lost_s > GRACE_S)
+        status, ended_s = os.waitpid(self.worker_pid, 0)[1], time.time()
+        self._drain_output()
+        self._send_report()
+        while self._end_descendants(kill=True):
+            time.sleep(POLL_S / 5)
+        if self.launch_lost_s is not None and self.launcher is not None:
+            send_signal(self.launcher, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        state = (read_record(self.run_dir, self.rank) or {}).get("state")
-        self.line.send({"ended": status, "state": state, "time": ended_s})
-        self.line.close()
+        self.launch.send({"wait_status": status, "state": read_state(self.run_dir, self.rank), "time": ended_s})
+        self.launch.close()
         code = os.waitstatus_to_exitcode(status)
         os._exit(code if code >= 0 else 128 - code)
 
-    def _heed(self, messages: list[dict[str, Any]] | None) -> bool:
-        """Do what the launch says; False where it is gone."""
+    def _handle(self, messages: list[dict[str, Any]] | None) -> bool:
+        """Forward the signals that the launch sends; return whether it is still connected."""
         if messages is None:
-            self.ending = time.monotonic()
+            self.launch_lost_s = time.monotonic()
             if self.launcher is not None:
-                send(self.launcher, signal.SIGTERM)
+                send_signal(self.launcher, signal.SIGTERM)
             return False
         for message in messages:
             self._forward_signal(int(message["signal"]))
@@ -159,48 +180,49 @@ class Agent:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.handle, signum)
 
-    def _report(self) -> None:
+    def _send_report(self) -> None:
         """Send the worker's error report as soon as it is written."""
-        path = self.run_dir / "errors" / f"rank-{self.rank}.txt"
-        if not self.told and path.is_file():
-            self.told = True
-            self.line.send({"report": path.read_text(encoding="utf-8", errors="replace")[:LONGEST_REPORT]})
+        path = error_file(self.run_dir, self.rank)
+        if not self.report_sent and path.is_file():
+            self.report_sent = True
+            text = path.read_text(encoding="utf-8", errors="replace")[:MAX_REPORT_CHARACTERS]
+            self.launch.send({"report": text})
 
-    def _end_all(self, at_once: bool) -> bool:
-        """Ask, or make, whatever descends from here to end; whether anything was there."""
-        left = [process for process in descendants(os.getpid()).values() if not process.ended]
-        for process in left:
-            send(process, signal.SIGKILL if at_once else signal.SIGTERM)
-        return bool(left)
+    def _end_descendants(self, kill: bool) -> bool:
+        """Send SIGTERM or SIGKILL to every running descendant, and return whether there was one."""
+        running = [entry.process for entry in descendants(os.getpid()).values() if not entry.ended]
+        for process in running:
+            send_signal(process, signal.SIGKILL if kill else signal.SIGTERM)
+        return bool(running)
 
-    def _drain(self) -> None:
+    def _drain_output(self) -> None:
         deadline = time.monotonic() + DRAIN_S
-        while self.outputs and time.monotonic() < deadline:
-            self._copy(select.select(list(self.outputs), [], [], LOOK_S)[0])
-        for output in list(self.outputs):
-            self._give_lines(output, end=True)
+        while self.streams and time.monotonic() < deadline:
+            self._copy_output(select.select(list(self.streams), [], [], POLL_S)[0])
+        for output in list(self.streams):
+            self._send_lines(output, flush=True)
 
-    def _copy(self, ready: list[int]) -> None:
-        for output in ready:
-            if output not in self.outputs:
+    def _copy_output(self, readable: list[int]) -> None:
+        for output in readable:
+            if output not in self.streams:
                 continue
             part = read_terminal(output)
-            self.begun[output] += self._drawn(part) if output == self.screen else part
-            self._give_lines(output, end=not part)
+            self.partial_lines[output] += self._send_terminal(part) if output == self.terminal else part
+            self._send_lines(output, flush=not part)
             if not part:
                 os.close(output)
-                del self.outputs[output], self.begun[output]
+                del self.streams[output], self.partial_lines[output]
 
-    def _drawn(self, part: bytes) -> bytes:
-        """Send what is drawn on a terminal as it is -> the lines that its log gets."""
-        self.line.send({"drawn": self.decoder.decode(part, final=not part)})
-        return self.transcript.receive(part)
+    def _send_terminal(self, part: bytes) -> bytes:
+        """Send terminal output as it is, and return the lines for the log."""
+        self.launch.send({"terminal": self.decoder.decode(part, final=not part)})
+        return self.transcript.feed(part)
 
-    def _give_lines(self, output: int, end: bool) -> None:
-        """Send whole lines, and at the end, or where a line is too long for a message, what there is of one."""
-        whole, newline, rest = self.begun[output].rpartition(b"\n")
-        if end or len(rest) > LONGEST_LINE:
-            whole, newline, rest = self.begun[output], b"", b""
-        self.begun[output] = rest
-        if whole or newline:
-            self.line.send({"output": self.outputs[output], "text": whole.decode(errors="replace")})
+    def _send_lines(self, output: int, flush: bool) -> None:
+        """Send complete lines; an incomplete one only with `flush`, or where it is too long for a message."""
+        complete, newline, rest = self.partial_lines[output].rpartition(b"\n")
+        if flush or len(rest) > MAX_LINE_BYTES:
+            complete, newline, rest = self.partial_lines[output], b"", b""
+        self.partial_lines[output] = rest
+        if complete or newline:
+            self.launch.send({"output": self.streams[output], "text": complete.decode(errors="replace")})

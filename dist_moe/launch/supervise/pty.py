@@ -1,4 +1,4 @@
-"""A terminal for rank 0 where the launch is on one: its live line is drawn there, and its log holds the text alone."""
+"""A pseudo-terminal for rank 0 where the launch runs on a terminal: its live line is shown there, its log has text."""
 
 import fcntl
 import os
@@ -10,13 +10,15 @@ import tty
 from typing import TextIO
 
 TERMINAL_VARIABLE = "DIST_MOE_TERMINAL"
-"""Rows and columns of the launch's terminal, as 24x80."""
+"""Rows and columns of the launch's terminal, as in 24x80."""
 CONTROL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
+"""Control sequences of ECMA-48: colors, cursor movements."""
 SHOW_CURSOR, CLEAR_LINE = "\x1b[?25h", "\r\x1b[2K"
+READ_BYTES = 1 << 16
 
 
 def terminal_environment(stream: TextIO) -> dict[str, str]:
-    """What tells the worker's minder of the terminal that `stream` is; nothing where it is none."""
+    """Return the variable that describes the terminal of `stream` to an agent; empty where it is not a terminal."""
     if not stream.isatty():
         return {}
     size = os.get_terminal_size(stream.fileno())
@@ -24,7 +26,14 @@ def terminal_environment(stream: TextIO) -> dict[str, str]:
 
 
 def open_terminal(size: str) -> tuple[int, int]:
-    """A new terminal that hands on what is written as it is -> where to read it, and where to write."""
+    """Open a pseudo-terminal in raw mode.
+
+    Args:
+        size: Rows and columns, as in 24x80.
+
+    Returns:
+        The file descriptors to read from and to write to.
+    """
     rows, columns = map(int, size.split("x"))
     reading, writing = pty.openpty()
     tty.setraw(writing)
@@ -33,29 +42,29 @@ def open_terminal(size: str) -> tuple[int, int]:
 
 
 def read_terminal(reading: int) -> bytes:
-    """What has come; empty once nobody can write any more, which a terminal tells by an error."""
+    """Read from a pipe or a terminal; empty once no process has the other end open."""
     try:
-        return os.read(reading, 1 << 16)
-    except OSError:
+        return os.read(reading, READ_BYTES)
+    except OSError:  # EIO: how a terminal signals its end
         return b""
 
 
 class Transcript:
-    """What is drawn on a terminal as lines of a log: no colours, nothing empty, a live line once for each change."""
+    """Turns terminal output into log lines: no colors, no empty lines, a live line once per change."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._partial = b""
         self._live = b""
 
-    def receive(self, drawn: bytes) -> bytes:
-        """The lines that are whole with this part; an empty part is the end."""
-        parts = re.split(rb"([\r\n])", self._rest + (drawn or b"\n"))
-        self._rest = parts.pop()
+    def feed(self, output: bytes) -> bytes:
+        """Return the lines that are complete with this part of the output; pass an empty part at the end."""
+        parts = re.split(rb"([\r\n])", self._partial + (output or b"\n"))
+        self._partial = parts.pop()
         lines = []
-        for text, ended_by in zip(parts[::2], parts[1::2], strict=True):
+        for text, separator in zip(parts[::2], parts[1::2], strict=True):
             line = CONTROL.sub(b"", text).rstrip()
             if line and line != self._live:
                 lines.append(line + b"\n")
-            if line and ended_by == b"\r":
+            if line and separator == b"\r":
                 self._live = line
         return b"".join(lines)

@@ -1,7 +1,7 @@
-"""Runs a command on another host for as long as the launch that started it by ssh holds its input open.
+"""Runs a command on another host until its stdin closes: called by ssh, it ends when the launch does.
 
 An ssh server lets a command run on when its connection ends. A launcher may then wait for minutes for hosts that it
-will not meet; its workers, had it started any, would be ended by their minders.
+will not reach; the workers of one that got further are ended by their agents.
 """
 
 import os
@@ -12,41 +12,47 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dist_moe.launch.supervise.process_tree import adopting_orphans, descendants, send
+import psutil
+
+from dist_moe.launch.supervise.process_tree import adopt_orphans, descendants, send_signal
 
 GRACE_S = 3.0
-LOOK_S = 0.1
+POLL_S = 0.02
+READ_BYTES = 1 << 16
 
 
-def hold(argv: Sequence[str]) -> int:
-    """Run `argv` until it ends, or the input does -> its exit code, or 128 + N after signal N.
+def run_until_stdin_closes(argv: Sequence[str]) -> int:
+    """Run a command until it ends or stdin is closed, and end everything that it started.
 
-    Nothing that it started is left then; after SIGTERM each has 3 s until SIGKILL.
+    After SIGTERM a process has 3 s until SIGKILL.
+
+    Returns:
+        The exit code of the command, or 128 + N after signal N.
     """
-    with adopting_orphans(), subprocess.Popen(argv, stdin=subprocess.DEVNULL) as child:
+    with adopt_orphans(), subprocess.Popen(argv, stdin=subprocess.DEVNULL) as child:
         handle = os.pidfd_open(child.pid)
         while sys.stdin in select.select([handle, sys.stdin], [], [])[0] and child.poll() is None:
-            if not os.read(sys.stdin.fileno(), 1 << 16):
-                _end_all(signal.SIGTERM, GRACE_S)
+            if not os.read(sys.stdin.fileno(), READ_BYTES):
+                _signal_descendants(signal.SIGTERM, GRACE_S)
                 break
-        _end_all(signal.SIGKILL, GRACE_S)
+        _signal_descendants(signal.SIGKILL, GRACE_S)
         code = child.wait()
     return code if code >= 0 else 128 - code
 
 
-def _end_all(signum: signal.Signals, limit_s: float) -> None:
-    """Signal all that descends from here, and wait until it is gone, at most for so long."""
-    told: set[int] = set()
-    deadline = time.monotonic() + limit_s
-    while left := [one for one in descendants(os.getpid()).values() if not one.ended]:
-        for process in left:
-            if process.pid not in told:
-                told.add(process.pid)
-                send(process, signum)
+def _signal_descendants(signum: signal.Signals, timeout_s: float) -> None:
+    """Signal every descendant once, new ones included, until none is left or the time is over."""
+    signaled: set[psutil.Process] = set()
+    deadline = time.monotonic() + timeout_s
+    while running := [entry.process for entry in descendants(os.getpid()).values() if not entry.ended]:
+        for process in running:
+            if process not in signaled:
+                signaled.add(process)
+                send_signal(process, signum)
         if time.monotonic() > deadline:
             return
-        time.sleep(LOOK_S / 5)
+        time.sleep(POLL_S)
 
 
 if __name__ == "__main__":
-    sys.exit(hold(sys.argv[1:]))
+    sys.exit(run_until_stdin_closes(sys.argv[1:]))
