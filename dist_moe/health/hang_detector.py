@@ -1,13 +1,13 @@
-"""Tells what a collective waited for when it ran out of time: which ranks had arrived, and where the others stand.
+"""Reports, when a collective times out, which ranks had arrived in it and where the others are.
 
-Each rank has a thread that sleeps, and wakes once a second to see whether somebody asks. A rank whose collective runs
-out of time writes its own position into the job's store, asks, and reads what the others write. A position is read off
-the stack of the main thread, so that it costs nothing before. Every age is of the rank's own clock.
+Each rank has a thread that wakes once a second to see whether a rank asks for positions. A rank whose collective times
+out publishes its own position in the job's store, asks, and reads the positions that the others publish. A position is
+read from the stack of the main thread at that moment, so nothing is recorded before. Durations are by each rank's own
+clock.
 
-What it cannot know: a rank that does not answer is stopped, dead, or cut off, or in a call of a library in C that keeps
-Python's other threads waiting. Where whoever keeps the store does not answer (rank 0; under torchrun the agent of the
-first host), nobody's position can be had. Under NCCL, torch's watchdog may end the process before the error reaches
-Python.
+Limits: a rank that does not answer is stopped, dead or cut off, or in a call of a C library that keeps the GIL. If the
+process that hosts the store (rank 0; under torchrun the agent of the first host) does not answer, no position is known.
+Under NCCL, torch's watchdog may end the process before the error reaches Python.
 """
 
 import contextlib
@@ -28,29 +28,34 @@ from torch.distributed import distributed_c10d as c10d
 
 from dist_moe.errors import UserError
 
-LOOK_S = 1.0
+POLL_S = 1.0
 ANSWER_S = 3.0
 """How long the others may take to answer."""
 STORE_S = 2.0
-"""How long the store may take besides; one whose host is stopped never answers."""
-RANKS_PER_LOOK = 256
-"""More ranks look less often, so that rank 0's store is not asked more than this many times a second."""
+"""How long the store may take in addition; one whose host is stopped never answers."""
+RANKS_PER_POLL = 256
+"""With more ranks each polls less often, so that rank 0's store gets at most this many requests a second."""
 SHOWN_FRAMES = 4
-ASKED, ANSWER = "hang/asked", "hang/position"
-OUT_OF_TIME = re.compile(r"time[ds]?[ -]?out", re.IGNORECASE)
+REQUEST_KEY, POSITION_KEY = "hang/requested", "hang/position"
+TIMED_OUT = re.compile(r"time[ds]?[ -]?out", re.IGNORECASE)
 PACKAGE = str(Path(__file__).parents[1])
 
 
 class HangError(RuntimeError):
-    """A collective ran out of time; the message says which, who had arrived, and where the others stand."""
+    """A collective timed out; the message has its name, the ranks that had arrived, and where the others are."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank stands. collective: torch's name of it, "" outside of any. sequence: its number in its group.
+    """Where the main thread of a rank is.
 
-    group: the ranks of it. path: the innermost functions, `name:line`, of this package, or outside of it and of
-    collectives of whatever runs. seconds: for how long no step and no collective has begun.
+    Attributes:
+        step: The training step.
+        collective: The name of the torch.distributed function, or "" outside of collectives.
+        sequence: Number of collectives that its group has started; -1 where unknown.
+        group: The ranks of the group.
+        path: The innermost functions, `name:line`, of this package; outside of collectives, of any code.
+        seconds: How long no step and no collective has started.
     """
 
     step: int
@@ -61,7 +66,7 @@ class Position:
     seconds: float
 
     def same_collective(self, other: "Position") -> bool:
-        """Whether two ranks wait for each other in the same call."""
+        """Return whether two ranks wait for each other in the same call."""
         ours, theirs = ((one.collective, one.sequence, one.group) for one in (self, other))
         return ours == theirs and bool(self.collective)
 
@@ -71,79 +76,88 @@ class Position:
 
 
 class HangDetector:
-    """One rank's. The main thread says at which step it is; the thread of the lookout does the rest."""
+    """Answers other ranks' requests for this rank's position, and asks for theirs after a time-out.
+
+    Create it in the main thread, after the process group.
+
+    Args:
+        rank: This rank.
+        world_size: Number of ranks.
+        timeout_s: The time-out of collectives, for the report.
+    """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
-        self._main = threading.get_ident()
+        self._main_thread = threading.get_ident()
         self._step = 0
-        self._seen: tuple[int, ...] = ()
-        self._since_s = time.monotonic()
-        self._over = threading.Event()
-        self._fell: Position | None = None
-        # Connections of their own: a call on one waits for the call before, and on a store that is stopped for ever.
+        self._progress: tuple[int, ...] = ()
+        self._progress_s = time.monotonic()
+        self._stopping = threading.Event()
+        self._failed_at: Position | None = None
+        # Each thread has a connection of its own: a call waits for the previous one on the same connection, for ever
+        # if the store's process is stopped.
         store: Any = c10d._get_default_store()
-        self._store, self._asking = store.clone(), store.clone()
-        self._period_s = LOOK_S * max(1.0, world_size / RANKS_PER_LOOK)
+        self._answer_store, self._request_store = store.clone(), store.clone()
+        self._period_s = POLL_S * max(1.0, world_size / RANKS_PER_POLL)
 
     def set_step(self, step: int) -> None:
-        """The main thread begins this step."""
+        """Record the step that the main thread begins."""
         self._step = step
 
     def start(self) -> None:
-        """Begin to look."""
-        threading.Thread(target=self._look, name="lookout", daemon=True).start()
+        """Start the thread that answers."""
+        threading.Thread(target=self._answer_requests, name="hang-detector", daemon=True).start()
 
     def stop(self) -> None:
-        """Look no more."""
-        self._over.set()
+        """Stop the thread that answers."""
+        self._stopping.set()
 
     def announce_failure(self, error: BaseException) -> None:
-        """Tell the others where `error` met this rank, which answers no more: a second where nobody asks.
+        """Publish where `error` was raised on this rank, which ends and answers no more.
 
-        Where somebody does, it stays until that one has had its answers: a launch ends all others as soon as one has
-        ended, and the report would be lost.
+        It waits a second for a request. If there is one, it waits until the rank that asked has had its answers: a
+        launch ends all workers as soon as one has ended, and the report would be lost.
         """
-        own = self._fell = self._position(_frames(error))
+        position = self._failed_at = self._position(_traceback_frames(error))
 
-        def tell() -> None:
-            with contextlib.suppress(Exception):  # without a store nobody reads it, and without a question nobody asks
-                self._tell(self._asking, own)
-                self._asking.wait([ASKED], timedelta(seconds=LOOK_S))
+        def announce() -> None:
+            with contextlib.suppress(Exception):  # without a store or a request there is no reader
+                self._publish(self._request_store, position)
+                self._request_store.wait([REQUEST_KEY], timedelta(seconds=POLL_S))
                 time.sleep(ANSWER_S + self._period_s)
 
-        telling = threading.Thread(target=tell, name="lookout leaves", daemon=True)
-        telling.start()
-        telling.join(STORE_S + LOOK_S + ANSWER_S + self._period_s)
+        announcing = threading.Thread(target=announce, name="hang-detector-announce", daemon=True)
+        announcing.start()
+        announcing.join(STORE_S + POLL_S + ANSWER_S + self._period_s)
 
     def report(self, error: BaseException) -> str:
-        """What the collective that `error` came from has waited for; a few seconds."""
-        # The main thread is in here from now on: others that ask later are told where it stood, not this.
-        own = self._fell = self._position(_frames(error))
+        """Describe what the collective that raised `error` was waiting for; takes a few seconds."""
+        # From now on the main thread is in here: ranks that ask later get the position at the error.
+        position = self._failed_at = self._position(_traceback_frames(error))
         answers: list[dict[int, Position | None]] = []
 
-        def ask() -> None:
-            with contextlib.suppress(Exception):  # whatever becomes of the store, what is known here is told
-                self._tell(self._asking, own)
-                self._asking.set(ASKED, "1")
-                answers.append(self._answers(own.group or tuple(range(self._world_size))))
+        def request() -> None:
+            with contextlib.suppress(Exception):  # a store that fails must not hide what is known on this rank
+                self._publish(self._request_store, position)
+                self._request_store.set(REQUEST_KEY, "1")
+                answers.append(self._collect_positions(position.group or tuple(range(self._world_size))))
 
-        asking = threading.Thread(target=ask, name="lookout asks", daemon=True)
-        asking.start()
-        asking.join(STORE_S + ANSWER_S + self._period_s)
-        return format_report(self._rank, own, answers[0] if answers else None, self._timeout_s)
+        requesting = threading.Thread(target=request, name="hang-detector-request", daemon=True)
+        requesting.start()
+        requesting.join(STORE_S + ANSWER_S + self._period_s)
+        return format_report(self._rank, position, answers[0] if answers else None, self._timeout_s)
 
-    def _look(self) -> None:
-        while not self._over.wait(self._period_s):
-            begun = (self._step, *_sequences())
-            if begun != self._seen:
-                self._seen, self._since_s = begun, time.monotonic()
+    def _answer_requests(self) -> None:
+        while not self._stopping.wait(self._period_s):
+            progress = (self._step, *_sequences())
+            if progress != self._progress:
+                self._progress, self._progress_s = progress, time.monotonic()
             try:
-                if self._store.check([ASKED]):
-                    frame = sys._current_frames().get(self._main)
-                    self._tell(self._store, self._fell or self._position(_outwards(frame)))
+                if self._answer_store.check([REQUEST_KEY]):
+                    frame = sys._current_frames().get(self._main_thread)
+                    self._publish(self._answer_store, self._failed_at or self._position(_outward_frames(frame)))
                     return
-            except Exception:  # the store is gone with rank 0, and whoever waits for it learns that by himself
+            except Exception:  # the store is gone with rank 0; a rank that waits for it gets an error of its own
                 return
 
     def _position(self, frames: Sequence[FrameType]) -> Position:
@@ -152,102 +166,122 @@ class HangDetector:
         shown = ours if collective or not frames else frames
         path = " < ".join(f"{frame.f_code.co_qualname}:{frame.f_lineno}" for frame in shown[:SHOWN_FRAMES])
         ranks = tuple(dist.get_process_group_ranks(group)) if collective else ()
-        seconds = time.monotonic() - self._since_s
+        seconds = time.monotonic() - self._progress_s
         return Position(self._step, collective, _sequence(group), ranks, path or "unknown", seconds)
 
-    def _tell(self, store: Any, position: Position) -> None:
-        store.set(f"{ANSWER}/{self._rank}", json.dumps(asdict(position)))
+    def _publish(self, store: Any, position: Position) -> None:
+        store.set(f"{POSITION_KEY}/{self._rank}", json.dumps(asdict(position)))
 
-    def _answers(self, ranks: Sequence[int]) -> dict[int, Position | None]:
-        """The positions of the others among these, None of those that do not answer in time."""
+    def _collect_positions(self, ranks: Sequence[int]) -> dict[int, Position | None]:
+        """Return the positions of the other ranks among `ranks`; None for those that do not answer in time."""
         others = [rank for rank in ranks if rank != self._rank]
         deadline = time.monotonic() + ANSWER_S + self._period_s
-        while not self._have_answered(others) and time.monotonic() < deadline:
+        while not self._all_answered(others) and time.monotonic() < deadline:
             time.sleep(self._period_s / 10)
-        there = self._those_that_answered(others)
-        texts = self._asking.multi_get([f"{ANSWER}/{rank}" for rank in there]) if there else []
-        return dict.fromkeys(others) | dict(zip(there, map(_parse, texts), strict=True))
+        answered = self._answered(others)
+        texts = self._request_store.multi_get([f"{POSITION_KEY}/{rank}" for rank in answered]) if answered else []
+        return dict.fromkeys(others) | dict(zip(answered, map(_parse_position, texts), strict=True))
 
-    def _have_answered(self, ranks: Sequence[int]) -> bool:
-        """Whether all of them have, by one request: at scale every rank that waits asks after every other."""
-        return not ranks or bool(self._asking.check([f"{ANSWER}/{rank}" for rank in ranks]))
+    def _all_answered(self, ranks: Sequence[int]) -> bool:
+        """Ask for all ranks in one request: in a large job every rank that timed out asks for every other."""
+        return not ranks or bool(self._request_store.check([f"{POSITION_KEY}/{rank}" for rank in ranks]))
 
-    def _those_that_answered(self, ranks: Sequence[int]) -> list[int]:
-        if self._have_answered(ranks):
+    def _answered(self, ranks: Sequence[int]) -> list[int]:
+        """Return the ranks that have answered, by bisection: few requests where few are silent."""
+        if self._all_answered(ranks):
             return list(ranks)
         if len(ranks) == 1:
             return []
         middle = len(ranks) // 2
-        return self._those_that_answered(ranks[:middle]) + self._those_that_answered(ranks[middle:])
+        return self._answered(ranks[:middle]) + self._answered(ranks[middle:])
 
 
 def format_report(rank: int, own: Position, others: dict[int, Position | None] | None, timeout_s: float) -> str:
-    """The words for it. others: None where the store could not be asked, a position of None for a silent rank."""
+    """Write the message of a `HangError`.
+
+    Args:
+        rank: The rank that timed out.
+        own: Its position.
+        others: The positions of other ranks, None for a silent rank; None where the store does not answer.
+        timeout_s: The time-out.
+    """
     name = f"{own.collective or 'a collective'} number {own.sequence}"
     of = f" of ranks {_listed(own.group)}" if own.group else ""
-    head = f"{name}{of} ran out of time (parallel.timeout_s={timeout_s:g})"
-    mine = f"rank {rank} stands {own}"
+    head = f"{name}{of} timed out (parallel.timeout_s={timeout_s:g})"
+    own_position = f"rank {rank} is {own}"
     if others is None:
         return (
-            f"{head}; {mine}; the positions of the others could not be had, because the job's store does not answer: "
-            "whoever keeps it (rank 0; under torchrun the agent of the first host) may be stopped, dead or cut off"
+            f"{head}; {own_position}; the positions of the other ranks are unknown, because the job's store does not "
+            "answer: the process that hosts it (rank 0; under torchrun the agent of the first host) may be stopped, "
+            "dead or cut off"
         )
-    concerned = {one: position for one, position in others.items() if not own.group or one in own.group}
-    arrived = [rank, *(one for one, position in concerned.items() if position and position.same_collective(own))]
-    silent = [one for one, position in concerned.items() if position is None]
-    elsewhere = {one: position for one, position in concerned.items() if position and one not in arrived}
+    members = {other: position for other, position in others.items() if not own.group or other in own.group}
+    arrived = [rank, *(other for other, position in members.items() if position and position.same_collective(own))]
+    silent = [other for other, position in members.items() if position is None]
+    elsewhere = {other: position for other, position in members.items() if position and other not in arrived}
     parts = [head, f"arrived: rank {_listed(sorted(arrived))}"]
     if silent:
-        parts.append(f"not arrived, and silent (stopped, dead or cut off): rank {_listed(silent)}")
+        parts.append(f"not arrived and not answering (stopped, dead or cut off): rank {_listed(silent)}")
     if elsewhere:
         parts.append(f"not arrived: rank {_listed(sorted(elsewhere))}")
-    parts += [f"rank {one} stands {position}" for one, position in elsewhere.items()]
+    parts += [f"rank {other} is {position}" for other, position in elsewhere.items()]
     if not silent and not elsewhere:
-        parts.append("all have arrived, so it was slow, or a link between them is cut; raise parallel.timeout_s")
-    return "; ".join([*parts, mine])
+        parts.append("all ranks arrived, so it was slow, or a connection between them is cut; raise parallel.timeout_s")
+    return "; ".join([*parts, own_position])
 
 
 @contextlib.contextmanager
 def hang_detector(rank: int, world_size: int, timeout_s: float) -> Iterator[HangDetector]:
-    """In the block, an error of a collective that ran out of time becomes a HangError. For a joined process group."""
-    one = HangDetector(rank, world_size, timeout_s)
-    one.start()
+    """Run a hang detector in the block, which turns the error of a collective that timed out into a HangError.
+
+    Args:
+        rank: This rank.
+        world_size: Number of ranks of the process group, which exists already.
+        timeout_s: The time-out of collectives, for the report.
+
+    Raises:
+        HangError: A collective in the block timed out.
+    """
+    detector = HangDetector(rank, world_size, timeout_s)
+    detector.start()
     try:
-        yield one
+        yield detector
     except RuntimeError as error:
-        # A user's error may speak of time-outs too: of a storage, or by the name of a folder.
+        # A user's error may mention time-outs too: that of a storage, or one in the name of a folder.
         if world_size > 1 and not isinstance(error, HangError | UserError):
-            if OUT_OF_TIME.search(str(error)) and _collective(_frames(error))[0]:
-                raise HangError(one.report(error)) from error
-            one.announce_failure(error)  # a peer that ran out of time has closed its connections: this rank had arrived
+            if TIMED_OUT.search(str(error)) and _collective(_traceback_frames(error))[0]:
+                raise HangError(detector.report(error)) from error
+            # A peer that timed out has closed its connections, so this rank had arrived.
+            detector.announce_failure(error)
         raise
     finally:
-        one.stop()
+        detector.stop()
 
 
-def _frames(error: BaseException) -> list[FrameType]:
-    """Where an error came from, the innermost frame first."""
-    found, trace = [], error.__traceback__
+def _traceback_frames(error: BaseException) -> list[FrameType]:
+    """Return the frames in which an error was raised, the innermost first."""
+    frames, trace = [], error.__traceback__
     while trace is not None:
-        found.append(trace.tb_frame)
+        frames.append(trace.tb_frame)
         trace = trace.tb_next
-    return found[::-1]
+    return frames[::-1]
+
+
+def _outward_frames(frame: FrameType | None) -> list[FrameType]:
+    """Return a frame and its callers."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
 
 
 def _is_ours(file: str) -> bool:
     return file.startswith(PACKAGE) and file != __file__
 
 
-def _outwards(frame: FrameType | None) -> list[FrameType]:
-    found = []
-    while frame is not None:
-        found.append(frame)
-        frame = frame.f_back
-    return found
-
-
 def _collective(frames: Sequence[FrameType]) -> tuple[str, Any]:
-    """The outermost call of torch.distributed among the frames, and its group."""
+    """Return the outermost torch.distributed function among the frames and its group; "" and None without one."""
     for frame in frames[::-1]:
         if frame.f_code.co_filename == c10d.__file__ and not frame.f_code.co_name.startswith("_"):
             return frame.f_code.co_name, frame.f_locals.get("group") or c10d._get_default_group()
@@ -255,19 +289,19 @@ def _collective(frames: Sequence[FrameType]) -> tuple[str, Any]:
 
 
 def _sequences() -> list[int]:
-    """How many collectives each group has begun."""
+    """Return the number of collectives that each group has started."""
     return [_sequence(group) for group in list(c10d._world.pg_map)]
 
 
 def _sequence(group: Any) -> int:
-    """How many collectives a group has begun; -1 for none, and where the backend does not count."""
+    """Return the number of collectives that a group has started; -1 for None, and where the backend does not count."""
     try:
         return int(group._get_sequence_number_for_group())
     except (RuntimeError, AttributeError):
         return -1
 
 
-def _parse(text: bytes) -> Position:
+def _parse_position(text: bytes) -> Position:
     values = json.loads(text)
     return Position(**{**values, "group": tuple(values["group"])})
 

@@ -1,4 +1,4 @@
-"""Collectives that run out of time: what is said of the ranks that arrived, and of those that did not."""
+"""Collectives that time out: what the report says of the ranks that arrived, and of those that did not."""
 
 import json
 import os
@@ -26,39 +26,39 @@ LIMIT_S = 3.0
 
 
 def endless(rank: int, world_size: int) -> str:
-    """Rank 1 goes round in circles, while the other waits for it in the exchange of the expert-parallel group."""
+    """Rank 1 is in a loop, while rank 0 waits for it in the exchange of the expert-parallel group."""
     mesh = make_mesh(2)
     assert mesh.ep_group is not None
     set_pg_timeouts(LIMIT_S)
     rows = torch.ones(2, 3)
     try:
-        with hang_detector(rank, world_size, LIMIT_S) as watch:
-            watch.set_step(7)
+        with hang_detector(rank, world_size, LIMIT_S) as detector:
+            detector.set_step(7)
             exchange_rows(rows, [1, 1], [1, 1], mesh.ep_group)
             if rank == 1:
-                return circles()
+                return busy_loop()
             exchange_rows(rows, [1, 1], [1, 1], mesh.ep_group)
     except HangError as error:
         return str(error)
-    return "nothing"
+    return "no error"
 
 
-def circles() -> str:
-    """Two time limits of Python."""
+def busy_loop() -> str:
+    """Run Python code for two time-outs."""
     end = time.monotonic() + 2 * LIMIT_S
     while time.monotonic() < end:
         sum(range(1000))
-    return "round"
+    return "done"
 
 
-def test_trap_T30_a_rank_that_stays_away_is_named_with_its_line_and_a_sub_group_has_the_limit(ranks: RankPool) -> None:
+def test_trap_T30_a_rank_that_does_not_arrive_is_named_with_its_line_also_in_a_sub_group(ranks: RankPool) -> None:
     began_s = time.monotonic()
     first, second = ranks.run(endless, 2)
-    assert second == "round" and time.monotonic() - began_s < 10 * LIMIT_S
-    assert first.startswith("all_to_all_single number 2 of ranks 0, 1 ran out of time (parallel.timeout_s=3)")
-    assert "arrived: rank 0; not arrived: rank 1; rank 1 stands in no collective, step 7, for " in first
-    assert "at circles:" in first
-    assert "rank 0 stands in all_to_all_single number 2, step 7, for " in first and "_all_to_all:" in first
+    assert second == "done" and time.monotonic() - began_s < 10 * LIMIT_S
+    assert first.startswith("all_to_all_single number 2 of ranks 0, 1 timed out (parallel.timeout_s=3)")
+    assert "arrived: rank 0; not arrived: rank 1; rank 1 is in no collective, step 7, for " in first
+    assert "at busy_loop:" in first
+    assert "rank 0 is in all_to_all_single number 2, step 7, for " in first and "_all_to_all:" in first
 
 
 def mismatched(rank: int, world_size: int) -> str:
@@ -76,20 +76,20 @@ def mismatched(rank: int, world_size: int) -> str:
                 dist.broadcast(torch.zeros(2), src=0)
     except HangError as error:
         return str(error)
-    return "nothing"
+    return "no error"
 
 
-def test_ranks_in_different_collectives_are_told_apart(ranks: RankPool) -> None:
+def test_ranks_in_different_collectives_are_distinguished(ranks: RankPool) -> None:
     first, second, _ = ranks.run(mismatched, 3)
-    assert first.startswith("all_to_all_single number 1 of ranks 0, 1 ran out of time")
-    assert "arrived: rank 0; not arrived: rank 1; rank 1 stands in broadcast number " in first
-    assert "rank 2" not in first, "it has no part in the group"
+    assert first.startswith("all_to_all_single number 1 of ranks 0, 1 timed out")
+    assert "arrived: rank 0; not arrived: rank 1; rank 1 is in broadcast number " in first
+    assert "rank 2" not in first, "it is not in the group"
     assert second.startswith("broadcast number 2 of ranks 0, 1, 2") and "(stopped, dead or cut off): rank 2" in second
-    assert "not arrived: rank 0; rank 0 stands in all_to_all_single number 1" in second
+    assert "not arrived: rank 0; rank 0 is in all_to_all_single number 1" in second
 
 
 def late(rank: int, world_size: int) -> str:
-    """Ranks 0 and 1 wait, rank 2 comes before they run out of time, rank 3 stays away."""
+    """Ranks 0 and 1 wait, rank 2 arrives before they time out, rank 3 never does."""
     dist.barrier()
     set_pg_timeouts(LIMIT_S)
     if rank == 3:
@@ -100,24 +100,24 @@ def late(rank: int, world_size: int) -> str:
         with hang_detector(rank, world_size, LIMIT_S):
             dist.all_reduce(torch.ones(1))
     except HangError as error:
-        found = str(error)
+        report = str(error)
     except RuntimeError:
-        found = ""  # whoever ran out of time before has closed its connections
+        report = ""  # a rank that timed out before has closed its connections
     time.sleep(2 * LIMIT_S)
-    return found
+    return report
 
 
-def test_trap_T30_nobody_who_arrived_is_blamed_however_late(ranks: RankPool) -> None:
-    """Neither one that is writing its own report, nor one whose peers closed their connections."""
+def test_trap_T30_a_rank_that_arrived_late_is_not_blamed(ranks: RankPool) -> None:
+    """Neither one that writes its own report, nor one whose peers closed their connections."""
     reports = [report for report in ranks.run(late, 4) if report]
     assert reports
     for report in reports:
-        assert "arrived: rank 0, 1, 2; not arrived, and silent (stopped, dead or cut off): rank 3" in report
+        assert "arrived: rank 0, 1, 2; not arrived and not answering (stopped, dead or cut off): rank 3" in report
 
 
 @pytest.mark.parametrize("stopped", [1, slow(0)])
 def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, stopped: int) -> None:
-    """SIGSTOP in training: rank 1 is named as silent; without rank 0 there is no store, and nobody is blamed."""
+    """SIGSTOP in training: rank 1 is reported as not answering; without rank 0 there is no store, and no rank is blamed."""
     text, run = write_text(tmp_path), tmp_path / "run"
     argv = command(text, run, "train.steps=100000", "train.schedule_steps=null", f"parallel.timeout_s={LIMIT_S}")
     with direct(argv, 2, tmp_path / "log") as workers:
@@ -125,16 +125,16 @@ def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, s
         os.kill(workers[stopped].pid, signal.SIGSTOP)
         assert workers[1 - stopped].wait(60) == 1
     report = (run / f"errors/rank-{1 - stopped}.txt").read_text()
-    assert "exception: HangError" in report and "ran out of time (parallel.timeout_s=3)" in report
+    assert "exception: HangError" in report and "timed out (parallel.timeout_s=3)" in report
     if stopped == 1:
-        assert "not arrived, and silent (stopped, dead or cut off): rank 1; rank 0 stands in " in report
+        assert "not arrived and not answering (stopped, dead or cut off): rank 1; rank 0 is in " in report
     else:
-        assert "the job's store does not answer: whoever keeps it (rank 0; under torchrun" in report
+        assert "the job's store does not answer: the process that hosts it (rank 0; under torchrun" in report
 
 
 @pytest.mark.slow
-def test_the_launch_tells_who_stayed_away_and_not_who_lost_a_connection(tmp_path: Path) -> None:
-    """Of four ranks three wait: the first that runs out of time frees the others, and its report is what is told.
+def test_the_launch_names_the_rank_that_did_not_arrive_and_not_one_that_lost_a_connection(tmp_path: Path) -> None:
+    """Of four ranks three wait: the first that times out frees the others, and the launch prints its report.
 
     torchrun ends all others as soon as one has ended.
     """
@@ -150,8 +150,8 @@ def test_the_launch_tells_who_stayed_away_and_not_who_lost_a_connection(tmp_path
         finally:
             launch.kill()
             launch.wait()
-    format_report = (tmp_path / "log").read_text().rpartition("failed with HangError: ")[2].splitlines()[0]
-    assert "not arrived, and silent (stopped, dead or cut off): rank 3" in format_report
+    message = (tmp_path / "log").read_text().rpartition("failed with HangError: ")[2].splitlines()[0]
+    assert "not arrived and not answering (stopped, dead or cut off): rank 3" in message
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -162,17 +162,16 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def slow_storage(rank: int, world_size: int) -> None:
-    """An error that speaks of a time-out, and comes from no collective."""
+    """Raise an error that mentions a time-out and does not come from a collective."""
     with hang_detector(rank, world_size, LIMIT_S):
         raise CheckpointError("step-000003 could not be saved: [Errno 110] Connection timed out")
 
 
-def test_an_error_of_a_storage_stays_what_it_is(ranks: RankPool) -> None:
+def test_an_error_of_a_storage_is_not_a_hang(ranks: RankPool) -> None:
     with pytest.raises(RankError) as raised:
         ranks.run(slow_storage, 2)
     assert all(
-        "CheckpointError: step-000003 could not be saved" in format_report
-        for format_report in raised.value.failures.values()
+        "CheckpointError: step-000003 could not be saved" in failure for failure in raised.value.failures.values()
     )
     assert "HangError" not in str(raised.value)
 
@@ -180,8 +179,8 @@ def test_an_error_of_a_storage_stays_what_it_is(ranks: RankPool) -> None:
 HERE = Position(3, "all_reduce", 9, (0, 1, 2), "f:1", 8.0)
 
 
-def test_words_when_all_have_arrived_and_when_none_can_be_asked() -> None:
+def test_format_report_where_all_have_arrived_and_where_the_store_does_not_answer() -> None:
     others: dict[int, Position | None] = {1: HERE, 2: HERE}
-    assert "arrived: rank 0, 1, 2; all have arrived, so it was slow" in format_report(0, HERE, others, 8)
+    assert "arrived: rank 0, 1, 2; all ranks arrived, so it was slow" in format_report(0, HERE, others, 8)
     alone = format_report(0, HERE, None, 8)
-    assert "rank 0 stands in all_reduce number 9, step 3, for 8 s, at f:1" in alone and "rank 1" not in alone
+    assert "rank 0 is in all_reduce number 9, step 3, for 8 s, at f:1" in alone and "rank 1" not in alone

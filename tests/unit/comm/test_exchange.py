@@ -10,33 +10,33 @@ SEND = [[1, 0, 3], [2, 0, 0], [0, 0, 4]]  # SEND[p][q]: rows from rank p to rank
 
 
 def label(sender: int, receiver: int, row: int) -> float:
-    """What the row of a block holds, different for each."""
+    """The value of a row, different for each."""
     return float(100 * sender + 10 * receiver + row)
 
 
 def exchange(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that hold their labels, and the gradient that comes back when each is weighted by ten times its label."""
+    """The labels of the rows received, and the gradients of the rows sent, each weighted by ten times its label."""
     world = dist.group.WORLD
     assert world is not None
     labels = [label(rank, to, row) for to in range(world_size) for row in range(SEND[rank][to])]
     rows_RD = torch.tensor(labels, requires_grad=True).unsqueeze(1).expand(-1, 2)
     receive = [SEND[sender][rank] for sender in range(world_size)]
-    arrived_QD = exchange_rows(rows_RD, SEND[rank], receive, world)
-    assert arrived_QD.shape == (sum(receive), 2)
+    received_QD = exchange_rows(rows_RD, SEND[rank], receive, world)
+    assert received_QD.shape == (sum(receive), 2)
     rows_RD.retain_grad()
-    (arrived_QD * 10 * arrived_QD.detach()).sum().backward()
+    (received_QD * 10 * received_QD.detach()).sum().backward()
     assert rows_RD.grad is not None
-    return arrived_QD.detach()[:, 0], rows_RD.grad[:, 1]
+    return received_QD.detach()[:, 0], rows_RD.grad[:, 1]
 
 
 def test_rows_arrive_by_sender_and_gradients_return_to_their_rows(ranks: RankPool) -> None:
-    for rank, (arrived, gradient) in enumerate(ranks.run(exchange, 3, timeout_s=60)):
-        assert arrived.tolist() == [label(p, rank, row) for p in range(3) for row in range(SEND[p][rank])]
+    for rank, (received, gradient) in enumerate(ranks.run(exchange, 3, timeout_s=60)):
+        assert received.tolist() == [label(p, rank, row) for p in range(3) for row in range(SEND[p][rank])]
         assert gradient.tolist() == [10 * label(rank, q, row) for q in range(3) for row in range(SEND[rank][q])]
 
 
 def counts(rank: int, world_size: int) -> torch.Tensor:
-    """A table whose entry says who sends it to whom, seen by the receiver."""
+    """Exchange a table whose entries encode sender, receiver and column."""
     world = dist.group.WORLD
     assert world is not None
     table_PN = torch.tensor([[100 * rank + 10 * to + column for column in range(3)] for to in range(world_size)])

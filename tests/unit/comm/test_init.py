@@ -1,4 +1,4 @@
-"""The backend of the machine, and the group that a worker joins for the length of a context."""
+"""The choice of the backend, and the process group of a context."""
 
 import os
 
@@ -11,29 +11,31 @@ from dist_moe.worker.rank_info import RankInfo, RankInfoError, rank_info_from_en
 from tests.dist.pool import RankPool
 
 
-def test_the_backend_is_the_one_that_the_machine_has() -> None:
+def test_choose_backend_follows_the_devices_of_the_host() -> None:
     devices = torch.cuda.device_count()
     many = RankInfo(0, devices + 1, 0, devices + 1, "env")
     assert choose_backend("gloo", RankInfo()) == "gloo"
     assert choose_backend("auto", RankInfo()) == ("nccl" if devices else "gloo")
     assert choose_backend("auto", many) == "gloo", "one worker more than there are devices"
-    with pytest.raises(RankInfoError, match=f"each of this host's {devices + 1} workers and torch sees {devices}"):
+    with pytest.raises(RankInfoError, match=f"each of this host's {devices + 1} workers, and torch finds {devices}"):
         choose_backend("nccl", many)
 
 
 def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:
-    """A world of one that nobody launched, in a process that has no group."""
+    """Join as a single process without a launcher, in a process that has no group."""
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
     with init_distributed(rank_info_from_env(os.environ), "gloo", 30) as dist_context:
         dist.all_reduce(torch.ones(1))
-        found = dist.get_world_size()
+        size = dist.get_world_size()
         names = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    return found, dist_context.backend, names, dist.is_initialized()
+    return size, dist_context.backend, names, dist.is_initialized()
 
 
-def test_workers_share_the_hosts_cores_and_one_that_mpirun_bound_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_threads_divides_the_hosts_cores_except_for_workers_that_mpirun_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     before = torch.get_num_threads()
     try:
@@ -48,25 +50,25 @@ def test_workers_share_the_hosts_cores_and_one_that_mpirun_bound_keeps_its_own(m
         torch.set_num_threads(before)
 
 
-def test_a_world_of_one_needs_no_launcher_and_ends_with_its_context(ranks: RankPool) -> None:
+def test_a_single_process_needs_no_launcher_and_its_group_ends_with_the_context(ranks: RankPool) -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     assert ranks.run(alone, 1) == [(1, "gloo", variables, False)]
 
 
 def joined_twice(rank: int, world_size: int) -> tuple[int, bool]:
-    """A group that exists already is used, and left alone."""
+    """Join where a process group exists already."""
     with init_distributed(rank_info_from_env(os.environ), "gloo", 30) as dist_context:
         total = torch.tensor([dist_context.rank_info.rank])
         dist.all_reduce(total)
     return int(total), dist.is_initialized()
 
 
-def test_a_group_that_exists_is_used_and_left(ranks: RankPool) -> None:
+def test_an_existing_group_is_used_and_not_destroyed(ranks: RankPool) -> None:
     assert ranks.run(joined_twice, 2) == [(1, True), (1, True)]
 
 
 def another_mpi(rank: int, world_size: int) -> str:
-    """The variables of an mpirun, in a process that no mpirun started."""
+    """Join with the variables of mpirun, in a process that mpirun did not start."""
     dist.destroy_process_group()
     os.environ.pop("MASTER_ADDR")
     with pytest.raises(RankInfoError) as error, init_distributed(RankInfo(0, 2, 0, 2, "openmpi"), "gloo", 5):
@@ -74,13 +76,13 @@ def another_mpi(rank: int, world_size: int) -> str:
     return str(error.value)
 
 
-def test_an_mpi_other_than_the_one_that_started_the_workers_is_told(ranks: RankPool) -> None:
+def test_another_mpi_than_the_one_that_started_the_workers_is_an_error(ranks: RankPool) -> None:
     (message,) = ranks.run(another_mpi, 1)
-    assert "2 workers (openmpi) were started, and mpi4py knows of 1: it uses Open MPI v" in message
+    assert "openmpi started 2 workers, but mpi4py finds 1: it uses Open MPI v" in message
 
 
-def nowhere_to_meet(rank: int, world_size: int) -> str:
-    """Many workers whose launcher gave no address."""
+def without_rendezvous(rank: int, world_size: int) -> str:
+    """Join as one of several workers whose launcher set no address of rank 0."""
     dist.destroy_process_group()
     os.environ.pop("MASTER_ADDR")
     os.environ.pop("MASTER_PORT")
@@ -89,7 +91,7 @@ def nowhere_to_meet(rank: int, world_size: int) -> str:
     return str(error.value)
 
 
-def test_workers_without_an_address_to_meet_at_are_told_what_to_export(ranks: RankPool) -> None:
-    (message,) = ranks.run(nowhere_to_meet, 1)
+def test_workers_without_a_rendezvous_get_an_error_with_what_to_export(ranks: RankPool) -> None:
+    (message,) = ranks.run(without_rendezvous, 1)
     assert "MASTER_ADDR and MASTER_PORT not set: 2 workers (slurm)" in message
     assert "-x MASTER_PORT" in message

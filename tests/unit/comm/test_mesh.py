@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.mesh import Mesh, MeshError, block_of_hosts, divisors, make_mesh
+from dist_moe.comm.mesh import Mesh, MeshError, block_of_hosts, make_mesh
 from tests.dist.pool import RankPool
 
 
@@ -15,22 +15,18 @@ def test_the_expert_parallel_axis_is_the_inner_one() -> None:
 
 
 @pytest.mark.parametrize("expert_parallel", [0, 4])
-def test_a_mesh_that_cannot_be_laid_out_names_those_that_can(expert_parallel: int) -> None:
+def test_a_mesh_that_does_not_fit_is_an_error_with_the_sizes_that_do(expert_parallel: int) -> None:
     with pytest.raises(MeshError, match=rf"expert_parallel={expert_parallel} .* 6 workers; use .*\[1, 2, 3, 6\]"):
         Mesh(world_size=6, rank=0, expert_parallel=expert_parallel)
 
 
-def test_experts_that_do_not_divide_are_an_error_that_names_what_does() -> None:
+def test_experts_that_do_not_divide_are_an_error_with_the_sizes_that_do() -> None:
     with pytest.raises(MeshError, match=r"expert_parallel=4 does not divide the model's 10 experts; use .*\[1, 2\]"):
         Mesh(world_size=4, rank=0, expert_parallel=4).local_experts(10)
 
 
-def test_divisors() -> None:
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
-
-
 def row_of(rank: int, world_size: int, expert_parallel: int) -> list[int]:
-    """Which ranks answer in this rank's row."""
+    """The ranks of this rank's row, gathered over its group."""
     mesh = make_mesh(expert_parallel)
     if mesh.ep_group is None:
         return []
@@ -54,9 +50,11 @@ def test_each_row_of_ranks_has_a_group_of_its_own(ranks: RankPool) -> None:
         ("abab", 4, 0),  # not in blocks
         ("aaab", 4, 0),  # not in equal ones
         ("aabbccdd", 4, 2),
-        ("aabbcccc", 4, 0),  # the second row lies on one host
+        ("aabbcccc", 4, 0),  # the second row is on one host
         ("abcabc", 3, 1),
     ],
 )
-def test_rows_that_lie_on_several_hosts_in_equal_blocks(hosts: str, expert_parallel: int, block: int) -> None:
+def test_block_of_hosts_finds_rows_that_span_hosts_in_equal_blocks(
+    hosts: str, expert_parallel: int, block: int
+) -> None:
     assert block_of_hosts(list(hosts), expert_parallel) == block

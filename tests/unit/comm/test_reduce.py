@@ -1,4 +1,4 @@
-"""Sums over all ranks: counts to the last unit, named numbers, and flags."""
+"""Sums over ranks: exact counts and named numbers."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ def test_trap_T05_counts_of_another_dtype_are_refused(dtype: torch.dtype) -> Non
         all_reduce_counts([torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=dtype)], CPU)
 
 
-def test_a_world_of_one_sums_over_itself() -> None:
+def test_a_single_rank_sums_over_itself() -> None:
     counts = [torch.tensor([3, 4]), torch.tensor(5)]
     assert [count.tolist() for count in all_reduce_counts(counts, CPU)] == [[3, 4], 5]
     assert all_reduce_scalars({"nats": 1.5, "tokens": 2}, CPU) == {"nats": 1.5, "tokens": 2.0}
 
 
 def sums(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, float], int]:
-    """Counts above 2**24 that differ by one, numbers; and the collectives that the counts took."""
+    """Sums of counts above 2**24 that differ by one, sums of numbers, and the number of collectives for the counts."""
     shapes = [torch.tensor([2**24 + rank, 1]), torch.tensor(2**53 * rank + 1), torch.zeros(0, dtype=torch.int64)]
     with counted("all_reduce") as calls:
         summed = all_reduce_counts([*shapes, torch.ones(2, 3, dtype=torch.int64)], CPU)
@@ -40,7 +40,7 @@ def test_trap_T05_counts_above_2_to_the_24_are_summed_to_the_last_unit(ranks: Ra
 
 
 def nothing_then_something(rank: int, world_size: int) -> int:
-    """An empty list makes no collective, so the next one meets its like on the other ranks."""
+    """An empty list makes no collective, so the next one matches that of the other ranks."""
     assert all_reduce_counts([], CPU) == []
     return int(all_reduce_counts([torch.tensor(rank + 1)], CPU)[0])
 

@@ -1,4 +1,4 @@
-"""What the tests of a launch share."""
+"""Fixtures of the tests of a launch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,5 +10,6 @@ from dist_moe.launch.supervise.monitor import WorkerMonitor
 
 @pytest.fixture
 def monitor(tmp_path: Path) -> Iterator[WorkerMonitor]:
+    """A monitor of one worker, perhaps on another host."""
     with WorkerMonitor("127.0.0.1", 1, tmp_path) as opened:
         yield opened

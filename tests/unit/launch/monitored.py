@@ -1,4 +1,4 @@
-"""Workers with minders, and minders without workers, for the tests of the launch's hub."""
+"""Workers with agents, and agents without workers, for the tests of the monitor."""
 
 import socket
 import subprocess
@@ -13,9 +13,9 @@ from dist_moe.launch.supervise.protocol import MessageSocket
 WORKER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from dist_moe.launch.supervise.agent import mind
-from dist_moe.launch.supervise.protocol import Meeting
-mind(Meeting.parse(sys.argv[1]), 0, 1, Path(sys.argv[2]))
+from dist_moe.launch.supervise.agent import fork_worker
+from dist_moe.launch.supervise.protocol import Rendezvous
+fork_worker(Rendezvous.parse(sys.argv[1]), 0, 1, Path(sys.argv[2]))
 print("hello", flush=True)
 print("oops", file=sys.stderr, flush=True)
 exec(sys.argv[3])
@@ -24,20 +24,23 @@ LIMIT_S = 20.0
 
 
 def start(monitor: WorkerMonitor, run_dir: Path, act: str) -> subprocess.Popen[str]:
+    """Start the only worker of a job, which runs the code `act`."""
     argv = [sys.executable, "-c", WORKER, str(monitor.rendezvous), str(run_dir), act]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def greet(monitor: WorkerMonitor, rank: int, size: int) -> MessageSocket:
-    """The connection of a minder, without a worker."""
-    line = MessageSocket(socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S))
-    line.send({"word": monitor.rendezvous.word, "rank": rank, "size": size, "host": f"host of {rank} in {size}"})
-    return line
+    """Connect and greet as an agent would, without a worker."""
+    agent = MessageSocket(socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S))
+    host = f"host of {rank} in {size}"
+    agent.send({"token": monitor.rendezvous.token, "rank": rank, "size": size, "host": host})
+    return agent
 
 
-def until(monitor: WorkerMonitor, true: Callable[[], bool]) -> None:
+def until(monitor: WorkerMonitor, condition: Callable[[], bool]) -> None:
+    """Poll until the condition holds."""
     deadline = time.monotonic() + LIMIT_S
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         monitor.wait(0.1)
         monitor.poll()

@@ -1,4 +1,4 @@
-"""The connection between a launch and its workers' minders: real sockets, real processes, on this host."""
+"""The connection between a launch and its workers' agents: real sockets, real processes, on this host."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from dist_moe.launch.supervise.monitor import WorkerMonitor
-from dist_moe.launch.supervise.protocol import LONGEST_BYTES, Rendezvous, ready
+from dist_moe.launch.supervise.protocol import MAX_MESSAGE_BYTES, Rendezvous, wait_readable
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from tests.unit.launch.monitored import LIMIT_S, WORKER, greet, start, until
 
 
-def test_a_worker_that_finishes_is_known_and_its_lines_carry_its_rank(
+def test_a_finished_worker_is_recorded_and_its_output_has_its_rank(
     monitor: WorkerMonitor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     act = """
@@ -33,25 +33,25 @@ write_record(Path(sys.argv[2]), 0, "finished", code=0)
 
 
 @pytest.mark.parametrize(
-    ("act", "code", "told"),
+    ("act", "code", "message"),
     [
         ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL (signal 9)"),
-        ("sys.exit(3)", 3, "ended with exit code 3 and without a report"),
-        ("os._exit(0)", 1, "ended with exit code 0 before its work was done"),
+        ("sys.exit(3)", 3, "exited with code 3 and without an error report"),
+        ("os._exit(0)", 1, "exited with code 0 before its work was done"),
     ],
 )
-def test_an_end_without_a_report_is_told_with_rank_and_host(
-    monitor: WorkerMonitor, tmp_path: Path, act: str, code: int, told: str
+def test_an_exit_without_a_report_is_described_with_rank_and_host(
+    monitor: WorkerMonitor, tmp_path: Path, act: str, code: int, message: str
 ) -> None:
     worker = start(monitor, tmp_path, act)
     until(monitor, lambda: bool(monitor.failures()))
     (failure,) = monitor.failures()
-    assert failure.code == code and failure.text.startswith(f"rank 0 on {socket.gethostname()} {told}")
+    assert failure.code == code and failure.text.startswith(f"rank 0 on {socket.gethostname()} {message}")
     worker.communicate(timeout=LIMIT_S)
-    assert worker.returncode == (code if told.startswith("was") or code == 3 else 0)
+    assert worker.returncode == (code if message.startswith("was") or code == 3 else 0)
 
 
-def test_the_report_of_an_error_comes_before_its_end(monitor: WorkerMonitor, tmp_path: Path) -> None:
+def test_an_error_report_is_received_before_the_exit(monitor: WorkerMonitor, tmp_path: Path) -> None:
     act = """
 from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
@@ -64,44 +64,49 @@ with report_failure(sys.argv[2], 0):
     assert worker.returncode == 1
 
 
-def test_workers_of_one_host_are_named_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_about_a_single_host_do_not_name_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     act = """
 from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
     raise ValueError("boom")
 """
-    with WorkerMonitor("127.0.0.1", 1, tmp_path, apart=False) as monitor:
+    with WorkerMonitor("127.0.0.1", 1, tmp_path, multi_host=False) as monitor:
         worker = start(monitor, tmp_path, act)
         until(monitor, lambda: bool(monitor.failures()))
         report = tmp_path / "errors" / "rank-0.txt"
         assert monitor.failures()[0].text == f"rank 0 failed with ValueError: boom\n(traceback: {report})"
-        assert monitor.pids() == {worker.pid}
+        assert monitor.agent_pids() == {worker.pid}
         worker.communicate(timeout=LIMIT_S)
-        monitor.clear()
+        monitor.clear_records()
         assert not report.exists()
     assert capsys.readouterr().out == "[rank 0] hello\n"
 
 
-@pytest.mark.parametrize("deaf", [False, True])
-def test_a_worker_and_what_it_started_end_with_the_launch(monitor: WorkerMonitor, tmp_path: Path, deaf: bool) -> None:
-    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
+@pytest.mark.parametrize("ignores_sigterm", [False, True])
+def test_a_worker_and_what_it_started_end_with_the_launch(
+    monitor: WorkerMonitor, tmp_path: Path, ignores_sigterm: bool
+) -> None:
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if ignores_sigterm else ""
     act = f"""
 {ignore}
-stray = subprocess.Popen(["sleep", "600"], start_new_session=True)
-Path(sys.argv[2], "pid").write_text(str(stray.pid))
+detached = subprocess.Popen(["sleep", "600"], start_new_session=True)
+Path(sys.argv[2], "pid").write_text(str(detached.pid))
 time.sleep(600)
 """
     worker = start(monitor, tmp_path, act)
-    until(monitor, lambda: monitor.complete() and (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
-    began_s = time.monotonic()
+    until(
+        monitor,
+        lambda: monitor.all_connected() and (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "",
+    )
+    started_s = time.monotonic()
     monitor.release_workers()
-    assert time.monotonic() - began_s < 4
+    assert time.monotonic() - started_s < 4
     worker.communicate(timeout=LIMIT_S)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_worker_does_not_outlive_its_minder(monitor: WorkerMonitor, tmp_path: Path) -> None:
+def test_a_worker_does_not_outlive_its_agent(monitor: WorkerMonitor, tmp_path: Path) -> None:
     act = 'Path(sys.argv[2], "pid").write_text(str(os.getpid())); time.sleep(600)'
     worker = start(monitor, tmp_path, act)
     until(monitor, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
@@ -116,7 +121,7 @@ def test_a_worker_does_not_outlive_its_minder(monitor: WorkerMonitor, tmp_path: 
 
 
 def test_a_launcher_on_the_workers_host_ends_with_the_launch(monitor: WorkerMonitor, tmp_path: Path) -> None:
-    """Also one that does not listen: torchrun waits for minutes for a store that it cannot reach."""
+    """Also one that ignores SIGTERM: torchrun waits for minutes for a store that it cannot reach."""
     launcher = f"""
 import signal, subprocess, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -124,24 +129,24 @@ subprocess.run([sys.executable, "-c", {WORKER!r}, *sys.argv[1:]])
 """
     argv = [sys.executable, "-c", launcher, str(monitor.rendezvous), str(tmp_path), "time.sleep(600)"]
     process = subprocess.Popen(argv, env={**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
-    until(monitor, monitor.complete)
+    until(monitor, monitor.all_connected)
     monitor.release_workers()
     assert process.wait(timeout=LIMIT_S) == -signal.SIGKILL
 
 
-def test_what_an_earlier_worker_left_is_not_taken_for_this_ones(monitor: WorkerMonitor, tmp_path: Path) -> None:
-    """The worker itself removes it only when it gets there."""
+def test_the_record_and_report_of_an_earlier_worker_are_removed(monitor: WorkerMonitor, tmp_path: Path) -> None:
+    """The worker itself removes them only once it has started."""
     (tmp_path / "errors").mkdir()
     (tmp_path / "errors" / "rank-0.txt").write_text("time: 1\nrank: 0\n\nValueError: old\n")
     (tmp_path / "workers").mkdir()
     (tmp_path / "workers" / "rank-0.json").write_text('{"state": "finished"}')
     worker = start(monitor, tmp_path, "time.sleep(0.5); os._exit(0)")
     until(monitor, lambda: bool(monitor.failures()))
-    assert "ended with exit code 0 before its work was done" in monitor.failures()[0].text
+    assert "exited with code 0 before its work was done" in monitor.failures()[0].text
     worker.communicate(timeout=LIMIT_S)
 
 
-def test_a_long_report_keeps_its_head(monitor: WorkerMonitor, tmp_path: Path) -> None:
+def test_a_long_report_is_truncated_at_its_end(monitor: WorkerMonitor, tmp_path: Path) -> None:
     act = """
 from dist_moe.worker.exit import report_failure
 with report_failure(sys.argv[2], 0):
@@ -153,18 +158,18 @@ with report_failure(sys.argv[2], 0):
     worker.communicate(timeout=LIMIT_S)
 
 
-def test_a_job_that_goes_on_with_fewer_workers_is_followed(monitor: WorkerMonitor) -> None:
-    """The ranks that are no more are forgotten, and a worker whose rank is another's now is not told to end."""
+def test_a_job_that_continues_with_fewer_workers_is_monitored(monitor: WorkerMonitor) -> None:
+    """Ranks that no longer exist are removed, and a worker whose rank another has now stays connected."""
     before = [greet(monitor, 0, 2), greet(monitor, 1, 2)]
-    until(monitor, lambda: monitor.size == 2 and monitor.complete())
+    until(monitor, lambda: monitor.size == 2 and monitor.all_connected())
     before[1].close()
     until(monitor, lambda: bool(monitor.failures()))
     after = greet(monitor, 0, 1)
     until(monitor, lambda: monitor.size == 1 and not monitor.failures())
-    assert monitor.complete() and monitor.unfinished() == [0]
-    assert ready([before[0]], 0.2) == []
+    assert monitor.all_connected() and monitor.unfinished() == [0]
+    assert wait_readable([before[0]], 0.2) == []
     again = [greet(monitor, 0, 2), greet(monitor, 1, 2)]
-    until(monitor, lambda: monitor.size == 2 and monitor.complete())
+    until(monitor, lambda: monitor.size == 2 and monitor.all_connected())
     last = greet(monitor, 0, 1)
     until(monitor, lambda: monitor.size == 1)
     again[1].close()
@@ -172,40 +177,40 @@ def test_a_job_that_goes_on_with_fewer_workers_is_followed(monitor: WorkerMonito
         monitor.wait(0.05)
         monitor.poll()
     assert monitor.failures() == []
-    last.send({"ended": 0, "state": "finished"})
+    last.send({"wait_status": 0, "state": "finished"})
     until(monitor, lambda: not monitor.unfinished())
-    for line in (before[0], after, again[0], last):
-        line.close()
+    for agent in (before[0], after, again[0], last):
+        agent.close()
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         b"\n",
         b"not json\n",
         b"[1]\n",
-        b'{"word": "x", "rank": 0}\n',
-        b'{"word": "\\u00e9", "rank": 0, "size": 1}\n',
-        b'{"word": "\\ud800", "rank": 0, "size": 1}\n',
+        b'{"token": "x", "rank": 0}\n',
+        b'{"token": "\\u00e9", "rank": 0, "size": 1}\n',
+        b'{"token": "\\ud800", "rank": 0, "size": 1}\n',
         b"[" * 60_000 + b"\n",
-        b'{"word": "x"',
-        b"a" * (LONGEST_BYTES + 2),
+        b'{"token": "x"',
+        b"a" * (MAX_MESSAGE_BYTES + 2),
     ],
 )
-def test_a_stranger_is_turned_away(monitor: WorkerMonitor, said: bytes) -> None:
+def test_a_connection_without_a_valid_greeting_is_closed(monitor: WorkerMonitor, message: bytes) -> None:
     with socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S) as stranger:
-        stranger.sendall(said[: 1 << 16])
+        stranger.sendall(message[: 1 << 16])
         for _ in range(5):
             monitor.wait(0.05)
             monitor.poll()
     monitor.poll()
-    assert not monitor.complete() and monitor.failures() == []
+    assert not monitor.all_connected() and monitor.failures() == []
 
 
-def test_a_worker_that_cannot_reach_its_launch_says_so(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_reach_its_launch_exits_with_an_error(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        rendezvous = Rendezvous("127.0.0.1", closed.getsockname()[1], "word")
+        rendezvous = Rendezvous("127.0.0.1", closed.getsockname()[1], "token")
     argv = [sys.executable, "-c", WORKER, str(rendezvous), str(tmp_path), ""]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 1 and f"cannot reach the launch at 127.0.0.1, port {rendezvous.port}" in done.stderr

@@ -1,21 +1,21 @@
-"""What goes between a launch and its workers' minders, as bytes."""
+"""The messages between a launch and its workers' agents, as bytes."""
 
 import socket
 
 from dist_moe.launch.supervise.protocol import MessageSocket, Rendezvous
 
 
-def test_a_meeting_is_read_as_it_is_written() -> None:
+def test_rendezvous_is_parsed_from_its_string() -> None:
     rendezvous = Rendezvous("10.0.0.1", 1234, "s-e_cret")
     assert Rendezvous.parse(str(rendezvous)) == rendezvous
 
 
-def test_messages_come_whole_though_they_travel_in_parts() -> None:
+def test_message_socket_joins_messages_that_arrive_in_parts() -> None:
     server = socket.create_server(("127.0.0.1", 0))
     with server, socket.create_connection(server.getsockname()) as sender:
-        line = MessageSocket(server.accept()[0])
+        receiver = MessageSocket(server.accept()[0])
         sender.sendall(b'{"a": 1}\n{"b"')
-        assert line.receive() == [{"a": 1}]
+        assert receiver.receive() == [{"a": 1}]
         sender.sendall(b": 2}\n")
-        assert line.receive() == [{"b": 2}]
-        line.close()
+        assert receiver.receive() == [{"b": 2}]
+        receiver.close()

@@ -1,4 +1,4 @@
-"""What a person sees of rank 0 on a terminal, and what its log keeps."""
+"""What the launch's terminal shows of rank 0, and what its log contains."""
 
 import os
 import pty
@@ -13,16 +13,16 @@ from dist_moe.launch.supervise.pty import Transcript
 LAUNCH = """
 import subprocess, sys
 from pathlib import Path
-from dist_moe.launch.supervise.monitor import Hub
+from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.pty import terminal_environment
 import os
 worker = '''
 import os, sys
 from pathlib import Path
-from dist_moe.launch.supervise.agent import mind
-from dist_moe.launch.supervise.protocol import Meeting
+from dist_moe.launch.supervise.agent import fork_worker
+from dist_moe.launch.supervise.protocol import Rendezvous
 rank = int(sys.argv[3])
-mind(Meeting.parse(sys.argv[1]), rank, 2, Path(sys.argv[2]))
+fork_worker(Rendezvous.parse(sys.argv[1]), rank, 2, Path(sys.argv[2]))
 from rich.console import Console
 from dist_moe.worker.exit import write_record
 console = Console(legacy_windows=False)
@@ -35,25 +35,25 @@ else:
     console.print("two")
 write_record(Path(sys.argv[2]), rank, "finished", code=0)
 '''
-with Hub("127.0.0.1", 2, Path(sys.argv[1]), apart=False) as hub:
+with WorkerMonitor("127.0.0.1", 2, Path(sys.argv[1]), multi_host=False) as monitor:
     environment = {**os.environ, **terminal_environment(sys.stdout)}
     workers = []
     for rank in range(2):
-        argv = [sys.executable, "-c", worker, str(hub.meeting), sys.argv[1], str(rank)]
+        argv = [sys.executable, "-c", worker, str(monitor.rendezvous), sys.argv[1], str(rank)]
         workers.append(subprocess.Popen(argv, env=environment))
-    while hub.unfinished() and not hub.failures():
-        hub.wait(0.1)
-        hub.look()
-    assert not hub.failures(), hub.failures()
+    while monitor.unfinished() and not monitor.failures():
+        monitor.wait(0.1)
+        monitor.poll()
+    assert not monitor.failures(), monitor.failures()
 """
 LIMIT_S = 30.0
 
 
-def seen_on_a_terminal(argv: list[str]) -> str:
-    """What a command shows on a terminal of 77 columns."""
+def run_on_terminal(argv: list[str]) -> str:
+    """Run a command on a terminal of 77 columns, and return what it writes there."""
     reading, writing = pty.openpty()
     sized = ["sh", "-c", 'stty cols 77 rows 20; exec "$@"', "sh", *argv]
-    # Without env it would have LINES and COLUMNS, which readline, once imported, has set behind Python's back.
+    # os.environ lacks LINES and COLUMNS, which readline, once imported, sets in the C environment only.
     with subprocess.Popen(sized, stdin=writing, stdout=writing, env=dict(os.environ)):
         os.close(writing)
         seen = b""
@@ -67,13 +67,13 @@ def seen_on_a_terminal(argv: list[str]) -> str:
     return seen.decode()
 
 
-def test_rank_0_draws_on_the_launchs_terminal_and_its_log_is_plain(
+def test_terminal_output_of_rank_0_is_shown_as_it_is_and_logged_without_control_sequences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("COLUMNS", "LINES", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    seen = seen_on_a_terminal([sys.executable, "-c", LAUNCH, str(tmp_path)])
+    seen = run_on_terminal([sys.executable, "-c", LAUNCH, str(tmp_path)])
     assert "\x1b[31mone\x1b[0m\r\n" in seen, seen
     assert "[rank 1] two\r\n" in seen and "[rank 0]" not in seen
     log = (tmp_path / "logs" / "rank-0.log").read_text()
@@ -81,10 +81,10 @@ def test_rank_0_draws_on_the_launchs_terminal_and_its_log_is_plain(
     assert (tmp_path / "logs" / "rank-1.log").read_text() == "two\n"
 
 
-def test_a_live_line_is_logged_once_for_each_change_however_it_travels() -> None:
-    drawn = b"\x1b[?25lstep 1\r\x1b[2Ktext\nstep 1\r\x1b[2K\x1b[31mstep 2\x1b[0m\r\x1b[2Kstep 2\n\x1b[?25h\nend"
-    told = b"step 1\ntext\nstep 2\nend\n"
+def test_transcript_logs_a_live_line_once_per_change() -> None:
+    output = b"\x1b[?25lstep 1\r\x1b[2Ktext\nstep 1\r\x1b[2K\x1b[31mstep 2\x1b[0m\r\x1b[2Kstep 2\n\x1b[?25h\nend"
+    lines = b"step 1\ntext\nstep 2\nend\n"
     whole = Transcript()
-    assert whole.receive(drawn) + whole.receive(b"") == told
+    assert whole.feed(output) + whole.feed(b"") == lines
     parts = Transcript()
-    assert b"".join(parts.receive(bytes([one])) for one in drawn) + parts.receive(b"") == told
+    assert b"".join(parts.feed(bytes([byte])) for byte in output) + parts.feed(b"") == lines

@@ -1,4 +1,4 @@
-"""What the user's signals do to a job, and how long one is waited for."""
+"""What the user's signals do to a job, and how long a job may take to end."""
 
 import math
 import signal
@@ -14,14 +14,14 @@ from dist_moe.launch.command import Command
 from dist_moe.launch.supervise import run_job
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.protocol import MessageSocket
-from dist_moe.launch.supervise.run_job import End, ends_at_once, follow, grace_s, verdict
+from dist_moe.launch.supervise.run_job import JobEnd, ending_signal, grace_period_s, outcome_of, wait_for_end
 
 COMMAND = Command("torchrun", (), {})
 
 
 @pytest.fixture
 def monitor(tmp_path: Path) -> Iterator[WorkerMonitor]:
-    with WorkerMonitor("127.0.0.1", 1, tmp_path, apart=False) as opened:
+    with WorkerMonitor("127.0.0.1", 1, tmp_path, multi_host=False) as opened:
         yield opened
 
 
@@ -33,13 +33,13 @@ def launcher() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def greet(monitor: WorkerMonitor) -> MessageSocket:
-    """The only worker's minder."""
-    line = MessageSocket(socket.create_connection(monitor.rendezvous[:2]))
-    line.send({"word": monitor.rendezvous.word, "rank": 0, "size": 1, "host": "host", "minder": 0})
-    while not monitor.complete():
+    """Connect and greet as the only worker's agent."""
+    agent = MessageSocket(socket.create_connection(monitor.rendezvous[:2]))
+    agent.send({"token": monitor.rendezvous.token, "rank": 0, "size": 1, "host": "host", "agent_pid": 0})
+    while not monitor.all_connected():
         monitor.wait(0.1)
         monitor.poll()
-    return line
+    return agent
 
 
 @pytest.mark.parametrize(
@@ -54,41 +54,41 @@ def greet(monitor: WorkerMonitor) -> MessageSocket:
         ([signal.SIGHUP], signal.SIGHUP),
     ],
 )
-def test_only_a_first_request_lets_the_job_go_on(received: list[int], expected: int | None) -> None:
-    assert ends_at_once(received) == expected
+def test_ending_signal_is_none_for_requests_to_stop_alone(received: list[int], expected: int | None) -> None:
+    assert ending_signal(received) == expected
 
 
-def test_workers_that_do_not_answer_a_request_are_not_waited_for_without_end(
+def test_workers_that_ignore_a_request_to_stop_are_ended_after_the_timeout(
     monitor: WorkerMonitor, launcher: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_job, "STOP_LIMIT_S", 0.3)
-    line = greet(monitor)
-    end = follow([launcher], monitor, [signal.SIGUSR1], restarts=False)
-    assert line.receive() == [{"signal": signal.SIGUSR1}]
-    assert end == End(None, signal.SIGUSR1)
-    assert verdict(COMMAND, end, monitor, [signal.SIGUSR1]).code == 128 + signal.SIGUSR1
-    line.close()
+    monkeypatch.setattr(run_job, "STOP_TIMEOUT_S", 0.3)
+    agent = greet(monitor)
+    end = wait_for_end([launcher], monitor, [signal.SIGUSR1], restarts=False)
+    assert agent.receive() == [{"signal": signal.SIGUSR1}]
+    assert end == JobEnd(None, signal.SIGUSR1)
+    assert outcome_of(COMMAND, end, monitor, [signal.SIGUSR1]).code == 128 + signal.SIGUSR1
+    agent.close()
 
 
-def test_a_request_before_the_workers_are_there_ends_the_job(
+def test_a_request_to_stop_before_the_workers_connect_ends_the_job(
     monitor: WorkerMonitor, launcher: subprocess.Popen[bytes]
 ) -> None:
-    assert follow([launcher], monitor, [signal.SIGTERM], restarts=False) == End(None, signal.SIGTERM)
+    assert wait_for_end([launcher], monitor, [signal.SIGTERM], restarts=False) == JobEnd(None, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_a_launcher_that_restarts_workers_is_left_no_time_to_do_so_after_a_stop(
+def test_a_launcher_that_restarts_workers_gets_no_grace_period_after_a_stop(
     monitor: WorkerMonitor, restarts: bool
 ) -> None:
-    line = greet(monitor)
-    assert grace_s(monitor, failed=False, restarts=restarts, asked=True) == math.inf
-    line.send({"ended": 75 << 8, "state": "stopped", "time": time.time()})
+    agent = greet(monitor)
+    assert grace_period_s(monitor, launcher_failed=False, restarts=restarts, stop_requested=True) == math.inf
+    agent.send({"wait_status": 75 << 8, "state": "stopped", "time": time.time()})
     while not monitor.stopped():
         monitor.wait(0.1)
         monitor.poll()
-    assert grace_s(monitor, failed=False, restarts=restarts, asked=True) == (
+    assert grace_period_s(monitor, launcher_failed=False, restarts=restarts, stop_requested=True) == (
         0 if restarts else run_job.LAUNCHER_GRACE_S
     )
-    told = "stopped on request: every rank saved its checkpoint; start it again to go on"
-    assert verdict(COMMAND, End(75), monitor, []) == (75, told)
-    line.close()
+    message = "stopped on request: every rank saved its checkpoint; start again to resume"
+    assert outcome_of(COMMAND, JobEnd(75), monitor, []) == (75, message)
+    agent.close()

@@ -1,4 +1,4 @@
-"""How a worker tells of its end: real processes, their exit codes, and the files they leave."""
+"""How a worker reports its end: real processes, their exit codes, and the files that they leave."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.supervise.process_tree import read_process
+from dist_moe.worker.contract import process_identity
 
 LIMIT_S = 30.0
 OPENING = """
@@ -26,7 +26,7 @@ def slow_teardown():
 
 
 def run_worker(run_dir: Path, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a worker of rank 3 that does `body`."""
+    """Run a worker of rank 3 whose code is `body`."""
     program = f"{OPENING}\nwith report_failure({str(run_dir)!r}, 3):\n    {body}\n"
     return subprocess.run(
         [sys.executable, "-c", program],
@@ -38,6 +38,7 @@ def run_worker(run_dir: Path, body: str, **environment: str) -> subprocess.Compl
 
 
 def record(run_dir: Path) -> dict[str, object]:
+    """The record of rank 3."""
     return json.loads((run_dir / "workers" / "rank-3.json").read_text())
 
 
@@ -80,12 +81,12 @@ def test_a_failure_is_reported(tmp_path: Path, body: str, code: int, exception: 
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"rank-3.txt", "rank-3.json"}
 
 
-def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
+def test_ctrl_c_is_not_reported_as_an_error(tmp_path: Path) -> None:
     assert run_worker(tmp_path, "raise KeyboardInterrupt").returncode == 130
     assert not (tmp_path / "errors" / "rank-3.txt").exists()
 
 
-def test_what_was_printed_is_not_lost(tmp_path: Path) -> None:
+def test_output_is_flushed_before_the_exit(tmp_path: Path) -> None:
     done = run_worker(tmp_path, "print('last words'); raise ValueError")
     assert done.stdout == "last words\n"
 
@@ -99,7 +100,7 @@ def test_trap_T34_a_failed_worker_does_not_wait_for_its_teardown(tmp_path: Path)
     assert run_worker(tmp_path, body.strip()).returncode == 1
 
 
-def test_a_report_that_cannot_be_written_does_not_hold_the_worker(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_does_not_delay_the_exit(tmp_path: Path) -> None:
     (tmp_path / "errors").write_text("a file where a folder should be")
     program = f"{OPENING}\nwith exit_hard({str(tmp_path)!r}, 3):\n    raise ValueError('boom')\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S)
@@ -110,10 +111,9 @@ def test_a_report_that_cannot_be_written_does_not_hold_the_worker(tmp_path: Path
 
 def test_a_worker_ends_with_the_launch_that_started_it(tmp_path: Path) -> None:
     launch = subprocess.Popen(["sleep", "600"])
-    known = read_process(launch.pid)
-    assert known
+    identity = process_identity(launch.pid)
     program = f"{OPENING}\nwith report_failure({str(tmp_path)!r}, 0):\n    print(flush=True); time.sleep(600)"
-    environment = {**os.environ, "DIST_MOE_LAUNCH": f"{launch.pid}:{known.start_time}"}
+    environment = {**os.environ, "DIST_MOE_LAUNCH": identity}
     with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) as worker:
         assert worker.stdout and worker.stdout.readline() == b"\n"
         assert worker.poll() is None
@@ -122,14 +122,13 @@ def test_a_worker_ends_with_the_launch_that_started_it(tmp_path: Path) -> None:
     launch.wait()
 
 
-@pytest.mark.parametrize("later", [0, 1])
-def test_a_worker_whose_launch_has_gone_does_not_begin(tmp_path: Path, later: int) -> None:
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_worker_whose_launch_is_gone_exits_before_its_work(tmp_path: Path, reused: bool) -> None:
     with subprocess.Popen(["sleep", "600"]) as launch:
-        known = read_process(launch.pid)
-        assert known
+        identity = process_identity(launch.pid)
         launch.kill()
         launch.wait()
-        # Either nobody has the pid now, or a later process has it.
-        name = f"{os.getpid()}:{known.start_time}" if later else f"{launch.pid}:{known.start_time}"
-        done = run_worker(tmp_path, "print('begun')", DIST_MOE_LAUNCH=name)
+        if reused:  # as if a later process had the pid now
+            identity = f"{os.getpid()}:{identity.partition(':')[2]}"
+        done = run_worker(tmp_path, "print('begun')", DIST_MOE_LAUNCH=identity)
     assert (done.returncode, done.stdout) == (1, "")

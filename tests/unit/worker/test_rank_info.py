@@ -1,4 +1,4 @@
-"""The place of a worker, read from the environment of each launcher."""
+"""The rank of a worker, read from the environment of each launcher."""
 
 import pytest
 
@@ -16,28 +16,28 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
     ("environment", "launcher"),
     [(TORCHRUN, "env"), (DEEPSPEED, "env"), (OPENMPI, "openmpi"), (MPICH, "mpich"), (SLURM, "slurm")],
 )
-def test_every_launcher_says_the_same_in_its_own_words(environment: dict[str, str], launcher: str) -> None:
+def test_every_launchers_variables_are_read(environment: dict[str, str], launcher: str) -> None:
     assert rank_info_from_env(environment) == RankInfo(5, 8, 1, 4, launcher)
 
 
-def test_without_a_launcher_it_is_a_world_of_one() -> None:
+def test_without_a_launcher_it_is_rank_0_of_1() -> None:
     assert rank_info_from_env({}) == RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
-    assert rank_info_from_env({"RANK": "3"}) == RankInfo(), "half a dialect is none"
+    assert rank_info_from_env({"RANK": "3"}) == RankInfo(), "RANK without WORLD_SIZE"
 
 
-def test_a_worker_that_torchrun_started_inside_a_slurm_job_is_torchruns() -> None:
+def test_torchruns_variables_come_before_slurms() -> None:
     assert rank_info_from_env(SLURM | {**TORCHRUN, "RANK": "6"}).rank == 6
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"RANK": "two"}, "RANK='two' is not a whole number"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' is not a whole number"),
+        ({"RANK": "two"}, "RANK='two' is not an integer >= 0"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' is not an integer >= 0"),
         ({"RANK": "8"}, "RANK=8 must be below WORLD_SIZE=8"),
         ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4 must be below LOCAL_WORLD_SIZE=4"),
     ],
 )
-def test_a_place_that_cannot_exist_is_an_error(change: dict[str, str], message: str) -> None:
+def test_a_rank_that_cannot_exist_is_an_error(change: dict[str, str], message: str) -> None:
     with pytest.raises(RankInfoError, match=message):
         rank_info_from_env(TORCHRUN | change)
