@@ -117,7 +117,7 @@ def test_trap_T30_a_rank_that_arrived_late_is_not_blamed(ranks: RankPool) -> Non
 
 @pytest.mark.parametrize("stopped", [1, slow(0)])
 def test_trap_T34_a_stopped_worker_is_named_and_the_other_ends(tmp_path: Path, stopped: int) -> None:
-    """SIGSTOP in training: rank 1 is reported as not answering; without rank 0 there is no store, and no rank is blamed."""
+    """SIGSTOP in training: rank 1 is reported as not answering; without rank 0 there is no store to ask."""
     text, run = write_text(tmp_path), tmp_path / "run"
     argv = command(text, run, "train.steps=100000", "train.schedule_steps=null", f"parallel.timeout_s={LIMIT_S}")
     with direct(argv, 2, tmp_path / "log") as workers:

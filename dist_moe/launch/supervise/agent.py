@@ -93,9 +93,12 @@ def fork_worker(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Pat
 
 def launcher_process(pid: int) -> psutil.Process | None:
     """Return the process if it is a launcher of the same launch, which has the same DIST_MOE_LAUNCH; else None."""
+    launch = os.environ.get(LAUNCH_VARIABLE)
+    if launch is None:
+        return None
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
-        if process.environ().get(LAUNCH_VARIABLE) == os.environ.get(LAUNCH_VARIABLE):
+        if process.environ().get(LAUNCH_VARIABLE) == launch:
             return process
     return None
 

@@ -190,8 +190,8 @@ class WorkerMonitor:
         if messages is None:
             self._agents.pop(rank).close()
             if rank not in self._finished | self._stopped:
-                message = f"{self.describe_rank(rank)} was lost: its host ended, or the network to it was cut"
-                self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, message))
+                text = f"{self.describe_rank(rank)} was lost: its host ended, or the network to it was cut"
+                self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, text))
             return
         for message in messages:
             if "output" in message:

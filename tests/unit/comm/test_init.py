@@ -33,7 +33,7 @@ def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:
     return size, dist_context.backend, names, dist.is_initialized()
 
 
-def test_set_threads_divides_the_hosts_cores_except_for_workers_that_mpirun_bound(
+def test_set_threads_divides_cores_except_for_workers_that_mpirun_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))

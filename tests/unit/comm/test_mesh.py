@@ -54,7 +54,5 @@ def test_each_row_of_ranks_has_a_group_of_its_own(ranks: RankPool) -> None:
         ("abcabc", 3, 1),
     ],
 )
-def test_block_of_hosts_finds_rows_that_span_hosts_in_equal_blocks(
-    hosts: str, expert_parallel: int, block: int
-) -> None:
+def test_block_of_hosts_finds_rows_of_equal_blocks(hosts: str, expert_parallel: int, block: int) -> None:
     assert block_of_hosts(list(hosts), expert_parallel) == block

@@ -82,11 +82,11 @@ with report_failure(sys.argv[2], 0):
     assert capsys.readouterr().out == "[rank 0] hello\n"
 
 
-@pytest.mark.parametrize("ignores_sigterm", [False, True])
+@pytest.mark.parametrize("deaf", [False, True])
 def test_a_worker_and_what_it_started_end_with_the_launch(
-    monitor: WorkerMonitor, tmp_path: Path, ignores_sigterm: bool
+    monitor: WorkerMonitor, tmp_path: Path, deaf: bool
 ) -> None:
-    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if ignores_sigterm else ""
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
     act = f"""
 {ignore}
 detached = subprocess.Popen(["sleep", "600"], start_new_session=True)

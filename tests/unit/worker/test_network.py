@@ -33,7 +33,7 @@ def test_free_port_skips_ports_in_use_and_fails_where_none_is_free(monkeypatch: 
         monkeypatch.setattr(network.random.SystemRandom, "sample", lambda *_, **__: [used, free])
         assert free_port() == free
         monkeypatch.setattr(network.random.SystemRandom, "sample", lambda *_, **__: [used, used])
-        with pytest.raises(NetworkError, match="none of 100 ports tried from 10000 to .* is free; end other jobs"):
+        with pytest.raises(NetworkError, match=r"none of 100 ports tried from 10000 to .* is free; end other jobs"):
             free_port()
 
 
