@@ -69,7 +69,7 @@ def test_a_request_to_stop_reaches_every_host_and_the_run_goes_on(
     launch.wait_for_step(2)
     os.kill(launch.pid, signal.SIGUSR1)
     ended = launch.end(60)
-    told = "stopped on request (SIGUSR1): every rank saved its checkpoint; start it again to go on"
+    told = "stopped on request (SIGUSR1): every rank saved its checkpoint; start again to resume"
     assert (ended.code, ended.errors.strip().splitlines()[-1]) == (75, told), ended.errors
     assert not until_gone(three)
     run = launch.folder / "run"

@@ -16,7 +16,7 @@ from dist_moe.worker.network import LOOPBACK
 
 
 def main(launcher: str, workers: int, path: str, restarts: int) -> None:
-    """Runs the job, writes its message below a line of its own, and leaves with its code."""
+    """Run the job, write its message to stderr after "outcome: ", and exit with its code."""
     config = load_config(path)
     make: dict[str, Callable[..., Command]] = {
         "deepspeed": deepspeed_command,

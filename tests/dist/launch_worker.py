@@ -1,4 +1,4 @@
-"""A worker for the tests of launching: joins the others, meets them once, then does what LAUNCH_ACT says."""
+"""A worker for the tests of launching: joins the process group, then does what LAUNCH_ACT names."""
 
 import os
 import signal
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from dist_moe.cli.main import fork_agent
 from dist_moe.comm.init import init_distributed
 from dist_moe.config import ConfigError, Violation, load_config
-from dist_moe.worker.contract import STOPPED_CODE
+from dist_moe.worker.contract import STOPPED_CODE, WorkerState
 from dist_moe.worker.exit import exit_hard, report_failure, write_record
 from dist_moe.worker.rank_info import rank_info_from_env
 
-HEARD: list[int] = []
-SEEN_S = 0.3
-"""A worker that lives this long after its record is written has been seen by the launch, on a busy host too."""
+RECEIVED: list[int] = []
+RECORDED_S = 0.3
+"""After this time the launch has read a worker's record, on a busy host too."""
 
 
 def main() -> None:
@@ -41,22 +41,22 @@ def main() -> None:
 
 
 def prepare(name: str) -> None:
-    """What has to be so on every rank before the test looks."""
+    """What every rank does before it reports that it is up."""
     if name == "stray":
         subprocess.Popen(["sleep", "600"], start_new_session=True)
     if name.startswith("deaf"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if name in ("heed", "break"):
+    if name in ("stop", "break"):
         for signum in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(signum, lambda number, frame: HEARD.append(number))
+            signal.signal(signum, lambda number, frame: RECEIVED.append(number))
 
 
 def act(name: str, rank: int) -> None:
-    """Rank 1 does what the name says, while the others wait for it in an all-to-all, as between experts."""
+    """Rank 1 does what the name says, while the others wait for it in an all-to-all."""
     if name == "config":
         raise ConfigError([Violation("data.sources", "x", "is not there", "name another")])
-    if name in ("heed", "break"):
-        work_until_told(name, rank)
+    if name in ("stop", "break"):
+        work_until_stopped(name, rank)
     elif rank == 1:
         misbehave(name)
     elif name == "deaf":
@@ -64,25 +64,25 @@ def act(name: str, rank: int) -> None:
     meet()
 
 
-def work_until_told(name: str, rank: int) -> None:
-    """Steps until any rank has been told to stop; then leaves as a worker whose checkpoint is saved, or fails."""
-    told = torch.zeros(1)
-    while not told:
+def work_until_stopped(name: str, rank: int) -> None:
+    """Step until any rank has received a signal; then exit as a worker does after it saved a checkpoint, or fail."""
+    stop = torch.zeros(1)
+    while not stop:
         time.sleep(0.05)
-        told = torch.tensor([float(bool(HEARD))])
-        dist.all_reduce(told)
+        stop = torch.tensor([float(bool(RECEIVED))])
+        dist.all_reduce(stop)
     if name == "break" and rank == 1:
         raise ValueError("the disk is full")
     meet()
-    sys.stdout.write(f"told {signal.Signals(HEARD[0]).name}\n")
+    sys.stdout.write(f"received {signal.Signals(RECEIVED[0]).name}\n")
     sys.stdout.flush()
-    write_record(Path(load_config(sys.argv[2]).run.dir), rank, "stopped", code=STOPPED_CODE)
+    write_record(Path(load_config(sys.argv[2]).run.dir), rank, WorkerState.STOPPED, code=STOPPED_CODE)
     os._exit(STOPPED_CODE)
 
 
 def misbehave(name: str) -> None:
-    """Does not come back, but for "finish", and "again" where it was started again."""
-    time.sleep(SEEN_S)
+    """Fail or hang; returns for "finish", and for "again" after a restart."""
+    time.sleep(RECORDED_S)
     if name == "again" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     if name in ("raise", "deaf"):
@@ -91,14 +91,14 @@ def misbehave(name: str) -> None:
         sys.exit(3)
     if name == "vanish":
         os._exit(0)
-    if name in ("stand", "stray", "deaf alone"):
+    if name in ("wait", "stray", "deaf alone"):
         time.sleep(600)
     if name in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[name])
 
 
 def meet() -> None:
-    """Waits in an all-to-all for every rank."""
+    """Wait in an all-to-all for every rank."""
     sent = torch.ones(dist.get_world_size(), 4)
     dist.all_to_all_single(torch.empty_like(sent), sent)
 

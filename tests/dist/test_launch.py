@@ -1,4 +1,4 @@
-"""Jobs under real launchers: how they end when all goes well, when a worker fails, and when asked to."""
+"""Jobs under real launchers: how they end after success, after a failure, and on request."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 WORKERS = 2
 START_LIMIT_S = 120.0
 END_LIMIT_S = 15.0
-"""More than a job needs on a busy host, less than DeepSpeed, torchrun or gloo wait by themselves (30 s)."""
+"""More than a job needs on a busy host, less than the time-outs of DeepSpeed, torchrun and gloo (30 s)."""
 
 Start = Callable[..., "Job"]
 
 
 class Job:
-    """A running `launch_job` in a process group of its own, as under a shell, and all that carry its mark."""
+    """A running `launch_job` in a process group of its own, as under a shell; its processes share an environment mark."""
 
     def __init__(self, launcher: str, act: str, config: Path, restarts: int = 0) -> None:
         self.mark = f"LAUNCH_MARK={uuid.uuid4()}"
@@ -46,34 +46,34 @@ class Job:
         )
 
     def wait_until_up(self) -> None:
-        """Returns once every worker has met the others."""
+        """Return once every worker has joined the process group."""
         assert self.process.stdout
         up = 0
         while up < WORKERS:
             line = self.process.stdout.readline()
-            assert line, f"the job ended first:\n{self.process.communicate()[1]}"
+            assert line, f"the job ended before:\n{self.process.communicate()[1]}"
             up += line.endswith("is up\n")
 
     def end(self, limit_s: float = END_LIMIT_S) -> tuple[int, str]:
-        """Waits for the end in good time -> exit code, and the message that the user sees."""
+        """Wait for the end, and return the exit code and the message for the user."""
         _, errors = self.process.communicate(timeout=limit_s)
         assert "outcome: " in errors, errors
         return self.process.returncode, errors.partition("outcome: ")[2].strip()
 
-    def left(self) -> list[str]:
-        """The command lines of its processes that live, wherever they are."""
-        found = []
+    def running(self) -> list[str]:
+        """The command lines of its running processes, in any session."""
+        lines = []
         for folder in Path("/proc").iterdir():
             try:
                 if self.mark in (folder / "environ").read_text(errors="replace").split("\0"):
-                    found.append((folder / "cmdline").read_text().replace("\0", " "))
-            except OSError:  # not a process, or one that ended meanwhile
+                    lines.append((folder / "cmdline").read_text().replace("\0", " "))
+            except OSError:  # not a process, or one that has just ended
                 continue
-        return found
+        return lines
 
 
 def write_config(folder: Path) -> Path:
-    """The debug run, in a folder of its own."""
+    """Write the debug configuration with a run folder of its own."""
     config = folder / "run.yaml"
     text = (ROOT / "configs" / "debug.yaml").read_text()
     config.write_text(text.replace("runs/debug", str(folder / "run")).replace("threads: auto", "threads: 1"))
@@ -82,7 +82,7 @@ def write_config(folder: Path) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """`start(launcher, act, restarts=0)` starts a job and waits until its workers are up; none outlives the test."""
+    """`start(launcher, act, restarts=0)` starts a job and waits until its workers are up; it ends with the test."""
     config = write_config(tmp_path)
     jobs = []
 
@@ -99,20 +99,20 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_good_job_ends_with_0_and_says_nothing(start: Start, launcher: str) -> None:
+def test_a_successful_job_exits_with_0_and_without_a_message(start: Start, launcher: str) -> None:
     job = start(launcher, "finish")
     assert job.end() == (0, "")
-    assert not job.left()
+    assert not job.running()
     assert not list(job.run_dir.glob("errors/*"))
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", slow("torchrun"), slow("mpirun")])
-def test_the_first_rank_that_raises_is_named(start: Start, launcher: str) -> None:
+def test_the_first_rank_that_raises_is_reported(start: Start, launcher: str) -> None:
     job = start(launcher, "raise")
     report = job.run_dir / "errors" / "rank-1.txt"
-    told = f"rank 1 failed with ValueError: boom\n\nin two paragraphs\n(traceback: {report})"
-    assert job.end() == (1, told)
-    assert not job.left()
+    message = f"rank 1 failed with ValueError: boom\n\nin two paragraphs\n(traceback: {report})"
+    assert job.end() == (1, message)
+    assert not job.running()
     assert "launch_worker.py" in report.read_text()
 
 
@@ -125,44 +125,44 @@ def test_the_first_rank_that_raises_is_named(start: Start, launcher: str) -> Non
         slow("mpirun", "SIGKILL", 137),
     ],
 )
-def test_a_rank_that_is_killed_is_named(start: Start, launcher: str, act: str, code: int) -> None:
+def test_a_rank_that_is_killed_is_reported(start: Start, launcher: str, act: str, code: int) -> None:
     job = start(launcher, act)
-    ended, told = job.end()
-    assert (ended, told.startswith(f"rank 1 was ended by {act}")) == (code, True), told
-    assert not job.left()
+    ended, message = job.end()
+    assert (ended, message.startswith(f"rank 1 was ended by {act}")) == (code, True), message
+    assert not job.running()
 
 
 @pytest.mark.parametrize(
-    ("act", "code", "told"),
+    ("act", "code", "first_line"),
     [
-        slow("vanish", 1, "rank 1 ended with exit code 0 before its work was done"),
+        slow("vanish", 1, "rank 1 exited with code 0 before its work was done"),
         slow("config", 2, "data.sources=x is not there; name another"),
     ],
 )
-def test_other_ways_to_fail(start: Start, act: str, code: int, told: str) -> None:
+def test_other_ways_to_fail(start: Start, act: str, code: int, first_line: str) -> None:
     job = start("torchrun", act)
     ended, message = job.end()
-    assert (ended, message.splitlines()[0]) == (code, told)
-    assert not job.left()
+    assert (ended, message.splitlines()[0]) == (code, first_line)
+    assert not job.running()
 
 
 @pytest.mark.slow
-def test_trap_T34_a_failed_rank_ends_a_job_that_hears_no_sigterm(start: Start) -> None:
+def test_trap_T34_a_failed_rank_ends_a_job_that_ignores_sigterm(start: Start) -> None:
     job = start("torchrun", "deaf")
-    code, told = job.end()
-    assert (code, told.splitlines()[0]) == (1, "rank 1 failed with ValueError: boom")
-    assert not job.left()
+    code, message = job.end()
+    assert (code, message.splitlines()[0]) == (1, "rank 1 failed with ValueError: boom")
+    assert not job.running()
 
 
 @pytest.mark.parametrize("launcher", [slow(launcher) for launcher in LAUNCHERS])
 def test_ctrl_c_ends_every_process_at_once(start: Start, launcher: str) -> None:
     job = start(launcher, "stray")
-    assert len(job.left()) > 2 * WORKERS  # the job, its launcher, the workers, and their strays
-    asked = time.monotonic()
+    assert len(job.running()) > 2 * WORKERS  # the job, its launcher, the workers, and their strays
+    asked_s = time.monotonic()
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.end() == (130, "stopped by SIGINT; every process has ended")
-    assert time.monotonic() - asked < 5
-    assert not job.left()
+    assert time.monotonic() - asked_s < 5
+    assert not job.running()
 
 
 @pytest.mark.parametrize(
@@ -174,64 +174,64 @@ def test_ctrl_c_ends_every_process_at_once(start: Start, launcher: str) -> None:
         ("mpirun", 0, signal.SIGUSR1),
     ],
 )
-def test_workers_that_are_told_to_stop_end_the_job_with_75(
+def test_a_job_that_stops_on_request_exits_with_75(
     start: Start, launcher: str, restarts: int, signum: signal.Signals
 ) -> None:
-    job = start(launcher, "heed", restarts)
+    job = start(launcher, "stop", restarts)
     job.process.send_signal(signum)
-    asked = time.monotonic()
-    told = f"stopped on request ({signum.name}): every rank saved its checkpoint; start it again to go on"
-    assert job.end() == (75, told)
-    assert time.monotonic() - asked < 5
-    assert not job.left()
+    asked_s = time.monotonic()
+    message = f"stopped on request ({signum.name}): every rank saved its checkpoint; start again to resume"
+    assert job.end() == (75, message)
+    assert time.monotonic() - asked_s < 5
+    assert not job.running()
     for rank in range(WORKERS):
         lines = (job.run_dir / "logs" / f"rank-{rank}.log").read_text().splitlines()
-        assert lines == [f"rank {rank} of {WORKERS} is up", f"told {signum.name}"]
+        assert lines == [f"rank {rank} of {WORKERS} is up", f"received {signum.name}"]
 
 
 @pytest.mark.slow
-def test_a_worker_that_fails_while_it_stops_is_named_and_not_started_again(start: Start) -> None:
+def test_a_worker_that_fails_while_it_stops_is_reported_and_not_restarted(start: Start) -> None:
     job = start("torchrun", "break", 3)
     job.process.send_signal(signal.SIGUSR1)
-    code, told = job.end()
-    assert (code, told.splitlines()[0]) == (1, "rank 1 failed with ValueError: the disk is full")
-    assert not job.left()
+    code, message = job.end()
+    assert (code, message.splitlines()[0]) == (1, "rank 1 failed with ValueError: the disk is full")
+    assert not job.running()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("restarts", "signum"), [(0, signal.SIGUSR1), (3, signal.SIGTERM)])
-def test_workers_that_cannot_stop_yet_end_by_the_signal(start: Start, restarts: int, signum: signal.Signals) -> None:
-    job = start("torchrun", "stand", restarts)
+def test_workers_that_cannot_stop_yet_die_from_the_signal(start: Start, restarts: int, signum: signal.Signals) -> None:
+    job = start("torchrun", "wait", restarts)
     job.process.send_signal(signum)
     assert job.end() == (128 + signum, f"stopped by {signum.name}; every process has ended")
-    assert not job.left()
+    assert not job.running()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_workers_that_do_not_answer(start: Start, second: signal.Signals) -> None:
+def test_a_second_signal_ends_workers_that_ignore_the_first(start: Start, second: signal.Signals) -> None:
     job = start("torchrun", "deaf alone")
     job.process.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
         job.process.wait(1)
     job.process.send_signal(second)
     assert job.end() == (128 + second, f"stopped by {second.name}; every process has ended")
-    assert not job.left()
+    assert not job.running()
 
 
 @pytest.mark.slow
-def test_a_request_to_stop_before_the_workers_are_there_ends_the_job(tmp_path: Path) -> None:
+def test_a_request_to_stop_before_the_workers_connect_ends_the_job(tmp_path: Path) -> None:
     job = Job("torchrun", "finish", write_config(tmp_path))
     while not (job.run_dir / "launch.lock").exists():
         assert job.process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.1)  # until it hears
+    time.sleep(0.1)  # until it captures signals
     job.process.terminate()
     assert job.end() == (143, "stopped by SIGTERM; every process has ended")
-    assert not job.left()
+    assert not job.running()
 
 
-def test_a_killed_worker_is_started_again_by_torchrun(start: Start) -> None:
+def test_torchrun_restarts_a_killed_worker(start: Start) -> None:
     job = start("torchrun", "again", 1)
     assert job.end(START_LIMIT_S) == (0, "")
     log = (job.run_dir / "logs" / "rank-1.log").read_text()
@@ -240,25 +240,25 @@ def test_a_killed_worker_is_started_again_by_torchrun(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_the_last_attempt_is_told(start: Start) -> None:
+def test_the_last_attempt_is_reported(start: Start) -> None:
     job = start("torchrun", "raise", 1)
-    code, told = job.end(START_LIMIT_S)
-    assert (code, told.splitlines()[0]) == (1, "rank 1 failed with ValueError: boom")
+    code, message = job.end(START_LIMIT_S)
+    assert (code, message.splitlines()[0]) == (1, "rank 1 failed with ValueError: boom")
     assert (job.run_dir / "logs" / "rank-1.log").read_text().count("is up\n") == 2
 
 
 @pytest.mark.slow
 def test_workers_do_not_outlive_a_launch_that_is_killed(start: Start) -> None:
-    job = start("deepspeed", "stand")
+    job = start("deepspeed", "wait")
     job.process.kill()
     deadline = time.monotonic() + END_LIMIT_S
-    while job.left():
-        assert time.monotonic() < deadline, job.left()
+    while job.running():
+        assert time.monotonic() < deadline, job.running()
         time.sleep(0.05)
 
 
 def test_a_second_job_in_the_same_folder_is_refused(start: Start, tmp_path: Path) -> None:
-    first = start("torchrun", "stand")
+    first = start("torchrun", "wait")
     second = Job("torchrun", "finish", tmp_path / "run.yaml")
     assert second.process.wait(timeout=START_LIMIT_S) == 1
     assert f"run.dir={first.run_dir} is in use" in second.process.communicate()[1]

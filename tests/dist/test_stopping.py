@@ -1,15 +1,15 @@
-"""Real workers that are asked to stop: a checkpoint at the end of the step, exit code 75, and the same run after."""
+"""Real workers that are requested to stop: a checkpoint at the end of the step, exit code 75, and the same losses after."""
 
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from dist_moe.worker.contract import STOPPED_CODE
+from dist_moe.worker.network import free_port
 from tests.dist.loaded import LoadedProcess
 from tests.dist.resumable import command, same_bits, steps, write_text
 from tests.selection import slow
@@ -31,12 +31,9 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(text: Path, run: Path, *changes: str) -> list[LoadedProcess]:
-    """Two workers, told their places by the environment alone, two micro-batches to a step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Start two workers by environment variables alone, with two micro-batches a step."""
     argv = command(text, run, f"train.steps={STEPS}", "train.schedule_steps=null", *changes)
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     rank_infos = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return [LoadedProcess(argv, {**environment, **rank_info}) for rank_info in rank_infos]
@@ -49,16 +46,16 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("asking", [signal.SIGTERM, slow(signal.SIGUSR1)])
-def test_trap_T45_a_request_waits_for_the_end_of_the_step_and_the_run_goes_on_bit_for_bit(
-    text: Path, tmp_path: Path, undisturbed: Path, asking: signal.Signals
+@pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGUSR1)])
+def test_trap_T45_a_run_stops_after_the_step_and_resumes_bit_for_bit(
+    text: Path, tmp_path: Path, undisturbed: Path, signum: signal.Signals
 ) -> None:
-    """One worker of two is told, somewhere within a window of accumulation; both stop after the same step."""
+    """One worker of two gets the signal, at some micro-batch of a step; both stop after the same step."""
     run = tmp_path / "run"
     workers = start(text, run)
     try:
         wait_for_step(run, 5)
-        workers[1].send_signal(asking)
+        workers[1].send_signal(signum)
         assert [worker.wait(LIMIT_S) for worker in workers] == [STOPPED_CODE, STOPPED_CODE]
     finally:
         for worker in workers:
@@ -76,8 +73,8 @@ def test_trap_T45_a_request_waits_for_the_end_of_the_step_and_the_run_goes_on_bi
 
 
 @pytest.mark.slow
-def test_workers_that_are_killed_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """SIGKILL leaves no time for a checkpoint; steps after the last one are made again, alike."""
+def test_workers_that_are_killed_resume_from_the_last_checkpoint(text: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """SIGKILL leaves no time for a checkpoint; steps after the last one are repeated with the same result."""
     run = tmp_path / "run"
     workers = start(text, run, "checkpoint.interval=5")
     try:

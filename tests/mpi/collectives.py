@@ -1,4 +1,4 @@
-"""A program for mpirun: every collective of the MPI backend beside gloo's, on the same tensors of random sizes."""
+"""A program for mpirun: compares every collective of the MPI backend with gloo's, on tensors of random sizes."""
 
 import os
 import random
@@ -16,8 +16,8 @@ from dist_moe.worker.rank_info import rank_info_from_env
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-MOVED = (*FLOATS, *INTEGERS, torch.bool)
-GLOO_KNOWS = (
+DTYPES = (*FLOATS, *INTEGERS, torch.bool)
+GLOO_DTYPES = (
     torch.float32,
     torch.float64,
     torch.float16,
@@ -34,7 +34,7 @@ Action = Callable[[dist.ProcessGroup], list[Tensor]]
 
 
 class Pair:
-    """The same ranks as a group of each backend, and random draws: `draw` alike on all ranks, tensors of their own."""
+    """The same ranks as a group of each backend, with random draws: `draw` is equal on all ranks, tensors differ."""
 
     def __init__(self, ranks: list[int], seed: int) -> None:
         self.ranks = ranks
@@ -45,9 +45,11 @@ class Pair:
         self.rank = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else -1
 
     def length(self) -> int:
+        """A random length, the same on all ranks; 0 and 1 are likely."""
         return self.draw.choice((0, 1, self.draw.randrange(2, 40), self.draw.randrange(40, 5000)))
 
     def root(self) -> int:
+        """A random global rank, the same on all ranks."""
         return self.draw.choice(self.ranks)
 
     def tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -98,9 +100,9 @@ def all_gather_into_tensor(pair: Pair, dtype: torch.dtype) -> Action:
     tensor = pair.tensor(pair.length(), 2, dtype=dtype)
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
-        all_gather_objects = tensor.new_empty(pair.size * len(tensor), 2)
-        dist.all_gather_into_tensor(all_gather_objects, tensor, group=group)
-        return [all_gather_objects]
+        gathered = tensor.new_empty(pair.size * len(tensor), 2)
+        dist.all_gather_into_tensor(gathered, tensor, group=group)
+        return [gathered]
 
     return act
 
@@ -109,9 +111,9 @@ def all_gather(pair: Pair, dtype: torch.dtype) -> Action:
     tensor = pair.tensor(pair.length(), 2, dtype=dtype)
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
-        all_gather_objects = [torch.empty_like(tensor) for _ in range(pair.size)]
-        dist.all_gather(all_gather_objects, tensor, group=group)
-        return all_gather_objects
+        gathered = [torch.empty_like(tensor) for _ in range(pair.size)]
+        dist.all_gather(gathered, tensor, group=group)
+        return gathered
 
     return act
 
@@ -120,9 +122,9 @@ def gather(pair: Pair, dtype: torch.dtype) -> Action:
     tensor, root = pair.tensor(pair.length(), dtype=dtype), pair.root()
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
-        all_gather_objects = [torch.empty_like(tensor) for _ in range(pair.size)] if dist.get_rank() == root else None
-        dist.gather(tensor, all_gather_objects, root, group=group)
-        return all_gather_objects or []
+        gathered = [torch.empty_like(tensor) for _ in range(pair.size)] if dist.get_rank() == root else None
+        dist.gather(tensor, gathered, root, group=group)
+        return gathered or []
 
     return act
 
@@ -177,7 +179,7 @@ def all_to_all_uneven(pair: Pair, dtype: torch.dtype) -> Action:
     rows = [[pair.length() for _ in range(pair.size)] for _ in range(pair.size)]
     width = pair.draw.choice((1, 5))
     tensor = pair.tensor(sum(rows[pair.rank]), width, dtype=dtype)
-    receive = [line[pair.rank] for line in rows]
+    receive = [of_sender[pair.rank] for of_sender in rows]
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
         received = tensor.new_empty(sum(receive), width)
@@ -187,8 +189,8 @@ def all_to_all_uneven(pair: Pair, dtype: torch.dtype) -> Action:
     return act
 
 
-def with_gaps(pair: Pair, dtype: torch.dtype) -> Action:
-    """Columns of a wider tensor: MPI cannot write into them in one piece."""
+def not_contiguous(pair: Pair, dtype: torch.dtype) -> Action:
+    """Every second column of a tensor, which MPI cannot write to as one message."""
     tensor, root = pair.tensor(pair.length() + 1, 6, dtype=dtype), pair.root()
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
@@ -202,7 +204,7 @@ def with_gaps(pair: Pair, dtype: torch.dtype) -> Action:
 
 
 def send_and_receive(pair: Pair, dtype: torch.dtype) -> Action:
-    """Around the ring, both at once, with two tags."""
+    """Around a ring, two messages at once with different tags."""
     length = pair.length()
     parts = [pair.tensor(length, dtype=dtype) for _ in range(2)]
 
@@ -220,7 +222,7 @@ def send_and_receive(pair: Pair, dtype: torch.dtype) -> Action:
 
 
 def asynchronous(pair: Pair, dtype: torch.dtype) -> Action:
-    """Three on their way at once, waited for in another order."""
+    """Three in flight at once, waited for in another order."""
     parts = [pair.tensor(pair.length(), dtype=dtype) for _ in range(3)]
 
     def act(group: dist.ProcessGroup) -> list[Tensor]:
@@ -243,26 +245,26 @@ MOVES = (
     scatter,
     all_to_all_even,
     all_to_all_uneven,
-    with_gaps,
+    not_contiguous,
     send_and_receive,
 )
 SUMS = (all_reduce, reduce, reduce_scatter, reduce_scatter_tensor, asynchronous)
 
 
 def compare(pair: Pair, make: Callable[[Pair, torch.dtype], Action], dtype: torch.dtype) -> int:
-    """One collective of both backends -> how many tensors agreed. What gloo cannot carry it carries as int32."""
+    """Run one collective on both backends, and return the number of equal tensors. For dtypes that gloo lacks it uses int32."""
     state = pair.draw.getstate()
     ours = make(pair, dtype)(pair.mpi)
     pair.draw.setstate(state)
-    theirs = make(pair, dtype if dtype in GLOO_KNOWS else torch.int32)(pair.gloo)
+    theirs = make(pair, dtype if dtype in GLOO_DTYPES else torch.int32)(pair.gloo)
     for mine, expected in zip(ours, theirs, strict=True):
-        told = f"rank {dist.get_rank()}: {make.__name__} of {dtype} among {pair.ranks}: {mine} is not {expected}"
-        assert torch.equal(mine, expected.to(dtype)), told
+        message = f"rank {dist.get_rank()}: {make.__name__} of {dtype} among {pair.ranks}: {mine} is not {expected}"
+        assert torch.equal(mine, expected.to(dtype)), message
     return len(ours)
 
 
 def main() -> None:
-    """Prints how many comparisons agreed; an error names the first that did not."""
+    """Print the number of equal tensors; an error names the first that differs."""
     rank_info = rank_info_from_env(os.environ)
     rank, size = rank_info.rank, rank_info.world_size
     torch.set_num_threads(1)
@@ -270,13 +272,13 @@ def main() -> None:
         backend.register(), init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=size, timeout=TIMEOUT
     )
     agreed = 0
-    everyone = list(range(size))
-    for number, ranks in enumerate((everyone, everyone[::2], everyone[1:])):
+    all_ranks = list(range(size))
+    for number, ranks in enumerate((all_ranks, all_ranks[::2], all_ranks[1:])):
         pair = Pair(ranks, seed=number)
         if rank not in ranks:
             continue
-        moves = [make for make in MOVES if len(ranks) > 1 or make is not send_and_receive]  # gloo sends none to itself
-        for make, dtype in [*product(moves, MOVED), *product(SUMS, GLOO_KNOWS)]:
+        moves = [make for make in MOVES if len(ranks) > 1 or make is not send_and_receive]  # gloo cannot send to itself
+        for make, dtype in [*product(moves, DTYPES), *product(SUMS, GLOO_DTYPES)]:
             agreed += sum(compare(pair, make, dtype) for _ in range(ROUNDS))
     dist.barrier()
     sys.stdout.write(f"rank {rank}: {agreed} agreed\n")

@@ -1,4 +1,4 @@
-"""Starts a program under this environment's own mpirun."""
+"""Runs a program with the mpirun of this environment."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ LIMIT_S = 240.0
 
 
 def mpirun(ranks: int, arguments: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` on `ranks` ranks of this host, more than it has cores if need be."""
+    """Run `python ARGUMENTS` on `ranks` ranks of this host, even if it has fewer cores."""
     command = [
         str(Path(sys.executable).parent / "mpirun"),
         *("--oversubscribe", "--bind-to", "none"),

@@ -1,4 +1,4 @@
-"""A program for mpirun: objects, averages, truth values, time-outs and mistakes, where gloo is no measure."""
+"""A program for mpirun: objects, averages, booleans, time-outs and errors, which gloo lacks or handles differently."""
 
 import os
 import sys
@@ -14,15 +14,15 @@ from dist_moe.worker.rank_info import rank_info_from_env
 
 
 def objects(rank: int, size: int) -> None:
-    found: list[object] = [None] * size
-    dist.all_gather_object(found, {"rank": rank, "text": "x" * rank * 1000})
-    assert [one["rank"] for one in found if isinstance(one, dict)] == list(range(size))
-    told = [f"from {rank}"]
-    dist.broadcast_object_list(told, src=size - 1)
-    assert told == [f"from {size - 1}"]
+    gathered: list[object] = [None] * size
+    dist.all_gather_object(gathered, {"rank": rank, "text": "x" * rank * 1000})
+    assert [one["rank"] for one in gathered if isinstance(one, dict)] == list(range(size))
+    objects = [f"from {rank}"]
+    dist.broadcast_object_list(objects, src=size - 1)
+    assert objects == [f"from {size - 1}"]
 
 
-def averages_and_truth(rank: int, size: int) -> None:
+def averages_and_booleans(rank: int, size: int) -> None:
     mean = torch.tensor([float(rank), 1.0])
     dist.all_reduce(mean, dist.ReduceOp.AVG)
     assert mean.tolist() == [(size - 1) / 2, 1.0]
@@ -32,7 +32,7 @@ def averages_and_truth(rank: int, size: int) -> None:
 
 
 def rounded_once(rank: int, size: int) -> None:
-    """256 + 1 is no number of bf16: added one by one the ones are lost, added in fp32 they are not."""
+    """bf16 cannot represent 256 + 1: added one by one in bf16 the ones are lost, added in fp32 they are not."""
     total = torch.tensor([256.0 if rank == 0 else 1.0], dtype=torch.bfloat16)
     dist.all_reduce(total)
     assert total.item() == torch.tensor(256.0 + size - 1).bfloat16().item()
@@ -52,10 +52,10 @@ def futures_and_sources(rank: int, size: int) -> None:
 
 
 def uneven_lists(rank: int, size: int) -> None:
-    """Parts of other sizes for other ranks, which gloo has not."""
-    all_gather_objects = [torch.empty(one + 1) for one in range(size)]
-    dist.all_gather(all_gather_objects, torch.full((rank + 1,), float(rank)))
-    assert [part.tolist() for part in all_gather_objects] == [[float(one)] * (one + 1) for one in range(size)]
+    """Parts of different sizes for different ranks, which gloo does not support."""
+    gathered = [torch.empty(one + 1) for one in range(size)]
+    dist.all_gather(gathered, torch.full((rank + 1,), float(rank)))
+    assert [part.tolist() for part in gathered] == [[float(one)] * (one + 1) for one in range(size)]
     added = torch.empty(rank + 1)
     dist.reduce_scatter(added, [torch.full((one + 1,), float(rank + one)) for one in range(size)])
     assert added.tolist() == [sum(range(size)) + size * float(rank)] * (rank + 1)
@@ -65,7 +65,7 @@ def uneven_lists(rank: int, size: int) -> None:
 
 
 def coalesced(rank: int, size: int) -> None:
-    """Several of a kind at once, as ZeRO asks for them."""
+    """Several collectives of a kind at once, as ZeRO uses them."""
     inputs = [torch.full((2,), float(rank)), torch.full((3,), rank + 0.5)]
     wholes = [torch.empty(size * len(one)) for one in inputs]
     with dist._coalescing_manager():
@@ -86,7 +86,7 @@ def coalesced(rank: int, size: int) -> None:
 
 
 def in_place(rank: int, size: int) -> None:
-    """Memory that is read and written too; what MPI forbids is done by a copy."""
+    """Inputs that overlap outputs, which MPI forbids and the backend copies."""
     whole = torch.zeros(2 * size)
     whole[2 * rank : 2 * rank + 2] = rank + 1.0
     dist.all_gather_into_tensor(whole, whole[2 * rank : 2 * rank + 2])
@@ -99,7 +99,7 @@ def in_place(rank: int, size: int) -> None:
 
 
 def of_parameters(rank: int, size: int) -> None:
-    """A collective is no operation of autograd."""
+    """Autograd does not track collectives."""
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.nn.Parameter(torch.full((4, 6), float(rank), dtype=dtype))
         dist.all_reduce(weight, dist.ReduceOp.AVG)
@@ -110,8 +110,8 @@ def of_parameters(rank: int, size: int) -> None:
         assert received.tolist() == list(range(size))
 
 
-def mistakes(rank: int, size: int) -> None:
-    with pytest.raises(TypeError, match=r"has no AVG of torch\.int64; take another"):
+def errors(rank: int, size: int) -> None:
+    with pytest.raises(TypeError, match=r"has no AVG of torch\.int64; use another"):
         dist.all_reduce(torch.ones(1, dtype=torch.int64), dist.ReduceOp.AVG)
     with pytest.raises(TypeError, match=r"has no BAND of torch\.float32"):
         dist.all_reduce(torch.ones(1), dist.ReduceOp.BAND)
@@ -119,15 +119,15 @@ def mistakes(rank: int, size: int) -> None:
         dist.all_reduce(torch.ones(1, dtype=torch.uint32))
 
 
-def forgotten(rank: int, size: int) -> None:
-    """Memory that MPI still writes to is kept, also where nobody keeps the work."""
+def dropped_work(rank: int, size: int) -> None:
+    """Memory that MPI still writes to stays alive, also where the caller drops the work."""
     for _ in range(50):
         dist.all_reduce(torch.ones(50_000), async_op=True)
     dist.barrier()
 
 
 def time_out(rank: int, size: int) -> None:
-    """Last, since the communicator is of no use afterwards."""
+    """Last, since the communicator cannot be used afterwards."""
     group = dist.new_group()
     set_pg_timeouts(1.5)
     dist.all_reduce(torch.ones(1), group=group)
@@ -139,22 +139,22 @@ def time_out(rank: int, size: int) -> None:
         assert 1.4 < time.monotonic() - began_s < 10
     set_pg_timeouts(60)
     dist.barrier()
-    sys.stdout.write(f"rank {rank} is through\n")
+    sys.stdout.write(f"rank {rank} passed\n")
     sys.stdout.flush()
     os._exit(0)
 
 
 STEPS = (
     objects,
-    averages_and_truth,
+    averages_and_booleans,
     rounded_once,
     futures_and_sources,
     uneven_lists,
     coalesced,
     in_place,
     of_parameters,
-    mistakes,
-    forgotten,
+    errors,
+    dropped_work,
     time_out,
 )
 
