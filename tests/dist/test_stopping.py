@@ -1,4 +1,4 @@
-"""Real workers that are requested to stop: a checkpoint at the end of the step, exit code 75, and the same losses after."""
+"""Real workers that are requested to stop: a checkpoint after the step, exit code 75, and the same losses later."""
 
 import json
 import os

@@ -252,7 +252,7 @@ SUMS = (all_reduce, reduce, reduce_scatter, reduce_scatter_tensor, asynchronous)
 
 
 def compare(pair: Pair, make: Callable[[Pair, torch.dtype], Action], dtype: torch.dtype) -> int:
-    """Run one collective on both backends, and return the number of equal tensors. For dtypes that gloo lacks it uses int32."""
+    """Run one collective on both backends, gloo with int32 for a dtype that it lacks; return the number of tensors."""
     state = pair.draw.getstate()
     ours = make(pair, dtype)(pair.mpi)
     pair.draw.setstate(state)
