@@ -24,7 +24,7 @@ Start = Callable[..., "Job"]
 
 
 class Job:
-    """A running `launch_job` in a process group of its own, as under a shell; its processes share an environment mark."""
+    """A running `launch_job` in a process group of its own, as under a shell; its processes share a variable."""
 
     def __init__(self, launcher: str, act: str, config: Path, restarts: int = 0) -> None:
         self.mark = f"LAUNCH_MARK={uuid.uuid4()}"
