@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from torch.distributed import distributed_c10d
 
 from dist_moe.worker.network import LOOPBACK, free_port, interface_of, source_address
 from dist_moe.worker.rank_info import RankInfo, RankInfoError
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK_INTERFACE = "lo"
 MPI_LAUNCHERS = ("openmpi", "mpich")
@@ -93,11 +96,16 @@ def init_distributed(rank_info: RankInfo, backend: str, timeout_s: float) -> Ite
     Raises:
         RankInfoError: The backend cannot be used, or the launcher set no address of rank 0.
     """
-    backend = choose_backend(backend, rank_info)
+    requested, backend = backend, choose_backend(backend, rank_info)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", rank_info.local_rank)
         torch.cuda.set_device(device)
+    logger.info(
+        "backend %s (parallel.backend=%s) on %s: rank %d of %d, %d on this host, started by %s",
+        *(backend, requested, device, rank_info.rank, rank_info.world_size),
+        *(rank_info.local_world_size, rank_info.launcher),
+    )
     if dist.is_initialized():
         yield DistContext(rank_info, device, backend)
         return
@@ -188,6 +196,7 @@ def _choose_interface(target: str) -> None:
     """
     interface = interface_of(source_address(target))
     if interface is not None and interface != LOOPBACK_INTERFACE:
+        logger.info("the interface to rank 0 (%s) is %s", target, interface)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 

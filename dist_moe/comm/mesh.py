@@ -1,6 +1,7 @@
 """The mesh: which ranks hold which experts, as one frozen value that is passed by argument."""
 
 import itertools
+import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.errors import UserError
 from dist_moe.text import divisors
+
+logger = logging.getLogger(__name__)
 
 
 class MeshError(UserError, ValueError):
@@ -128,6 +131,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
             f"parallel.all_to_all=hierarchical needs every {expert_parallel} consecutive workers to span several "
             f"hosts, with the same number on each, but their hosts are {', '.join(hosts)}; use auto or flat"
         )
+    logger.info("parallel.all_to_all=%s: %s", exchange, f"two hops, {block} ranks per node" if block else "one hop")
     return block
 
 

@@ -27,7 +27,7 @@ READY_S = 60.0
 
 
 def worker_of(host: Host, rank: int) -> int:
-    """The pid, on this machine, of a rank's worker on the host: its environment names it, and it is its minder's twin.
+    """The pid, on this machine, of a rank's worker on the host: by its environment, which it shares with its agent.
 
     Not that of a worker of somebody else, whom this machine may serve too.
     """

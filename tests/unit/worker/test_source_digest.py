@@ -1,4 +1,4 @@
-"""The digest of the package is that of the code, whatever way it was installed."""
+"""The digest of the package is the same for a checkout and a wheel, and changes with its code."""
 
 import os
 import shutil
