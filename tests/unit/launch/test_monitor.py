@@ -83,9 +83,7 @@ with report_failure(sys.argv[2], 0):
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_a_worker_and_what_it_started_end_with_the_launch(
-    monitor: WorkerMonitor, tmp_path: Path, deaf: bool
-) -> None:
+def test_a_worker_and_what_it_started_end_with_the_launch(monitor: WorkerMonitor, tmp_path: Path, deaf: bool) -> None:
     ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
     act = f"""
 {ignore}
