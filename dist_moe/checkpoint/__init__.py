@@ -1,1 +1,1 @@
-"""Checkpoints: written while training continues, independent of the layout, verified."""
+"""Checkpoints: written while training continues, independent of the parallel layout, verified."""

@@ -1,4 +1,4 @@
-"""Work that may fail on one rank, and then fails on all."""
+"""Runs work on every rank, and raises on all ranks if it fails on one."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,16 +13,29 @@ from dist_moe.errors import UserError
 Result = TypeVar("Result")
 
 
-def run_on_all_ranks(mesh: Mesh, told: str, work: Callable[[], Result]) -> list[Result]:
-    """Do `work` on every rank -> the result of each; CheckpointError on all of them where it fails on one."""
+def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result]) -> list[Result]:
+    """Run `work` on every rank. A collective call.
+
+    Args:
+        mesh: The ranks.
+        what: The beginning of the error message, such as "step-000020 could not be saved".
+        work: Runs on this rank; it must not call collectives.
+
+    Returns:
+        The result of each rank, in rank order.
+
+    Raises:
+        CheckpointError: On every rank, if `work` failed on one.
+    """
     result: Result | None = None
     failure = None
+    # A rank that raised here would leave the others waiting in the collective below.
     try:
         result = work()
     except (OSError, SafetensorError, UserError, RuntimeError, ValueError, MemoryError) as error:
         failure = str(error) or type(error).__name__
-    answers = all_gather_objects((failure, result)) if mesh.world_size > 1 else [(failure, result)]
-    for rank, (failed, _) in enumerate(answers):
-        if failed is not None:
-            raise CheckpointError(f"{told}: {failed} (rank {rank})")
-    return [found for _, found in answers]  # type: ignore[misc]  # None only where `work` returns it
+    outcomes = all_gather_objects((failure, result)) if mesh.world_size > 1 else [(failure, result)]
+    for rank, (message, _) in enumerate(outcomes):
+        if message is not None:
+            raise CheckpointError(f"{what}: {message} (rank {rank})")
+    return [value for _, value in outcomes]  # type: ignore[misc]  # None only where `work` returns it

@@ -1,11 +1,11 @@
-"""Errors of checkpoints and of weights folders."""
+"""Errors of checkpoints and weights folders."""
 
 from dist_moe.errors import UserError
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be written or used: which, why, and what to do."""
+    """A checkpoint cannot be written or read; the message has the checkpoint, the reason and the remedy."""
 
 
 class WeightsError(UserError, ValueError):
-    """A weights folder that does not fit; the message lists every tensor that is missing or unexpected."""
+    """A weights folder does not match the model; the message lists every missing and unexpected tensor."""

@@ -1,4 +1,4 @@
-"""Checkpoints of hosts that share no storage: files go to rank 0's host when they are saved, and to all when opened."""
+"""Copies checkpoint files between hosts without shared storage: to rank 0's host on save, to all hosts on resume."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,27 +15,31 @@ CHUNK_BYTES = 1 << 24
 
 
 class Hosts(NamedTuple):
-    """Whose disk is whose. names: the host of each rank."""
+    """Which ranks share a disk.
+
+    Attributes:
+        names: The host of each rank; all are equal with shared storage.
+    """
 
     names: tuple[str, ...]
 
     def is_host_leader(self, rank: int) -> bool:
-        """Whether it is the first rank of its host, which does there what is done once."""
+        """Whether this is the first rank of its host, which does what is done once per host."""
         return rank == self.names.index(self.names[rank])
 
     def is_remote(self, rank: int) -> bool:
-        """Whether its host is not rank 0's."""
+        """Whether the rank is on another host than rank 0."""
         return self.names[rank] != self.names[0]
 
 
 def find_hosts(mesh: Mesh, shared: bool) -> Hosts:
-    """The host of each rank, which is one and the same where storage is shared. A collective call, unless it is."""
-    apart = not shared and mesh.world_size > 1
-    return Hosts(tuple(hosts_of_ranks() if apart else [""] * mesh.world_size))
+    """The host of each rank. A collective call, unless storage is `shared`: then all ranks count as one host."""
+    separate = not shared and mesh.world_size > 1
+    return Hosts(tuple(hosts_of_ranks() if separate else [""] * mesh.world_size))
 
 
 class FileTransfer(NamedTuple):
-    """A file that one rank can read: its path below the folder, its size, and the rank."""
+    """A file to copy: its path below the folder, its size, and the rank that can read it."""
 
     name: str
     bytes: int
@@ -45,9 +49,17 @@ class FileTransfer(NamedTuple):
 def broadcast_files(
     transfers: Sequence[FileTransfer], mesh: Mesh, device: torch.device, source: Path, target: Path | None
 ) -> None:
-    """Copy files of the owners' folder `source` into `target` of every rank that gives one, chunk by chunk.
+    """Copy files of the owners' folder `source` into `target`, chunk by chunk. A collective call.
 
-    A collective call, with the same parcels on all ranks. Errors: OSError, on this rank alone and after the last file.
+    Args:
+        transfers: The same on every rank.
+        mesh: The ranks.
+        device: Of the collectives.
+        source: The folder that the owners read.
+        target: The folder that this rank writes; None where it needs no copy.
+
+    Raises:
+        OSError: On the rank that could not read or write, after the last file.
     """
     failures = [_broadcast_file(transfer, mesh, device, source, target) for transfer in transfers]
     if failure := next(filter(None, failures), None):
@@ -57,26 +69,27 @@ def broadcast_files(
 def _broadcast_file(
     transfer: FileTransfer, mesh: Mesh, device: torch.device, source: Path, target: Path | None
 ) -> OSError | None:
-    failure = read = write = None
+    """Broadcast one file; a rank that fails still takes part in every collective."""
+    failure = reader = writer = None
     with contextlib.ExitStack() as stack:
         try:
             if mesh.rank == transfer.owner:
-                read = stack.enter_context((source / transfer.name).open("rb"))
+                reader = stack.enter_context((source / transfer.name).open("rb"))
             elif target is not None:
                 (target / transfer.name).parent.mkdir(parents=True, exist_ok=True)
-                write = stack.enter_context((target / transfer.name).open("wb"))
+                writer = stack.enter_context((target / transfer.name).open("wb"))
         except OSError as error:
             failure = error
         for offset in range(0, transfer.bytes, CHUNK_BYTES):
             chunk = torch.zeros(min(CHUNK_BYTES, transfer.bytes - offset), dtype=torch.uint8, device=device)
-            failure = _fill(chunk, read) or failure
+            failure = _read_chunk(chunk, reader) or failure
             dist.broadcast(chunk, src=transfer.owner)
-            failure = _put(chunk, write) or failure
+            failure = _write_chunk(chunk, writer) or failure
     return failure
 
 
-def _fill(chunk: Tensor, file: BinaryIO | None) -> OSError | None:
-    """The next bytes of the file; the others take part whatever becomes of it."""
+def _read_chunk(chunk: Tensor, file: BinaryIO | None) -> OSError | None:
+    """Fill `chunk` with the next bytes of the file; zeros remain where the file ends early or cannot be read."""
     try:
         content = file.read(chunk.numel()) if file is not None else b""
     except OSError as error:
@@ -86,7 +99,7 @@ def _fill(chunk: Tensor, file: BinaryIO | None) -> OSError | None:
     return None
 
 
-def _put(chunk: Tensor, file: BinaryIO | None) -> OSError | None:
+def _write_chunk(chunk: Tensor, file: BinaryIO | None) -> OSError | None:
     try:
         if file is not None:
             file.write(chunk.cpu().numpy().data)

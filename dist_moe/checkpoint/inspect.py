@@ -1,4 +1,4 @@
-"""What is inside a checkpoint or a Hugging Face folder, told from its headers and its small files."""
+"""Describes a checkpoint or a Hugging Face folder from its headers and small files, without reading weights."""
 
 import re
 from collections import Counter, defaultdict
@@ -6,33 +6,47 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.checkpoint.format.hf_folder import EXPERT, FUSED, Source, raw_config, read_sources, tensor_files
-from dist_moe.checkpoint.format.locate import resolve_path
-from dist_moe.checkpoint.format.manifest import NAME, first_line, read_manifest
+from dist_moe.checkpoint.format.hf_folder import (
+    EXPERT_PATTERN,
+    FUSED_PATTERN,
+    TensorSource,
+    read_headers,
+    read_raw_config,
+    read_sources,
+)
+from dist_moe.checkpoint.format.layout import resolve_path
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, first_line, read_manifest
 from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
-from dist_moe.checkpoint.format.tensor_header import Stored, read_header
+from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
 from dist_moe.checkpoint.training_state import read_balance, read_counters
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.config.untrusted import printable
 
-BIAS = re.compile(r"(.+)\.gate\.(?:e_score_correction_bias|selection_bias)")
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+BIAS_PATTERN = re.compile(r"(.+)\.gate\.(?:e_score_correction_bias|selection_bias)")
+MAX_EXPERTS = 1 << 20
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """What there is, as plain values: sizes in bytes, and `None` for what a Hugging Face folder does not have.
+    """Describe a checkpoint as plain values.
 
-    path: a step-NNNNNN folder, a run.dir or its checkpoints (the latest is taken), or a Hugging Face folder. No weight
-    is read. Errors: CheckpointError and WeightsError for whatever is none of these.
+    Args:
+        path: As `resolve_path`.
+
+    Returns:
+        Sizes in bytes; None for what a Hugging Face folder does not have.
+
+    Raises:
+        CheckpointError, WeightsError: The path is neither a checkpoint nor a Hugging Face folder, or is damaged.
     """
     folder = resolve_path(path)
-    if not (folder / NAME).exists():
-        found = tensor_files(folder)
-        sources = {match[1]: Source(stored) for name, stored in found.items() if (match := BIAS.fullmatch(name))}
+    if not (folder / MANIFEST_NAME).exists():
+        stored = read_headers(folder)
+        sources = {match[1]: TensorSource(stored[name]) for name in stored if (match := BIAS_PATTERN.fullmatch(name))}
         biases = {layer: {"selection_bias": bias.float()} for layer, bias in read_sources(sources)}
         return {
             "folder": str(folder),
@@ -40,9 +54,9 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "steps_taken": None,
             "layout": None,
             "bytes": _sizes(folder, {}),
-            "model": _model(folder, found),
+            "model": _describe_model(folder, stored),
             "optimizer": None,
-            "balance": _balance(biases),
+            "balance": _describe_balance(biases),
         }
     manifest, counters, model = read_manifest(folder), read_counters(folder / "state"), folder / "model"
     try:
@@ -55,94 +69,89 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "steps_taken": counters.taken,
         "layout": counters.model_dump(include={"workers", "expert_parallel", "zero_stage", "bf16"}),
         "bytes": _sizes(folder, {"weights": "model/", "optimizer": "state/rank-"}),
-        "model": _model(model, tensor_files(model)),
-        "optimizer": _optimizer(folder / "state"),
-        "balance": _balance(layers),
+        "model": _describe_model(model, read_headers(model)),
+        "optimizer": _describe_optimizer(folder / "state"),
+        "balance": _describe_balance(layers),
     }
 
 
-def _sizes(folder: Path, parts: Mapping[str, str]) -> dict[str, int]:
-    """Bytes by part: the files whose path begins as told, the rest, and all."""
-    sizes = dict.fromkeys((*parts, "other", "all"), 0)
+def _sizes(folder: Path, prefixes: Mapping[str, str]) -> dict[str, int]:
+    """Total bytes of the files whose path begins with each prefix, of all others, and of all."""
+    sizes = dict.fromkeys((*prefixes, "other", "all"), 0)
     for path in folder.rglob("*"):
         if path.is_file():
             name = str(path.relative_to(folder))
-            part = next((part for part, begin in parts.items() if name.startswith(begin)), "other")
+            part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), "other")
             sizes[part] += path.stat().st_size
             sizes["all"] += path.stat().st_size
     return sizes
 
 
-def _model(folder: Path, found: Mapping[str, Stored]) -> dict[str, Any]:
-    named = raw_config(folder)["model_type"]
+def _describe_model(folder: Path, stored_by_name: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    model_type = read_raw_config(folder)["model_type"]
     experts: defaultdict[str, set[int]] = defaultdict(set)
-    for name, stored in found.items():
-        if match := EXPERT.fullmatch(name):
+    for name, stored in stored_by_name.items():
+        if match := EXPERT_PATTERN.fullmatch(name):
             experts[match[1]].add(int(match[2]))
-        elif match := FUSED.fullmatch(name):
-            experts[match[1]].update(range(min(stored.shape[0], 1 << 20) if stored.shape else 0))
+        elif match := FUSED_PATTERN.fullmatch(name):
+            # An empty tensor may claim any number of experts.
+            experts[match[1]].update(range(min(stored.shape[0], MAX_EXPERTS) if stored.shape else 0))
     return {
-        "model_type": printable(named),
-        "opens_with": "dist-moe" if named.startswith(OWN_PREFIX) else "transformers",
-        "tensors": len(found),
-        "numbers": sum(stored.numel for stored in found.values()),
-        "dtypes": dict(Counter(stored.dtype for stored in found.values())),
+        "model_type": printable(model_type),
+        "opens_with": "dist-moe" if model_type.startswith(OWN_PREFIX) else "transformers",
+        "tensors": len(stored_by_name),
+        "numbers": sum(stored.numel for stored in stored_by_name.values()),
+        "dtypes": dict(Counter(stored.dtype for stored in stored_by_name.values())),
         "moe_layers": len(experts),
         "experts": sorted({len(ids) for ids in experts.values()}),
     }
 
 
-def _optimizer(folder: Path) -> dict[str, int]:
-    """Numbers that are held of each kind; the fp32 weights, where there are any, are the kind master."""
-    optimizer_fragments: Counter[str] = Counter()
+def _describe_optimizer(folder: Path) -> dict[str, int]:
+    """How many numbers of each kind are stored; the fp32 master weights, if any, are the kind `master`."""
+    numels: Counter[str] = Counter()
     for path in sorted(folder.glob("rank-*.safetensors")):
         for stored in read_header(path).values():
             kind, _, _ = parse_key(stored)
-            optimizer_fragments[printable(kind)] += stored.numel
-    optimizer_fragments.pop(RANDOM, None)
-    return dict(optimizer_fragments)
+            numels[printable(kind)] += stored.numel
+    numels.pop(RANDOM, None)
+    return dict(numels)
 
 
-def _balance(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = {}
+def _describe_balance(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float | None]]:
+    described: dict[str, dict[str, float | None]] = {}
     for layer, values in layers.items():
         bias_E, load_E = values.get("selection_bias"), values.get("last_load")
         if bias_E is None or not bias_E.numel():
             continue
-        found[printable(layer)] = {
+        described[printable(layer)] = {
             "bias_min": float(bias_E.min()),
             "bias_max": float(bias_E.max()),
             "bias_mean": float(bias_E.mean()),
             "max_vio": float(max_vio(load_E)) if load_E is not None and bool(load_E.any()) else None,
         }
-    return found
+    return described
 
 
-def told(snapshot: Mapping[str, Any]) -> Iterator[str]:
-    """The contents in lines."""
-    model, layout, sizes = snapshot["model"], snapshot["layout"], snapshot["bytes"]
-    yield printable(snapshot["folder"])
+def format_lines(description: Mapping[str, Any]) -> Iterator[str]:
+    """Format the result of `inspect_checkpoint` as lines for people."""
+    model, layout, sizes = description["model"], description["layout"], description["bytes"]
+    yield printable(description["folder"])
     if layout is not None:
-        yield f"step {snapshot['step']}, {snapshot['steps_taken']} of them taken"
+        yield f"step {description['step']}, {description['step'] - description['steps_taken']} skipped"
         yield (
             f"written by {layout['workers']} workers, expert parallel {layout['expert_parallel']}, ZeRO "
             f"{layout['zero_stage']}, {'bf16' if layout['bf16'] else 'fp32'}"
         )
-    yield "size " + ", ".join(f"{part} {in_units(size)}" for part, size in sizes.items())
+    yield "size: " + ", ".join(f"{part} {decimal(size)}" for part, size in sizes.items())
     experts = " or ".join(map(str, model["experts"])) or "no"
     dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in model["dtypes"].items())
-    yield f"{model['model_type']}, which opens with {model['opens_with']}"
+    yield f"model type {model['model_type']}, loads with {model['opens_with']}"
     yield f"{model['moe_layers']} MoE layers of {experts} experts"
-    yield f"{model['tensors']} tensors ({dtypes}), {model['counters']:,} numbers"
-    if snapshot["optimizer"] is not None:
-        optimizer_fragments = ", ".join(f"{kind} {numel:,}" for kind, numel in snapshot["optimizer"].items())
-        yield f"optimizer {optimizer_fragments or 'holds nothing'}"
-    for layer, bias in snapshot["balance"].items():
+    yield f"{model['tensors']} tensors ({dtypes}), {model['numbers']:,} numbers"
+    if description["optimizer"] is not None:
+        numels = ", ".join(f"{kind} {numel:,}" for kind, numel in description["optimizer"].items())
+        yield f"optimizer: {numels or 'empty'}"
+    for layer, bias in description["balance"].items():
         load = "" if bias["max_vio"] is None else f", MaxVio of the last step {bias['max_vio']:.3f}"
         yield f"{layer}: bias {bias['bias_min']:+.4f} to {bias['bias_max']:+.4f}, mean {bias['bias_mean']:+.4f}{load}"
-
-
-def in_units(size: int) -> str:
-    """Bytes in the largest unit of which there is one or more."""
-    unit = max((power for power in range(len(UNITS)) if size >= 1 << 10 * power), default=0)
-    return f"{size / (1 << 10 * unit):.1f} {UNITS[unit]}" if unit else f"{size} bytes"

@@ -1,4 +1,4 @@
-"""Begins a run with the weights of a Hugging Face folder."""
+"""Starts a run from the weights of a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -14,14 +14,17 @@ from dist_moe.config.pretrained import is_there
 
 @torch.no_grad()
 def load_pretrained(folder: Path, model: PreTrainedModel, mesh: Mesh) -> None:
-    """Copy the folder's weights into a model that no engine has yet, in fp32, the experts of this rank alone.
+    """Copy the folder's weights, in fp32, into a model that no engine wraps yet. A collective call.
 
-    A collective call. Errors: CheckpointError on all ranks, where one finds tensors missing, unexpected or misshapen.
+    Each rank reads the dense tensors and its own experts.
+
+    Raises:
+        CheckpointError: On every rank, if one finds missing, unexpected or misshapen tensors.
     """
 
     def copy() -> None:
         if not is_there(folder):
-            raise WeightsError("it is gone, and there is no checkpoint to go on from; restore it")
+            raise WeightsError("the folder does not exist, and there is no checkpoint to resume from; restore it")
         fill_weights(model, mesh, folder)
 
-    run_on_all_ranks(mesh, f"the run cannot begin with model.pretrained={folder}", copy)
+    run_on_all_ranks(mesh, f"the run cannot start from model.pretrained={folder}", copy)

@@ -1,4 +1,4 @@
-"""What one rank writes of a checkpoint: collected from the run, copied if training is to go on, and written."""
+"""What one rank writes to a checkpoint: collected from the run, copied for an asynchronous save, and written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,89 +8,100 @@ import torch
 from torch import Tensor
 
 from dist_moe.checkpoint.format.hf_weights import config_files, shard_tensors
-from dist_moe.checkpoint.format.manifest import FileEntry, entry
+from dist_moe.checkpoint.format.manifest import FileEntry, file_entry
 from dist_moe.checkpoint.format.shard_reader import write_tensors
-from dist_moe.checkpoint.training_state import COUNTERS, counters_of, state_tensors
+from dist_moe.checkpoint.training_state import COUNTERS_FILE, counters_of, state_tensors
 from dist_moe.config import dump_config
 from dist_moe.data.tokenizer import Tokenizer
 from dist_moe.engine.train_state import TrainState
 
-MODEL, STATE, CONFIG = "model", "state", "config.yaml"
+MODEL_FOLDER, STATE_FOLDER, CONFIG_FILE = "model", "state", "config.yaml"
 
-Tensors = dict[str, dict[str, Tensor]]
+FileTensors = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """tensors: by name, by path below the checkpoint's folder. texts: likewise. tokenizer: rank 0's, for `model/`."""
+    """One rank's part of a checkpoint.
 
-    tensors: Tensors
+    Attributes:
+        tensors: By file (its path below the checkpoint's folder) and name.
+        texts: The content of text files by path.
+        tokenizer: To be written into `model/`; on rank 0 only.
+    """
+
+    tensors: FileTensors
     texts: dict[str, str]
     tokenizer: Tokenizer | None = None
 
     @property
     def bytes(self) -> int:
-        """Of the tensors."""
-        return sum(tensor.nbytes for of_file in self.tensors.values() for tensor in of_file.values())
+        """Size of all tensors."""
+        return sum(tensor.nbytes for file_tensors in self.tensors.values() for tensor in file_tensors.values())
 
     def write(self, folder: Path) -> dict[str, FileEntry]:
-        """Write everything below `folder`, and see that it reaches the disk -> size and digest, by path.
+        """Write everything below `folder` and flush it to disk.
 
-        Errors: OSError, SafetensorError, CheckpointError as `write_tensors`.
+        Returns:
+            Size and digest of each file by its path below `folder`.
+
+        Raises:
+            OSError, SafetensorError, CheckpointError: As `write_tensors`.
         """
-        for inner in (MODEL, STATE):
-            (folder / inner).mkdir(parents=True, exist_ok=True)
+        for subfolder in (MODEL_FOLDER, STATE_FOLDER):
+            (folder / subfolder).mkdir(parents=True, exist_ok=True)
         written = [write_tensors(folder / name, tensors) for name, tensors in self.tensors.items()]
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             written.append(folder / name)
         if self.tokenizer is not None:
-            written += self.tokenizer.save(folder / MODEL)
-        return {str(path.relative_to(folder)): entry(path) for path in written}
+            written += self.tokenizer.save(folder / MODEL_FOLDER)
+        return {str(path.relative_to(folder)): file_entry(path) for path in written}
 
 
 def collect(training: TrainState, step: int) -> Snapshot:
-    """What this rank has to write of the run after `step`; the tensors are views of what training changes."""
+    """This rank's snapshot after `step`; its tensors are views of memory that training changes."""
     config, mesh, model = training.config, training.engine.mesh, training.task.model
     balanced = config.balance.policy not in ("none", "auxiliary")
-    tensors = {f"{MODEL}/{name}": part for name, part in shard_tensors(model, mesh, balanced).items()}
-    tensors |= {f"{STATE}/{name}": part for name, part in state_tensors(training).items()}
+    tensors = {f"{MODEL_FOLDER}/{name}": part for name, part in shard_tensors(model, mesh, balanced).items()}
+    tensors |= {f"{STATE_FOLDER}/{name}": part for name, part in state_tensors(training).items()}
     if mesh.rank != 0:
         return Snapshot(tensors, {})
-    texts = {f"{MODEL}/{name}": text for name, text in config_files(model, balanced).items()}
-    texts[f"{STATE}/{COUNTERS}"] = counters_of(training, step).model_dump_json(indent=1) + "\n"
-    texts[CONFIG] = dump_config(config)
+    texts = {f"{MODEL_FOLDER}/{name}": text for name, text in config_files(model, balanced).items()}
+    texts[f"{STATE_FOLDER}/{COUNTERS_FILE}"] = counters_of(training, step).model_dump_json(indent=1) + "\n"
+    texts[CONFIG_FILE] = dump_config(config)
     return Snapshot(tensors, texts, training.prepared.tokenizer)
 
 
 class StagingBuffer:
-    """Memory of the host that holds a copy of a rank's tensors, and is used again for the next one.
+    """Host memory for a copy of a rank's snapshot, reused by the next one.
 
-    Fresh memory costs the system several times what the copying costs. It stays as large as the largest copy.
+    Allocating new pages costs several times as much as copying into pages that exist, so the memory is kept; it stays
+    as large as the largest snapshot.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._buffers: dict[tuple[str, str], Tensor] = {}
 
-    def of(self, snapshot: Snapshot) -> Snapshot:
-        """The same contents, which training changes no more. The copy of before is overwritten."""
-        copied: Tensors = {}
-        for file, name, tensor in _each(snapshot.tensors):
-            copied.setdefault(file, {})[name] = self._room(file, name, tensor).copy_(tensor, non_blocking=True)
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """Copy the tensors of a snapshot to host memory, over the previous copy, so that training may change them."""
+        copied: FileTensors = {}
+        for file, name, tensor in _iterate(snapshot.tensors):
+            copied.setdefault(file, {})[name] = self._buffer(file, name, tensor).copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return replace(snapshot, tensors=copied)
 
-    def _room(self, file: str, name: str, tensor: Tensor) -> Tensor:
-        kept = self._kept.get((file, name))
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            # Pinned, so that the device copies by itself.
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-            self._kept[file, name] = kept
-        return kept
+    def _buffer(self, file: str, name: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get((file, name))
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            # Pinned, so that the device copies asynchronously.
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            self._buffers[file, name] = buffer
+        return buffer
 
 
-def _each(tensors: Tensors) -> Iterator[tuple[str, str, Tensor]]:
-    for file, of_file in tensors.items():
-        for name, tensor in of_file.items():
+def _iterate(tensors: FileTensors) -> Iterator[tuple[str, str, Tensor]]:
+    for file, file_tensors in tensors.items():
+        for name, tensor in file_tensors.items():
             yield file, name, tensor

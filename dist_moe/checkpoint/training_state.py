@@ -1,7 +1,7 @@
-"""What a run needs to go on, beside its weights: moments, balance, random states and counts, free of any layout.
+"""What resuming needs besides the weights: moments, balance, random states and counters, independent of the layout.
 
-state/rank-NNNNN.safetensors holds the elements that one rank's optimizer held, and its random states;
-state/balance.safetensors what the balancer keeps of each layer; state/training.json the numbers.
+state/rank-NNNNN.safetensors holds the elements of one rank's optimizer and its random states;
+state/balance.safetensors the balancer's state of each layer; state/training.json the counters.
 """
 
 import math
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.checkpoint.format.hf_folder import stored_tensors
-from dist_moe.checkpoint.format.hf_weights import named_parameters
-from dist_moe.checkpoint.format.manifest import first_line, read_small
+from dist_moe.checkpoint.format.hf_folder import read_tensors
+from dist_moe.checkpoint.format.hf_weights import parameter_slices
+from dist_moe.checkpoint.format.manifest import first_line, read_strict_json
 from dist_moe.checkpoint.format.shard_reader import RANDOM, ShardReader
 from dist_moe.checkpoint.format.tensor_header import read_header
 from dist_moe.comm.mesh import Mesh
@@ -30,21 +30,27 @@ from dist_moe.engine.optimizer_shards import (
     STEPS,
     OptimizerFragment,
     TensorFragment,
-    key,
     mapping_is_wrong,
     optimizer_tensors,
+    shard_key,
     tensor_fragments,
 )
 from dist_moe.engine.train_state import TrainState
 
-BALANCE = "balance.safetensors"
-COUNTERS = "training.json"
+BALANCE_FILE = "balance.safetensors"
+COUNTERS_FILE = "training.json"
 
 
 class Counters(Section):
-    """step: optimizer steps done; taken: those that were not skipped. controller: the budget's (`Controller`).
+    """The content of state/training.json.
 
-    corpus: the fingerprint of the text. The others say where the checkpoint comes from, and bind nobody.
+    Attributes:
+        step: Optimizer steps done.
+        taken: Steps that were not skipped.
+        controller: State of the controller that holds the target of experts per token; None without one.
+        corpus: Fingerprint of the text.
+        workers, expert_parallel, zero_stage, bf16: The layout and precision that wrote the checkpoint. A run that
+            resumes from it may use others.
     """
 
     step: int = Field(ge=0)
@@ -58,20 +64,22 @@ class Counters(Section):
 
 
 def state_tensors(training: TrainState) -> dict[str, dict[str, Tensor]]:
-    """This rank's part of `state/`: tensors by name, by file; mostly views. Rank 0 has what all share too."""
+    """This rank's tensors of `state/`, by file and name; mostly views. Rank 0 adds the balancer's state."""
     engine, mesh = training.engine, training.engine.mesh
-    found = [piece for piece in own_fragments(training) if piece.numel]
-    tensors = dict(optimizer_tensors(found, engine.optimizer_state, engine.has_masters))
-    tensors |= {key(RANDOM, f"{device}/{mesh.rank}", 0): state for device, state in random_states(engine.device)}
+    fragments = [fragment for fragment in rank_fragments(training) if fragment.numel]
+    tensors = dict(optimizer_tensors(fragments, engine.optimizer_state, engine.has_masters))
+    tensors |= {shard_key(RANDOM, f"{device}/{mesh.rank}", 0): state for device, state in rng_states(engine.device)}
     files = {f"rank-{mesh.rank:05d}.safetensors": tensors}
     if mesh.rank == 0:
         layers = training.balancer.state_dict()["layers"]
-        files[BALANCE] = {f"{kind}:{name}": value for name, layer in layers.items() for kind, value in layer.items()}
+        files[BALANCE_FILE] = {
+            f"{kind}:{name}": value for name, layer in layers.items() for kind, value in layer.items()
+        }
     return files
 
 
 def counters_of(training: TrainState, step: int) -> Counters:
-    """What `state/training.json` says after `step`."""
+    """The counters of the run after `step`."""
     mesh, settings, state = training.engine.mesh, training.engine.settings, training.balancer.state_dict()
     return Counters(
         step=step,
@@ -85,127 +93,157 @@ def counters_of(training: TrainState, step: int) -> Counters:
     )
 
 
-def own_fragments(training: TrainState) -> list[TensorFragment]:
-    """What this rank writes: what it holds, or its share of that where others hold the same."""
+def rank_fragments(training: TrainState) -> list[TensorFragment]:
+    """The fragments that this rank writes; where several ranks hold the same, each writes a part of it.
+
+    Raises:
+        CheckpointError: DeepSpeed's optimizer holds other weights than its address mapping says.
+    """
     engine = training.engine
-    optimizer_fragments = engine.optimizer_fragments()
-    if mapping_is_wrong(optimizer_fragments):
+    fragments = engine.optimizer_fragments()
+    if mapping_is_wrong(fragments):
         raise CheckpointError(
-            "DeepSpeed's optimizer does not hold what it says that it holds; leave out the further keys of "
-            "train.deepspeed one by one, and report the one that does this"
+            "DeepSpeed's optimizer does not hold the weights that its mapping names; remove the keys of "
+            "train.deepspeed one by one, and report the one that causes this"
         )
     if engine.settings.zero_stage == 0:
-        optimizer_fragments = [share(one, engine.mesh) for one in optimizer_fragments]
-    return tensor_fragments(optimizer_fragments, named_parameters(training.task.model, engine.mesh))
+        fragments = [rank_shard(fragment, engine.mesh) for fragment in fragments]
+    return tensor_fragments(fragments, parameter_slices(training.task.model, engine.mesh))
 
 
-def share(optimizer_fragments: OptimizerFragment, mesh: Mesh) -> OptimizerFragment:
-    """This rank's share of a parameter that is whole on every rank, or an expert's, on every rank that has it."""
-    if getattr(optimizer_fragments.parameter, "allreduce", True):
-        return optimizer_fragments.part(mesh.rank, mesh.world_size)
-    return optimizer_fragments.part(mesh.edp_rank, mesh.world_size // mesh.expert_parallel)
+def rank_shard(fragment: OptimizerFragment, mesh: Mesh) -> OptimizerFragment:
+    """This rank's part of a parameter that every rank holds, or, for an expert, every rank of its replica group."""
+    # DeepSpeed's tag of dense parameters; experts have allreduce=False.
+    if getattr(fragment.parameter, "allreduce", True):
+        return fragment.shard(mesh.rank, mesh.world_size)
+    return fragment.shard(mesh.edp_rank, mesh.world_size // mesh.expert_parallel)
 
 
-def random_states(device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """PyTorch's generators of the CPU and of the device that is computed on, by name, uint8 each."""
+def rng_states(device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, state as uint8) of PyTorch's generators of the CPU and of the compute device."""
     yield "cpu", torch.get_rng_state()
     if device.type == "cuda":
         yield "cuda", torch.cuda.get_rng_state(device)
 
 
-def seed_random(*words: int) -> None:
-    """Begin PyTorch's random numbers, which dropout draws from, at a place that these numbers decide."""
-    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+def seed_rng(*entropy: int) -> None:
+    """Seed PyTorch's generators, which dropout uses, from a hash of these numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def read_counters(folder: Path) -> Counters:
-    """CheckpointError for a file that is none."""
-    path = folder / COUNTERS
+    """Read training.json of the `state` folder.
+
+    Raises:
+        CheckpointError: The file is missing or invalid.
+    """
+    path = folder / COUNTERS_FILE
     try:
-        counters = Counters.model_validate_json(read_small(path))
+        counters = Counters.model_validate_json(read_strict_json(path))
         if counters.taken > counters.step:
-            raise ValueError(f"{counters.taken} of {counters.step} steps were taken")
+            raise ValueError(f"taken={counters.taken} is more than step={counters.step}")
         return counters
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
 
 
-def restore(training: TrainState, folder: Path, counters: Counters) -> None:
-    """Set optimizer, balancer, random states and counts of a run that has just begun with the folder's weights.
+def restore_state(training: TrainState, folder: Path, counters: Counters) -> None:
+    """Restore optimizer, balancer, random states and counters of a run that has loaded the checkpoint's weights.
 
-    Errors: CheckpointError where the folder lacks something, or is of other layers or of another kind of routing.
+    Args:
+        training: The started run.
+        folder: The checkpoint's `state` folder.
+        counters: Read from it.
+
+    Raises:
+        CheckpointError: The folder lacks something, or belongs to other layers or another kind of routing.
     """
     engine = training.engine
     with ShardReader(folder) as reader:
-        found = tensor_fragments(engine.optimizer_fragments(), named_parameters(training.task.model, engine.mesh))
+        slices = parameter_slices(training.task.model, engine.mesh)
+        fragments = tensor_fragments(engine.optimizer_fragments(), slices)
         if counters.taken:
-            _restore_optimizer(engine, found, reader)
-        _restore_masters(engine, found, reader, folder.with_name("model"))
-        _restore_random(training, counters, reader)
+            _restore_optimizer(engine, fragments, reader)
+        _restore_masters(engine, fragments, reader, folder.with_name("model"))
+        _restore_rng(training, counters, reader)
     _restore_balance(training.balancer, folder, counters)
     engine.set_step_counters(counters.step, counters.taken)
 
 
-def _restore_optimizer(engine: Engine, found: list[TensorFragment], reader: ShardReader) -> None:
+def _restore_optimizer(engine: Engine, fragments: list[TensorFragment], reader: ShardReader) -> None:
     kinds = engine.settings.moments
-    counts: dict[Tensor, set[float]] = {}
-    for piece in found:
-        state = engine.optimizer_state[piece.owner]
+    step_counts: dict[Tensor, set[float]] = {}
+    for fragment in fragments:
+        state = engine.optimizer_state[fragment.optimizer_tensor]
         for kind in kinds:
             if kind not in state:
-                state[kind] = torch.zeros_like(piece.owner, requires_grad=False)
-            piece.of(state[kind]).copy_(reader.read(kind, piece.name, piece.start, piece.numel))
+                state[kind] = torch.zeros_like(fragment.optimizer_tensor, requires_grad=False)
+            stored = reader.read(kind, fragment.name, fragment.start, fragment.numel)
+            fragment.view_of(state[kind]).copy_(stored)
         if engine.settings.optimizer == "adamw":
-            counts.setdefault(piece.owner, set()).add(float(reader.read(STEPS, piece.name, 0, 1)))
-    for owner, found_counts in counts.items():
-        if len(found_counts) != 1 or not 0 <= min(found_counts) < math.inf:
-            told = f"tensors that are optimized together have made {sorted(found_counts)} steps"
-            raise CheckpointError(f"{told}; use another checkpoint")
-        engine.optimizer_state[owner][STEPS] = torch.tensor(found_counts.pop())
+            steps = float(reader.read(STEPS, fragment.name, 0, 1))
+            step_counts.setdefault(fragment.optimizer_tensor, set()).add(steps)
+    for optimizer_tensor, counts in step_counts.items():
+        # ZeRO flattens many tensors into one, with one step count.
+        if len(counts) != 1 or not 0 <= min(counts) < math.inf:
+            raise CheckpointError(
+                f"tensors that share one optimizer state have step counts {sorted(counts)}; use another checkpoint"
+            )
+        engine.optimizer_state[optimizer_tensor][STEPS] = torch.tensor(counts.pop())
 
 
-def _restore_masters(engine: Engine, found: list[TensorFragment], reader: ShardReader, model: Path) -> None:
-    """The fp32 weights of the optimizer, where the model's are not: those that were kept, or those of an fp32 model."""
+def _restore_masters(engine: Engine, fragments: list[TensorFragment], reader: ShardReader, model: Path) -> None:
+    """Restore the fp32 master weights: those that were stored, or else the weights of an fp32 checkpoint."""
     if not engine.has_masters:
         return
-    of_model: dict[str, list[TensorFragment]] = {}
-    for piece in found:
-        if reader.holds(MASTER, piece.name):
-            piece.of(piece.owner).copy_(reader.read(MASTER, piece.name, piece.start, piece.numel))
+    from_model: dict[str, list[TensorFragment]] = {}
+    for fragment in fragments:
+        if reader.has(MASTER, fragment.name):
+            stored = reader.read(MASTER, fragment.name, fragment.start, fragment.numel)
+            fragment.view_of(fragment.optimizer_tensor).copy_(stored)
         else:
-            of_model.setdefault(piece.name, []).append(piece)
-    for name, stored in stored_tensors(model, of_model):
-        for piece in of_model[name]:
-            piece.of(piece.owner).copy_(stored.reshape(-1)[piece.start : piece.start + piece.numel])
+            from_model.setdefault(fragment.name, []).append(fragment)
+    for name, weight in read_tensors(model, from_model):
+        for fragment in from_model[name]:
+            stored = weight.reshape(-1)[fragment.start : fragment.start + fragment.numel]
+            fragment.view_of(fragment.optimizer_tensor).copy_(stored)
 
 
-def _restore_random(training: TrainState, counters: Counters, reader: ShardReader) -> None:
-    """Where the workers are as many as they were; else each begins anew, from a seed that this rank and step decide."""
+def _restore_rng(training: TrainState, counters: Counters, reader: ShardReader) -> None:
+    """Restore the random states if the number of workers is the same; else seed from run.seed, step and rank."""
     engine, mesh = training.engine, training.engine.mesh
-    seed_random(training.config.run.seed, counters.step, mesh.rank)
+    seed_rng(training.config.run.seed, counters.step, mesh.rank)
     if counters.workers != mesh.world_size:
         return
-    for device, _ in random_states(engine.device):
-        if not reader.holds(RANDOM, f"{device}/{mesh.rank}"):
+    for device, _ in rng_states(engine.device):
+        if not reader.has(RANDOM, f"{device}/{mesh.rank}"):
             continue
-        state = reader.whole(RANDOM, f"{device}/{mesh.rank}")
+        state = reader.read_all(RANDOM, f"{device}/{mesh.rank}")
         try:
             torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, engine.device)
         except (TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"the random state of rank {mesh.rank} is none of this PyTorch ({first_line(error)}); use the version "
-                "that wrote it, or another checkpoint"
+                f"the random state of rank {mesh.rank} is invalid for this PyTorch ({first_line(error)}); use the "
+                "version that wrote it, or another checkpoint"
             ) from None
 
 
 def read_balance(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """What the balancer keeps of each layer, by kind; ValueError where it is none of that."""
-    read_header(folder / BALANCE)
+    """Read the balancer's state from the `state` folder.
+
+    Returns:
+        By layer and kind: `selection_bias` fp32 [E], `last_load` int64 [E], ...
+
+    Raises:
+        CheckpointError: The file is invalid.
+        ValueError: A tensor has another dtype or more dimensions, or is not finite.
+    """
+    read_header(folder / BALANCE_FILE)
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / BALANCE).items():
+    for name, value in load_file(folder / BALANCE_FILE).items():
         kind, _, layer = name.partition(":")
-        fits = value.dtype == (torch.int64 if kind == "last_load" else torch.float32) and value.dim() == 1
-        if not fits or not bool(value.isfinite().all()):
+        valid = value.dtype == (torch.int64 if kind == "last_load" else torch.float32) and value.dim() == 1
+        if not valid or not bool(value.isfinite().all()):
             raise ValueError(f"{name[:200]!a} is {value.dtype} {list(value.shape)}, or not finite")
         layers.setdefault(layer, {})[kind] = value
     return layers
@@ -219,4 +257,4 @@ def _restore_balance(balancer: Balancer, folder: Path, counters: Counters) -> No
                 raise ValueError(f"{layer} has another number of experts")
         balancer.load_state_dict({"taken": counters.taken, "controller": counters.controller, "layers": layers})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / BALANCE} cannot be used ({first_line(error)})") from None
+        raise CheckpointError(f"{folder / BALANCE_FILE} cannot be used ({first_line(error)})") from None

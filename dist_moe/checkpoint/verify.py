@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: every file, every tensor, every element of the optimizer, and finite numbers."""
+"""Verifies a checkpoint completely: every file, every tensor, every element of the optimizer, and finite numbers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,181 +9,191 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dist_moe.checkpoint.format.hf_folder import indexed, stored_tensors, tensor_files
+from dist_moe.checkpoint.format.hf_folder import read_headers, read_index, read_tensors
 from dist_moe.checkpoint.format.hf_weights import (
-    bias_in_files,
+    bias_names,
+    build_empty_model,
     find_weights,
-    named_parameters,
+    parameter_slices,
     read_config,
-    shaped_model,
 )
-from dist_moe.checkpoint.format.layout import step_of
-from dist_moe.checkpoint.format.locate import list_checkpoints
-from dist_moe.checkpoint.format.manifest import NAME, Manifest, find_damage, read_manifest, unlisted
+from dist_moe.checkpoint.format.layout import list_checkpoints, step_of
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, Manifest, find_damage, find_unlisted, read_manifest
 from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
-from dist_moe.checkpoint.format.tensor_header import FLOATS, read_header
+from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, read_header
 from dist_moe.checkpoint.training_state import Counters, read_balance, read_counters
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config
 from dist_moe.config.untrusted import printable
 from dist_moe.data.load_tokenizer import load_tokenizer
-from dist_moe.engine.optimizer_shards import MASTER, STEPS, moments_of
+from dist_moe.engine.optimizer_shards import MASTER, STEPS, moment_names
 from dist_moe.errors import UserError
 from dist_moe.model.convert import find_layers
 
-ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
-AT_ONCE = 1 << 22
+SINGLE_RANK = Mesh(world_size=1, rank=0, expert_parallel=1)
+CHUNK_NUMEL = 1 << 22
+MAX_WORKERS = 1 << 20
 
 
 @dataclass
 class Verdict:
-    """What was checked of one checkpoint, and every fault that was found, in words."""
+    """The result for one checkpoint.
+
+    Attributes:
+        folder: The checkpoint.
+        checked: What was checked, in words.
+        faults: Every fault, in words.
+    """
 
     folder: Path
     checked: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def check(self, told: str, look: Callable[[], Iterator[str]]) -> None:
-        """Take note of the faults of one kind; what cannot even be looked at is one."""
-        self.checked.append(told)
+    def check(self, what: str, find_faults: Callable[[], Iterator[str]]) -> None:
+        """Record the faults of one check; a check that cannot be completed is a fault."""
+        self.checked.append(what)
         try:
-            self.faults.extend(look())
+            self.faults.extend(find_faults())
         except (UserError, OSError, ValueError, SafetensorError) as error:
             self.faults.append(str(error))
 
 
 def verify_checkpoints(path: Path) -> list[Verdict]:
-    """Verify a checkpoint, or all of a run.dir or its checkpoints. Every file is read, one tensor at a time.
+    """Verify a checkpoint, or all checkpoints of a run.dir. Every file is read, one tensor at a time.
 
-    Errors: CheckpointError where there is none.
+    Raises:
+        CheckpointError: There is none.
     """
-    several = [] if (path / NAME).exists() else list_checkpoints(path)
-    if not several:
+    folders = [] if (path / MANIFEST_NAME).exists() else list_checkpoints(path)
+    if not folders:
         return [verify(path, read_manifest(path))]
     verdicts = []
-    for folder in several:
+    for folder in folders:
         try:
             verdicts.append(verify(folder, read_manifest(folder)))
         except UserError as error:
-            verdicts.append(Verdict(folder, [NAME], [str(error)]))
+            verdicts.append(Verdict(folder, [MANIFEST_NAME], [str(error)]))
     return verdicts
 
 
 def verify(folder: Path, manifest: Manifest) -> Verdict:
-    """Everything that can be known of a checkpoint without the run."""
+    """Check everything that can be checked without the run."""
     verdict, model, state = Verdict(folder), folder / "model", folder / "state"
     total = sum(entry.bytes for entry in manifest.files.values())
-    files = f"{len(manifest.files)} files, {total:,} bytes: size and digest as in {NAME}, and no further file"
-    verdict.check(files, lambda: iter([*unlisted(folder, manifest), *find_damage(folder, manifest, manifest.files)]))
-    verdict.check("the step of the folder, the manifest and the numbers", lambda: _steps(folder, manifest))
-    verdict.check("the index names the file of each tensor", lambda: _index(model))
-    verdict.check("every tensor and every expert of the model, by name, shape and dtype", lambda: _fits(model))
-    verdict.check("every element of the optimizer once, in tensors of the model", lambda: _elements(folder))
-    verdict.check("balance of every MoE layer, with the bias that the weights hold", lambda: _balance(model, state))
-    verdict.check("finite weights, biases, moments", lambda: _finite(folder))
-    verdict.check("the tokenizer opens, and the model knows its tokens", lambda: _tokenizer(model))
+    verdict.check(
+        f"{len(manifest.files)} files, {total:,} bytes: size and digest as in {MANIFEST_NAME}, no further files",
+        lambda: iter([*find_unlisted(folder, manifest), *find_damage(folder, manifest, manifest.files)]),
+    )
+    verdict.check("the step in folder name, manifest and counters", lambda: _check_steps(folder, manifest))
+    verdict.check("the index names the file of each tensor", lambda: _check_index(model))
+    verdict.check("every tensor and every expert of the model, by name, shape and dtype", lambda: _check_weights(model))
+    verdict.check("every element of the optimizer once, in tensors of the model", lambda: _check_optimizer(folder))
+    verdict.check("balance state of every MoE layer, bias equal to the weights'", lambda: _check_balance(model, state))
+    verdict.check("weights, biases and moments are finite", lambda: _check_finite(folder))
+    verdict.check("the tokenizer loads and fits the vocabulary of the model", lambda: _check_tokenizer(model))
     return verdict
 
 
-def _steps(folder: Path, manifest: Manifest) -> Iterator[str]:
-    for told, step in (("folder", step_of(folder)), ("numbers", read_counters(folder / "state").step)):
+def _check_steps(folder: Path, manifest: Manifest) -> Iterator[str]:
+    steps = {"the folder name": step_of(folder), "training.json": read_counters(folder / "state").step}
+    for source, step in steps.items():
         if step not in (None, manifest.step):
-            yield f"its {told} says step {step}, and its {NAME} step {manifest.step}"
+            yield f"{source} has step {step}, and {MANIFEST_NAME} step {manifest.step}"
 
 
-def _index(model: Path) -> Iterator[str]:
-    named, found = indexed(model), tensor_files(model)
-    for name in sorted({*named, *found}):
-        file = found[name].file.name if name in found else None
-        if named.get(name) != file:
-            yield f"{printable(name)} is in {file or 'no file'}, and in {named.get(name, 'no file')} by the index"
+def _check_index(model: Path) -> Iterator[str]:
+    index, stored = read_index(model), read_headers(model)
+    for name in sorted({*index, *stored}):
+        file = stored[name].file.name if name in stored else None
+        if index.get(name) != file:
+            yield f"{printable(name)} is in {file or 'no file'}, and in {index.get(name, 'no file')} by the index"
 
 
-def _shaped(model: Path) -> PreTrainedModel:
+def _empty_model(model: Path) -> PreTrainedModel:
     config, rule = read_config(model)
-    return shaped_model(config, rule, ALONE, model)
+    return build_empty_model(config, rule, SINGLE_RANK, model)
 
 
-def _fits(model: Path) -> Iterator[str]:
-    find_weights(_shaped(model), ALONE, model)
+def _check_weights(model: Path) -> Iterator[str]:
+    find_weights(_empty_model(model), SINGLE_RANK, model)
     yield from ()
 
 
-def _elements(folder: Path) -> Iterator[str]:
-    state, config, counters = folder / "state", load_config(folder / "config.yaml"), read_counters(folder / "state")
-    wanted = {one.name: one.numel for one in named_parameters(_shaped(folder / "model"), ALONE)}
-    runs: dict[str, dict[str, list[tuple[int, int]]]] = {}
-    for path in sorted(state.glob("rank-*.safetensors")):
+def _check_optimizer(folder: Path) -> Iterator[str]:
+    config, counters = load_config(folder / "config.yaml"), read_counters(folder / "state")
+    numels = {part.name: part.numel for part in parameter_slices(_empty_model(folder / "model"), SINGLE_RANK)}
+    ranges: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    for path in sorted((folder / "state").glob("rank-*.safetensors")):
         for stored in read_header(path).values():
             kind, name, start = parse_key(stored)
-            runs.setdefault(kind, {}).setdefault(name, []).append((start, start + stored.numel))
-    states = runs.pop(RANDOM, {})
-    if lacking := [rank for rank in range(min(counters.workers, 1 << 20)) if f"cpu/{rank}" not in states]:
-        yield f"the random states of ranks {lacking[:10]} are missing"
-    known = {*_moments(config), MASTER}
-    yield from (
-        f"the optimizer holds {kind!a}, which is nothing of {config.train.optimizer}" for kind in {*runs} - known
-    )
-    for kind in sorted(known & {*runs, *_kinds(config, counters)}):
-        found = runs.get(kind, {})
-        yield from (f"{kind} of {name!a}, which the model does not have" for name in sorted(set(found) - set(wanted)))
-        if lacking_all := sorted(set(wanted) - set(found)):
-            yield f"{kind} is missing of {len(lacking_all)} tensors, such as {lacking_all[0]}"
-        for name in sorted(set(wanted) & set(found)):
-            yield from _covered(f"{kind} of {name}", found[name], 1 if kind == STEPS else wanted[name])
+            ranges.setdefault(kind, {}).setdefault(name, []).append((start, start + stored.numel))
+    rng_states = ranges.pop(RANDOM, {})
+    if missing := [rank for rank in range(min(counters.workers, MAX_WORKERS)) if f"cpu/{rank}" not in rng_states]:
+        yield f"the random states of ranks {missing[:10]} are missing"
+    known = {*_optimizer_kinds(config), MASTER}
+    for kind in {*ranges} - known:
+        yield f"the optimizer state has {kind!a}, which {config.train.optimizer} does not use"
+    for kind in sorted(known & {*ranges, *_required_kinds(config, counters)}):
+        stored_ranges = ranges.get(kind, {})
+        for name in sorted(set(stored_ranges) - set(numels)):
+            yield f"{kind} of {name!a}, which the model does not have"
+        if absent := sorted(set(numels) - set(stored_ranges)):
+            yield f"{kind} is missing for {len(absent)} tensors, such as {absent[0]}"
+        for name in sorted(set(numels) & set(stored_ranges)):
+            yield from _check_coverage(f"{kind} of {name}", stored_ranges[name], 1 if kind == STEPS else numels[name])
 
 
-def _kinds(config: Config, counters: Counters) -> set[str]:
-    """What the optimizer must hold: nothing yet before the first step, and fp32 weights where the model's are not."""
-    return {*(_moments(config) if counters.taken else ()), *([MASTER] if counters.bf16 else [])}
+def _required_kinds(config: Config, counters: Counters) -> set[str]:
+    """What must be stored: moments after the first step, and master weights if the model is not fp32."""
+    return {*(_optimizer_kinds(config) if counters.taken else ()), *([MASTER] if counters.bf16 else [])}
 
 
-def _moments(config: Config) -> tuple[str, ...]:
+def _optimizer_kinds(config: Config) -> tuple[str, ...]:
     train = config.train
-    return (*moments_of(train.optimizer, train.momentum), *([STEPS] if train.optimizer == "adamw" else []))
+    return (*moment_names(train.optimizer, train.momentum), *([STEPS] if train.optimizer == "adamw" else []))
 
 
-def _covered(told: str, runs: list[tuple[int, int]], numel: int) -> Iterator[str]:
-    """The gaps and overlaps of [start, end) that should cover the elements 0 .. numel - 1."""
-    at = 0
-    for start, end in sorted(runs):
-        if start > at:
-            yield f"{told} lacks elements {at} to {start - 1}"
-        elif start < at:
-            yield f"{told} has elements {start} to {min(at, end) - 1} twice"
-        at = max(at, end)
-    if at < numel:
-        yield f"{told} lacks elements {at} to {numel - 1}"
-    elif at > numel:
-        yield f"{told} has elements beyond the {numel} of the tensor"
+def _check_coverage(what: str, ranges: list[tuple[int, int]], numel: int) -> Iterator[str]:
+    """Yield the gaps and overlaps of ranges [start, end) that should cover elements 0 to numel - 1."""
+    position = 0
+    for start, end in sorted(ranges):
+        if start > position:
+            yield f"{what} lacks elements {position} to {start - 1}"
+        elif start < position:
+            yield f"{what} has elements {start} to {min(position, end) - 1} twice"
+        position = max(position, end)
+    if position < numel:
+        yield f"{what} lacks elements {position} to {numel - 1}"
+    elif position > numel:
+        yield f"{what} has elements beyond the {numel} of the tensor"
 
 
-def _balance(model: Path, state: Path) -> Iterator[str]:
-    layers, shaped = read_balance(state), _shaped(model)
-    names = bias_in_files(shaped, model)
-    stored = dict(stored_tensors(model, names.values()))
-    for layer in find_layers(shaped):
-        kept: Mapping[str, Tensor] = layers.pop(layer.name, {})
-        bias_E = kept.get("selection_bias")
-        if bias_E is None or any(len(value) != layer.experts.experts for value in kept.values()):
-            yield f"the balance of {layer.name} is not that of {layer.experts.experts} experts"
-        elif layer.name in names and not torch.equal(stored[names[layer.name]].float(), bias_E):
-            yield f"the bias of {layer.name} is another in the weights than in the balancer's state"
-    yield from (f"balance of {name!a}, which is no MoE layer of the model" for name in layers)
+def _check_balance(model: Path, state: Path) -> Iterator[str]:
+    layers, empty_model = read_balance(state), _empty_model(model)
+    names = bias_names(empty_model, model)
+    biases = dict(read_tensors(model, names.values()))
+    for layer in find_layers(empty_model):
+        values: Mapping[str, Tensor] = layers.pop(layer.name, {})
+        bias_E = values.get("selection_bias")
+        if bias_E is None or any(len(value) != layer.experts.experts for value in values.values()):
+            yield f"the balance state of {layer.name} is not for {layer.experts.experts} experts"
+        elif layer.name in names and not torch.equal(biases[names[layer.name]].float(), bias_E):
+            yield f"the bias of {layer.name} in the weights differs from the balance state"
+    yield from (f"balance state of {name!a}, which is not an MoE layer of the model" for name in layers)
 
 
-def _finite(folder: Path) -> Iterator[str]:
+def _check_finite(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*/*.safetensors")):
-        floats = [stored.name for stored in read_header(path).values() if stored.dtype in FLOATS]
+        names = [stored.name for stored in read_header(path).values() if stored.dtype in FLOAT_DTYPES]
         with safe_open(path, framework="pt") as file:
-            yield from (
-                f"{path.relative_to(folder)} holds numbers that are not finite in {printable(name)}"
-                for name in floats
-                if not all(bool(part.isfinite().all()) for part in file.get_tensor(name).view(-1).split(AT_ONCE))
-            )
+            for name in names:
+                # In chunks: isfinite allocates a mask of the size of its input.
+                chunks = file.get_tensor(name).view(-1).split(CHUNK_NUMEL)
+                if not all(bool(chunk.isfinite().all()) for chunk in chunks):
+                    yield f"{path.relative_to(folder)} holds non-finite numbers in {printable(name)}"
 
 
-def _tokenizer(model: Path) -> Iterator[str]:
+def _check_tokenizer(model: Path) -> Iterator[str]:
     tokens, (config, _) = load_tokenizer(model).vocab_size, read_config(model)
     if tokens > config.vocab_size:
         yield f"the tokenizer has {tokens} tokens, and the model {config.vocab_size}"

@@ -33,11 +33,11 @@ def inspect(
     checkpoint: Checkpoint, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
 ) -> None:
     """Show what a checkpoint holds; reads headers, and not the data."""
-    from dist_moe.checkpoint.inspect import inspect_checkpoint, told
+    from dist_moe.checkpoint.inspect import format_lines, inspect_checkpoint
 
     with report_user_errors():
         contents = inspect_checkpoint(checkpoint)
-        print(json.dumps(contents) if as_json else "\n".join(told(contents)))
+        print(json.dumps(contents) if as_json else "\n".join(format_lines(contents)))
 
 
 @checkpoint_app.command()

@@ -18,7 +18,7 @@ from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.doctor.context import DoctorContext, experts_taken
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
-from dist_moe.engine.optimizer_shards import moments_of
+from dist_moe.engine.optimizer_shards import moment_names
 from dist_moe.model.build import empty_model, routing_rule
 from dist_moe.model.convert import find_layers
 
@@ -87,7 +87,7 @@ def estimate_memory(config: Config, shape: Shape, mesh: Mesh, bf16: bool) -> Mem
 
 def moment_count(config: Config) -> int:
     """How many numbers the optimizer keeps of every element."""
-    return len(moments_of(config.train.optimizer, config.train.momentum))
+    return len(moment_names(config.train.optimizer, config.train.momentum))
 
 
 def _activations(config: Config, shape: Shape, item: int) -> int:

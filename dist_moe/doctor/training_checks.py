@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import AsyncSaver
-from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, load_model, restore_run
+from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.checkpoint.snapshot import collect
 from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mesh import Mesh, make_mesh
@@ -151,7 +151,7 @@ def small_training(
     with start_training(config, task, subject.prepared, mesh, settings) as training:
         set_pg_timeouts(subject.limit_s)
         if found is not None:
-            restore_run(found, training)
+            restore(found, training)
         yield training
 
 

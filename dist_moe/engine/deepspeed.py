@@ -23,7 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.engine.optimizer_shards import STEPS, OptimizerFragment, inner_optimizer, moments_of, optimizer_fragments
+from dist_moe.engine.optimizer_shards import (
+    STEPS,
+    OptimizerFragment,
+    inner_optimizer,
+    moment_names,
+    optimizer_fragments,
+)
 from dist_moe.moe.layer import ExpertParallelLayer
 
 if not torch.cuda.is_available():
@@ -65,7 +71,7 @@ class EngineSettings:
     @property
     def moments(self) -> tuple[str, ...]:
         """Names, as in PyTorch, of the optimizer state that exists for every element."""
-        return moments_of(self.optimizer, self.momentum)
+        return moment_names(self.optimizer, self.momentum)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What this rank's optimizer holds, element by element, under names that no layout is part of.
+"""Maps the state of this rank's optimizer to elements of named tensors, independent of the parallel layout.
 
-A rank's optimizer keeps fp32 weights and moments in tensors of its own: whole parameters at ZeRO 0, one flat slice of
-a group of parameters at ZeRO 1 and 2. On disk both are runs of elements of the tensors of the weights folder, such as
-elements 512 to 1023 of `model.layers.1.mlp.experts.3.up_proj.weight`, so that any other layout finds its own there.
+A rank's optimizer keeps fp32 weights and moments in its own tensors: whole parameters at ZeRO 0, one flat slice of a
+group of parameters at ZeRO 1 and 2. On disk both are ranges of elements of the tensors of the weights folder, such as
+elements 512 to 1023 of `model.layers.1.mlp.experts.3.up_proj.weight`, so that any other layout can find its own there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,45 +12,55 @@ import torch
 from torch import Tensor, nn
 
 MASTER = "master"
-"""The kind of the fp32 weights, where the model's own are not fp32; the others are the optimizer's names of moments."""
+"""The kind of the fp32 master weights, stored where the model is not fp32; other kinds are PyTorch's moment names."""
 STEPS = "step"
-"""The kind of AdamW's count of steps, one number for each tensor."""
+"""The kind of AdamW's step count, one number per tensor."""
 
 
-def moments_of(optimizer: str, momentum: float) -> tuple[str, ...]:
-    """What "adamw", or "sgd" with this momentum, keeps of every element, by PyTorch's names."""
+def moment_names(optimizer: str, momentum: float) -> tuple[str, ...]:
+    """The names that PyTorch gives to the moments kept per element.
+
+    Args:
+        optimizer: "adamw" or "sgd".
+        momentum: SGD's momentum; without it SGD keeps nothing.
+    """
     if optimizer == "adamw":
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if momentum else ()
 
 
 class OptimizerFragment(NamedTuple):
-    """`numel` elements of `parameter` from `start` on, which the optimizer keeps in `owner` from `offset` on."""
+    """A range of a parameter, and where the optimizer keeps it.
+
+    Elements `start` to `start + numel` of the flattened `parameter` are elements `offset` to `offset + numel` of the
+    flattened `optimizer_tensor`.
+    """
 
     parameter: Tensor
     start: int
     numel: int
-    owner: Tensor
+    optimizer_tensor: Tensor
     offset: int
 
-    def part(self, index: int, parts: int) -> "OptimizerFragment":
-        """The share of one of several ranks that hold the same."""
-        first, end = (self.numel * bound // parts for bound in (index, index + 1))
+    def shard(self, index: int, count: int) -> "OptimizerFragment":
+        """Shard `index` of `count`, for ranks that hold the same fragment and share the writing of it."""
+        first, end = (self.numel * bound // count for bound in (index, index + 1))
         return self._replace(start=self.start + first, numel=end - first, offset=self.offset + first)
 
 
-def mapping_is_wrong(runs: Sequence[OptimizerFragment]) -> bool:
-    """Whether the optimizer's weights are not those of the model, so that the runs cannot be where they are told."""
-    for run in runs:
-        own = run.owner.detach().view(-1)[run.offset : run.offset + run.numel]
-        shown = run.parameter.detach().view(-1)[run.start : run.start + run.numel]
-        if not torch.equal(own.to(shown), shown) and not bool(own.isnan().any()):
+def mapping_is_wrong(fragments: Sequence[OptimizerFragment]) -> bool:
+    """Whether the optimizer's weights differ from the model's, so that DeepSpeed's mapping cannot be trusted."""
+    for fragment in fragments:
+        master = fragment.optimizer_tensor.detach().view(-1)[fragment.offset : fragment.offset + fragment.numel]
+        weight = fragment.parameter.detach().view(-1)[fragment.start : fragment.start + fragment.numel]
+        # NaN never compares equal; a run with non-finite weights has another problem than the mapping.
+        if not torch.equal(master.to(weight), weight) and not bool(master.isnan().any()):
             return True
     return False
 
 
 class ParameterSlice(NamedTuple):
-    """A tensor of the weights folder, and where it lies in this rank's parameter: flat, from `start` on."""
+    """A tensor of the weights folder as elements `start` to `start + numel` of this rank's flattened `parameter`."""
 
     name: str
     parameter: Tensor
@@ -59,81 +69,94 @@ class ParameterSlice(NamedTuple):
 
 
 class TensorFragment(NamedTuple):
-    """`numel` elements of the tensor `name` from `start` on, in `owner` from `offset` on."""
+    """A range of a tensor of the weights folder, and where the optimizer keeps it.
+
+    Elements `start` to `start + numel` of the flattened tensor `name` are elements `offset` to `offset + numel` of the
+    flattened `optimizer_tensor`.
+    """
 
     name: str
     start: int
     numel: int
-    owner: Tensor
+    optimizer_tensor: Tensor
     offset: int
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor that lies as the owner does, as a view [numel]."""
+    def view_of(self, tensor: Tensor) -> Tensor:
+        """This fragment of a tensor with the layout of `optimizer_tensor` (a moment, say), as a view [numel]."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
 def optimizer_fragments(module: nn.Module, optimizer: Any, sharded: bool) -> list[OptimizerFragment]:
-    """What the optimizer that DeepSpeed made for `module` holds on this rank.
+    """The fragments that the optimizer which DeepSpeed made for `module` holds on this rank.
 
-    sharded: ZeRO 1 and 2, where each parameter knows its slice; else it is whole, in bf16 as a copy.
+    Args:
+        module: The wrapped model.
+        optimizer: DeepSpeed's optimizer.
+        sharded: Whether ZeRO 1 or 2 is used, where each parameter knows its slice. At ZeRO 0 fragments are whole
+            parameters, of which the bf16 optimizer keeps fp32 copies.
     """
     inner = inner_optimizer(optimizer)
     if not sharded:
         pairs = ((p, p) for group in inner.param_groups for p in group["params"])
         if inner is not optimizer:
             groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            pairs = (pair for ours, theirs in groups for pair in zip(ours, theirs, strict=True))
-        return [OptimizerFragment(parameter, 0, parameter.numel(), owner, 0) for parameter, owner in pairs]
-    found = []
+            pairs = (pair for weights, masters in groups for pair in zip(weights, masters, strict=True))
+        return [OptimizerFragment(weight, 0, weight.numel(), master, 0) for weight, master in pairs]
+    fragments = []
     for parameter in module.parameters():
+        # DeepSpeed sets the mapping only on parameters of which this rank's flat slice has a part.
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
-            owner = inner.param_groups[mapping.param_group_index]["params"][0]
-            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            found.append(OptimizerFragment(parameter, here.start, here.numel, owner, there.start))
-    return found
+            flat = inner.param_groups[mapping.param_group_index]["params"][0]
+            source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+            fragments.append(OptimizerFragment(parameter, source.start, source.numel, flat, target.start))
+    return fragments
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """PyTorch's optimizer, which DeepSpeed's contains in bf16 and at ZeRO 1 and 2."""
+    """The PyTorch optimizer inside DeepSpeed's, which wraps it in bf16 and at ZeRO 1 and 2."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
-def tensor_fragments(runs: Sequence[OptimizerFragment], named: Sequence[ParameterSlice]) -> list[TensorFragment]:
-    """What is held, cut along the tensors of the weights folder."""
-    by_parameter: dict[int, list[ParameterSlice]] = {}
-    for one in named:
-        by_parameter.setdefault(id(one.parameter), []).append(one)
-    found = []
-    for run in runs:
-        for one in by_parameter.get(id(run.parameter), []):
-            first = max(run.start, one.start)
-            numel = min(run.start + run.numel, one.start + one.numel) - first
+def tensor_fragments(fragments: Sequence[OptimizerFragment], slices: Sequence[ParameterSlice]) -> list[TensorFragment]:
+    """Split fragments of parameters along the tensors of the weights folder."""
+    slices_of: dict[int, list[ParameterSlice]] = {}
+    for part in slices:
+        slices_of.setdefault(id(part.parameter), []).append(part)
+    result = []
+    for fragment in fragments:
+        for part in slices_of.get(id(fragment.parameter), []):
+            first = max(fragment.start, part.start)
+            numel = min(fragment.start + fragment.numel, part.start + part.numel) - first
             if numel > 0:
-                found.append(
-                    TensorFragment(one.name, first - one.start, numel, run.owner, run.offset + first - run.start)
-                )
-    return found
+                offset = fragment.offset + first - fragment.start
+                result.append(TensorFragment(part.name, first - part.start, numel, fragment.optimizer_tensor, offset))
+    return result
 
 
 def optimizer_tensors(
-    found: Sequence[TensorFragment], state: Mapping[Tensor, Mapping[str, Any]], masters: bool
+    fragments: Sequence[TensorFragment], state: Mapping[Tensor, Mapping[str, Any]], masters: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """(key, elements) of everything that the optimizer keeps for these pieces.
+    """Yield (key, elements) of everything that the optimizer keeps for these fragments; mostly views.
 
-    state: the optimizer's, by owner. masters: whether its weights are more than what the weights folder holds.
+    Args:
+        fragments: What to read.
+        state: The optimizer's state by optimizer tensor.
+        masters: Whether the optimizer's weights are fp32 masters, to be stored besides the weights folder.
     """
-    for piece in found:
+    for fragment in fragments:
         if masters:
-            yield key(MASTER, piece.name, piece.start), piece.of(piece.owner)
-        for kind, value in state.get(piece.owner, {}).items():
-            if isinstance(value, Tensor) and value.shape == piece.owner.shape and kind != STEPS:
-                yield key(kind, piece.name, piece.start), piece.of(value)
-            elif piece.start == 0 and value is not None:
-                yield key(kind, piece.name, 0), torch.as_tensor(value, dtype=torch.float32).reshape(1).clone()
+            yield shard_key(MASTER, fragment.name, fragment.start), fragment.view_of(fragment.optimizer_tensor)
+        for kind, value in state.get(fragment.optimizer_tensor, {}).items():
+            if isinstance(value, Tensor) and value.shape == fragment.optimizer_tensor.shape and kind != STEPS:
+                yield shard_key(kind, fragment.name, fragment.start), fragment.view_of(value)
+            elif fragment.start == 0 and value is not None:
+                # One number per tensor: written by the rank that holds the first element.
+                number = torch.as_tensor(value, dtype=torch.float32)
+                yield shard_key(kind, fragment.name, 0), number.reshape(1).clone()
 
 
-def key(kind: str, name: str, start: int) -> str:
-    """What the elements of `name` from `start` on are called in a file."""
+def shard_key(kind: str, name: str, start: int) -> str:
+    """The key, in a shard file, of the elements of tensor `name` that begin at `start`."""
     return f"{kind}:{name}:{start}"

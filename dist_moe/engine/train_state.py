@@ -1,4 +1,4 @@
-"""Everything of a run that a step changes or that a checkpoint is made of."""
+"""Everything of a run that a step changes or that a checkpoint is made from."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from dist_moe.model.task import LanguageModelTask
 
 @dataclass(frozen=True)
 class TrainState:
-    """The state of a run that steps change, and what it is computed from."""
+    """The objects of a started run; a checkpoint is written from them and restored into them."""
 
     config: Config
     engine: Engine
@@ -23,5 +23,5 @@ class TrainState:
 
     @cached_property
     def stream(self) -> Stream:
-        """The endless stream of rows to train on."""
+        """The infinite stream of training rows."""
         return Stream(self.prepared.train, self.config.data.sequence_length, self.config.run.seed)

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import Saved
-from dist_moe.checkpoint.format.layout import own_folder
-from dist_moe.checkpoint.resume import Checkpoint, job_of
+from dist_moe.checkpoint.format.layout import checkpoints_root
+from dist_moe.checkpoint.resume import Checkpoint, job_id
 from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_scalars
@@ -76,7 +76,7 @@ class Report:
             "launcher": self.dist_context.rank_info.launcher,
             "sources": [record.__dict__ for record in prepared.records],
             "corpus": prepared.fingerprint,
-            "job": job_of(os.environ),
+            "job": job_id(os.environ),
             "resumed_from": None if self._checkpoint is None else str(self._checkpoint.folder),
         }
         self.recorder.describe(plain, dump_config(self.config), layout)
@@ -234,7 +234,7 @@ def open_report(
         yield Report(config, dist_context, mesh, None, None, None, checkpoint)
         return
     folder = Path(config.run.dir)
-    continues = checkpoint is not None and checkpoint.folder.resolve().parent == own_folder(config).resolve()
+    continues = checkpoint is not None and checkpoint.folder.resolve().parent == checkpoints_root(config).resolve()
     with needs_folder(folder):
         aside = None if continues else set_aside(folder)
     done = 0 if checkpoint is None else checkpoint.counters.step

@@ -11,8 +11,8 @@ from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.balance.spec import BalanceSettings
 from dist_moe.checkpoint.pretrained import load_pretrained
-from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore_run
-from dist_moe.checkpoint.training_state import seed_random
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
+from dist_moe.checkpoint.training_state import seed_rng
 from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.reduce import all_gather_objects
@@ -98,9 +98,9 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         report.describe(resolved, data, task)
         settings = engine_settings(resolved, dist_context.device)
         state = stack.enter_context(start_training(config, task, data, mesh, settings))
-        seed_random(config.run.seed, 0, rank_info.rank)
+        seed_rng(config.run.seed, 0, rank_info.rank)
         if checkpoint is not None:
-            restore_run(checkpoint, state)
+            restore(checkpoint, state)
         yield Run(resolved, state, report, checkpoint, detector)
 
 

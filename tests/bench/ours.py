@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import AsyncSaver
-from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore_run
+from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.engine.train_state import TrainState
@@ -77,7 +77,7 @@ def load(rank: int, world_size: int, words: list[str], weights: list[Tensor]) ->
         dist.barrier()
         with Peak() as restoring:
             began_s = time.perf_counter()
-            restore_run(checkpoint, training)
+            restore(checkpoint, training)
             dist.barrier()
             seconds += time.perf_counter() - began_s
         assert all(map(torch.equal, weights, task.parameters()))

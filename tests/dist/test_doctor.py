@@ -243,7 +243,7 @@ def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tupl
         one_step(resolved, training, 1)
         engine = training.engine
         weights = sum(parameter.nbytes for parameter in training.task.parameters())
-        owners = {id(fragment.owner): fragment.owner for fragment in engine.optimizer_fragments()}
+        owners = {id(fragment.optimizer_tensor): fragment.optimizer_tensor for fragment in engine.optimizer_fragments()}
         own = {id(parameter) for parameter in training.task.parameters()}
         masters = sum(owner.nbytes for key, owner in owners.items() if key not in own)
         states = (engine.optimizer_state.get(owner, {}) for owner in owners.values())

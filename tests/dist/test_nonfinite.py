@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.checkpoint.format.layout import checkpoints
+from dist_moe.checkpoint.format.layout import step_folders
 from dist_moe.engine.train_state import TrainState
 from dist_moe.health.nonfinite import NonFiniteMonitor, find_origin
 from dist_moe.train.loop import micro_batches
@@ -103,7 +103,7 @@ def test_a_run_that_only_skips_ends_and_leaves_its_checkpoints(text: Path, tmp_p
     assert len(skipped) == 3 and max(taken) == min(skipped) - 1
     assert f"3 consecutive steps were skipped, up to step {skipped[-1]}" in done.stderr
     assert re.search(r"rank 0: (forward, in|backward, at) ", done.stderr) and "Traceback" not in done.stderr
-    kept = [step for step, _ in checkpoints(run / "checkpoints")]
+    kept = [step for step, _ in step_folders(run / "checkpoints")]
     assert kept == [max(taken), *skipped[:-1]], "no step that was skipped has deleted the last good one"
     assert f"step-{skipped[-2]:06d}; lower train.learning_rate" in done.stderr
 

@@ -1,7 +1,7 @@
-"""The folders of checkpoints: their names, how one becomes complete, which are kept, and what a crash left.
+"""The folders of checkpoints: their names, how one is found and completed, which are kept, and recovery after a crash.
 
-A checkpoint is written beside its place, verified, and then renamed. step-NNNNNN/model is a Hugging Face folder,
-step-NNNNNN/state what resuming needs besides, and manifest.json, written last, tells a whole checkpoint from a part.
+A checkpoint is written to a temporary name, verified, and renamed. step-NNNNNN/model is a Hugging Face folder,
+step-NNNNNN/state what resuming needs besides, and manifest.json, written last, marks the checkpoint as complete.
 """
 
 import contextlib
@@ -15,68 +15,122 @@ from pathlib import Path
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_weights import write_index
-from dist_moe.checkpoint.format.manifest import FileEntry, entry, sync_folder, write_manifest
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, file_entry, sync_folder, write_manifest
 from dist_moe.config import Config
+from dist_moe.config.untrusted import read_text
 
 LATEST = "latest"
 PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"
 
 
-def own_folder(config: Config) -> Path:
-    """Where the checkpoints of a run lie."""
+def checkpoints_root(config: Config) -> Path:
+    """The folder of a run's checkpoints: run.dir/checkpoints."""
     return Path(config.run.dir) / "checkpoints"
 
 
 def checkpoint_folder(config: Config, step: int) -> Path:
-    """Where the checkpoint of `step` lies: run.dir/checkpoints/step-NNNNNN."""
-    return own_folder(config) / f"step-{step:06d}"
+    """The folder of the checkpoint of `step`: run.dir/checkpoints/step-NNNNNN."""
+    return checkpoints_root(config) / f"step-{step:06d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a folder is named after; None for one that is not a checkpoint's."""
+    """The step in a folder's name; None if the name is not a checkpoint's."""
     match = re.fullmatch(r"step-(\d{6,})", folder.name)
     return int(match[1]) if match else None
 
 
+def step_folders(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each checkpoint in run.dir/checkpoints, in order; whether they are intact is not checked."""
+    paths = root.iterdir() if root.is_dir() else ()
+    return sorted((step, path) for path in paths if (step := step_of(path)) is not None and path.is_dir())
+
+
+def list_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints in a run.dir, or in its `checkpoints` folder, in the order of their steps."""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return [folder for _, folder in step_folders(root)]
+
+
+def resolve_path(path: Path) -> Path:
+    """The folder that a path from the command line means.
+
+    Args:
+        path: A checkpoint or a Hugging Face folder, which is returned as it is; or a run.dir or its `checkpoints`
+            folder, of which the latest checkpoint is returned.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if (path / MANIFEST_NAME).exists() or (path / "config.json").exists():
+        return path
+    folders = list_checkpoints(path)
+    if not folders:
+        raise CheckpointError(
+            f"{path} is not a checkpoint; use a run.dir, a step-NNNNNN folder of it, or a Hugging Face folder"
+        )
+    latest = folders[-1].parent / LATEST
+    try:
+        name = read_text(latest, largest=100).strip()
+    except (OSError, ValueError):
+        return folders[-1]
+    # The file is untrusted input: its content must be the name of a checkpoint beside it, not any path.
+    is_valid = re.fullmatch("step-[0-9]{6,18}", name) is not None and latest.with_name(name).is_dir()
+    return latest.with_name(name) if is_valid else folders[-1]
+
+
 @dataclass(frozen=True)
 class Completion:
-    """What is left to do: folders to delete, which no longer count as checkpoints, and warnings to tell."""
+    """What remains to be done after a checkpoint is complete.
 
-    dropped: list[Path]
+    Attributes:
+        to_delete: Folders that are renamed already and no longer count as checkpoints.
+        warnings: Messages to show.
+    """
+
+    to_delete: list[Path]
     warnings: list[str]
 
 
 def complete(partial: Path, final: Path, files: dict[str, FileEntry], keep_last: int, keep_every: int) -> Completion:
-    """List the files of all ranks in manifest.json, let the folder take its name, and point `latest` at it.
+    """Write the manifest, rename the folder, and point `latest` to it.
 
-    Errors: CheckpointError where a file is not there; OSError. Then nothing that was there before has changed.
+    Args:
+        partial: The folder that all ranks have written.
+        final: Its final name.
+        files: The files of all ranks by path below the folder.
+        keep_last: How many of the newest checkpoints to keep; 0 keeps all.
+        keep_every: Keep the checkpoints of multiples of this step as well; 0 for none.
+
+    Raises:
+        CheckpointError: A file is not visible on this host.
+        OSError: The folder cannot be written. Earlier checkpoints are unchanged after either error.
     """
     index = write_index(partial / "model")
-    if hidden := sorted(set(files) - {str(path.relative_to(partial)) for path in partial.rglob("*")}):
+    if invisible := sorted(set(files) - {str(path.relative_to(partial)) for path in partial.rglob("*")}):
         remedy = "share run.dir among the hosts, or set cluster.shared_storage=false"
-        raise CheckpointError(f"rank 0 does not see {', '.join(hidden)}; {remedy}")
+        raise CheckpointError(f"rank 0 does not see {', '.join(invisible)}; {remedy}")
     step = step_of(final)
     assert step is not None
-    write_manifest(partial, step, files | {str(index.relative_to(partial)): entry(index)})
-    dropped, warnings = _take_place(partial, final), []
-    # The checkpoint is there; nothing that fails now does it any harm.
+    write_manifest(partial, step, files | {str(index.relative_to(partial)): file_entry(index)})
+    to_delete, warnings = _rename_to_final(partial, final), []
+    # The checkpoint is complete from here on; a failure below does not harm it.
     try:
-        _point_to(final)
+        _update_latest(final)
     except OSError as error:
         warnings.append(f"{final.with_name(LATEST)} could not be written ({error})")
     with contextlib.suppress(OSError):
-        for deleted in _drop(final, keep_last, keep_every):
-            dropped.append(deleted)
-    return Completion(dropped, warnings)
+        for deleted in _apply_retention(final, keep_last, keep_every):
+            to_delete.append(deleted)
+    return Completion(to_delete, warnings)
 
 
-def _take_place(partial: Path, final: Path) -> list[Path]:
-    """Give the folder its name -> the folder that had it, if any, under another one."""
+def _rename_to_final(partial: Path, final: Path) -> list[Path]:
+    """Rename the folder -> the renamed folder that had its name before, if any."""
     replaced = final.with_name(final.name + REPLACED)
     if not final.exists():
         os.replace(partial, final)
         return []
-    # A crash between the two leaves a whole one under one of the names, which `recover` puts back.
+    # After a crash between the two renames a complete checkpoint has one of the names; `recover` restores it.
     shutil.rmtree(replaced, ignore_errors=True)
     os.replace(final, replaced)
     try:
@@ -87,21 +141,21 @@ def _take_place(partial: Path, final: Path) -> list[Path]:
     return [replaced]
 
 
-def _point_to(final: Path) -> None:
-    """Let `latest` name this checkpoint, and both reach the disk."""
-    fresh = final.with_name(LATEST + PARTIAL)
-    with fresh.open("w", encoding="utf-8") as file:
+def _update_latest(final: Path) -> None:
+    """Write the checkpoint's name into `latest` atomically, and flush it and the folder to disk."""
+    temporary = final.with_name(LATEST + PARTIAL)
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(final.name + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(fresh, final.with_name(LATEST))
+    os.replace(temporary, final.with_name(LATEST))
     sync_folder(final.parent)
 
 
-def _drop(newest: Path, keep_last: int, keep_every: int) -> Iterator[Path]:
-    """Rename what is not kept of those up to the newest -> each folder to delete. keep_last: 0 keeps all."""
-    found = [(step, path) for step, path in checkpoints(newest.parent) if step <= (step_of(newest) or 0)]
-    for step, path in found[:-keep_last] if keep_last else ():
+def _apply_retention(newest: Path, keep_last: int, keep_every: int) -> Iterator[Path]:
+    """Rename the checkpoints up to the newest that are not kept -> each folder to delete; as `complete`."""
+    folders = [(step, path) for step, path in step_folders(newest.parent) if step <= (step_of(newest) or 0)]
+    for step, path in folders[:-keep_last] if keep_last else ():
         if not (keep_every and step % keep_every == 0):
             deleted = path.with_name(path.name + DELETED)
             shutil.rmtree(deleted, ignore_errors=True)
@@ -109,33 +163,28 @@ def _drop(newest: Path, keep_last: int, keep_every: int) -> Iterator[Path]:
             yield deleted
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The steps that have a folder in run.dir/checkpoints, in order; whether one is good is another question."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((step, path) for path in found if (step := step_of(path)) is not None and path.is_dir())
+def recover(root: Path) -> None:
+    """Finish or undo the renames and deletions that a crash interrupted in run.dir/checkpoints.
 
-
-def recover(folder: Path) -> None:
-    """Put back what a crash left between two names, and remove what it left of something that is there or was not kept.
-
-    An unfinished checkpoint stays until the next one of its step, or until it is named by `find_checkpoint`.
+    An incomplete checkpoint (`.partial`) remains until the next save of its step, or until `find_checkpoint` removes
+    and reports it.
     """
-    for replaced in folder.glob(f"step-*{REPLACED}"):
+    for replaced in root.glob(f"step-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(replaced, final)
-    for deleted in folder.glob(f"step-*{DELETED}"):
+    for deleted in root.glob(f"step-*{DELETED}"):
         shutil.rmtree(deleted, ignore_errors=True)
 
 
-def archive_newer(chosen: Path) -> None:
-    """Rename the checkpoints of run.dir that are later than the one it goes on from: it will make those steps anew.
+def archive_newer(resumed: Path) -> None:
+    """Rename the checkpoints that are newer than the one that the run resumes from, as it will make those steps again.
 
-    Nothing is deleted; the names end in .abandoned.
+    Nothing is deleted; the new names end in .abandoned-N.
     """
-    for step, path in checkpoints(chosen.parent):
-        if step > (step_of(chosen) or 0):
-            free = (path.with_name(f"{path.name}{ABANDONED}{number}") for number in itertools.count(1))
-            os.replace(path, next(name for name in free if not name.exists()))
+    for step, path in step_folders(resumed.parent):
+        if step > (step_of(resumed) or 0):
+            names = (path.with_name(f"{path.name}{ABANDONED}{number}") for number in itertools.count(1))
+            os.replace(path, next(name for name in names if not name.exists()))

@@ -1,7 +1,7 @@
-"""What a complete checkpoint consists of: every file with its size and digest, written last.
+"""The manifest: the list of every file of a complete checkpoint with its size and digest, written last.
 
-The digest is XXH3 with 128 bits. It finds damage as surely as a cryptographic one at the speed of reading, and neither
-would stop somebody who can write the files, since the manifest lies beside them.
+The digest is XXH3 with 128 bits. It detects damage as reliably as a cryptographic digest, at the speed of reading.
+Neither protects against a person who can write the files, because the manifest is stored beside them.
 """
 
 import os
@@ -15,37 +15,43 @@ from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.config.base import Section
 from dist_moe.config.untrusted import parse_json, printable, read_text
 
-NAME = "manifest.json"
-FORMAT = 2
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 2
 BLOCK_BYTES = 1 << 22
 
 
 class FileEntry(Section):
-    """One file: its size in bytes, and XXH3-128 in hexadecimal."""
+    """One file: its size in bytes, and its XXH3-128 in hexadecimal."""
 
     bytes: int = Field(ge=0)
     xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
 
 
 class Manifest(Section):
-    """format: of the checkpoint as a whole. step: the optimizer steps before it. files: by path below its folder."""
+    """The content of manifest.json.
+
+    Attributes:
+        format: Version of the checkpoint format.
+        step: Optimizer steps before the checkpoint.
+        files: By path below the checkpoint's folder.
+    """
 
     format: int
     step: int = Field(ge=0)
     files: dict[str, FileEntry]
 
 
-def entry(path: Path) -> FileEntry:
-    """What the file is now; it has reached the disk when this returns."""
+def file_entry(path: Path) -> FileEntry:
+    """Size and digest of the file, which is flushed to disk first."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileEntry(bytes=path.stat().st_size, xxh3_128=file_digest(path))
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, FileEntry]) -> None:
-    """Write it, and let it and the names of all files reach the disk."""
-    path = folder / NAME
-    text = Manifest(format=FORMAT, step=step, files=dict(sorted(files.items()))).model_dump_json(indent=1)
+    """Write the manifest, and flush it and the directory entries of all files to disk."""
+    path = folder / MANIFEST_NAME
+    text = Manifest(format=FORMAT_VERSION, step=step, files=dict(sorted(files.items()))).model_dump_json(indent=1)
     with path.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
@@ -55,7 +61,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, FileEntry]) -> None
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk."""
+    """Flush the entries of a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -64,67 +70,76 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """CheckpointError where there is none, or none that this version can use."""
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or this version cannot use it.
+    """
+    path = folder / MANIFEST_NAME
     try:
-        manifest = Manifest.model_validate_json(read_small(folder / NAME))
+        manifest = Manifest.model_validate_json(read_strict_json(path))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} has no {NAME}: it is no checkpoint, or not a whole one; give a step-NNNNNN folder of a run"
+            f"{folder} has no {MANIFEST_NAME}: it is not a checkpoint, or not complete; use a step-NNNNNN folder of a "
+            "run"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / NAME} cannot be used ({first_line(error)}); use another checkpoint") from None
-    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
+    if manifest.format != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / NAME} is of format {manifest.format}, and this dist-moe reads format {FORMAT}; use the version "
+            f"{path} has format {manifest.format}, and this dist-moe reads format {FORMAT_VERSION}; use the version "
             "that wrote it"
         )
-    outside = [name for name in manifest.files if not lies_below(name)]
+    outside = [name for name in manifest.files if not is_safe_path(name)]
     if outside:
-        raise CheckpointError(f"{folder / NAME} names files outside of its folder: {outside}; do not trust it")
+        raise CheckpointError(f"{path} names files outside of its folder: {outside}; do not trust it")
     return manifest
 
 
-def read_small(path: Path) -> str:
-    """A JSON file of ours. Errors: OSError, and ValueError for anything that is too large, or not a file at all.
+def read_strict_json(path: Path) -> str:
+    """Read a JSON file of ours as text, and reject what a lenient parser accepts: duplicate keys, and NaN.
 
-    Also for what a parser would pass over: a key that is given twice, a number that is none.
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is too large, not a regular file, or not strict JSON.
     """
     text = read_text(path)
     parse_json(text)
     return text
 
 
-def unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    """What lies in the folder and is not in its manifest, in words."""
+def find_unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """A message for each file in the folder that its manifest does not list."""
     if not folder.is_dir():
         return []
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
-    return [f"{printable(name)} is not in its {NAME}" for name in sorted(there - {NAME} - set(manifest.files))]
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    unlisted = sorted(present - {MANIFEST_NAME} - set(manifest.files))
+    return [f"{printable(name)} is not in its {MANIFEST_NAME}" for name in unlisted]
 
 
-def lies_below(name: str) -> bool:
-    """Whether a path is relative, and stays below where it starts."""
+def is_safe_path(name: str) -> bool:
+    """Whether a path is relative, normalized, printable, and without `..`."""
     path = PurePosixPath(name)
-    plain = name == str(path) and name.isprintable() and "\\" not in name
-    return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    normalized = name == str(path) and name.isprintable() and "\\" not in name
+    return normalized and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files of the manifest, in words; nothing where they are as they were written."""
-    found = []
+    """A message for each of the named files that is not as the manifest lists it."""
+    damage = []
     for name in names:
-        path, told = folder / name, manifest.files[name]
+        path, expected = folder / name, manifest.files[name]
         if path.is_symlink() or not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != told.bytes:
-            found.append(f"{name} has {path.stat().st_size} bytes instead of {told.bytes}")
-        elif digest(path) != told.xxh3_128:
-            found.append(f"{name} was changed, or cannot be read")
-    return found
+            damage.append(f"{name} is missing")
+        elif path.stat().st_size != expected.bytes:
+            damage.append(f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}")
+        elif digest_if_readable(path) != expected.xxh3_128:
+            damage.append(f"{name} was changed, or cannot be read")
+    return damage
 
 
-def digest(path: Path) -> str | None:
-    """XXH3-128 in hexadecimal; None for a file that cannot be read."""
+def digest_if_readable(path: Path) -> str | None:
+    """XXH3-128 of the file in hexadecimal; None if it cannot be read."""
     try:
         return file_digest(path)
     except OSError:
@@ -132,12 +147,16 @@ def digest(path: Path) -> str | None:
 
 
 def file_digest(path: Path) -> str:
-    """XXH3-128 in hexadecimal; OSError for a file that cannot be read."""
-    found, block = xxhash.xxh3_128(), bytearray(BLOCK_BYTES)
+    """XXH3-128 of the file in hexadecimal.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest, block = xxhash.xxh3_128(), bytearray(BLOCK_BYTES)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
-            found.update(memoryview(block)[:count])
-    return found.hexdigest()
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Reads what several ranks wrote of the optimizer, by name and by element, whoever held it."""
+"""Writes safetensors files, and reads elements of the optimizer's tensors from the shards of any number of ranks."""
 
 import contextlib
 from collections import defaultdict
@@ -12,30 +12,38 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.checkpoint.format.tensor_header import Stored, read_header
+from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
 
 RANDOM = "random"
-"""The kind of the random states, in bytes; all others are numbers in fp32."""
-LONGEST_NUMBER = 18
+"""The kind of random states, stored as bytes; all other kinds are fp32 numbers."""
+MAX_START_DIGITS = 18
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write a safetensors file, and read it again to see that it holds these bits -> its path.
+    """Write a safetensors file, and read it again to verify that it holds the same bits.
 
-    Errors: CheckpointError where it holds others; OSError and SafetensorError where it cannot be written.
+    Returns:
+        `path`.
+
+    Raises:
+        CheckpointError: The file holds other bits than were written.
+        OSError, SafetensorError: It cannot be written.
     """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    # As other files are; safetensors lets nobody but the owner read.
+    # safetensors creates files that only the owner can read; give them the mode of any other new file.
     path.chmod(0o666 & ~umask())
     with safe_open(path, framework="pt") as file:
         for name, tensor in tensors.items():
             if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                raise CheckpointError(f"{path} does not hold what was written ({name}); see to the storage")
+                raise CheckpointError(f"{path} does not hold what was written ({name}); check the storage")
     return path
 
 
 def umask() -> int:
-    """That of this process. To ask the system for it is to set it, for all threads; the kernel tells it in a file."""
+    """The umask of this process.
+
+    Read from /proc, because os.umask can only be read by setting it, which affects all threads.
+    """
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), 0o022)
 
@@ -45,7 +53,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 class StoredSlice(NamedTuple):
-    """`numel` elements from `start` on, under `key` in `file`."""
+    """Elements `start` to `start + numel` of a tensor, stored under `key` in the open `file`."""
 
     start: int
     numel: int
@@ -53,28 +61,40 @@ class StoredSlice(NamedTuple):
     key: str
 
 
-def parse_key(stored: Stored) -> tuple[str, str, int]:
-    """(kind, tensor, first element) of the elements in a file; CheckpointError for what are none."""
+def parse_key(stored: StoredTensor) -> tuple[str, str, int]:
+    """Split the key of a shard's entry, "KIND:TENSOR:START".
+
+    Returns:
+        (kind, tensor, first element).
+
+    Raises:
+        CheckpointError: The key is not of this form, or the entry has another dtype or more than one dimension.
+    """
     kind, _, rest = stored.name.partition(":")
     tensor, _, start = rest.rpartition(":")
-    numbered = start.isascii() and start.isdecimal() and len(start) <= LONGEST_NUMBER
-    if not (tensor and numbered and len(stored.shape) == 1 and stored.dtype == ("U8" if kind == RANDOM else "F32")):
+    # isdecimal also accepts digits of other scripts; a long number would be slow to parse.
+    valid_start = start.isascii() and start.isdecimal() and len(start) <= MAX_START_DIGITS
+    dtype = "U8" if kind == RANDOM else "F32"
+    if not (tensor and valid_start and len(stored.shape) == 1 and stored.dtype == dtype):
         raise CheckpointError(
-            f"{stored.file} holds {stored.name[:200]!a}, {stored.dtype} {list(stored.shape)}, which are no elements of "
+            f"{stored.file} holds {stored.name[:200]!a}, {stored.dtype} {list(stored.shape)}, which is not a slice of "
             "a tensor; use another checkpoint"
         )
     return kind, tensor, int(start)
 
 
 class ShardReader:
-    """Files of elements, open for the length of the context; only what is asked for is read.
+    """Reads elements of tensors from the `rank-*.safetensors` files of a folder; a context manager.
 
-    Errors: CheckpointError for a file that is none, and for elements that no file holds.
+    Files are open for the length of the context, and only the requested elements are read.
+
+    Raises:
+        CheckpointError: A file is invalid, or no file holds the requested elements.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._runs: defaultdict[tuple[str, str], list[StoredSlice]] = defaultdict(list)
+        self._slices: defaultdict[tuple[str, str], list[StoredSlice]] = defaultdict(list)
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -93,29 +113,29 @@ class ShardReader:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint") from None
-        for name, stored in header.items():
-            kind, tensor, start = parse_key(stored)
-            self._runs[kind, tensor].append(StoredSlice(start, stored.numel, file, name))
+        for key, stored in header.items():
+            kind, name, start = parse_key(stored)
+            self._slices[kind, name].append(StoredSlice(start, stored.numel, file, key))
 
-    def holds(self, kind: str, name: str) -> bool:
-        """Whether there is anything of this kind."""
-        return (kind, name) in self._runs
+    def has(self, kind: str, name: str) -> bool:
+        """Whether any elements of this kind are stored for the tensor."""
+        return (kind, name) in self._slices
 
-    def whole(self, kind: str, name: str) -> Tensor:
-        """All elements, as `read`."""
-        return self.read(kind, name, 0, max(run.start + run.numel for run in self._runs[kind, name]))
+    def read_all(self, kind: str, name: str) -> Tensor:
+        """All stored elements, as `read`."""
+        return self.read(kind, name, 0, max(part.start + part.numel for part in self._slices[kind, name]))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """The elements [numel], in the dtype of the file."""
-        parts, at, end = [], start, start + numel
-        for run in sorted(self._runs.get((kind, name), []), key=lambda run: run.start):
-            if run.start <= at < run.start + run.numel and at < end:
-                stop = min(end, run.start + run.numel)
-                parts.append(run.file.get_slice(run.key)[at - run.start : stop - run.start])
-                at = stop
-        if at != end:
+        """Read elements `start` to `start + numel` -> [numel], in the dtype of the file."""
+        parts, position, end = [], start, start + numel
+        for stored in sorted(self._slices.get((kind, name), []), key=lambda stored: stored.start):
+            if stored.start <= position < stored.start + stored.numel and position < end:
+                stop = min(end, stored.start + stored.numel)
+                parts.append(stored.file.get_slice(stored.key)[position - stored.start : stop - stored.start])
+                position = stop
+        if position != end:
             raise CheckpointError(
-                f"{self._folder} lacks elements {at} to {end - 1} of {kind} of {name}; use another checkpoint, or one "
-                "of a run with the same train.optimizer and train.momentum"
+                f"{self._folder} lacks elements {position} to {end - 1} of {kind} of {name}; use another checkpoint, "
+                "or one of a run with the same train.optimizer and train.momentum"
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0]
