@@ -1,4 +1,4 @@
-"""Runs that stop and go on, in the workers of the pool: a small model, a short text, and what is compared."""
+"""Small runs that stop and resume in the workers of the pool, and comparisons of their checkpoints."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import save_checkpoint
-from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore_run
+from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore
 from dist_moe.checkpoint.training_state import read_counters
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
@@ -36,14 +36,12 @@ SMALL = (
 
 
 def write_text(folder: Path) -> Path:
-    """A text of 120 short documents -> the file."""
+    """Write a text of 120 short documents -> the file."""
     path = folder / "text.jsonl"
     words = ["expert", "token", "load", "bias", "router", "gate", "rank", "step"]
     with path.open("w") as file:
         for number in range(120):
-            text = " ".join(
-                words[(number * number + rank_info * 3) % len(words)] for rank_info in range(4 + number % 9)
-            )
+            text = " ".join(words[(number * number + position * 3) % len(words)] for position in range(4 + number % 9))
             file.write(json.dumps({"text": text}) + "\n")
     return path
 
@@ -54,7 +52,7 @@ def overrides_of(text: Path, folder: Path, *further: str) -> list[str]:
 
 
 def command(text: Path, folder: Path, *further: str) -> list[str]:
-    """What starts a worker of such a run."""
+    """The command of a worker of such a run."""
     return [sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *overrides_of(text, folder, *further)]
 
 
@@ -65,9 +63,9 @@ def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Seque
 
 
 @contextlib.contextmanager
-def started(rank: int, world_size: int, words: Sequence[str]) -> Iterator[tuple[Resolved, TrainState]]:
-    """A run of configs/debug.yaml with the overrides `words`, started or gone on, before its next step."""
-    resolved = resolve(load_config(ROOT / "configs/debug.yaml", words), world_size)
+def started(rank: int, world_size: int, overrides: Sequence[str]) -> Iterator[tuple[Resolved, TrainState]]:
+    """A run of configs/debug.yaml with these overrides, started or resumed, before its next step."""
+    resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides), world_size)
     config, prepared = resolved.config, tokenize(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
     checkpoint = find_checkpoint(config, prepared, mesh, torch.device("cpu"))
@@ -77,19 +75,19 @@ def started(rank: int, world_size: int, words: Sequence[str]) -> Iterator[tuple[
     settings = engine_settings(resolved, torch.device("cpu"))
     with start_training(config, task, prepared, mesh, settings) as training:
         if checkpoint is not None:
-            restore_run(checkpoint, training)
+            restore(checkpoint, training)
         yield resolved, training
 
 
 def resave(rank: int, world_size: int, text: Path, folder: Path, source: Path, overrides: Sequence[str] = ()) -> None:
-    """Open the checkpoint `source` and save it again into the run `folder`, without a step between."""
-    words = overrides_of(text, folder, f"checkpoint.resume={source}", *overrides)
-    with started(rank, world_size, words) as (_, training):
+    """Load the checkpoint `source` and save it again into the run `folder`, without a step in between."""
+    all_overrides = overrides_of(text, folder, f"checkpoint.resume={source}", *overrides)
+    with started(rank, world_size, all_overrides) as (_, training):
         save_checkpoint(training, read_counters(source / "state").step)
 
 
 def elements(checkpoint: Path) -> dict[str, Tensor]:
-    """Every weight ("model:NAME") and everything of the optimizer ("KIND:NAME"), flat and whole, without a layout."""
+    """Every weight ("model:NAME") and optimizer tensor ("KIND:NAME"), flattened, independent of the layout."""
     found: dict[str, Tensor] = {}
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for label, tensor in tensors(checkpoint).items():
@@ -99,25 +97,25 @@ def elements(checkpoint: Path) -> dict[str, Tensor]:
         elif "rank-" in file and not name.startswith("random:"):
             kind_and_name, _, start = name.rpartition(":")
             parts.setdefault(kind_and_name, []).append((int(start), tensor))
-    for name, runs in parts.items():
-        runs.sort(key=lambda run: run[0])
-        ends = [start + len(tensor) for start, tensor in runs]
-        assert [start for start, _ in runs] == [0, *ends[:-1]], f"{name} has a gap, or elements twice"
-        found[name] = torch.cat([tensor for _, tensor in runs])
+    for name, slices in parts.items():
+        slices.sort(key=lambda part: part[0])
+        ends = [start + len(tensor) for start, tensor in slices]
+        assert [start for start, _ in slices] == [0, *ends[:-1]], f"{name} has a gap or an overlap"
+        found[name] = torch.cat([tensor for _, tensor in slices])
     return found
 
 
 def steps(folder: Path) -> dict[int, dict[str, Any]]:
-    """The logged steps of a run by number; of a step that was made twice, the last. Its last line may be on its way."""
-    whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
-    lines = [json.loads(line) for line in whole.splitlines()]
+    """The logged steps of a run by number, the last one of repeated steps; an incomplete last line is ignored."""
+    complete, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
+    lines = [json.loads(line) for line in complete.splitlines()]
     return {line["step"]: line for line in lines if line["event"] == "step"}
 
 
-def same_bits(one: Path, other: Path) -> list[str]:
-    """The tensors of two checkpoints that differ in a bit, or are in one of them only; and how many there were."""
-    ours, theirs = tensors(one), tensors(other)
-    assert ours, f"{one} holds no tensors"
+def same_bits(first: Path, second: Path) -> list[str]:
+    """The names of tensors of two checkpoints that differ in a bit, or are in one of them only; empty if none does."""
+    ours, theirs = tensors(first), tensors(second)
+    assert ours, f"{first} holds no tensors"
     return [
         name
         for name in sorted(ours.keys() | theirs.keys())
@@ -126,7 +124,7 @@ def same_bits(one: Path, other: Path) -> list[str]:
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint's files, by file and name."""
+    """Every tensor of a checkpoint, by "FILE NAME"."""
     found: dict[str, Tensor] = {}
     for path in sorted(checkpoint.rglob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Runs that stop and go on are the run that never stopped: bit for bit on one layout, to rounding on another."""
+"""A resumed run equals the uninterrupted run: bit for bit on the same layout, up to rounding on another."""
 
 import functools
 import itertools
@@ -32,7 +32,7 @@ KINDS = {
     "bf16, ZeRO 1": ("train.precision=bf16",),
     "sgd with momentum": ("train.optimizer=sgd", "train.momentum=0.9", "train.learning_rate=0.1"),
     "dropout": ("model.config.attention_dropout=0.2",),
-    "threshold, adaptive weights, budget": (
+    "threshold, adaptive weights, target": (
         "router.selection=threshold",
         "router.score=softmax",
         "router.target_experts_per_token=3.0",
@@ -53,7 +53,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_trap_T44_ten_steps_are_five_and_five_more_bit_for_bit(
     ranks: RankPool, text: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Every tensor of the last checkpoint (weights, masters, moments, biases, random states), and every loss."""
+    """Every tensor of the last checkpoint (weights, masters, moments, biases, random states) and every loss."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     ranks.run(train, 2, text, whole, (*KINDS[kind], "train.steps=10"))
     for until in (5, 10):
@@ -75,37 +75,39 @@ def saved(ranks: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory)
     def save(layout: str, bf16: bool) -> Path:
         workers, changes = LAYOUTS[layout]
         folder = tmp_path_factory.mktemp("saved")
-        further = ("checkpoint.interval=5", *(("train.steps=5", *BF16) if bf16 else ("train.steps=10",)))
-        ranks.run(train, workers, text, folder, (*changes, *further))
+        run_overrides = ("checkpoint.interval=5", *(("train.steps=5", *BF16) if bf16 else ("train.steps=10",)))
+        ranks.run(train, workers, text, folder, (*changes, *run_overrides))
         return folder
 
     return save
 
 
-@cross(("here", list(LAYOUTS)), ("there", list(reversed(LAYOUTS))), strength=1)
-def test_a_checkpoint_of_any_layout_goes_on_with_any_other(
-    ranks: RankPool, text: Path, tmp_path: Path, saved: Saved, here: str, there: str
+@cross(("source_layout", list(LAYOUTS)), ("target", list(reversed(LAYOUTS))), strength=1)
+def test_a_checkpoint_of_any_layout_resumes_in_any_other(
+    ranks: RankPool, text: Path, tmp_path: Path, saved: Saved, source_layout: str, target: str
 ) -> None:
-    """Twelve experts (T42), each known by its own numbers (T41): the next five losses are those of the run itself."""
-    workers, changes = LAYOUTS[there]
-    source = saved(here, False) / "checkpoints/step-000005"
+    """Twelve experts (T42) with different weights (T41): the next five losses are those of the uninterrupted run."""
+    workers, changes = LAYOUTS[target]
+    source = saved(source_layout, False) / "checkpoints/step-000005"
     ranks.run(train, workers, text, tmp_path, (*changes, "train.steps=10", f"checkpoint.resume={source}"))
-    ours, theirs = steps(tmp_path), steps(saved(here, False))
+    ours, theirs = steps(tmp_path), steps(saved(source_layout, False))
     assert list(ours) == [6, 7, 8, 9, 10]
     for step, line in ours.items():
         assert line["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-3)
         assert line["learning_rate"] == theirs[step]["learning_rate"]
-    assert ours[6]["load"] == theirs[6]["load"], "the bias and the order of the text are those of the run"
+    assert ours[6]["load"] == theirs[6]["load"], "the bias and the order of the text are restored"
 
 
-@cross(("here, there", list(itertools.pairwise([*LAYOUTS, *LAYOUTS][:5]))), ("bf16", [False, True]), strength=1)
-def test_every_element_is_found_again_whatever_the_layout(
-    ranks: RankPool, text: Path, tmp_path: Path, saved: Saved, here: str, there: str, bf16: bool
+@cross(
+    ("source_layout, target", list(itertools.pairwise([*LAYOUTS, *LAYOUTS][:5]))), ("bf16", [False, True]), strength=1
+)
+def test_every_element_is_restored_in_any_layout(
+    ranks: RankPool, text: Path, tmp_path: Path, saved: Saved, source_layout: str, target: str, bf16: bool
 ) -> None:
-    """Opened with one layout and saved with another, weights, masters and moments are the same bits by name."""
-    workers, changes = LAYOUTS[there]
-    source = saved(here, bf16) / "checkpoints/step-000005"
+    """Saved in one layout, loaded and saved in another, weights, masters and moments have the same bits by name."""
+    workers, changes = LAYOUTS[target]
+    source = saved(source_layout, bf16) / "checkpoints/step-000005"
     ranks.run(resave, workers, text, tmp_path, source, (*changes, *(BF16 if bf16 else ())))
     before, after = elements(source), elements(tmp_path / "checkpoints/step-000005")
     kinds = {name.partition(":")[0] for name in before}
@@ -114,8 +116,10 @@ def test_every_element_is_found_again_whatever_the_layout(
     assert [name for name, value in before.items() if value.tolist() != after[name].tolist()] == []
 
 
-def test_masters_are_kept_when_the_precision_changes(ranks: RankPool, text: Path, tmp_path: Path, saved: Saved) -> None:
-    """bf16, then fp32: the weights are the fp32 masters, not their bf16 roundings. And back."""
+def test_master_weights_are_kept_when_the_precision_changes(
+    ranks: RankPool, text: Path, tmp_path: Path, saved: Saved
+) -> None:
+    """From bf16 to fp32 the weights are the fp32 masters, not their bf16 roundings; and back."""
     source = saved("2, 2, 1", True) / "checkpoints/step-000005"
     ranks.run(resave, 2, text, tmp_path / "fp32", source, ())
     first, second = elements(source), elements(tmp_path / "fp32/checkpoints/step-000005")

@@ -1,4 +1,4 @@
-"""Weights folders that several ranks write together, opened on other numbers of ranks."""
+"""Weights folders that several ranks write together, loaded on other numbers of ranks."""
 
 from pathlib import Path
 
@@ -22,21 +22,21 @@ EXPERTS = 12
 
 
 def constant(layer: int, expert: int, kind: int) -> float:
-    """A number for each expert's projection (kind 0, 1, 2: gate, up, down) that no other has."""
+    """A unique number for each expert's projection (kind 0, 1, 2: gate, up, down)."""
     return 1000.0 * layer + 10.0 * expert + kind
 
 
 def save_constants(rank: int, world_size: int, folder: Path) -> list[str]:
-    """Each rank fills its own experts; all save together -> names of the files seen when the call returned."""
+    """Fill each rank's experts and save together -> names of the files when the call returns."""
     mesh = make_mesh(2)
     model = make_task(Case(), mesh).model
     with torch.no_grad():
         for index, layer in enumerate(find_layers(model)):
             local = layer.experts.local
-            for rank_info, expert in enumerate(mesh.local_experts(EXPERTS)):
-                local.gate_up_proj[rank_info, :16] = constant(index, expert, 0)
-                local.gate_up_proj[rank_info, 16:] = constant(index, expert, 1)
-                local.down_proj[rank_info] = constant(index, expert, 2)
+            for position, expert in enumerate(mesh.local_experts(EXPERTS)):
+                local.gate_up_proj[position, :16] = constant(index, expert, 0)
+                local.gate_up_proj[position, 16:] = constant(index, expert, 1)
+                local.down_proj[position] = constant(index, expert, 2)
     save_weights(model, mesh, folder, balanced=True)
     return sorted(path.name for path in folder.iterdir())
 
@@ -45,11 +45,11 @@ def values(layer: MoeLayer) -> list[list[list[float]]]:
     """The values that occur in gate, up and down of each local expert."""
     local = layer.experts.local
     parts = (local.gate_up_proj[:, :16], local.gate_up_proj[:, 16:], local.down_proj)
-    return [[weights[rank_info].unique().tolist() for weights in parts] for rank_info in range(len(local.down_proj))]
+    return [[weights[expert].unique().tolist() for weights in parts] for expert in range(len(local.down_proj))]
 
 
-def test_trap_T41_every_expert_is_saved_once_and_found_again_on_other_layouts(ranks: RankPool, tmp_path: Path) -> None:
-    """Four ranks, so that each expert has two holders; saved at EP 2, opened at EP 1, 2 and 4 and by transformers."""
+def test_trap_T41_every_expert_is_saved_once_and_loaded_on_other_layouts(ranks: RankPool, tmp_path: Path) -> None:
+    """Four ranks, so that two hold each expert; saved at EP 2, loaded at EP 1, 2 and 4 and by transformers."""
     listings = ranks.run(save_constants, 4, tmp_path)
     shards = [f"model-0000{rank}-of-00002.safetensors" for rank in (1, 2)]
     named = ["config.json", "generation_config.json", *shards, "model.safetensors.index.json"]
@@ -66,7 +66,7 @@ def test_trap_T41_every_expert_is_saved_once_and_found_again_on_other_layouts(ra
         assert weight.unique().tolist() == [constant(1, expert, 2)]
 
 
-def test_a_second_save_leaves_nothing_of_the_first(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_second_save_removes_the_files_of_the_first(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(save_constants, 2, tmp_path)
     model = make_task(Case(), Mesh(1, 0, 1)).model
     save_weights(model, Mesh(1, 0, 1), tmp_path, balanced=True)
@@ -76,7 +76,7 @@ def test_a_second_save_leaves_nothing_of_the_first(ranks: RankPool, tmp_path: Pa
 
 
 def train_and_save(rank: int, world_size: int, folder: Path, bf16: bool) -> dict[str, Tensor]:
-    """Three steps through the engine, then the folder -> the biases in memory by the names of the file."""
+    """Make three steps with the engine and save -> the biases in memory by their names in the file."""
     mesh = make_mesh(2)
     task = make_task(Case(), mesh)
     settings = EngineSettings(1, ROWS // world_size, 1, "adamw", 1.0, bf16=bf16)
@@ -93,7 +93,7 @@ def train_and_save(rank: int, world_size: int, folder: Path, bf16: bool) -> dict
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trap_T39_the_saved_bias_is_the_one_in_memory(ranks: RankPool, tmp_path: Path, bf16: bool) -> None:
-    """Also in fp32 where the weights are bf16: three steps of 0.001 are not numbers of bf16."""
+    """Also where the weights are bf16: the sum of three steps of 0.001 is not representable in bf16."""
     in_memory, _ = ranks.run(train_and_save, 2, tmp_path, bf16)
     stored = load_file(tmp_path / "model-00001-of-00002.safetensors")
     assert stored["model.norm.weight"].dtype == (torch.bfloat16 if bf16 else torch.float32)

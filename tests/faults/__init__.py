@@ -1,1 +1,1 @@
-"""The fault campaign: what is done to a run, the proof that it was done, and what became of the run."""
+"""The fault campaign: injects faults into runs and checks that they lose nothing."""

@@ -1,6 +1,6 @@
-"""Disk faults inside a save: a small file system that is full, read-only or gone while a checkpoint is written.
+"""Disk faults during a save: a small file system that is full, read-only or unmounted while a checkpoint is written.
 
-For a process in a mount namespace of its own, where it may mount: `unshare --user --map-root-user --mount`.
+Requires a mount namespace in which the process may mount: `unshare --user --map-root-user --mount`.
 """
 
 import ctypes
@@ -13,99 +13,103 @@ from pathlib import Path
 from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import PARTIAL
-from dist_moe.checkpoint.format.manifest import NAME, digest
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, digest_if_readable
 from dist_moe.engine.train_state import TrainState
 from tests.dist.resumable import overrides_of, same_bits, started
-from tests.faults.files import CHANGES, LAST, SAVED, go
-from tests.faults.processes import lost
+from tests.faults.files import CHANGES, LAST, SAVED, train_steps
+from tests.faults.processes import find_lost
 from tests.faults.row import Row
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 READ_ONLY, REMOUNT, BIND, DETACH = 1, 32, 4096, 2
 SIZE_BYTES = 16 << 20
-WORDS = {
-    "full inside a save": ("No space left",),
-    "read-only inside a save": ("Read-only",),
-    "gone inside a save": ("No such file", "does not see"),
+FULL, READ_ONLY_DISK, UNMOUNTED = "full during a save", "read-only during a save", "unmounted during a save"
+REASONS = {
+    FULL: ("No space left",),
+    READ_ONLY_DISK: ("Read-only",),
+    UNMOUNTED: ("No such file", "does not see"),
 }
-KINDS = tuple(WORDS)
+KINDS = tuple(REASONS)
 
 
 def inject(kind: str, seed: int, text: Path, made: Path, folder: Path) -> Row:
-    """Go on from step 6 on a disk of its own, break the disk while step 7 is saved, mend it, and go on to the end."""
-    began_s, draw = time.monotonic(), random.Random(seed)
+    """Resume from step 6 on a new disk, break the disk while step 7 is saved, repair it, and train to the end."""
+    started_s, draw = time.monotonic(), random.Random(seed)
     disk, behind = folder / "disk", folder / "behind"
-    for place in (disk, behind):
-        place.mkdir(parents=True)
+    for folder_of_disk in (disk, behind):
+        folder_of_disk.mkdir(parents=True)
     mount("tmpfs", disk, "tmpfs", 0, f"size={SIZE_BYTES}")
     mount(str(disk), behind, "", BIND)
     try:
         shutil.copytree(made / "run", disk / "run")
-        kept = {step: digest(disk / f"run/checkpoints/step-{step:06d}/{NAME}") for step in SAVED}
+        kept = {step: digest_if_readable(disk / f"run/checkpoints/step-{step:06d}/{MANIFEST_NAME}") for step in SAVED}
         with started(0, 1, overrides_of(text, disk / "run", *CHANGES)) as (resolved, training):
-            go(resolved, training, SAVED[-1] + 1, SAVED[-1] + 1)
-            proof, wrong = struck(kind, training, disk, behind, draw)
-            wrong += lost({behind / f"run/checkpoints/step-{step:06d}": told or "" for step, told in kept.items()})
-            go(resolved, training, LAST, LAST)
+            train_steps(resolved, training, SAVED[-1] + 1, SAVED[-1] + 1)
+            evidence, failures = break_during_save(kind, training, disk, behind, draw)
+            older = {behind / f"run/checkpoints/step-{step:06d}": digest or "" for step, digest in kept.items()}
+            failures += find_lost(older)
+            train_steps(resolved, training, LAST, LAST)
         last = f"checkpoints/step-{LAST:06d}"
-        wrong += [f"{name} differs" for name in same_bits(disk / "run" / last, made / "whole" / last)]
+        failures += [f"{name} differs" for name in same_bits(disk / "run" / last, made / "whole" / last)]
     finally:
-        for place in (disk, behind):
-            LIBC.umount2(os.fsencode(place), DETACH)
+        for folder_of_disk in (disk, behind):
+            LIBC.umount2(os.fsencode(folder_of_disk), DETACH)
         shutil.rmtree(folder, ignore_errors=True)
-    return Row(
-        "file", f"disk {kind}", seed, True, proof, "trained on, the next save held", wrong, time.monotonic() - began_s
-    )
+    return Row("file", f"disk {kind}", seed, True, evidence, "and saved again", failures, time.monotonic() - started_s)
 
 
-def struck(kind: str, training: TrainState, disk: Path, behind: Path, draw: random.Random) -> tuple[str, list[str]]:
-    """Begin a save, break the disk before it is over, and mend it afterwards -> the proof, and what is wrong."""
+def break_during_save(
+    kind: str, training: TrainState, disk: Path, behind: Path, draw: random.Random
+) -> tuple[str, list[str]]:
+    """Start a save, break the disk before it ends, and repair it -> the evidence, and failures."""
     saver, step = AsyncSaver(training), training.balancer.taken
     ballast = disk / "ballast"
-    if kind == KINDS[0]:
-        # So little room that the save begins, and ends in the middle.
-        room, free = draw.randrange(8 << 10, 600 << 10), shutil.disk_usage(disk).free
-        ballast.write_bytes(bytes(free - room))
+    if kind == FULL:
+        # So little space that the save starts and fails in the middle.
+        space, free = draw.randrange(8 << 10, 600 << 10), shutil.disk_usage(disk).free
+        ballast.write_bytes(bytes(free - space))
     partial = disk / f"run/checkpoints/step-{step:06d}{PARTIAL}"
-    began = told = ""
+    started_save = False
+    error_message = ""
+    missed = False
     try:
         saver.save_async(step)
-        began = "begun" if partial.is_dir() else ""
-        broken = kind == KINDS[0] or break_disk(kind, disk, saver, draw)
+        started_save = partial.is_dir()
+        broken = kind == FULL or break_disk(kind, disk, saver, draw)
         saver.finalize()
-        told = "" if broken else "missed"
+        missed = not broken
     except CheckpointError as error:
-        told = str(error)
-    if kind == KINDS[0]:
+        error_message = str(error)
+    if kind == FULL:
         ballast.unlink()
-    elif kind == KINDS[1]:
+    elif kind == READ_ONLY_DISK:
         mount("tmpfs", disk, "tmpfs", REMOUNT)
     else:
         mount(str(behind), disk, "", BIND)
-    if told == "missed" or not began:
+    if missed or not started_save:
         return "", []
     left = [path.name for path in (disk / "run/checkpoints").glob(f"*{step:06d}*") if PARTIAL not in path.name]
-    wrong = [f"a checkpoint of the broken save: {left}"] if left else []
-    if not any(word in told for word in WORDS[kind]):
-        wrong.append(f"the reason is not told: {told}")
-    return f"step {step} begun, then {told.rpartition(': ')[2] or 'nothing told'}", wrong
+    failures = [f"a checkpoint of the failed save: {left}"] if left else []
+    if not any(reason in error_message for reason in REASONS[kind]):
+        failures.append(f"the error does not have the reason: {error_message}")
+    return f"step {step} started, then {error_message.rpartition(': ')[2] or 'no error'}", failures
 
 
 def break_disk(kind: str, disk: Path, saver: AsyncSaver, draw: random.Random) -> bool:
-    """Break it while this rank's files are being written -> whether that came in time."""
+    """Break the disk while this rank's files are being written -> whether that was in time."""
     time.sleep(draw.random() * 0.004)
     while not saver.written:
-        if kind == KINDS[2]:
+        if kind == UNMOUNTED:
             return not LIBC.umount2(os.fsencode(disk), DETACH) and not saver.written
-        # Refused as long as a file is open for writing, so it is tried until one is closed.
+        # The kernel refuses while a file is open for writing; try until none is.
         if not LIBC.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", REMOUNT | READ_ONLY, None):
             return not saver.written
     return False
 
 
 def mount(source: str, target: Path, kind: str, flags: int, options: str = "") -> None:
-    """mount(2)."""
-    words = (source.encode(), os.fsencode(target), kind.encode(), flags, options.encode())
-    if LIBC.mount(*words):
+    """Call mount(2). Raises OSError."""
+    arguments = (source.encode(), os.fsencode(target), kind.encode(), flags, options.encode())
+    if LIBC.mount(*arguments):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(target))

@@ -1,4 +1,4 @@
-"""Two real workers in training, started directly or by a launcher, to be struck and started again."""
+"""Real workers in training, started directly or by a launcher, as targets of faults."""
 
 import contextlib
 import json
@@ -28,7 +28,14 @@ CHANGES = (
 
 @dataclass(frozen=True)
 class Job:
-    """processes: what was started: the workers, or the launch alone. ranks: workers."""
+    """A started run.
+
+    Attributes:
+        run: Its run.dir.
+        ranks: Number of workers.
+        launched: Whether a launcher starts the workers.
+        processes: What was started: the launch, or else the workers.
+    """
 
     run: Path
     ranks: int
@@ -36,7 +43,7 @@ class Job:
     processes: list[subprocess.Popen[bytes] | LoadedProcess]
 
     def pid(self, rank: int) -> int | None:
-        """The process of a worker by its own record, which is there before it trains."""
+        """The process of a worker by its own record, which is written before it trains; None if it does not run."""
         try:
             record = json.loads((self.run / f"workers/rank-{rank}.json").read_text())
             return int(record["pid"]) if record["state"] == "running" else None
@@ -44,7 +51,7 @@ class Job:
             return None
 
     def has(self, pid: int) -> bool:
-        """Whether the process is still a worker of this run, and no other that has its number now."""
+        """Whether the process is still a worker of this run; its id may have been reused."""
         if any(process.pid == pid and process.poll() is None for process in self.processes):
             return True
         try:
@@ -53,39 +60,39 @@ class Job:
             return False
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
-        """The exit codes of what was started; TimeoutExpired if it does not end."""
+        """Wait for `processes` -> their exit codes. Raises subprocess.TimeoutExpired."""
         deadline = time.monotonic() + limit_s
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
 
     @property
     def step(self) -> int:
-        """The last step that is logged; 0 before the first."""
+        """The last logged step; 0 before the first."""
         return max(steps(self.run), default=0) if (self.run / "metrics.jsonl").is_file() else 0
 
 
 @contextlib.contextmanager
-def job(text: Path, run: Path, ranks: int, launcher: str | None, *changes: str) -> Iterator[Job]:
-    """Start a run, or go on with it; at the end of the block nothing of it is left."""
-    argv = command(text, run, *CHANGES, *changes)
+def job(text: Path, run: Path, ranks: int, launcher: str | None, *overrides: str) -> Iterator[Job]:
+    """Start or resume a run; when the context ends, all its processes have ended."""
+    argv = command(text, run, *CHANGES, *overrides)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for record in run.glob("workers/rank-*.json"):
-        record.unlink()  # of an earlier start: its processes are gone
+        record.unlink()  # of an earlier start, whose processes have ended
     started: list[subprocess.Popen[bytes] | LoadedProcess] = []
     if launcher is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         rendezvous = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        places = [rendezvous | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
-        started += [LoadedProcess(argv, environment | place) for place in places]
+        variables = [rendezvous | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+        started += [LoadedProcess(argv, environment | rank_variables) for rank_variables in variables]
     else:
-        further = ["--max-restarts", "3"] if launcher == "torchrun --max-restarts" else []
-        options = ["--launcher", launcher.split()[0], "--workers", str(ranks), *further]
-        words = [sys.executable, "-m", "dist_moe", "launch", "configs/debug.yaml", *overrides_of(text, run, *CHANGES)]
+        restarts = ["--max-restarts", "3"] if launcher == "torchrun --max-restarts" else []
+        options = ["--launcher", launcher.split()[0], "--workers", str(ranks), *restarts]
+        launch = [sys.executable, "-m", "dist_moe", "launch", "configs/debug.yaml", *overrides_of(text, run, *CHANGES)]
         out = subprocess.DEVNULL
         started.append(
-            subprocess.Popen([*words, *changes, *options], cwd=ROOT, env=environment, stdout=out, stderr=out)
+            subprocess.Popen([*launch, *overrides, *options], cwd=ROOT, env=environment, stdout=out, stderr=out)
         )
     running = Job(run, ranks, launcher is not None, started)
     try:
@@ -95,7 +102,7 @@ def job(text: Path, run: Path, ranks: int, launcher: str | None, *changes: str) 
 
 
 def end(running: Job) -> None:
-    """Kill whatever is left, by its id, and wait until it is gone."""
+    """Kill the remaining processes by their ids, and wait for the started ones."""
     pids = [pid for rank in range(running.ranks) if (pid := running.pid(rank)) is not None]
     for process in running.processes:
         if process.poll() is None:
@@ -108,7 +115,7 @@ def end(running: Job) -> None:
 
 
 def state_of(pid: int) -> str:
-    """The state of a process in one letter, as the kernel has it; "gone" for none."""
+    """The state of a process as in /proc (one letter); "gone" if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

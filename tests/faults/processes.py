@@ -1,4 +1,4 @@
-"""Process faults: a signal to a worker or to the launch at a drawn moment, and the run that goes on after it."""
+"""Process faults: a signal to a worker or to the launch at a random moment, and the run that resumes after it."""
 
 import contextlib
 import itertools
@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from dist_moe.checkpoint.format.layout import PARTIAL, checkpoints
-from dist_moe.checkpoint.format.manifest import NAME, digest, find_damage, read_manifest
+from dist_moe.checkpoint.format.layout import PARTIAL, step_folders
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, digest_if_readable, find_damage, read_manifest
 from dist_moe.worker.contract import STOPPED_CODE
 from tests.dist.resumable import same_bits, steps
 from tests.faults.job import EVERY, STEPS, Job, job, state_of
@@ -22,37 +22,44 @@ from tests.faults.row import Row
 Found = TypeVar("Found")
 
 SETTLE_S = 10.0
-CLOSE = 1e-4
+LOSS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class ProcessFault:
-    """signum to `target` ("worker", "launch" or both) of a run that `launcher` started (None: directly).
+    """A signal to processes of a run.
 
-    inside: inside a save, else at a random moment. onward: the workers that go on; 0 where the launcher itself does.
+    Attributes:
+        signum: The signal.
+        target: "worker", "launch", or "launch and a worker".
+        launcher: What starts the run; None if workers are started directly.
+        during_save: Whether to wait until a save is in progress; otherwise the moment is random.
+        resumed_workers: How many workers resume the run; 0 if the launcher restarts it.
+        asynchronous: As checkpoint.asynchronous.
+        seed: Determines the moment and the rank.
     """
 
     signum: signal.Signals
     target: str
     launcher: str | None
-    inside: bool
-    onward: int
+    during_save: bool
+    resumed_workers: int
     asynchronous: bool
     seed: int
 
     def of_try(self, number: int) -> "ProcessFault":
-        """The same at another moment."""
+        """The same fault at another moment."""
         return replace(self, seed=self.seed + number)
 
     @property
     def kind(self) -> str:
-        """In words."""
-        of = {"worker": "a worker", "launch": "the launch"}.get(self.target, "the launch and a worker")
-        return f"{self.signum.name} to {of} ({self.launcher or 'started directly'})"
+        """The fault in words."""
+        target = {"worker": "a worker", "launch": "the launch"}.get(self.target, "the launch and a worker")
+        return f"{self.signum.name} to {target} ({self.launcher or 'started directly'})"
 
 
 def plan(seed: int) -> list[ProcessFault]:
-    """53 faults; the seed draws the moments alone, so that every campaign has the same kinds."""
+    """53 faults; the seed determines only their moments, so that every campaign has the same kinds."""
     kill, stop, term, usr1 = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR1
     kinds = [
         (kill, "worker", None, True, 2, 12),
@@ -77,183 +84,193 @@ def plan(seed: int) -> list[ProcessFault]:
         (kill, "worker", "torchrun --max-restarts", True, 0, 3),
         (kill, "worker", "torchrun --max-restarts", False, 0, 3),
     ]
-    found: list[ProcessFault] = []
-    for signum, target, launcher, inside, onward, count in kinds:
+    faults: list[ProcessFault] = []
+    for signum, target, launcher, during_save, resumed_workers, count in kinds:
         for _ in range(count):
-            number = len(found)
-            found.append(
-                ProcessFault(signum, target, launcher, inside, onward, number % 3 != 2, seed * 100_000 + number * 10)
+            number = len(faults)
+            asynchronous, fault_seed = number % 3 != 2, seed * 100_000 + number * 10
+            faults.append(
+                ProcessFault(signum, target, launcher, during_save, resumed_workers, asynchronous, fault_seed)
             )
-    return found
+    return faults
 
 
 def inject(fault: ProcessFault, text: Path, run: Path, undisturbed: Path) -> Row:
-    """Start two workers, strike, let the run go on to its end, and compare it with the one that nothing happened to."""
-    began_s, draw = time.monotonic(), random.Random(fault.seed)
-    changes = (f"checkpoint.asynchronous={str(fault.asynchronous).lower()}",)
-    with job(text, run, 2, fault.launcher, *changes) as running:
-        struck = strike(fault, running, draw)
-        wrong = list(struck.wrong)
-        wrong += [] if fault.onward else unlike([0], running.wait(), "the launch ends with {found}")
-    wrong += lost(struck.before)
-    onward, goes_on = "by itself", 0
-    if fault.onward:
-        goes_on = max((step for step, _ in checkpoints(run / "checkpoints")), default=0)
-        onward = f"with {fault.onward} worker{'s' * (fault.onward > 1)}"
-        with job(text, run, fault.onward, None, *changes) as again:
-            wrong += unlike([0] * fault.onward, again.wait(), "started again, the workers end with {found}")
-        wrong += lost(struck.before)
-    wrong += differing(run, undisturbed, fault.onward or 2, goes_on)
-    seconds = time.monotonic() - began_s
-    return Row("process", fault.kind, fault.seed, fault.inside, struck.proof, onward, wrong, seconds)
+    """Start two workers, inject the fault, resume the run to its end, and compare it with the undisturbed run."""
+    started_s, draw = time.monotonic(), random.Random(fault.seed)
+    overrides = (f"checkpoint.asynchronous={str(fault.asynchronous).lower()}",)
+    with job(text, run, 2, fault.launcher, *overrides) as running:
+        injected = send_signal(fault, running, draw)
+        failures = list(injected.failures)
+        if not fault.resumed_workers:
+            failures += compare([0], running.wait(), "the launch exits with {found}")
+    failures += find_lost(injected.before)
+    recovery, resumed_after = "by itself", 0
+    if fault.resumed_workers:
+        resumed_after = max((step for step, _ in step_folders(run / "checkpoints")), default=0)
+        recovery = f"with {fault.resumed_workers} worker{'s' * (fault.resumed_workers > 1)}"
+        with job(text, run, fault.resumed_workers, None, *overrides) as running:
+            expected = [0] * fault.resumed_workers
+            failures += compare(expected, running.wait(), "resumed, the workers exit with {found}")
+        failures += find_lost(injected.before)
+    failures += find_differences(run, undisturbed, fault.resumed_workers or 2, resumed_after)
+    seconds = time.monotonic() - started_s
+    return Row("process", fault.kind, fault.seed, fault.during_save, injected.evidence, recovery, failures, seconds)
 
 
 @dataclass(frozen=True)
-class Struck:
-    """before: the complete checkpoints and the digests of their manifests. proof: empty where it missed.
+class Injected:
+    """An injected fault.
 
-    wrong: what did not end as it has to.
+    Attributes:
+        before: The complete checkpoints and the digests of their manifests.
+        evidence: Empty if the fault missed.
+        failures: Processes that did not end as expected.
     """
 
     before: dict[Path, str]
-    proof: str = ""
-    wrong: tuple[str, ...] = ()
+    evidence: str = ""
+    failures: tuple[str, ...] = ()
 
 
-def strike(fault: ProcessFault, running: Job, draw: random.Random) -> Struck:
-    """Wait for the moment, send the signal, and wait for the end."""
+def send_signal(fault: ProcessFault, running: Job, draw: random.Random) -> Injected:
+    """Wait for the moment, send the signal, and wait for the processes to end."""
     first = draw.randrange(EVERY, STEPS - 3 * EVERY)
-    partial = wait_for(running, first, fault.inside)
-    if not fault.inside:
+    partial = wait_for_moment(running, first, fault.during_save)
+    if not fault.during_save:
         time.sleep(draw.random() * 0.2)
     rank = draw.randrange(2)
     pid = running.processes[0].pid if fault.target == "launch" else running.pid(rank)
-    before = complete(running.run)
+    before = complete_checkpoints(running.run)
     if pid is None or (fault.target != "launch" and not running.has(pid)):
-        return Struck(before)
-    step, inside = running.step, partial is not None and is_inside(partial)
+        return Injected(before)
+    step, in_progress = running.step, partial is not None and is_in_progress(partial)
     when = datetime.now(UTC).isoformat(timespec="milliseconds")
     with contextlib.suppress(ProcessLookupError):
         if fault.target == "launch and a worker":
             running.processes[0].send_signal(fault.signum)
         os.kill(pid, fault.signum)
-    inside = inside and partial is not None and is_inside(partial)
-    became, wrong = settle(running, pid, fault)
-    if not became or (fault.inside and not inside):
-        return Struck(before, wrong=tuple(wrong))
-    where = f" inside the save of {partial.name.removesuffix(PARTIAL)}" if partial is not None else ""
+    # Before and after the signal: so the save was in progress when the signal was sent.
+    in_progress = in_progress and partial is not None and is_in_progress(partial)
+    outcome, failures = wait_for_end(running, pid, fault)
+    if not outcome or (fault.during_save and not in_progress):
+        return Injected(before, failures=tuple(failures))
+    save = f" during the save of {partial.name.removesuffix(PARTIAL)}" if partial is not None else ""
     target = "the launch" if fault.target == "launch" else f"rank {rank}"
-    return Struck(before, f"{when}: process {pid}, {target}, {became} after step {step}{where}", tuple(wrong))
+    return Injected(before, f"{when}: process {pid}, {target}, {outcome} after step {step}{save}", tuple(failures))
 
 
-def wait_for(running: Job, first: int, inside: bool) -> Path | None:
-    """Wait until a step is logged, or until a save from it on is under way -> its folder."""
+def wait_for_moment(running: Job, first: int, during_save: bool) -> Path | None:
+    """Wait until step `first` is logged, or until a save from it on is in progress -> the folder of the save."""
     folder = running.run / "checkpoints"
 
-    def look() -> Path | None:
-        if not inside:
+    def find() -> Path | None:
+        if not during_save:
             return folder if running.step >= first else None
-        parts = folder.glob(f"step-*{PARTIAL}") if folder.is_dir() else ()
-        at = [path for path in parts if int(path.name.removesuffix(PARTIAL)[5:]) >= first]
-        return next((path for path in at if is_inside(path)), None)
+        partials = folder.glob(f"step-*{PARTIAL}") if folder.is_dir() else ()
+        due = [path for path in partials if int(path.name.removesuffix(PARTIAL)[5:]) >= first]
+        return next((path for path in due if is_in_progress(path)), None)
 
-    found = until(look, 90.0, 0.0002 if inside else 0.005)
-    return found if inside else None
+    found = poll(find, 90.0, 0.0002 if during_save else 0.005)
+    return found if during_save else None
 
 
-def is_inside(partial: Path) -> bool:
-    """Whether the checkpoint is begun, has some file, and is not complete."""
+def is_in_progress(partial: Path) -> bool:
+    """Whether a file of the checkpoint exists and the checkpoint is not complete."""
     return any(partial.rglob("*.safetensors")) and not partial.with_name(partial.name.removesuffix(PARTIAL)).exists()
 
 
-def settle(running: Job, pid: int, fault: ProcessFault) -> tuple[str, list[str]]:
-    """Wait until what was struck has ended, and all others where nobody starts them again.
+def wait_for_end(running: Job, pid: int, fault: ProcessFault) -> tuple[str, list[str]]:
+    """Wait until the target has ended, and all other processes if the launcher does not restart them.
 
-    -> what became of it, and what did not end as it has to. What is stopped is killed once the others are gone, as
-    whoever minds such a machine would do.
+    A stopped process is killed when the others have ended, as an operator of the machine would do.
+
+    Returns:
+        What became of the target, empty if the signal had no effect; and the processes that did not end as expected.
     """
     others = [worker for rank in range(running.ranks) if (worker := running.pid(rank)) not in (None, pid)]
     if fault.signum is signal.SIGSTOP:
-        became = "stopped" if until(lambda: state_of(pid) == "T" or None, 5.0) else ""
-        wrong = alive(others, 60.0)
+        outcome = "stopped" if poll(lambda: state_of(pid) == "T" or None, 5.0) else ""
+        failures = find_running(others, 60.0)
         os.kill(pid, signal.SIGKILL)
     else:
-        became, wrong = ("ended" if until(lambda: ended(pid), 60.0) else ""), []
-    if not fault.onward:
-        return became, wrong
+        outcome, failures = ("ended" if poll(lambda: has_ended(pid), 60.0) else ""), []
+    if not fault.resumed_workers:
+        return outcome, failures
     codes = running.wait()
-    # Workers of a launch that is gone end by themselves.
-    wrong += alive([other for other in others if not wrong], SETTLE_S)
+    # Workers whose launch has ended must end by themselves.
+    failures += find_running([other for other in others if not failures], SETTLE_S)
     if fault.signum in (signal.SIGTERM, signal.SIGUSR1):
-        wrong += unlike([STOPPED_CODE] * len(codes), codes, "asked to stop, they end with {found}")
+        failures += compare([STOPPED_CODE] * len(codes), codes, "after a stop request, they exit with {found}")
     elif 0 in codes:
-        wrong.append(f"struck, they end with {codes}")
-    return became, wrong
+        failures.append(f"after the fault, they exit with {codes}")
+    return outcome, failures
 
 
-def alive(pids: Sequence[int | None], limit_s: float) -> list[str]:
-    """Those that do not end by themselves, in words."""
-    left = [pid for pid in pids if pid is not None and not until(lambda pid=pid: ended(pid), limit_s)]  # type: ignore[misc]
-    return [f"process {pid} did not end by itself" for pid in left]
+def find_running(pids: Sequence[int | None], limit_s: float) -> list[str]:
+    """A message for each process that does not end within the limit."""
+    running = [pid for pid in pids if pid is not None and not poll(lambda pid=pid: has_ended(pid), limit_s)]  # type: ignore[misc]
+    return [f"process {pid} did not end by itself" for pid in running]
 
 
-def ended(pid: int) -> bool | None:
-    """True for a process that is gone, or that only its parent has not looked after yet."""
+def has_ended(pid: int) -> bool | None:
+    """True for a process that does not exist or is a zombie; None otherwise, for `poll`."""
     return state_of(pid) in ("gone", "Z") or None
 
 
-def until(look: Callable[[], Found | None], limit_s: float = 60.0, every_s: float = 0.01) -> Found | None:
-    """What `look` finds, once it finds something; None after the limit."""
+def poll(find: Callable[[], Found | None], limit_s: float = 60.0, interval_s: float = 0.01) -> Found | None:
+    """The first result of `find` that is not None; None after the limit."""
     deadline = time.monotonic() + limit_s
-    while (found := look()) is None and time.monotonic() < deadline:
-        time.sleep(every_s)
+    while (found := find()) is None and time.monotonic() < deadline:
+        time.sleep(interval_s)
     return found
 
 
-def complete(run: Path) -> dict[Path, str]:
-    """The checkpoints that are complete, and the digests of their manifests."""
-    found = {path: digest(path / NAME) for _, path in checkpoints(run / "checkpoints")}
-    return {path: told for path, told in found.items() if told is not None}
+def complete_checkpoints(run: Path) -> dict[Path, str]:
+    """The digest of the manifest of each complete checkpoint."""
+    digests = {path: digest_if_readable(path / MANIFEST_NAME) for _, path in step_folders(run / "checkpoints")}
+    return {path: digest for path, digest in digests.items() if digest is not None}
 
 
-def lost(before: dict[Path, str]) -> list[str]:
-    """What of the checkpoints that were complete is not any more."""
-    return [wrong for folder, told in before.items() for wrong in _changed(folder, told)]
+def find_lost(before: dict[Path, str]) -> list[str]:
+    """A message for each checkpoint that was complete before and is not intact now."""
+    return [message for folder, digest in before.items() for message in _find_changes(folder, digest)]
 
 
-def _changed(folder: Path, told: str) -> Iterator[str]:
-    if digest(folder / NAME) != told:
-        yield f"{folder.name} was complete, and is not as it was"
+def _find_changes(folder: Path, digest: str) -> Iterator[str]:
+    if digest_if_readable(folder / MANIFEST_NAME) != digest:
+        yield f"{folder.name} was complete, and has changed"
         return
     manifest = read_manifest(folder)
-    yield from (f"{folder.name}: {wrong}" for wrong in find_damage(folder, manifest, manifest.files))
+    yield from (f"{folder.name}: {damage}" for damage in find_damage(folder, manifest, manifest.files))
 
 
-def differing(run: Path, undisturbed: Path, workers: int, goes_on: int) -> list[str]:
-    """What of a run that went on after step `goes_on` is not as if nothing had been.
+def find_differences(run: Path, undisturbed: Path, workers: int, resumed_after: int) -> list[str]:
+    """How a run that resumed after step `resumed_after` differs from the undisturbed run.
 
-    On the same layout every bit of the last checkpoint and every figure; on another the losses since, to rounding.
+    On the same layout every bit of the last checkpoint and every metric must be equal; on another the losses since,
+    up to rounding.
     """
     ours, theirs = steps(run), steps(undisturbed)
-    wrong = unlike(list(theirs), list(ours), "the steps are {found}")
-    if wrong:
-        return wrong
+    differences = compare(list(theirs), list(ours), "the steps are {found}")
+    if differences:
+        return differences
     if workers == 2:
         last = f"checkpoints/step-{STEPS:06d}"
-        wrong += [f"{name} differs" for name in same_bits(run / last, undisturbed / last)]
-        places = itertools.product(theirs, ("loss", "grad_norm", "load"))
-        differ = [(step, field) for step, field in places if ours[step][field] != theirs[step][field]]
-        return wrong + [f"{field} of step {step} differs" for step, field in differ]
-    compared = [step for step in theirs if step > goes_on]
-    if not compared:
+        differences += [f"{name} differs" for name in same_bits(run / last, undisturbed / last)]
+        pairs = itertools.product(theirs, ("loss", "grad_norm", "load"))
+        unequal = [(step, field) for step, field in pairs if ours[step][field] != theirs[step][field]]
+        return differences + [f"{field} of step {step} differs" for step, field in unequal]
+    if not any(step > resumed_after for step in theirs):
         return ["no step was made after the fault"]
     return [
         f"the loss of step {step} is {ours[step]['loss']} instead of {theirs[step]['loss']}"
         for step in theirs
-        if not abs(ours[step]["loss"] - theirs[step]["loss"]) <= (CLOSE * theirs[step]["loss"] if step > goes_on else 0)
+        if not abs(ours[step]["loss"] - theirs[step]["loss"])
+        <= (LOSS_TOLERANCE * theirs[step]["loss"] if step > resumed_after else 0)
     ]
 
 
-def unlike(wanted: Sequence[object], found: Sequence[object], told: str) -> list[str]:
-    """`told` with what was found, where it is not what was wanted."""
-    return [] if list(wanted) == list(found) else [told.format(found=list(found))]
+def compare(expected: Sequence[object], found: Sequence[object], message: str) -> list[str]:
+    """`message` with what was found, if it differs from what was expected."""
+    return [] if list(expected) == list(found) else [message.format(found=list(found))]

@@ -1,4 +1,4 @@
-"""A text, a run with three checkpoints, and copies of it to do harm to."""
+"""Fixtures: a text, a run with three checkpoints, and a copy of the run for each test that damages it."""
 
 import shutil
 from pathlib import Path
@@ -25,5 +25,5 @@ def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, to do harm to."""
+    """A copy of `made` that the test may damage."""
     return shutil.copytree(made, tmp_path / "run")

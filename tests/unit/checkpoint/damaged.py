@@ -1,8 +1,6 @@
-"""A worker whose disk or text fails at one step and is repaired at another.
+"""A real training worker whose disk or text fails before one step and is repaired before another.
 
-Run as `python -m tests.unit.checkpoint.damaged ...`.
-
-The worker is the real one, in a process of its own; all that is added is the blow, between two of its steps.
+Run as `python -m tests.unit.checkpoint.damaged KIND PATH FAIL_AT REPAIR_AT OVERRIDES...`.
 """
 
 import os
@@ -23,7 +21,7 @@ LIMIT_S = 30.0
 
 
 def make_read_only(disk: Path) -> None:
-    """As soon as no file is open for writing."""
+    """Remount read-only, as soon as no file is open for writing."""
     deadline = time.monotonic() + LIMIT_S
     while not set_read_only(disk, True):
         assert time.monotonic() < deadline, "a file stays open for writing"
@@ -34,36 +32,41 @@ def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-STRIKE: dict[str, Callable[[Path], object]] = {
+FAULTS: dict[str, Callable[[Path], object]] = {
     "read-only": make_read_only,
     "gone": detach,
     "cut": cut,
 }
 
 
-def main(kind: str, where: str, strike_at: str, mend_at: str, *overrides: str) -> None:
-    """Train, with the blow before step `strike_at`; what was begun to be saved then is written after it.
+def main(kind: str, path: str, fail_at: str, repair_at: str, *overrides: str) -> None:
+    """Train with a fault before step `fail_at`; a save that is pending then is written after the fault.
 
-    mend_at: the step before which a read-only disk is made as it was; 0 for none.
+    Args:
+        kind: A key of FAULTS.
+        path: The disk or file.
+        fail_at: The step before which the fault is injected.
+        repair_at: The step before which a read-only disk becomes writable again; 0 for never.
+        overrides: Of the configuration.
     """
-    run_step, write, struck = loop.run_step, async_saver._write, threading.Event()
+    run_step, write, failed = loop.run_step, async_saver._write, threading.Event()
 
-    def step_and_blow(*given: Any) -> Any:
-        step = given[1]
-        if step == int(strike_at):
-            STRIKE[kind](Path(where))
-            struck.set()
-        if step == int(mend_at):
-            assert set_read_only(Path(where), False)
-        return run_step(*given)
+    def step_with_fault(*args: Any) -> Any:
+        step = args[1]
+        if step == int(fail_at):
+            FAULTS[kind](Path(path))
+            failed.set()
+        if step == int(repair_at):
+            assert set_read_only(Path(path), False)
+        return run_step(*args)
 
-    def write_after_blow(snapshot: Any, partial: Path) -> Any:
-        if f"{int(strike_at) - 1:06d}" in partial.name:
-            assert struck.wait(LIMIT_S)
+    def write_after_fault(snapshot: Any, partial: Path) -> Any:
+        if f"{int(fail_at) - 1:06d}" in partial.name:
+            assert failed.wait(LIMIT_S)
         return write(snapshot, partial)
 
-    setattr(loop, "run_step", step_and_blow)  # noqa: B010  (its type is another)
-    setattr(async_saver, "_write", write_after_blow)  # noqa: B010
+    setattr(loop, "run_step", step_with_fault)  # noqa: B010  (its type differs)
+    setattr(async_saver, "_write", write_after_fault)  # noqa: B010
     train(ROOT / "configs/debug.yaml", list(overrides), 0)
 
 

@@ -1,4 +1,4 @@
-"""Weights folders against transformers: the same names, shapes and logits both ways, or a refusal."""
+"""Weights folders against transformers: equal names, shapes and logits in both directions, or a refusal."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def set_biases(model: PreTrainedModel, scale: float = 0.3) -> None:
 
 
 def trained_model(architecture: str, **changes: Any) -> PreTrainedModel:
-    """A model that is not in its initial state; DeepSeek's with a selection bias that changes what it says."""
+    """A model with perturbed weights; DeepSeek's with a selection bias that changes its logits."""
     model = small_model(architecture, **changes)
     perturb(model)
     if architecture == "deepseek_v3":
@@ -46,8 +46,8 @@ def trained_model(architecture: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def their_folder(architecture: str, folder: Path, **changes: Any) -> Any:
-    """A folder in several files that save_pretrained of the class wrote -> the model that it was."""
+def transformers_folder(architecture: str, folder: Path, **changes: Any) -> Any:
+    """Write a folder of several files with save_pretrained -> its model."""
     config = AutoConfig.for_model(architecture, **{**FAMILIES[architecture][0], **changes})
     torch.manual_seed(4)
     model = AutoModelForCausalLM.from_config(config)
@@ -66,7 +66,7 @@ def save(model: PreTrainedModel, folder: Path, balanced: bool | None = None) -> 
 
 
 @pytest.mark.parametrize(("architecture", "changes"), VARIANTS)
-def test_plain_transformers_opens_our_folder_to_the_same_logits(
+def test_transformers_loads_our_folder_with_equal_logits(
     tmp_path: Path, architecture: str, changes: dict[str, Any]
 ) -> None:
     model = trained_model(architecture, **changes)
@@ -78,7 +78,7 @@ def test_plain_transformers_opens_our_folder_to_the_same_logits(
 
 
 @pytest.mark.parametrize(("architecture", "changes"), VARIANTS)
-def test_names_and_shapes_are_those_that_save_pretrained_writes(
+def test_save_weights_writes_the_names_and_shapes_of_save_pretrained(
     tmp_path: Path, architecture: str, changes: dict[str, Any]
 ) -> None:
     save(trained_model(architecture, **changes), tmp_path / "ours")
@@ -92,7 +92,7 @@ def test_names_and_shapes_are_those_that_save_pretrained_writes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_a_folder_keeps_its_dtype_and_says_what_save_pretrained_says(
+def test_save_weights_keeps_the_dtype_and_writes_the_configs_of_save_pretrained(
     tmp_path: Path, architecture: str, dtype: torch.dtype
 ) -> None:
     model: Any = trained_model(architecture)
@@ -107,16 +107,16 @@ def test_a_folder_keeps_its_dtype_and_says_what_save_pretrained_says(
 
 
 @pytest.mark.parametrize(("architecture", "changes"), VARIANTS)
-def test_what_save_pretrained_wrote_opens_to_the_same_logits(
+def test_load_weights_loads_a_folder_of_save_pretrained_with_equal_logits(
     tmp_path: Path, architecture: str, changes: dict[str, Any]
 ) -> None:
-    theirs = their_folder(architecture, tmp_path, **changes)
+    theirs = transformers_folder(architecture, tmp_path, **changes)
     ours = load_weights(tmp_path, ALONE)
     torch.testing.assert_close(logits(ours, tokens()), logits(theirs, tokens()), rtol=1e-5, atol=1e-5)
 
 
 def test_trap_T40_a_pretrained_correction_bias_is_kept(tmp_path: Path) -> None:
-    theirs = their_folder("deepseek_v3", tmp_path / "theirs")
+    theirs = transformers_folder("deepseek_v3", tmp_path / "theirs")
     ours = load_weights(tmp_path / "theirs", ALONE)
     stored = {name: b for name, b in theirs.named_buffers() if name.endswith("e_score_correction_bias")}
     assert len(stored) == len(find_layers(ours)) == 2
@@ -125,8 +125,8 @@ def test_trap_T40_a_pretrained_correction_bias_is_kept(tmp_path: Path) -> None:
         assert torch.equal(layer.router.selection_bias, stored[f"{layer.name}.gate.e_score_correction_bias"])
 
 
-def beyond(case: str) -> PreTrainedModel:
-    """A model that routes as its architecture cannot."""
+def inexpressible_model(case: str) -> PreTrainedModel:
+    """A model whose routing its architecture cannot express."""
     if case == "softmax on DeepSeek":
         return small_model("deepseek_v3", score="softmax")
     if case == "sigmoid on Qwen3":
@@ -146,7 +146,7 @@ def beyond(case: str) -> PreTrainedModel:
         set_biases(model)
         for layer in find_layers(model):
             if layer.router.threshold is not None:
-                layer.router.threshold.fill_(0.55)  # as a budget would have it
+                layer.router.threshold.fill_(0.55)  # as the controller of a target would set it
         return model
     model = small_model("qwen3_moe")
     if case == "groups on Qwen3":
@@ -163,10 +163,8 @@ ON_QWEN = ["bias on Qwen3", "sigmoid on Qwen3", "scaling on Qwen3", "groups on Q
 
 
 @pytest.mark.parametrize("case", [*ON_QWEN, *ON_DEEPSEEK])
-def test_routing_beyond_the_architecture_is_refused_by_plain_transformers_and_opened_here(
-    tmp_path: Path, case: str
-) -> None:
-    model = beyond(case)
+def test_inexpressible_routing_is_refused_by_transformers_and_loaded_by_load_weights(tmp_path: Path, case: str) -> None:
+    model = inexpressible_model(case)
     plain = small_model(model.config.model_type)
     assert not torch.allclose(logits(model, tokens()), logits(plain, tokens())), "the case changes nothing"
     save(model, tmp_path, balanced=False)
@@ -179,7 +177,7 @@ def test_routing_beyond_the_architecture_is_refused_by_plain_transformers_and_op
 
 
 @pytest.mark.parametrize(("architecture", "refused"), [("qwen3_moe", True), ("deepseek_v3", False)])
-def test_a_balanced_run_names_its_folder_alike_from_its_first_step(
+def test_a_balanced_run_writes_the_same_model_type_from_its_first_step(
     tmp_path: Path, architecture: str, refused: bool
 ) -> None:
     model = small_model(architecture)
@@ -189,8 +187,8 @@ def test_a_balanced_run_names_its_folder_alike_from_its_first_step(
 
 
 @pytest.mark.parametrize("case", ["plain", "bias on Qwen3"])
-def test_the_tokenizer_in_the_folder_opens_with_transformers(tmp_path: Path, case: str) -> None:
-    save(small_model("deepseek_v3") if case == "plain" else beyond(case), tmp_path)
+def test_transformers_loads_the_tokenizer_of_the_folder(tmp_path: Path, case: str) -> None:
+    save(small_model("deepseek_v3") if case == "plain" else inexpressible_model(case), tmp_path)
     ours = byte_tokenizer()
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -201,7 +199,7 @@ def test_the_tokenizer_in_the_folder_opens_with_transformers(tmp_path: Path, cas
 
 
 def test_trap_T42_experts_are_ordered_as_numbers(tmp_path: Path) -> None:
-    """Each of 12 experts is a number of its own, in the file of another program and in the memory of this one."""
+    """Each of 12 experts has a unique constant in a folder of transformers; sorted as text, 10 precedes 2."""
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **FAMILIES["qwen3_moe"][0]))
     experts = theirs.model.layers[0].mlp.experts
     with torch.no_grad():
@@ -211,13 +209,13 @@ def test_trap_T42_experts_are_ordered_as_numbers(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     for rank in range(2):
         local = find_layers(load_weights(tmp_path, Mesh(2, rank, 2)))[0].experts.local
-        optimizer_fragments = range(rank * 6, rank * 6 + 6)
-        assert [weight.unique().tolist() for weight in local.gate_up_proj] == [[e + 0.25] for e in optimizer_fragments]
-        assert [weight.unique().tolist() for weight in local.down_proj] == [[e + 0.5] for e in optimizer_fragments]
+        experts = range(rank * 6, rank * 6 + 6)
+        assert [weight.unique().tolist() for weight in local.gate_up_proj] == [[e + 0.25] for e in experts]
+        assert [weight.unique().tolist() for weight in local.down_proj] == [[e + 0.5] for e in experts]
 
 
 def change_file(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    """Replace or (None) remove tensors of a saved folder."""
+    """Replace tensors of a saved folder, or remove those with the value None."""
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path) | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
@@ -243,7 +241,7 @@ OTHER_EXPERT, OTHER_LAYER = DOWN.replace("11", "12"), DOWN.replace("layers.1", "
     ],
     ids=["missing", "unexpected", "misshapen"],
 )
-def test_trap_T43_tensors_that_do_not_fit_are_listed(
+def test_trap_T43_tensors_that_do_not_match_are_listed(
     tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     save(small_model("deepseek_v3"), tmp_path)
@@ -253,13 +251,13 @@ def test_trap_T43_tensors_that_do_not_fit_are_listed(
     assert message in str(caught.value)
 
 
-def test_a_folder_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
+def test_load_weights_refuses_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"has no config\.json"):
         load_weights(tmp_path, ALONE)
     save(small_model("deepseek_v3"), tmp_path)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(WeightsError, match=r"of the files that it names, \['model-00001.*are not there"):
+    with pytest.raises(WeightsError, match=r"the files \['model-00001.*do not exist"):
         load_weights(tmp_path, ALONE)
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(WeightsError, match=r"holds no \*\.safetensors"):

@@ -1,4 +1,4 @@
-"""A run begins with the weights of a Hugging Face folder: its first logits are those of transformers."""
+"""Starting from a Hugging Face folder: the first logits are those of transformers, or the folder is refused."""
 
 import os
 import subprocess
@@ -31,8 +31,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def begun_with(folder: Path, architecture: str) -> tuple[str, ...]:
-    """The overrides of a run that begins with the folder, and with its tokenizer."""
+def pretrained_overrides(folder: Path, architecture: str) -> tuple[str, ...]:
+    """The overrides of a run that starts from the folder and uses its tokenizer."""
     fixed = (f"model.architecture={architecture}", "model.config={}", f"model.pretrained={folder}")
     return (*fixed, "data.tokenizer=pretrained")
 
@@ -51,14 +51,14 @@ def resolved_run(text: Path, run: Path, *overrides: str) -> Resolved:
         ("qwen3_moe", torch.float32, {"tie_word_embeddings": True}),
     ],
 )
-def test_the_first_logits_are_those_of_transformers(
+def test_load_pretrained_gives_the_logits_of_transformers(
     text: Path, tmp_path: Path, architecture: str, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    """From the configuration on, and from other initial values; a source in bf16 as transformers opens it in fp32."""
+    """Through the whole configuration; a bf16 folder gives the logits that transformers computes from it in fp32."""
     folder = tmp_path / "model"
     make_folder(folder, architecture, dtype, **changes)
     make_tokenizer(folder)
-    resolved = resolved_run(text, tmp_path / "run", *begun_with(folder, architecture))
+    resolved = resolved_run(text, tmp_path / "run", *pretrained_overrides(folder, architecture))
     task = build_task(resolved, tokenize(resolved.config), ALONE)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = logits(theirs, tokens())
@@ -68,8 +68,8 @@ def test_the_first_logits_are_those_of_transformers(
     assert {parameter.dtype for parameter in task.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("save", [SHARDED, FUSED], ids=["each expert", "experts together"])
-def test_each_rank_reads_its_own_experts_alone(tmp_path: Path, save: dict[str, Any]) -> None:
+@pytest.mark.parametrize("save", [SHARDED, FUSED], ids=["one by one", "fused"])
+def test_fill_weights_reads_only_the_experts_of_its_rank(tmp_path: Path, save: dict[str, Any]) -> None:
     make_folder(tmp_path, "qwen3_moe", save=save)
     whole = small_model("qwen3_moe", vocab_size=320)
     fill_weights(whole, ALONE, tmp_path)
@@ -77,25 +77,25 @@ def test_each_rank_reads_its_own_experts_alone(tmp_path: Path, save: dict[str, A
         mesh = Mesh(4, rank, 4)
         model = small_model("qwen3_moe", mesh, vocab_size=320)
         read = {name for name in find_weights(model, mesh, tmp_path) if ".experts." in name}
-        optimizer_fragments = {int(name.split(".experts.")[1].split(".")[0]) for name in read}
-        assert optimizer_fragments == {3 * rank, 3 * rank + 1, 3 * rank + 2} and len(read) == 2 * 3 * 3
+        experts = {int(name.split(".experts.")[1].split(".")[0]) for name in read}
+        assert experts == {3 * rank, 3 * rank + 1, 3 * rank + 2} and len(read) == 2 * 3 * 3
         fill_weights(model, mesh, tmp_path)
         for ours, all_of_them in zip(find_layers(model), find_layers(whole), strict=True):
             every = all_of_them.experts.local.gate_up_proj[3 * rank : 3 * rank + 3]
             assert torch.equal(ours.experts.local.gate_up_proj, every)
 
 
-def harmed(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+def change_file(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
     path = folder / "model.safetensors"
-    found = load_file(path) | changes
-    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, path, {"format": "pt"})
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
 
 
 EXPERT = "model.layers.0.mlp.experts.11.up_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({EXPERT: None}, f"missing ['{EXPERT}'], unexpected nothing"),
         ({EXPERT.replace("11", "12"): torch.ones(16, 32)}, f"unexpected ['{EXPERT.replace('11', '12')}']"),
@@ -106,43 +106,45 @@ EXPERT = "model.layers.0.mlp.experts.11.up_proj.weight"
         ({EXPERT: torch.ones(16, 32, dtype=torch.int32)}, f"'{EXPERT} I32'"),
         ({EXPERT: torch.ones(16, 32).to(torch.float8_e4m3fn)}, f"'{EXPERT} F8_E4M3'"),
     ],
-    ids=["missing", "one more", "another spelling", "another script", "digits", "misshapen", "integers", "fp8"],
+    ids=["missing", "extra", "leading zero", "non-ASCII digit", "5000 digits", "misshapen", "integers", "fp8"],
 )
-def test_trap_T43_a_folder_that_does_not_fit_is_refused_on_any_rank(
-    tmp_path: Path, changes: dict[str, torch.Tensor | None], told: str
+def test_trap_T43_a_folder_that_does_not_match_is_refused_on_every_rank(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
-    """Names also on a rank that would not read the tensor itself; and before anything is changed."""
+    """Missing and unexpected names also on a rank that would not load them; and before anything is changed."""
     make_folder(tmp_path, "qwen3_moe")
-    harmed(tmp_path, changes)
-    others = [Mesh(4, 0, 4)] if "missing" in told or "unexpected" in told else []
+    change_file(tmp_path, changes)
+    others = [Mesh(4, 0, 4)] if "missing" in message or "unexpected" in message else []
     for mesh in (ALONE, Mesh(4, 3, 4), *others):
         model = small_model("qwen3_moe", mesh, vocab_size=320)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(WeightsError) as caught:
             fill_weights(model, mesh, tmp_path)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_experts_together_of_another_number_are_refused(tmp_path: Path) -> None:
+def test_fused_experts_of_another_number_are_refused(tmp_path: Path) -> None:
     make_folder(tmp_path, "qwen3_moe", save=FUSED)
     model: PreTrainedModel = small_model("qwen3_moe", Mesh(2, 0, 2), vocab_size=320, num_experts=6)
     with pytest.raises(WeightsError, match=r"gate_up_proj \[12, 32, 32\] instead of 6 experts"):
         fill_weights(model, Mesh(2, 0, 2), tmp_path)
 
 
-def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"the run cannot begin with model\.pretrained=.*nowhere: it is gone"):
+def test_load_pretrained_reports_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"the run cannot start from model\.pretrained=.*nowhere: the folder does not exist"
+    ):
         load_pretrained(tmp_path / "nowhere", small_model("qwen3_moe"), ALONE)
 
 
-def test_a_run_does_not_start_with_a_folder_that_does_not_fit(text: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_start_from_a_folder_that_does_not_match(text: Path, tmp_path: Path) -> None:
     folder, run = tmp_path / "model", tmp_path / "run"
     make_folder(folder, "deepseek_v3")
     make_tokenizer(folder)
     bias = "model.layers.2.mlp.gate.e_score_correction_bias"
-    harmed(folder, {bias: None, "model.extra.weight": torch.ones(2)})
-    words = overrides_of(text, run, *begun_with(folder, "deepseek_v3"))
+    change_file(folder, {bias: None, "model.extra.weight": torch.ones(2)})
+    words = overrides_of(text, run, *pretrained_overrides(folder, "deepseek_v3"))
     argv = [sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
@@ -151,5 +153,5 @@ def test_a_run_does_not_start_with_a_folder_that_does_not_fit(text: Path, tmp_pa
     assert "step" not in (run / "metrics.jsonl").read_text() and not (run / "checkpoints").exists()
 
 
-def test_both_families_are_tried() -> None:
+def test_both_families_are_covered() -> None:
     assert set(FAMILIES) == {"deepseek_v3", "qwen3_moe"}
