@@ -50,7 +50,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", only_first(list(KINDS), 3))
-def test_trap_T44_ten_steps_are_five_and_five_more_bit_for_bit(
+def test_trap_T44_ten_steps_equal_five_resumed_for_five_more_bit_for_bit(
     ranks: RankPool, text: Path, tmp_path: Path, kind: str
 ) -> None:
     """Every tensor of the last checkpoint (weights, masters, moments, biases, random states) and every loss."""
