@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dist_moe.data.stream import NO_LOSS
-from dist_moe.launch.command import free_port
 from dist_moe.model.task import IGNORED
+from dist_moe.worker.network import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
