@@ -5,7 +5,6 @@ A description is worded to follow "give": errors end with it, and the files in `
 
 from pydantic import Field
 
-from dist_moe.config.base import Section
 from dist_moe.config.sections.balance import BalanceConfig
 from dist_moe.config.sections.checkpoint import CheckpointConfig
 from dist_moe.config.sections.cluster import ClusterConfig
@@ -18,6 +17,7 @@ from dist_moe.config.sections.router import RouterConfig
 from dist_moe.config.sections.run import RunConfig
 from dist_moe.config.sections.slurm import SlurmConfig
 from dist_moe.config.sections.train import TrainConfig
+from dist_moe.section import Section
 
 
 class Config(Section):

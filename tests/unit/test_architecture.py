@@ -18,7 +18,7 @@ Rule = Callable[[Source], Iterator[str]]
 OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests")]
 
-GROUND = {"errors", "text"}
+GROUND = {"errors", "text", "section"}
 TO_CONFIG = GROUND | {"config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
 TO_MODEL = TO_COMM | {"data", "balance", "moe", "model", "observe"}
@@ -27,6 +27,7 @@ TO_TRAIN = TO_ENGINE | {"checkpoint", "health", "train"}
 MAY_IMPORT = {
     "text": set[str](),
     "errors": {"text"},
+    "section": set(),
     "config": GROUND,
     "worker": TO_CONFIG,
     "comm": TO_CONFIG | {"worker"},

@@ -12,8 +12,8 @@ import xxhash
 from pydantic import Field
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.config.base import Section
 from dist_moe.config.untrusted import parse_json, printable, read_text
+from dist_moe.section import Section
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2

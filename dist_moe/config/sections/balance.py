@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dist_moe.config.base import Section
+from dist_moe.section import Section
 
 
 class BalanceConfig(Section):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from dist_moe.config.base import Section
+from dist_moe.section import Section
 
 # A name that ssh, pdsh and a shell all take for a name: it begins no option and ends no word.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")

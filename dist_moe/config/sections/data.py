@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_moe.config.base import Section
+from dist_moe.section import Section
 
 
 class DataConfig(Section):

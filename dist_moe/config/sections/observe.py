@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from dist_moe.config.base import Section
+from dist_moe.section import Section
 
 
 class ObserveConfig(Section):

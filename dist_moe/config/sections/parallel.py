@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from dist_moe.config.base import Auto, Section
+from dist_moe.section import Auto, Section
 
 
 class ParallelConfig(Section):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dist_moe.config.base import Auto, Section
+from dist_moe.section import Auto, Section
 
 
 class RunConfig(Section):

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from dist_moe.config.base import Section
 from dist_moe.config.sections.cluster import Name
+from dist_moe.section import Section
 
 
 class SlurmConfig(Section):

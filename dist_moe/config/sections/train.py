@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from dist_moe.config.base import Fraction, Section
 from dist_moe.config.deepspeed_keys import deepspeed_violations
+from dist_moe.section import Fraction, Section
 
 
 class TrainConfig(Section):

@@ -1,4 +1,4 @@
-"""What every section of the configuration has in common."""
+"""The base class of every validated record: a section of the configuration, a policy, a file of a checkpoint."""
 
 from typing import Annotated, Literal
 
