@@ -1,4 +1,4 @@
-"""The balancer: the window of counts, the one collective per step, and the update of what routers keep."""
+"""The balancer: the window of counts, the one collective per step, and the update of the routers' state."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts
-from dist_moe.balance.rules.quantile import BINS
-from dist_moe.balance.spec import BalanceSettings, update_rule
+from dist_moe.balance.margins import BINS
 from dist_moe.balance.threshold_controller import Controller, control, start_controller
+from dist_moe.policies.base import Policy
 
 
-class Balanced(Protocol):
-    """A router, as the balancer sees it: what it writes there, and whether it may.
+class BalancedRouter(Protocol):
+    """What the balancer reads and writes of a router.
 
-    selection_bias: fp32 [E]. last_load: int64 [E]. threshold: fp32 scalar, None without threshold routing.
+    Attributes:
+        selection_bias: [E] fp32.
+        last_load: [E] int64.
+        threshold: fp32 scalar; None without threshold routing.
     """
 
     selection_bias: Tensor
@@ -23,36 +26,56 @@ class Balanced(Protocol):
     threshold: Tensor | None
 
     @property
-    def balanced(self) -> bool: ...
+    def balanced(self) -> bool:
+        """Whether the balancer may change the router's state."""
+        ...
 
     @property
     def max_experts_per_token(self) -> int:
-        """Experts a token takes at most."""
+        """Maximum number of experts a token takes."""
         ...
 
 
 class Balancer:
-    """Counts the routing of one optimizer step over all ranks, and by it moves each layer's bias and the threshold.
+    """Counts the routing of one optimizer step over all ranks, and updates each layer's bias and the threshold by it.
 
-    routers: layer name -> router (layers may differ in E). Their buffers are written in place and looked up anew each
-    time, so that the buffer which the model uses and saves is the one that is updated. The counts of a window are
-    summed over its micro-batches, and over the ranks in ONE all-reduce of int64 for all layers. A window is begun anew
-    by `step` and by `discard`, so that a skipped step leaves no trace. Every rank computes the same update from the
-    same integers.
+    The counts of a window are summed over its micro-batches, and over the ranks in ONE all-reduce of int64 for all
+    layers. `step` and `discard` begin a new window, so that a skipped step leaves no trace. Every rank computes the
+    same update from the same integers.
+
+    Args:
+        routers: layer name -> router; layers may differ in E. Their buffers are written in place and looked up for
+            each update, so that the buffer which the model uses and saves is the one that is updated.
+        policy: the balancing policy.
+        device: of the counts.
+        schedule_steps: optimizer steps over which the schedule of the policy's rate falls to 0.
+        target_experts_per_token: average that the threshold is controlled to, with threshold routing; None leaves
+            the threshold alone.
+
+    Raises:
+        TypeError: the selection bias of a router is not fp32.
     """
 
-    def __init__(self, routers: Mapping[str, Balanced], settings: BalanceSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        routers: Mapping[str, BalancedRouter],
+        policy: Policy,
+        device: torch.device,
+        schedule_steps: int,
+        target_experts_per_token: float | None = None,
+    ) -> None:
         for name, router in routers.items():
             if router.selection_bias.dtype != torch.float32:
                 raise TypeError(
-                    f"the selection bias of {name} is {router.selection_bias.dtype}; it is fp32 whatever the model is"
+                    f"the selection bias of {name} is {router.selection_bias.dtype}; it is fp32 in a model of any dtype"
                 )
         self.routers = dict(routers)
-        self.settings = settings
+        self.policy = policy
         self.device = device
+        self.schedule_steps = schedule_steps
+        self.target_experts_per_token = target_experts_per_token
         self.taken = 0
         self.controller = self._start_controller()
-        self._rule = update_rule(settings)
         self._window = self._empty_window()
 
     @property
@@ -62,11 +85,16 @@ class Balancer:
 
     @property
     def threshold(self) -> float | None:
-        """The threshold in use; None without threshold routing."""
+        """The current threshold; None without threshold routing."""
         if self.controller is not None:
             return self.controller.threshold
-        held = [router.threshold for router in self.routers.values() if router.threshold is not None]
-        return float(held[0]) if held else None
+        thresholds = [router.threshold for router in self.routers.values() if router.threshold is not None]
+        return float(thresholds[0]) if thresholds else None
+
+    @property
+    def rate(self) -> float:
+        """The rate of the next update; 0 under a policy without a rate, and once it is frozen."""
+        return self.policy.rate_at(self.taken, self.schedule_steps)
 
     def observe(self, routing_counts: Sequence[RoutingCounts]) -> None:
         """Add one micro-batch: the counts of each layer on this rank, in the order of `routers`."""
@@ -74,25 +102,29 @@ class Balancer:
 
     @torch.no_grad()
     def step(self) -> list[RoutingCounts]:
-        """After a step that was taken: reduce the window, update every layer, begin a new window.
+        """Reduce the window after an optimizer step, update every layer, and begin a new window.
 
-        -> the counts of each layer over all ranks. The one collective is made under policy "none" too, since the load
-        is shown under every policy. All ranks call it alike.
+        Collective: all ranks call it. The all-reduce is made under every policy, also under one that moves no bias,
+        since the load is always reported.
+
+        Returns:
+            The counts of each layer over all ranks.
         """
         routing_counts = self._reduce_window()
-        rate = self.settings.rate_at(self.taken)
+        rate = self.rate
+        frozen = self.policy.frozen_at(self.taken)
         for router, layer_counts in zip(self.routers.values(), routing_counts, strict=True):
             if not router.balanced:
                 continue
             router.last_load.copy_(layer_counts.load_E)
-            if self._rule is not None and not self.settings.frozen_at(self.taken):
-                router.selection_bias.copy_(self._rule(router.selection_bias, layer_counts, rate))
+            if self.policy.moves_bias and not frozen:
+                router.selection_bias.copy_(self.policy.next_bias(router.selection_bias, layer_counts, rate))
         self._control_threshold(routing_counts)
         self.taken += 1
         return routing_counts
 
     def discard(self) -> list[RoutingCounts]:
-        """After a step that was skipped: the counts are reduced for the record, and move nothing."""
+        """Reduce the window after a skipped step, for the report alone. Collective, as `step`."""
         return self._reduce_window()
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,10 +137,14 @@ class Balancer:
         return {"taken": self.taken, "controller": controller, "layers": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`. Errors: ValueError where it is of other layers, or of another kind of routing."""
+        """Restore `state_dict`, and begin a new window.
+
+        Raises:
+            ValueError: the state has other layers, or a controller where this balancer has none (or the reverse).
+        """
         if set(state["layers"]) != set(self.routers) or (state["controller"] is None) != (self.controller is None):
             raise ValueError(
-                f"the state is of the layers {sorted(state['layers'])} and controller {state['controller']}; this "
+                f"the state has the layers {sorted(state['layers'])} and the controller {state['controller']}; this "
                 f"balancer has {sorted(self.routers)} and {self.controller}; use the config of the run that wrote it"
             )
         for name, router in self.routers.items():
@@ -120,25 +156,28 @@ class Balancer:
             self._set_controller(Controller(*state["controller"]))
 
     def _start_controller(self) -> Controller | None:
-        held = [float(router.threshold) for router in self._controlled() if router.threshold is not None]
-        return start_controller(held[0]) if self.settings.budget is not None and held else None
+        thresholds = [float(router.threshold) for router in self._controlled() if router.threshold is not None]
+        if self.target_experts_per_token is None or not thresholds:
+            return None
+        return start_controller(thresholds[0])
 
-    def _controlled(self) -> list[Balanced]:
-        """The routers whose threshold the budget's controller moves."""
+    def _controlled(self) -> list[BalancedRouter]:
+        """The routers whose threshold the controller moves."""
         return [router for router in self.routers.values() if router.balanced and router.threshold is not None]
 
     def _control_threshold(self, routing_counts: Sequence[RoutingCounts]) -> None:
-        budget = self.settings.budget
+        target = self.target_experts_per_token
         pairs = zip(self.routers.values(), routing_counts, strict=True)
         counted = [layer_counts for router, layer_counts in pairs if router.balanced and router.threshold is not None]
-        if self.controller is None or budget is None or not counted:
+        if self.controller is None or target is None or not counted:
             return
+        # One stack for all layers, so that a GPU is read once.
         sums = torch.stack(
             [count.sum() for layer_counts in counted for count in (layer_counts.load_E, layer_counts.k_histogram_K)]
         ).tolist()
         assignments, tokens = sum(sums[::2]), sum(sums[1::2])
         if tokens:
-            self._set_controller(control(self.controller, assignments / tokens, budget))
+            self._set_controller(control(self.controller, assignments / tokens, target))
 
     def _set_controller(self, controller: Controller) -> None:
         self.controller = controller
@@ -154,11 +193,11 @@ class Balancer:
     def _empty_window(self) -> list[RoutingCounts]:
         return [self._empty_counts(router) for router in self.routers.values()]
 
-    def _empty_counts(self, router: Balanced) -> RoutingCounts:
+    def _empty_counts(self, router: BalancedRouter) -> RoutingCounts:
         experts = router.selection_bias.numel()
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
-        margins_EQ = zeros(experts, BINS) if self.settings.counts_margins else None
+        margins_EQ = zeros(experts, BINS) if self.policy.needs_margins else None
         return RoutingCounts(zeros(experts), zeros(router.max_experts_per_token), margins_EQ)

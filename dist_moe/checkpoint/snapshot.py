@@ -62,7 +62,7 @@ class Snapshot:
 def collect(training: TrainState, step: int) -> Snapshot:
     """This rank's snapshot after `step`; its tensors are views of memory that training changes."""
     config, mesh, model = training.config, training.engine.mesh, training.task.model
-    balanced = config.balance.policy not in ("none", "auxiliary")
+    balanced = config.balance.moves_bias
     tensors = {f"{MODEL_FOLDER}/{name}": part for name, part in shard_tensors(model, mesh, balanced).items()}
     tensors |= {f"{STATE_FOLDER}/{name}": part for name, part in state_tensors(training).items()}
     if mesh.rank != 0:

@@ -1,10 +1,11 @@
 """What a run is: its fields, how they are read, and whether they fit together."""
 
-from dist_moe.config.family import Family, family_of
 from dist_moe.config.load import dump_config, load_config
 from dist_moe.config.resolve import Resolved, resolve
 from dist_moe.config.schema import Config
 from dist_moe.errors import ConfigError, Violation
+from dist_moe.families.record import Family
+from dist_moe.families.registry import family_of
 
 __all__ = [
     "Config",

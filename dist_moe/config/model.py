@@ -4,13 +4,14 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from dist_moe.config.family import Family, family_of
 from dist_moe.config.model_checks import shape_violations
 from dist_moe.config.pretrained import agreement, stated_model
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.model import ModelConfig
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import ABSENT, Violation
+from dist_moe.families.record import Family
+from dist_moe.families.registry import family_of
 from dist_moe.text import divisors, listed, nearest
 
 # Keys of the class that something else decides -> what decides it.
@@ -94,15 +95,15 @@ def read_model(config: Config) -> Reading:
     try:
         settings = cls(**{"vocab_size": vocabulary_bound(config), **arguments, **_no_special_tokens()})
     except Exception as error:
-        experts = arguments.get(family.experts)
+        experts = arguments.get(family.experts_key)
         known_experts = experts if type(experts) is int and experts > 0 else None
         return Reading(None, known_experts, [*violations, *_refusals(cls, arguments, error)])
     filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
-    experts = getattr(settings, family.experts)
+    experts = getattr(settings, family.experts_key)
     violations += shape_violations(config, settings)
     if experts < 1:
         rule = "leaves the model without experts"
-        violations.append(Violation(f"model.config.{family.experts}", experts, rule, "give 1 or more"))
+        violations.append(Violation(f"model.config.{family.experts_key}", experts, rule, "give 1 or more"))
         return Reading(None, None, violations)
     if routing := _routing_violations(config, experts, filled):
         return Reading(None, experts, [*violations, *routing])
@@ -123,14 +124,18 @@ def vocabulary_bound(config: Config) -> int:
     return {"bytes": BYTES_VOCABULARY, "bpe": config.data.vocabulary, "pretrained": 1}[config.data.tokenizer]
 
 
+ROUTING_VALUES = ("top_k", "normalize", "scaling_factor", "groups", "topk_groups")
+"""The fields of `router` that the Hugging Face config may hold too."""
+
+
 def routing_fields(family: Family) -> dict[str, str | None]:
-    """Our name of each routing value -> the family's field for it."""
+    """The family's key for each of `ROUTING_VALUES`; None where it has none."""
     return {
-        "top_k": family.top_k,
-        "normalize": family.normalize,
-        "scaling_factor": family.scaling,
-        "groups": family.groups,
-        "topk_groups": family.topk_groups,
+        "top_k": family.top_k_key,
+        "normalize": family.normalize_key,
+        "scaling_factor": family.scaling_factor_key,
+        "groups": family.groups_key,
+        "topk_groups": family.topk_groups_key,
     }
 
 
@@ -150,7 +155,7 @@ def _known_keys(cls: Any, family: Family) -> set[str]:
     from transformers import PreTrainedConfig
 
     declared = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-    return (declared | set(family.undeclared)) - set(OWNED_MODEL_KEYS)
+    return (declared | set(family.undeclared_keys)) - set(OWNED_MODEL_KEYS)
 
 
 def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation]:

@@ -17,6 +17,7 @@ from dist_moe.config.sections.router import RouterConfig
 from dist_moe.config.sections.run import RunConfig
 from dist_moe.config.sections.slurm import SlurmConfig
 from dist_moe.config.sections.train import TrainConfig
+from dist_moe.policies.registry import DEFAULT
 from dist_moe.section import Section
 
 
@@ -29,9 +30,7 @@ class Config(Section):
         default_factory=RouterConfig,
         description="how a token finds its experts; null means what the Hugging Face config says",
     )
-    balance: BalanceConfig = Field(
-        default_factory=BalanceConfig, description="how the load of the experts is kept even"
-    )
+    balance: BalanceConfig = Field(default_factory=DEFAULT, description="how the load of the experts is kept even")
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="how the work is divided among the workers"
     )

@@ -14,6 +14,7 @@ from dist_moe.comm.exchange import exchange_rows
 from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
+from dist_moe.families.registry import family_of
 from dist_moe.observe.record import versions
 from dist_moe.worker.source_digest import source_digest
 
@@ -135,9 +136,8 @@ def moe_layer_count(subject: DoctorContext) -> int:
     """From the keys of the model's config, as the family reads them."""
     from transformers import AutoConfig
 
-    from dist_moe.config.model_checks import moe_layers
-
-    return len(moe_layers(AutoConfig.for_model(subject.config.model.architecture, **subject.resolved.model_config)))
+    architecture = subject.config.model.architecture
+    return len(family_of(architecture).moe_layers(AutoConfig.for_model(architecture, **subject.resolved.model_config)))
 
 
 def _all_to_all_s(subject: DoctorContext, size: int) -> float:

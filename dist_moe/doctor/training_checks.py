@@ -19,12 +19,12 @@ from dist_moe.checkpoint.snapshot import collect
 from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import Config
-from dist_moe.config.family import family_of
 from dist_moe.data.stream import Batch
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
 from dist_moe.engine.deepspeed import EngineSettings
 from dist_moe.engine.train_state import TrainState
+from dist_moe.families.registry import family_of
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
@@ -55,11 +55,8 @@ def few_layers(subject: DoctorContext, expert_parallel: int) -> tuple[dict[str, 
     taken = min(rule.max_experts_per_token, subject.resolved.experts)
     experts = min(max(FEW_EXPERTS, taken), subject.resolved.experts)
     experts = -(-experts // expert_parallel) * expert_parallel
-    settings[family.experts] = experts
-    if config.model.architecture == "deepseek_v3":
-        settings |= {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-    else:
-        settings |= {"num_hidden_layers": 2, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    settings |= {family.experts_key: experts, **family.few_layers}
+    settings |= {key: 1 for key in (family.groups_key, family.topk_groups_key) if key is not None}
     if isinstance(rule, ThresholdRouting):
         return settings, replace(rule, max_experts=min(taken, experts))
     if isinstance(rule, TopK):
@@ -144,7 +141,7 @@ def small_training(
     """The small model in a real engine, in the doctor's own folder; with `found` it goes on from there."""
     config, (model_config, rule) = small_config(subject), few_layers(subject, subject.mesh.expert_parallel)
     model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
-    task = LanguageModelTask(model, counts_margins=config.balance.policy == "quantile")
+    task = LanguageModelTask(model, needs_margins=config.balance.needs_margins)
     if found is not None:
         load_model(found, task, mesh)
     assert subject.prepared is not None

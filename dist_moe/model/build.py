@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.family import Score, family_of
-from dist_moe.config.sections.balance import BalanceConfig
 from dist_moe.config.sections.router import RouterConfig
+from dist_moe.families.registry import family_of
 from dist_moe.model.convert import MoeLayer, convert, find_layers
-from dist_moe.model.families import adapter_of
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import OVER_LOGITS, RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.policies.base import Policy
+from dist_moe.scores import OVER_LOGITS, Score
 
 
 def build_model(
@@ -39,7 +39,7 @@ def empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh) -> PreTrainedM
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    convert(model, adapter_of(config.model_type), rule, mesh)
+    convert(model, family_of(config.model_type), rule, mesh)
     return model
 
 
@@ -51,21 +51,21 @@ def family_rule(config: PretrainedConfig, score: Score) -> TopK:
         return default if field is None else getattr(config, field)
 
     return TopK(
-        top_k=stated(family.top_k, None),
+        top_k=stated(family.top_k_key, None),
         score=score,
-        normalize=bool(stated(family.normalize, False)),
-        routed_scaling_factor=float(stated(family.scaling, 1.0)),
-        groups=int(stated(family.groups, 1) or 1),
-        topk_groups=int(stated(family.topk_groups, 1) or 1),
+        normalize=bool(stated(family.normalize_key, False)),
+        routed_scaling_factor=float(stated(family.scaling_factor_key, 1.0)),
+        groups=int(stated(family.groups_key, 1) or 1),
+        topk_groups=int(stated(family.topk_groups_key, 1) or 1),
     )
 
 
-def routing_rule(router: RouterConfig, balance: BalanceConfig) -> Rule:
+def routing_rule(router: RouterConfig, policy: Policy) -> Rule:
     """The rule of a resolved configuration, in which every field of `router` is filled."""
     score, top_k, normalize, routed_scaling_factor = router.score, router.top_k, router.normalize, router.scaling_factor
     if score is None or top_k is None or normalize is None or routed_scaling_factor is None:
         raise RuntimeError("router.* is not resolved; load the config through dist_moe.config.resolve")
-    bias_in_gate_weights = balance.applies_to == "gate_weights"
+    bias_in_gate_weights = policy.bias_in_gate_weights
     if router.selection == "threshold":
         most = router.max_experts
         if most is None:
@@ -76,7 +76,7 @@ def routing_rule(router: RouterConfig, balance: BalanceConfig) -> Rule:
             top_k, router.zipf_exponent if router.selection == "zipf" else 0.0, score, normalize, routed_scaling_factor
         )
     groups, topk_groups = router.groups or 1, router.topk_groups or 1
-    multiplicative = balance.form == "multiplicative" and score not in OVER_LOGITS
+    multiplicative = policy.bias_multiplies_scores and score not in OVER_LOGITS
     return TopK(
         top_k, score, normalize, routed_scaling_factor, groups, topk_groups, multiplicative, bias_in_gate_weights
     )

@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.model.families import Adapter
+from dist_moe.families.record import Family
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
@@ -23,19 +23,19 @@ class MoeLayer(NamedTuple):
     experts: ExpertParallelLayer
 
 
-def convert(model: nn.Module, adapter: Adapter, rule: Rule, mesh: Mesh) -> list[MoeLayer]:
+def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> list[MoeLayer]:
     """Replace router and experts of every MoE block of `model`, in place -> the layers in the model's order.
 
     On a model that lies on the meta device this allocates nothing, and afterwards the model has the parameters of
     this rank's experts alone. Errors: ValueError where no block is found, or experts do not divide by the mesh.
     """
-    blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ == adapter.block]
+    blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ == family.block]
     if not blocks:
         raise ValueError(
-            f"the {adapter.architecture} model has no {adapter.block}; its config asks for dense layers only, so "
+            f"the {family.architecture} model has no {family.block}; its config asks for dense layers only, so "
             "lower first_k_dense_replace or mlp_only_layers in model.config"
         )
-    return [_convert_block(name, block, adapter, rule, mesh) for name, block in blocks]
+    return [_convert_block(name, block, family, rule, mesh) for name, block in blocks]
 
 
 def find_layers(model: nn.Module) -> list[MoeLayer]:
@@ -53,8 +53,8 @@ def _sibling_router(modules: dict[str, nn.Module], experts_name: str) -> Router:
     return next(child for child in block.children() if isinstance(child, Router))
 
 
-def _convert_block(name: str, block: nn.Module, adapter: Adapter, rule: Rule, mesh: Mesh) -> MoeLayer:
-    theirs = block.get_submodule(adapter.experts)
+def _convert_block(name: str, block: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> MoeLayer:
+    theirs = block.get_submodule(family.experts)
     experts, double_width, width = theirs.get_parameter("gate_up_proj").shape
     with theirs.get_parameter("gate_up_proj").device:
         router = Router(experts, width, rule)
@@ -62,6 +62,6 @@ def _convert_block(name: str, block: nn.Module, adapter: Adapter, rule: Rule, me
             len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, theirs.act_fn)
         )
         layer = ExpertParallelLayer(local, experts, mesh)
-    setattr(block, adapter.router, router)
-    setattr(block, adapter.experts, layer)
+    setattr(block, family.router, router)
+    setattr(block, family.experts, layer)
     return MoeLayer(name, router, layer)

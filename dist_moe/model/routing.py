@@ -13,17 +13,18 @@ from dist_moe.balance.losses import (
     sequence_balance_loss,
     z_loss,
 )
-from dist_moe.balance.rules.quantile import count_margins
+from dist_moe.balance.margins import count_margins
 from dist_moe.moe.records import RouterRecord
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import OVER_LOGITS, gate_scores, select
+from dist_moe.moe.select import gate_scores, select
+from dist_moe.scores import OVER_LOGITS
 
 
 @torch.no_grad()
-def tally_routing(router: Router, routed: RouterRecord, counts_margins: bool) -> RoutingCounts:
+def tally_routing(router: Router, routed: RouterRecord, needs_margins: bool) -> RoutingCounts:
     """The counts of one forward of `router` on this rank."""
     layer_counts = count_routing(routed.ids_TK, router.experts, router.max_experts_per_token)
-    if not counts_margins:
+    if not needs_margins:
         return layer_counts
     # The bias is added to what the margins are measured in: the logits of a softmax, else the scores.
     over_logits = router.rule.score in OVER_LOGITS

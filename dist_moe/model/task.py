@@ -41,16 +41,16 @@ class Output(NamedTuple):
 class LanguageModelTask(nn.Module):
     """Next-token prediction over packed sequences.
 
-    losses: what is added for the routing. counts_margins: whether the tallies hold the histograms that quantile
+    losses: what is added for the routing. needs_margins: whether the tallies hold the histograms that quantile
     balancing needs.
     """
 
-    def __init__(self, model: PreTrainedModel, losses: RoutingLosses = NO_LOSSES, counts_margins: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, losses: RoutingLosses = NO_LOSSES, needs_margins: bool = False) -> None:
         super().__init__()
         self.model = model
         self.layers = find_layers(model)
         self.losses = losses
-        self.counts_margins = counts_margins
+        self.needs_margins = needs_margins
 
     def forward(
         self,
@@ -80,7 +80,7 @@ class LanguageModelTask(nn.Module):
             logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         routing_counts = [
-            tally_routing(layer.router, routed, self.counts_margins and self.training)
+            tally_routing(layer.router, routed, self.needs_margins and self.training)
             for layer, routed in zip(self.layers, records, strict=True)
         ]
         loss, auxiliary = nll_sum * scale, torch.zeros_like(nll_sum)

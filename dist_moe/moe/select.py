@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_moe.config.family import Score
 from dist_moe.moe.records import Routing
-
-OVER_LOGITS = ("softmax", "softmax_selected")  # gate functions of all logits together: their bias is added to logits
+from dist_moe.scores import OVER_LOGITS, Score
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,10 @@ def predict(courses: Sequence[Course], offset_E: Tensor, drift: Drift, size: Siz
     steps = {}
     for course in courses:
         contender = course.contender
+        multiplicative = contender.policy.bias_multiplies_scores
         if contender.by_sign:
-            if contender.multiplicative not in goals:
+            if multiplicative not in goals:
                 spaces = [contender.biased_space(logits_TE) for logits_TE in batches]
-                goals[contender.multiplicative] = balancing_bias(spaces, size.top_k)
-            steps[contender.name] = sign_steps(goals[contender.multiplicative] - course.bias_E, contender.rate)
+                goals[multiplicative] = balancing_bias(spaces, size.top_k)
+            steps[contender.name] = sign_steps(goals[multiplicative] - course.bias_E, contender.policy.rate)
     return steps

@@ -10,7 +10,8 @@ from statistics import fmean, median, pstdev
 import torch
 from torch import Tensor
 
-from dist_moe.balance.rules.quantile import count_margins, quantile_update
+from dist_moe.balance.margins import count_margins
+from dist_moe.policies.quantile import quantile_update
 
 WINDOW = 9
 """The steps over which a median is taken, so that one lucky step does not count as level."""

@@ -18,12 +18,12 @@ from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.reduce import all_reduce_scalars
 from dist_moe.config import Config, load_config
-from dist_moe.config.family import family_of
 from dist_moe.config.pretrained import text_vocabulary
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import TokenizedData, prepare
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.stream import Stream
+from dist_moe.families.registry import family_of
 from dist_moe.model.task import IGNORED, LanguageModelTask, Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
 from dist_moe.worker.rank_info import rank_info_from_env
@@ -164,5 +164,5 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
 
 def _experts_divide(checkpoint: Path, workers: int) -> bool:
     config, _ = read_config(model_folder(checkpoint))
-    experts: int = getattr(config, family_of(config.model_type).experts)
+    experts: int = getattr(config, family_of(config.model_type).experts_key)
     return experts % workers == 0

@@ -79,7 +79,7 @@ def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlag
     engine, balancer, files = run.state.engine, run.state.balancer, run.state.prepared.mapped
     started_s = time.perf_counter()
     learning_rate = learning_rate_schedule(run.config).learning_rate(balancer.taken)
-    balance_rate = balancer.settings.rate_at(balancer.taken)
+    balance_rate = balancer.rate
     # Checked before reading, because reading a mapped file that was truncated ends the process by SIGBUS, and after
     # it, because the file may have changed in between.
     changed = detect_change(files)

@@ -9,7 +9,6 @@ import torch
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.spec import BalanceSettings
 from dist_moe.checkpoint.pretrained import load_pretrained
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.checkpoint.training_state import seed_rng
@@ -162,12 +161,18 @@ def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageM
     if config.train.activation_checkpointing:
         # Reentrant checkpointing silently loses the gradient of losses computed outside the checkpointed function.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LanguageModelTask(model, routing_losses(config), balance_settings(config).counts_margins)
+    return LanguageModelTask(model, routing_losses(config), config.balance.needs_margins)
 
 
 def build_balancer(task: LanguageModelTask, config: Config, device: torch.device) -> Balancer:
     """Return the balancer over the routers of every MoE layer."""
-    return Balancer({layer.name: layer.router for layer in task.layers}, balance_settings(config), device)
+    return Balancer(
+        {layer.name: layer.router for layer in task.layers},
+        config.balance,
+        device,
+        schedule_steps=config.train.schedule_steps or config.train.steps,
+        target_experts_per_token=config.router.target_experts_per_token,
+    )
 
 
 def engine_settings(resolved: Resolved, device: torch.device) -> EngineSettings:
@@ -190,19 +195,3 @@ def routing_losses(config: Config) -> RoutingLosses:
     """Return the routing losses that are added to the loss."""
     balance = config.balance
     return RoutingLosses(balance.auxiliary_loss, balance.auxiliary_scope, balance.z_loss, config.router.entropy_loss)
-
-
-def balance_settings(config: Config) -> BalanceSettings:
-    """Return the balancer's part of the configuration."""
-    balance = config.balance
-    return BalanceSettings(
-        policy=balance.policy,
-        rate=balance.rate,
-        schedule=balance.schedule,
-        schedule_steps=config.train.schedule_steps or config.train.steps,
-        center=balance.center,
-        proportional=None if balance.rule is None else balance.rule == "proportional",
-        freeze_at=balance.freeze_at,
-        clip=balance.clip,
-        budget=config.router.target_experts_per_token,
-    )

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.spec import BalanceSettings
 from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import load_config, resolve
@@ -25,6 +24,8 @@ from dist_moe.model.build import parameter_groups
 from dist_moe.model.task import IGNORED, LanguageModelTask
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
+from dist_moe.policies.loss_free import LossFree
+from dist_moe.policies.registry import make_policy
 from dist_moe.train.evaluate import ValidationSet, evaluate
 from dist_moe.train.loop import run
 from dist_moe.train.step import train_step
@@ -99,7 +100,7 @@ def biases_in_bf16(rank: int, world_size: int, folder: str) -> list[list[Tensor]
     with started(Case(expert_parallel=world_size, bf16=True), world_size) as (engine, task):
         for layer in task.layers:
             layer.router.selection_bias += 0.5
-        balancer = make_balancer(task, BalanceSettings("loss_free", 1e-3, "constant", 100))
+        balancer = make_balancer(task, Case(policy=LossFree(rate=1e-3)))
         train_step(engine, balancer, share(ragged_batch(), engine.mesh, 1), 0.0)
         assert {parameter.dtype for parameter in task.parameters()} == {torch.bfloat16}
         save_weights(task.model, engine.mesh, Path(folder), balanced=True)
@@ -110,8 +111,8 @@ def biases_in_bf16(rank: int, world_size: int, folder: str) -> list[list[Tensor]
 
 def layers_of_many_sizes(rank: int, world_size: int, policy: str) -> tuple[list[list[int]], list[list[float]], int]:
     """Layers of 2, 5 and 3 experts, other loads on each rank -> loads, biases, and the collectives of the step."""
-    routers = {f"layer.{rank_info}": Router(count, 4, TopK(1, "sigmoid")) for rank_info, count in enumerate((2, 5, 3))}
-    balancer = Balancer(routers, BalanceSettings(policy, 0.5, "constant", 10), CPU)
+    routers = {f"layer.{layer}": Router(count, 4, TopK(1, "sigmoid")) for layer, count in enumerate((2, 5, 3))}
+    balancer = Balancer(routers, make_policy(policy, rate=0.5), CPU, schedule_steps=10)
     seen = [torch.arange(router.experts) * (rank + 1) for router in routers.values()]
     balancer.observe([RoutingCounts(load_E, load_E.sum().view(1)) for load_E in seen])
     with counted("all_reduce") as calls:

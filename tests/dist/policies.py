@@ -7,11 +7,14 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.rules.quantile import quantile_update
-from dist_moe.balance.spec import BalanceSettings
 from dist_moe.model.routing import tally_routing
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.policies.adaptive_weight import AdaptiveWeight
+from dist_moe.policies.base import Policy
+from dist_moe.policies.loss_free import LossFree
+from dist_moe.policies.quantile import Quantile, quantile_update
+from dist_moe.policies.unbalanced import Unbalanced
 from tests.dist.small import Case
 
 CPU = torch.device("cpu")
@@ -21,29 +24,33 @@ THRESHOLD = ThresholdRouting(threshold=0.3, max_experts=6)
 EXPERTS = 12
 
 
-def settings(policy: str, rate: float = 0.05, **fields: object) -> BalanceSettings:
-    """A constant rate."""
-    return BalanceSettings(policy, rate, "constant", 100, **fields)  # type: ignore[arg-type]
-
-
-POLICIES: dict[str, tuple[Rule, BalanceSettings]] = {
-    "sign": (SIGMOID, settings("loss_free")),
-    "multiplicative": (TopK(2, "sigmoid", multiplicative=True), settings("loss_free")),
-    "sqrt_softplus": (TopK(2, "sqrt_softplus"), settings("loss_free", center=True)),
-    "proportional on softmax": (SOFTMAX, settings("loss_free", proportional=True)),
-    "adaptive weight": (TopK(2, "softmax", bias_in_gate_weights=True), settings("adaptive_weight", clip=2.0)),
-    "threshold": (THRESHOLD, settings("none")),
-    "threshold, adaptive weight": (THRESHOLD, settings("adaptive_weight")),
-    "threshold, budget": (THRESHOLD, settings("adaptive_weight", budget=2.5)),
-    "quantile": (SIGMOID, settings("quantile")),
-    "quantile on softmax": (SOFTMAX, settings("quantile")),
+POLICIES: dict[str, tuple[Rule, Policy, float | None]] = {
+    "sign": (SIGMOID, LossFree(rate=0.05), None),
+    "multiplicative": (
+        TopK(2, "sigmoid", multiplicative=True),
+        LossFree(rate=0.05, form="multiplicative"),
+        None,
+    ),
+    "sqrt_softplus": (TopK(2, "sqrt_softplus"), LossFree(rate=0.05, center=True), None),
+    "proportional on softmax": (SOFTMAX, LossFree(rate=0.05, rule="proportional"), None),
+    "adaptive weight": (
+        TopK(2, "softmax", bias_in_gate_weights=True),
+        AdaptiveWeight(rate=0.05, clip=2.0, applies_to="gate_weights"),
+        None,
+    ),
+    "threshold": (THRESHOLD, Unbalanced(), None),
+    "threshold, adaptive weight": (THRESHOLD, AdaptiveWeight(rate=0.05), None),
+    "threshold, target": (THRESHOLD, AdaptiveWeight(rate=0.05), 2.5),
+    "quantile": (SIGMOID, Quantile(), None),
+    "quantile on softmax": (SOFTMAX, Quantile(), None),
 }
+"""Name -> the rule of routing, the policy, and the experts that a token is to take on average."""
 
 
 def case_of(name: str, **fields: object) -> Case:
     """The small model under a policy."""
-    rule, balance = POLICIES[name]
-    return Case(rule=rule, balance=balance, **fields)  # type: ignore[arg-type]
+    rule, policy, target = POLICIES[name]
+    return Case(rule=rule, policy=policy, target_experts_per_token=target, **fields)  # type: ignore[arg-type]
 
 
 def logits_of(step: int, layer: int) -> Tensor:
@@ -58,19 +65,19 @@ def given_logits(rank: int, world_size: int, name: str) -> tuple[list[list[Routi
     -> the counts over all ranks of each step, and the state at the end. The router is real; its weight is the
     identity, so that what it is given are its logits.
     """
-    rule, balance = POLICIES[name]
+    rule, policy, target = POLICIES[name]
     routers = {f"layer.{layer}": Router(EXPERTS, EXPERTS, rule) for layer in range(2)}
     for router in routers.values():
         torch.nn.init.eye_(router.weight)
-    balancer = Balancer(routers, balance, CPU)
-    cuts = [101 * rank_info**2 // world_size**2 for rank_info in range(world_size + 1)]
+    balancer = Balancer(routers, policy, CPU, 100, target)
+    cuts = [101 * index**2 // world_size**2 for index in range(world_size + 1)]
     seen = []
     for step in range(5):
         routing_counts = []
         for layer, router in enumerate(routers.values()):
             router.open_record(None)
             router(logits_of(step, layer)[cuts[rank] : cuts[rank + 1]])
-            routing_counts.append(tally_routing(router, router.close_record(), balance.counts_margins))
+            routing_counts.append(tally_routing(router, router.close_record(), policy.needs_margins))
         balancer.observe(routing_counts)
         seen.append(balancer.step())
     return seen, balancer.state_dict()
@@ -80,10 +87,10 @@ def mean_of_local_quantiles(rank: int, world_size: int) -> Tensor:
     """The bias that comes out where each rank takes the quantiles of its own tokens and the ranks average them."""
     router = Router(EXPERTS, EXPERTS, SIGMOID)
     torch.nn.init.eye_(router.weight)
-    cuts = [101 * rank_info**2 // world_size**2 for rank_info in range(world_size + 1)]
+    cuts = [101 * index**2 // world_size**2 for index in range(world_size + 1)]
     router.open_record(None)
     router(logits_of(0, 0)[cuts[rank] : cuts[rank + 1]])
-    layer_counts = tally_routing(router, router.close_record(), counts_margins=True)
+    layer_counts = tally_routing(router, router.close_record(), needs_margins=True)
     assert layer_counts.margins_EQ is not None
     bias_E = quantile_update(router.selection_bias, layer_counts.margins_EQ, 2 / EXPERTS)
     dist.all_reduce(bias_E)

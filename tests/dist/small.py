@@ -8,15 +8,17 @@ from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.spec import BalanceSettings
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.data.stream import Batch
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import build_model, parameter_groups
 from dist_moe.model.task import IGNORED, NO_LOSSES, LanguageModelTask
 from dist_moe.moe.select import Rule
+from dist_moe.policies.base import Policy
+from dist_moe.policies.loss_free import LossFree
 from dist_moe.train.step import StepRecord, train_step
 
+CPU = torch.device("cpu")
 VOCABULARY = 61
 ROWS, LENGTH = 8, 24
 DEEPSEEK: dict[str, Any] = {
@@ -45,6 +47,7 @@ DEEPSEEK: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+SIGN_RULE = LossFree(rate=0.01)
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,13 @@ class Case:
     learning_rate: float = 1.0
     steps: int = 1
     checkpointing: bool = False
-    policy: str = "loss_free"
+    policy: Policy = SIGN_RULE
+    target_experts_per_token: float | None = None
     poison: str | None = None  # "loss": rank 1's loss is infinite in the first step; "expert": one expert's gradient
     poison_step: int = 0
     model: dict[str, Any] = field(default_factory=lambda: dict(DEEPSEEK))
     rule: Rule | None = None  # None: the family's own
     losses: RoutingLosses = NO_LOSSES
-    balance: BalanceSettings | None = None  # None: `policy` with a rate of 0.01
-
-    @property
-    def settings(self) -> BalanceSettings:
-        """What the balancer is told."""
-        return self.balance or BalanceSettings(self.policy, 0.01, "constant", 100)
 
 
 def ragged_batch(seed: int = 0, rows: int = ROWS) -> Batch:
@@ -102,7 +100,7 @@ def share(batch: Batch, mesh: Mesh, accumulation: int) -> list[Batch]:
     """The micro-batches of this rank."""
     rows = batch.tokens_BS.shape[0] // (mesh.world_size * accumulation)
     start = mesh.rank * accumulation * rows
-    return [part(batch, start + rank_info * rows, rows) for rank_info in range(accumulation)]
+    return [part(batch, start + index * rows, rows) for index in range(accumulation)]
 
 
 def make_task(case: Case, mesh: Mesh) -> LanguageModelTask:
@@ -110,20 +108,17 @@ def make_task(case: Case, mesh: Mesh) -> LanguageModelTask:
     model = build_model("deepseek_v3", case.model, case.rule or "sigmoid", mesh, seed=0)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    task = LanguageModelTask(model, case.losses, case.settings.counts_margins)
+    task = LanguageModelTask(model, case.losses, case.policy.needs_margins)
     if case.losses.scope == "global_batch" and case.losses.balance:
         for layer in task.layers:  # as after a step
             layer.router.last_load.copy_(torch.arange(layer.router.experts) ** 2)
     return task
 
 
-def make_balancer(
-    task: LanguageModelTask,
-    settings: BalanceSettings = Case().settings,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
-) -> Balancer:
-    """A balancer of the task's routers."""
-    return Balancer({layer.name: layer.router for layer in task.layers}, settings, device)
+def make_balancer(task: LanguageModelTask, case: Case = Case(), device: torch.device = CPU) -> Balancer:
+    """A balancer of the task's routers, with a constant rate."""
+    routers = {layer.name: layer.router for layer in task.layers}
+    return Balancer(routers, case.policy, device, 100, case.target_experts_per_token)
 
 
 @dataclass
@@ -154,7 +149,7 @@ def run_case(rank: int, world_size: int, case: Case) -> Trace:
         bf16=case.bf16,
     )
     with start_engine(task, parameter_groups(task.model, 0.1), settings, mesh) as engine:
-        balancer = make_balancer(task, case.settings)
+        balancer = make_balancer(task, case)
         if case.poison == "expert" and rank == world_size - 1:
             _poison_expert(task)
         records = [_one_step(engine, balancer, case, step, rank, world_size) for step in range(case.steps)]
@@ -224,8 +219,8 @@ def named_experts(task: LanguageModelTask, mesh: Mesh, values: dict[str, Tensor]
             named[name] = value
             continue
         experts = next(layer.experts.experts for layer in task.layers if name.startswith(f"model.{layer.name}."))
-        for rank_info, expert in enumerate(mesh.local_experts(experts)):
-            named[name.replace(".local.", f".{expert}.")] = value[rank_info]
+        for index, expert in enumerate(mesh.local_experts(experts)):
+            named[name.replace(".local.", f".{expert}.")] = value[index]
     return named
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_moe.balance.rules.loss_free import loss_free_update
 from dist_moe.comm.mesh import Mesh
+from dist_moe.policies.loss_free import loss_free_update
 from tests.dist.balanced import (
     CPU,
     biases_in_bf16,

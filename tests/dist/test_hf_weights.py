@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dist_moe.balance.spec import BalanceSettings
 from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.convert import MoeLayer, find_layers
+from dist_moe.policies.loss_free import LossFree
 from dist_moe.train.step import train_step
 from tests.dist.pool import RankPool
 from tests.dist.small import ROWS, Case, make_balancer, make_task, ragged_batch, share
@@ -81,7 +81,7 @@ def train_and_save(rank: int, world_size: int, folder: Path, bf16: bool) -> dict
     task = make_task(Case(), mesh)
     settings = EngineSettings(1, ROWS // world_size, 1, "adamw", 1.0, bf16=bf16)
     with start_engine(task, parameter_groups(task.model, 0.1), settings, mesh) as engine:
-        balancer = make_balancer(task, BalanceSettings("loss_free", 1e-3, "constant", 100))
+        balancer = make_balancer(task, Case(policy=LossFree(rate=1e-3)))
         for step in range(3):
             train_step(engine, balancer, share(ragged_batch(seed=step), mesh, 1), 1e-3)
         save_weights(task.model, mesh, folder, balanced=True)

@@ -7,6 +7,8 @@ import torch
 
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.comm.mesh import Mesh
+from dist_moe.policies.adaptive_weight import AdaptiveWeight
+from dist_moe.policies.loss_free import LossFree
 from tests.dist.balanced import CPU, evaluate, validation_set
 from tests.dist.policies import (
     FORCED,
@@ -16,7 +18,6 @@ from tests.dist.policies import (
     case_of,
     given_logits,
     mean_of_local_quantiles,
-    settings,
 )
 from tests.dist.pool import RankPool
 from tests.dist.small import (
@@ -181,7 +182,7 @@ def test_trap_T14_evaluation_leaves_the_state_of_every_policy(name: str) -> None
     for evaluated in (False, True):
         case = case_of(name)
         task = make_task(case, ALONE)
-        balancer = make_balancer(task, case.settings)
+        balancer = make_balancer(task, case)
         for seed in range(2):
             batch = ragged_batch(seed)
             mask_BS = batch.documents_BS >= 0
@@ -195,7 +196,7 @@ def test_trap_T14_evaluation_leaves_the_state_of_every_policy(name: str) -> None
 
 
 def test_trap_T17_forced_routing_moves_no_bias(ranks: RankPool) -> None:
-    case = Case(rule=FORCED, balance=settings("loss_free"), steps=2)
+    case = Case(rule=FORCED, policy=LossFree(rate=0.05), steps=2)
     (trace,) = ranks.run(run_case, 1, case)
     assert trace.loads[0][0][0] > 2 * trace.loads[0][0][-1], "it is uneven"
     assert not any(bias.any() for bias in trace.biases)
@@ -207,7 +208,8 @@ def test_the_budget_is_held_within_two_percent_in_training(ranks: RankPool, work
     case = Case(
         expert_parallel=workers,
         rule=THRESHOLD,
-        balance=settings("adaptive_weight", budget=3.0),
+        policy=AdaptiveWeight(rate=0.05),
+        target_experts_per_token=3.0,
         steps=60,
         optimizer="adamw",
         learning_rate=1e-4,

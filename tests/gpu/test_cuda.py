@@ -86,16 +86,16 @@ def test_a_world_of_one_on_nccl_trains(stage: int, bf16: bool) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_counts_and_moves_on_the_device_as_on_the_cpu(name: str) -> None:
     """The same logits give the same integers, and those the same bias."""
-    rule, balance = POLICIES[name]
+    rule, policy, target = POLICIES[name]
     states = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         router = Router(EXPERTS, EXPERTS, rule).to(device)
         torch.nn.init.eye_(router.weight)
-        balancer = Balancer({"layer": router}, balance, device)
+        balancer = Balancer({"layer": router}, policy, device, 100, target)
         for step in range(3):
             router.open_record(None)
             router(logits_of(step, 0).to(device))
-            balancer.observe([tally_routing(router, router.close_record(), balance.counts_margins)])
+            balancer.observe([tally_routing(router, router.close_record(), policy.needs_margins)])
             balancer.step()
         states.append([router.selection_bias.cpu(), router.last_load.cpu()])
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)

@@ -30,12 +30,12 @@ from dist_moe.checkpoint.format.hf_folder import (
 )
 from dist_moe.checkpoint.format.shard_reader import ShardReader, write_tensors
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.family import family_of
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER, ParameterSlice
+from dist_moe.families.record import Family
+from dist_moe.families.registry import family_of
 from dist_moe.model.build import empty_model, family_rule, materialise
 from dist_moe.model.convert import MoeLayer, find_layers
-from dist_moe.model.families import Adapter, adapter_of
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 
 # The names of selection rules in config.json.
@@ -76,7 +76,7 @@ def shard_tensors(model: PreTrainedModel, mesh: Mesh, balanced: bool) -> dict[st
     layers = find_layers(model)
     tensors = dict(_expert_tensors(layers, mesh))
     if mesh.ep_rank == 0:
-        bias = _bias_name(adapter_of(model.config.model_type), _needs_own_type(model, layers, balanced))
+        bias = _bias_name(family_of(model.config.model_type), _needs_own_type(model, layers, balanced))
         tensors |= dict(_dense_tensors(model, layers, bias))
     return {f"model-{mesh.ep_rank + 1:05d}-of-{mesh.expert_parallel:05d}.safetensors": tensors}
 
@@ -159,8 +159,8 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
 
 def _rank_tensors(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, Tensor]:
     """The tensors of this rank by their names in the folder."""
-    adapter, layers = adapter_of(model.config.model_type), find_layers(model)
-    bias = _bias_name(adapter, own_type=read_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
+    family, layers = family_of(model.config.model_type), find_layers(model)
+    bias = _bias_name(family, own_type=read_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
     return dict(_expert_tensors(layers, mesh)) | dict(_dense_tensors(model, layers, bias))
 
 
@@ -170,7 +170,7 @@ def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: 
     Raises:
         WeightsError: No model can be built from the config, or it has more layers or experts than the files can hold.
     """
-    stored, experts = read_headers(folder).values(), family_of(config.model_type).experts
+    stored, experts = read_headers(folder).values(), family_of(config.model_type).experts_key
     limit = len(stored) + max((tensor.shape[0] for tensor in stored if FUSED_PATTERN.fullmatch(tensor.name)), default=0)
     try:
         # Modules take memory even on the meta device: an untrusted config could ask for billions of layers.
@@ -203,7 +203,7 @@ def parameter_slices(model: PreTrainedModel, mesh: Mesh) -> list[ParameterSlice]
 
 def is_expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
-    family_has_bias = adapter_of(config.model_type).bias is not None
+    family_has_bias = family_of(config.model_type).bias_name is not None
     return not _rule_overrides(config, rule) and (family_has_bias or not biased)
 
 
@@ -220,12 +220,12 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
     overrides = raw.pop("dist_moe", {})
     model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
     try:
-        adapter = adapter_of(model_type)
+        family = family_of(model_type)
         config = AutoConfig.for_model(model_type, **raw)
         kind = RULES[overrides.pop("selection", "top_k")]
         if kind is not TopK:
             return config, kind(**overrides)
-        return config, replace(family_rule(config, adapter.score), **overrides)
+        return config, replace(family_rule(config, family.score), **overrides)
     except Exception as error:  # transformers' classes raise errors of any type for invalid values
         reason = " ".join(str(error.__cause__ or error).split())
         raise WeightsError(f"{folder / 'config.json'} cannot be used ({reason}); use another checkpoint") from None
@@ -236,20 +236,20 @@ def _rule_overrides(config: PretrainedConfig, rule: Rule) -> dict[str, Any]:
     if not isinstance(rule, TopK):
         kind = next(name for name, known in RULES.items() if isinstance(rule, known))
         return {"selection": kind, **asdict(rule)}
-    family_fields = asdict(family_rule(config, adapter_of(config.model_type).score))
+    family_fields = asdict(family_rule(config, family_of(config.model_type).score))
     return {name: value for name, value in asdict(rule).items() if value != family_fields[name]}
 
 
-def _bias_name(adapter: Adapter, own_type: bool) -> str | None:
+def _bias_name(family: Family, own_type: bool) -> str | None:
     """The name of the selection bias, below its router, in the files; None if they have none."""
-    return adapter.bias or ("selection_bias" if own_type else None)
+    return family.bias_name or ("selection_bias" if own_type else None)
 
 
 def bias_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     """The name of each MoE layer's selection bias in the folder, by layer; empty if it stores none."""
-    adapter = adapter_of(model.config.model_type)
-    bias = _bias_name(adapter, own_type=read_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
-    return {} if bias is None else {layer.name: f"{layer.name}.{adapter.router}.{bias}" for layer in find_layers(model)}
+    family = family_of(model.config.model_type)
+    bias = _bias_name(family, own_type=read_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
+    return {} if bias is None else {layer.name: f"{layer.name}.{family.router}.{bias}" for layer in find_layers(model)}
 
 
 def _local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:

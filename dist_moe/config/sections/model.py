@@ -1,27 +1,31 @@
-"""The fields of the Hugging Face model."""
+"""The section `model`: the Hugging Face model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from dist_moe.config.family import Architecture
+from dist_moe.families.registry import FAMILIES
 from dist_moe.section import Section
+from dist_moe.text import listed
+
+if TYPE_CHECKING:
+    Architecture = str
+else:
+    Architecture = Literal[tuple(FAMILIES)]
 
 
 class ModelConfig(Section):
     """The Hugging Face model."""
 
-    architecture: Architecture = Field(
-        description="the model's family, Hugging Face's model_type: deepseek_v3 or qwen3_moe"
-    )
+    architecture: Architecture = Field(description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}")
     pretrained: str | None = Field(
         default=None,
         min_length=1,
-        description="the folder of a Hugging Face model of this family, with whose weights the run begins, or null "
-        "(the weights begin at random)",
+        description="the folder of a Hugging Face model of this family, whose weights the run starts from, or null "
+        "(random initial weights)",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="the keys of the family's Hugging Face config class; a key left out is as in model.pretrained, or "
-        "else keeps the default of that class, and vocab_size comes from the tokenizer",
+        description="the keys of the family's Hugging Face config class; a key left out is that of model.pretrained or "
+        "the default of the class, and vocab_size comes from the tokenizer",
     )

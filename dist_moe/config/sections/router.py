@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dist_moe.config.family import Score
+from dist_moe.scores import Score
 from dist_moe.section import Section
 
 

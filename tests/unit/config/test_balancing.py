@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dist_moe.config import ConfigError, load_config, resolve
-from dist_moe.config.combinations import POLICIES, SCORES, SELECTIONS, markdown, refusal
+from dist_moe.config.combinations import SCORES, SELECTIONS, markdown, refusal
+from dist_moe.policies.registry import POLICIES
 
 ROOT = Path(__file__).parents[3]
 DEBUG = ROOT / "configs" / "debug.yaml"  # 12 experts, top-2
@@ -50,18 +51,18 @@ THRESHOLD = ["router.selection=threshold", "router.score=softmax"]
         ([*THRESHOLD, "router.max_experts=13"], "router.max_experts=13 is more than the model's 12 experts;"),
         (
             [*THRESHOLD, "router.target_experts_per_token=13"],
-            "router.target_experts_per_token=13.0 cannot be held, since a token takes 1 to 12 experts;",
+            "router.target_experts_per_token=13.0 cannot be reached, since a token takes 1 to 12 experts;",
         ),
-        ([*THRESHOLD, "router.target_experts_per_token=12"], "router.target_experts_per_token=12.0 cannot be held"),
+        ([*THRESHOLD, "router.target_experts_per_token=12"], "router.target_experts_per_token=12.0 cannot be reached"),
         (["router.threshold=0.5"], "router.threshold=0.5 has no meaning with router.selection=top_k"),
         (["router.zipf_exponent=2"], "router.zipf_exponent=2.0 has no meaning with router.selection=top_k"),
-        ([*UNIFORM, "balance.auxiliary_loss=0.1"], "balance.auxiliary_loss=0.1 shapes scores that"),
-        ([*UNIFORM, "balance.z_loss=0.1"], "balance.z_loss=0.1 shapes scores that"),
-        ([*UNIFORM, "router.entropy_loss=0.1"], "router.entropy_loss=0.1 shapes scores that"),
+        ([*UNIFORM, "balance.auxiliary_loss=0.1"], "balance.auxiliary_loss=0.1 trains scores that"),
+        ([*UNIFORM, "balance.z_loss=0.1"], "balance.z_loss=0.1 trains scores that"),
+        ([*UNIFORM, "router.entropy_loss=0.1"], "router.entropy_loss=0.1 trains scores that"),
         ([*UNIFORM, *GROUPS], "model.config.n_group=3 limits a token to some groups"),
         (
             [*THRESHOLD, "router.target_experts_per_token=4", "router.max_experts=3"],
-            "router.target_experts_per_token=4.0 cannot be held",
+            "router.target_experts_per_token=4.0 cannot be reached",
         ),
         (
             ["router.target_experts_per_token=2"],
@@ -74,7 +75,7 @@ THRESHOLD = ["router.selection=threshold", "router.score=softmax"]
         ),
         (
             ["balance.policy=quantile", *GROUPS],
-            "model.config.n_group=3 closes groups of experts to a token",
+            "model.config.n_group=3 excludes groups of experts for a token",
         ),
         (["balance.policy=auxiliary"], "balance.auxiliary_loss=0.0 leaves balance.policy=auxiliary without a loss;"),
         (
@@ -83,11 +84,11 @@ THRESHOLD = ["router.selection=threshold", "router.score=softmax"]
         ),
         (
             ["balance.policy=quantile", "balance.center=false"],
-            "balance.center=false lets the biases of balance.policy=quantile drift until margins can no longer be told "
-            "apart; leave it out",
+            "balance.center=false lets the biases of balance.policy=quantile drift until their histograms lose "
+            "resolution; leave it out",
         ),
         (["balance.policy=none", "balance.center=true"], "balance.center=true has no meaning with balance.policy=none"),
-        (["balance.clip=2"], "balance.clip=2.0 has no meaning with balance.policy=loss_free;"),
+        (["balance.clip=2"], "balance.clip=2 has no meaning with balance.policy=loss_free;"),
         (
             ["balance.policy=quantile", "balance.rule=sign"],
             "balance.rule=sign has no meaning with",

@@ -10,9 +10,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from dist_moe.config import Config, family_of, resolve
-from dist_moe.config.family import FAMILIES
 from dist_moe.config.model import routing_fields, vocabulary_bound
-from dist_moe.config.model_checks import moe_layers
+from dist_moe.families.registry import FAMILIES
 from tests.unit.config.files import debug, qwen, violations
 
 Maker = Callable[..., Config]
@@ -32,9 +31,9 @@ def forward(config: Config, arguments: dict) -> None:
 def test_the_family_names_fields_that_its_class_declares(architecture: str) -> None:
     family = family_of(architecture)
     declared = {field.name for field in fields(CONFIG_MAPPING[architecture])}
-    named = {family.experts, *(field for field in routing_fields(family).values() if field is not None)}
+    named = {family.experts_key, *(field for field in routing_fields(family).values() if field is not None)}
     assert named <= declared
-    assert not declared & set(family.undeclared)
+    assert not declared & set(family.undeclared_keys)
 
 
 def test_an_unknown_family_is_an_error() -> None:
@@ -202,7 +201,7 @@ def test_moe_layers_are_those_of_the_real_model(make: Maker, overrides: dict) ->
     settings = CONFIG_MAPPING[config.model.architecture](**arguments)
     model = AutoModelForCausalLM.from_config(settings)
     real = [index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
-    assert moe_layers(settings) == real
+    assert family_of(config.model.architecture).moe_layers(settings) == real
 
 
 def test_widths_of_bf16_are_coarser() -> None:

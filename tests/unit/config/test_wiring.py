@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dist_moe.comm.mesh import Mesh
 from dist_moe.config import load_config, resolve
-from dist_moe.model.build import routing_rule
+from dist_moe.model.build import build_model, routing_rule
+from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import RandomRouting, ThresholdRouting, TopK
-from dist_moe.train.setup import balance_settings, routing_losses
+from dist_moe.policies.loss_free import LossFree
+from dist_moe.train.setup import build_balancer, routing_losses
+from tests.dist.small import DEEPSEEK
 
 DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
 SOFTMAX = ["router.score=softmax"]
@@ -44,23 +49,34 @@ def test_the_rule(overrides: list[str], wanted: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "field", "wanted"),
     [
-        (["balance.policy=quantile"], "policy", "quantile"),
         (["balance.rate=0.5"], "rate", 0.5),
         (["balance.schedule=quadratic"], "schedule", "quadratic"),
-        (["train.schedule_steps=77"], "schedule_steps", 77),
-        (["balance.center=true"], "center", True),
-        (["balance.center=false"], "center", False),
-        ([], "center", None),
+        (["balance.center=true"], "centers", True),
+        (["balance.center=false"], "centers", False),
+        ([], "centers", False),
+        (ADAPTIVE, "centers", True),
+        (["balance.policy=quantile"], "centers", True),
         (["balance.rule=proportional"], "proportional", True),
         (["balance.rule=sign"], "proportional", False),
+        ([], "proportional", False),
+        (ADAPTIVE, "proportional", True),
         (["balance.freeze_at=3"], "freeze_at", 3),
         ([*ADAPTIVE, "balance.clip=7"], "clip", 7.0),
-        ([*THRESHOLD, "router.target_experts_per_token=3"], "budget", 3.0),
     ],
 )
-def test_the_settings_of_the_balancer(overrides: list[str], field: str, wanted: Any) -> None:
+def test_the_policy(overrides: list[str], field: str, wanted: Any) -> None:
     config = resolve(load_config(DEBUG, overrides), 1).config
-    assert getattr(balance_settings(config), field) == wanted
+    assert getattr(config.balance, field) == wanted
+
+
+def test_the_balancer() -> None:
+    overrides = [*THRESHOLD, "router.target_experts_per_token=3", "train.schedule_steps=77", "balance.rate=0.5"]
+    config = resolve(load_config(DEBUG, overrides), 1).config
+    meshed = Mesh(world_size=1, rank=0, expert_parallel=1)
+    model = build_model("deepseek_v3", DEEPSEEK, routing_rule(config.router, config.balance), meshed, seed=0)
+    balancer = build_balancer(LanguageModelTask(model), config, torch.device("cpu"))
+    assert balancer.policy == LossFree(rate=0.5, schedule="linear")
+    assert (balancer.schedule_steps, balancer.target_experts_per_token) == (77, 3.0)
 
 
 @pytest.mark.parametrize(

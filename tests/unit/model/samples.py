@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.family import Score
 from dist_moe.model.build import build_model
+from dist_moe.scores import Score
 from tests.dist.small import DEEPSEEK, VOCABULARY
 
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)

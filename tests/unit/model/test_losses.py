@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.config.family import Score
 from dist_moe.model.build import build_model
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import TopK
+from dist_moe.scores import Score
 from tests.unit.model.samples import ALONE, FAMILIES, tokens
 
 ROWS, LENGTH, PADDING = 2, 12, 4

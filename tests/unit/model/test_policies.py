@@ -8,12 +8,11 @@ from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.balance.spec import BalanceSettings
-from dist_moe.config.combinations import POLICIES, SCORES, SELECTIONS, refusal
-from dist_moe.config.sections.balance import BalanceConfig
+from dist_moe.config.combinations import SCORES, SELECTIONS, refusal
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.task import LanguageModelTask
+from dist_moe.policies.registry import POLICIES, make_policy
 from tests.unit.model.samples import ALONE, FAMILIES, tokens
 
 ALLOWED = [
@@ -28,12 +27,11 @@ def make(selection: str, score: str, policy: str) -> tuple[LanguageModelTask, Ba
         {"selection": selection, "score": score, "top_k": 2, "normalize": False, "scaling_factor": 1.0, "groups": 1}
         | {"topk_groups": 1, "threshold": 0.5, "max_experts": 4 if selection == "threshold" else None}
     )
-    balance = BalanceConfig.model_validate({"policy": policy, "rate": 0.05})
+    balance = make_policy(policy, rate=0.05)
     model = build_model("deepseek_v3", FAMILIES["deepseek_v3"][0], routing_rule(router, balance), ALONE, seed=0)
-    settings = BalanceSettings(policy, balance.rate, "constant", 100)
     losses = RoutingLosses(balance=0.1 if policy == "auxiliary" else 0.0)
-    task = LanguageModelTask(model, losses, settings.counts_margins)
-    balancer = Balancer({layer.name: layer.router for layer in task.layers}, settings, torch.device("cpu"))
+    task = LanguageModelTask(model, losses, balance.needs_margins)
+    balancer = Balancer({layer.name: layer.router for layer in task.layers}, balance, torch.device("cpu"), 100)
     return task, balancer
 
 
@@ -55,7 +53,7 @@ def test_every_allowed_combination_learns_and_balances(selection: str, score: st
     for layer in task.layers:
         gradient = layer.router.weight.grad
         assert gradient is not None and gradient.isfinite().all() and gradient.any()
-        assert bool(layer.router.selection_bias.any()) == (policy not in ("none", "auxiliary"))
+        assert bool(layer.router.selection_bias.any()) == balancer.policy.moves_bias
         assert bool(layer.router.last_load.any()) == (selection in ("top_k", "threshold"))
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.balance.counts import count_routing
-from dist_moe.config.family import Score
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
+from dist_moe.scores import Score
 
 
 def make_router(experts: int = 4, top_k: int = 2, score: Score = "sigmoid", width: int = 8) -> Router:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.config.family import Score
 from dist_moe.moe.select import Inputs, TopK, bias_inputs, biased_scores, gate_scores, select_top_k
+from dist_moe.scores import Score
 from tests.twin import slow_select
 
 SCORES: list[Score] = ["sigmoid", "softmax", "softmax_selected", "sqrt_softplus"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_moe.config.combinations import refusal
+from dist_moe.policies.loss_free import LossFree
 from dist_moe.study.contenders import CONTENDERS, LEVEL, Contender, Course
 from dist_moe.study.figure import STYLES
 from dist_moe.study.scores import Drift, draw_scores
@@ -23,7 +24,7 @@ def run(contender: Contender, steps: int = 20) -> Course:
 @pytest.mark.parametrize("contender", (*LEVEL, *CONTENDERS), ids=lambda contender: contender.name)
 def test_a_contender_is_one_that_the_config_allows(contender: Contender) -> None:
     selection = "threshold" if contender.by_threshold else "top_k"
-    assert refusal(selection, contender.score, contender.policy) is None
+    assert refusal(selection, contender.score, contender.policy.policy) is None
 
 
 def test_names_differ_and_each_has_a_line_in_the_picture() -> None:
@@ -33,7 +34,7 @@ def test_names_differ_and_each_has_a_line_in_the_picture() -> None:
 
 
 def test_every_policy_that_works_without_gradients_takes_part() -> None:
-    assert {contender.policy for contender in CONTENDERS} == {"none", "loss_free", "adaptive_weight", "quantile"}
+    assert {contender.policy.policy for contender in CONTENDERS} == {"none", "loss_free", "adaptive_weight", "quantile"}
 
 
 def test_a_step_is_routed_by_the_bias_from_before_it() -> None:
@@ -54,7 +55,7 @@ def test_none_moves_nothing_and_the_others_level_what_they_can() -> None:
 
 def test_adaptive_weights_over_top_k_are_the_proportional_rule_on_logits() -> None:
     adaptive = run(BY_NAME["adaptive, 0.1"])
-    proportional = run(replace(BY_NAME["proportional, 0.01"], rate=0.1))
+    proportional = run(replace(BY_NAME["proportional, 0.01"], policy=LossFree(rate=0.1, rule="proportional")))
     assert adaptive.max_vio == proportional.max_vio, "they differ by the mean of the bias, which moves no selection"
     torch.testing.assert_close(adaptive.bias_E, proportional.bias_E - proportional.bias_E.mean())
 

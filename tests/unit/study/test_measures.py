@@ -5,8 +5,8 @@ import torch
 
 from dist_moe.balance.counts import count_routing
 from dist_moe.balance.load import max_vio
-from dist_moe.balance.rules.loss_free import loss_free_update
 from dist_moe.moe.select import TopK, select
+from dist_moe.policies.loss_free import loss_free_update
 from dist_moe.study.measures import Stretch, balancing_bias, measure, sign_steps, steps_to_reach
 
 

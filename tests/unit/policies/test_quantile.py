@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.load import max_vio
-from dist_moe.balance.rules.quantile import BINS, count_margins, quantile_update
-from dist_moe.balance.spec import BalanceSettings, update_rule
-from dist_moe.config.family import Score
+from dist_moe.balance.margins import BINS, count_margins
 from dist_moe.moe.select import TopK, bias_inputs, gate_scores, select_top_k
+from dist_moe.policies.quantile import Quantile, quantile_update
+from dist_moe.scores import Score
 
 
 def scores(tokens: int, experts: int, seed: int, spread: float = 1.0) -> Tensor:
@@ -85,15 +85,12 @@ def test_a_level_load_of_equal_experts_is_a_fixed_point() -> None:
 
 def test_trap_T11_the_biases_hold_their_mean_over_a_long_run() -> None:
     """Left alone it falls with each batch, and takes the margins to where the bins are wide."""
-    rule = update_rule(BalanceSettings("quantile", 0.1, "constant", 10))
-    assert rule
     bias_E = torch.zeros(8)
     for step in range(200):
         logits_TE = torch.randn(512, 8, generator=torch.Generator().manual_seed(step))
         margins_EQ = count_margins(logits_TE, bias_E, 2)
-        bias_E = rule(
-            bias_E, RoutingCounts(torch.zeros(8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), margins_EQ), 0
-        )
+        counts = RoutingCounts(torch.zeros(8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), margins_EQ)
+        bias_E = Quantile().next_bias(bias_E, counts, 0.0)
     assert abs(float(bias_E.mean())) < 1e-6
 
 

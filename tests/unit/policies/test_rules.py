@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.rules.adaptive_weight import adaptive_weight_update
-from dist_moe.balance.rules.loss_free import loss_free_update
-from dist_moe.balance.spec import BalanceSettings, UpdateRule, update_rule
+from dist_moe.policies.adaptive_weight import AdaptiveWeight, adaptive_weight_update
+from dist_moe.policies.base import Policy
+from dist_moe.policies.loss_free import LossFree, loss_free_update
+from dist_moe.policies.registry import make_policy
 
 loads = st.lists(st.integers(0, 2**40), min_size=1, max_size=12)
 
@@ -62,11 +63,10 @@ def test_adaptive_weights_are_the_centred_proportional_bias_on_logits(load: list
     )
 
 
-RULES: dict[str, UpdateRule] = {
-    f"{policy}-{proportional}": rule
+RULES: dict[str, Policy] = {
+    f"{policy}-{rule}": make_policy(policy, rule=rule)
     for policy in ("loss_free", "adaptive_weight")
-    for proportional in (False, True)
-    if (rule := update_rule(BalanceSettings(policy, 0.1, "constant", 10, proportional=proportional)))
+    for rule in ("sign", "proportional")
 }
 
 
@@ -75,14 +75,14 @@ def test_a_level_load_is_a_fixed_point(name: str) -> None:
     level = RoutingCounts(torch.full((6,), 7), torch.tensor([42]))
     bias_E = drawn(6, 0)
     bias_E -= bias_E.mean()
-    torch.testing.assert_close(RULES[name](bias_E, level, 0.1), bias_E, rtol=0, atol=1e-6)
+    torch.testing.assert_close(RULES[name].next_bias(bias_E, level, 0.1), bias_E, rtol=0, atol=1e-6)
     empty = RoutingCounts(torch.zeros(6, dtype=torch.int64), torch.tensor([0]))
-    torch.testing.assert_close(RULES[name](bias_E, empty, 0.1), bias_E, rtol=0, atol=1e-6)
+    torch.testing.assert_close(RULES[name].next_bias(bias_E, empty, 0.1), bias_E, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_greedy_expert_falls_and_a_starved_one_rises(name: str) -> None:
-    moved_E = RULES[name](torch.zeros(3), RoutingCounts(torch.tensor([8, 4, 0]), torch.tensor([12])), 0.1)
+    moved_E = RULES[name].next_bias(torch.zeros(3), RoutingCounts(torch.tensor([8, 4, 0]), torch.tensor([12])), 0.1)
     assert moved_E[0] < moved_E[1] < moved_E[2]
 
 
@@ -108,24 +108,39 @@ def test_trap_T05_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: 
 def test_trap_T11_adaptive_weights_are_centred_of_themselves() -> None:
     """Null in the config: the paper's rule."""
     layer_counts = RoutingCounts(torch.tensor([9, 1, 1, 1]), torch.tensor([12]))
-    own = {
-        policy: update_rule(BalanceSettings(policy, 0.1, "constant", 10)) for policy in ("loss_free", "adaptive_weight")
-    }
-    assert own["loss_free"] and own["adaptive_weight"]
-    assert own["loss_free"](torch.zeros(4), layer_counts, 1.0).tolist() == [-1, 1, 1, 1], "the sign, not centred"
+    loss_free, adaptive_weight = LossFree(), AdaptiveWeight()
+    assert loss_free.next_bias(torch.zeros(4), layer_counts, 1.0).tolist() == [-1, 1, 1, 1], "the sign, not centered"
     torch.testing.assert_close(
-        own["adaptive_weight"](torch.full((4,), 0.5), layer_counts, 1.0), torch.tensor([-2.0, 2 / 3, 2 / 3, 2 / 3])
+        adaptive_weight.next_bias(torch.full((4,), 0.5), layer_counts, 1.0), torch.tensor([-2.0, 2 / 3, 2 / 3, 2 / 3])
     )
 
 
-@pytest.mark.parametrize("policy", ["none", "auxiliary"])
-def test_no_bias_moves_without_a_rule(policy: str) -> None:
-    settings = BalanceSettings(policy, 0.1, "constant", 10)
-    assert update_rule(settings) is None
-    assert settings.rate_at(0) == 0.0
+@pytest.mark.parametrize("name", ["none", "auxiliary"])
+def test_a_policy_without_a_rule_moves_no_bias(name: str) -> None:
+    policy = make_policy(name, rate=0.1)
+    assert not policy.moves_bias
+    assert policy.rate_at(0, 10) == 0.0
+    with pytest.raises(NotImplementedError, match=f"balance.policy={name} moves no bias"):
+        policy.next_bias(torch.zeros(2), RoutingCounts(torch.tensor([1, 2]), torch.tensor([3])), 0.1)
 
 
-def test_a_frozen_schedule_stands_still() -> None:
-    settings = BalanceSettings("loss_free", 0.5, "linear", 10, freeze_at=3)
-    assert [settings.rate_at(taken) for taken in range(5)] == pytest.approx([0.5, 0.45, 0.4, 0.0, 0.0])
-    assert [settings.frozen_at(taken) for taken in (2, 3)] == [False, True]
+def test_an_unknown_policy_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"balance\.policy='auction' is unknown; use one of none, loss_free,"):
+        make_policy("auction")
+
+
+def test_the_linear_schedule_falls_to_nothing() -> None:
+    linear = LossFree(rate=0.4, schedule="linear")
+    assert [linear.rate_at(step, 4) for step in range(6)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
+    assert LossFree(rate=0.5).rate_at(10_000, 4) == 0.5
+
+
+def test_the_quadratic_schedule_falls_faster_at_first() -> None:
+    quadratic = LossFree(rate=0.4, schedule="quadratic")
+    assert [quadratic.rate_at(step, 4) for step in range(6)] == pytest.approx([0.4, 0.225, 0.1, 0.025, 0.0, 0.0])
+
+
+def test_a_frozen_policy_has_no_rate() -> None:
+    frozen = LossFree(rate=0.5, schedule="linear", freeze_at=3)
+    assert [frozen.rate_at(step, 10) for step in range(5)] == pytest.approx([0.5, 0.45, 0.4, 0.0, 0.0])
+    assert [frozen.frozen_at(step) for step in (2, 3)] == [False, True]

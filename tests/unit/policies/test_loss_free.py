@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.rules.loss_free import loss_free_update
+from dist_moe.policies.loss_free import loss_free_update
 
 
 def reference(bias_E: Tensor, load_E: Tensor, rate: float) -> np.ndarray:

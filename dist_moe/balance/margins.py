@@ -1,0 +1,40 @@
+"""Histograms of the margins by which tokens choose experts: integers, so that sums over ranks are exact.
+
+Shapes: T tokens, E experts, K experts a token takes.
+"""
+
+import torch
+from torch import Tensor
+
+BINS = 1000
+
+
+def count_margins(scores_TE: Tensor, bias_E: Tensor, top_k: int, mask_T: Tensor | None = None) -> Tensor:
+    """Count the margins m = score - (K+1)-th highest biased score of the token, for each expert.
+
+    The bins divide m / (1 + |m|) evenly, which maps every number into -1..1 in order: no range has to be known, and
+    close to 0 a bin is 0.002 wide.
+
+    Args:
+        scores_TE: what the bias is added to, scores or logits, unbiased.
+        bias_E: [E], the selection bias.
+        top_k: K, below E.
+        mask_T: bool, the tokens that count; None means all.
+
+    Returns:
+        [E, BINS] int64.
+
+    Raises:
+        ValueError: `top_k` is not between 1 and E - 1.
+    """
+    experts = scores_TE.shape[-1]
+    if not 1 <= top_k < experts:
+        raise ValueError(f"top_k={top_k} of {experts} experts; the threshold is that of one more, so use 1 to E - 1")
+    limit_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
+    margin_TE = scores_TE - limit_T1
+    place_TE = margin_TE / (1 + margin_TE.abs())
+    bin_TE = ((place_TE + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+    cell_TE = bin_TE + BINS * torch.arange(experts, device=scores_TE.device)
+    if mask_T is not None:
+        cell_TE = cell_TE[mask_T]
+    return torch.bincount(cell_TE.reshape(-1), minlength=experts * BINS).view(experts, BINS)

@@ -1,1 +1,0 @@
-"""The update rules, one file each: pure functions of counts and of the bias before."""

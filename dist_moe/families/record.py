@@ -1,0 +1,60 @@
+"""What has to be known of a family of Hugging Face MoE models: one record."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dist_moe.errors import Violation
+from dist_moe.scores import Score
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of Hugging Face models: the names in its config class, and its MoE blocks.
+
+    The router of a block is called with the hidden states and returns (logits, weights_TK, ids_TK); its experts are
+    called with (hidden_TD, ids_TK, weights_TK), and hold `gate_up_proj` [E, 2F, D], `down_proj` [E, D, F] and `act_fn`.
+    A family whose children are called in another way needs a field here and a branch in `dist_moe.model.convert`.
+
+    Attributes:
+        architecture: Hugging Face's `model_type`.
+        block: class name of the MoE block.
+        router: name of the router among the block's children.
+        experts: name of the experts among the block's children.
+        score: gate function of the family's own router.
+        bias_name: name of the selection bias in the family's weights, below the router; None where the architecture
+            cannot express one.
+        experts_key: key of the config class with the number of routed experts of a layer.
+        top_k_key: key with the number of experts a token takes.
+        normalize_key: key that says whether a token's weights are divided by their sum; None if there is none, as in
+            the following.
+        scaling_factor_key: key with the factor on the weights.
+        groups_key: key with the number of expert groups.
+        topk_groups_key: key with the number of groups a token may take experts from.
+        undeclared_keys: keys that the model's code reads although the config class does not declare them.
+        positive_keys: keys that the model needs to be 1 or more, besides those of every family.
+        few_layers: values of keys with which a model has 2 or 3 layers, MoE layers among them, for quick checks.
+        moe_layers: the indices of the MoE layers, from the Hugging Face config.
+        layers_remedy: (key, what to do) where `moe_layers` is empty, from the Hugging Face config.
+        shape_violations: what the model's code refuses although the config class accepts it, from the Hugging Face
+            config; called once `positive_keys` are positive.
+    """
+
+    architecture: str
+    block: str
+    router: str
+    experts: str
+    score: Score
+    experts_key: str
+    top_k_key: str
+    few_layers: Mapping[str, Any]
+    moe_layers: Callable[[Any], list[int]]
+    layers_remedy: Callable[[Any], tuple[str, str]]
+    shape_violations: Callable[[Any], list[Violation]]
+    bias_name: str | None = None
+    normalize_key: str | None = None
+    scaling_factor_key: str | None = None
+    groups_key: str | None = None
+    topk_groups_key: str | None = None
+    undeclared_keys: tuple[str, ...] = ()
+    positive_keys: tuple[str, ...] = ()

@@ -1,0 +1,188 @@
+"""What every balancing policy states of itself, and the fields that all of them have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+
+from pydantic import Field
+
+from dist_moe.errors import Violation
+from dist_moe.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Refusal(NamedTuple):
+    """Why a combination is refused, and what to do instead; both worded to follow the value."""
+
+    rule: str
+    remedy: str
+
+
+class RoutingValues(NamedTuple):
+    """The routing of a resolved configuration, as far as a policy may ask about it.
+
+    Attributes:
+        selection: `router.selection`.
+        score: `router.score`.
+        top_k: experts that a token takes.
+        groups: expert groups; 1 is no groups.
+        experts: routed experts of a layer.
+    """
+
+    selection: str
+    score: str
+    top_k: int
+    groups: int
+    experts: int
+
+
+class LayerCounts(Protocol):
+    """The counts of one layer in one optimizer step, summed over all ranks: int64."""
+
+    @property
+    def load_E(self) -> Tensor:
+        """[E], assignments that each expert received."""
+        ...
+
+    @property
+    def k_histogram_K(self) -> Tensor:
+        """[K], tokens that took 1, 2, .. K experts."""
+        ...
+
+    @property
+    def margins_EQ(self) -> Tensor | None:
+        """[E, Q], histograms of the margins; None where the policy does not need them."""
+        ...
+
+
+class Policy(Section):
+    """A way to balance the load of the experts: an entry `balance` of the configuration.
+
+    A subclass is one policy. It sets `policy` to a Literal of its name, whose description follows the name in error
+    messages and in the reference, adds its own fields, and overrides what differs.
+
+    Attributes:
+        moves_bias: whether the policy updates the selection bias; see `BiasPolicy`.
+        has_rate: whether `rate` and `schedule` mean something to the policy.
+        needs_margins: whether `next_bias` reads `LayerCounts.margins_EQ`, which costs time and communication.
+    """
+
+    policy: str
+    rate: float = Field(
+        default=0.001,
+        ge=0,
+        description="the change of an expert's bias in one optimizer step, in units of the score (of the logit for "
+        "a softmax); ignored by a policy without a rate",
+    )
+    schedule: Literal["constant", "linear", "quadratic"] = Field(
+        default="constant",
+        description="the rate over the run: constant, linear or quadratic (both fall to 0 at train.schedule_steps, "
+        "linearly, or as the square of the remaining fraction of the run)",
+    )
+    auxiliary_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="the coefficient of the balance loss of each MoE layer, with any policy (0: off)",
+    )
+    auxiliary_scope: Literal["micro_batch", "sequence", "global_batch"] = Field(
+        default="global_batch",
+        description="the tokens over which the balance loss takes the load: micro_batch (on each worker), sequence, "
+        "or global_batch (the whole previous one, over all workers)",
+    )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="the coefficient of the z-loss, which keeps the router's logits small (0: off)",
+    )
+
+    moves_bias: ClassVar[bool] = False
+    has_rate: ClassVar[bool] = False
+    needs_margins: ClassVar[bool] = False
+
+    @classmethod
+    def name(cls) -> str:
+        """The value of `balance.policy` that selects this policy."""
+        return str(cls.model_fields["policy"].default)
+
+    @classmethod
+    def refusal(cls, selection: str, score: str) -> Refusal | None:
+        """Why the policy does not work with this selection and gate function; None where it does."""
+        return None
+
+    def violations(self, routing: RoutingValues) -> list[Violation]:
+        """What is wrong with these fields in a resolved configuration, with keys such as `router.top_k`."""
+        return []
+
+    @property
+    def bias_in_gate_weights(self) -> bool:
+        """Whether the bias changes the gate weights too, and not the selection alone."""
+        return False
+
+    @property
+    def bias_multiplies_scores(self) -> bool:
+        """Whether a score is multiplied by exp(bias), where the bias would be added to it otherwise."""
+        return False
+
+    def frozen_at(self, step: int) -> bool:
+        """Whether no bias is updated any more after `step` optimizer steps."""
+        return False
+
+    def rate_at(self, step: int, schedule_steps: int) -> float:
+        """The rate of the update after `step` earlier ones; 0 for a policy without a rate, and once it is frozen.
+
+        Args:
+            step: optimizer steps taken before this one.
+            schedule_steps: steps over which a schedule falls to 0.
+        """
+        if not self.has_rate or self.frozen_at(step):
+            return 0.0
+        if self.schedule == "constant":
+            return self.rate
+        remaining = max(0.0, 1.0 - step / schedule_steps)
+        return self.rate * (remaining if self.schedule == "linear" else remaining**2)
+
+    def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
+        """The next selection bias of a layer; called only where `moves_bias`.
+
+        A pure function: equal counts give an equal bias on every rank.
+
+        Args:
+            bias_E: [E] fp32, the current bias. It is not modified.
+            counts: the counts of the layer in the last optimizer step, over all ranks.
+            rate: `rate_at` of the step.
+
+        Returns:
+            [E] fp32, a new tensor.
+        """
+        raise NotImplementedError(f"balance.policy={self.policy} moves no bias")
+
+
+class BiasPolicy(Policy):
+    """A policy that updates a selection bias of each expert after each optimizer step.
+
+    Attributes:
+        center_by_default: what `center=None` means.
+    """
+
+    freeze_at: int | None = Field(
+        default=None, ge=0, description="the optimizer steps after which no bias moves any more, or null (never)"
+    )
+    center: bool | None = Field(
+        default=None,
+        description="whether each layer's biases are shifted to mean 0 after an update: true, false or null (the "
+        "policy's own default)",
+    )
+
+    moves_bias: ClassVar[bool] = True
+    center_by_default: ClassVar[bool] = True
+
+    @property
+    def centers(self) -> bool:
+        """`center`, or the policy's own default."""
+        return self.center_by_default if self.center is None else self.center
+
+    def frozen_at(self, step: int) -> bool:
+        """Whether no bias is updated any more after `step` optimizer steps."""
+        return self.freeze_at is not None and step >= self.freeze_at

@@ -1,0 +1,107 @@
+"""Quantile balancing: the bias with which each expert would have received its share of the last batch.
+
+A token takes an expert whose score plus bias is above the (K+1)-th highest of its biased scores. With the margin
+m_i = score_i - that threshold, expert i is taken where m_i > -b_i; so the share K/E of the tokens is taken by
+b_i = -quantile_{1 - K/E}(m_i). There is no rate. Across ranks the margins are counted in histograms, whose sum is
+exact; a mean of local quantiles would be another number.
+
+Source: J. Su, "MoE travelogue 6: optimal allocation", 2026, kexue.fm/archives/11619, where it follows
+from an allocation problem. The histogram is ours (`dist_moe.balance.margins`).
+
+Shapes: E experts, K experts a token takes, Q bins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from dist_moe.errors import Violation
+from dist_moe.policies.base import BiasPolicy, LayerCounts, Refusal, RoutingValues
+from dist_moe.policies.load_error import centered
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Quantile(BiasPolicy):
+    """The bias that would have balanced the last optimizer step, without a rate."""
+
+    policy: Literal["quantile"] = Field(
+        default="quantile", description="the bias that would have balanced the last step; kexue.fm/archives/11619"
+    )
+
+    needs_margins: ClassVar[bool] = True
+
+    @classmethod
+    def refusal(cls, selection: str, score: str) -> Refusal | None:
+        """Refuse threshold routing, in which the number of experts of a token is not given."""
+        if selection != "threshold":
+            return None
+        return Refusal(
+            "finds the bias with which each expert gets K of E tokens, and threshold routing has no K",
+            "use another balance.policy, or router.selection=top_k",
+        )
+
+    def violations(self, routing: RoutingValues) -> list[Violation]:
+        """Refuse what the margins do not describe: a token that takes all experts, groups, and drifting biases."""
+        found = []
+        if routing.selection != "threshold" and routing.top_k == routing.experts:
+            rule = f"gives each token all {routing.experts} experts, so there is nothing to balance"
+            remedy = f"use 1 to {routing.experts - 1}, or another balance.policy"
+            found.append(Violation("router.top_k", routing.top_k, rule, remedy))
+        if routing.selection != "threshold" and routing.groups != 1:
+            rule = f"excludes groups of experts for a token, which balance.policy={self.policy} does not support"
+            found.append(Violation("router.groups", routing.groups, rule, "set it to 1, or use another balance.policy"))
+        if self.center is False:
+            rule = f"lets the biases of balance.policy={self.policy} drift until their histograms lose resolution"
+            found.append(Violation("balance.center", False, rule, "leave it out"))
+        return found
+
+    def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
+        """The next selection bias; see `quantile_update`."""
+        if counts.margins_EQ is None:
+            raise RuntimeError("the quantile policy needs margins; the task was built for another policy")
+        top_k = counts.k_histogram_K.numel()
+        return quantile_update(bias_E, counts.margins_EQ, top_k / bias_E.numel(), self.centers)
+
+
+def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, center: bool = True) -> Tensor:
+    """Compute the next bias, -quantile_{1 - share} of the margins of each expert.
+
+    Within a bin the margins are taken to be evenly spread.
+
+    Args:
+        bias_E: [E] fp32, the current bias, returned as a copy if nothing was counted.
+        margins_EQ: [E, Q] int64, histograms summed over micro-batches and ALL ranks.
+        share: K / E, the share of the tokens that each expert is to take.
+        center: subtract the mean, which changes no selection. Without it the mean drifts step by step, to where
+            the bins are wide.
+
+    Returns:
+        [E] fp32, a new tensor.
+
+    Raises:
+        TypeError: the counts are not int64.
+        ValueError: `share` is not between 0 and 1.
+    """
+    import torch
+
+    if margins_EQ.dtype != torch.int64:
+        raise TypeError(f"margins are {margins_EQ.dtype}; they are int64 counts")
+    if not 0 < share < 1:
+        raise ValueError(f"share={share}; it is K / E, between 0 and 1")
+    cumulative_EQ = margins_EQ.cumsum(dim=-1).double()
+    total_E = cumulative_EQ[:, -1]
+    if not bool((total_E > 0).all()):
+        return bias_E.clone()
+    rank_E1 = ((1 - share) * total_E).unsqueeze(-1)
+    bin_E1 = torch.searchsorted(cumulative_EQ, rank_E1).clamp(max=margins_EQ.shape[-1] - 1)
+    inside_E1 = margins_EQ.gather(1, bin_E1).double()
+    below_E1 = cumulative_EQ.gather(1, bin_E1) - inside_E1
+    position_E1 = bin_E1 + (rank_E1 - below_E1) / inside_E1.clamp(min=1)
+    # The inverse of the map of `count_margins`, m / (1 + |m|).
+    place_E = (position_E1 / (margins_EQ.shape[-1] / 2) - 1).squeeze(-1)
+    margin_E = place_E / (1 - place_E.abs()).clamp(min=1e-9)
+    return centered((-margin_E).to(torch.float32), center)
