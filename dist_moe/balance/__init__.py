@@ -1,1 +1,1 @@
-"""Balancing: measures of the load, update rules, and the state that carries the selection bias."""
+"""Balancing: counts and measures of the load, the losses of routing, and the balancer that applies a policy."""

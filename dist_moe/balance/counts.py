@@ -1,6 +1,6 @@
-"""What is counted of one layer's routing: integers, so that sums over micro-batches and ranks are exact.
+"""Counts of one layer's routing: integers, so that sums over micro-batches and ranks are exact.
 
-Shapes: T tokens, E experts, K experts a token takes at most, Q bins of the quantile histograms.
+Shapes: T tokens, E experts, K columns (the maximum number of experts a token takes), Q bins of the margins.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,10 @@ from dist_moe.comm.reduce import all_reduce_counts
 class RoutingCounts(NamedTuple):
     """Counts of one layer over some tokens, int64.
 
-    load_E: assignments that each expert received. takers_K: tokens that took 1, 2, .. K experts. margins_EQ: the
-    histograms of `quantile.count_margins`; None where no policy reads them.
+    Attributes:
+        load_E: assignments that each expert received.
+        k_histogram_K: tokens that took 1, 2, .. K experts.
+        margins_EQ: histograms of `margins.count_margins`; None where the policy does not need them.
     """
 
     load_E: Tensor
@@ -25,20 +27,26 @@ class RoutingCounts(NamedTuple):
 
 
 def count_routing(ids_TK: Tensor, experts: int, max_experts_per_token: int) -> RoutingCounts:
-    """Count ids_TK (-1: an empty slot); most: K, the experts a token may take, which may be more than the columns."""
+    """Count the assignments of some tokens, without margins.
+
+    Args:
+        ids_TK: experts of each token; -1 is an empty slot.
+        experts: E.
+        max_experts_per_token: K of the result, which may be more than the columns of ids_TK.
+    """
     ids = ids_TK.reshape(-1)
     load_E = torch.bincount(ids[ids >= 0], minlength=experts)
-    takers = torch.bincount((ids_TK >= 0).sum(dim=1), minlength=max_experts_per_token + 1)
-    return RoutingCounts(load_E, takers[1:])  # a token that took none is padding
+    k_histogram = torch.bincount((ids_TK >= 0).sum(dim=1), minlength=max_experts_per_token + 1)
+    return RoutingCounts(load_E, k_histogram[1:])  # a token without experts is padding
 
 
-def add_counts(ones: Sequence[RoutingCounts], others: Sequence[RoutingCounts]) -> list[RoutingCounts]:
-    """The sums, layer by layer."""
-    return [_added(one, other) for one, other in zip(ones, others, strict=True)]
+def add_counts(first: Sequence[RoutingCounts], second: Sequence[RoutingCounts]) -> list[RoutingCounts]:
+    """Add the counts of two micro-batches, layer by layer."""
+    return [_sum(left, right) for left, right in zip(first, second, strict=True)]
 
 
 def all_reduce_routing_counts(routing_counts: Sequence[RoutingCounts], device: torch.device) -> list[RoutingCounts]:
-    """Sum over all ranks in ONE all-reduce for all layers; every rank calls it with the same shapes."""
+    """Sum over all ranks in ONE all-reduce for all layers. Collective; the shapes are equal on every rank."""
     flat = [count for layer_counts in routing_counts for count in layer_counts if count is not None]
     summed = iter(all_reduce_counts(flat, device))
     return [
@@ -47,8 +55,8 @@ def all_reduce_routing_counts(routing_counts: Sequence[RoutingCounts], device: t
     ]
 
 
-def _added(one: RoutingCounts, other: RoutingCounts) -> RoutingCounts:
+def _sum(left: RoutingCounts, right: RoutingCounts) -> RoutingCounts:
     margins_EQ = None
-    if one.margins_EQ is not None and other.margins_EQ is not None:
-        margins_EQ = one.margins_EQ + other.margins_EQ
-    return RoutingCounts(one.load_E + other.load_E, one.k_histogram_K + other.k_histogram_K, margins_EQ)
+    if left.margins_EQ is not None and right.margins_EQ is not None:
+        margins_EQ = left.margins_EQ + right.margins_EQ
+    return RoutingCounts(left.load_E + right.load_E, left.k_histogram_K + right.k_histogram_K, margins_EQ)

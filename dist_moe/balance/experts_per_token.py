@@ -1,6 +1,6 @@
-"""How many experts a token takes, read off the counts of tokens by the number of experts they took.
+"""How many experts a token takes, from the histogram of tokens by number of experts.
 
-Shapes: K experts that a token of a layer takes at most. takers_K counts at place n - 1 the tokens that took n.
+Shapes: K is the maximum number of experts a token of a layer takes; k_histogram_K[n - 1] counts the tokens that took n.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def experts_per_token(k_histogram_K: Tensor) -> float:
-    """Mean number of experts that a token took; 0 where there is no token.
+    """Compute the mean number of experts that a token took; 0 if there is no token.
 
     Args:
-        takers_K: [K] int64, tokens that took 1, 2, .. K experts.
+        k_histogram_K: [K] int64, tokens that took 1, 2, .. K experts.
 
     Raises:
         TypeError: the counts are not int64.
@@ -25,10 +25,10 @@ def experts_per_token(k_histogram_K: Tensor) -> float:
 
 
 def experts_per_token_percentile(k_histogram_K: Tensor, percent: int) -> int:
-    """The smallest n such that `percent` of 100 tokens took n experts or fewer; 0 where there is no token.
+    """Compute the smallest n such that `percent` of 100 tokens took n experts or fewer; 0 if there is no token.
 
     Args:
-        takers_K: [K] int64, tokens that took 1, 2, .. K experts.
+        k_histogram_K: [K] int64, tokens that took 1, 2, .. K experts.
         percent: 1 to 100.
 
     Raises:
@@ -45,7 +45,10 @@ def experts_per_token_percentile(k_histogram_K: Tensor, percent: int) -> int:
 
 
 def sum_k_histograms(k_histogram_L: Sequence[Tensor]) -> Tensor:
-    """Sum the counts of layers, each as long as its own K -> int64, as long as the largest K; [0] without layers.
+    """Sum the histograms of layers, each as long as its own K.
+
+    Returns:
+        int64, as long as the largest K; [0] without layers.
 
     Raises:
         TypeError, ValueError: as `experts_per_token`.

@@ -1,4 +1,4 @@
-"""Measures of how evenly experts are loaded, and the values that chance alone gives them.
+"""Measures of how evenly experts are loaded, and the values that chance alone would give (the floors).
 
 Shapes: L MoE layers, E routed experts of a layer, M batches. Every measure reduces the last dim, the experts.
 """
@@ -101,13 +101,15 @@ def dead_experts(load_LE: Tensor) -> Tensor:
 
 
 def mean_max_vio(load_ME: Tensor) -> tuple[float, float]:
-    """MaxVio of each of a layer's batches, averaged over the batches -> (MaxVio, its floor).
+    """Compute the MaxVio of each of a layer's batches, averaged over the batches, and its floor.
 
-    The mean of the batches' own MaxVio, not that of their summed load, in which one batch levels another. The floor
-    is the mean of the floors with each batch's own assignments.
+    This is not the MaxVio of the summed load, in which the imbalances of batches cancel.
 
     Args:
         load_ME: [M, E] int64, assignments that each expert received in each batch; M at least 1.
+
+    Returns:
+        The mean MaxVio, and the mean of the floors with each batch's own assignments.
 
     Raises:
         TypeError, ValueError: as `max_vio`.
@@ -118,7 +120,7 @@ def mean_max_vio(load_ME: Tensor) -> tuple[float, float]:
 
 
 def rank_load(load_LE: Tensor, ranks: int) -> Tensor:
-    """Largest / mean number of rows that the expert-parallel ranks receive, each for its block of experts.
+    """Largest / mean number of rows that the expert-parallel ranks receive for their blocks of experts.
 
     Args:
         load_LE: [L, E] or [E] int64, assignments that each expert received.
@@ -140,11 +142,11 @@ def rank_load(load_LE: Tensor, ranks: int) -> Tensor:
 def max_vio_floor(experts: int, assignments: int) -> float:
     """Expected MaxVio of a router that sends each assignment to a uniformly drawn expert.
 
-    The counts are multinomial, nearly jointly normal with mean A/E. Their correlation is that of E
-    independent normals of variance A/E after subtracting their average, which leaves the expected maximum as
-    it is; so the expected excess is sqrt(A/E) * E[max of E standard normals], and the floor is that over A/E.
-    It is 2 to 3 per cent low at A/E = 200, since counts are skewed, and a factor sqrt((E-1)/(E-K)) high where
-    each token takes K different experts.
+    The counts are multinomial, nearly jointly normal with mean A/E. Their correlation is that of E independent
+    normals of variance A/E after subtracting their average, which does not change the expected maximum; so the
+    expected excess is sqrt(A/E) * E[max of E standard normals], and the floor is that over A/E. It is 2 to 3 percent
+    too low at A/E = 200, since counts are skewed, and a factor sqrt((E-1)/(E-K)) too high where each token takes K
+    different experts.
 
     Args:
         experts: E, at least 1.
@@ -162,7 +164,7 @@ def max_vio_floor(experts: int, assignments: int) -> float:
 def cov_floor(experts: int, assignments: int) -> float:
     """Root mean square coefficient of variation of uniformly drawn assignments, sqrt((E-1)/A).
 
-    Exact for the multinomial; a factor sqrt((E-1)/(E-K)) high where each token takes K different experts.
+    Exact for the multinomial; a factor sqrt((E-1)/(E-K)) too high where each token takes K different experts.
 
     Args:
         experts: E, at least 1.
@@ -183,8 +185,8 @@ def load_deviation_percent_floor(experts: int, assignments: int) -> float:
 def load_entropy_floor(experts: int, assignments: int) -> float:
     """Expected `load_entropy` of uniformly drawn assignments, to first order 1 - (E-1) / (2 A ln E), at least 0.
 
-    Chance takes (E-1) / (2A) from the entropy of counts (Miller 1955), so a level router shows this value and not 1.
-    What it takes is in truth 2 to 3 per cent more at A/E = 10, and 4 to 9 at A/E = 5.
+    Chance lowers the entropy of counts by (E-1) / (2A) (Miller 1955), so a balanced router shows this value and not 1.
+    The exact decrease is 2 to 3 percent larger at A/E = 10, and 4 to 9 percent at A/E = 5.
 
     Args:
         experts: E, at least 1; 1 gives 1.
@@ -202,7 +204,7 @@ def load_entropy_floor(experts: int, assignments: int) -> float:
 def dead_experts_floor(experts: int, assignments: int) -> float:
     """Expected number of experts without one of A uniformly drawn assignments, E * (1 - 1/E)**A.
 
-    Exact for the multinomial; high where each token takes K different experts.
+    Exact for the multinomial; too high where each token takes K different experts.
 
     Args:
         experts: E, at least 1.
@@ -217,7 +219,7 @@ def dead_experts_floor(experts: int, assignments: int) -> float:
 
 @functools.cache
 def _expected_maximum_of_normals(count: int) -> float:
-    # E[M] = integral over x > 0 of P(M > x) - P(M < -x), with P(M < x) = Phi(x)**count; nothing beyond 12.
+    # E[M] = integral over x > 0 of P(M > x) - P(M < -x), with P(M < x) = Phi(x)**count; negligible beyond 12.
     x = torch.linspace(0.0, 12.0, 4801, dtype=torch.float64)
     above = -torch.expm1(count * torch.special.log_ndtr(x))
     below = torch.exp(count * torch.special.log_ndtr(-x))

@@ -1,8 +1,8 @@
-"""The auxiliary losses of routing, for comparison with balancing by bias, and together with it.
+"""The auxiliary losses of routing, as an alternative to balancing by bias or together with it.
 
-Each is a SUM over this rank's tokens of one micro-batch. Whoever adds it to the training loss multiplies it by the
-coefficient and by one over the tokens of the GLOBAL batch, so that it is weighed alike on every layout. Layers are
-never joined before the product: opposite imbalances of two layers would cancel.
+Each is a SUM over this rank's tokens of one micro-batch. The caller multiplies it by the coefficient and by one over
+the tokens of the GLOBAL batch, so that its weight does not depend on the layout. Layers are never joined before the
+product: opposite imbalances of two layers would cancel.
 
 Shapes: T = B * S tokens, E experts, K experts a token takes.
 """
@@ -18,9 +18,13 @@ Scope = Literal["micro_batch", "sequence", "global_batch"]
 
 @dataclass(frozen=True)
 class RoutingLosses:
-    """Coefficients, 0 for a loss that is off; each counts for every MoE layer by itself.
+    """Coefficients of the losses of each MoE layer; 0 turns a loss off.
 
-    balance: of `balance_loss` over `scope`. z: of `z_loss`. entropy: of `entropy_loss`.
+    Attributes:
+        balance: of `balance_loss` or `sequence_balance_loss`, by `scope`.
+        scope: the tokens over which the load fractions are taken.
+        z: of `z_loss`.
+        entropy: of `entropy_loss`.
     """
 
     balance: float = 0.0
@@ -30,32 +34,41 @@ class RoutingLosses:
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to compute."""
+        """Whether any loss is on."""
         return bool(self.balance or self.z or self.entropy)
 
 
 def gate_shares(scores_TE: Tensor) -> Tensor:
-    """The scores divided by their sum over the experts: what a loss takes for the probability of an expert."""
+    """Divide the scores by their sum over the experts: the probabilities [T, E] in the losses."""
     return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
 
 
 def balance_loss(shares_TE: Tensor, fractions_E: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """Sum over tokens of E * sum_i f_i p_i: 1 for each token where load or probability is even.
 
-    shares_TE: probabilities with the graph. fractions_E: f, the share of the assignments that each expert received,
-    without graph; over the micro-batch (GShard: Lepikhin et al. 2020, arXiv 2006.16668, section 2.2, and Switch: Fedus
-    et al. 2021, arXiv 2101.03961, equation 4) or over the global batch (Qiu et al. 2025, arXiv 2501.11873; here that of
-    the last optimizer step, where the paper accumulates the current one's over its micro-batches).
+    Args:
+        shares_TE: p, probabilities with the graph.
+        fractions_E: f, the share of the assignments that each expert received, without graph: over the micro-batch, or
+            over the global batch of the last optimizer step (the paper accumulates the current one's over its
+            micro-batches).
+        mask_T: bool, the tokens that count; None means all.
+
+    Source: over the micro-batch GShard (Lepikhin et al. 2020, arXiv 2006.16668, section 2.2) and Switch (Fedus et al.
+    2021, arXiv 2101.03961, equation 4); over the global batch Qiu et al. 2025, arXiv 2501.11873.
     """
     return shares_TE.shape[-1] * (masked(shares_TE, mask_T) @ fractions_E.to(shares_TE.dtype)).sum()
 
 
 def sequence_balance_loss(shares_TE: Tensor, ids_TK: Tensor, sequences: int) -> Tensor:
-    """The same with the load fractions of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, equations 17-20).
+    """`balance_loss` with the load fractions of each sequence.
 
-    ids_TK: the experts by unbiased scores, as equation 18 has it; a bias that levels the load would switch the loss
-    off. Tokens lie sequence after sequence, equally many in each; an id of -1 is an empty slot, and a token without any
-    id is padding.
+    Args:
+        shares_TE: probabilities with the graph, sequence after sequence, equally many tokens in each.
+        ids_TK: the experts by unbiased scores, as in equation 18; with a bias that balances the load, the loss would
+            vanish. -1 is an empty slot, and a token without any expert is padding.
+        sequences: B.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20.
     """
     experts = shares_TE.shape[-1]
     ids_BK = ids_TK.reshape(sequences, -1)
@@ -69,15 +82,17 @@ def sequence_balance_loss(shares_TE: Tensor, ids_TK: Tensor, sequences: int) -> 
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Sum over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE: Zoph et al. 2022, arXiv 2202.08906,
-    equation 5).
+    """Sum over tokens of logsumexp(logits)^2, which keeps the logits small.
+
+    Source: ST-MoE, Zoph et al. 2022, arXiv 2202.08906, equation 5.
     """
     return masked(logits_TE.logsumexp(dim=-1).square(), mask_T).sum()
 
 
 def entropy_loss(shares_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Sum over tokens of the entropy of their probabilities, in nats, which keeps threshold routing from spreading
-    (Huang et al. 2024, arXiv 2403.07652, section 3.2; its coefficient is 1e-4).
+    """Sum over tokens of the entropy of their probabilities, in nats, which limits the experts of threshold routing.
+
+    Source: Huang et al. 2024, arXiv 2403.07652, section 3.2, with a coefficient of 1e-4.
     """
     # Bounded, because the slope of p ln p is infinite at 0, to which a softmax underflows.
     logarithms_TE = shares_TE.clamp_min(torch.finfo(shares_TE.dtype).tiny).log()
@@ -85,12 +100,12 @@ def entropy_loss(shares_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
 
 
 def load_fractions(load_E: Tensor) -> Tensor:
-    """c_i / sum(c), fp32; 0 everywhere without any load."""
+    """Compute c_i / sum(c) in fp32; 0 everywhere if there is no assignment."""
     return (load_E.double() / load_E.sum().clamp(min=1)).to(torch.float32)
 
 
 def masked(values: Tensor, mask_T: Tensor | None) -> Tensor:
-    """`values` [T, ...] with 0 in the rows that do not count."""
+    """Return `values` [T, ...] with 0 in the rows where the mask is false."""
     if mask_T is None:
         return values
     return torch.where(mask_T.view(-1, *[1] * (values.dim() - 1)), values, 0)

@@ -1,11 +1,10 @@
-"""The budget of threshold routing: a proportional-integral controller moves the threshold so that a token takes, on
-average, as many experts as the budget says.
+"""A proportional-integral controller of the threshold, for a given average number of experts per token.
 
-The number of experts grows with the threshold: steeply where the probabilities of many tokens are alike, hardly at
-all where they are peaked. So no pair of gains serves everywhere. The controller works on the threshold's logit,
-ln(p / (1 - p)), and on the relative error; both gains are multiplied by a factor that falls when the error jumps from
-one side to the other, which is a swing, and grows while it stays on one side, which is slowness. Errors of a few per
-cent are what chance does to the mean of a batch, and change no gain by changing their sign.
+The number of experts grows with the threshold: steeply where the probabilities of a token are nearly equal, hardly at
+all where they are peaked. So no fixed pair of gains fits. The controller works on the threshold's logit,
+ln(p / (1 - p)), and on the relative error; both gains are multiplied by a factor that falls when the error changes its
+sign (oscillation) and grows while it keeps its sign (slow convergence). Errors of a few percent are within the noise
+of a batch's mean, and do not change the factor by their sign.
 """
 
 import math
@@ -13,15 +12,20 @@ from typing import NamedTuple
 
 PROPORTIONAL = 0.5
 INTEGRAL = 0.5
-FALL, GROWTH = 0.5, 1.2
-SWING, SLOWNESS = 0.05, 0.01  # errors from which on the factor changes
-LEAST_GAIN, GREATEST_GAIN = 0.05, 8.0
-LOWEST, HIGHEST = 0.001, 0.999
+GAIN_DECREASE, GAIN_INCREASE = 0.5, 1.2
+OSCILLATION_ERROR, SLOW_ERROR = 0.05, 0.01  # errors above which the factor changes
+MIN_GAIN, MAX_GAIN = 0.05, 8.0
+MIN_THRESHOLD, MAX_THRESHOLD = 0.001, 0.999
 
 
 class Controller(NamedTuple):
-    """The controller's state: the threshold in use, the integral part of its logit, the factor on both gains, and
-    the relative error of the last step.
+    """The controller's state.
+
+    Attributes:
+        threshold: the current threshold.
+        integral: the integral part of its logit.
+        gain: the factor on both gains.
+        error: the relative error of the last step.
     """
 
     threshold: float
@@ -31,31 +35,36 @@ class Controller(NamedTuple):
 
 
 def start_controller(threshold: float) -> Controller:
-    """The state that begins with this threshold, between 0 and 1."""
-    bounded = min(max(threshold, LOWEST), HIGHEST)
+    """The initial state for an initial threshold between 0 and 1."""
+    bounded = min(max(threshold, MIN_THRESHOLD), MAX_THRESHOLD)
     return Controller(bounded, _logit(bounded), 1.0, 0.0)
 
 
-def control(state: Controller, measured: float, budget: float) -> Controller:
-    """The state after one step in which tokens took `measured` experts on average, where `budget` was wanted.
+def control(state: Controller, measured: float, target: float) -> Controller:
+    """Compute the state after one step.
 
-    With e = (budget - measured) / budget and the gain g: the integral grows by g * 0.5 * e, and
-    logit(p) = integral + g * 0.5 * e. Both stay within the logits of 0.001 and 0.999, so that nothing winds up where
-    the budget cannot be met.
+    With e = (target - measured) / target and the gain g: the integral grows by g * 0.5 * e, and
+    logit(p) = integral + g * 0.5 * e. Both are kept within the logits of 0.001 and 0.999, so that the integral does
+    not wind up where the target cannot be reached.
+
+    Args:
+        state: the state before the step.
+        measured: experts a token took on average in the step.
+        target: experts a token is to take on average.
     """
-    error = (budget - measured) / budget
+    error = (target - measured) / target
     gain = state.gain
-    if error * state.error < 0 and abs(error) > SWING:
-        gain = max(gain * FALL, LEAST_GAIN)
-    elif error * state.error > 0 and abs(error) > SLOWNESS:
-        gain = min(gain * GROWTH, GREATEST_GAIN)
+    if error * state.error < 0 and abs(error) > OSCILLATION_ERROR:
+        gain = max(gain * GAIN_DECREASE, MIN_GAIN)
+    elif error * state.error > 0 and abs(error) > SLOW_ERROR:
+        gain = min(gain * GAIN_INCREASE, MAX_GAIN)
     integral = _bounded(state.integral + gain * INTEGRAL * error)
     logit = _bounded(integral + gain * PROPORTIONAL * error)
     return Controller(1 / (1 + math.exp(-logit)), integral, gain, error)
 
 
 def _bounded(logit: float) -> float:
-    return min(max(logit, _logit(LOWEST)), _logit(HIGHEST))
+    return min(max(logit, _logit(MIN_THRESHOLD)), _logit(MAX_THRESHOLD))
 
 
 def _logit(probability: float) -> float:

@@ -1,4 +1,4 @@
-"""Builds a model: Hugging Face config -> model on the meta device -> local experts only -> initial values."""
+"""Build a model: Hugging Face config -> model on the meta device -> local experts only -> initial values."""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,21 +21,27 @@ from dist_moe.scores import OVER_LOGITS, Score
 def build_model(
     architecture: str, model_config: Mapping[str, Any], rule: Rule | Score, mesh: Mesh, seed: int
 ) -> PreTrainedModel:
-    """A model with initial values on the CPU, in fp32, holding the experts of this rank alone.
+    """Build a model with initial values on the CPU, in fp32, with the experts of this rank only.
 
-    model_config: keyword arguments of the Hugging Face config class. rule: how tokens find experts; a gate function
-    alone stands for the family's own rule with it. Every value depends on `seed`, the name of its module and, for
-    experts, the global id of the expert: on nothing of the layout.
+    Every initial value depends on `seed`, the name of its module and, for experts, the global id of the expert, and
+    not on the layout.
+
+    Args:
+        architecture: Hugging Face's `model_type`.
+        model_config: keyword arguments of the Hugging Face config class.
+        rule: how tokens select experts; the name of a gate function means the top-K rule of the config with it.
+        mesh: which rank holds which experts.
+        seed: of the initial values.
     """
     config = AutoConfig.for_model(architecture, **model_config)
     model = empty_model(config, family_rule(config, rule) if isinstance(rule, str) else rule, mesh)
-    materialise(model)
-    initialise(model, seed)
+    materialize(model)
+    initialize(model, seed)
     return model
 
 
 def empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh) -> PreTrainedModel:
-    """The converted model on the meta device: shapes without memory."""
+    """Build the converted model on the meta device: shapes without memory."""
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -44,33 +50,41 @@ def empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh) -> PreTrainedM
 
 
 def family_rule(config: PretrainedConfig, score: Score) -> TopK:
-    """The top-K rule that a Hugging Face config states, with the gate function `score`."""
+    """Read the top-K rule of a Hugging Face config, with the gate function `score`."""
     family = family_of(config.model_type)
 
-    def stated(field: str | None, default: Any) -> Any:
-        return default if field is None else getattr(config, field)
+    def value(key: str | None, default: Any) -> Any:
+        return default if key is None else getattr(config, key)
 
     return TopK(
-        top_k=stated(family.top_k_key, None),
+        top_k=value(family.top_k_key, None),
         score=score,
-        normalize=bool(stated(family.normalize_key, False)),
-        routed_scaling_factor=float(stated(family.scaling_factor_key, 1.0)),
-        groups=int(stated(family.groups_key, 1) or 1),
-        topk_groups=int(stated(family.topk_groups_key, 1) or 1),
+        normalize=bool(value(family.normalize_key, False)),
+        routed_scaling_factor=float(value(family.scaling_factor_key, 1.0)),
+        groups=int(value(family.groups_key, 1) or 1),
+        topk_groups=int(value(family.topk_groups_key, 1) or 1),
     )
 
 
 def routing_rule(router: RouterConfig, policy: Policy) -> Rule:
-    """The rule of a resolved configuration, in which every field of `router` is filled."""
+    """The rule of a resolved configuration.
+
+    Args:
+        router: with every field filled.
+        policy: the balancing policy, which may apply the bias in its own way.
+
+    Raises:
+        RuntimeError: a field of `router` is not filled.
+    """
     score, top_k, normalize, routed_scaling_factor = router.score, router.top_k, router.normalize, router.scaling_factor
     if score is None or top_k is None or normalize is None or routed_scaling_factor is None:
         raise RuntimeError("router.* is not resolved; load the config through dist_moe.config.resolve")
     bias_in_gate_weights = policy.bias_in_gate_weights
     if router.selection == "threshold":
-        most = router.max_experts
-        if most is None:
+        max_experts = router.max_experts
+        if max_experts is None:
             raise RuntimeError("router.max_experts is not resolved; load the config through dist_moe.config.resolve")
-        return ThresholdRouting(router.threshold, most, normalize, routed_scaling_factor, bias_in_gate_weights)
+        return ThresholdRouting(router.threshold, max_experts, normalize, routed_scaling_factor, bias_in_gate_weights)
     if router.selection != "top_k":
         return RandomRouting(
             top_k, router.zipf_exponent if router.selection == "zipf" else 0.0, score, normalize, routed_scaling_factor
@@ -82,11 +96,10 @@ def routing_rule(router: RouterConfig, policy: Policy) -> Rule:
     )
 
 
-def materialise(model: PreTrainedModel) -> None:
-    """Give a model on the meta device memory, its tied weights again tied, and its computed buffers their values.
+def materialize(model: PreTrainedModel) -> None:
+    """Allocate the memory of a model on the meta device, tie its weights, and compute its non-persistent buffers.
 
-    Parameters and persistent buffers stay unwritten: `initialise` or a loader fills them. Rotary tables are not
-    persistent, so no loader would bring them, and on meta they are garbage: the class's own initialisation does.
+    Parameters and persistent buffers are left uninitialized, for `initialize` or a loader.
     """
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -95,14 +108,15 @@ def materialise(model: PreTrainedModel) -> None:
             module.reset_state()
             continue
         persistent = set(module.state_dict(keep_vars=True).keys())
+        # Rotary tables are not persistent, so no file holds them: the class's own initialization computes them.
         own = [name for name, buffer in module.named_buffers(recurse=False) if name not in persistent]
         if own:
             model._init_weights(module)
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, seed: int) -> None:
-    """Write the class's own initial values, each module from a generator of its own; experts each from theirs."""
+def initialize(model: PreTrainedModel, seed: int) -> None:
+    """Write the initial values of the model's class, each module and each expert from a generator of its own."""
     layers = find_layers(model)
     ours = {id(part) for layer in layers for part in (layer.router, layer.experts, layer.experts.local)}
     for name, module in model.named_modules():
@@ -111,16 +125,16 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
                 torch.manual_seed(derived_seed(seed, name))
                 model._init_weights(module)
     for layer in layers:
-        _initialise_layer(layer, model.config.initializer_range, seed)
+        _initialize_layer(layer, model.config.initializer_range, seed)
 
 
-def _initialise_layer(layer: MoeLayer, std: float, seed: int) -> None:
+def _initialize_layer(layer: MoeLayer, std: float, seed: int) -> None:
     _fill_normal(layer.router.weight, std, derived_seed(seed, f"{layer.name}.router"))
     layer.router.reset_state()
     mesh, local = layer.experts.mesh, layer.experts.local
-    for place, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+    for index, expert in enumerate(mesh.local_experts(layer.experts.experts)):
         for kind, weight_eHD in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
-            _fill_normal(weight_eHD[place], std, derived_seed(seed, f"{layer.name}.expert.{expert}.{kind}"))
+            _fill_normal(weight_eHD[index], std, derived_seed(seed, f"{layer.name}.expert.{expert}.{kind}"))
 
 
 def _fill_normal(tensor: Tensor, std: float, seed: int) -> None:
@@ -129,12 +143,12 @@ def _fill_normal(tensor: Tensor, std: float, seed: int) -> None:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """A seed in [0, 2**63) that depends on `seed` and `name` alone."""
+    """Derive a seed in [0, 2**63) from `seed` and `name`."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups {"name", "params", "weight_decay"}: no decay on norms, biases and embeddings."""
+    """Make optimizer groups {"name", "params", "weight_decay"}: no decay on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

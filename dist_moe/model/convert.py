@@ -1,4 +1,4 @@
-"""Conversion from outside: the router and the experts of each MoE block of a Hugging Face model are replaced."""
+"""Conversion of a Hugging Face model: the router and the experts of each MoE block are replaced."""
 
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -16,7 +16,13 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class MoeLayer(NamedTuple):
-    """One converted block: its module name in the model, its router, and its experts."""
+    """One converted block.
+
+    Attributes:
+        name: module name of the block in the model.
+        router: its router.
+        experts: its experts.
+    """
 
     name: str
     router: Router
@@ -24,22 +30,34 @@ class MoeLayer(NamedTuple):
 
 
 def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> list[MoeLayer]:
-    """Replace router and experts of every MoE block of `model`, in place -> the layers in the model's order.
+    """Replace router and experts of every MoE block of a model, in place.
 
-    On a model that lies on the meta device this allocates nothing, and afterwards the model has the parameters of
-    this rank's experts alone. Errors: ValueError where no block is found, or experts do not divide by the mesh.
+    On a model on the meta device this allocates nothing. Afterwards the model has the parameters of this rank's
+    experts only.
+
+    Args:
+        model: a Hugging Face model of the family.
+        family: where its blocks keep router and experts.
+        rule: how tokens select experts.
+        mesh: which rank holds which experts.
+
+    Returns:
+        The layers in the model's order.
+
+    Raises:
+        ValueError: the model has no MoE block, or the mesh does not divide its experts.
     """
     blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ == family.block]
     if not blocks:
         raise ValueError(
-            f"the {family.architecture} model has no {family.block}; its config asks for dense layers only, so "
+            f"the {family.architecture} model has no {family.block}; all layers of its config are dense, so "
             "lower first_k_dense_replace or mlp_only_layers in model.config"
         )
     return [_convert_block(name, block, family, rule, mesh) for name, block in blocks]
 
 
 def find_layers(model: nn.Module) -> list[MoeLayer]:
-    """The converted layers of `model`, in its order."""
+    """Return the converted layers of a model, in its order."""
     modules = dict(model.named_modules())
     return [
         MoeLayer(name.rpartition(".")[0], _sibling_router(modules, name), layer)
@@ -54,12 +72,12 @@ def _sibling_router(modules: dict[str, nn.Module], experts_name: str) -> Router:
 
 
 def _convert_block(name: str, block: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> MoeLayer:
-    theirs = block.get_submodule(family.experts)
-    experts, double_width, width = theirs.get_parameter("gate_up_proj").shape
-    with theirs.get_parameter("gate_up_proj").device:
+    original = block.get_submodule(family.experts)
+    experts, double_width, width = original.get_parameter("gate_up_proj").shape
+    with original.get_parameter("gate_up_proj").device:
         router = Router(experts, width, rule)
         local = GroupedExperts(
-            len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, theirs.act_fn)
+            len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, original.act_fn)
         )
         layer = ExpertParallelLayer(local, experts, mesh)
     setattr(block, family.router, router)

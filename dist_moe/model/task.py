@@ -1,4 +1,4 @@
-"""The task: a model and its loss in one module, since the engine sees one forward and one output.
+"""The task: a model and its loss in one module, because the engine runs one forward with one output.
 
 Shapes: B sequences, S positions, V vocabulary, E experts.
 """
@@ -13,18 +13,20 @@ from transformers import PreTrainedModel
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.model.convert import find_layers
-from dist_moe.model.routing import routing_loss, tally_routing
+from dist_moe.model.routing import count_record, routing_loss
 
 IGNORED = -100  # the target of a position without loss
 NO_LOSSES = RoutingLosses()
 
 
 class Output(NamedTuple):
-    """What a forward gives back; a NamedTuple, because DeepSpeed looks for tensors in tuples, lists and dicts only.
+    """The result of a forward; a NamedTuple, because DeepSpeed looks for tensors in tuples, lists and dicts only.
 
-    loss: scalar with the graph. nll_sum: fp32 scalar without graph, sum over the label tokens of -ln p (nats).
-    auxiliary: fp32 scalar without graph, the part of `loss` that is not the next token's. tallies: the counts of
-    each MoE layer on this rank, in the model's order.
+    Attributes:
+        loss: scalar with the graph.
+        nll_sum: fp32 scalar without graph, the sum over the label tokens of -ln p (nats).
+        auxiliary: fp32 scalar without graph, the part of `loss` that is due to the routing.
+        routing_counts: the counts of each MoE layer on this rank, in the model's order.
     """
 
     loss: Tensor
@@ -34,15 +36,17 @@ class Output(NamedTuple):
 
     @property
     def loads(self) -> list[Tensor]:
-        """int64 load_E of each MoE layer on this rank."""
+        """load_E (int64) of each MoE layer on this rank."""
         return [layer_counts.load_E for layer_counts in self.routing_counts]
 
 
 class LanguageModelTask(nn.Module):
     """Next-token prediction over packed sequences.
 
-    losses: what is added for the routing. needs_margins: whether the tallies hold the histograms that quantile
-    balancing needs.
+    Args:
+        model: a converted model.
+        losses: coefficients of the routing losses.
+        needs_margins: count the margins in training, for a policy that needs them.
     """
 
     def __init__(self, model: PreTrainedModel, losses: RoutingLosses = NO_LOSSES, needs_margins: bool = False) -> None:
@@ -61,33 +65,38 @@ class LanguageModelTask(nn.Module):
         scale: Tensor,
         token_scale: Tensor | None = None,
     ) -> Output:
-        """The loss is scale * sum of -ln p over the positions whose target is not -100, plus the routing losses.
+        """Compute scale * sum of -ln p over the positions whose target is not -100, plus the routing losses.
 
-        positions_BS: place of each token in its document; a fall to 0 begins a new one, and tokens attend within
-        their document alone. mask_BS: bool, false at padding, which is neither routed nor counted. scale: fp32
-        scalar; the caller puts one over the label tokens of the GLOBAL batch there, because a mean of
-        micro-batch means would weigh a token by the company it keeps. token_scale: likewise one over all its tokens,
-        for the routing losses; they are left out without it, and in evaluation.
+        Args:
+            tokens_BS: int64 in [0, V).
+            targets_BS: int64, the next token, or -100 for a position without loss.
+            positions_BS: index of each token in its document; a return to 0 begins a new document, and tokens attend
+                within their document only.
+            mask_BS: bool, false for padding, which is neither routed nor counted.
+            scale: fp32 scalar, one over the label tokens of the GLOBAL batch: a mean of micro-batch means would give
+                the tokens of a micro-batch with few labels a larger weight.
+            token_scale: fp32 scalar, one over all tokens of the global batch, for the routing losses; without it, and
+                in evaluation, they are omitted.
         """
-        # A batch without padding needs no mask, and finding that out costs less than masking.
+        # A batch without padding needs no mask, and this check costs less than masking.
         mask_T = None if bool(mask_BS.all()) else mask_BS.reshape(-1)
         for layer in self.layers:
             layer.router.open_record(mask_T)
         logits_BSV = self.model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False).logits
         records = [layer.router.close_record() for layer in self.layers]
-        wide = torch.promote_types(torch.float32, logits_BSV.dtype)
+        dtype = torch.promote_types(torch.float32, logits_BSV.dtype)
         nll_sum = F.cross_entropy(
-            logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits_BSV.flatten(0, 1).to(dtype), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         routing_counts = [
-            tally_routing(layer.router, routed, self.needs_margins and self.training)
-            for layer, routed in zip(self.layers, records, strict=True)
+            count_record(layer.router, record, self.needs_margins and self.training)
+            for layer, record in zip(self.layers, records, strict=True)
         ]
         loss, auxiliary = nll_sum * scale, torch.zeros_like(nll_sum)
         if self.losses.any and self.training and token_scale is not None:
-            for layer, routed, layer_counts in zip(self.layers, records, routing_counts, strict=True):
+            for layer, record, layer_counts in zip(self.layers, records, routing_counts, strict=True):
                 auxiliary = auxiliary + routing_loss(
-                    self.losses, layer.router, routed, layer_counts, sequences=tokens_BS.shape[0]
+                    self.losses, layer.router, record, layer_counts, sequences=tokens_BS.shape[0]
                 )
             auxiliary = auxiliary * token_scale
             loss = loss + auxiliary

@@ -1,1 +1,1 @@
-"""The way of a token: routing scores, selection of experts, dispatch, grouped matmul, combine."""
+"""The MoE layer: routing scores, selection of experts, dispatch, grouped matmul, combine."""

@@ -1,10 +1,10 @@
-"""Dispatch and combine: sort by expert, exchange counts, exchange rows; and the way back.
+"""Dispatch and combine: sort by expert, exchange counts, exchange rows, and the reverse.
 
-How a row travels, with P ranks in the expert-parallel group:
-1. A token that takes K experts has K slots. Slots are sorted by expert, so the rows for one rank lie together.
+How a row is sent, with P ranks in the expert-parallel group:
+1. A token that takes K experts has K slots. Slots are sorted by expert, so that the rows for one rank are contiguous.
 2. The ranks exchange how many rows they send for each expert (int64), and then the rows.
-3. What arrives is ordered by sender, then by expert; one permutation orders it by expert for the grouped matmul.
-4. The results go back by the inverse of that permutation and of that exchange, into the slots they came from,
+3. Received rows are ordered by sender, then by expert; one permutation orders them by expert for the grouped matmul.
+4. The results are returned by the inverse of that permutation and of that exchange, to the slots they came from,
    where they are weighted and summed.
 
 Nothing is dropped. Shapes: T tokens, D width, K slots a token, R rows sent, Q rows received, E experts, e local ones.
@@ -21,9 +21,18 @@ from dist_moe.moe.records import Dispatched, DispatchHandle
 
 
 def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
-    """Bring each token's row to the ranks that hold its experts; ids of -1 (padding) stay at home and cost nothing.
+    """Send each token's row to the ranks that hold its experts. Collective over the expert-parallel group.
 
-    ids_TK: int64 in [-1, experts). With an expert-parallel size of 1 nothing is communicated.
+    With an expert-parallel size of 1 nothing is communicated.
+
+    Args:
+        hidden_TD: the tokens of this rank.
+        ids_TK: int64 in [-1, experts); a slot with -1 (padding) is not sent.
+        experts: E, over all ranks of `mesh`.
+        mesh: the expert-parallel group.
+
+    Returns:
+        The rows for the experts of this rank, and the handle that `combine` needs.
     """
     slots_R, counts_E = _sort_slots(ids_TK, experts)
     rows_RD = take_rows(hidden_TD, slots_R, ids_TK.shape[1])
@@ -40,7 +49,17 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dis
 
 
 def combine(results_QD: Tensor, weights_TK: Tensor, handle: DispatchHandle, mesh: Mesh) -> Tensor:
-    """Bring results back to their tokens and sum them by mixture weight -> mixed_TD; a token without rows gets 0."""
+    """Return results to their tokens and sum them by gate weight. Collective, as `dispatch`.
+
+    Args:
+        results_QD: the experts' results, in the order of `Dispatched.rows_QD`.
+        weights_TK: gate weights of this rank's tokens.
+        handle: what `dispatch` returned.
+        mesh: as of `dispatch`.
+
+    Returns:
+        [T, D], zeros for a token without rows.
+    """
     if handle.expert_order_Q is not None and mesh.ep_group is not None:
         arrived_QD = _Permute.apply(results_QD, _invert(handle.expert_order_Q))
         results_QD = exchange_rows(arrived_QD, handle.receive, handle.send, mesh.ep_group)
@@ -50,17 +69,25 @@ def combine(results_QD: Tensor, weights_TK: Tensor, handle: DispatchHandle, mesh
 
 
 def take_rows(hidden_TD: Tensor, slots_R: Tensor, slots: int) -> Tensor:
-    """The row of the token of each slot (slot = token * `slots` + its number among them) -> rows_RD."""
+    """Gather the row of each slot's token, where slot = token * `slots` + column.
+
+    Returns:
+        [R, D].
+    """
     return _TakeRows.apply(hidden_TD, slots_R, slots)
 
 
 def sum_rows(rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
-    """The sum of each token's rows, in the order of its slots -> [T, D]."""
+    """Sum the rows of each token, in the order of its slots.
+
+    Returns:
+        [T, D].
+    """
     return _SumRows.apply(rows_RD, slots_R, tokens, slots)
 
 
 def _sort_slots(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The occupied slots in order of their expert (stable), and the rows of each expert, int64."""
+    """Sort the occupied slots by expert (stable) -> slots_R, and the rows of each expert, int64."""
     ids = ids_TK.reshape(-1)
     occupied = (ids >= 0).nonzero().squeeze(1)
     order = torch.argsort(ids[occupied], stable=True)
@@ -68,7 +95,7 @@ def _sort_slots(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _order_by_expert(arriving_Pe: Tensor) -> Tensor:
-    """The permutation that takes rows ordered by (sender, expert) to (expert, sender), from their counts."""
+    """The permutation of rows from the order (sender, expert) to (expert, sender), from their counts."""
     counts = arriving_Pe.reshape(-1)
     senders, local = arriving_Pe.shape
     expert_of_block = torch.arange(local).repeat(senders)
@@ -82,11 +109,9 @@ def _invert(order: Tensor) -> Tensor:
 
 
 def _sum_by_token(rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
-    """The sum of each token's rows, in the order of its slots, accumulated in fp32 or wider -> [T, D].
-
-    One addition per slot number, in which a token occurs at most once: so the order is fixed on a GPU too, and the cost
-    is that of the rows there are, however many slots the token with the most experts has.
-    """
+    """Sum the rows of each token, in the order of its slots, accumulated in fp32 or wider -> [T, D]."""
+    # One addition per column, in which a token occurs at most once: so the order is fixed on a GPU too, and the cost
+    # is proportional to the rows, for any number of columns.
     summed_TD = rows_RD.new_zeros(tokens, rows_RD.shape[1], dtype=torch.promote_types(torch.float32, rows_RD.dtype))
     slot_R = slots_R % slots
     rows_of_slot = torch.bincount(slot_R, minlength=slots).tolist()
@@ -96,9 +121,9 @@ def _sum_by_token(rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> 
 
 
 class _TakeRows(torch.autograd.Function):
-    """rows = hidden[slot // K]. The gradient of a token is the sum of its slots in fixed order.
+    """rows = hidden[slot // K]; the gradient of a token is the sum over its slots in fixed order.
 
-    PyTorch's own backward of this indexing adds rows atomically on a GPU, in an order that changes from run to run.
+    PyTorch's own backward of this indexing adds rows atomically on a GPU, in an order that changes between runs.
     """
 
     @staticmethod
@@ -114,7 +139,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 class _SumRows(torch.autograd.Function):
-    """The transpose of `_TakeRows`: a token's sum over its slots, whose gradient is that token's for each of them."""
+    """The transpose of `_TakeRows`: a sum over the slots of a token, whose gradient is copied to each of them."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:

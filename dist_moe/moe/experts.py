@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 
 class GroupedExperts(nn.Module):
-    """`experts` gated networks: down(act(gate(x)) * up(x)), without bias. Knows nothing of other ranks.
+    """Gated networks down(act(gate(x)) * up(x)) without bias, independent of other ranks.
 
-    gate_up_proj: [e, 2F, D], gate above up, and down_proj: [e, D, F], as Hugging Face lays them out in memory.
+    Args:
+        experts: e, on this rank.
+        width: D.
+        expert_width: F.
+        activation: act.
+
+    Attributes:
+        gate_up_proj: [e, 2F, D], gate above up, as Hugging Face stores it.
+        down_proj: [e, D, F].
     """
 
     def __init__(self, experts: int, width: int, expert_width: int, activation: Callable[[Tensor], Tensor]) -> None:
@@ -24,20 +32,36 @@ class GroupedExperts(nn.Module):
         self.activation = activation
 
     def forward(self, rows_QD: Tensor, counts_e: Tensor) -> Tensor:
-        """rows_QD sorted by local expert, counts_e (int64) rows of each, zero allowed -> results_QD."""
+        """Apply each expert to its rows.
+
+        Args:
+            rows_QD: sorted by local expert.
+            counts_e: int64, rows of each expert; 0 is allowed.
+
+        Returns:
+            [Q, D].
+        """
         ends_e = counts_e.cumsum(0).to(device=rows_QD.device, dtype=torch.int32)
         gate_QF, up_QF = grouped_linear(rows_QD, self.gate_up_proj, ends_e).chunk(2, dim=-1)
         return grouped_linear(self.activation(gate_QF) * up_QF, self.down_proj, ends_e)
 
 
 def grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tensor:
-    """Row q of group i times weight_eHD[i] transposed -> [Q, H].
+    """Multiply the rows of group i by weight_eHD[i] transposed.
 
-    ends_e: int32, index after the last row of each group. `torch.nn.functional.grouped_mm` where its layout rule
-    (rows of whole 16 bytes, fp32 or narrower) allows, the loop of the transformers library otherwise (fp64 in tests,
-    odd widths). A loop over slices of the parameter would be slower: the backward of each slice fills a gradient
-    of the whole parameter (64 experts of 1024 x 1024 on one core: 28 times the time of grouped_mm).
+    Uses `torch.nn.functional.grouped_mm` where its layout rule (rows of whole 16 bytes, fp32 or narrower) allows, and
+    the loop of the transformers library otherwise (fp64 in tests, odd widths).
+
+    Args:
+        rows_QD: sorted by group.
+        weight_eHD: a matrix for each group.
+        ends_e: int32, index after the last row of each group.
+
+    Returns:
+        [Q, H].
     """
+    # A loop over slices of the parameter would be slower: the backward of each slice fills a gradient of the whole
+    # parameter (64 experts of 1024 x 1024 on one core: 28 times the time of grouped_mm).
     weight_eDH = weight_eHD.transpose(-2, -1)
     if _fits_grouped_mm(rows_QD, weight_eHD):
         return _ContiguousGradient.apply(F.grouped_mm(rows_QD, weight_eDH, offs=ends_e))
@@ -46,7 +70,7 @@ def grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tenso
 
 def _fits_grouped_mm(rows_QD: Tensor, weight_eHD: Tensor) -> bool:
     narrow = rows_QD.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if rows_QD.is_cuda:  # the CUDA kernel knows bf16 alone
+    if rows_QD.is_cuda:  # the CUDA kernel supports bf16 only
         narrow = rows_QD.dtype == torch.bfloat16
     itemsize = rows_QD.element_size()
     return narrow and all(size * itemsize % 16 == 0 for size in weight_eHD.shape[1:])
@@ -62,5 +86,5 @@ class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> Tensor:
         gradient = gradients[0]
-        # An empty tensor counts as contiguous whatever its strides are.
+        # An empty tensor counts as contiguous with any strides.
         return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)

@@ -1,12 +1,12 @@
-"""Dispatch in two hops: a token's row goes to each host that holds experts of it once, and from there to its experts.
+"""Dispatch in two hops: a token's row is sent once to each host with experts of the token, and from there to them.
 
-With N hosts of G ranks each, in an expert-parallel row:
-1. A rank sends a token's row to the rank with its own place on each host where the token has experts, with the numbers
-   and mixture weights of those experts, in one message to each host.
-2. That rank is the token's home on its host: it dispatches within the host, and sums the results by mixture weight.
-3. One row goes back for each that came, and the token's rank adds them up, at most one of each host.
+With N hosts of G ranks each in an expert-parallel group:
+1. A rank sends a token's row to the rank with its own local rank on each host where the token has experts, with the
+   ids and gate weights of those experts, in one message per host.
+2. That rank dispatches the row within its host, and sums the results by gate weight.
+3. One row is returned for each that was sent, and the token's rank adds them up, at most one per host.
 
-In one hop a token sends K rows, here at most min(K, N), and only within hosts K. Shapes: T tokens, D width, K slots a
+Between hosts a token sends at most min(K, N) rows, where flat dispatch sends K. Shapes: T tokens, D width, K slots a
 token, N hosts, R rows sent, F assignments sent, Q rows received, E experts.
 """
 
@@ -20,22 +20,31 @@ from dist_moe.comm.mesh import Mesh, NodeGroups
 from dist_moe.comm.packed import exchange_packed
 from dist_moe.moe.dispatch import sum_rows, take_rows
 
-# hidden_QD, ids_QK among the experts of a host, weights_QK -> mixed_QD
-OnHost = Callable[[Tensor, Tensor, Tensor, Mesh], Tensor]
+# (hidden_QD, ids_QK among the experts of a host, weights_QK, the mesh of the host) -> mixed_QD
+ApplyExperts = Callable[[Tensor, Tensor, Tensor, Mesh], Tensor]
 
 
 def hierarchical_dispatch_combine(
-    hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, nodes: NodeGroups, on_host: OnHost
+    hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, nodes: NodeGroups, apply_experts: ApplyExperts
 ) -> Tensor:
-    """Route the tokens of this rank through experts on all hosts -> mixed_TD; a token without experts gets 0.
+    """Apply experts on all hosts to the tokens of this rank. Collective over the groups of `nodes`.
 
-    on_host: what mixes the tokens that a host was sent by the experts that it holds, over the ranks of `nodes.intra`.
+    Args:
+        hidden_TD: the tokens of this rank.
+        ids_TK: int64 in [-1, experts); -1 is an empty slot.
+        weights_TK: gate weights.
+        experts: E, over all hosts.
+        nodes: the groups between hosts and within one.
+        apply_experts: applies the experts of one host to the rows it received, over the ranks of `nodes.intra`.
+
+    Returns:
+        [T, D], zeros for a token without experts.
     """
     hosts = nodes.inter.expert_parallel
     group = nodes.inter.ep_group
     assert group is not None
-    of_host = experts // hosts
-    host_TK = torch.where(ids_TK >= 0, ids_TK // of_host, -1)
+    experts_of_host = experts // hosts
+    host_TK = torch.where(ids_TK >= 0, ids_TK // experts_of_host, -1)
     taken_TNK = host_TK.unsqueeze(1) == torch.arange(hosts, device=ids_TK.device).view(1, -1, 1)
     # Rows ordered by host, then by token; slot = token * N + host.
     host_R, token_R = taken_TNK.any(dim=2).t().nonzero(as_tuple=True)
@@ -48,21 +57,21 @@ def hierarchical_dispatch_combine(
         [
             take_rows(hidden_TD, slots_R, hosts),
             counts_R.int(),
-            (ids_TK % of_host)[token_R][taken_RK].int(),
+            (ids_TK % experts_of_host)[token_R][taken_RK].int(),
             weights_TK[token_R][taken_RK],
         ],
         [send_rows, send_rows, send_taken, send_taken],
         group,
     )
     ids_QK, weights_QK = _as_slots(counts_Q.long(), ids_F.long(), weights_F)
-    mixed_QD = on_host(arrived_QD, ids_QK, weights_QK, nodes.intra)
+    mixed_QD = apply_experts(arrived_QD, ids_QK, weights_QK, nodes.intra)
     return sum_rows(exchange_rows(mixed_QD, rows, send_rows, group), slots_R, hidden_TD.shape[0], hosts)
 
 
 def _as_slots(counts_Q: Tensor, ids_F: Tensor, weights_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Consecutive assignments, counts_Q[q] of row q, as ids_QK (-1: an empty slot) and weights_QK."""
-    most = int(counts_Q.max()) if counts_Q.numel() else 0
-    filled_QK = torch.arange(most, device=counts_Q.device) < counts_Q.unsqueeze(1)
+    """Unpack consecutive assignments, counts_Q[q] of row q, to ids_QK (-1: an empty slot) and weights_QK."""
+    max_slots = int(counts_Q.max()) if counts_Q.numel() else 0
+    filled_QK = torch.arange(max_slots, device=counts_Q.device) < counts_Q.unsqueeze(1)
     ids_QK = torch.full(filled_QK.shape, -1, dtype=ids_F.dtype, device=ids_F.device)
     ids_QK[filled_QK] = ids_F
     return ids_QK, weights_F.new_zeros(filled_QK.shape).masked_scatter(filled_QK, weights_F)

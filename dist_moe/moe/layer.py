@@ -1,4 +1,4 @@
-"""The layer that stands where a Hugging Face block keeps its experts: dispatch, local experts, combine."""
+"""The module that replaces the experts of a Hugging Face block: dispatch, local experts, combine."""
 
 from torch import Tensor, nn
 
@@ -9,9 +9,12 @@ from dist_moe.moe.hierarchical_dispatch import hierarchical_dispatch_combine
 
 
 class ExpertParallelLayer(nn.Module):
-    """Takes the call of a Hugging Face block's experts and answers it with experts spread over ranks.
+    """Experts distributed over ranks, called as the experts of a Hugging Face block are.
 
-    local: the experts of this rank, which know nothing of the others. experts: their number over all ranks.
+    Args:
+        local: the experts of this rank.
+        experts: number of experts over all ranks.
+        mesh: which rank holds which experts.
     """
 
     def __init__(self, local: GroupedExperts, experts: int, mesh: Mesh) -> None:
@@ -21,15 +24,26 @@ class ExpertParallelLayer(nn.Module):
         self.mesh = mesh
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """hidden_TD, ids_TK (int64, -1: not routed), weights_TK -> mixed_TD in the dtype of hidden_TD."""
+        """Apply each token's experts and sum their results by gate weight. Collective.
+
+        Args:
+            hidden_TD: the tokens of this rank.
+            ids_TK: int64, experts of each token; -1 is an empty slot.
+            weights_TK: gate weights.
+
+        Returns:
+            [T, D] in the dtype of hidden_TD.
+        """
         nodes = self.mesh.nodes
         if nodes is None:
-            return self._mix(hidden_TD, ids_TK, weights_TK, self.mesh)
-        mixed_TD = hierarchical_dispatch_combine(hidden_TD, ids_TK, weights_TK, self.experts, nodes, self._mix)
+            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh)
+        mixed_TD = hierarchical_dispatch_combine(
+            hidden_TD, ids_TK, weights_TK, self.experts, nodes, self._apply_experts
+        )
         return mixed_TD.to(hidden_TD.dtype)
 
-    def _mix(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, mesh: Mesh) -> Tensor:
-        """Over the ranks of `mesh`, and the experts that they hold together."""
+    def _apply_experts(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, mesh: Mesh) -> Tensor:
+        """Apply the experts that the ranks of `mesh` hold together."""
         experts = self.experts // self.mesh.expert_parallel * mesh.expert_parallel
         dispatched = dispatch(hidden_TD, ids_TK, experts, mesh)
         results_QD = self.local(dispatched.rows_QD, dispatched.counts_e)

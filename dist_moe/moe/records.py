@@ -1,4 +1,4 @@
-"""The records that travel between the stages of an MoE layer.
+"""The records that the stages of an MoE layer pass on.
 
 Shapes: T tokens, E experts, K experts a token takes, R rows (assignments) sent, Q rows received, e local experts.
 """
@@ -11,8 +11,9 @@ from torch import Tensor
 class Routing(NamedTuple):
     """Which experts each token takes, and with which weights.
 
-    ids_TK: int64, the experts of each token, -1 in every column of a token that is not routed (padding).
-    weights_TK: the mixture weights, in the scores' dtype; only they carry gradient to the router.
+    Attributes:
+        ids_TK: int64, the experts of each token; -1 in every column of a token that is not routed (padding).
+        weights_TK: the gate weights, in the scores' dtype; only they carry gradient to the router.
     """
 
     ids_TK: Tensor
@@ -20,10 +21,12 @@ class Routing(NamedTuple):
 
 
 class RouterRecord(NamedTuple):
-    """What one forward of a router leaves behind, for the losses and the balancer.
+    """The routing of one forward of a router, for the losses and the balancer.
 
-    logits_TE: fp32 or wider, with the graph. ids_TK: as in Routing. mask_T: bool, the tokens that exist; None
-    means all.
+    Attributes:
+        logits_TE: fp32 or wider, with the graph.
+        ids_TK: as in `Routing`.
+        mask_T: bool, false for padding; None means no padding.
     """
 
     logits_TE: Tensor
@@ -32,11 +35,13 @@ class RouterRecord(NamedTuple):
 
 
 class DispatchHandle(NamedTuple):
-    """What `combine` needs to bring rows back to their tokens.
+    """What `combine` needs to return rows to their tokens.
 
-    slots_R: int64, place of each sent row in the flattened [T * K] slots.
-    expert_order_Q: int64, the permutation that sorted the received rows by expert; None where nothing was exchanged.
-    send, receive: rows per rank of the expert-parallel group, both ways; empty where nothing was exchanged.
+    Attributes:
+        slots_R: int64, index of each sent row among the flattened [T * K] slots.
+        expert_order_Q: int64, the permutation that sorted the received rows by expert; None if nothing was exchanged.
+        send: rows sent to each rank of the expert-parallel group; empty if nothing was exchanged.
+        receive: rows received from each rank.
     """
 
     slots_R: Tensor
@@ -46,7 +51,13 @@ class DispatchHandle(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-    """Rows at their experts: rows_QD sorted by local expert, counts_e (int64, on the CPU) rows of each."""
+    """Rows on the rank of their experts.
+
+    Attributes:
+        rows_QD: sorted by local expert.
+        counts_e: int64 on the CPU, rows of each local expert.
+        handle: for `combine`.
+    """
 
     rows_QD: Tensor
     counts_e: Tensor

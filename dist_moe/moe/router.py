@@ -11,18 +11,27 @@ from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, select
 
 
 class Router(nn.Module):
-    """Routes tokens by `rule`; holds the one sanctioned state of the design.
+    """Routes tokens by a rule, and keeps the state that Hugging Face's call of a router cannot carry.
 
-    A Hugging Face block calls its router with the hidden states alone and expects fixed results, so what else goes in
-    or out is kept here: `selection_bias` (fp32 [E], a buffer, written by the balancer alone), `threshold` (fp32
-    scalar, a buffer, with threshold routing), `last_load` (int64 [E], a buffer that no checkpoint of the model
-    holds: the load of the last optimizer step, for the auxiliary loss over it), the mask of the tokens that exist,
-    and the record of the current forward. The record is kept only between `open_record` and `close_record`,
-    which surround the whole model's forward. Recomputation under activation checkpointing runs in the backward
-    pass, when the record is closed, so it cannot count a token twice; it finds the same mask and the same bias and
-    therefore routes alike.
+    A Hugging Face block calls its router with the hidden states alone and expects fixed results, so further inputs
+    and outputs are attributes: the buffers below, the mask of the tokens that are not padding, and the record of the
+    current forward. The record exists only between `open_record` and `close_record`, which surround the whole
+    model's forward. Recomputation under activation checkpointing runs in the backward pass, when the record is
+    closed, so it cannot count a token twice; it reads the same mask and the same bias, and selects the same experts.
 
-    weight: [E, D]. The logits are computed in fp32 whatever the model's precision is.
+    The logits are computed in fp32 in a model of any precision.
+
+    Args:
+        experts: E.
+        width: D.
+        rule: how tokens select experts.
+
+    Attributes:
+        weight: [E, D].
+        selection_bias: [E] fp32, a buffer that only the balancer writes.
+        threshold: fp32 scalar, a buffer; None without threshold routing.
+        last_load: [E] int64, a buffer that is not part of the model's checkpoint: the load of the last optimizer
+            step, for the auxiliary loss over it.
     """
 
     selection_bias: Tensor
@@ -44,23 +53,23 @@ class Router(nn.Module):
 
     @property
     def balanced(self) -> bool:
-        """Whether a balancer may move what is kept here: neither a frozen router nor a forced one must drift."""
+        """Whether a balancer may update the state: not that of a frozen router, nor of random routing."""
         return self.weight.requires_grad and not isinstance(self.rule, RandomRouting)
 
     @property
     def max_experts_per_token(self) -> int:
-        """Experts a token takes at most."""
+        """Maximum number of experts a token takes."""
         return self.rule.max_experts_per_token
 
     def reset_state(self) -> None:
-        """Give the buffers the values of a run that begins; on the meta device they have none."""
+        """Write the initial values of the buffers, which a model built on the meta device lacks."""
         self.selection_bias.zero_()
         self.last_load.zero_()
         if self.threshold is not None and isinstance(self.rule, ThresholdRouting):
             self.threshold.fill_(self.rule.threshold)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        """Follow `.to`, `.bfloat16()` and their like, but keep the state in fp32: 0.5 + 0.001 is 0.5 in bf16."""
+        """Apply `.to`, `.bfloat16()` and the like, but keep the state in fp32: 0.5 + 0.001 is 0.5 in bf16."""
         bias_E, threshold = self.selection_bias, self.threshold
         super()._apply(fn, recurse)
         if self.selection_bias.dtype != torch.float32:
@@ -70,15 +79,21 @@ class Router(nn.Module):
         return self
 
     def open_record(self, mask_T: Tensor | None) -> None:
-        """Begin a forward: only tokens where `mask_T` (bool) is true are routed and counted; None means all."""
+        """Prepare for one forward of the model.
+
+        Args:
+            mask_T: bool; only tokens where it is true are routed and counted. None means all.
+        """
         self._mask_T = mask_T
         self._open, self._record = True, None
 
     def close_record(self) -> RouterRecord:
-        """End the forward and return what it left.
+        """Return the record of the forward since `open_record`.
 
-        In training the mask stays, because recomputation in the backward pass needs it.
+        Raises:
+            RuntimeError: there was no `open_record` or no forward.
         """
+        # In training the mask is kept, because recomputation in the backward pass needs it.
         routed, self._record, self._open = self._record, None, False
         if not self.training:
             self._mask_T = None
@@ -87,10 +102,17 @@ class Router(nn.Module):
         return routed
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden: [..., D] -> (logits_TE fp32, weights_TK in the dtype of hidden, ids_TK int64), as blocks expect."""
+        """Route tokens.
+
+        Args:
+            hidden: [..., D].
+
+        Returns:
+            logits_TE (fp32), weights_TK (in the dtype of `hidden`) and ids_TK (int64), as Hugging Face blocks expect.
+        """
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         dtype = torch.promote_types(torch.float32, hidden.dtype)
-        # Autocast would bring the matmul down to bf16, whose 8 bits tie and flip close scores.
+        # Autocast would compute the matmul in bf16, whose 8 bits make close scores equal or swap them.
         with torch.autocast(hidden.device.type, enabled=False):
             logits_TE = F.linear(hidden_TD.to(dtype), self.weight.to(dtype))
             routing = select(logits_TE, self.rule, self.selection_bias, self.threshold)

@@ -1,6 +1,6 @@
-"""Pure selection: routing logits in, experts and mixture weights out.
+"""Pure selection: routing logits in, experts and gate weights out.
 
-Shapes: T tokens, E experts, K experts a token takes at most, G groups of experts.
+Shapes: T tokens, E experts, K columns (the maximum number of experts a token takes), G groups of experts.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,15 @@ from dist_moe.scores import OVER_LOGITS, Score
 class TopK:
     """The rule of top-K routing.
 
-    top_k: experts a token takes. score: the gate function. normalise: divide a token's weights by their sum.
-    scaling: factor on the weights. groups, top_groups: DeepSeek-V3's group-limited selection; groups=1 is none.
-    multiplicative: a bias b multiplies a score by exp(b) rather than being added to it. shapes_mixture: the mixture
-    weights follow the biased scores too.
+    Attributes:
+        top_k: experts a token takes.
+        score: the gate function.
+        normalize: divide a token's gate weights by their sum.
+        routed_scaling_factor: factor on the gate weights.
+        groups: number of expert groups of DeepSeek-V3's group-limited selection; 1 is none.
+        topk_groups: groups a token may take experts from.
+        multiplicative: a bias b multiplies a score by exp(b) rather than being added to it.
+        bias_in_gate_weights: compute the gate weights from the biased scores too.
     """
 
     top_k: int
@@ -35,7 +40,7 @@ class TopK:
 
     @property
     def max_experts_per_token(self) -> int:
-        """Experts a token takes at most."""
+        """Maximum number of experts a token takes."""
         return self.top_k
 
 
@@ -43,9 +48,12 @@ class TopK:
 class ThresholdRouting:
     """The rule of threshold routing over softmax probabilities (Huang et al. 2024, arXiv 2403.07652, section 3.1).
 
-    threshold: the cumulative probability that a token's experts reach; the router may hold a newer value.
-    max_experts: experts a token takes at most. normalise, scaling, shapes_mixture: as of `TopK`; the paper
-    takes the probabilities as they are.
+    Attributes:
+        threshold: the cumulative probability that a token's experts reach; the router may hold a newer value.
+        max_experts: maximum number of experts a token takes.
+        normalize, routed_scaling_factor, bias_in_gate_weights: as of `TopK`; the gate weights of the paper are the
+            probabilities themselves.
+        score: the gate function, always softmax.
     """
 
     threshold: float
@@ -57,16 +65,19 @@ class ThresholdRouting:
 
     @property
     def max_experts_per_token(self) -> int:
-        """Experts a token takes at most."""
+        """Maximum number of experts a token takes."""
         return self.max_experts
 
 
 @dataclass(frozen=True)
 class RandomRouting:
-    """Experts drawn instead of chosen, for benchmarks.
+    """Experts drawn at random, for benchmarks; the gate weights are those of `TopK` for the drawn experts.
 
-    top_k: experts a token takes. The first is expert i with probability ~ 1 / (i + 1)**skew (Zipf; 0 is uniform), and
-    each further one is drawn likewise from those left. The weights are those of `TopK` for the drawn experts.
+    Attributes:
+        top_k: experts a token takes.
+        zipf_exponent: the first is expert i with probability ~ 1 / (i + 1)**zipf_exponent (0 is uniform), and each
+            further one is drawn in the same way from the remaining ones.
+        score, normalize, routed_scaling_factor: as of `TopK`.
     """
 
     top_k: int
@@ -77,7 +88,7 @@ class RandomRouting:
 
     @property
     def max_experts_per_token(self) -> int:
-        """Experts a token takes at most."""
+        """Maximum number of experts a token takes."""
         return self.top_k
 
 
@@ -85,30 +96,34 @@ Rule = TopK | ThresholdRouting | RandomRouting
 _32_BITS = 0xFFFFFFFF
 
 
-class Inputs(NamedTuple):
-    """Where a bias enters the selection: log_weight_E, for example, makes choice = score * exp(log_weight)."""
+class BiasInputs(NamedTuple):
+    """Where a bias enters the selection: with log_weight_E, for example, choice = score * exp(log_weight)."""
 
     score_bias_E: Tensor | None = None
     logit_bias_E: Tensor | None = None
     log_weight_E: Tensor | None = None
 
 
-def bias_inputs(rule: Rule, bias_E: Tensor) -> Inputs:
-    """The place of a router's bias: on the logits of a softmax, and after any other gate function.
+def bias_inputs(rule: Rule, bias_E: Tensor) -> BiasInputs:
+    """Where a router's bias enters: on the logits of a softmax, and after any other gate function.
 
     Adding b to the logits of a softmax multiplies its probabilities by exp(b) and makes them sum to 1 again.
     """
     if isinstance(rule, RandomRouting):
-        return Inputs()
+        return BiasInputs()
     if rule.score in OVER_LOGITS:
-        return Inputs(logit_bias_E=bias_E)
+        return BiasInputs(logit_bias_E=bias_E)
     if isinstance(rule, TopK) and rule.multiplicative:
-        return Inputs(log_weight_E=bias_E)
-    return Inputs(score_bias_E=bias_E)
+        return BiasInputs(log_weight_E=bias_E)
+    return BiasInputs(score_bias_E=bias_E)
 
 
 def gate_scores(logits_TE: Tensor, score: Score) -> Tensor:
-    """The gate function, in fp32 or wider -> scores_TE; `softmax_selected` gives the softmax over all experts."""
+    """Apply the gate function, in fp32 or wider; `softmax_selected` gives the softmax over all experts.
+
+    Returns:
+        [T, E].
+    """
     if score == "sigmoid":
         return logits_TE.sigmoid()
     if score == "sqrt_softplus":
@@ -118,7 +133,14 @@ def gate_scores(logits_TE: Tensor, score: Score) -> Tensor:
 
 
 def select(logits_TE: Tensor, rule: Rule, bias_E: Tensor, threshold: Tensor | float | None = None) -> Routing:
-    """The experts and weights of each token by any rule; `threshold` replaces the one of a `ThresholdRouting` rule."""
+    """Select experts by any rule.
+
+    Args:
+        logits_TE: fp32 or wider.
+        rule: the rule.
+        bias_E: the selection bias, fp32.
+        threshold: replaces that of a `ThresholdRouting` rule; None keeps it.
+    """
     inputs = bias_inputs(rule, bias_E)
     if isinstance(rule, ThresholdRouting):
         return select_by_threshold(
@@ -140,13 +162,18 @@ def select_top_k(
 ) -> Routing:
     """Select the experts of each token by biased scores and weigh them by the unbiased ones.
 
-    logits_TE: fp32 or wider. score_bias_E is added after the gate function (Loss-Free Balancing on sigmoid scores:
-    Wang et al. 2024, arXiv 2408.15664, equation 3), logit_bias_E before it (any bias on softmax scores), and
-    exp(log_weight_E) multiplies the scores. They shape the selection alone, unless rule.shapes_mixture says
-    otherwise, and have no gradient.
+    The biases have no gradient, and affect the gate weights only with `rule.bias_in_gate_weights`.
+
+    Args:
+        logits_TE: fp32 or wider.
+        rule: the rule.
+        score_bias_E: added after the gate function (Loss-Free Balancing on sigmoid scores: Wang et al. 2024,
+            arXiv 2408.15664, equation 3).
+        logit_bias_E: added before it (any bias on softmax scores).
+        log_weight_E: its exponential multiplies the scores.
     """
     with torch.no_grad():
-        choice_TE = biased_scores(logits_TE.detach(), rule, Inputs(score_bias_E, logit_bias_E, log_weight_E))
+        choice_TE = biased_scores(logits_TE.detach(), rule, BiasInputs(score_bias_E, logit_bias_E, log_weight_E))
         if rule.groups > 1:
             choice_TE = _keep_topk_groups(choice_TE, rule.groups, rule.topk_groups)
         ids_TK = _highest(choice_TE, rule.top_k)
@@ -155,8 +182,8 @@ def select_top_k(
     return _weigh(logits_TE, ids_TK, rule)
 
 
-def biased_scores(logits_TE: Tensor, rule: TopK, inputs: Inputs) -> Tensor:
-    """What top-K selection compares: the scores with the bias in its place."""
+def biased_scores(logits_TE: Tensor, rule: TopK, inputs: BiasInputs) -> Tensor:
+    """The biased scores [T, E], by which top-K selection orders the experts."""
     if inputs.logit_bias_E is not None:
         logits_TE = logits_TE + inputs.logit_bias_E
     scores_TE = gate_scores(logits_TE, rule.score)
@@ -168,12 +195,21 @@ def biased_scores(logits_TE: Tensor, rule: TopK, inputs: Inputs) -> Tensor:
 def select_by_threshold(
     logits_TE: Tensor, rule: ThresholdRouting, threshold: Tensor | float, logit_bias_E: Tensor | None = None
 ) -> Routing:
-    """For each token the fewest experts, in order of probability, whose probabilities add up to the threshold.
+    """Select for each token the fewest experts, in order of probability, whose probabilities reach the threshold.
 
-    The expert with which the sum reaches it is taken; at least one is, and at most rule.max_experts (Huang et al.
-    2024, arXiv 2403.07652, section 3.1). logit_bias_E shapes the order and the sum (exp of it is a weight of the
-    expert's probability), and the mixture weights where rule.shapes_mixture says so. -> Routing with as many columns
-    as the token with most experts has; a slot that a token leaves empty has id -1 and weight 0.
+    The expert with which the sum reaches it is taken; at least one is, and at most `rule.max_experts`.
+
+    Args:
+        logits_TE: fp32 or wider.
+        rule: the rule.
+        threshold: the cumulative probability.
+        logit_bias_E: added to the logits for the order and the sum (its exponential is a weight on the expert's
+            probability), and for the gate weights with `rule.bias_in_gate_weights`.
+
+    Returns:
+        As many columns as the token with the most experts has; an empty slot has id -1 and weight 0.
+
+    Source: Huang et al. 2024, arXiv 2403.07652, section 3.1.
     """
     biased_TE = logits_TE if logit_bias_E is None else logits_TE + logit_bias_E
     with torch.no_grad():
@@ -182,15 +218,15 @@ def select_by_threshold(
         taken_TE = before_TE < threshold
         taken_TE[:, 0] = True
         taken_TE[:, rule.max_experts :] = False
-        most = int(taken_TE.sum(dim=1).max()) if len(taken_TE) else 1
-        taken_TK, order_TK = taken_TE[:, :most], order_TE[:, :most]
+        columns = int(taken_TE.sum(dim=1).max()) if len(taken_TE) else 1
+        taken_TK, order_TK = taken_TE[:, :columns], order_TE[:, :columns]
     probabilities_TE = (biased_TE if rule.bias_in_gate_weights else logits_TE).softmax(dim=-1)
     weights_TK = probabilities_TE.gather(1, order_TK) * taken_TK
     return Routing(order_TK.masked_fill(~taken_TK, -1), _scaled(weights_TK, rule))
 
 
 def _weigh(logits_TE: Tensor, ids_TK: Tensor, rule: TopK) -> Routing:
-    """The mixture weights of the experts that were selected."""
+    """Compute the gate weights of the selected experts."""
     if rule.score == "softmax_selected":
         weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
     else:
@@ -205,25 +241,25 @@ def _scaled(weights_TK: Tensor, rule: TopK | ThresholdRouting) -> Tensor:
 
 
 def _highest(values_TN: Tensor, count: int) -> Tensor:
-    """The places of the highest values, equal ones in their order; `topk` gives those in an order of its own."""
+    """The indices of the highest values, equal ones in order of index; `topk` leaves their order open."""
     return values_TN.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def _keep_topk_groups(choice_TE: Tensor, groups: int, topk_groups: int) -> Tensor:
-    """Leave each token the experts of its best groups; a group's score is the sum of its two best (DeepSeek-V3)."""
+    """Exclude experts outside a token's best groups; a group's score is the sum of its two best (DeepSeek-V3)."""
     choice_TGe = choice_TE.unflatten(1, (groups, -1))
     group_scores_TG = choice_TGe.topk(min(2, choice_TGe.shape[-1]), dim=-1).values.sum(dim=-1)
     kept = _highest(group_scores_TG, topk_groups)
-    closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)
-    return choice_TGe.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).view_as(choice_TE)
+    excluded_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)
+    return choice_TGe.masked_fill(excluded_TG.unsqueeze(-1), float("-inf")).view_as(choice_TE)
 
 
 def _draw(logits_TE: Tensor, rule: RandomRouting) -> Tensor:
-    """K different experts a token, by noise made of the bits of its logits (Gumbel's top-K).
+    """Draw K different experts for each token, with noise computed from the bits of its logits (Gumbel top-K).
 
-    So they differ between tokens, layers and steps, recomputation finds the same ones, and nothing is random but the
-    logits. The noise is murmur3's last mixing of the bits of each logit and the number of its expert.
+    So they differ between tokens, layers and steps, recomputation draws the same ones, and no random state is used.
     """
+    # The noise is the finalizer of murmur3 on the bits of each logit and the id of its expert.
     experts_E = torch.arange(logits_TE.shape[-1], device=logits_TE.device)
     mixed_TE = (logits_TE.float().contiguous().view(torch.int32).long() + 0x9E3779B9 * (experts_E + 1)) & _32_BITS
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

@@ -35,7 +35,7 @@ class AdaptiveWeight(LoadErrorPolicy):
     )
     applies_to: Literal["selection", "gate_weights"] = Field(
         default="selection",
-        description="what the weights apply to: the selection alone, or the gate weights too (gate_weights)",
+        description="the use of the weights: the selection alone, or the gate weights too (gate_weights)",
     )
 
     proportional_by_default: ClassVar[bool] = True

@@ -21,7 +21,7 @@ class LossFree(LoadErrorPolicy):
     )
     form: Literal["additive", "multiplicative"] = Field(
         default="additive",
-        description="how the bias b is applied to the score: additive (plus b) or multiplicative (times exp(b)); for "
+        description="the way the bias b is applied to the score: additive (plus b) or multiplicative (times exp(b)); for "
         "a softmax, b is added to the logits, which is both",
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.model.routing import tally_routing
+from dist_moe.model.routing import count_record
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.policies.adaptive_weight import AdaptiveWeight
@@ -77,7 +77,7 @@ def given_logits(rank: int, world_size: int, name: str) -> tuple[list[list[Routi
         for layer, router in enumerate(routers.values()):
             router.open_record(None)
             router(logits_of(step, layer)[cuts[rank] : cuts[rank + 1]])
-            routing_counts.append(tally_routing(router, router.close_record(), policy.needs_margins))
+            routing_counts.append(count_record(router, router.close_record(), policy.needs_margins))
         balancer.observe(routing_counts)
         seen.append(balancer.step())
     return seen, balancer.state_dict()
@@ -90,7 +90,7 @@ def mean_of_local_quantiles(rank: int, world_size: int) -> Tensor:
     cuts = [101 * index**2 // world_size**2 for index in range(world_size + 1)]
     router.open_record(None)
     router(logits_of(0, 0)[cuts[rank] : cuts[rank + 1]])
-    layer_counts = tally_routing(router, router.close_record(), needs_margins=True)
+    layer_counts = count_record(router, router.close_record(), needs_margins=True)
     assert layer_counts.margins_EQ is not None
     bias_E = quantile_update(router.selection_bias, layer_counts.margins_EQ, 2 / EXPERTS)
     dist.all_reduce(bias_E)

@@ -13,7 +13,7 @@ from dist_moe.comm.init import init_distributed
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
-from dist_moe.model.routing import tally_routing
+from dist_moe.model.routing import count_record
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
@@ -95,7 +95,7 @@ def test_every_policy_counts_and_moves_on_the_device_as_on_the_cpu(name: str) ->
         for step in range(3):
             router.open_record(None)
             router(logits_of(step, 0).to(device))
-            balancer.observe([tally_routing(router, router.close_record(), policy.needs_margins)])
+            balancer.observe([count_record(router, router.close_record(), policy.needs_margins)])
             balancer.step()
         states.append([router.selection_bias.cpu(), router.last_load.cpu()])
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)

@@ -34,7 +34,7 @@ from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER, ParameterSlice
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
-from dist_moe.model.build import empty_model, family_rule, materialise
+from dist_moe.model.build import empty_model, family_rule, materialize
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 
@@ -118,7 +118,7 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     config, rule = read_config(folder)
     model = build_empty_model(config, rule, mesh, folder)
     find_weights(model, mesh, folder)
-    materialise(model)
+    materialize(model)
     for layer in find_layers(model):
         layer.router.reset_state()
     fill_weights(model, mesh, folder)

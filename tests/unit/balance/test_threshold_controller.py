@@ -1,13 +1,13 @@
-"""The controller of the budget: on probabilities of every shape, from every start, and where it cannot win."""
+"""The controller of the target: on probabilities of every shape, from every start, and where it cannot win."""
 
 import pytest
 import torch
 
-from dist_moe.balance.threshold_controller import HIGHEST, control, start_controller
+from dist_moe.balance.threshold_controller import MAX_THRESHOLD, control, start_controller
 from dist_moe.moe.select import ThresholdRouting, select_by_threshold
 
 
-def run(sharpness: float, budget: float, start: float, experts: int = 16, steps: int = 60) -> list[float]:
+def run(sharpness: float, target: float, start: float, experts: int = 16, steps: int = 60) -> list[float]:
     """The mean number of experts in each step, over fresh tokens."""
     generator = torch.Generator().manual_seed(0)
     state, rule, means = start_controller(start), ThresholdRouting(start, experts), []
@@ -15,28 +15,28 @@ def run(sharpness: float, budget: float, start: float, experts: int = 16, steps:
         logits_TE = sharpness * torch.randn(2048, experts, generator=generator)
         ids_TK = select_by_threshold(logits_TE, rule, state.threshold).ids_TK
         means.append(float((ids_TK >= 0).sum()) / len(ids_TK))
-        state = control(state, means[-1], budget)
+        state = control(state, means[-1], target)
     return means
 
 
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
-@pytest.mark.parametrize("budget", [1.5, 2.0, 6.0])
+@pytest.mark.parametrize("target", [1.5, 2.0, 6.0])
 @pytest.mark.parametrize("start", [0.1, 0.4, 0.9])
-def test_the_mean_holds_the_budget_within_two_percent(sharpness: float, budget: float, start: float) -> None:
-    tail = run(sharpness, budget, start)[-20:]
-    assert sum(tail) / len(tail) == pytest.approx(budget, rel=0.02)
-    assert max(abs(mean - budget) for mean in tail) < 0.06 * budget, "it does not swing"
+def test_the_mean_holds_the_target_within_two_percent(sharpness: float, target: float, start: float) -> None:
+    tail = run(sharpness, target, start)[-20:]
+    assert sum(tail) / len(tail) == pytest.approx(target, rel=0.02)
+    assert max(abs(mean - target) for mean in tail) < 0.06 * target, "it does not swing"
 
 
-def test_a_budget_that_cannot_be_met_does_not_wind_up() -> None:
+def test_a_target_that_cannot_be_met_does_not_wind_up() -> None:
     """One expert always reaches the threshold; once the tokens change, the controller is back in a few steps."""
     state = start_controller(0.4)
     for _ in range(500):
-        state = control(state, measured=1.0, budget=2.0)
-    assert state.threshold == pytest.approx(HIGHEST)
+        state = control(state, measured=1.0, target=2.0)
+    assert state.threshold == pytest.approx(MAX_THRESHOLD)
     below = 0
     while state.threshold > 0.9:
-        state = control(state, measured=4.0, budget=2.0)
+        state = control(state, measured=4.0, target=2.0)
         below += 1
     assert below < 30
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.model.build import empty_model, family_rule, materialise, parameter_groups
+from dist_moe.model.build import empty_model, family_rule, materialize, parameter_groups
 from dist_moe.model.convert import find_layers
 from tests.unit.model.samples import ALONE, FAMILIES, small_model
 
@@ -58,7 +58,7 @@ def test_trap_T51_rotary_tables_are_there_before_a_file_is_read(architecture: st
     config = AutoConfig.for_model(architecture, **FAMILIES[architecture][0])
     model = empty_model(config, family_rule(config, "sigmoid"), ALONE)
     assert all(value.is_meta for value in rotary_tables(model).values())
-    materialise(model)
+    materialize(model)
     found = rotary_tables(model)
     for name, value in rotary_tables(class_built(architecture)).items():
         assert torch.equal(found[name], value), name

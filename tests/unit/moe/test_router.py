@@ -141,7 +141,7 @@ def test_trap_T12_the_bias_that_is_saved_is_the_one_that_selects() -> None:
     assert torch.equal(other.selection_bias, router.selection_bias)
 
 
-def test_a_router_on_meta_gets_an_fp32_bias_when_it_is_materialised() -> None:
+def test_a_router_on_meta_gets_an_fp32_bias_when_it_is_materialized() -> None:
     with torch.device("meta"):
         router = Router(4, 8, TopK(top_k=2, score="sigmoid"))
     router.to_empty(device="cpu")
