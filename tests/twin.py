@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_moe.moe.select import Inputs, ThresholdRouting, TopK
+from dist_moe.moe.select import BiasInputs, ThresholdRouting, TopK
 
 
 def slow_gate(logits_E: Tensor, score: str) -> Tensor:
@@ -20,7 +20,7 @@ def slow_gate(logits_E: Tensor, score: str) -> Tensor:
     return torch.exp(logits_E) / torch.exp(logits_E).sum()
 
 
-def slow_select(logits_E: Tensor, rule: TopK, inputs: Inputs) -> tuple[list[int], Tensor]:
+def slow_select(logits_E: Tensor, rule: TopK, inputs: BiasInputs) -> tuple[list[int], Tensor]:
     """The experts of one token, best first, and their weights with the graph to the logits."""
     shifted_E = logits_E if inputs.logit_bias_E is None else logits_E + inputs.logit_bias_E
     choice = slow_gate(shifted_E, rule.score).tolist()

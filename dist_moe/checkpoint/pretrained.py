@@ -9,7 +9,7 @@ from dist_moe.checkpoint.collective import run_on_all_ranks
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_weights import fill_weights
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.pretrained import is_there
+from dist_moe.config.pretrained import is_model_folder
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def load_pretrained(folder: Path, model: PreTrainedModel, mesh: Mesh) -> None:
     """
 
     def copy() -> None:
-        if not is_there(folder):
+        if not is_model_folder(folder):
             raise WeightsError("the folder does not exist, and there is no checkpoint to resume from; restore it")
         fill_weights(model, mesh, folder)
 

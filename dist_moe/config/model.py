@@ -1,4 +1,4 @@
-"""The model of a configuration, read through its Hugging Face config class: its keys and routing values."""
+"""The model of a configuration, validated with its Hugging Face config class: its keys and routing values."""
 
 from dataclasses import dataclass, fields
 from functools import partial
@@ -14,29 +14,32 @@ from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
 from dist_moe.text import divisors, listed, nearest
 
-# Keys of the class that something else decides -> what decides it.
+# Keys of the config class that are set elsewhere -> where.
 OWNED_MODEL_KEYS: dict[str, str] = {
     "bos_token_id": "the tokenizer (data.tokenizer) sets it",
     "eos_token_id": "the tokenizer (data.tokenizer) sets it",
     "pad_token_id": "the tokenizer (data.tokenizer) sets it",
-    "output_router_logits": "the router here keeps what balance.policy needs",
-    "router_aux_loss_coef": "balance.policy sets how the load is kept even",
+    "output_router_logits": "the router records what balance.policy needs",
+    "router_aux_loss_coef": "balance.policy and balance.auxiliary_loss set the balancing",
 }
-# Keys of older published files -> the key that holds the same today.
+# Keys of older published files -> their present key.
 RENAMED_KEYS = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 BYTES_VOCABULARY = 257  # 256 bytes and the end token
-# What a routing value is where neither the configuration nor the family says it.
-NEUTRAL: dict[str, Any] = {"normalize": False, "scaling_factor": 1.0, "groups": 1, "topk_groups": 1}
+# The routing values where neither the configuration nor the family has one.
+DEFAULT_ROUTING: dict[str, Any] = {"normalize": False, "scaling_factor": 1.0, "groups": 1, "topk_groups": 1}
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the Hugging Face config says once the routing values are written into it.
+    """A valid model, with its routing values.
 
-    arguments: keyword arguments of the config class; vocab_size only where the configuration gives it, and
-    the ids of the special tokens None until the tokenizer is known.
-    router: every field filled. model: that of the configuration, with what model.pretrained says written out, so that
-    a checkpoint does not need the folder any more.
+    Attributes:
+        arguments: keyword arguments of the Hugging Face config class, routing values included; vocab_size only where
+            the configuration has it, and the ids of the special tokens None until the tokenizer is known.
+        experts: routed experts of a layer.
+        router: `config.router` with every field filled.
+        model: `config.model` with the keys of model.pretrained written out, so that a checkpoint does not need that
+            folder.
     """
 
     arguments: dict[str, Any]
@@ -46,9 +49,12 @@ class ModelFacts:
 
 
 class Reading(NamedTuple):
-    """`facts` is None where the config class refuses what it is given, or the routing has no sense.
+    """What `read_model` found.
 
-    experts: routed experts of a layer; None where not even that is known.
+    Attributes:
+        facts: None where the config class refuses its arguments, or the routing values are invalid.
+        experts: routed experts of a layer; None where it is not known.
+        violations: what is wrong.
     """
 
     facts: ModelFacts | None
@@ -57,7 +63,7 @@ class Reading(NamedTuple):
 
 
 def read_model(config: Config) -> Reading:
-    """Builds the Hugging Face config of `config.model` and `config.router`; imports transformers."""
+    """Build the Hugging Face config of `config.model` and `config.router`; imports transformers."""
     from transformers import CONFIG_MAPPING
 
     family = family_of(config.model.architecture)
@@ -76,22 +82,22 @@ def read_model(config: Config) -> Reading:
     arguments = {key: value for key, value in config.model.config.items() if key in known}
     fields = routing_fields(family)
     if config.router.selection == "threshold":
-        # What a family says of the weights of K experts is not said of these: raw, as in the paper, where null.
+        # The family's values are for K experts. Null means the paper's: the probabilities themselves.
         fields |= {"normalize": None, "scaling_factor": None}
     for name, field in fields.items():
-        wanted = getattr(config.router, name)
-        if wanted is None:
+        value = getattr(config.router, name)
+        if value is None:
             continue
         given = arguments.get(field) if field is not None else None
-        if field is None and name in ("groups", "topk_groups") and wanted != 1:
+        if field is None and name in ("groups", "topk_groups") and value != 1:
             rule = f"asks for expert groups, which {family.architecture} does not have"
-            violations.append(Violation(f"router.{name}", wanted, rule, "leave it null"))
-        elif given is not None and given != wanted:
-            whose = "model.config." if field in own_keys else "model.pretrained's "
-            rule = f"differs from {whose}{field}={given}"
-            violations.append(Violation(f"router.{name}", wanted, rule, "set one of the two"))
+            violations.append(Violation(f"router.{name}", value, rule, "leave it null"))
+        elif given is not None and given != value:
+            owner = "model.config." if field in own_keys else "model.pretrained's "
+            rule = f"differs from {owner}{field}={given}"
+            violations.append(Violation(f"router.{name}", value, rule, "set one of the two"))
         elif field is not None:
-            arguments[field] = wanted
+            arguments[field] = value
     try:
         settings = cls(**{"vocab_size": vocabulary_bound(config), **arguments, **_no_special_tokens()})
     except Exception as error:
@@ -117,9 +123,9 @@ def read_model(config: Config) -> Reading:
 
 
 def vocabulary_bound(config: Config) -> int:
-    """The tokens the tokenizer has at most (bpe may find fewer merges than it was asked for).
+    """The maximum number of tokens of the tokenizer (bpe may find fewer merges than data.vocabulary).
 
-    Those of a pretrained tokenizer are counted when it is opened.
+    The tokens of a pretrained tokenizer are counted when it is loaded.
     """
     return {"bytes": BYTES_VOCABULARY, "bpe": config.data.vocabulary, "pretrained": 1}[config.data.tokenizer]
 
@@ -140,18 +146,18 @@ def routing_fields(family: Family) -> dict[str, str | None]:
 
 
 def routing_key(config: Config, name: str) -> str:
-    """The key to change for a routing value: the family's own, where `router` says nothing of it, else ours."""
+    """The key to change for a routing value: that of the family where the field of `router` is null."""
     field = routing_fields(family_of(config.model.architecture))[name]
     return f"router.{name}" if field is None or getattr(config.router, name) is not None else f"model.config.{field}"
 
 
 def _no_special_tokens() -> dict[str, None]:
-    # The classes' own defaults (DeepSeek-V3: bos 0, eos 1) would be ordinary bytes of our vocabulary.
+    # The defaults of the classes (DeepSeek-V3: bos 0, eos 1) would be ordinary bytes of our vocabulary.
     return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def _known_keys(cls: Any, family: Family) -> set[str]:
-    """The keys that shape the model: those the class itself declares, not its base, less the owned ones."""
+    """The keys that define the model: those that the class itself declares, without its base and the owned ones."""
     from transformers import PreTrainedConfig
 
     declared = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
@@ -159,8 +165,8 @@ def _known_keys(cls: Any, family: Family) -> set[str]:
 
 
 def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation]:
-    backwards = {theirs: ours for ours, theirs in cls.attribute_map.items()}
-    aliases = {**cls.attribute_map, **backwards, **RENAMED_KEYS}
+    reverse = {key: alias for alias, key in cls.attribute_map.items()}
+    aliases = {**cls.attribute_map, **reverse, **RENAMED_KEYS}
     violations = []
     for key, value in config.model.config.items():
         violate = partial(Violation, f"model.config.{key}", value)
@@ -168,8 +174,7 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
             violations.append(violate("is not set here", f"remove it; {OWNED_MODEL_KEYS[key]}"))
         elif key not in known:
             close = aliases.get(key) if aliases.get(key) in known else nearest(key, known)
-            every = listed(sorted(known), last="and")
-            remedy = f"did you mean {close}?" if close else f"the known keys are {every}"
+            remedy = f"did you mean {close}?" if close else f"the known keys are {listed(sorted(known), last='and')}"
             violations.append(violate(f"is not a key of {cls.__name__}", remedy))
     size = config.model.config.get("vocab_size")
     bound = vocabulary_bound(config)
@@ -183,55 +188,55 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
 
 
 def _refusals(cls: Any, arguments: dict[str, Any], error: Exception) -> list[Violation]:
-    """Why the class refused: the keys that it refuses even alone, or else the error as it is."""
-    found = []
+    """Why the class refused its arguments: the keys that it also refuses alone, or else the error itself."""
+    violations = []
     for key, value in arguments.items():
         try:
             cls(**{key: value})
         except type(error) as alone:
             if key in str(alone):
-                found.append(_refusal(cls, f"model.config.{key}", value, alone))
-        except Exception:  # another reason than the one in question: it would be a guess
+                violations.append(_refusal(cls, f"model.config.{key}", value, alone))
+        except Exception:  # another error than the one to explain
             continue
-    return found or [_refusal(cls, "model.config", ABSENT, error)]
+    return violations or [_refusal(cls, "model.config", ABSENT, error)]
 
 
 def _refusal(cls: Any, key: str, value: Any, error: Exception) -> Violation:
     reason = str(error.__cause__ or error).strip()
     rule = f"is refused by {cls.__name__} ({' '.join(reason.split())})"
-    return Violation(key, value, rule, "give a value that the class takes")
+    return Violation(key, value, rule, "give a value that the class accepts")
 
 
 def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
     value = getattr(config.router, name) if field is None else getattr(settings, field)
-    return NEUTRAL.get(name) if value is None else value
+    return DEFAULT_ROUTING.get(name) if value is None else value
 
 
 def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) -> list[Violation]:
-    """What the routing values break among themselves; `filled` holds them by our names."""
+    """What is wrong among the routing values; `filled` has them by their names in `router`."""
 
     def violation(name: str, rule: str, remedy: str) -> Violation:
         return Violation(routing_key(config, name), filled[name], rule, remedy)
 
     top_k, groups, topk_groups = filled["top_k"], filled["groups"], filled["topk_groups"]
-    found = []
+    violations = []
     if top_k is None or not 1 <= top_k <= experts:
         rule = f"is not within the model's {experts} experts"
-        found.append(violation("top_k", rule, f"use 1 to {experts}"))
+        violations.append(violation("top_k", rule, f"use 1 to {experts}"))
     elif top_k == 1 and filled["normalize"] and config.router.selection != "threshold":
-        rule = "makes the weight of a token's one expert 1 whatever its score, so the router cannot learn"
-        found.append(violation("normalize", rule, "set it to false, or top_k above 1"))
+        rule = "makes the weight of a token's one expert 1 for any score, so the router cannot learn"
+        violations.append(violation("normalize", rule, "set it to false, or top_k above 1"))
     if filled["scaling_factor"] <= 0:
-        found.append(violation("scaling_factor", "turns the weights off or around", "give a factor above 0"))
-    # A group is judged by its two best experts (arXiv 2412.19437, section 2.1.2), so it needs two.
+        violations.append(violation("scaling_factor", "removes or negates the gate weights", "give a factor above 0"))
+    # The score of a group is that of its two best experts (arXiv 2412.19437, section 2.1.2), so it needs two.
     possible = [count for count in divisors(experts) if count == 1 or experts // count >= 2]
     if groups not in possible:
         rule = f"does not divide the model's {experts} experts into groups of 2 or more"
-        found.append(violation("groups", rule, f"use {listed(possible)}"))
+        violations.append(violation("groups", rule, f"use {listed(possible)}"))
     elif not 1 <= topk_groups <= groups:
         rule = f"is not within the {groups} groups"
-        found.append(violation("topk_groups", rule, f"use {listed(range(1, groups + 1))}"))
-    elif not found and topk_groups * (experts // groups) < top_k:
-        rule = f"leaves a token {topk_groups * (experts // groups)} experts to take {top_k} from"
-        found.append(violation("topk_groups", rule, f"use {-(-top_k * groups // experts)} or more"))
-    return found
+        violations.append(violation("topk_groups", rule, f"use {listed(range(1, groups + 1))}"))
+    elif not violations and topk_groups * (experts // groups) < top_k:
+        rule = f"leaves {topk_groups * (experts // groups)} experts for a token that takes {top_k}"
+        violations.append(violation("topk_groups", rule, f"use {-(-top_k * groups // experts)} or more"))
+    return violations

@@ -21,8 +21,8 @@ class LossFree(LoadErrorPolicy):
     )
     form: Literal["additive", "multiplicative"] = Field(
         default="additive",
-        description="the way the bias b is applied to the score: additive (plus b) or multiplicative (times exp(b)); for "
-        "a softmax, b is added to the logits, which is both",
+        description="the way the bias b is applied to the score: additive (plus b) or multiplicative (times exp(b)); "
+        "for a softmax, b is added to the logits, which is both",
     )
 
     center_by_default: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""The fields of the router and of the balancer; worded as those in `schema`."""
+"""The section `router`: how tokens select experts."""
 
 from typing import Literal
 
@@ -9,13 +9,13 @@ from dist_moe.section import Section
 
 
 class RouterConfig(Section):
-    """How a token finds its experts; null means what the Hugging Face config says."""
+    """How tokens select experts; null means the value of the Hugging Face config."""
 
     selection: Literal["top_k", "threshold", "uniform", "zipf"] = Field(
         default="top_k",
-        description="the rule by which a token takes experts: top_k (the same number for each token), threshold "
-        "(as many as it takes until their probability passes router.threshold; arXiv 2403.07652), or, for "
-        "benchmarks, uniform and zipf (top_k experts drawn at random)",
+        description="the selection of a token's experts: top_k (the same number for each token), threshold (experts "
+        "in order of probability until their sum reaches router.threshold; arXiv 2403.07652), or, for benchmarks, "
+        "uniform and zipf (top_k experts drawn at random)",
     )
     top_k: int | None = Field(default=None, ge=1, description="the experts each token takes (1 or more), or null")
     threshold: float = Field(
@@ -23,24 +23,24 @@ class RouterConfig(Section):
         gt=0,
         lt=1,
         description="the cumulative probability that the experts of a token reach, with threshold routing "
-        "(between 0 and 1); where it begins, if there is a target",
+        "(between 0 and 1); its initial value, if there is a target",
     )
     max_experts: int | None = Field(
         default=None,
         ge=1,
-        description="the experts a token takes at most, with threshold routing (1 or more), or null (all)",
+        description="the maximum number of experts a token takes, with threshold routing (1 or more), or null (all)",
     )
     target_experts_per_token: float | None = Field(
         default=None,
         gt=0,
-        description="the experts a token takes on average, held by a controller that moves the threshold "
-        "(1 to below max_experts), or null (the threshold stays)",
+        description="the experts a token is to take on average, reached by a controller of the threshold (1 to below "
+        "max_experts), or null (a constant threshold)",
     )
     entropy_loss: float = Field(
         default=0.0,
         ge=0,
-        description="the coefficient of the entropy of the routing probabilities in the loss (0: off; the "
-        "paper of threshold routing has 1e-4)",
+        description="the coefficient of the entropy of the routing probabilities in the loss (0: off; 1e-4 in the paper "
+        "of threshold routing)",
     )
     zipf_exponent: float = Field(
         default=1.0,
@@ -49,8 +49,8 @@ class RouterConfig(Section):
     )
     score: Score | None = Field(
         default=None,
-        description="the gate function from logits to scores: sigmoid, softmax, softmax_selected (over a "
-        "token's experts alone), sqrt_softplus, or null (the family's own)",
+        description="the gate function from logits to scores: sigmoid, softmax, softmax_selected (over the selected "
+        "experts only), sqrt_softplus, or null (the family's own)",
     )
     normalize: bool | None = Field(
         default=None,

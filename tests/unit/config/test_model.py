@@ -88,7 +88,7 @@ def test_the_resolved_arguments_make_a_model_that_runs(architecture: str) -> Non
         ("num_experts_per_tok=0", "=0 is not within the model's 12 experts; use 1 to 12"),
         ("num_experts_per_tok=null", "=null is not within the model's 12 experts; use 1 to 12"),
         ("n_routed_experts=0", "=0 leaves the model without experts; give 1 or more"),
-        ("routed_scaling_factor=0.0", "=0.0 turns the weights off or around; give a factor above 0"),
+        ("routed_scaling_factor=0.0", "=0.0 removes or negates the gate weights; give a factor above 0"),
     ],
 )
 def test_wrong_keys_and_values_of_the_model(override: str, line: str) -> None:

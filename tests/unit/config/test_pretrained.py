@@ -69,7 +69,7 @@ def test_what_contradicts_the_folder_is_refused(folder: Path, override: str, lin
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model_type": "dist_moe_qwen3_moe"}, "go on from its checkpoint, with checkpoint.resume="),
+        ({"model_type": "dist_moe_qwen3_moe"}, "resume from its checkpoint, with checkpoint.resume="),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized; give its weights in bf16 or fp32"),
         ({"hidden_size": "wide"}, "is refused by Qwen3MoeConfig"),
         ({"num_hidden_layers": 0}, "model.config.num_hidden_layers=0 is not positive"),
@@ -93,7 +93,7 @@ def test_without_folder_and_keys_there_is_no_model() -> None:
     assert str(found).startswith("model.config is missing; give the keys of the family's")
     (found,) = violations(debug("data.tokenizer=pretrained")).values()
     assert str(found) == (
-        "data.tokenizer=pretrained is the tokenizer of no model; set model.pretrained, or use bytes or bpe"
+        "data.tokenizer=pretrained needs the folder of a model; set model.pretrained, or use bytes or bpe"
     )
 
 

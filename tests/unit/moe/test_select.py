@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.moe.select import Inputs, TopK, bias_inputs, biased_scores, gate_scores, select_top_k
+from dist_moe.moe.select import BiasInputs, TopK, bias_inputs, biased_scores, gate_scores, select_top_k
 from dist_moe.scores import Score
 from tests.twin import slow_select
 
@@ -46,7 +46,7 @@ def test_selection_equals_its_slow_twin(
     logits_TE = torch.randn(tokens, experts, generator=generator, dtype=torch.float64, requires_grad=True)
     twins_TE = logits_TE.detach().clone().requires_grad_()
     bias_E = torch.randn(experts, generator=generator)
-    inputs = Inputs(**{biased: bias_E}) if biased else Inputs()
+    inputs = BiasInputs(**{biased: bias_E}) if biased else BiasInputs()
     probe_TK = torch.randn(tokens, rule.top_k, generator=generator, dtype=torch.float64)
 
     found = select_top_k(logits_TE, rule, *inputs)
@@ -74,7 +74,7 @@ def test_a_weight_on_probabilities_is_its_logarithm_on_logits(seed: int) -> None
     )
     assert torch.equal(by_weight.ids_TK, by_logit.ids_TK)
     weighted_TE = logits_TE.softmax(dim=1) * log_weight_E.exp()
-    shares_TE = biased_scores(logits_TE, rule, Inputs(logit_bias_E=log_weight_E))
+    shares_TE = biased_scores(logits_TE, rule, BiasInputs(logit_bias_E=log_weight_E))
     torch.testing.assert_close(shares_TE, weighted_TE / weighted_TE.sum(dim=1, keepdim=True))
 
 
