@@ -1,4 +1,4 @@
-"""The slow twins: selection, and the experts' mixture, token by token on one process that sees all."""
+"""The slow twins of selection and of an MoE layer: token by token, on one process with all experts."""
 
 import math
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ def slow_select(logits_E: Tensor, rule: TopK, inputs: BiasInputs) -> tuple[list[
     size = len(choice) // rule.groups
     groups = [range(first, first + size) for first in range(0, len(choice), size)]
     groups.sort(key=lambda group: -sum(sorted(choice[expert] for expert in group)[-2:]))
-    open_to_it = [expert for group in groups[: rule.topk_groups] for expert in group]
-    ids = sorted(open_to_it, key=lambda expert: -choice[expert])[: rule.top_k]
-    mixing_E = shifted_E if rule.bias_in_gate_weights else logits_E
-    weights_K = slow_gate(mixing_E[ids] if rule.score == "softmax_selected" else mixing_E, rule.score)
+    candidates = [expert for group in groups[: rule.topk_groups] for expert in group]
+    ids = sorted(candidates, key=lambda expert: -choice[expert])[: rule.top_k]
+    weighing_E = shifted_E if rule.bias_in_gate_weights else logits_E
+    weights_K = slow_gate(weighing_E[ids] if rule.score == "softmax_selected" else weighing_E, rule.score)
     if rule.score != "softmax_selected":
         weights_K = weights_K[ids]
     if rule.normalize:
@@ -61,27 +61,27 @@ def slow_select_by_threshold(
     return ids, weights_K * rule.routed_scaling_factor
 
 
-def slow_mixture(
+def slow_experts(
     hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """Each token's sum of weight times down(silu(gate(x)) * up(x)) over its experts; an id of -1 adds nothing."""
-    mixed = []
+    results = []
     for hidden_D, ids, weights_K in zip(hidden_TD, ids_TK.tolist(), weights_TK, strict=True):
         total_D = torch.zeros_like(hidden_D)
         for expert, weight in zip(ids, weights_K, strict=True):
             if expert >= 0:
                 gate_F, up_F = (gate_up_EHD[expert] @ hidden_D).chunk(2)
                 total_D = total_D + weight * (down_EDF[expert] @ (F.silu(gate_F) * up_F))
-        mixed.append(total_D)
-    return torch.stack(mixed) if mixed else torch.zeros_like(hidden_TD)
+        results.append(total_D)
+    return torch.stack(results) if results else torch.zeros_like(hidden_TD)
 
 
 @dataclass(frozen=True)
 class LayerCase:
     """Tokens, experts and ranks for one forward and backward of a layer.
 
-    tokens: of each rank. top_k: slots of a token. takers: experts that tokens may take, at least top_k of them;
-    None is all. padding: share of the tokens that take none. skew: how unevenly the takers are loved (0: evenly).
+    tokens: of each rank. top_k: slots of a token. used_experts: experts that tokens may take, at least top_k of them;
+    None is all. padding: share of the tokens without experts. zipf_exponent: how uneven the load is (0: even).
     ragged: tokens take 1 to top_k experts, as with threshold routing. ranks_per_node: as for `make_mesh`.
     """
 
@@ -89,7 +89,7 @@ class LayerCase:
     tokens: tuple[int, ...]
     experts: int
     top_k: int
-    takers: tuple[int, ...] | None = None
+    used_experts: tuple[int, ...] | None = None
     padding: float = 0.0
     zipf_exponent: float = 0.0
     ragged: bool = False
@@ -103,11 +103,11 @@ class LayerCase:
         """hidden_TD, ids_TK, weights_TK and the probe_TD whose inner product with the result is the loss."""
         generator = torch.Generator().manual_seed(1000 * self.seed + rank)
         tokens = self.tokens[rank]
-        takers = torch.tensor(self.takers or range(self.experts))
-        love = torch.exp(self.zipf_exponent * torch.linspace(-1, 1, len(takers))).expand(tokens, -1)
+        used_experts = torch.tensor(self.used_experts or range(self.experts))
+        popularity = torch.exp(self.zipf_exponent * torch.linspace(-1, 1, len(used_experts))).expand(tokens, -1)
         ids_TK = torch.zeros(0, self.top_k, dtype=torch.int64)
         if tokens:
-            ids_TK = takers[torch.multinomial(love, self.top_k, generator=generator)]
+            ids_TK = used_experts[torch.multinomial(popularity, self.top_k, generator=generator)]
         ids_TK[torch.rand(tokens, generator=generator) < self.padding] = -1
         if self.ragged:
             taken_T1 = torch.randint(1, self.top_k + 1, (tokens, 1), generator=generator)
@@ -127,7 +127,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward and backward gave on a rank; the experts' gradients are of the experts in `held`."""
+    """The results of a forward and backward on a rank; the experts' gradients are of the experts in `held`."""
 
     mixed_TD: Tensor
     hidden_gradient_TD: Tensor
@@ -138,13 +138,13 @@ class Pass:
 
 
 def slow_pass(case: LayerCase, ranks: Sequence[int]) -> Pass:
-    """The twin over the tokens of `ranks`, one after the other, with all experts at hand."""
+    """The twin over the tokens of `ranks`, one after the other, with all experts."""
     draws = [case.draw(rank) for rank in ranks]
     hidden_TD, ids_TK, weights_TK, probe_TD = (torch.cat(parts) for parts in zip(*draws, strict=True))
     leaves = [hidden_TD, weights_TK, *case.draw_experts()]
     for leaf in leaves:
         leaf.requires_grad_()
-    mixed_TD = slow_mixture(hidden_TD, ids_TK, weights_TK, leaves[2], leaves[3])
+    mixed_TD = slow_experts(hidden_TD, ids_TK, weights_TK, leaves[2], leaves[3])
     if mixed_TD.requires_grad:  # no token took an expert otherwise
         (mixed_TD * probe_TD).sum().backward()
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]

@@ -1,4 +1,4 @@
-"""What a rank does in the tests of balancing: steps with something in between, evaluations, and a whole run."""
+"""The work of a rank in the tests of balancing: steps, evaluations, and a whole run."""
 
 import contextlib
 import io

@@ -20,7 +20,7 @@ from tests.twin import LayerCase, Pass, slow_pass
 
 
 def fast_passes(rank: int, world_size: int, cases: Sequence[LayerCase], fill_with_nan: bool = False) -> list[Pass]:
-    """A forward and backward for each case. fill_with_nan: memory that nothing wrote holds NaN."""
+    """A forward and backward for each case. fill_with_nan: uninitialized memory holds NaN."""
     torch.use_deterministic_algorithms(fill_with_nan)
     return [fast_pass(rank, case) for case in cases]
 

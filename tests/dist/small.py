@@ -123,7 +123,7 @@ def make_balancer(task: LanguageModelTask, case: Case = Case(), device: torch.de
 
 @dataclass
 class Trace:
-    """What a run leaves: values that can be pickled and compared."""
+    """The results of a run: values that can be pickled and compared."""
 
     losses: list[float]
     norms: list[float]
@@ -172,7 +172,7 @@ def _one_step(
 
 
 def _poison_expert(task: LanguageModelTask) -> None:
-    """From now on the gradient of one local expert of the last layer is NaN; the loss stays finite."""
+    """Make the gradient of one local expert of the last layer NaN; the loss stays finite."""
     task.layers[-1].experts.local.down_proj.register_hook(lambda gradient: gradient * float("nan"))
 
 

@@ -1,4 +1,4 @@
-"""Balancing under the engine: whose tokens count, how often, on which ranks, and when the bias moves."""
+"""Balancing under the engine: which tokens are counted, how often, on which ranks, and when the bias is updated."""
 
 import dataclasses
 from pathlib import Path
@@ -54,8 +54,8 @@ def test_trap_T01_recomputation_counts_once(ranks: RankPool) -> None:
         assert same_biases(ours, theirs)
 
 
-def test_trap_T02_recomputation_routes_as_the_forward_did() -> None:
-    """With biases that decide, and with padding, which recomputation has to find again."""
+def test_trap_T02_recomputation_selects_the_same_experts() -> None:
+    """With biases that change the selection, and with padding, which recomputation has to mask again."""
     generator = torch.Generator().manual_seed(0)
     biases = [0.2 * torch.randn(12, generator=generator) for _ in range(2)]
     wanted, loads, calls = gradients(checkpointing=False, biases=biases)
@@ -80,7 +80,7 @@ def test_trap_T06_the_counts_are_those_of_all_ranks(four: list[Trace], one: Trac
     assert all(trace.loads[0] == one.loads[0] for trace in four)
 
 
-def test_trap_T08_every_layer_is_moved_and_named(ranks: RankPool, tmp_path: Path) -> None:
+def test_trap_T08_every_layer_is_updated_and_named(ranks: RankPool, tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"text-{number}.txt").write_text(f"{number} to be, or not to be: that is the question\n" * 20)
     printed, metrics = ranks.run(whole_run, 2, str(tmp_path))[0]
@@ -117,7 +117,7 @@ def test_trap_T12_the_bias_stays_fp32_in_the_engine_and_on_disk(ranks: RankPool,
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_trap_T13_the_bias_stands_still_on_a_skipped_step(ranks: RankPool, stage: int) -> None:
+def test_trap_T13_a_skipped_step_does_not_change_the_bias(ranks: RankPool, stage: int) -> None:
     case = Case(expert_parallel=2, zero_stage=stage, poison="loss", steps=2)
     for trace in ranks.run(run_case, 2, case):
         assert trace.taken == [False, True]
@@ -145,7 +145,7 @@ def test_trap_T15_layers_of_different_sizes_share_one_collective(ranks: RankPool
         assert collectives == 1
 
 
-def test_trap_T28_a_rank_whose_batch_is_padding_trains_along(ranks: RankPool) -> None:
+def test_trap_T28_a_rank_with_only_padding_takes_part(ranks: RankPool) -> None:
     ((loss, norm, loads, biases),) = ranks.run(half_of_padding, 1)
     shares = ranks.run(half_of_padding, 2)
     assert shares[1][0] == 0.0
@@ -158,7 +158,7 @@ def test_trap_T28_a_rank_whose_batch_is_padding_trains_along(ranks: RankPool) ->
 
 @pytest.mark.parametrize(("workers", "expert_parallel"), [(2, 1), (2, 2), (4, 4)])
 def test_trap_T30_an_uneven_last_batch_of_the_evaluation(ranks: RankPool, workers: int, expert_parallel: int) -> None:
-    """Ranks that have no row left go along; the last row of the text is padded, and rows past the limit are there."""
+    """Ranks without rows take part; the last row of the text is padded, and there are more rows than the limit."""
     rows = [1, 7, 9]
     task = make_task(Case(), ALONE)
     wanted = [evaluate(task, validation_set(count), ALONE, CPU, 1).as_dict() for count in rows]

@@ -1,4 +1,4 @@
-"""The way of the rows over real ranks: against the slow twin, at the edges of emptiness, and where it costs nothing."""
+"""Dispatch over real ranks: against the slow twin, with empty ranks and experts, and how often it communicates."""
 
 import dataclasses
 
@@ -21,13 +21,13 @@ def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int, per_node: i
     """Random sizes: experts and ranks without tokens, skew, and padding among them."""
     experts = expert_parallel * draw(st.integers(1, 4))
     top_k = draw(st.integers(1, min(4, experts)))
-    takers = draw(st.sets(st.integers(0, experts - 1), min_size=top_k))
+    used_experts = draw(st.sets(st.integers(0, experts - 1), min_size=top_k))
     return LayerCase(
         expert_parallel=expert_parallel,
         tokens=tuple(draw(st.lists(st.integers(0, 9), min_size=workers, max_size=workers))),
         experts=experts,
         top_k=top_k,
-        takers=draw(st.sampled_from([None, tuple(sorted(takers))])),
+        used_experts=draw(st.sampled_from([None, tuple(sorted(used_experts))])),
         ragged=draw(st.booleans()),
         padding=draw(st.sampled_from([0.0, 0.3, 1.0])),
         zipf_exponent=draw(st.sampled_from([0.0, 2.0, 6.0])),
@@ -47,7 +47,7 @@ def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int, per_node: i
     ],
 )
 def test_a_layer_equals_its_slow_twin(ranks: RankPool, workers: int, expert_parallel: int, per_node: int) -> None:
-    """per_node: in two hops between hosts of so many ranks; 0: in one."""
+    """per_node: ranks per host of hierarchical dispatch; 0 is flat dispatch."""
 
     @settings(max_examples=5, deadline=None)
     @given(st.lists(layer_cases(workers, expert_parallel, per_node), min_size=6, max_size=12))
@@ -58,11 +58,11 @@ def test_a_layer_equals_its_slow_twin(ranks: RankPool, workers: int, expert_para
 
 
 EMPTY = {
-    "an expert receives nothing": LayerCase(2, (5, 6), 4, 2, takers=(0, 1, 2)),
-    "a rank receives nothing": LayerCase(2, (5, 6), 4, 2, takers=(0, 1)),
-    "one rank receives everything of three others": LayerCase(4, (5, 6, 7, 3), 8, 1, takers=(5,)),
+    "an expert receives nothing": LayerCase(2, (5, 6), 4, 2, used_experts=(0, 1, 2)),
+    "a rank receives nothing": LayerCase(2, (5, 6), 4, 2, used_experts=(0, 1)),
+    "one rank receives everything of three others": LayerCase(4, (5, 6, 7, 3), 8, 1, used_experts=(5,)),
     "a rank has no tokens": LayerCase(4, (5, 0, 7, 3), 8, 2),
-    "a rank has no tokens, and none are sent to it": LayerCase(2, (4, 0), 4, 2, takers=(0, 1)),
+    "a rank has no tokens, and none are sent to it": LayerCase(2, (4, 0), 4, 2, used_experts=(0, 1)),
     "every token is padding": LayerCase(4, (5, 6, 7, 3), 8, 2, padding=1.0),
     "nobody has a token": LayerCase(2, (0, 0), 4, 2),
     "alone, and without a token": LayerCase(1, (0,), 4, 2),
@@ -79,9 +79,9 @@ def test_trap_T28_experts_and_ranks_that_receive_nothing(ranks: RankPool, name: 
     )
 
 
-def test_in_two_hops_a_row_goes_to_a_host_once(ranks: RankPool) -> None:
+def test_hierarchical_dispatch_sends_a_row_once_per_host(ranks: RankPool) -> None:
     """Every token takes four experts of the second host: to it one row instead of four, and one gradient back."""
-    case = LayerCase(4, (256, 256, 256, 256), 16, 4, takers=(8, 9, 14, 15), width=64)
+    case = LayerCase(4, (256, 256, 256, 256), 16, 4, used_experts=(8, 9, 14, 15), width=64)
     flat, hops = (
         ranks.run(bytes_between_hosts, 4, dataclasses.replace(case, ranks_per_node=per_node)) for per_node in (0, 2)
     )
@@ -97,16 +97,14 @@ def test_trap_T33_prime_token_counts_that_differ_on_every_rank(ranks: RankPool) 
 
 
 @pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 2)])
-def test_trap_T27_memory_that_nothing_wrote_reaches_no_result(
-    ranks: RankPool, workers: int, expert_parallel: int
-) -> None:
+def test_trap_T27_uninitialized_memory_reaches_no_result(ranks: RankPool, workers: int, expert_parallel: int) -> None:
     case = LayerCase(expert_parallel, (7, 5)[:workers], 4, 2, padding=0.5, dtype=torch.float32)
     assert (case.draw(0)[1] < 0).any(), "some slots stay empty"
     check_against_twin(ranks, [case], fill_with_nan=True)
 
 
 def multiply_by_expert(rank: int, world_size: int, case: LayerCase) -> list[torch.Tensor]:
-    """Dispatch, multiply each row by the id of the expert it lies at, combine."""
+    """Dispatch, multiply each row by the id of its expert, combine."""
     mesh = make_mesh(case.expert_parallel)
     hidden_TD, ids_TK, weights_TK, _ = case.draw(rank)
     there = dispatch(hidden_TD, ids_TK, case.experts, mesh)
@@ -126,7 +124,7 @@ def test_trap_T36_with_expert_i_multiplying_by_i_the_output_is_known(
 
 
 def test_between_hosts_rows_that_fit_the_first_message_need_no_second(ranks: RankPool) -> None:
-    """Forward: rows with all that goes along, then three calls within the host, then results; and the way back."""
+    """Forward: rows with their ids and weights, three calls within the host, then results; backward the same."""
     few, many = LayerCase(4, (3, 0, 5, 2), 8, 2, ranks_per_node=2), LayerCase(4, (3, 0, 999, 2), 8, 2, ranks_per_node=2)
     assert ranks.run(count_exchanges, 4, few) == [9, 9, 9, 9]
     assert ranks.run(count_exchanges, 4, many) == [10, 9, 10, 9], "ranks 0 and 2 have the same place on their hosts"
@@ -134,7 +132,7 @@ def test_between_hosts_rows_that_fit_the_first_message_need_no_second(ranks: Ran
 
 
 def count_exchanges(rank: int, world_size: int, case: LayerCase) -> int:
-    """All-to-all calls of one forward and backward; each goes through."""
+    """Count the all-to-all calls of one forward and backward."""
     with counted("all_to_all_single") as calls:
         fast_pass(rank, case)
     return len(calls)

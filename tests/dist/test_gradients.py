@@ -1,4 +1,4 @@
-"""Gradients of one step on two ranks against transformers' own code, and what the comparison can see."""
+"""Gradients of one step on two ranks against transformers, and a control of the comparison."""
 
 import re
 from typing import Any
@@ -25,7 +25,7 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @pytest.fixture(scope="module")
 def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same model in the hands of transformers: none of our routing, dispatch or experts, and in fp64."""
+    """The same model by transformers alone, in fp64: none of our routing, dispatch or experts."""
     folder = tmp_path_factory.mktemp("plain")
     save_weights(make_task(Case(), Mesh(1, 0, 1)).model, Mesh(1, 0, 1), folder, balanced=True)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
@@ -147,7 +147,7 @@ def optimizer_view(rank: int, world_size: int, stage: int) -> tuple[int, set[str
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_trap_T25_experts_are_in_the_optimizer_and_in_its_moe_groups(ranks: RankPool, stage: int) -> None:
-    """Nor does the start of the engine write rank 0's experts over those of rank 1."""
+    """The start of the engine does not overwrite rank 1's experts by those of rank 0."""
     views = ranks.run(optimizer_view, 2, stage)
     for count, experts, others, weights in views:
         assert count == len(experts) + len(others)

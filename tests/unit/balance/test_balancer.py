@@ -1,4 +1,4 @@
-"""The balancer in one process: its window, its schedule, which layers it moves, and which it leaves."""
+"""The balancer in one process: its window, its schedule, and the layers that it updates."""
 
 import pytest
 import torch
@@ -51,11 +51,11 @@ def test_trap_T07_every_step_begins_a_new_window() -> None:
     assert balancer.biases[0].tolist() == [0.0, 0.0], "down and up again; the first window weighs no more"
 
 
-def test_trap_T13_a_window_that_is_discarded_leaves_no_trace() -> None:
+def test_trap_T13_a_discarded_window_has_no_effect() -> None:
     linear = LossFree(rate=0.5, schedule="linear")
     balancer = Balancer(make_routers(2), linear, CPU, schedule_steps=2)
     balancer.observe([counts(9, 1)])
-    assert loads(balancer.discard()) == [[9, 1]], "it is still shown"
+    assert loads(balancer.discard()) == [[9, 1]], "it is still reported"
     assert (balancer.biases[0].tolist(), balancer.taken) == ([0.0, 0.0], 0)
     balancer.observe([counts(1, 2)])
     balancer.step()
@@ -74,7 +74,7 @@ def test_trap_T15_layers_with_different_numbers_of_experts() -> None:
     ]
 
 
-def test_trap_T15_the_policy_none_shows_the_load_and_moves_nothing() -> None:
+def test_trap_T15_without_balancing_the_load_is_reported_and_no_bias_moves() -> None:
     balancer = Balancer(make_routers(2, 3), NONE, CPU, schedule_steps=10)
     balancer.observe([counts(7, 0), counts(0, 0, 7)])
     assert loads(balancer.step()) == [[7, 0], [0, 0, 7]]
@@ -83,7 +83,7 @@ def test_trap_T15_the_policy_none_shows_the_load_and_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize("policy", [PLAIN, NONE], ids=["loss_free", "none"])
-def test_trap_T16_a_model_without_moe_layers_is_stepped_too(policy: Policy) -> None:
+def test_trap_T16_a_model_without_moe_layers_can_be_stepped(policy: Policy) -> None:
     balancer = Balancer({}, policy, CPU, schedule_steps=10)
     balancer.observe([])
     assert (balancer.step(), balancer.discard(), balancer.biases, balancer.taken) == ([], [], [], 1)
@@ -99,11 +99,11 @@ def test_trap_T14_a_frozen_router_keeps_its_bias() -> None:
     routers["layer.0"].requires_grad_(False)
     balancer = Balancer(routers, PLAIN, CPU, schedule_steps=10)
     balancer.observe([counts(9, 1), counts(9, 1)])
-    assert loads(balancer.step()) == [[9, 1], [9, 1]], "it is still shown"
+    assert loads(balancer.step()) == [[9, 1], [9, 1]], "it is still reported"
     assert [bias.tolist() for bias in balancer.biases] == [[0.0, 0.0], [-0.5, 0.5]]
 
 
-def test_it_writes_into_the_buffer_that_the_model_has_now() -> None:
+def test_the_current_buffer_of_the_router_is_written() -> None:
     routers = make_routers(2)
     balancer = Balancer(routers, PLAIN, CPU, schedule_steps=10)
     routers["layer.0"].bfloat16()
@@ -130,7 +130,7 @@ def test_the_linear_schedule_moves_the_bias() -> None:
     assert moved == [[-0.5, 0.5], [-0.75, 0.75], [-0.75, 0.75]]
 
 
-def test_centring_holds_the_mean() -> None:
+def test_centering_keeps_the_mean_at_zero() -> None:
     balancer = Balancer(make_routers(4), LossFree(rate=0.5, center=True), CPU, schedule_steps=10)
     balancer.observe([counts(9, 1, 1, 1)])
     balancer.step()
@@ -158,11 +158,11 @@ def test_trap_T14_a_frozen_router_keeps_its_threshold() -> None:
     balancer.step()
     assert routers["a"].threshold is not None and routers["b"].threshold is not None
     assert float(routers["a"].threshold) == pytest.approx(0.4)
-    assert float(routers["b"].threshold) > 0.45, "its own tokens took 1, whatever those of the other did"
+    assert float(routers["b"].threshold) > 0.45, "its own tokens took 1, independent of those of the frozen router"
     assert balancer.threshold == pytest.approx(float(routers["b"].threshold))
 
 
-def test_a_frozen_schedule_stops_every_policy() -> None:
+def test_freeze_at_stops_every_policy() -> None:
     settings = Quantile(freeze_at=0)
     balancer = Balancer(make_routers(2), settings, CPU, schedule_steps=10)
     margins_EQ = torch.zeros(2, BINS, dtype=torch.int64)
@@ -177,8 +177,8 @@ def test_a_frozen_schedule_stops_every_policy() -> None:
     assert settings.rate_at(0, 10) == 0.0, "it has no rate"
 
 
-def test_trap_T44_a_run_goes_on_from_its_state() -> None:
-    """Five steps are three, the state carried over, and two; a window that was open there is forgotten (T7)."""
+def test_trap_T44_a_restored_balancer_continues_as_the_original() -> None:
+    """Five steps equal three, a restored state, and two; an open window is discarded (T7)."""
     steps = [RoutingCounts(torch.tensor([9, 1, 1, step]), torch.tensor([6 + step, 3, 0, 0])) for step in range(5)]
 
     def run(balancer: Balancer, routing_counts: list[RoutingCounts]) -> Balancer:

@@ -1,4 +1,4 @@
-"""Counts of a routing: who received, how many each token took, and their sums."""
+"""Counts of a routing: the load, the experts per token, and their sums."""
 
 import torch
 
@@ -7,7 +7,7 @@ from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routin
 IDS_TK = torch.tensor([[0, 2], [2, -1], [-1, -1], [2, 1]])  # the third token is padding
 
 
-def test_a_tally_by_hand() -> None:
+def test_counts_by_hand() -> None:
     layer_counts = count_routing(IDS_TK, experts=4, max_experts_per_token=3)
     assert layer_counts.load_E.tolist() == [1, 1, 3, 0]
     assert layer_counts.k_histogram_K.tolist() == [1, 2, 0], "one token took 1, two took 2, none took 3"
@@ -25,7 +25,7 @@ def test_sums_over_micro_batches_and_layers() -> None:
     assert summed[1].margins_EQ is not None and summed[1].margins_EQ.tolist() == [[2] * 5] * 4
 
 
-def test_nothing_routed_is_nothing_counted() -> None:
+def test_without_routed_tokens_all_counts_are_zero() -> None:
     layer_counts = count_routing(torch.full((3, 1), -1), experts=2, max_experts_per_token=2)
     assert (
         layer_counts == RoutingCounts(layer_counts.load_E, layer_counts.k_histogram_K)

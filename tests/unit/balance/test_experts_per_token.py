@@ -19,7 +19,7 @@ def test_trap_T19_counts_of_tokens_begin_with_one_expert() -> None:
     assert found == [1, 1, 2, 2, 4, 4, 4]
 
 
-def test_trap_T19_layers_are_added_place_by_place_whatever_their_k() -> None:
+def test_trap_T19_histograms_of_layers_with_different_k_are_added_elementwise() -> None:
     k_histogram_L = [torch.tensor([5, 3]), HAND_K, torch.tensor([1])]
     assert sum_k_histograms(k_histogram_L).tolist() == [11, 6, 0, 2]
     assert [count.tolist() for count in k_histogram_L] == [[5, 3], [5, 3, 0, 2], [1]], "none is written to"
@@ -33,7 +33,7 @@ def test_no_token_has_no_experts() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 100))
-def test_they_agree_with_a_slow_twin(counts: list[int], percent: int) -> None:
+def test_mean_and_percentile_agree_with_a_slow_twin(counts: list[int], percent: int) -> None:
     k_histogram_K = torch.tensor(counts)
     tokens = [taken for taken, count in enumerate(counts, start=1) for _ in range(count)]
     mean = sum(tokens) / len(tokens) if tokens else 0.0
@@ -42,7 +42,7 @@ def test_they_agree_with_a_slow_twin(counts: list[int], percent: int) -> None:
     assert experts_per_token_percentile(k_histogram_K, percent) == (tokens[place - 1] if tokens else 0)
 
 
-def test_a_percentile_is_right_to_the_last_token() -> None:
+def test_a_percentile_is_exact_to_one_token() -> None:
     half = 2**54
     assert experts_per_token_percentile(torch.tensor([half, half]), 50) == 1
     assert experts_per_token_percentile(torch.tensor([half - 1, half + 1]), 50) == 2, "a float64 loses the 1"

@@ -1,4 +1,4 @@
-"""The auxiliary losses against loops of a few lines, on numbers made by hand, and under padding."""
+"""The auxiliary losses against slow loops, on numbers by hand, and with padding."""
 
 import math
 
@@ -34,7 +34,7 @@ def slow_balance_loss(shares: list[list[float]], ids: list[list[int]]) -> float:
 
 @settings(deadline=None)
 @given(sequences=st.integers(1, 3), length=st.integers(1, 5), experts=st.integers(2, 6), seed=st.integers(0, 1000))
-def test_both_losses_are_their_loops(sequences: int, length: int, experts: int, seed: int) -> None:
+def test_both_balance_losses_equal_a_slow_loop(sequences: int, length: int, experts: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = sequences * length
     shares_TE = gate_shares(torch.rand(tokens, experts, generator=generator, dtype=torch.float64))
@@ -51,20 +51,20 @@ def test_both_losses_are_their_loops(sequences: int, length: int, experts: int, 
     assert float(sequence_balance_loss(shares_TE, ids_TK, sequences)) == pytest.approx(apart, rel=1e-9)
 
 
-def test_a_level_load_costs_one_for_each_token() -> None:
+def test_an_even_load_costs_one_per_token() -> None:
     shares_TE = torch.full((6, 3), 1 / 3)
     assert float(balance_loss(shares_TE, load_fractions(torch.tensor([4, 4, 4])))) == pytest.approx(6.0)
     ids_TK = torch.tensor([[0, 1], [2, 0], [1, 2]] * 2)
     assert float(sequence_balance_loss(shares_TE, ids_TK, 2)) == pytest.approx(6.0)
 
 
-def test_all_load_and_all_probability_on_one_expert_costs_as_many_as_there_are() -> None:
+def test_one_expert_with_all_load_and_probability_costs_e_per_token() -> None:
     shares_TE = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 5)
     assert float(balance_loss(shares_TE, load_fractions(torch.tensor([5, 0, 0, 0])))) == pytest.approx(20.0)
 
 
 def test_trap_T21_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
-    """Each layer sends all its tokens to an expert of its own; joined before the product they would look level."""
+    """Each layer sends all its tokens to an expert of its own; joined before the product they would look even."""
     first_TE, second_TE = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[0.0, 1.0]] * 4)
     loads = torch.tensor([4, 0]), torch.tensor([0, 4])
     apart = sum(
@@ -75,7 +75,7 @@ def test_trap_T21_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
     assert (apart, joined) == (16.0, 8.0)
 
 
-def test_the_gradient_takes_from_the_greedy_and_gives_to_the_starved() -> None:
+def test_the_gradient_lowers_overloaded_experts_and_raises_underloaded_ones() -> None:
     logits_TE = torch.zeros(4, 3, requires_grad=True)
     balance_loss(logits_TE.softmax(dim=1), load_fractions(torch.tensor([6, 2, 0]))).backward()
     assert logits_TE.grad is not None
@@ -89,7 +89,7 @@ def test_z_loss_is_the_squared_logarithm_of_the_partition() -> None:
     assert float(z_loss(logits_TE, torch.tensor([True, True, False]))) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_entropy_is_in_nats_and_0_where_nothing_is_open() -> None:
+def test_entropy_is_in_nats_and_zero_for_a_certain_choice() -> None:
     shares_TE = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]])
     assert float(entropy_loss(shares_TE, torch.tensor([True, True, False]))) == pytest.approx(math.log(2))
 

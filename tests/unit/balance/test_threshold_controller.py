@@ -1,4 +1,4 @@
-"""The controller of the target: on probabilities of every shape, from every start, and where it cannot win."""
+"""The controller of the threshold: on peaked and flat probabilities, from every start, and at unreachable targets."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ def run(sharpness: float, target: float, start: float, experts: int = 16, steps:
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("target", [1.5, 2.0, 6.0])
 @pytest.mark.parametrize("start", [0.1, 0.4, 0.9])
-def test_the_mean_holds_the_target_within_two_percent(sharpness: float, target: float, start: float) -> None:
+def test_the_mean_reaches_the_target_within_two_percent(sharpness: float, target: float, start: float) -> None:
     tail = run(sharpness, target, start)[-20:]
     assert sum(tail) / len(tail) == pytest.approx(target, rel=0.02)
     assert max(abs(mean - target) for mean in tail) < 0.06 * target, "it does not swing"
 
 
-def test_a_target_that_cannot_be_met_does_not_wind_up() -> None:
-    """One expert always reaches the threshold; once the tokens change, the controller is back in a few steps."""
+def test_the_integral_does_not_wind_up_at_an_unreachable_target() -> None:
+    """One expert always reaches the threshold; once the tokens change, the controller recovers in a few steps."""
     state = start_controller(0.4)
     for _ in range(500):
         state = control(state, measured=1.0, target=2.0)

@@ -5,7 +5,7 @@ import pytest
 from tests.unit.config.files import debug, qwen, violations
 
 
-def test_trap_T18_weights_normalised_over_one_expert_are_refused() -> None:
+def test_trap_T18_weights_normalized_over_one_expert_are_refused() -> None:
     """s / s is 1 whatever s is: no gradient reaches the gate."""
     found = violations(debug("model.config.num_experts_per_tok=1"))
     assert str(found["model.config.norm_topk_prob"]).endswith("set it to false, or top_k above 1")

@@ -167,7 +167,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("make", "override"), BROKEN)
-def test_each_rule_of_shape_stands_for_a_model_that_fails(make: Maker, override: str) -> None:
+def test_each_rule_of_shape_refuses_a_model_that_fails(make: Maker, override: str) -> None:
     config = make(f"model.config.{override}")
     assert f"model.config.{override.partition('=')[0]}" in violations(config)
     with pytest.raises((RuntimeError, TypeError, KeyError, ZeroDivisionError, IndexError)):

@@ -39,7 +39,7 @@ def begun(folder: Path, *overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("settings", [QWEN, RENAMED], ids=["published", "saved"])
-def test_the_folder_says_what_the_model_is(folder: Path, settings: dict[str, Any]) -> None:
+def test_the_folder_defines_the_model(folder: Path, settings: dict[str, Any]) -> None:
     resolved = resolve(begun(write(folder, settings)), workers=1)
     keys = resolved.config.model.config
     assert (keys["num_experts"], keys["vocab_size"], keys["head_dim"]) == (8, 400, 16)
@@ -75,14 +75,14 @@ def test_what_contradicts_the_folder_is_refused(folder: Path, override: str, lin
         ({"num_hidden_layers": 0}, "model.config.num_hidden_layers=0 is not positive"),
     ],
 )
-def test_a_folder_that_cannot_be_begun_with_is_refused(folder: Path, change: dict[str, Any], told: str) -> None:
+def test_an_unusable_folder_is_refused(folder: Path, change: dict[str, Any], told: str) -> None:
     assert any(told in str(found) for found in violations(begun(write(folder, QWEN | change))).values())
 
 
 @pytest.mark.parametrize(
     "text", ["{", '{"model_type": NaN}', '{"a": 1, "a": 2}', "[" * 99999, '{"a": ' + "9" * 5000 + "}"]
 )
-def test_a_config_that_is_none_is_refused(folder: Path, text: str) -> None:
+def test_a_file_that_is_no_config_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     (found,) = violations(begun(folder)).values()
     assert "has a config.json that cannot be read" in str(found)
@@ -97,7 +97,7 @@ def test_without_folder_and_keys_there_is_no_model() -> None:
     )
 
 
-def test_a_run_that_goes_on_does_not_need_the_folder(folder: Path) -> None:
+def test_a_resumed_run_does_not_need_the_folder(folder: Path) -> None:
     config = begun(folder, "data.tokenizer=pretrained")
     resolved = resolve(config, workers=1)
     assert tokenizer_folder(config) == folder

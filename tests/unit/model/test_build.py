@@ -92,7 +92,7 @@ def experts_of(model: PreTrainedModel) -> dict[tuple[str, int], tuple[Tensor, Te
     }
 
 
-def test_trap_T26_no_two_experts_start_equal() -> None:
+def test_trap_T26_no_two_experts_have_equal_initial_values() -> None:
     experts = list(experts_of(small_model("deepseek_v3")).values())
     assert len(experts) == 24
     for first, (gate_up, down) in enumerate(experts):
@@ -101,7 +101,7 @@ def test_trap_T26_no_two_experts_start_equal() -> None:
 
 
 @pytest.mark.parametrize("expert_parallel", [2, 4])
-def test_trap_T26_experts_start_alike_under_any_layout(expert_parallel: int) -> None:
+def test_trap_T26_initial_experts_do_not_depend_on_the_layout(expert_parallel: int) -> None:
     alone = small_model("deepseek_v3")
     whole, dense = experts_of(alone), dict(alone.named_parameters())
     seen: set[tuple[str, int]] = set()

@@ -17,7 +17,7 @@ IDS_TK = torch.tensor([[2, 0], [-1, -1], [0, 3], [2, 3]])
 HIDDEN_TD = torch.arange(8.0).view(4, 2)
 
 
-def test_rows_lie_by_expert_and_within_one_by_token() -> None:
+def test_rows_are_sorted_by_expert_then_by_token() -> None:
     there = dispatch(HIDDEN_TD, IDS_TK, 5, ALONE)
     assert there.counts_e.tolist() == [2, 0, 2, 2, 0]
     assert (there.counts_e.dtype, there.counts_e.device.type) == (torch.int64, "cpu")
@@ -25,7 +25,7 @@ def test_rows_lie_by_expert_and_within_one_by_token() -> None:
     assert torch.equal(there.rows_QD, HIDDEN_TD[token_of_row])
 
 
-def test_a_token_that_is_not_routed_gets_zero_and_no_gradient() -> None:
+def test_an_unrouted_token_gets_zero_and_no_gradient() -> None:
     hidden_TD = HIDDEN_TD.clone().requires_grad_()
     weights_TK = torch.tensor([[1.0, 2.0], [7.0, 7.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
     there = dispatch(hidden_TD, IDS_TK, 5, ALONE)
@@ -63,7 +63,7 @@ def test_a_token_may_take_the_same_expert_twice() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation made."""
+    """Records the size of the largest tensor that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_one_token_with_many_experts_makes_no_room_for_all_others() -> None:
+def test_one_token_with_many_experts_does_not_pad_the_others() -> None:
     """200 tokens with one expert and one with 64: rows for 264 assignments, not for 201 x 64."""
     ids_TK = torch.full((201, 64), -1)
     ids_TK[:, 0] = torch.arange(201) % 64

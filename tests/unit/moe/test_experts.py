@@ -10,14 +10,14 @@ from torch import Tensor
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
 
 
-def one_by_one(rows_QD: Tensor, weight_eHD: Tensor, counts: list[int]) -> Tensor:
-    """The slow twin: each expert's rows by themselves."""
+def slow_grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, counts: list[int]) -> Tensor:
+    """The slow twin: one product for each expert."""
     parts = rows_QD.split(counts)
     return torch.cat([part @ weight_HD.T for part, weight_HD in zip(parts, weight_eHD, strict=True)])
 
 
 def ends(counts: list[int]) -> Tensor:
-    """Where each group ends."""
+    """The index after the last row of each group."""
     return torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
@@ -38,7 +38,7 @@ def test_grouped_linear_equals_one_product_per_expert(
     weight_eHD = torch.randn(len(counts), out, width, generator=generator, dtype=torch.float64).to(dtype)
     fast = [rows_QD.requires_grad_(), weight_eHD.requires_grad_()]
     slow = [leaf.detach().clone().requires_grad_() for leaf in fast]
-    found_QH, wanted_QH = grouped_linear(fast[0], fast[1], ends(counts)), one_by_one(slow[0], slow[1], counts)
+    found_QH, wanted_QH = grouped_linear(fast[0], fast[1], ends(counts)), slow_grouped_linear(slow[0], slow[1], counts)
     for result_QH in (found_QH, wanted_QH):
         (result_QH * probe_QH).sum().backward()
     gradients = [[leaf.grad for leaf in leaves] for leaves in (fast, slow)]
@@ -58,7 +58,7 @@ def test_trap_T38_backward_takes_an_expanded_gradient(dtype: torch.dtype) -> Non
     assert found_QD.any() and torch.equal(found_QD, wanted_QD)
 
 
-def test_gate_stands_above_up_and_down_comes_last() -> None:
+def test_the_weights_are_gate_above_up_and_then_down() -> None:
     experts = GroupedExperts(1, 4, 4, F.relu)
     with torch.no_grad():
         experts.gate_up_proj[0, :4] = 2 * torch.eye(4)

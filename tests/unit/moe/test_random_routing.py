@@ -1,4 +1,4 @@
-"""Forced routing: how the experts are drawn, and that the same call draws the same ones."""
+"""Random routing: the distribution of the drawn experts, and that the same logits draw the same ones."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def load_of(rule: RandomRouting) -> torch.Tensor:
     return select(LOGITS_TE, rule, BIAS_E).ids_TK.flatten().bincount(minlength=8)
 
 
-def test_uniform_is_even_to_what_chance_allows() -> None:
+def test_uniform_routing_is_even_within_chance() -> None:
     load_E = load_of(RandomRouting(top_k=2, zipf_exponent=0.0, score="softmax"))
     assert int(load_E.sum()) == 8000
     assert (load_E - 1000).abs().max() < 4 * 1000**0.5
@@ -42,8 +42,8 @@ def test_trap_T02_the_same_experts_are_drawn_again_and_the_random_state_is_left_
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_other_tokens_draw_other_experts_wherever_they_lie() -> None:
-    """So the parts of a batch, on ranks or in micro-batches, are together as even as the whole."""
+def test_the_drawn_experts_depend_on_the_token_and_not_on_its_position() -> None:
+    """So a batch divided among ranks and micro-batches has the same load as the undivided one."""
     rule = RandomRouting(top_k=2, zipf_exponent=0.0, score="softmax")
     whole = select(LOGITS_TE, rule, BIAS_E).ids_TK
     parts = [select(part, rule, BIAS_E).ids_TK for part in LOGITS_TE.split(500)]
@@ -51,5 +51,5 @@ def test_other_tokens_draw_other_experts_wherever_they_lie() -> None:
     assert not torch.equal(parts[0], parts[1])
 
 
-def test_trap_T17_a_forced_router_is_not_balanced() -> None:
+def test_trap_T17_a_random_router_is_not_balanced() -> None:
     assert not Router(8, 4, RandomRouting(top_k=2, zipf_exponent=0.0, score="softmax")).balanced

@@ -1,4 +1,4 @@
-"""The router: whom it counts, when, in which precision its bias and its logits are, and what it answers."""
+"""The router: its record, its mask, the precision of its bias and its logits, and its result."""
 
 import copy
 
@@ -30,7 +30,7 @@ def hidden(tokens: int, width: int = 8) -> Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(1))
 
 
-def test_it_answers_as_a_hugging_face_gate() -> None:
+def test_the_result_is_that_of_a_hugging_face_gate() -> None:
     router = make_router()
     logits_TE, weights_TK, ids_TK = router(hidden(6).bfloat16().view(2, 3, 8))
     assert (logits_TE.shape, logits_TE.dtype) == ((6, 4), torch.float32)
@@ -38,7 +38,7 @@ def test_it_answers_as_a_hugging_face_gate() -> None:
     assert (ids_TK.shape, ids_TK.dtype) == ((6, 2), torch.int64)
 
 
-def test_logits_are_computed_in_fp32_whatever_surrounds_them() -> None:
+def test_logits_are_computed_in_fp32_under_autocast_and_in_bf16() -> None:
     router, hidden_TD = make_router(), hidden(6)
     exact_TE = hidden_TD @ router.weight.detach().T
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -63,7 +63,7 @@ def test_trap_T04_padding_is_neither_routed_nor_counted(top_k: int) -> None:
     assert load_of(router).tolist() == all_ids_TK[exists_T].flatten().bincount(minlength=4).tolist()
 
 
-def test_trap_T07_the_record_is_begun_anew_and_read_once() -> None:
+def test_trap_T07_each_record_is_new_and_read_once() -> None:
     router, hidden_TD = make_router(), hidden(5)
     loads = []
     for _ in range(2):
@@ -76,7 +76,7 @@ def test_trap_T07_the_record_is_begun_anew_and_read_once() -> None:
         router.close_record()
 
 
-def test_a_forward_outside_of_a_record_leaves_the_load_that_was_given_out() -> None:
+def test_a_forward_without_a_record_does_not_change_the_last_record() -> None:
     router, hidden_TD = make_router(), hidden(5)
     router.open_record(None)
     router(hidden_TD)
@@ -85,7 +85,7 @@ def test_a_forward_outside_of_a_record_leaves_the_load_that_was_given_out() -> N
     assert int(load_E.sum()) == 5 * 2
 
 
-def test_the_mask_outlives_the_record_in_training_alone() -> None:
+def test_the_mask_is_kept_after_the_record_in_training_only() -> None:
     router, hidden_TD = make_router(), hidden(3)
     exists_T = torch.tensor([True, False, True])
     for training in (True, False):

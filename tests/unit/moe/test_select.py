@@ -1,4 +1,4 @@
-"""Selection of experts: against the slow twin, and what the bias may and may not touch."""
+"""Selection of experts against its slow twin, and what the bias changes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SCORES: list[Score] = ["sigmoid", "softmax", "softmax_selected", "sqrt_softplus"
 
 @st.composite
 def rules(draw: st.DrawFn) -> tuple[TopK, int]:
-    """A rule that some number of experts can follow, and that number."""
+    """A rule, and a number of experts that fits it."""
     groups = draw(st.sampled_from([1, 1, 2, 3, 4]))
     size = draw(st.integers(2, 4))
     topk_groups = draw(st.integers(1, groups))
@@ -88,24 +88,24 @@ def test_a_weight_on_probabilities_is_its_logarithm_on_logits(seed: int) -> None
         ("softmax_selected", False, "logit_bias_E"),
     ],
 )
-def test_the_bias_has_one_place(score: Score, multiplicative: bool, wanted: str) -> None:
+def test_the_bias_enters_at_one_point(score: Score, multiplicative: bool, wanted: str) -> None:
     rule = TopK(top_k=1, score=score, multiplicative=multiplicative)
     assert {name for name, value in bias_inputs(rule, BIAS_E)._asdict().items() if value is not None} == {wanted}
 
 
 LOGITS_TE = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.5, -0.5, 1.5, -1.5]])
-BIAS_E = torch.tensor([0.0, 0.0, 0.0, 9.0])  # everyone is sent to expert 3
+BIAS_E = torch.tensor([0.0, 0.0, 0.0, 9.0])  # every token is sent to expert 3
 
 
 def biased(rule: TopK, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Selection with the bias where this score takes it."""
+    """Select with the bias where it enters for this gate function."""
     if rule.score == "sigmoid":
         return select_top_k(logits_TE, rule, score_bias_E=bias_E)
     return select_top_k(logits_TE, rule, logit_bias_E=bias_E)
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_trap_T18_the_bias_selects_and_never_reaches_the_mixture_weight(score: Score) -> None:
+def test_trap_T18_the_bias_changes_the_selection_and_not_the_gate_weights(score: Score) -> None:
     ids_TK, weights_TK = biased(TopK(top_k=2, score=score), LOGITS_TE, BIAS_E)
     assert ids_TK.tolist() == [[3, 0], [3, 2]]
     assert torch.equal(weights_TK, gate_scores(LOGITS_TE, score).gather(1, ids_TK))
@@ -127,7 +127,7 @@ def test_trap_T18_the_gate_gets_a_gradient_at_top_1(score: Score) -> None:
     assert (logits_TE.grad[:, 3] > 0.01).all()
 
 
-def test_a_bias_as_large_as_the_gap_of_two_scores_turns_the_choice() -> None:
+def test_a_bias_larger_than_the_gap_of_two_scores_changes_the_selection() -> None:
     rule = TopK(top_k=1, score="sigmoid")
     gap = float(LOGITS_TE[0, 0].sigmoid() - LOGITS_TE[0, 1].sigmoid())
     for bias, wanted in ((gap - 1e-3, 0), (gap + 1e-3, 1)):
@@ -135,8 +135,8 @@ def test_a_bias_as_large_as_the_gap_of_two_scores_turns_the_choice() -> None:
         assert select_top_k(LOGITS_TE[:1], rule, score_bias_E=bias_E).ids_TK.tolist() == [[wanted]]
 
 
-def test_groups_are_closed_whatever_their_experts_score() -> None:
-    # Group 0 holds the best expert, group 1 the better pair; biases below zero do not open a closed group.
+def test_experts_of_excluded_groups_are_never_selected() -> None:
+    # Group 0 holds the best expert, group 1 the better pair; biases below zero do not include an excluded group.
     scores_TE = torch.tensor([[0.9, 0.1, 0.6, 0.7]])
     rule = TopK(top_k=2, score="sigmoid", groups=2, topk_groups=1)
     assert select_top_k(scores_TE.logit(), rule).ids_TK.tolist() == [[3, 2]]

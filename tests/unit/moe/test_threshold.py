@@ -1,4 +1,4 @@
-"""Threshold routing: against the slow twin, at its edges, and what the weights of experts do to it."""
+"""Threshold routing against its slow twin, at its limits, and with weights of experts."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.twin import slow_select_by_threshold
 
 @st.composite
 def rules(draw: st.DrawFn) -> tuple[ThresholdRouting, int]:
-    """A rule, and a number of experts that can follow it."""
+    """A rule, and a number of experts that fits it."""
     experts = draw(st.integers(1, 9))
     rule = ThresholdRouting(
         threshold=draw(st.sampled_from([0.01, 0.25, 0.4, 0.7, 0.9, 0.999])),
@@ -46,7 +46,7 @@ def test_selection_equals_its_slow_twin(
     wanted = [slow_select_by_threshold(logits_E, rule, rule.threshold, bias_E) for logits_E in twins_TE]
 
     assert [[expert for expert in ids if expert >= 0] for ids in found.ids_TK.tolist()] == [ids for ids, _ in wanted]
-    assert found.ids_TK.shape[1] == max([1, *(len(ids) for ids, _ in wanted)]), "no column that nobody fills"
+    assert found.ids_TK.shape[1] == max([1, *(len(ids) for ids, _ in wanted)]), "no column that is empty for all tokens"
     assert not found.weights_TK[found.ids_TK < 0].any()
     probe_TK = torch.randn(found.weights_TK.shape, generator=generator, dtype=torch.float64)
     (found.weights_TK * probe_TK).sum().backward()
@@ -76,8 +76,8 @@ def test_trap_T37_the_expert_that_crosses_the_threshold_is_taken(threshold: floa
     assert taken([0.3, 0.15, 0.5, 0.05], threshold) == wanted
 
 
-def test_a_token_takes_at_most_the_greatest_number() -> None:
-    assert taken([0.25] * 4, threshold=0.99, max_experts=2) == [0, 1], "equal ones in order of their number"
+def test_a_token_takes_at_most_max_experts() -> None:
+    assert taken([0.25] * 4, threshold=0.99, max_experts=2) == [0, 1], "equal ones in order of their id"
 
 
 def test_the_threshold_of_the_call_replaces_that_of_the_rule() -> None:
@@ -85,7 +85,7 @@ def test_the_threshold_of_the_call_replaces_that_of_the_rule() -> None:
     assert select_by_threshold(logits_TE, rule, torch.tensor(0.7)).ids_TK.tolist() == [[0, 1]]
 
 
-def test_trap_T18_the_weight_of_an_expert_shapes_the_choice_and_not_the_mixture() -> None:
+def test_trap_T18_the_weight_of_an_expert_changes_the_selection_and_not_the_gate_weights() -> None:
     logits_TE = torch.tensor([[0.6, 0.3, 0.1]]).log()
     log_weight_E = torch.tensor([0.1, 1.0, 10.0]).log()  # weighted: 0.06, 0.3, 1.0
     plain = select_by_threshold(logits_TE, ThresholdRouting(0.5, 3), 0.5, log_weight_E)
@@ -97,14 +97,14 @@ def test_trap_T18_the_weight_of_an_expert_shapes_the_choice_and_not_the_mixture(
 
 
 def test_trap_T36_each_weight_is_that_of_its_expert() -> None:
-    """Probabilities in another order than the experts' numbers."""
+    """Probabilities in another order than the experts' ids."""
     probabilities = [0.05, 0.3, 0.15, 0.5]
     routing = select_by_threshold(torch.tensor([probabilities]).log(), ThresholdRouting(0.9, 4), 0.9)
     assert routing.ids_TK.tolist() == [[3, 1, 2]]
     torch.testing.assert_close(routing.weights_TK, torch.tensor([[0.5, 0.3, 0.15]]))
 
 
-def test_trap_T12_the_threshold_stays_fp32_whatever_the_model_becomes() -> None:
+def test_trap_T12_the_threshold_stays_fp32_in_a_bf16_model() -> None:
     router = Router(4, 8, ThresholdRouting(0.4001, 4))
     router.bfloat16()
     assert router.threshold is not None

@@ -1,1 +1,1 @@
-"""Unit tests of `dist_moe.balance.rules`."""
+"""Tests of dist_moe.policies."""

@@ -1,4 +1,4 @@
-"""The sign rule: against a reference in numpy, in integers, and what becomes of the mean of the bias."""
+"""The sign rule: against numpy, on integers, and the drift of the mean."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_the_rule_is_algorithm_1(load: list[int], rate: float, seed: int) -> Non
 
 
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=12), st.permutations(range(12)))
-def test_experts_have_no_order(load: list[int], permutation: list[int]) -> None:
+def test_the_rule_is_independent_of_the_order_of_experts(load: list[int], permutation: list[int]) -> None:
     load_E, bias_E = torch.tensor(load), torch.zeros(len(load))
     order = torch.tensor([place for place in permutation if place < len(load)])
     moved_E = loss_free_update(bias_E, load_E, 0.01)
@@ -74,7 +74,7 @@ def test_trap_T11_the_plain_rule_drifts_by_three_quarters_of_u_a_step() -> None:
     assert float(after(1000, center=False).mean()) == pytest.approx(0.75, rel=1e-3)
 
 
-def test_trap_T11_the_centred_rule_holds_the_mean_and_keeps_the_gaps() -> None:
+def test_trap_T11_centering_keeps_the_mean_and_the_differences() -> None:
     centred_E, plain_E = after(1000, center=True), after(1000, center=False)
     assert float(centred_E.mean()) == pytest.approx(0.0, abs=1e-5)
     torch.testing.assert_close(centred_E - centred_E[0], plain_E - plain_E[0], rtol=1e-3, atol=1e-3)

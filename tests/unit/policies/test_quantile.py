@@ -30,7 +30,7 @@ def numpy_margins(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> np.ndarray:
 
 @settings(deadline=None)
 @given(experts=st.integers(2, 9), tokens=st.integers(0, 40), seed=st.integers(0, 1000), data=st.data())
-def test_the_histogram_is_numpy_s(experts: int, tokens: int, seed: int, data: st.DataObject) -> None:
+def test_the_histogram_equals_numpy(experts: int, tokens: int, seed: int, data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, experts - 1))
     mask_T = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)), dtype=torch.bool)
     scores_TE, bias_E = scores(tokens, experts, seed), scores(1, experts, seed + 1)[0]
@@ -47,7 +47,7 @@ def test_the_histogram_is_numpy_s(experts: int, tokens: int, seed: int, data: st
 
 @settings(deadline=None)
 @given(experts=st.integers(2, 9), seed=st.integers(0, 1000), data=st.data())
-def test_the_quantile_is_numpy_s_to_the_width_of_a_bin(experts: int, seed: int, data: st.DataObject) -> None:
+def test_the_quantile_equals_numpy_within_a_bin(experts: int, seed: int, data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, experts - 1))
     scores_TE, bias_E = scores(500, experts, seed), torch.zeros(experts)
     found_E = quantile_update(bias_E, count_margins(scores_TE, bias_E, top_k), top_k / experts, center=False)
@@ -63,7 +63,7 @@ def test_the_quantile_is_numpy_s_to_the_width_of_a_bin(experts: int, seed: int, 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 6)])
-def test_a_few_updates_level_the_load_of_the_same_tokens(score: Score, experts: int, top_k: int) -> None:
+def test_a_few_updates_balance_the_load_of_fixed_tokens(score: Score, experts: int, top_k: int) -> None:
     logits_TE, bias_E = scores(8192, experts, seed=3), torch.zeros(experts)
     rule = TopK(top_k, score)
     space_TE = logits_TE if score == "softmax" else gate_scores(logits_TE, score)
@@ -76,15 +76,15 @@ def test_a_few_updates_level_the_load_of_the_same_tokens(score: Score, experts: 
     assert float(bias_E.mean()) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_a_level_load_of_equal_experts_is_a_fixed_point() -> None:
-    """Each expert has the same margins, so each gets the same bias, which centring takes away."""
+def test_an_even_load_of_equal_experts_is_a_fixed_point() -> None:
+    """Each expert has the same margins and so the same bias, which centering removes."""
     logits_TE = torch.stack([torch.arange(4.0).roll(shift) for shift in range(4)]).repeat(10, 1)
     found_E = quantile_update(torch.zeros(4), count_margins(logits_TE, torch.zeros(4), 1), 0.25)
     assert found_E.tolist() == [0.0] * 4
 
 
-def test_trap_T11_the_biases_hold_their_mean_over_a_long_run() -> None:
-    """Left alone it falls with each batch, and takes the margins to where the bins are wide."""
+def test_trap_T11_the_biases_keep_their_mean_over_many_steps() -> None:
+    """Without centering it falls with each batch, to where the bins are wide."""
     bias_E = torch.zeros(8)
     for step in range(200):
         logits_TE = torch.randn(512, 8, generator=torch.Generator().manual_seed(step))
@@ -104,12 +104,12 @@ def test_the_sum_of_histograms_is_that_of_all_tokens_and_a_mean_of_quantiles_is_
     assert (mean_E - together_E).abs().max() > 0.05
 
 
-def test_without_tokens_the_bias_stays() -> None:
+def test_without_tokens_the_bias_is_unchanged() -> None:
     bias_E = torch.tensor([0.25, -0.25])
     assert torch.equal(quantile_update(bias_E, torch.zeros(2, BINS, dtype=torch.int64), 0.5), bias_E)
 
 
-def test_every_expert_for_every_token_leaves_nothing_to_balance() -> None:
+def test_top_k_of_all_experts_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k=3 of 3 experts"):
         count_margins(torch.zeros(4, 3), torch.zeros(3), 3)
 

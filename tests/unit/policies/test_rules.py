@@ -1,4 +1,4 @@
-"""The update rules against numpy, over random sizes, and what holds for each of them."""
+"""The update rules against numpy over random sizes, and properties that all of them have."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_the_adaptive_weight(load: list[int], rate: float, seed: int, proportion
 
 
 @given(load=loads, seed=st.integers(0, 100))
-def test_adaptive_weights_are_the_centred_proportional_bias_on_logits(load: list[int], seed: int) -> None:
+def test_adaptive_weights_are_the_centered_proportional_bias_on_logits(load: list[int], seed: int) -> None:
     bias_E, load_E = drawn(len(load), seed), torch.tensor(load)
     assert torch.equal(
         adaptive_weight_update(bias_E, load_E, 0.1), loss_free_update(bias_E, load_E, 0.1, True, proportional=True)
@@ -71,7 +71,7 @@ RULES: dict[str, Policy] = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_level_load_is_a_fixed_point(name: str) -> None:
+def test_an_even_load_is_a_fixed_point(name: str) -> None:
     level = RoutingCounts(torch.full((6,), 7), torch.tensor([42]))
     bias_E = drawn(6, 0)
     bias_E -= bias_E.mean()
@@ -81,7 +81,7 @@ def test_a_level_load_is_a_fixed_point(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_greedy_expert_falls_and_a_starved_one_rises(name: str) -> None:
+def test_an_overloaded_expert_falls_and_an_underloaded_one_rises(name: str) -> None:
     moved_E = RULES[name].next_bias(torch.zeros(3), RoutingCounts(torch.tensor([8, 4, 0]), torch.tensor([12])), 0.1)
     assert moved_E[0] < moved_E[1] < moved_E[2]
 
@@ -105,7 +105,7 @@ def test_trap_T05_other_dtypes_are_refused(bias_dtype: torch.dtype, load_dtype: 
         adaptive_weight_update(torch.zeros(4, dtype=bias_dtype), torch.ones(4, dtype=load_dtype), 0.1)
 
 
-def test_trap_T11_adaptive_weights_are_centred_of_themselves() -> None:
+def test_trap_T11_adaptive_weights_are_centered_by_default() -> None:
     """Null in the config: the paper's rule."""
     layer_counts = RoutingCounts(torch.tensor([9, 1, 1, 1]), torch.tensor([12]))
     loss_free, adaptive_weight = LossFree(), AdaptiveWeight()
