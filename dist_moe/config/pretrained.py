@@ -92,12 +92,12 @@ def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> tuple
         raw = read_json(folder / SETTINGS, follow=True)
     except (OSError, ValueError) as error:
         return refuse(f"has a {SETTINGS} that cannot be read ({error})", "give another folder")
-    found = raw.get("model_type")
-    if isinstance(found, str) and found.startswith(OWN_PREFIX):
-        rule = f"has routing that {found.removeprefix(OWN_PREFIX)} cannot express"
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type.startswith(OWN_PREFIX):
+        rule = f"has routing that {model_type.removeprefix(OWN_PREFIX)} cannot express"
         return refuse(rule, "resume from its checkpoint, with checkpoint.resume=PATH/step-NNNNNN")
-    if found != architecture:
-        return refuse(f"holds a {found}", f"set model.architecture to it, or give the folder of a {architecture}")
+    if model_type != architecture:
+        return refuse(f"holds a {model_type}", f"set model.architecture to it, or give the folder of a {architecture}")
     if raw.get("quantization_config") is not None:
         return refuse("is quantized", "give its weights in bf16 or fp32")
     try:

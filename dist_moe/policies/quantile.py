@@ -46,18 +46,20 @@ class Quantile(BiasPolicy):
 
     def violations(self, routing: RoutingValues) -> list[Violation]:
         """Refuse what the margins do not describe: a token that takes all experts, groups, and drifting biases."""
-        found = []
+        violations = []
         if routing.selection != "threshold" and routing.top_k == routing.experts:
             rule = f"gives each token all {routing.experts} experts, so there is nothing to balance"
             remedy = f"use 1 to {routing.experts - 1}, or another balance.policy"
-            found.append(Violation("router.top_k", routing.top_k, rule, remedy))
+            violations.append(Violation("router.top_k", routing.top_k, rule, remedy))
         if routing.selection != "threshold" and routing.groups != 1:
             rule = f"excludes groups of experts for a token, which balance.policy={self.policy} does not support"
-            found.append(Violation("router.groups", routing.groups, rule, "set it to 1, or use another balance.policy"))
+            violations.append(
+                Violation("router.groups", routing.groups, rule, "set it to 1, or use another balance.policy")
+            )
         if self.center is False:
             rule = f"lets the biases of balance.policy={self.policy} drift until their histograms lose resolution"
-            found.append(Violation("balance.center", False, rule, "leave it out"))
-        return found
+            violations.append(Violation("balance.center", False, rule, "leave it out"))
+        return violations
 
     def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
         """The next selection bias; see `quantile_update`."""

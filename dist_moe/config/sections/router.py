@@ -39,8 +39,8 @@ class RouterConfig(Section):
     entropy_loss: float = Field(
         default=0.0,
         ge=0,
-        description="the coefficient of the entropy of the routing probabilities in the loss (0: off; 1e-4 in the paper "
-        "of threshold routing)",
+        description="the coefficient of the entropy of the routing probabilities in the loss (0: off; 1e-4 in the "
+        "paper of threshold routing)",
     )
     zipf_exponent: float = Field(
         default=1.0,
