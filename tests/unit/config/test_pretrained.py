@@ -103,7 +103,7 @@ def test_a_resumed_run_does_not_need_the_folder(folder: Path) -> None:
     assert tokenizer_folder(config) == folder
     gone = folder.rename(folder.with_name("elsewhere"))
     (found,) = violations(config).values()
-    assert "has no config.json, and no checkpoint of the run is here" in str(found)
+    assert "has no config.json, and the run has no checkpoint" in str(found)
     for step in (8, 10):
         checkpoint = folder.parent / f"run/checkpoints/step-{step:06d}"
         checkpoint.mkdir(parents=True)
