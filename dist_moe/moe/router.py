@@ -94,12 +94,12 @@ class Router(nn.Module):
             RuntimeError: there was no `open_record` or no forward.
         """
         # In training the mask is kept, because recomputation in the backward pass needs it.
-        routed, self._record, self._open = self._record, None, False
+        record, self._record, self._open = self._record, None, False
         if not self.training:
             self._mask_T = None
-        if routed is None:
+        if record is None:
             raise RuntimeError("close_record without open_record and one forward of this router after it")
-        return routed
+        return record
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route tokens.

@@ -62,6 +62,7 @@ def test_selection_equals_its_slow_twin(
         torch.testing.assert_close(logits_TE.grad, twins_TE.grad, rtol=1e-9, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_a_weight_on_probabilities_is_its_logarithm_on_logits(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ def reference(bias_E: Tensor, load_E: Tensor, rate: float) -> np.ndarray:
     return bias_E.numpy() + np.float32(rate) * signs_E
 
 
+@settings(deadline=None)
 @given(
     load=st.lists(st.integers(0, 2**40), min_size=1, max_size=12),
     rate=st.sampled_from([0.001, 0.01, 1.0]),
@@ -32,6 +33,7 @@ def test_the_rule_is_algorithm_1(load: list[int], rate: float, seed: int) -> Non
     assert torch.equal(bias_E, before_E), "a new tensor"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=12), st.permutations(range(12)))
 def test_the_rule_is_independent_of_the_order_of_experts(load: list[int], permutation: list[int]) -> None:
     load_E, bias_E = torch.tensor(load), torch.zeros(len(load))

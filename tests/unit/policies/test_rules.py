@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,6 +27,7 @@ def drawn(experts: int, seed: int) -> Tensor:
     return torch.randn(experts, generator=torch.Generator().manual_seed(seed))
 
 
+@settings(deadline=None)
 @given(load=loads, rate=st.sampled_from([0.001, 0.1, 1.0]), seed=st.integers(0, 100), center=st.booleans())
 def test_the_proportional_rule_of_loss_free(load: list[int], rate: float, seed: int, center: bool) -> None:
     bias_E = drawn(len(load), seed)
@@ -37,6 +38,7 @@ def test_the_proportional_rule_of_loss_free(load: list[int], rate: float, seed: 
     np.testing.assert_allclose(found_E.numpy(), wanted_E, rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(
     load=loads,
     rate=st.sampled_from([0.001, 0.1, 1.0]),
@@ -55,6 +57,7 @@ def test_the_adaptive_weight(load: list[int], rate: float, seed: int, proportion
     np.testing.assert_allclose(found_E.double().exp().numpy(), weight_E, rtol=2e-5, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(load=loads, seed=st.integers(0, 100))
 def test_adaptive_weights_are_the_centered_proportional_bias_on_logits(load: list[int], seed: int) -> None:
     bias_E, load_E = drawn(len(load), seed), torch.tensor(load)
@@ -86,6 +89,7 @@ def test_an_overloaded_expert_falls_and_an_underloaded_one_rises(name: str) -> N
     assert moved_E[0] < moved_E[1] < moved_E[2]
 
 
+@settings(deadline=None)
 @given(load=st.lists(st.integers(0, 1000), min_size=2, max_size=12))
 def test_trap_T11_adaptive_weights_keep_their_geometric_mean(load: list[int]) -> None:
     log_weight_E = torch.zeros(len(load))
