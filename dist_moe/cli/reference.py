@@ -8,7 +8,11 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dist_moe.config import Config
+from dist_moe.config.messages import BALANCE
+from dist_moe.config.sections.balance import balance_fields
 from dist_moe.config.yaml_io import render
+from dist_moe.policies.registry import DEFAULT, POLICIES, foreign_defaults, policies_with
+from dist_moe.text import listed
 
 HEADING = """# Configuration reference
 
@@ -58,6 +62,25 @@ def entries(section: type[BaseModel], path: str) -> Iterator[FieldEntry]:
             yield from entries(item, f"{path}.{name}[]")
 
 
+def section_entries(name: str) -> Iterator[FieldEntry]:
+    """Yields the fields of a section of `Config`; for `balance` those of all policies, which it names.
+
+    Args:
+        name: The key of the section.
+    """
+    if name != BALANCE:
+        yield from entries(_section(Config.model_fields[name].annotation), name)
+        return
+    found = {entry.key: entry for policy in POLICIES.values() for entry in entries(policy, name)}
+    for field, info in balance_fields().items():
+        entry, owners = found[f"{name}.{field}"], policies_with(field)
+        if field == "policy":
+            entry = FieldEntry(entry.key, sentence(info.description or ""), " | ".join(POLICIES), DEFAULT.name())
+        elif len(owners) < len(POLICIES):
+            entry = entry._replace(meaning=f"With {listed(owners, last='and')}: {entry.meaning}")
+        yield entry
+
+
 def accepts(node: Mapping[str, Any]) -> str:
     """Returns what a node of a JSON schema accepts, such as `integer >= 1 | null`."""
     if "anyOf" in node:
@@ -85,7 +108,7 @@ def markdown() -> str:
     for name, field in Config.model_fields.items():
         lines += [f"## `{name}`", "", sentence(field.description or ""), "", "| key | default | accepts | meaning |"]
         lines += ["|---|---|---|---|"]
-        for entry in entries(_section(field.annotation), name):
+        for entry in section_entries(name):
             key = entry.key.removeprefix(f"{name}.")
             default = "required" if entry.required else f"`{_inline(entry.default)}`"
             lines.append(f"| `{key}` | {default} | {_escaped(entry.accepts)} | {_escaped(entry.meaning)} |")
@@ -96,11 +119,12 @@ def markdown() -> str:
 def yaml_text() -> str:
     """Returns the reference as a YAML file with every field at its default, and its meaning as a comment above it."""
     lines = ["# Every field of a run with its default. A field without a value is required."]
+    foreign = {f"{BALANCE}.{field}" for field in foreign_defaults(DEFAULT.name())}
     for name, field in Config.model_fields.items():
         lines += ["", *_comment(sentence(field.description or ""), ""), f"{name}:"]
-        for entry in entries(_section(field.annotation), name):
+        for entry in section_entries(name):
             key = entry.key.removeprefix(f"{name}.")
-            if "[]" in key:
+            if "[]" in key or entry.key in foreign:
                 lines += _comment(f"{key} ({entry.accepts}): {entry.meaning}", "  ")
                 continue
             lines += [*_comment(entry.meaning, "  "), *_comment(entry.accepts, "  ")]

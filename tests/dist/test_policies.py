@@ -152,7 +152,7 @@ def test_trap_T22_gradients_of_other_routers_equal_the_reference(
     assert_close(gradients(traces, case), with_decay(wanted, case))
 
 
-@pytest.mark.parametrize("name", only_first(["threshold, budget", "quantile", "adaptive weight"]))
+@pytest.mark.parametrize("name", only_first(["threshold, target", "quantile", "adaptive weight"]))
 def test_trap_T01_recomputation_changes_nothing_for_any_policy(ranks: RankPool, name: str) -> None:
     plain = case_of(name, expert_parallel=2, accumulation=2, steps=2, losses=RoutingLosses(1.0, "sequence", 0.1, 0.1))
     wanted = ranks.run(run_case, 2, plain)

@@ -60,6 +60,7 @@ def run(tree: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_policy_trains_and_moves_the_bias(tree: Path) -> None:
     (command,) = apply_blocks(tree, "A balancing policy")
     done = run(tree, command)
@@ -98,6 +99,7 @@ def test_the_configuration_knows_the_policy_and_its_fields(tree: Path) -> None:
     ], done.stderr
 
 
+@pytest.mark.slow
 def test_the_family_computes_what_hugging_face_does(tree: Path) -> None:
     (command,) = apply_blocks(tree, "A model family")
     done = run(tree, command)

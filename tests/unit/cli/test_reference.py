@@ -12,6 +12,7 @@ from dist_moe.config.messages import field_paths
 from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.config.sections.data import DataConfig
 from dist_moe.config.sections.train import TrainConfig
+from dist_moe.policies.registry import foreign_defaults
 
 ROOT = Path(__file__).resolve().parents[3]
 REQUIRED = {
@@ -27,7 +28,8 @@ REQUIRED = {
 def test_the_yaml_has_every_field_at_its_default() -> None:
     written = yaml.safe_load(yaml_text())
     flat = {f"{section}.{key}": value for section, keys in written.items() for key, value in keys.items()}
-    assert list(flat) == list(field_paths())
+    of_other_policies = {f"balance.{field}" for field in foreign_defaults("loss_free")}
+    assert list(flat) == [path for path in field_paths() if path not in of_other_policies]
     required = {key: 1 for key in REQUIRED} | {"model.architecture": "deepseek_v3", "data.sequence_length": 2}
     smallest: dict[str, dict[str, object]] = {"model": {}, "data": {}, "train": {}}
     for key, value in required.items():
@@ -56,6 +58,12 @@ def test_entries_name_ranges_choices_and_the_keys_of_list_items() -> None:
     assert data["data.sources"] == "list of text"
     hosts = {entry.key: entry.default for entry in entries(ClusterConfig, "cluster")}
     assert hosts["cluster.hosts[].slots"] == 1
+
+
+def test_fields_of_other_policies_are_comments_that_name_them() -> None:
+    text = " ".join(yaml_text().replace("#", "").split())
+    assert "clip (number, > 1 | null): With adaptive_weight: The largest weight of an expert" in text
+    assert "| `policy` | `loss_free` | none \\| loss_free \\| adaptive_weight" in markdown()
 
 
 def test_alternatives_are_named_once() -> None:
