@@ -212,7 +212,7 @@ def named_weights(task: LanguageModelTask, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def named_experts(task: LanguageModelTask, mesh: Mesh, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`values` by parameter name, with the stacked experts taken apart and named by global id."""
+    """`values` by parameter name, with the stacked experts split and named by global id."""
     named = {}
     for name, value in values.items():
         if ".experts.local." not in name:

@@ -64,7 +64,7 @@ EMPTY = {
     "a rank has no tokens": LayerCase(4, (5, 0, 7, 3), 8, 2),
     "a rank has no tokens, and none are sent to it": LayerCase(2, (4, 0), 4, 2, used_experts=(0, 1)),
     "every token is padding": LayerCase(4, (5, 6, 7, 3), 8, 2, padding=1.0),
-    "nobody has a token": LayerCase(2, (0, 0), 4, 2),
+    "no rank has a token": LayerCase(2, (0, 0), 4, 2),
     "alone, and without a token": LayerCase(1, (0,), 4, 2),
 }
 

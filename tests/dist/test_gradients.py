@@ -86,7 +86,7 @@ def test_trap_T47_the_gradient_is_that_of_the_mean_over_all_label_tokens(plain_m
 
 
 def test_trap_T23_router_and_input_gradients_are_whole(plain_model: Any, step: list[Trace]) -> None:
-    """The router's gradient comes through its weights alone, and what lies below through every expert of a token."""
+    """The router's gradient comes through the gate weights, that of the layers below through all experts of a token."""
     wanted = plain_gradients(plain_model, mean_of_nll(plain_model, 0, 8))
     found = without_decay(gradients_of(step, 1.0))
     routers = {name: gradient for name, gradient in found.items() if name.endswith(".gate.weight")}
@@ -97,7 +97,7 @@ def test_trap_T23_router_and_input_gradients_are_whole(plain_model: Any, step: l
 
 
 def test_trap_T50_the_comparison_sees_expert_gradients_off_by_the_ep_degree(ranks: RankPool) -> None:
-    """Under SGD with clipping active; under Adam, whose first step is the sign of the gradient, nobody would."""
+    """Under SGD with clipping active; under Adam, whose first step is the sign of the gradient, it could not."""
     _, norm, wanted = expected()
     case = Case(expert_parallel=2, zero_stage=0, clipping=0.2 * norm)
     found = gradients_of(ranks.run(run_case, 2, case), case.learning_rate)

@@ -77,7 +77,7 @@ def test_trap_T19_batches_are_measured_before_they_are_averaged() -> None:
 
 def test_trap_T05_counts_are_int64_and_one_assignment_in_2_to_the_25_shows() -> None:
     load_E = torch.tensor([2**25 + 1, 2**25])
-    assert load_E.float()[0] == load_E.float()[1], "float32 cannot tell these counts apart"
+    assert load_E.float()[0] == load_E.float()[1], "float32 cannot distinguish these counts"
     assert float(max_vio(load_E)) == pytest.approx(0.5 / (2**25 + 0.5), rel=1e-6)
     assert float(load_cov(load_E)) == pytest.approx(0.5 / (2**25 + 0.5), rel=1e-6)
     assert max_vio(load_E).dtype == load_cov(load_E).dtype == load_entropy(load_E).dtype == torch.float64

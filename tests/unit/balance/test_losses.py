@@ -44,11 +44,11 @@ def test_both_balance_losses_equal_a_slow_loop(sequences: int, length: int, expe
     load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=experts)
     whole = balance_loss(shares_TE, load_fractions(load_E), mask_T)
     assert float(whole) == pytest.approx(slow_balance_loss(shares_TE.tolist(), ids_TK.tolist()), rel=1e-5)
-    apart = sum(
+    separate = sum(
         slow_balance_loss(shares_TE[start : start + length].tolist(), ids_TK[start : start + length].tolist())
         for start in range(0, tokens, length)
     )
-    assert float(sequence_balance_loss(shares_TE, ids_TK, sequences)) == pytest.approx(apart, rel=1e-9)
+    assert float(sequence_balance_loss(shares_TE, ids_TK, sequences)) == pytest.approx(separate, rel=1e-9)
 
 
 def test_an_even_load_costs_one_per_token() -> None:
@@ -67,12 +67,12 @@ def test_trap_T21_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
     """Each layer sends all its tokens to an expert of its own; joined before the product they would look even."""
     first_TE, second_TE = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[0.0, 1.0]] * 4)
     loads = torch.tensor([4, 0]), torch.tensor([0, 4])
-    apart = sum(
+    separate = sum(
         float(balance_loss(shares_TE, load_fractions(load_E)))
         for shares_TE, load_E in zip((first_TE, second_TE), loads, strict=True)
     )
     joined = float(balance_loss(torch.cat([first_TE, second_TE]), load_fractions(loads[0] + loads[1])))
-    assert (apart, joined) == (16.0, 8.0)
+    assert (separate, joined) == (16.0, 8.0)
 
 
 def test_the_gradient_lowers_overloaded_experts_and_raises_underloaded_ones() -> None:

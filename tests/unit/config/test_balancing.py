@@ -120,7 +120,7 @@ def test_trap_T18_a_single_expert_whose_weight_is_always_1_is_refused(name: str)
 def test_what_is_left_out_is_filled_in() -> None:
     config = resolve(load_config(DEBUG, THRESHOLD), 1).config
     assert config.router.max_experts == 12
-    assert config.router.normalize is False, "the paper's, whatever the family says of its top-K"
+    assert config.router.normalize is False, "the paper's, and not the family's for its top-K"
     assert config.router.scaling_factor == 1.0
     top_k = resolve(load_config(DEBUG), 1).config.router
     assert (top_k.max_experts, top_k.normalize) == (None, True)

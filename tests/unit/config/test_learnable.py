@@ -6,7 +6,7 @@ from tests.unit.config.files import debug, qwen, violations
 
 
 def test_trap_T18_weights_normalized_over_one_expert_are_refused() -> None:
-    """s / s is 1 whatever s is: no gradient reaches the gate."""
+    """s / s is 1 for any s: no gradient reaches the gate."""
     found = violations(debug("model.config.num_experts_per_tok=1"))
     assert str(found["model.config.norm_topk_prob"]).endswith("set it to false, or top_k above 1")
     assert "router.normalize" in violations(qwen("model.config.num_experts_per_tok=1", "router.normalize=true"))

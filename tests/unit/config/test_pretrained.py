@@ -67,7 +67,7 @@ def test_what_contradicts_the_folder_is_refused(folder: Path, override: str, lin
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model_type": "dist_moe_qwen3_moe"}, "resume from its checkpoint, with checkpoint.resume="),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized; give its weights in bf16 or fp32"),
@@ -75,8 +75,8 @@ def test_what_contradicts_the_folder_is_refused(folder: Path, override: str, lin
         ({"num_hidden_layers": 0}, "model.config.num_hidden_layers=0 is not positive"),
     ],
 )
-def test_an_unusable_folder_is_refused(folder: Path, change: dict[str, Any], told: str) -> None:
-    assert any(told in str(found) for found in violations(begun(write(folder, QWEN | change))).values())
+def test_an_unusable_folder_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
+    assert any(message in str(found) for found in violations(begun(write(folder, QWEN | change))).values())
 
 
 @pytest.mark.parametrize(

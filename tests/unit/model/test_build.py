@@ -1,4 +1,4 @@
-"""How a model comes to its values: the class's own, whatever the layout, and which of them decay."""
+"""Initial values of a model: those of its class, equal on every layout; and which parameters decay."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ from tests.unit.model.samples import ALONE, FAMILIES, small_model
 
 @pytest.fixture
 def nan_in_fresh_memory() -> Iterator[None]:
-    """Memory that nobody has written reads NaN, instead of what by chance was there before."""
+    """Fill uninitialized memory with NaN, instead of its random content."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield
@@ -74,7 +74,7 @@ def test_initial_values_are_drawn_as_the_class_draws_them(architecture: str) -> 
         assert float(twin.std()) == pytest.approx(float(value.std()), rel=0.15), name
         assert abs(float(twin.mean())) < 5 * float(value.std()) / value.numel() ** 0.5, name
     values = [tuple(ours[name].flatten()[:4].tolist()) for name, _ in drawn if name in ours]
-    assert len(set(values)) == len(values), "two modules start alike"
+    assert len(set(values)) == len(values), "two modules have equal initial values"
 
 
 def test_the_padding_row_of_the_embedding_is_zero() -> None:

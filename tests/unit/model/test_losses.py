@@ -50,7 +50,7 @@ def forward(task: LanguageModelTask) -> tuple[Tensor, Tensor, list[Tensor], list
 
 
 def shares_of(logits_E: Tensor, score: Score) -> Tensor:
-    """What stands for the probabilities of one token."""
+    """The probabilities of one token in the losses."""
     scores_E = 1 / (1 + torch.exp(-logits_E)) if score == "sigmoid" else torch.exp(logits_E) / torch.exp(logits_E).sum()
     return scores_E / scores_E.sum()
 
@@ -120,13 +120,13 @@ def test_trap_T21_the_losses_of_all_layers_are_added() -> None:
     for layer, load_E in zip(task.layers, loads, strict=True):
         layer.router.last_load.copy_(load_E)
     loss, mask_T, logits, _ = forward(task)
-    apart = sum(
+    separate = sum(
         EXPERTS * float((shares_of(logits_TE[token], "softmax") * load_E / 12).sum().detach())
         for logits_TE, load_E in zip(logits, loads, strict=True)
         for token in range(len(mask_T))
         if mask_T[token]
     )
-    assert float(loss.detach()) == pytest.approx(apart * float(SCALE), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(separate * float(SCALE), rel=1e-5)
     assert abs(float(loss.detach()) - 2.0) > 1e-3, "which a level load would cost"
 
 

@@ -48,7 +48,7 @@ def step(task: LanguageModelTask, balancer: Balancer, tokens_BS: Tensor) -> None
 @pytest.mark.parametrize(("selection", "score", "policy"), ALLOWED)
 def test_every_allowed_combination_learns_and_balances(selection: str, score: str, policy: str) -> None:
     task, balancer = make(selection, score, policy)
-    for _ in range(2):  # the loss over the global batch knows no load in the first step
+    for _ in range(2):  # the loss over the global batch has no load in the first step
         step(task, balancer, tokens(2, LENGTH))
     for layer in task.layers:
         gradient = layer.router.weight.grad

@@ -41,7 +41,7 @@ def packed(change: int | None = None, padding: int = 0) -> Rows:
     return Rows(tokens_BS, documents_BS, positions_BS)
 
 
-def apart(rows: Rows, row: int, start: int, end: int) -> Rows:
+def alone_in_batch(rows: Rows, row: int, start: int, end: int) -> Rows:
     """One document of the rows, in a row of its own."""
     tokens_BS = rows.tokens_BS[row : row + 1, start:end]
     return Rows(tokens_BS, torch.zeros_like(tokens_BS), torch.arange(end - start).unsqueeze(0))
@@ -81,13 +81,13 @@ def test_a_token_of_one_document_changes_no_logit_of_the_next(task: LanguageMode
     assert ((after - before)[:, changed:CUT].abs().amax(-1) > 1e-3).all(), "but it does in its own"
 
 
-def test_a_packed_row_is_its_documents_run_apart(task: LanguageModelTask) -> None:
+def test_a_packed_row_is_its_documents_run_alone_in_batch(task: LanguageModelTask) -> None:
     rows = packed()
     run_on_all_ranks, whole = forward(task, rows)
     nll, loads = torch.zeros(()), [torch.zeros_like(load) for load in whole.loads]
     for row in range(2):
         for start, end in ((0, CUT), (CUT, LENGTH)):
-            alone, output = forward(task, apart(rows, row, start, end))
+            alone, output = forward(task, alone_in_batch(rows, row, start, end))
             torch.testing.assert_close(run_on_all_ranks[row : row + 1, start:end], alone, rtol=1e-4, atol=1e-5)
             nll += output.nll_sum
             loads = [a + b for a, b in zip(loads, output.loads, strict=True)]
@@ -114,7 +114,7 @@ def test_padding_is_neither_routed_nor_counted(task: LanguageModelTask) -> None:
     documents = [(0, 0, CUT), (0, CUT, LENGTH - 5), (1, 0, CUT), (1, CUT, LENGTH)]
     nll, summed = torch.zeros(()), {name: torch.zeros_like(value) for name, value in gradient.items()}
     for document in documents:
-        output, part = gradients(task, apart(rows, *document))
+        output, part = gradients(task, alone_in_batch(rows, *document))
         nll += output.nll_sum
         for name, value in part.items():
             summed[name] += value

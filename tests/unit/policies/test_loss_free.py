@@ -50,7 +50,7 @@ def test_the_sign_by_hand() -> None:
 
 def test_trap_T05_one_token_above_2_to_the_24_has_a_sign() -> None:
     load_E = torch.tensor([2**24 + 1, 2**24])
-    assert load_E.float()[0] == load_E.float()[1], "fp32 cannot tell these counts apart"
+    assert load_E.float()[0] == load_E.float()[1], "fp32 cannot distinguish these counts"
     assert loss_free_update(torch.zeros(2), load_E, 1.0).tolist() == [-1.0, 1.0]
 
 

@@ -40,7 +40,7 @@ def test_the_histogram_equals_numpy(experts: int, tokens: int, seed: int, data: 
     for expert in range(experts):
         place_T = margins_TE[:, expert] / (1 + np.abs(margins_TE[:, expert]))
         wanted_Q, _ = np.histogram(place_T, bins=BINS, range=(-1, 1))
-        # A margin of exactly 0 lies on an edge, and rounding may put it on either side.
+        # A margin of exactly 0 is on an edge, and rounding may move it to either side.
         assert np.abs(np.cumsum(found_EQ[expert].numpy()) - np.cumsum(wanted_Q)).max() <= (place_T == 0).sum() + 1
         assert int(found_EQ[expert].sum()) == int(mask_T.sum())
 
