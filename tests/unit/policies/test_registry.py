@@ -29,7 +29,7 @@ def test_a_configuration_has_the_fields_of_its_policy_alone(name: str, tmp_path:
 
 
 def test_the_default_policy_needs_no_name() -> None:
-    assert policy_of({"rate": 0.1}) == policy_of(DEFAULT()) == DEFAULT.name()
+    assert policy_of({"rate": 0.1}) == policy_of(make_policy(DEFAULT.name())) == DEFAULT.name()
     assert type(debug().balance) is DEFAULT
 
 
