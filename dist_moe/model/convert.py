@@ -50,8 +50,8 @@ def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> list[Mo
     blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ == family.block]
     if not blocks:
         raise ValueError(
-            f"the {family.architecture} model has no {family.block}: all layers of its config are dense; change the keys "
-            "of model.config that select the MoE layers"
+            f"the {family.architecture} model has no {family.block}: all layers of its config are dense; change the "
+            "keys of model.config that select the MoE layers"
         )
     return [_convert_block(name, block, family, rule, mesh) for name, block in blocks]
 
