@@ -186,11 +186,16 @@ def _check_finite(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*/*.safetensors")):
         names = [stored.name for stored in read_header(path).values() if stored.dtype in FLOAT_DTYPES]
         with safe_open(path, framework="pt") as file:
-            for name in names:
-                # In chunks: isfinite allocates a mask of the size of its input.
-                chunks = file.get_tensor(name).view(-1).split(CHUNK_NUMEL)
-                if not all(bool(chunk.isfinite().all()) for chunk in chunks):
-                    yield f"{path.relative_to(folder)} holds non-finite numbers in {printable(name)}"
+            yield from (
+                f"{path.relative_to(folder)} holds non-finite numbers in {printable(name)}"
+                for name in names
+                if not _is_finite(file.get_tensor(name))
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # In chunks: isfinite allocates a mask of the size of its input.
+    return all(bool(chunk.isfinite().all()) for chunk in tensor.view(-1).split(CHUNK_NUMEL))
 
 
 def _check_tokenizer(model: Path) -> Iterator[str]:
