@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from rich.filesize import decimal
+
 LONGEST_VALUE = 80
 
 
@@ -31,6 +33,11 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)), None)
 
 
-def counted(count: int, noun: str) -> str:
-    """Return `1 worker` or `2 workers`."""
+def format_bytes(size: float) -> str:
+    """Format a number of bytes in decimal units: `7 bytes`, `1.5 kB`, `32.8 MB`."""
+    return decimal(round(size))
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a count with its noun: `1 worker`, `2 workers`, `1,024 tokens`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
