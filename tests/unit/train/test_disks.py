@@ -79,7 +79,7 @@ def test_a_run_whose_disk_is_unmounted_inside_a_save_saves_below_the_mount_point
     """The path then leads to the disk below."""
     done = train_on_disk(text, tmp_path / "disk", "16m", "gone", str(tmp_path / "disk"), "5", NEVER)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "metrics.jsonl was gone, and is begun anew" in done.stdout and "Traceback" not in done.stderr
+    assert "metrics.jsonl was removed, and has been created again" in done.stdout and "Traceback" not in done.stderr
     below = tmp_path / "disk/run"
     assert {6, 8} <= {step for step, _ in step_folders(below / "checkpoints")} <= {4, 6, 8}
     assert list(steps(below)) == [5, 6, 7, 8]
