@@ -31,6 +31,7 @@ _STOP_RGB = ((33, 60, 150), (120, 165, 215), (247, 247, 247), (240, 140, 100), (
 _TITLE = "Load of each expert, relative to the mean of its layer"
 
 Pixels = NDArray[np.uint8]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_load(load: Sequence[Sequence[int]]) -> Pixels:
@@ -98,9 +99,7 @@ def _draw_cells(draw: ImageDraw.ImageDraw, load: Sequence[Sequence[int]], cell_w
             _fill(draw, x, y, cell_width - _GAP_PX, CELL_PX - _GAP_PX, tuple(color))
 
 
-def _draw_axes(
-    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, layers: int, experts: int, left: int, top: int
-) -> None:
+def _draw_axes(draw: ImageDraw.ImageDraw, font: Font, layers: int, experts: int, left: int, top: int) -> None:
     for layer in range(layers):
         middle = top + layer * CELL_PX + CELL_PX // 2
         draw.text((left - 6, middle), f"layer {layer}", _TEXT_RGB, font, anchor="rm")
@@ -114,7 +113,7 @@ def _draw_axes(
         draw.text((middle, top - _LINE_PX // 2), str(expert), _TEXT_RGB, font, anchor="mm")
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, left: int, top: int) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, font: Font, left: int, top: int) -> None:
     """Draw the color scale with its numbers below it, and the color of an expert without tokens."""
     for offset, color in enumerate(colors(np.linspace(0.0, MAX_RATIO, _SCALE_WIDTH_PX)).tolist()):
         draw.line([(left + offset, top), (left + offset, top + CELL_PX - 1)], tuple(color))

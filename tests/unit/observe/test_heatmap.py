@@ -43,7 +43,7 @@ def test_the_scale_is_fixed_and_relative_to_the_mean_of_each_layer() -> None:
 def test_title_axes_and_legend_are_drawn() -> None:
     image = draw_load([[0, 4, 4, 4]] * 2)
     top, left = first_cell(image)
-    dark = (image < 128).all(axis=-1)
+    dark = np.asarray((image < 128).all(axis=-1))
     assert dark[: top - 20].any(), "title"
     assert dark[top - 20 : top, left:].any(), "expert numbers"
     assert dark[top : top + 2 * CELL_PX, : left - 1].any(), "layer numbers"
