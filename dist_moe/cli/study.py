@@ -23,9 +23,9 @@ def controllers(
     """Measure how fast and how steadily each balancing policy levels random, drifting scores; minutes on a CPU."""
     from time import perf_counter
 
-    from dist_moe.study.controllers import make_plan, run_plan
-    from dist_moe.study.results import write_results
-    from dist_moe.study.table import notes, terminal_tables
+    from dist_moe.study.controllers.simulation import make_plan, run_plan
+    from dist_moe.study.controllers.results import write_results
+    from dist_moe.study.controllers.table import notes, terminal_tables
 
     console = Console()
     with report_user_errors():

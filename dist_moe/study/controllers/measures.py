@@ -1,6 +1,6 @@
-"""What the study of controllers reads off a series of loads: steps, ripple, and how many steps theory predicts.
+"""Measures of a series of MaxVio: steps to convergence, ripple, and the steps that theory predicts.
 
-Shapes: T tokens, E experts.
+Shapes: T tokens, E experts, Q bins of the margin histogram.
 """
 
 from collections.abc import Sequence
@@ -13,37 +13,45 @@ from torch import Tensor
 from dist_moe.balance.rules.quantile import count_margins, quantile_update
 
 WINDOW = 9
-"""The steps over which a median is taken, so that one lucky step does not count as level."""
+"""Steps of the median, so that a single lucky step does not count as balanced."""
 NEAR = 1.5
-"""Near the floor is at most this many times the floor."""
+"""MaxVio is near the floor at up to this many times the floor."""
 TOLERANCE = 0.02
-"""At the floor is at most this much above it."""
+"""MaxVio is at the floor at up to this much above it."""
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The steps from a beginning or from a shift on; None where a level was not reached, or nothing is predicted.
+class Convergence:
+    """Steps to convergence, counted from the start or from the shift; None if not reached, or not predicted.
 
-    near: steps to 1.5 times the floor. at: steps to the floor + 0.02. predicted: of the sign rule, to equal loads.
+    Attributes:
+        near: steps to 1.5 times the floor.
+        at_floor: steps to the floor + 0.02.
+        predicted: steps to equal loads that theory predicts for the sign rule.
     """
 
     near: int | None
-    at: int | None
+    at_floor: int | None
     predicted: float | None
 
 
 @dataclass(frozen=True)
 class Measures:
-    """One contender in one series of scores.
+    """Measures of one policy on one series of scores.
 
-    floor: MaxVio of its selection over the same noise without offsets, mean of all steps. start, shift: the two
-    stretches. ripple, ripple_std: MaxVio - floor over the last quarter of the steps before the shift, mean and
-    standard deviation. experts_first, experts_steady: experts a token took in the first step, and in that quarter.
+    Attributes:
+        floor: MaxVio of its selection on the same noise without offsets, mean over all steps.
+        start: convergence from the start.
+        shift: convergence from the shift.
+        ripple: mean of MaxVio - floor over the last quarter of the steps before the shift.
+        ripple_std: its standard deviation over the same steps.
+        experts_first: experts per token in the first step.
+        experts_steady: experts per token over the last quarter of the steps before the shift.
     """
 
     floor: float
-    start: Stretch
-    shift: Stretch
+    start: Convergence
+    shift: Convergence
     ripple: float
     ripple_std: float
     experts_first: float
@@ -52,48 +60,62 @@ class Measures:
 
 def measure(
     max_vio: Sequence[float],
-    experts_a_token: Sequence[float],
+    experts_per_token: Sequence[float],
     floor: float,
     shift_at: int,
     predicted: tuple[float | None, float | None],
 ) -> Measures:
-    """The measures of one series; `shift_at`: the step of the shift, counted from 0."""
+    """Measure one series.
+
+    Args:
+        max_vio: of each step.
+        experts_per_token: of each step.
+        floor: MaxVio without offsets.
+        shift_at: step of the shift, counted from 0.
+        predicted: steps that theory predicts from the start and from the shift; None if it does not.
+    """
     before, after = max_vio[:shift_at], max_vio[shift_at:]
     steady = slice(shift_at - max(2, shift_at // 4), shift_at)
     excess = [value - floor for value in max_vio[steady]]
     return Measures(
         floor,
-        _stretch(before, floor, predicted[0]),
-        _stretch(after, floor, predicted[1]),
+        _convergence(before, floor, predicted[0]),
+        _convergence(after, floor, predicted[1]),
         fmean(excess),
         pstdev(excess),
-        experts_a_token[0],
-        fmean(experts_a_token[steady]),
+        experts_per_token[0],
+        fmean(experts_per_token[steady]),
     )
 
 
 def steps_to_reach(series: Sequence[float], level: float, window: int = WINDOW) -> int | None:
-    """The least n with series[n] and the median of series[n : n + window] at most `level`; None where there is none.
+    """Return the smallest n for which series[n] and the median of series[n : n + window] are at most `level`.
 
-    series[n] is measured after n updates, so n is a number of updates.
+    series[n] is measured after n updates, so n is a number of updates. None if there is no such n.
     """
     starts = range(len(series) - window + 1)
     return next((n for n in starts if max(series[n], median(series[n : n + window])) <= level), None)
 
 
 def sign_steps(distance_E: Tensor, rate: float) -> float:
-    """The steps that the sign rule needs for these changes of the biases, (greatest - least) / (2 rate).
+    """Return the steps that the sign rule needs for these changes of the biases, (largest - smallest) / (2 rate).
 
-    The bias that has to rise most goes up by the rate in every step and the one that has to fall most goes down by
-    it, so their distance shrinks by twice the rate. A shift common to all biases changes no selection.
+    In every step the bias with the largest required increase rises by the rate and the one with the largest required
+    decrease falls by it, so their distance shrinks by twice the rate. A shift of all biases changes no selection.
     """
     return float(distance_E.max() - distance_E.min()) / (2 * rate)
 
 
 def balancing_bias(batches: Sequence[Tensor], top_k: int, rounds: int = 8) -> Tensor:
-    """The bias with which each expert receives its share of these scores -> fp32 [E], of mean 0.
+    """Find the bias that gives every expert its share of these scores, by repeating the quantile rule.
 
-    batches: [T, E] each, in the space in which the bias is added. It repeats the quantile rule on them.
+    Args:
+        batches: tensors [T, E], in the space to which the bias is added.
+        top_k: experts per token.
+        rounds: repetitions.
+
+    Returns:
+        fp32 [E], with mean 0.
     """
     experts = batches[0].shape[1]
     bias_E = torch.zeros(experts)
@@ -103,5 +125,5 @@ def balancing_bias(batches: Sequence[Tensor], top_k: int, rounds: int = 8) -> Te
     return bias_E
 
 
-def _stretch(series: Sequence[float], floor: float, predicted: float | None) -> Stretch:
-    return Stretch(steps_to_reach(series, NEAR * floor), steps_to_reach(series, floor + TOLERANCE), predicted)
+def _convergence(series: Sequence[float], floor: float, predicted: float | None) -> Convergence:
+    return Convergence(steps_to_reach(series, NEAR * floor), steps_to_reach(series, floor + TOLERANCE), predicted)

@@ -1,13 +1,14 @@
-"""The table of the study of controllers: for each size and policy, means over seeds and their spread."""
+"""The tables of the study of controllers: for each layer size and policy, means over seeds and their spread."""
 
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dist_moe.study.controllers import Plan, Run
-from dist_moe.study.measures import NEAR, TOLERANCE, WINDOW, Measures, Stretch
+from dist_moe.study.controllers.measures import NEAR, TOLERANCE, WINDOW, Convergence, Measures
+from dist_moe.study.controllers.simulation import LayerSize, Plan, Run
+from dist_moe.study.tables import format_mean, markdown_table, terminal_table
+from dist_moe.text import format_count
 
 HEADINGS = (
     "policy",
@@ -20,104 +21,78 @@ HEADINGS = (
     f"shift to +{TOLERANCE:g}",
     "shift theory",
 )
-EXPERTS = ("experts_first", "experts_steady")
 
 
-def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """One row for each contender of one size, as `HEADINGS` says."""
-    names = dict.fromkeys(run.contender.name for run in runs)
-    return [[name, *_cells([run.measures for run in runs if run.contender.name == name])] for name in names]
+def table_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Build one row for each policy of one layer size, with the columns of `HEADINGS`."""
+    names = dict.fromkeys(run.variant.name for run in runs)
+    return [[name, *_cells([run.measures for run in runs if run.variant.name == name])] for name in names]
 
 
 def captions(plan: Plan, runs: Sequence[Run]) -> dict[int, str]:
-    """A line about each size, by its number of experts."""
-    lines = {}
-    for size in plan.sizes:
-        of_size = [run for run in runs if run.experts == size.experts]
-        by_top_k, by_threshold = (
-            [run.measures for run in of_size if run.contender.by_threshold is there] for there in (False, True)
-        )
-        first, steady = (spread([getattr(one, name) for one in by_threshold], 1) for name in EXPERTS)
-        floor, threshold_floor = (fmean(one.floor for one in measures) for measures in (by_top_k, by_threshold))
-        lines[size.experts] = (
-            f"{size.experts} experts, {size.top_k} a token, {size.tokens:,} tokens a step: floor {floor:.3f} (formula "
-            f"{size.floor:.3f}). Threshold routing: {first} experts a token at first, {steady} later, "
-            f"{size.threshold_tokens:,} tokens a step, floor {threshold_floor:.3f}."
-        )
-    return lines
+    """Describe each layer size in a line, by its number of experts."""
+    return {size.experts: _caption(size, [run for run in runs if run.experts == size.experts]) for size in plan.sizes}
+
+
+def _caption(size: LayerSize, runs: Sequence[Run]) -> str:
+    top_k = [run.measures for run in runs if not run.variant.threshold_routing]
+    threshold = [run.measures for run in runs if run.variant.threshold_routing]
+    first = format_mean([measures.experts_first for measures in threshold], 1)
+    steady = format_mean([measures.experts_steady for measures in threshold], 1)
+    floor, threshold_floor = (fmean(measures.floor for measures in group) for group in (top_k, threshold))
+    return (
+        f"{size.experts} experts, top-{size.top_k}, {size.tokens:,} tokens per step: floor {floor:.3f} (formula "
+        f"{size.floor:.3f}). Threshold routing: {first} experts per token at first, {steady} later, "
+        f"{size.threshold_tokens:,} tokens per step, floor {threshold_floor:.3f}."
+    )
 
 
 def notes(plan: Plan) -> list[str]:
-    """What a reader of the table has to know."""
+    """Explain the columns."""
     return [
         f"Columns `to`: updates until MaxVio is at most {NEAR:g} times the floor, or the floor + {TOLERANCE:g}, in one "
         f"step and in the median of it and the next {WINDOW - 1}. The shift comes after {plan.before} steps, and "
-        f"{plan.after} follow; `never` is not within them, and `(2 of 3)` counts the seeds that got there.",
-        "Floor: the mean MaxVio of the same selection over the same noise without offsets. Formula: the value that "
-        "`max_vio_floor` gives for it.",
-        "Theory, for the sign rules: (greatest - least change that the biases need) / (2 rate).",
+        f"{plan.after} follow; `never` means not within them, and `(2 of 3)` counts the seeds that reached it.",
+        "Floor: the mean MaxVio of the same selection on the same noise without offsets. Formula: the value of "
+        "`max_vio_floor`.",
+        "Theory, for the sign rules: (largest - smallest required change of the biases) / (2 rate).",
         "Ripple: MaxVio - floor, mean of the last quarter of the steps before the shift. In time: its standard "
         "deviation over those steps.",
-        f"All are means over {plan.seeds} seed(s), and after ± the standard deviation over them.",
-        "The policy auxiliary is left out: it works by gradients, and here is nothing to train.",
+        f"All values are means over {format_count(plan.seeds, 'seed')}, and after ± the standard deviation over them.",
+        "The policy auxiliary is not included: it acts through gradients, and this study trains no model.",
     ]
 
 
 def terminal_tables(plan: Plan, runs: Sequence[Run]) -> list[Table]:
-    """One table for each size."""
-    tables = []
-    for experts, caption in captions(plan, runs).items():
-        cells = rows([run for run in runs if run.experts == experts])
-        tables.append(fitted_table(caption, HEADINGS, cells))
-    return tables
-
-
-def fitted_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal; a narrow one breaks its cells between words, never inside a number."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column(headings[0], no_wrap=True)
-    for heading, *column in list(zip(headings, *cells, strict=True))[1:]:
-        longest = max(len(word) for cell in (heading, *column) for word in cell.split())
-        table.add_column(heading, justify="right", min_width=longest)
-    for row in cells:
-        table.add_row(*row)
-    return table
+    """Build one table per layer size for the terminal."""
+    return [
+        terminal_table(caption, HEADINGS, table_rows([run for run in runs if run.experts == experts]))
+        for experts, caption in captions(plan, runs).items()
+    ]
 
 
 def markdown(plan: Plan, runs: Sequence[Run]) -> str:
-    """The same for a page, with the notes below."""
+    """Build the same tables as Markdown, followed by the notes."""
     lines = []
     for experts, caption in captions(plan, runs).items():
-        lines += [caption, "", f"| {' | '.join(HEADINGS)} |", f"|---|{'---:|' * (len(HEADINGS) - 1)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows([run for run in runs if run.experts == experts])]
-        lines.append("")
+        rows = table_rows([run for run in runs if run.experts == experts])
+        lines += [caption, "", *markdown_table(HEADINGS, rows), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes(plan)), ""])
-
-
-def spread(values: Sequence[float | None], digits: int = 0) -> str:
-    """`95 ±3`; `95 ±3 (2 of 3)` where one is None; `never` where all are."""
-    found = [value for value in values if value is not None]
-    if not found:
-        return "never"
-    text = f"{fmean(found):.{digits}f}"
-    if len(found) > 1:
-        text += f" ±{stdev(found):.{digits}f}"
-    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
 
 
 def _cells(measures: Sequence[Measures]) -> list[str]:
     return [
-        *_stretch_cells([one.start for one in measures]),
-        spread([one.ripple for one in measures], 3),
-        f"{fmean(one.ripple_std for one in measures):.3f}",
-        *_stretch_cells([one.shift for one in measures]),
+        *_convergence_cells([of_seed.start for of_seed in measures]),
+        format_mean([of_seed.ripple for of_seed in measures], 3),
+        f"{fmean(of_seed.ripple_std for of_seed in measures):.3f}",
+        *_convergence_cells([of_seed.shift for of_seed in measures]),
     ]
 
 
-def _stretch_cells(stretches: Sequence[Stretch]) -> list[str]:
-    predicted = [one.predicted for one in stretches]
+def _convergence_cells(by_seed: Sequence[Convergence]) -> list[str]:
+    predicted = [of_seed.predicted for of_seed in by_seed]
     return [
-        spread([one.near for one in stretches]),
-        spread([one.at for one in stretches]),
-        "" if None in predicted else spread(predicted),
+        format_mean([of_seed.near for of_seed in by_seed]),
+        format_mean([of_seed.at_floor for of_seed in by_seed]),
+        "" if None in predicted else format_mean(predicted),
     ]

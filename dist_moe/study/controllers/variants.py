@@ -1,6 +1,6 @@
-"""The balancing policies that the study of controllers compares, and one of them on its way through the steps.
+"""The balancing policies that the study of controllers compares, and the simulation of one of them.
 
-Shapes: T tokens, E experts, K experts a token takes.
+Shapes: T tokens, E experts, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,18 @@ THRESHOLD = 0.4
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A policy and its place in the routing; name: with the rate where it has one.
+class PolicyVariant:
+    """A policy with its settings and its routing.
 
-    policy, rate, proportional: as in `BalanceSettings`. score: the gate function. multiplicative: as in `TopK`.
-    by_threshold: threshold routing at 0.4 instead of top-K. level: it is shown scores without offsets, as a
-    reference that nothing has to balance.
+    Attributes:
+        name: with the rate if there is one.
+        policy: as in `BalanceSettings`.
+        score: the gate function.
+        rate: as in `BalanceSettings`.
+        proportional: as in `BalanceSettings`.
+        multiplicative: as in `TopK`.
+        threshold_routing: threshold routing at 0.4 instead of top-K.
+        without_offsets: routes scores whose experts are equal, as the reference for the floor.
     """
 
     name: str
@@ -34,76 +40,79 @@ class Contender:
     rate: float = 0.0
     proportional: bool | None = None
     multiplicative: bool = False
-    by_threshold: bool = False
-    level: bool = False
+    threshold_routing: bool = False
+    without_offsets: bool = False
 
     @property
-    def by_sign(self) -> bool:
-        """Whether every update has the same size, so that the steps can be predicted from the distance."""
+    def is_sign_rule(self) -> bool:
+        """Whether all updates have the same size, so that the number of steps can be predicted."""
         return self.policy == "loss_free" and not self.proportional
 
     @property
     def settings(self) -> BalanceSettings:
-        """What the update rule is made of."""
+        """The settings of the update rule."""
         return BalanceSettings(self.policy, self.rate, "constant", 1, proportional=self.proportional)
 
-    def rule(self, experts: int, top_k: int) -> TopK | ThresholdRouting:
-        """The rule of selection in a layer of this size."""
-        if self.by_threshold:
+    def selection(self, experts: int, top_k: int) -> TopK | ThresholdRouting:
+        """Return the selection rule of a layer of this size."""
+        if self.threshold_routing:
             return ThresholdRouting(THRESHOLD, max_experts=experts)
         return TopK(top_k, self.score, multiplicative=self.multiplicative)
 
     def biased_space(self, logits_TE: Tensor) -> Tensor:
-        """What the bias is added to: the logits of a softmax, else the scores, or their logarithms."""
+        """Return what the bias is added to: the logits of a softmax, otherwise the scores or their logarithms."""
         if self.score in OVER_LOGITS:
             return logits_TE
         scores_TE = gate_scores(logits_TE, self.score)
         return scores_TE.log() if self.multiplicative else scores_TE
 
 
-LEVEL = (
-    Contender("level scores, top-K", "none", "sigmoid", level=True),
-    Contender("level scores, threshold", "none", "softmax", by_threshold=True, level=True),
+REFERENCES = (
+    PolicyVariant("equal experts, top-K", "none", "sigmoid", without_offsets=True),
+    PolicyVariant("equal experts, threshold", "none", "softmax", threshold_routing=True, without_offsets=True),
 )
-CONTENDERS = (
-    Contender("none", "none", "sigmoid"),
-    Contender("sign, 0.001", "loss_free", "sigmoid", 0.001),
-    Contender("sign, 0.01", "loss_free", "sigmoid", 0.01),
-    Contender("sign x score, 0.001", "loss_free", "sigmoid", 0.001, multiplicative=True),
-    Contender("proportional, 0.01", "loss_free", "softmax", 0.01, proportional=True),
-    Contender("adaptive, 0.1", "adaptive_weight", "softmax", 0.1),
-    Contender("adaptive threshold, 0.1", "adaptive_weight", "softmax", 0.1, by_threshold=True),
-    Contender("quantile, sigmoid", "quantile", "sigmoid"),
-    Contender("quantile, softmax", "quantile", "softmax"),
+VARIANTS = (
+    PolicyVariant("none", "none", "sigmoid"),
+    PolicyVariant("sign, 0.001", "loss_free", "sigmoid", 0.001),
+    PolicyVariant("sign, 0.01", "loss_free", "sigmoid", 0.01),
+    PolicyVariant("sign x score, 0.001", "loss_free", "sigmoid", 0.001, multiplicative=True),
+    PolicyVariant("proportional, 0.01", "loss_free", "softmax", 0.01, proportional=True),
+    PolicyVariant("adaptive, 0.1", "adaptive_weight", "softmax", 0.1),
+    PolicyVariant("adaptive threshold, 0.1", "adaptive_weight", "softmax", 0.1, threshold_routing=True),
+    PolicyVariant("quantile, sigmoid", "quantile", "sigmoid"),
+    PolicyVariant("quantile, softmax", "quantile", "softmax"),
 )
 
 
-class Course:
-    """One contender on its way.
+class PolicySimulation:
+    """Routes a series of scores under one policy, and updates its bias after each step.
 
-    bias_E: fp32 [E], the bias it has now. max_vio, experts_a_token: what each step so far has shown.
+    Attributes:
+        variant: the policy.
+        bias_E: fp32 [E], the current bias.
+        max_vio: of each step so far.
+        experts_per_token: of each step so far.
     """
 
-    def __init__(self, contender: Contender, experts: int, top_k: int) -> None:
-        self.contender = contender
+    def __init__(self, variant: PolicyVariant, experts: int, top_k: int) -> None:
+        self.variant = variant
         self.bias_E = torch.zeros(experts)
         self.max_vio: list[float] = []
-        self.experts_a_token: list[float] = []
-        self._rule = contender.rule(experts, top_k)
-        self._settings = contender.settings
+        self.experts_per_token: list[float] = []
+        self._selection = variant.selection(experts, top_k)
+        self._settings = variant.settings
         self._update = update_rule(self._settings)
 
     def step(self, logits_TE: Tensor) -> None:
-        """Route by the bias from before the step, measure the load, and let the policy move the bias."""
+        """Route with the bias from before the step, measure the load, and update the bias."""
         tokens, experts = logits_TE.shape
-        routing = select(logits_TE, self._rule, self.bias_E)
-        layer_counts = count_routing(routing.ids_TK, experts, self._rule.max_experts_per_token)
+        max_experts = self._selection.max_experts_per_token
+        routing = select(logits_TE, self._selection, self.bias_E)
+        counts = count_routing(routing.ids_TK, experts, max_experts)
         if self._settings.counts_margins:
-            scores_TE = self.contender.biased_space(logits_TE)
-            layer_counts = layer_counts._replace(
-                margins_EQ=count_margins(scores_TE, self.bias_E, self._rule.max_experts_per_token)
-            )
+            scores_TE = self.variant.biased_space(logits_TE)
+            counts = counts._replace(margins_EQ=count_margins(scores_TE, self.bias_E, max_experts))
         if self._update is not None:
-            self.bias_E = self._update(self.bias_E, layer_counts, self._settings.rate_at(len(self.max_vio)))
-        self.max_vio.append(float(max_vio(layer_counts.load_E)))
-        self.experts_a_token.append(int(layer_counts.load_E.sum()) / tokens)
+            self.bias_E = self._update(self.bias_E, counts, self._settings.rate_at(len(self.max_vio)))
+        self.max_vio.append(float(max_vio(counts.load_E)))
+        self.experts_per_token.append(int(counts.load_E.sum()) / tokens)
