@@ -26,7 +26,7 @@ from dist_moe.doctor.network import check_clocks, check_ports
 from dist_moe.doctor.temporary import temporary_folder
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.errors import UserError
-from dist_moe.train.loop import prepare_text
+from dist_moe.train.setup import tokenize
 from dist_moe.worker.rank_info import RankInfo
 
 NO_TEXT = "not run, since there is no text to train on"
@@ -116,7 +116,7 @@ def run_checks(
     prepared: TokenizedData | None = None
     text_error = ""
     try:
-        prepared = prepare_text(config)
+        prepared = tokenize(config)
     except (UserError, OSError) as error:
         text_error = str(error)
     limit_s = min(config.parallel.timeout_s, MAX_COLLECTIVE_S)

@@ -23,14 +23,14 @@ from dist_moe.config.family import family_of
 from dist_moe.data.stream import Batch
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
-from dist_moe.engine.deepspeed import EngineSettings, start_engine
+from dist_moe.engine.deepspeed import EngineSettings
 from dist_moe.engine.train_state import TrainState
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
 from dist_moe.text import format_bytes
-from dist_moe.train.loop import engine_settings, make_balancer
+from dist_moe.train.setup import engine_settings, start_training
 from dist_moe.train.step import train_step
 
 MIN_EXPERTS, MAX_LENGTH, VOCABULARY = 8, 64, 257
@@ -104,7 +104,7 @@ def check_parity(context: DoctorContext) -> Finding:
 def run_one_step(context: DoctorContext, mesh: Mesh) -> StepResult:
     """Make one SGD step of the small model on a mesh, with the same tokens for every mesh."""
     settings = replace(
-        engine_settings(context.resolved, context.dist_context),
+        engine_settings(context.resolved, context.dist_context.device),
         optimizer="sgd",
         momentum=0.0,
         bf16=False,
@@ -162,11 +162,9 @@ def small_run(
     task = LanguageModelTask(model, counts_margins=config.balance.policy == "quantile")
     if checkpoint is not None:
         load_model(checkpoint, task, mesh)
-    with start_engine(task, parameter_groups(model, config.train.weight_decay), settings, mesh) as engine:
+    assert context.prepared is not None
+    with start_training(config, task, context.prepared, mesh, settings) as training:
         set_pg_timeouts(context.limit_s)
-        balancer: Balancer = make_balancer(task, config, engine.device)
-        assert context.prepared is not None
-        training = TrainState(config, engine, balancer, task, context.prepared)
         if checkpoint is not None:
             restore_run(checkpoint, training)
         yield training
@@ -186,7 +184,9 @@ def check_saving(context: DoctorContext) -> Finding:
     of a run, between hosts too.
     """
     name, mesh = "save and load", context.mesh
-    settings = replace(engine_settings(context.resolved, context.dist_context), micro_batch_size=1, accumulation=1)
+    settings = replace(
+        engine_settings(context.resolved, context.dist_context.device), micro_batch_size=1, accumulation=1
+    )
     with small_run(context, mesh, settings) as training:
         train_step(training.engine, training.balancer, [sample_batch(context, mesh.rank)], 1e-3)
         saved = saved_tensors(training)
