@@ -33,11 +33,11 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)), None)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return `1 worker` or `2 workers`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def format_bytes(size: float) -> str:
     """Format a number of bytes in decimal units: `7 bytes`, `1.5 kB`, `32.8 MB`."""
     return decimal(round(size))
-
-
-def format_count(count: int, noun: str) -> str:
-    """Format a count with its noun: `1 worker`, `2 workers`, `1,024 tokens`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

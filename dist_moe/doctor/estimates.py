@@ -21,7 +21,7 @@ from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.engine.optimizer_shards import moments_of
 from dist_moe.model.build import empty_model, routing_rule
 from dist_moe.model.convert import find_layers
-from dist_moe.text import format_bytes, format_count
+from dist_moe.text import counted, format_bytes
 
 FP32_BYTES = 4
 CGROUP = Path("/sys/fs/cgroup")
@@ -187,7 +187,7 @@ def compare_memory(estimate: MemoryEstimate, needs: Sequence[MemoryNeed]) -> Fin
     for owner, of_owner in by_owner.items():
         needed, free = sum(need.needed for need in of_owner), min(need.free for need in of_owner)
         if needed > free:
-            ranks = format_count(len(of_owner), "rank")
+            ranks = counted(len(of_owner), "rank")
             short.append(f"{owner} has {format_bytes(free)} free, and its {ranks} need {format_bytes(needed)}")
     if short:
         remedy = (
@@ -235,7 +235,7 @@ def compare_disk(size: int, count: int, free: int) -> Finding:
         count: checkpoints on disk at one time, at most.
         free: free bytes.
     """
-    text = f"{format_count(count, 'checkpoint')} of {format_bytes(size)}"
+    text = f"{counted(count, 'checkpoint')} of {format_bytes(size)}"
     text += f", {format_bytes(size * count)} in total" if count > 1 else ""
     text += f"; {format_bytes(free)} free"
     if size * count > free:

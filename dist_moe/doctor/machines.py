@@ -18,7 +18,7 @@ from dist_moe.config.model_checks import moe_layers
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.observe.record import versions
-from dist_moe.text import format_bytes, format_count
+from dist_moe.text import counted, format_bytes
 
 SMALL_BYTES = 16 << 10
 REPETITIONS = 20
@@ -55,7 +55,7 @@ def compare_versions(by_rank: Sequence[Mapping[str, str | None]]) -> Finding:
         remedy = "install the same versions everywhere: pip install -c constraints.txt"
         return Finding("versions", Outcome.failed, "; ".join(mismatches), remedy)
     main = ", ".join(f"{name} {by_rank[0].get(name)}" for name in ("python", "torch", "deepspeed", "transformers"))
-    return Finding("versions", Outcome.passed, f"equal on {format_count(len(by_rank), 'rank')}: {main}")
+    return Finding("versions", Outcome.passed, f"equal on {counted(len(by_rank), 'rank')}: {main}")
 
 
 def check_placement(context: DoctorContext) -> Finding:
@@ -146,7 +146,7 @@ def check_bandwidth(context: DoctorContext) -> Finding:
     text = (
         f"{format_bytes(SMALL_BYTES)} in {1e6 * small_s:.0f} us; the {format_bytes(context.message_bytes)} of a "
         f"micro-batch in {1e3 * message_s:.2f} ms ({context.message_bytes / message_s / 1e6:,.0f} MB/s; a copy in "
-        f"memory {context.message_bytes / copy_s / 1e6:,.0f} MB/s); with {format_count(layers, 'MoE layer')} "
+        f"memory {context.message_bytes / copy_s / 1e6:,.0f} MB/s); with {counted(layers, 'MoE layer')} "
         f"{1e3 * step_s:,.0f} ms per step"
     )
     if message_s * 100 > limit_s:

@@ -1,7 +1,7 @@
 """Warnings about the expert load of a run: experts without tokens, and load that stays uneven."""
 
 from dist_moe.observe.metrics import StepMetrics
-from dist_moe.text import format_count
+from dist_moe.text import counted
 
 # With ten assignments expected, chance leaves an expert empty once in exp(10) = 22,000 counts.
 MIN_EXPECTED_ASSIGNMENTS = 10
@@ -58,7 +58,7 @@ class LoadAlerts:
             if self._steps_over[layer] == self.patience:
                 warnings.append(
                     f"step {metrics.step}: layer {layer}: MaxVio {value:.2f} (floor {floor:.2f}) is above "
-                    f"{self.limit:g} in {format_count(self.patience, 'consecutive logged step')}; "
+                    f"{self.limit:g} in {counted(self.patience, 'consecutive logged step')}; "
                     "see balance.policy and balance.rate"
                 )
         return warnings

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
-from dist_moe.text import format_count
+from dist_moe.text import counted
 
 
 class RunConsole:
@@ -100,9 +100,7 @@ class RunConsole:
             tensorboard: the folder of event files; None if there are none.
         """
         self._print(summary_table(metrics))
-        self.log(
-            f"validation loss  {metrics.validation_loss:.4f} nats/token after {format_count(metrics.step, 'step')}"
-        )
+        self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token after {counted(metrics.step, 'step')}")
         self.log(f"bits per byte    {metrics.bits_per_byte:.4f}")
         for name, path in paths.items():
             self.log(f"{name:<16} {path}")
@@ -114,27 +112,6 @@ class RunConsole:
         if completed <= 0:
             return None
         return (self._clock() - self._started_s) / completed * (self._steps - step)
-
-
-def model_line(
-    architecture: str, parameters: int, layers: int, experts: int, workers: int, expert_parallel: int, zero_stage: int
-) -> str:
-    """Format the size of the model and the layout of the run.
-
-    Args:
-        architecture: Hugging Face model type.
-        parameters: of the whole model.
-        layers: MoE layers.
-        experts: routed experts of each MoE layer.
-        workers: ranks of the run.
-        expert_parallel: ranks among which the experts are divided.
-        zero_stage: of DeepSpeed.
-    """
-    return (
-        f"{architecture}: {parameters / 1e6:.1f} M parameters, {format_count(layers, 'MoE layer')} with "
-        f"{format_count(experts, 'expert')} each; {format_count(workers, 'worker')}, expert parallel "
-        f"{expert_parallel}, ZeRO {zero_stage}"
-    )
 
 
 def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> str:
@@ -166,7 +143,7 @@ def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> st
 def evaluation_line(metrics: EvaluationMetrics) -> str:
     """Format one evaluation."""
     line = (
-        f"validation after {format_count(metrics.step, 'step')}  loss {metrics.validation_loss:.4f}  "
+        f"validation after {counted(metrics.step, 'step')}  loss {metrics.validation_loss:.4f}  "
         f"bits/byte {metrics.bits_per_byte:.4f}"
     )
     if not metrics.load:

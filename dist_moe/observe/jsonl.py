@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_moe.text import format_count
+from dist_moe.text import counted
 
 BLOCK_BYTES = 1 << 16
 
@@ -52,7 +52,7 @@ class LineFile:
         if removed:
             self._warn(f"{self.path} was removed, and has been created again")
         if self._lost:
-            self._warn(f"{self.path} can be written again; {format_count(self._lost, 'line')} lost")
+            self._warn(f"{self.path} can be written again; {counted(self._lost, 'line')} lost")
             self._lost = 0
 
     def _append(self, content: bytes) -> None:

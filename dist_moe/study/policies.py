@@ -19,7 +19,7 @@ from typing import Any
 from dist_moe.config import load_config, resolve
 from dist_moe.errors import UserError
 from dist_moe.study.tables import format_mean
-from dist_moe.text import format_count
+from dist_moe.text import counted
 
 POLL_S = 0.5
 SOFTMAX = ("router.score=softmax",)
@@ -141,7 +141,7 @@ def train_all(runs: Sequence[Run], jobs: int, log: Callable[[str], None]) -> lis
         UserError: a run failed; the message has the end of its output. The others are terminated, as on Ctrl-C.
     """
     waiting = [run for run in runs if read_result(run) is None]
-    log(f"{format_count(len(runs), 'run')}, {len(runs) - len(waiting)} of them already complete")
+    log(f"{counted(len(runs), 'run')}, {len(runs) - len(waiting)} of them already complete")
     active: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
     try:
         while waiting or active:

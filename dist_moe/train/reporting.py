@@ -19,7 +19,7 @@ from dist_moe.data.corpus import TokenizedData
 from dist_moe.errors import needs_folder
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.alerts import LoadAlerts
-from dist_moe.observe.console import RunConsole, model_line
+from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, archive_previous_run
@@ -86,27 +86,22 @@ class Report:
         others = sum(p.numel() for p in task.parameters()) - experts
         total = others + experts * self.mesh.expert_parallel
         self.console.log(
-            model_line(
-                self.config.model.architecture,
-                parameters=total,
-                layers=len(task.layers),
-                experts=resolved.experts,
-                workers=self.mesh.world_size,
-                expert_parallel=self.mesh.expert_parallel,
-                zero_stage=self.config.parallel.zero_stage,
-            )
+            f"{self.config.model.architecture}: {total / 1e6:.1f} M parameters, "
+            f"{counted(len(task.layers), 'MoE layer')} with {resolved.experts} experts each; "
+            f"{counted(self.mesh.world_size, 'worker')}, expert parallel {self.mesh.expert_parallel}, "
+            f"ZeRO {self.config.parallel.zero_stage}"
         )
         names = ", ".join(layer.name for layer in task.layers)
-        self.console.log(f"balance {self.config.balance.policy}: {names}")
+        self.console.log(f"balancing policy {self.config.balance.policy} on layers {names}")
         tokens = [len(corpus.tokens) for corpus in (prepared.train, prepared.validation)]
         self.console.log(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
         if self._checkpoint is not None:
             self.console.warn(*self._checkpoint.passed_over)
-            self.console.log(f"goes on after step {self._checkpoint.counters.step}, from {self._checkpoint.folder}")
+            self.console.log(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
             if self._checkpoint.counters.step >= self.config.train.steps:
                 self.console.log(
-                    f"train.steps={self.config.train.steps} are done: raise it to train more, or set "
-                    "checkpoint.resume=never to begin anew (what is there is kept)"
+                    f"train.steps={self.config.train.steps} are done; raise it to train more, or set "
+                    "checkpoint.resume=never to start again (existing checkpoints are kept)"
                 )
 
     def step(
@@ -165,7 +160,7 @@ class Report:
             return
         self.recorder.write(metrics.as_dict())
         self.console.step(metrics)
-        self.console.warn(*self._alerts.check(metrics))
+        self.console.warn(self._alerts.step(metrics))
         if self.board is not None:
             self.board.step(metrics)
 
@@ -204,7 +199,7 @@ class Report:
     def stopped(self, step: int, checkpoint: Path | None) -> None:
         """Print that the run ends here on request."""
         if self.console is not None:
-            self.console.log(f"stopped on request after step {step}; started again, it goes on from {checkpoint}")
+            self.console.log(f"stopped on request after step {step}; the same command resumes from {checkpoint}")
 
     def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path | None) -> None:
         """Log the final evaluation, and print where the results are."""
@@ -251,5 +246,5 @@ def open_report(
             board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.warn))
         stack.enter_context(console)
         if aside is not None:
-            console.log(f"what an earlier run left in {folder} is now in {aside}")
+            console.log(f"the files of an earlier run in {folder} were moved to {aside}")
         yield Report(config, dist_context, mesh, recorder, console, board, checkpoint)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_moe.text import format_bytes, format_count
+from dist_moe.text import counted, format_bytes
 
 
 @pytest.mark.parametrize(
@@ -14,5 +14,5 @@ def test_format_bytes_uses_decimal_units(size: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 workers"), (1, "1 worker"), (1024, "1,024 workers")])
-def test_format_count_agrees_with_the_number(count: int, text: str) -> None:
-    assert format_count(count, "worker") == text
+def test_counted_agrees_in_number(count: int, text: str) -> None:
+    assert counted(count, "worker") == text

@@ -8,7 +8,7 @@ from rich.table import Table
 from dist_moe.study.controllers.measures import NEAR, TOLERANCE, WINDOW, Convergence, Measures
 from dist_moe.study.controllers.simulation import LayerSize, Plan, Run
 from dist_moe.study.tables import format_mean, markdown_table, terminal_table
-from dist_moe.text import format_count
+from dist_moe.text import counted
 
 HEADINGS = (
     "policy",
@@ -58,7 +58,7 @@ def notes(plan: Plan) -> list[str]:
         "Theory, for the sign rules: (largest - smallest required change of the biases) / (2 rate).",
         "Ripple: MaxVio - floor, mean of the last quarter of the steps before the shift. In time: its standard "
         "deviation over those steps.",
-        f"All values are means over {format_count(plan.seeds, 'seed')}, and after ± the standard deviation over them.",
+        f"All values are means over {counted(plan.seeds, 'seed')}, and after ± the standard deviation over them.",
         "The policy auxiliary is not included: it acts through gradients, and this study trains no model.",
     ]
 

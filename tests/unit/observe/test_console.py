@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dist_moe.observe.console import RunConsole, format_duration, model_line, step_line
+from dist_moe.observe.console import RunConsole, format_duration, step_line
 from tests.unit.observe.samples import VARYING, evaluation_sample, step_sample
 
 
@@ -131,17 +131,6 @@ def test_the_summary_without_tensorboard_or_tokens_or_layers() -> None:
     shown.summary(evaluation_sample(loads=([0, 0],)), {}, tensorboard=None)
     shown.summary(evaluation_sample(loads=()), {}, tensorboard=None)
     assert "tensorboard" not in buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "line"),
-    [
-        ((3, 8, 2, 2), "qwen3_moe: 4.5 M parameters, 3 MoE layers with 8 experts each; 2 workers, expert parallel 2, "),
-        ((1, 8, 1, 1), "qwen3_moe: 4.5 M parameters, 1 MoE layer with 8 experts each; 1 worker, expert parallel 1, "),
-    ],
-)
-def test_model_line_agrees_in_number(sizes: tuple[int, int, int, int], line: str) -> None:
-    assert model_line("qwen3_moe", 4_500_000, *sizes, zero_stage=1) == f"{line}ZeRO 1"
 
 
 @pytest.mark.parametrize(
