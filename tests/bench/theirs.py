@@ -1,4 +1,4 @@
-"""The peer: a model of DeepSpeed's own MoE layers, which DeepSpeed saves and loads by itself."""
+"""Checkpoints of DeepSpeed: time and memory of saving and loading a model of its own MoE layers."""
 
 import os
 import time
@@ -19,7 +19,7 @@ from tests.bench.size import EXPERTS, LAYERS, MOE_WIDTH, TOKENS, WIDTH
 
 
 class Expert(nn.Module):
-    """A gated expert of the size of ours."""
+    """A gated expert of the same size as that of dist_moe."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Expert(nn.Module):
 
 
 class Model(nn.Module):
-    """MoE layers with residuals, and dense layers of about the size of the rest of ours."""
+    """MoE layers with residuals, and dense layers of about the size of the rest of dist_moe's model."""
 
     def __init__(self, ep_size: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Model(nn.Module):
         )
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Mean of the squares."""
+        """Return the mean of the squared outputs."""
         for dense in self.dense:
             x_TD = x_TD + dense(x_TD)
         for layer in self.layers:
@@ -52,10 +52,10 @@ class Model(nn.Module):
 
 
 def measure(rank: int, world_size: int, folder: Path) -> dict[str, float]:
-    """Two steps, a save, and a load into a second engine -> seconds and MiB."""
-    tag = "peer"
+    """Measure a save after two steps, and a load into a second engine -> seconds and MiB of this rank."""
+    tag = "deepspeed"
     with Peak() as start:
-        engine = begin(world_size, rank)
+        engine = start_engine(world_size, rank)
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
     dist.barrier()
     with Peak() as peak:
@@ -63,18 +63,18 @@ def measure(rank: int, world_size: int, folder: Path) -> dict[str, float]:
         engine.save_checkpoint(str(folder), tag=tag)
         dist.barrier()
         save_s = time.perf_counter() - began_s
-    end(engine)
-    engine = begin(world_size, rank)
+    destroy(engine)
+    engine = start_engine(world_size, rank)
     dist.barrier()
     with Peak() as loading:
         began_s = time.perf_counter()
         engine.load_checkpoint(str(folder), tag=tag)
         dist.barrier()
         load_s = time.perf_counter() - began_s
-    same = all(torch.equal(one, other) for one, other in zip(before, engine.module.parameters(), strict=True))
-    assert same, "the peer loads what it saved"
+    pairs = zip(before, engine.module.parameters(), strict=True)
+    assert all(torch.equal(saved, loaded) for saved, loaded in pairs), "DeepSpeed loads what it saved"
     parameters = sum(p.numel() for p in engine.module.parameters())
-    end(engine)
+    destroy(engine)
     return {
         "save_s": save_s,
         "save_peak_mib": peak.mib,
@@ -86,8 +86,8 @@ def measure(rank: int, world_size: int, folder: Path) -> dict[str, float]:
     }
 
 
-def begin(world_size: int, rank: int) -> Any:
-    """An engine that has made two steps."""
+def start_engine(world_size: int, rank: int) -> Any:
+    """Return an engine after two steps."""
     _quieten()
     _forbid_compilation()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
@@ -112,7 +112,7 @@ def begin(world_size: int, rank: int) -> Any:
     return engine
 
 
-def end(engine: Any) -> None:
-    """Free it, and DeepSpeed's state of the process."""
+def destroy(engine: Any) -> None:
+    """Free the engine, and DeepSpeed's global state of the process."""
     engine.destroy()
     _clear_deepspeed()

@@ -1,4 +1,4 @@
-"""What a rank does in the tests of what a run shows: steps that are reported, and the loads of micro-batches."""
+"""Code that ranks run in the tests of metrics: reported steps, and the loads of micro-batches."""
 
 import contextlib
 import io
