@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -146,8 +146,8 @@ def draw_load_figure(
         axes.yaxis.label.set_color(text)
     curves.set_title("MaxVio = largest load / mean load - 1, mean over layers", fontsize=11, loc="left", color=text)
     _draw_curves(curves, histories, text, grid)
-    color_map = LinearSegmentedColormap.from_list("load", colors(np.linspace(0.0, MAX_RATIO, 256)) / 255.0)
-    color_map.set_bad("black")
+    scale = LinearSegmentedColormap.from_list("load", colors(np.linspace(0.0, MAX_RATIO, 256)) / 255.0)
+    color_map = scale.with_extremes(bad="black")
     for axes, history in zip(maps, histories, strict=True):
         title = f"{history.label}: load of each expert of MoE layer {layer}"
         axes.set_title(title, fontsize=11, loc="left", color=text)
@@ -176,7 +176,7 @@ def _draw_curves(axes: Axes, histories: Sequence[LoadHistory], text: str, grid: 
     axes.legend(fontsize=10, frameon=False, labelcolor=text, loc="center right")
 
 
-def _draw_experts(axes: Axes, history: LoadHistory, layer: int, color_map: LinearSegmentedColormap) -> None:
+def _draw_experts(axes: Axes, history: LoadHistory, layer: int, color_map: Colormap) -> None:
     load_SE = np.array([of_step[layer] for of_step in history.load], dtype=np.float64)
     ratio_SE = load_SE / load_SE.mean(axis=1, keepdims=True)
     # A column reaches from the step halfway to the previous logged one up to that halfway to the next.
