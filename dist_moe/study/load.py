@@ -156,7 +156,7 @@ def draw_load_figure(
     bar = figure.colorbar(maps[0].collections[0], ax=maps, extend="max", ticks=[0, 1, 2], pad=0.01)
     bar.set_label("load / mean (black: no tokens)", color=text, fontsize=10)
     bar.ax.tick_params(colors=text, labelsize=10)
-    bar.outline.set_edgecolor(grid)  # type: ignore[operator]
+    bar.outline.set_edgecolor(grid)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, facecolor=background)
 

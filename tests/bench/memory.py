@@ -1,11 +1,16 @@
-"""Measurements of peak memory and of the size of a folder."""
+"""Measurements of time, of peak memory, and of the size of a folder."""
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self, TypeVar
+
+import torch.distributed as dist
 
 POLL_S = 0.002
+Result = TypeVar("Result")
 
 
 class Peak:
@@ -38,6 +43,24 @@ class Peak:
             self._peak_kib = max(self._peak_kib, anonymous_kib())
             if self._stop.wait(POLL_S):
                 return
+
+
+class Cost(NamedTuple):
+    """Time and peak of anonymous memory of an operation."""
+
+    seconds: float
+    peak_mib: float
+
+
+def measure_cost(operation: Callable[[], Result]) -> tuple[Result, Cost]:
+    """Run an operation on all ranks, between two barriers -> its result and its cost on this rank."""
+    dist.barrier()
+    with Peak() as peak:
+        began_s = time.perf_counter()
+        result = operation()
+        dist.barrier()
+        seconds = time.perf_counter() - began_s
+    return result, Cost(seconds, peak.mib)
 
 
 def anonymous_kib() -> int:

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import AsyncSaver
-from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore_run
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.engine.train_state import TrainState
 from dist_moe.train.rank_flags import RankFlags
 from dist_moe.train.setup import build_task, engine_settings, start_training, tokenize
-from tests.bench.memory import Peak, folder_bytes
+from tests.bench.memory import Peak, folder_bytes, measure_cost
 from tests.bench.size import OVERRIDES
 from tests.dist.resumable import ROOT, overrides_of, started
 from tests.dist.steps import one_step
@@ -65,23 +65,18 @@ def load(rank: int, world_size: int, overrides: list[str], weights: list[Tensor]
     task = build_task(resolved, prepared, mesh)
     cpu = torch.device("cpu")
     settings = engine_settings(resolved, cpu)
-    dist.barrier()
-    with Peak() as opening:
-        began_s = time.perf_counter()
+
+    def load_weights() -> Checkpoint:
         checkpoint = find_checkpoint(config, prepared, mesh, cpu)
         assert checkpoint is not None
         load_model(checkpoint, task, mesh)
-        dist.barrier()
-        seconds = time.perf_counter() - began_s
+        return checkpoint
+
+    checkpoint, weights_cost = measure_cost(load_weights)
     with start_training(config, task, prepared, mesh, settings) as training:
-        dist.barrier()
-        with Peak() as restoring:
-            began_s = time.perf_counter()
-            restore(checkpoint, training)
-            dist.barrier()
-            seconds += time.perf_counter() - began_s
+        _, state_cost = measure_cost(lambda: restore_run(checkpoint, training))
         assert all(map(torch.equal, weights, task.parameters()))
-    return seconds, max(opening.mib, restoring.mib)
+    return weights_cost.seconds + state_cost.seconds, max(weights_cost.peak_mib, state_cost.peak_mib)
 
 
 def run_steps(resolved: Resolved, training: TrainState, count: int, saver: AsyncSaver | None = None) -> bool:

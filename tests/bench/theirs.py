@@ -1,20 +1,18 @@
 """Checkpoints of DeepSpeed: time and memory of saving and loading a model of its own MoE layers."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed import _clear_deepspeed, _forbid_compilation, _quieten
-from tests.bench.memory import Peak, folder_bytes
+from tests.bench.memory import Peak, folder_bytes, measure_cost
 from tests.bench.size import EXPERTS, LAYERS, MOE_WIDTH, TOKENS, WIDTH
 
 
@@ -57,29 +55,19 @@ def measure(rank: int, world_size: int, folder: Path) -> dict[str, float]:
     with Peak() as start:
         engine = start_engine(world_size, rank)
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
-    dist.barrier()
-    with Peak() as peak:
-        began_s = time.perf_counter()
-        engine.save_checkpoint(str(folder), tag=tag)
-        dist.barrier()
-        save_s = time.perf_counter() - began_s
+    _, save = measure_cost(lambda: engine.save_checkpoint(str(folder), tag=tag))
     destroy(engine)
     engine = start_engine(world_size, rank)
-    dist.barrier()
-    with Peak() as loading:
-        began_s = time.perf_counter()
-        engine.load_checkpoint(str(folder), tag=tag)
-        dist.barrier()
-        load_s = time.perf_counter() - began_s
+    _, load = measure_cost(lambda: engine.load_checkpoint(str(folder), tag=tag))
     pairs = zip(before, engine.module.parameters(), strict=True)
     assert all(torch.equal(saved, loaded) for saved, loaded in pairs), "DeepSpeed loads what it saved"
     parameters = sum(p.numel() for p in engine.module.parameters())
     destroy(engine)
     return {
-        "save_s": save_s,
-        "save_peak_mib": peak.mib,
-        "load_s": load_s,
-        "load_peak_mib": loading.mib,
+        "save_s": save.seconds,
+        "save_peak_mib": save.peak_mib,
+        "load_s": load.seconds,
+        "load_peak_mib": load.peak_mib,
         "checkpoint_mib": folder_bytes(folder) / 2**20,
         "parameters": parameters,
         "start_mib": start.mib,
