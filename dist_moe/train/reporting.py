@@ -160,7 +160,7 @@ class Report:
             return
         self.recorder.write(metrics.as_dict())
         self.console.step(metrics)
-        self.console.warn(self._alerts.step(metrics))
+        self.console.warn(*self._alerts.check(metrics))
         if self.board is not None:
             self.board.step(metrics)
 
