@@ -57,7 +57,7 @@ def doctor(text: Path, run: Path, *words: str) -> subprocess.CompletedProcess[st
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=150)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", slow("deepspeed")])
 def test_the_debug_run_passes_and_leaves_no_files(tmp_path: Path, launcher: str) -> None:
     text = write_text(tmp_path)
     done = doctor(text, tmp_path / "run", "--launcher", launcher, "--json", str(tmp_path / "found.json"))
@@ -68,6 +68,7 @@ def test_the_debug_run_passes_and_leaves_no_files(tmp_path: Path, launcher: str)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_text_fails_one_check_and_the_others_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -107,6 +108,7 @@ def test_a_stopped_worker_does_not_block_the_doctor(tmp_path: Path, stopped: int
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_workers_of_an_external_launcher_leave_no_files(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "dist_moe", "doctor", "configs/debug.yaml"]
     argv += [*overrides_of(write_text(tmp_path), tmp_path / "new/run"), "--json", str(tmp_path / "found.json")]
@@ -195,7 +197,7 @@ def inject_lost_moments() -> None:
     [
         (inject_nothing, ["pass", "pass"], "restored bit for bit"),
         (inject_wrong_gradient, ["fail", "pass"], "rank 1: gradients of "),
-        (inject_lost_moments, ["pass", "fail"], "restores different bits in exp_avg"),
+        slow(inject_lost_moments, ["pass", "fail"], "restores different bits in exp_avg"),
     ],
 )
 def test_the_training_checks_find_an_injected_fault_and_nothing_else(
@@ -258,8 +260,7 @@ def allocated_bytes(
         ]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@cross(("precision", ["fp32", "bf16"]), ("stage", [0, 1, 2]), strength=1)
 def test_fixed_memory_and_checkpoint_copy_are_exact(
     ranks: RankPool, tmp_path: Path, stage: int, precision: str
 ) -> None:
