@@ -18,7 +18,7 @@ from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.doctor.context import DoctorContext, experts_per_token
 from dist_moe.doctor.finding import Finding, Outcome
-from dist_moe.engine.optimizer_shards import moments_of
+from dist_moe.engine.optimizer_shards import moment_names
 from dist_moe.model.build import empty_model, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.text import counted, format_bytes
@@ -109,7 +109,7 @@ def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool) -
 
 def moment_count(config: Config) -> int:
     """Return how many moments the optimizer keeps per parameter."""
-    return len(moments_of(config.train.optimizer, config.train.momentum))
+    return len(moment_names(config.train.optimizer, config.train.momentum))
 
 
 def _activation_bytes(config: Config, shape: ModelShape, item: int) -> int:

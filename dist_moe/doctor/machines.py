@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.observe.record import versions
 from dist_moe.text import counted, format_bytes
+from dist_moe.worker.source_digest import source_digest
 
 SMALL_BYTES = 16 << 10
 REPETITIONS = 20
@@ -27,16 +27,8 @@ WIDTH = 8
 
 def check_versions(context: DoctorContext) -> Finding:
     """Compare Python, the libraries and the sources of this package over all ranks."""
-    own = {**versions(), "dist-moe source": source_digest()}
+    own = {**versions(), "dist-moe source": source_digest()[:12]}
     return compare_versions(all_gather_objects(own))
-
-
-def source_digest() -> str:
-    """Return 12 hexadecimal digits of a hash over the package's Python files."""
-    digest, package = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def compare_versions(by_rank: Sequence[Mapping[str, str | None]]) -> Finding:

@@ -48,10 +48,10 @@ def check_ports(context: DoctorContext) -> Finding:
 
 def reachable_address() -> str:
     """Return the address at which the other hosts reach this one. A collective call."""
-    addresses = all_gather_objects(address_towards(os.environ["MASTER_ADDR"]))
+    addresses = all_gather_objects(source_address(os.environ["MASTER_ADDR"]))
     # On the host of MASTER_ADDR itself, the route to that name may lead over the loopback interface.
     external = next((address for address in addresses if not address.startswith("127.")), addresses[0])
-    return address_towards(external)
+    return source_address(external)
 
 
 def connection_error(address: tuple[str, int], timeout_s: float) -> str:

@@ -166,7 +166,7 @@ def small_run(
     with start_training(config, task, context.prepared, mesh, settings) as training:
         set_pg_timeouts(context.limit_s)
         if checkpoint is not None:
-            restore_run(checkpoint, training)
+            restore(checkpoint, training)
         yield training
 
 

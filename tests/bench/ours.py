@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import AsyncSaver
-from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore_run
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.engine.train_state import TrainState
@@ -74,7 +74,7 @@ def load(rank: int, world_size: int, overrides: list[str], weights: list[Tensor]
 
     checkpoint, weights_cost = measure_cost(load_weights)
     with start_training(config, task, prepared, mesh, settings) as training:
-        _, state_cost = measure_cost(lambda: restore_run(checkpoint, training))
+        _, state_cost = measure_cost(lambda: restore(checkpoint, training))
         assert all(map(torch.equal, weights, task.parameters()))
     return weights_cost.seconds + state_cost.seconds, max(weights_cost.peak_mib, state_cost.peak_mib)
 
