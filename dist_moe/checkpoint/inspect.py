@@ -24,8 +24,8 @@ from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
 from dist_moe.checkpoint.training_state import read_balance, read_counters
 from dist_moe.config.pretrained import OWN_PREFIX
-from dist_moe.config.untrusted import printable
 from dist_moe.text import format_bytes
+from dist_moe.untrusted import printable
 
 BIAS_PATTERN = re.compile(r"(.+)\.gate\.(?:e_score_correction_bias|selection_bias)")
 MAX_EXPERTS = 1 << 20

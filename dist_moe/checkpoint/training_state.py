@@ -23,7 +23,6 @@ from dist_moe.checkpoint.format.manifest import first_line, read_strict_json
 from dist_moe.checkpoint.format.shard_reader import RANDOM, ShardReader
 from dist_moe.checkpoint.format.tensor_header import read_header
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.base import Section
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.engine.optimizer_shards import (
     MASTER,
@@ -36,6 +35,7 @@ from dist_moe.engine.optimizer_shards import (
     tensor_fragments,
 )
 from dist_moe.engine.train_state import TrainState
+from dist_moe.section import Section
 
 BALANCE_FILE = "balance.safetensors"
 COUNTERS_FILE = "training.json"

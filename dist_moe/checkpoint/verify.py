@@ -23,12 +23,12 @@ from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, read_header
 from dist_moe.checkpoint.training_state import Counters, read_balance, read_counters
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config import Config, load_config
-from dist_moe.config.untrusted import printable
+from dist_moe.config import Config, load_stored_config
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, moment_names
 from dist_moe.errors import UserError
 from dist_moe.model.convert import find_layers
+from dist_moe.untrusted import printable
 
 SINGLE_RANK = Mesh(world_size=1, rank=0, expert_parallel=1)
 CHUNK_NUMEL = 1 << 22
@@ -120,7 +120,7 @@ def _check_weights(model: Path) -> Iterator[str]:
 
 
 def _check_optimizer(folder: Path) -> Iterator[str]:
-    config, counters = load_config(folder / "config.yaml"), read_counters(folder / "state")
+    config, counters = load_stored_config(folder / "config.yaml"), read_counters(folder / "state")
     numels = {part.name: part.numel for part in parameter_slices(_empty_model(folder / "model"), SINGLE_RANK)}
     ranges: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for path in sorted((folder / "state").glob("rank-*.safetensors")):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_moe.config.load import load_config
+from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.schema import Config
-from dist_moe.config.untrusted import read_json
 from dist_moe.errors import ConfigError, Violation
+from dist_moe.untrusted import read_json
 
 OWN_PREFIX = "dist_moe_"
 """Before the model_type of a weights folder that routes as its architecture cannot."""
@@ -66,7 +66,7 @@ def stated_model(config: Config, cls: Any, known: set[str]) -> tuple[dict[str, A
         return _stated(folder, config.model.architecture, cls, known)
     for checkpoint in own_checkpoints(config):
         try:
-            before = load_config(checkpoint / "config.yaml").model
+            before = load_stored_config(checkpoint / "config.yaml").model
         except ConfigError:
             continue
         if before.pretrained is not None and before.architecture == config.model.architecture:

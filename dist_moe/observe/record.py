@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from dist_moe.errors import needs_folder
+from dist_moe.files import write_atomically
 from dist_moe.observe.jsonl import LineFile
 
 RECORDED_DISTRIBUTIONS = (
@@ -122,8 +123,8 @@ class RunRecorder:
         }
         with needs_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / "run.json", _json(description, indent=2) + "\n")
-            _replace(self.folder / "config.yaml", config_yaml)
+            write_atomically(self.folder / "run.json", _json(description, indent=2) + "\n")
+            write_atomically(self.folder / "config.yaml", config_yaml)
 
 
 def versions() -> dict[str, str | None]:
@@ -198,10 +199,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    # A rename is atomic: a reader, or a crash, sees the old file or the new one.
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

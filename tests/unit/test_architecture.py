@@ -18,7 +18,7 @@ Rule = Callable[[Source], Iterator[str]]
 OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests")]
 
-GROUND = {"errors", "text"}
+GROUND = {"errors", "files", "section", "text", "untrusted"}
 TO_CONFIG = GROUND | {"config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
 TO_MODEL = TO_COMM | {"data", "balance", "moe", "model", "observe"}
@@ -26,7 +26,10 @@ TO_ENGINE = TO_MODEL | {"engine"}
 TO_TRAIN = TO_ENGINE | {"checkpoint", "health", "train"}
 MAY_IMPORT = {
     "text": set[str](),
+    "untrusted": set[str](),
     "errors": {"text"},
+    "files": {"errors", "text"},
+    "section": {"errors", "text"},
     "config": GROUND,
     "worker": TO_CONFIG,
     "comm": TO_CONFIG | {"worker"},

@@ -1,8 +1,31 @@
-"""Tests of the formatting of values for messages."""
+"""Formatting of values, lists and sizes for messages."""
 
 import pytest
 
-from dist_moe.text import counted, format_bytes
+from dist_moe.text import counted, divisors, format_bytes, listed, nearest, shown
+
+
+def test_values_are_one_short_line() -> None:
+    assert [shown(value) for value in (3, True, None, "", "a\nb", [1], 1e-6)] == [
+        *("3", "true", "null", '""', "a b", "[1]", "1e-06")
+    ]
+    assert len(shown("x" * 200)) == 80 and shown("x" * 200).endswith("...")
+
+
+def test_lists_are_joined_and_cut() -> None:
+    assert [listed(range(count)) for count in range(4)] == ["", "0", "0 or 1", "0, 1 or 2"]
+    assert listed("abc", last="and", most=3) == "a, b and c"
+    assert listed("abcde", last="and", most=3) == "a, b, c and 2 more"
+    assert listed("ab", most=1) == "a and 1 more"
+
+
+def test_divisors_ascend() -> None:
+    assert [divisors(number) for number in (1, 7, 12)] == [[1], [1, 7], [1, 2, 3, 4, 6, 12]]
+
+
+def test_the_nearest_word_is_close_or_none() -> None:
+    assert nearest("stepps", ["step", "steps"]) == "steps"
+    assert nearest("qqq", ["step"]) is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dist_moe.config.base import Section
+from dist_moe.section import Section
 
 
 class BalanceConfig(Section):
@@ -53,7 +53,7 @@ class BalanceConfig(Section):
     )
     applies_to: Literal["selection", "gate_weights"] = Field(
         default="selection",
-        description="what adaptive_weight applies to: the selection alone, or the gate weights too (gate_weights)",
+        description="the use of the weights of adaptive_weight: selection, or gate_weights (in both)",
     )
     auxiliary_loss: float = Field(
         default=0.0,

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from dist_moe.config.base import Section
 from dist_moe.config.family import Score
+from dist_moe.section import Section
 
 
 class RouterConfig(Section):

@@ -97,7 +97,7 @@ except RunFolderError as error:
 """
     output = run_on_disk(tmp_path, "256k", program)
     assert output.startswith(f"run.dir={tmp_path}/run cannot be written (Read-only file system: ")
-    assert "name a folder on a disk that has room and may be written" in output
+    assert "set run.dir to a folder on a disk with free space and write permission" in output
 
 
 def test_a_file_in_place_of_the_folder_is_the_same_error(tmp_path: Path) -> None:

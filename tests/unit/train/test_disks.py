@@ -100,7 +100,7 @@ def test_a_run_whose_folder_cannot_be_written_ends_before_training(
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
     assert done.stderr.startswith(f"run.dir={disk}/run cannot be written ({reason}: ")
-    assert done.stderr.count("\n") == 1 and "name a folder on a disk that has room" in done.stderr
+    assert done.stderr.count("\n") == 1 and "set run.dir to a folder on a disk with free space" in done.stderr
 
 
 def test_tokens_that_change_during_a_run_end_it_with_all_steps_saved_and_it_resumes(
