@@ -128,7 +128,7 @@ def test_a_class_default_is_used_and_blamed_by_its_name() -> None:
     lean = {key: value for key, value in config.model.config.items() if key not in ("n_group", "topk_group")}
     config = config.model_copy(update={"model": config.model.model_copy(update={"config": lean})})
     assert list(violations(config)) == ["model.config.n_group"]  # DeepSeek-V3's own 8 groups, of 12 experts
-    assert not violations(config.model_copy(update={"router": debug("router={groups: 2, top_groups: 1}").router}))
+    assert not violations(config.model_copy(update={"router": debug("router={groups: 2, topk_groups: 1}").router}))
 
 
 @pytest.mark.parametrize("name", ["top_k=3", "scaling_factor=2.0", "normalize=false", "groups=2", "topk_groups=2"])
