@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, first of all those of a configuration: all of its violations at once."""
+"""Errors that the user can fix, first of all those of a configuration: all of its violations at once."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from dist_moe.text import shown
 
 
 class Absent(Enum):
-    """Stands for the value of a key that is not there."""
+    """The value of a key that is missing, where None is a value of its own."""
 
     ABSENT = "absent"
 
@@ -21,10 +21,11 @@ ABSENT = Absent.ABSENT
 class Violation(NamedTuple):
     """One broken rule.
 
-    key: dotted path (`parallel.expert_parallel`), or the path of a file.
-    value: what stands there; `ABSENT` where nothing does.
-    rule: the rule that is broken, worded to follow the value.
-    remedy: what to do about it.
+    Attributes:
+        key: dotted path of the key (`parallel.expert_parallel`), or the path of a file.
+        value: the value of the key; `ABSENT` where it has none.
+        rule: the rule that is broken, worded to follow the value.
+        remedy: how to fix it.
     """
 
     key: str
@@ -38,7 +39,7 @@ class Violation(NamedTuple):
 
 
 class UserError(Exception):
-    """An error that is the user's to mend: its message says what, why and how, and a traceback would say no more."""
+    """An error that the user can fix. Its message has value, rule and remedy, and is printed without a traceback."""
 
 
 class ConfigError(UserError, ValueError):
@@ -58,20 +59,22 @@ class RunFolderError(UserError):
 
 @contextlib.contextmanager
 def needs_folder(folder: Path) -> Iterator[None]:
-    """Errors: RunFolderError in place of an OSError in the block."""
+    """Turn an OSError of the block into a RunFolderError that names `folder` as run.dir."""
     try:
         yield
     except OSError as error:
         rule = f"cannot be written ({error.strerror or error}: {error.filename or folder})"
-        remedy = "name a folder on a disk that has room and may be written"
+        remedy = "set run.dir to a folder on a disk with free space and write permission"
         raise RunFolderError(f"run.dir={folder} {rule}; {remedy}") from error
 
 
 class DataError(UserError):
     """Data that cannot be fetched, read or split.
 
-    value is what was met (a source name, `file:line`, a setting), rule what it breaks, remedy what to do
-    about it.
+    Attributes:
+        value: what is wrong (the name of a source, `file:line`, a setting).
+        rule: the rule that is broken, worded to follow the value.
+        remedy: how to fix it.
     """
 
     def __init__(self, value: str, rule: str, remedy: str) -> None:
@@ -81,6 +84,5 @@ class DataError(UserError):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[type["DataError"], tuple[str, str, str]]:
-        """Let the error cross a process border: the default would rebuild it from its one-line message
-        alone."""
+        """Pickle all three parts; the default would rebuild the error from its message alone."""
         return type(self), (self.value, self.rule, self.remedy)

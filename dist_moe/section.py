@@ -1,14 +1,25 @@
-"""The base class of every validated record: a section of the configuration, a policy, a file of a checkpoint."""
+"""The base class of validated records: sections of the configuration and files of a checkpoint."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from dist_moe.errors import Violation
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+BROKEN_RULES = "broken_rules"
 
 
 class Section(BaseModel):
-    """Frozen, and strict: no unknown key, no text for a number, no infinity."""
+    """A frozen model that refuses unknown keys, text in place of a number, infinity and NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def broken_rules(violations: Sequence[Violation]) -> PydanticCustomError:
+    """Return the error that a validator raises to report violations in their own words."""
+    text = "; ".join(str(violation) for violation in violations)
+    return PydanticCustomError(BROKEN_RULES, "{text}", {"text": text, "violations": list(violations)})

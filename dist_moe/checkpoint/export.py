@@ -16,13 +16,15 @@ from safetensors import safe_open
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_folder import read_headers, read_raw_config
 from dist_moe.checkpoint.format.layout import PARTIAL, resolve_path
-from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, find_damage, read_manifest, sync_folder
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, find_damage, read_manifest
 from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.format.tensor_header import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, read_header
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
-from dist_moe.config.untrusted import read_text
 from dist_moe.data.cache import file_sha256
 from dist_moe.engine.optimizer_shards import MASTER
+from dist_moe.files import sync_folder
+from dist_moe.text import listed
+from dist_moe.untrusted import read_text
 
 Dtype = Literal["fp32", "bf16", "keep"]
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -54,7 +56,7 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
         manifest = read_manifest(source)
         used = [name for name in manifest.files if name.startswith(("model/", "state/rank-"))]
         if damage := find_damage(source, manifest, used):
-            raise CheckpointError(f"{source} is damaged: {', '.join(damage[:3])}; export another one")
+            raise CheckpointError(f"{source} is damaged: {listed(damage, last='and', most=3)}; export another one")
     try:
         partial.mkdir(parents=True)
         try:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio
@@ -25,7 +24,8 @@ from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
 from dist_moe.checkpoint.training_state import read_balance, read_counters
 from dist_moe.config.pretrained import OWN_PREFIX
-from dist_moe.config.untrusted import printable
+from dist_moe.text import format_bytes
+from dist_moe.untrusted import printable
 
 BIAS_PATTERN = re.compile(r"(.+)\.gate\.(?:e_score_correction_bias|selection_bias)")
 MAX_EXPERTS = 1 << 20
@@ -143,7 +143,7 @@ def format_lines(description: Mapping[str, Any]) -> Iterator[str]:
             f"written by {layout['workers']} workers, expert parallel {layout['expert_parallel']}, ZeRO "
             f"{layout['zero_stage']}, {'bf16' if layout['bf16'] else 'fp32'}"
         )
-    yield "size: " + ", ".join(f"{part} {decimal(size)}" for part, size in sizes.items())
+    yield "size: " + ", ".join(f"{part} {format_bytes(size)}" for part, size in sizes.items())
     experts = " or ".join(map(str, model["experts"])) or "no"
     dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in model["dtypes"].items())
     yield f"model type {model['model_type']}, loads with {model['opens_with']}"

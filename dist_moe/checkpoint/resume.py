@@ -27,12 +27,13 @@ from dist_moe.checkpoint.format.manifest import (
 from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.training_state import COUNTERS_FILE, Counters, read_counters, restore_state
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config import Config, load_config
+from dist_moe.config import Config, load_stored_config
 from dist_moe.data.corpus import TokenizedData
-from dist_moe.data.source_manifest import difference
+from dist_moe.data.source_manifest import describe_changes
 from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
 from dist_moe.model.task import LanguageModelTask
+from dist_moe.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +219,7 @@ def check_checkpoint(folder: Path, mesh: Mesh, hosts: Hosts) -> str | None:
     damage = [message for _, messages in parts for message in messages]
     if not damage:
         return None
-    more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
-    return f"{folder} is damaged: {', '.join(damage[:3])}{more}"
+    return f"{folder} is damaged: {listed(damage, last='and', most=3)}"
 
 
 def _check_part(folder: Path, index: int, count: int) -> tuple[str | None, list[str]]:
@@ -243,7 +243,7 @@ def check_same_run(config: Config, prepared: TokenizedData, folder: Path, counte
         CheckpointError: A field of RUN_IDENTITY_FIELDS differs, or the text.
     """
     try:
-        before = load_config(folder / "config.yaml").model_dump()
+        before = load_stored_config(folder / "config.yaml").model_dump()
     except UserError as error:
         raise CheckpointError(f"{folder / 'config.yaml'} cannot be used ({error})") from None
     now = config.model_dump()
@@ -257,7 +257,7 @@ def check_same_run(config: Config, prepared: TokenizedData, folder: Path, counte
             f"checkpoint.resume={folder}"
         )
     if counters.corpus != prepared.fingerprint:
-        changes = difference(prepared.folder.with_name(counters.corpus), prepared.folder)
+        changes = describe_changes(prepared.folder.with_name(counters.corpus), prepared.folder)
         raise CheckpointError(
             f"the text of data.sources={config.data.sources} is not the one that {folder} was trained on"
             f"{f' ({changes})' if changes else ''}; restore the files, or start again with checkpoint.resume=never"

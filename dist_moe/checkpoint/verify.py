@@ -23,12 +23,12 @@ from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, read_header
 from dist_moe.checkpoint.training_state import Counters, read_balance, read_counters
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config import Config, load_config
-from dist_moe.config.untrusted import printable
+from dist_moe.config import Config, load_stored_config
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, moment_names
 from dist_moe.errors import UserError
 from dist_moe.model.convert import find_layers
+from dist_moe.untrusted import printable
 
 SINGLE_RANK = Mesh(world_size=1, rank=0, expert_parallel=1)
 CHUNK_NUMEL = 1 << 22
@@ -120,7 +120,7 @@ def _check_weights(model: Path) -> Iterator[str]:
 
 
 def _check_optimizer(folder: Path) -> Iterator[str]:
-    config, counters = load_config(folder / "config.yaml"), read_counters(folder / "state")
+    config, counters = load_stored_config(folder / "config.yaml"), read_counters(folder / "state")
     numels = {part.name: part.numel for part in parameter_slices(_empty_model(folder / "model"), SINGLE_RANK)}
     ranges: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for path in sorted((folder / "state").glob("rank-*.safetensors")):
@@ -186,11 +186,16 @@ def _check_finite(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*/*.safetensors")):
         names = [stored.name for stored in read_header(path).values() if stored.dtype in FLOAT_DTYPES]
         with safe_open(path, framework="pt") as file:
-            for name in names:
-                # In chunks: isfinite allocates a mask of the size of its input.
-                chunks = file.get_tensor(name).view(-1).split(CHUNK_NUMEL)
-                if not all(bool(chunk.isfinite().all()) for chunk in chunks):
-                    yield f"{path.relative_to(folder)} holds non-finite numbers in {printable(name)}"
+            yield from (
+                f"{path.relative_to(folder)} holds non-finite numbers in {printable(name)}"
+                for name in names
+                if not _is_finite(file.get_tensor(name))
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # In chunks: isfinite allocates a mask of the size of its input.
+    return all(bool(chunk.isfinite().all()) for chunk in tensor.view(-1).split(CHUNK_NUMEL))
 
 
 def _check_tokenizer(model: Path) -> Iterator[str]:

@@ -36,7 +36,7 @@ def doctor(
     """
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
-    from dist_moe.doctor.temporary import temporary
+    from dist_moe.doctor.temporary import temporary_folder
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
@@ -57,7 +57,7 @@ def doctor(
         job = Job(apart, config, words, launcher, cluster, workers, runner)
         resolve(settings, job.workers)
     findings = [Finding("configuration", Outcome.passed, f"every rule holds for {job.workers} workers")]
-    with temporary(folder):
+    with temporary_folder(folder):
         try:
             outcome = job.run()
             told = "" if outcome.code == 0 else outcome.message or f"exit code {outcome.code}"
@@ -79,7 +79,7 @@ def doctor(
 def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None) -> int:
     """As one of the workers that a launcher has started by hand; rank 0 shows the table -> the exit code."""
     from dist_moe.config import load_config, resolve
-    from dist_moe.doctor.examine import examine
+    from dist_moe.doctor.checks import run_checks
     from dist_moe.doctor.finding import table, write_json
     from dist_moe.worker.exit import flush_output
     from dist_moe.worker.rank_info import rank_info_from_env
@@ -99,7 +99,7 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
         flush_output()
         os._exit(failed(found))
 
-    return failed(examine(resolved, rank_info, folder, tell, leave))
+    return failed(run_checks(resolved, rank_info, folder, tell, leave))
 
 
 def failed(findings: Sequence["Finding"]) -> int:
@@ -118,7 +118,7 @@ def name_accelerator(backend: str, rank_info: "RankInfo") -> None:
 
 def run_doctor_worker(resolved: "Resolved", rank_info: "RankInfo", findings: Path) -> None:
     """One worker's part; rank 0 writes what was found."""
-    from dist_moe.doctor.examine import examine
+    from dist_moe.doctor.checks import run_checks
     from dist_moe.doctor.finding import write_json
     from dist_moe.errors import UserError
     from dist_moe.worker.contract import USER_ERROR_CODE
@@ -132,4 +132,4 @@ def run_doctor_worker(resolved: "Resolved", rank_info: "RankInfo", findings: Pat
         lost = UserError("the workers have lost each other; the check in which that was says more, if it is below")
         end_process(findings.parent, rank_info.rank, lost, USER_ERROR_CODE)
 
-    examine(resolved, rank_info, findings.parent / "trial", tell, leave)
+    run_checks(resolved, rank_info, findings.parent / "trial", tell, leave)

@@ -107,8 +107,8 @@ def train(
     from dist_moe.worker.rank_info import rank_info_from_env
 
     with report_user_errors():
-        settings = load_config(config, overrides or ())
         rank_info = rank_info_from_env(os.environ)
+        settings = load_config(config, overrides or (), rank_info.world_size)
         fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
     with report_failure(settings.run.dir, rank_info.rank):
         resolved = resolve(settings, rank_info.world_size)
@@ -203,7 +203,7 @@ def check(config: Path, overrides: list[str] | None, workers: int) -> str:
     """The whole configuration as YAML; ConfigError with every rule that it breaks for this many workers."""
     from dist_moe.config import dump_config, load_config, resolve
 
-    return dump_config(resolve(load_config(config, overrides or ()), workers).config)
+    return dump_config(resolve(load_config(config, overrides or (), workers), workers).config)
 
 
 def restore_visible_devices() -> None:

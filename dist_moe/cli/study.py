@@ -23,9 +23,9 @@ def controllers(
     """Measure how fast and how steadily each balancing policy levels random, drifting scores; minutes on a CPU."""
     from time import perf_counter
 
-    from dist_moe.study.controllers import make_plan, run_plan
-    from dist_moe.study.results import write_results
-    from dist_moe.study.table import notes, terminal_tables
+    from dist_moe.study.controllers.results import write_results
+    from dist_moe.study.controllers.simulation import make_plan, run_plan
+    from dist_moe.study.controllers.table import notes, terminal_tables
 
     console = Console()
     with report_user_errors():
@@ -85,3 +85,20 @@ def hops(
     with report_user_errors():
         for table in run([Size(count, top_k, width) for count in tokens or TOKENS], repetitions, out):
             Console().print(table)
+
+
+@study_app.command()
+def load(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs of one model.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("load.png"),
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="MoE layer of the heat maps; the least balanced one by default.")
+    ] = None,
+    dark: Annotated[bool, typer.Option("--dark", help="Use colors for a dark page.")] = False,
+) -> None:
+    """Draw MaxVio over steps and the load of each expert from the metrics of runs."""
+    from dist_moe.study.load import draw_load_figure, read_histories
+
+    with report_user_errors():
+        draw_load_figure(out, read_histories(run_dirs), layer, "dark" if dark else "light")
+    Console().print(f"Figure: {out}", markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
-"""What a run is: its fields, how they are read, and whether they fit together."""
+"""The configuration of a run: its fields, how they are read, and whether they fit together."""
 
 from dist_moe.config.load import dump_config, load_config
+from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.resolve import Resolved, resolve
 from dist_moe.config.schema import Config
 from dist_moe.errors import ConfigError, Violation
@@ -16,5 +17,6 @@ __all__ = [
     "dump_config",
     "family_of",
     "load_config",
+    "load_stored_config",
     "resolve",
 ]

@@ -1,86 +1,51 @@
-"""A configuration out of a YAML file and `key=value` overrides, and back into YAML."""
+"""Loads a configuration from a YAML file and `key=value` overrides, and writes it back as YAML."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from dist_moe.config.messages import explain
+from dist_moe.config.messages import validate, validate_rest
+from dist_moe.config.renamed_keys import upgrade_keys
+from dist_moe.config.resolve import cross_field_violations, independent_of
 from dist_moe.config.schema import Config
-from dist_moe.config.yaml_io import parse, render
-from dist_moe.errors import ABSENT, ConfigError, Violation
+from dist_moe.config.yaml_io import apply_overrides, read_mapping, render
+from dist_moe.errors import ConfigError, Violation
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the YAML file, lays the overrides over it, and validates the whole.
+def load_config(path: str | Path, overrides: Sequence[str] = (), workers: int | None = None) -> Config:
+    """Read the YAML file, apply the overrides, and validate the whole.
 
-    overrides: texts like `train.steps=20`; the value is parsed as YAML, a later one wins.
-    Raises ConfigError with everything that is wrong: an unreadable file, broken YAML, an override without
-    `=`, an unknown key (the nearest known one is named), a value of the wrong type or out of range. What
-    depends on several fields or on the number of workers is `check.resolve`'s part.
+    Rules that join several fields are those of `resolve`. Where something else is wrong already, they are checked here
+    too, as far as they do not depend on it, so that the error lists everything at once; this imports transformers.
+
+    Args:
+        path: the YAML file of a run.
+        overrides: texts like `train.steps=20`; the value is parsed as YAML, and a later one wins.
+        workers: the processes of the run, all hosts together, where they are known: rules that depend on them.
+
+    Raises:
+        ConfigError: with everything that is wrong: a file that cannot be read, invalid YAML, an override without `=`,
+            an unknown key (with the nearest known one), a key of an earlier version (with the new one), or a value of
+            the wrong type or out of range.
     """
-    settings = _read(Path(path))
-    violations = [found for override in overrides if (found := _override(settings, override)) is not None]
+    settings = read_mapping(Path(path))
+    violations = apply_overrides(settings, overrides)
+    violations += [change.violation() for change in upgrade_keys(settings)]
+    broken = {violation.key for violation in violations}
+    later: list[Violation] = []
     try:
-        config = Config.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError([*violations, *explain(error, settings)]) from None
-    if violations:
-        raise ConfigError(violations)
-    return config
+        config = validate(settings)
+    except ConfigError as error:
+        violations += error.violations
+        config, invalid, later = validate_rest(settings)
+        broken |= invalid
+    if not violations:
+        return config
+    if workers is None:
+        broken.add("workers")
+    later += cross_field_violations(config, workers or 1)
+    raise ConfigError([*violations, *independent_of(broken, config, later)])
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML with every field, which `load_config` reads back as an equal one."""
+    """Write the configuration as YAML with every field; `load_config` reads it back as an equal one."""
     return render(config.model_dump())
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    key = str(path)
-    try:
-        settings = parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        rule = f"cannot be read ({error.strerror})"
-        raise ConfigError([Violation(key, ABSENT, rule, "give the path of a YAML file")]) from error
-    except UnicodeDecodeError as error:
-        rule = f"is not UTF-8 (byte {error.start})"
-        raise ConfigError([Violation(key, ABSENT, rule, "save it as UTF-8 text")]) from error
-    except yaml.YAMLError as error:
-        rule = f"is not valid YAML ({' '.join(str(error).split())})"
-        raise ConfigError([Violation(key, ABSENT, rule, "correct the line it names")]) from error
-    if settings is None:
-        settings = {}
-    if not isinstance(settings, dict):
-        rule = f"holds a {type(settings).__name__}, not a mapping"
-        remedy = "write sections such as `train:` with their keys below"
-        raise ConfigError([Violation(key, ABSENT, rule, remedy)])
-    for name in Config.model_fields:  # a section whose keys are all commented out is an empty one
-        if name in settings and settings[name] is None:
-            settings[name] = {}
-    return settings
-
-
-def _override(settings: dict[Any, Any], override: str) -> Violation | None:
-    """Writes one `a.b.c=value` into the nested settings; what is wrong with it, if anything."""
-    dotted, equals, text = override.partition("=")
-    names = dotted.strip().split(".")
-    if not equals or not all(names):
-        rule = "is not of the form key=value"
-        return Violation("override", override, rule, "write for example train.steps=20")
-    try:
-        value = parse(text)
-    except yaml.YAMLError:
-        return Violation(".".join(names), text, "is not valid YAML", "quote the value: key='\"text\"'")
-    place = settings
-    for depth, name in enumerate(names[:-1], start=1):
-        inner = place.get(name)
-        if inner is None:
-            inner = place[name] = {}
-        elif not isinstance(inner, dict):
-            rule = f"has no keys below it, so {dotted} cannot be set"
-            return Violation(".".join(names[:depth]), inner, rule, "give the key of a value")
-        place = inner
-    place[names[-1]] = value
-    return None

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_moe.config.load import load_config
+from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.schema import Config
-from dist_moe.config.untrusted import read_json
 from dist_moe.errors import ConfigError, Violation
+from dist_moe.untrusted import read_json
 
 OWN_PREFIX = "dist_moe_"
 """Prefix of the model_type of a weights folder whose routing the architecture cannot express."""
@@ -74,7 +74,7 @@ def stated_model(config: Config, cls: Any, known: set[str]) -> tuple[dict[str, A
         return _stated(folder, config.model.architecture, cls, known)
     for checkpoint in own_checkpoints(config):
         try:
-            previous = load_config(checkpoint / "config.yaml").model
+            previous = load_stored_config(checkpoint / "config.yaml").model
         except ConfigError:
             continue
         if previous.pretrained is not None and previous.architecture == config.model.architecture:

@@ -1,29 +1,52 @@
-"""Whether the parts of a configuration fit together, and fit a number of workers."""
+"""Checks whether the parts of a configuration fit together, and fit a number of workers."""
 
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
 from dist_moe.config.balancing import balancing_violations
-from dist_moe.config.model import read_model
+from dist_moe.config.model import Reading, read_model, routing_fields
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.train import TrainConfig
 from dist_moe.errors import ConfigError, Violation
+from dist_moe.families.registry import family_of
 from dist_moe.text import divisors, listed
+
+# Key of a violation, or the beginning of one -> the fields that its rule reads beside its own.
+READS: Mapping[str, tuple[str, ...]] = {
+    "train.global_batch_size": ("train.micro_batch_size", "workers"),
+    "train.micro_batch_size": ("train.global_batch_size", "workers"),
+    "train.schedule_steps": ("train.steps",),
+    "train.warmup_steps": ("train.steps", "train.schedule_steps"),
+    "train.momentum": ("train.optimizer",),
+    "parallel.expert_parallel": ("model.architecture", "model.config", "model.pretrained", "workers"),
+    "data.sequence_length": ("model.architecture", "model.config", "model.pretrained"),
+    "data.tokenizer": ("model.pretrained",),
+    "balance.": ("balance.policy", "router.selection", "router.score", "model.architecture"),
+    "router.": (
+        *("router.selection", "router.top_k", "router.max_experts", "router.score", "router.normalize"),
+        *("router.scaling_factor", "router.groups", "router.topk_groups", "balance.policy", "model"),
+    ),
+    "model.": ("model.architecture", "model.config", "model.pretrained", "train.precision"),
+    "model.config.vocab_size": ("model.architecture", "model.pretrained", "data.tokenizer", "data.vocabulary"),
+    "model.pretrained": ("model.architecture", "checkpoint.resume", "run.dir"),
+    "slurm.signal_s": ("slurm.minutes",),
+}
 
 
 @dataclass(frozen=True)
 class Resolved:
     """A configuration that can run on a given number of workers, with what follows from it.
 
-    config: with router.*, train.schedule_steps and, after model.pretrained, model.config filled in.
-    workers: processes, all hosts together.
-    expert_parallel: workers that share one set of experts.
-    accumulation: micro-batches of each worker in an optimizer step.
-    experts: routed experts of an MoE layer.
-    model_config: keyword arguments of the Hugging Face config class, routing values written in. vocab_size
-    is there only where the file gives it, and bos_, eos_ and pad_token_id are None: whoever has the
-    tokenizer sets them.
+    Attributes:
+        config: with router.*, train.schedule_steps and, after model.pretrained, model.config filled in.
+        workers: processes, all hosts together.
+        expert_parallel: workers that share one set of experts.
+        accumulation: micro-batches of each worker in an optimizer step.
+        experts: routed experts of an MoE layer.
+        model_config: keyword arguments of the Hugging Face config class, routing values written in. vocab_size is there
+            only where the file gives it, and bos_, eos_ and pad_token_id are None: they come from the tokenizer.
     """
 
     config: Config
@@ -35,20 +58,18 @@ class Resolved:
 
 
 def resolve(config: Config, workers: int) -> Resolved:
-    """Checks every rule that joins fields or depends on the number of workers.
+    """Check every rule that joins fields or depends on the number of workers, and fill in what follows.
 
-    Raises ConfigError with all violations at once. Needs neither a GPU nor a process group, but transformers.
+    Needs neither a GPU nor a process group, but imports transformers.
+
+    Raises:
+        ConfigError: with all violations at once.
     """
     if workers < 1:
         raise ConfigError([Violation("workers", workers, "is not positive", "give 1 or more")])
-    facts, experts, violations = read_model(config)
-    violations += _batch_violations(config.train, workers)
-    violations += _schedule_violations(config.train)
-    if experts is not None:
-        violations += _expert_parallel_violations(config, workers, experts)
-    accumulation = max(1, config.train.global_batch_size // (workers * config.train.micro_batch_size))
-    if facts is not None:
-        violations += balancing_violations(config, facts.router, facts.experts)
+    reading = read_model(config)
+    violations = _violations(config, workers, reading)
+    facts = reading.facts
     if violations or facts is None:
         raise ConfigError(violations)
     train, asked = config.train, config.parallel.expert_parallel
@@ -57,10 +78,52 @@ def resolve(config: Config, workers: int) -> Resolved:
         config=config.model_copy(update={"router": facts.router, "train": filled, "model": facts.model}),
         workers=workers,
         expert_parallel=gcd(workers, facts.experts) if asked == "auto" else asked,
-        accumulation=accumulation,
+        accumulation=max(1, train.global_batch_size // (workers * train.micro_batch_size)),
         experts=facts.experts,
         model_config=facts.arguments,
     )
+
+
+def cross_field_violations(config: Config, workers: int) -> list[Violation]:
+    """Return what `resolve` would raise; imports transformers."""
+    return _violations(config, workers, read_model(config))
+
+
+def independent_of(broken: Set[str], config: Config, violations: Iterable[Violation]) -> list[Violation]:
+    """Return the violations whose rules read none of the broken fields.
+
+    Args:
+        broken: dotted paths of fields or sections whose intended value is not known, and "workers" where that is not.
+        config: what was checked, with other values for the broken fields.
+        violations: what was found.
+    """
+    fields = routing_fields(family_of(config.model.architecture)).values()
+    routing_keys = {f"model.config.{field}" for field in fields if field is not None}
+
+    def reads(key: str) -> list[str]:
+        known = max((start for start in READS if key.startswith(start)), key=len, default="")
+        own = [key, *READS.get(known, (key.partition(".")[0],))]
+        return [*own, *READS["router."]] if key in routing_keys else own
+
+    return [
+        violation
+        for violation in violations
+        if not any(_overlap(read, field) for read in reads(violation.key) for field in broken)
+    ]
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted paths are equal, or one is below the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _violations(config: Config, workers: int, reading: Reading) -> list[Violation]:
+    found = [*reading.violations, *_batch_violations(config.train, workers), *_schedule_violations(config.train)]
+    if reading.experts is not None:
+        found += _expert_parallel_violations(config, workers, reading.experts)
+    if reading.facts is not None:
+        found += balancing_violations(config, reading.facts.router, reading.facts.experts)
+    return found
 
 
 def _batch_violations(train: TrainConfig, workers: int) -> list[Violation]:

@@ -1,6 +1,6 @@
-"""Every field a run can set, with its type, range, unit and default.
+"""The configuration of a run: every field that can be set, with its type, range, unit, default and description.
 
-A description is worded to follow "give": errors end with it, and the files in `configs/` say the same.
+A description is worded to follow "give", since errors end with it. The configuration reference prints it, too.
 """
 
 from pydantic import Field
@@ -22,28 +22,28 @@ from dist_moe.section import Section
 
 
 class Config(Section):
-    """A whole run, as written in one YAML file."""
+    """The whole configuration of a run, as written in one YAML file."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="the run as a whole")
     model: ModelConfig = Field(description="the Hugging Face model")
     router: RouterConfig = Field(
         default_factory=RouterConfig,
-        description="how a token finds its experts; null means what the Hugging Face config says",
+        description="how tokens are routed to experts; null takes the value of the Hugging Face config",
     )
-    balance: BalanceConfig = Field(default_factory=DEFAULT, description="how the load of the experts is kept even")
+    balance: BalanceConfig = Field(default_factory=DEFAULT, description="how the load of the experts is balanced")
     parallel: ParallelConfig = Field(
-        default_factory=ParallelConfig, description="how the work is divided among the workers"
+        default_factory=ParallelConfig, description="how the work is distributed over the workers"
     )
-    data: DataConfig = Field(description="the text and how it becomes tokens")
-    train: TrainConfig = Field(description="the optimization")
+    data: DataConfig = Field(description="the training text and its tokenizer")
+    train: TrainConfig = Field(description="the optimizer, the batch size and the schedule of the learning rate")
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="when the run is saved, and from where it goes on"
+        default_factory=CheckpointConfig, description="when checkpoints are saved, and from which one the run resumes"
     )
-    observe: ObserveConfig = Field(default_factory=ObserveConfig, description="what is shown, and how often")
+    observe: ObserveConfig = Field(default_factory=ObserveConfig, description="logging, evaluation and monitoring")
     cluster: ClusterConfig = Field(
-        default_factory=ClusterConfig, description="the hosts; without any the run stays on one"
+        default_factory=ClusterConfig, description="the hosts; with none, the run uses this host alone"
     )
-    slurm: SlurmConfig = Field(default_factory=SlurmConfig, description="the job that Slurm is asked for")
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig, description="the job that is submitted to Slurm")
     kubernetes: KubernetesConfig = Field(
-        default_factory=KubernetesConfig, description="the job that Kubernetes is asked for"
+        default_factory=KubernetesConfig, description="the job that is submitted to Kubernetes"
     )

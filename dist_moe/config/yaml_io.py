@@ -1,56 +1,150 @@
-"""The YAML that configurations are written in: safe tags, numbers like 1e-6, no key given twice."""
+"""Reads and writes settings as YAML 1.2 and reads `key=value` overrides: plain values only, no key given twice."""
 
-from collections.abc import Hashable
-from re import compile as pattern
+import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
-# PyYAML follows YAML 1.1, where a number with an exponent needs a dot and a sign: `1e-6` would be a text.
-# This is the float of YAML 1.2, less the integers.
-FLOAT = pattern(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+from dist_moe.errors import ABSENT, ConfigError, Violation
 
-
-class Loader(yaml.SafeLoader):
-    """Plain values only; a key given twice in one mapping is an error, not a silent choice of the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for name, _ in node.value:
-            if name.tag != "tag:yaml.org,2002:merge":
-                key = self.construct_object(name, deep=True)
-                if isinstance(key, Hashable) and key in seen:
-                    problem = f"found the key {key!r} twice"
-                    raise yaml.constructor.ConstructorError(
-                        "while reading a mapping", node.start_mark, problem, name.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+# Aliases let a few lines expand to any size; a configuration has some hundred values.
+MAX_VALUES = 100_000
+LINE_WIDTH = 110
 
 
-class Dumper(yaml.SafeDumper):
-    """Quotes what `Loader` would read as a number; writes no anchors; loses no character of a text."""
+class _Representer(SafeRepresenter):
+    """Writes no anchors, and loses no character of a text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> ScalarNode:
+        # Unusual line breaks (U+0085, U+2028) survive in double quotes only.
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
-def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
-    # Unusual line breaks (U+0085, U+2028) survive in double quotes only.
-    style = None if text.isprintable() else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
-
-Dumper.add_representer(str, _text)
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
-Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def parse(text: str) -> Any:
-    """The value that the YAML text stands for; yaml.YAMLError if it is none."""
-    return yaml.load(text, Loader=Loader)
+    """Parse one YAML document.
+
+    Raises:
+        ValueError: it is not valid YAML, has a tag other than those of plain values, gives a key twice, or nests or
+            expands (by aliases) too far. The message has the line and column where there is one.
+    """
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+        _require_bounded(value)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    except YAMLError as error:
+        raise ValueError(_reason(error)) from None
+    return value
 
 
 def render(value: Any) -> str:
-    """YAML text that `parse` reads back as an equal value, in the given order of keys."""
-    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
+    """Write plain values as YAML that `parse` reads back as an equal value, with keys in the given order."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.width = LINE_WIDTH
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return text.getvalue()
+
+
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """Read the mapping in a YAML file; an empty file holds an empty one.
+
+    Raises:
+        ConfigError: the file cannot be read, is not UTF-8 or not valid YAML, or holds something else.
+    """
+    key = str(path)
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror})"
+        raise ConfigError([Violation(key, ABSENT, rule, "give the path of a YAML file")]) from error
+    except UnicodeDecodeError as error:
+        rule = f"is not UTF-8 (byte {error.start})"
+        raise ConfigError([Violation(key, ABSENT, rule, "save it as UTF-8 text")]) from error
+    except ValueError as error:
+        remedy = "correct the line given in the message"
+        raise ConfigError([Violation(key, ABSENT, f"is not valid YAML ({error})", remedy)]) from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        rule = f"holds a {type(value).__name__}, not a mapping"
+        remedy = "write sections such as `train:` with their keys below"
+        raise ConfigError([Violation(key, ABSENT, rule, remedy)])
+    return value
+
+
+def apply_overrides(settings: dict[Any, Any], overrides: Sequence[str]) -> list[Violation]:
+    """Write overrides like `train.steps=20` into nested settings, in place; a later one wins.
+
+    Returns:
+        One violation for each override that is not of this form, or that sets a key below a value.
+    """
+    found = (_apply_override(settings, override) for override in overrides)
+    return [violation for violation in found if violation is not None]
+
+
+def _apply_override(settings: dict[Any, Any], override: str) -> Violation | None:
+    dotted, equals, text = override.partition("=")
+    names = dotted.strip().split(".")
+    if not equals or not all(names):
+        rule = "is not of the form key=value"
+        return Violation("override", override, rule, "write for example train.steps=20")
+    try:
+        value = parse(text)
+    except ValueError:
+        return Violation(".".join(names), text, "is not valid YAML", "quote the value: key='\"text\"'")
+    mapping = settings
+    for depth, name in enumerate(names[:-1], start=1):
+        inner = mapping.get(name)
+        if inner is None:
+            inner = mapping[name] = {}
+        elif not isinstance(inner, dict):
+            rule = f"has no keys below it, so {dotted} cannot be set"
+            return Violation(".".join(names[:depth]), inner, rule, "give the key of a value")
+        mapping = inner
+    mapping[names[-1]] = value
+    return None
+
+
+def _reason(error: YAMLError) -> str:
+    """Say what is wrong and where, in one line; the message of ruamel.yaml adds hints for its own API."""
+    if not isinstance(error, MarkedYAMLError) or error.problem is None:
+        return " ".join(str(error).split())
+    problem = " ".join(error.problem.split())
+    if isinstance(error, DuplicateKeyError):
+        problem = problem.partition(" with value")[0].replace("found duplicate key", "found a second key")
+    mark = error.problem_mark
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    context = f"{' '.join(error.context.split())}, " if error.context else ""
+    return f"{context}{problem}{where}"
+
+
+def _require_bounded(value: Any) -> None:
+    """Raise ValueError where following all aliases gives more than `MAX_VALUES` values, or never ends."""
+    pending, count = [value], 0
+    while pending:
+        count += 1
+        if count > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            pending.extend(item)

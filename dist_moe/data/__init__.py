@@ -1,1 +1,1 @@
-"""Text to batches: sources, tokenizers, tokens in memory-mapped files, and the endless stream of rows."""
+"""Turns text into batches: sources, tokenizers, memory-mapped token files, and the endless stream of rows."""

@@ -1,4 +1,4 @@
-"""Tokenised documents in memory-mapped files: made once, then opened by every process that asks."""
+"""Tokenizes documents into memory-mapped files, once for all processes, and opens them."""
 
 import hashlib
 import json
@@ -11,31 +11,36 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
-from dist_moe.data.cache import file_sha256, locked
+from dist_moe.data.cache import file_sha256
 from dist_moe.data.files import Document
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.mmap_files import MmapFile, content_digest, same_content
-from dist_moe.data.source_manifest import write_origin
+from dist_moe.data.source_manifest import write_source_manifest
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
 from dist_moe.data.split import SALT, in_validation
 from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from dist_moe.data.writer import SplitWriter
 from dist_moe.errors import DataError
+from dist_moe.files import file_lock
 
-# Part of the key under which tokens are kept: raise it when the files or the way to make them change.
+# Part of the fingerprint: increase it when the files, or how they are made, change.
 FORMAT = 1
 SPLITS = ("train", "validation")
-# Documents are tokenised in groups of about this many characters, so that short ones share the cores too.
+# Documents are tokenized in groups of about this many characters, so that short ones use all cores too.
 GROUP_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one split, each followed by one end token; N documents, the arrays mapped from files.
+    """The N documents of one split, each followed by one end token, as arrays mapped from files.
 
-    tokens: uint16 or uint32, all documents in file order. starts_N1: int64, document i is
-    tokens[starts[i]:starts[i+1]]. domains_N: int64, index into `domains`, which both splits share.
-    text_bytes: UTF-8 bytes of all texts.
+    Attributes:
+        tokens: uint16 or uint32 [tokens], all documents in the order of their sources.
+        starts_N1: int64 [N + 1]; document i is tokens[starts[i]:starts[i+1]].
+        domains_N: int64 [N], indices into `domains`.
+        domains: the names of the domains, shared by both splits.
+        end_id: the id of the end token.
+        text_bytes: UTF-8 bytes of all texts.
     """
 
     tokens: np.ndarray
@@ -48,8 +53,17 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """Tokenizer and both splits; equal fingerprints mean equal tokens. `folder` opens again with
-    `open_prepared`. mapped: the files of both splits."""
+    """The tokenizer, and the tokens of both splits.
+
+    Attributes:
+        tokenizer: what the tokens were made with.
+        train: the split for training.
+        validation: the split for validation.
+        records: the sources, as they were when they were read.
+        fingerprint: equal fingerprints mean equal tokens.
+        folder: where the files are; `open_tokenized` opens it again.
+        files: the mapped files of both splits.
+    """
 
     tokenizer: Tokenizer
     train: Corpus
@@ -57,7 +71,7 @@ class TokenizedData:
     records: tuple[SourceRecord, ...]
     fingerprint: str
     folder: Path
-    mapped: tuple[MmapFile, ...] = ()
+    files: tuple[MmapFile, ...] = ()
 
 
 def prepare(
@@ -68,12 +82,21 @@ def prepare(
     cache: Path,
     pretrained: Path | None = None,
 ) -> TokenizedData:
-    """Fetch, split, tokenise and open, or only open what the cache folder already holds.
+    """Fetch, split and tokenize the sources, or only open the tokens where the cache has them already.
 
-    Safe in several processes at once (one works, the others wait); memory holds one group of documents at a
-    time. vocabulary: tokens, for bpe, which is trained on the training split; for pretrained, the most that the
-    tokenizer in the folder `pretrained` may have. validation_fraction: 0 < f < 1, the chance of a document to fall
-    to validation. Raises DataError, also if a split would be empty.
+    Several processes may call this concurrently: one does the work, the others wait. Memory holds one group of
+    documents at a time.
+
+    Args:
+        sources: names of sources, or paths and globs of local files.
+        tokenizer: which tokenizer; bpe is trained on the training split.
+        vocabulary: tokens of the bpe vocabulary; for pretrained, the most that its tokenizer may have.
+        validation_fraction: the probability that a document belongs to the validation split, 0 < f < 1.
+        cache: the folder for fetched sources and tokens.
+        pretrained: the folder of the pretrained tokenizer.
+
+    Raises:
+        DataError: a source or the tokenizer cannot be used, or a split would be empty.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1")
@@ -87,23 +110,23 @@ def prepare(
     }
     if tokenizer == "bpe":
         settings |= {"vocabulary": vocabulary, "tokenizers": tokenizers.__version__}
-    opened = None
+    given = None
     if tokenizer == "pretrained":
-        opened = _opened(pretrained, vocabulary)
-        digest = hashlib.sha256(opened.files["tokenizer.json"].encode()).hexdigest()
-        settings |= {"tokenizer_sha256": digest, "end": opened.end_id, "tokenizers": tokenizers.__version__}
+        given = _pretrained_tokenizer(pretrained, vocabulary)
+        digest = hashlib.sha256(given.files["tokenizer.json"].encode()).hexdigest()
+        settings |= {"tokenizer_sha256": digest, "end": given.end_id, "tokenizers": tokenizers.__version__}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / "tokens" / fingerprint
-    with locked(folder.with_name(fingerprint + ".lock")):
+    with file_lock(folder.with_name(fingerprint + ".lock")):
         if not _is_whole(folder):
-            _make(folder, records, settings | {"fingerprint": fingerprint}, cache, opened)
+            _make(folder, records, settings | {"fingerprint": fingerprint}, cache, given)
     return _open(folder)
 
 
-def _opened(folder: Path | None, vocabulary: int) -> Tokenizer:
-    """The tokenizer of a pretrained model, whose ids the model knows."""
+def _pretrained_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer:
+    """Load the tokenizer of a pretrained model, and check that the model has an embedding for each of its ids."""
     if folder is None:
-        raise DataError("data.tokenizer=pretrained", "is the tokenizer of no model", "set model.pretrained")
+        raise DataError("data.tokenizer=pretrained", "needs a pretrained model", "set model.pretrained")
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > vocabulary:
         rule = f"has {tokenizer.vocab_size} tokens, and the model {vocabulary}"
@@ -111,10 +134,10 @@ def _opened(folder: Path | None, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def open_prepared(folder: Path) -> TokenizedData:
-    """Open what `prepare` made, mapping its files; DataError if the folder is not whole."""
+def open_tokenized(folder: Path) -> TokenizedData:
+    """Open a folder that `prepare` made, and map its files. Raises DataError if it is incomplete or damaged."""
     if not _is_whole(folder):
-        raise DataError(str(folder), "is not a folder of prepared tokens, or a damaged one", "prepare the data again")
+        raise DataError(str(folder), "is not a folder of tokenized data, or is damaged", "prepare the data again")
     return _open(folder)
 
 
@@ -129,24 +152,24 @@ def _open(folder: Path) -> TokenizedData:
     )
 
 
-def document_names(prepared: TokenizedData, split: str, indices: Collection[int]) -> dict[int, str]:
-    """The names of documents of a split by index, as their source gives them; without those that cannot be read."""
+def document_names(data: TokenizedData, split: str, indices: Collection[int]) -> dict[int, str]:
+    """Return the names of documents of a split by index, as their source gives them; empty if they cannot be read."""
     try:
-        with (prepared.folder / f"{split}.documents.jsonl").open(encoding="utf-8") as lines:
+        with (data.folder / f"{split}.documents.jsonl").open(encoding="utf-8") as lines:
             return {index: str(json.loads(line)["name"]) for index, line in enumerate(lines) if index in indices}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int, files: list[MmapFile]) -> Corpus:
-    def mapped(kind: str, dtype: str) -> np.ndarray:
+    def map_array(kind: str, dtype: str) -> np.ndarray:
         files.append(MmapFile(folder / f"{split}.{kind}"))
         return files[-1].array(dtype)
 
     return Corpus(
-        tokens=mapped("tokens", manifest["dtype"]),
-        starts_N1=mapped("starts", "int64"),
-        domains_N=mapped("domains", "int64"),
+        tokens=map_array("tokens", manifest["dtype"]),
+        starts_N1=map_array("starts", "int64"),
+        domains_N=map_array("domains", "int64"),
         domains=tuple(manifest["domains"]),
         end_id=end_id,
         text_bytes=manifest["splits"][split]["text_bytes"],
@@ -154,9 +177,9 @@ def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int,
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there with their sizes and what they held, and the tokenizer with its hash.
+    """Whether all files have the sizes and digests of the manifest, and the tokenizer its hash.
 
-    Tokens that were prepared before digests were listed have their sizes alone.
+    A manifest of an earlier version has no digests of the token files; then only their sizes are compared.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -169,25 +192,28 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make(
-    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, opened: Tokenizer | None
+    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, given: Tokenizer | None
 ) -> None:
-    """Write beside the folder, then rename; what a killed process or a damage left is cleared away first."""
+    """Write a temporary folder, then rename it; what a killed process left, or a damaged folder, is removed first."""
     partial = folder.with_name(folder.name + ".partial")
     for leftover in (partial, folder):
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir()
-    _write(partial, records, settings, cache, opened)
+    _write(partial, records, settings, cache, given)
     partial.rename(folder)
 
 
 def _write(
-    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, opened: Tokenizer | None
+    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, given: Tokenizer | None
 ) -> None:
-    """Make the token files and, last, the manifest that declares them whole."""
+    """Write the token files and, last, the manifest that marks them as complete.
+
+    given: the tokenizer, where it is not made here.
+    """
     fraction = settings["validation_fraction"]
-    if opened is not None:
-        tokenizer = opened
+    if given is not None:
+        tokenizer = given
     elif settings["tokenizer"] == "bpe":
         documents = _documents(records, cache)
         texts = (each.text for each in documents if not in_validation(each.name, fraction))
@@ -204,7 +230,7 @@ def _write(
             writer.add(document, domain, np.append(ids, tokenizer.end_id))
     for writer in (train, validation):
         _refuse_empty(writer, train.documents + validation.documents, fraction)
-    write_origin(folder, records)
+    write_source_manifest(folder, records)
     paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     manifest = {
         "settings": settings,
@@ -221,7 +247,7 @@ def _write(
 
 
 def _documents(records: Sequence[SourceRecord], cache: Path) -> Iterator[Document]:
-    """The documents of all sources, without the empty ones, which have nothing to predict."""
+    """Yield the documents of all sources, without empty ones, which have nothing to predict."""
     for record in records:
         yield from (document for document in read_documents(record.name, cache) if document.text)
 
@@ -249,6 +275,6 @@ def _refuse_empty(writer: SplitWriter, documents: int, fraction: float) -> None:
         change = "raise" if writer.split == "validation" else "lower"
         raise DataError(
             f"data.validation_fraction={fraction}",
-            f"leaves the {writer.split} split empty: a hash of its name places each of {documents} documents",
-            f"{change} data.validation_fraction, or give more documents (such as a long text cut up)",
+            f"leaves the {writer.split} split empty: each of {documents} documents is assigned by a hash of its name",
+            f"{change} data.validation_fraction, or give more documents (for example a long text in parts)",
         )

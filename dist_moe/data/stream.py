@@ -1,6 +1,6 @@
-"""The endless stream of training rows, whose order depends on the seed and the row number alone.
+"""The endless stream of training rows, in an order that depends on the seed and the row number alone.
 
-B rows, S tokens of a row, N documents, R rows of an epoch.
+Shapes: B rows of a batch, S tokens of a row, N documents, R rows of an epoch.
 """
 
 from dataclasses import dataclass
@@ -14,17 +14,20 @@ from dist_moe.data.corpus import Corpus
 
 NO_LOSS = -100
 PADDING = -1
-# A batch may straddle the border of two epochs; older orders are never asked for again.
+# A batch may span two epochs; older orders are not needed again.
 EPOCHS_KEPT = 2
 
 
 class Batch(NamedTuple):
     """B rows of S tokens, all int64 [B, S].
 
-    tokens: ids (padding holds the end token). targets: the next token, -100 where no loss is due: at
-    padding, and where the input is an end token, since what follows belongs to another document. documents:
-    0, 1, ... within the row; -1 at padding. positions: from 0 at the start of the row and of each document
-    in it; 0 at padding. domains: index into Corpus.domains; -1 at padding.
+    Attributes:
+        tokens_BS: token ids; the end token at padding.
+        targets_BS: the next token; -100 (no loss) at padding, and where the input is an end token, since the next token
+            belongs to another document.
+        documents_BS: 0, 1, ... within the row; -1 at padding.
+        positions_BS: from 0 at the start of the row and of each document in it; 0 at padding.
+        domains_BS: index into Corpus.domains; -1 at padding.
     """
 
     tokens_BS: torch.Tensor
@@ -36,10 +39,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """One way through the corpus: documents laid end to end, and the order of the rows cut from that.
+    """One pass through the corpus: documents are concatenated in some order, cut into rows, and the rows ordered.
 
-    index_N: the document at each place. edges_N1: tokens before each place. rows_R: the row of the cut at
-    each turn.
+    Attributes:
+        index_N: int64 [N], the document at each place of the concatenation.
+        edges_N1: int64 [N + 1], tokens before each place.
+        rows_R: int64 [R], the rows of the cut in the order of the pass.
     """
 
     index_N: np.ndarray
@@ -48,11 +53,20 @@ class Order:
 
 
 class Stream:
-    """Rows of a corpus, without end: row k is number k % R of epoch k // R, and each epoch shuffles
-    documents and rows anew."""
+    """The endless rows of a corpus: row k is number k % R of epoch k // R, and each epoch has its own shuffle of
+    documents and rows."""
 
     def __init__(self, corpus: Corpus, sequence_length: int, seed: int) -> None:
-        """sequence_length: tokens of a row, at least 2; seed: at least 0. Raises ValueError otherwise."""
+        """Make the stream of a corpus.
+
+        Args:
+            corpus: the documents.
+            sequence_length: tokens of a row (S), 2 or more.
+            seed: of the order, 0 or more.
+
+        Raises:
+            ValueError: sequence_length or seed is smaller.
+        """
         if sequence_length < 2 or seed < 0:
             raise ValueError(f"sequence_length={sequence_length}, seed={seed}: lengths start at 2, seeds at 0")
         self._corpus = corpus
@@ -62,13 +76,18 @@ class Stream:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that hold every token once; the last may be padded. The last end token has nothing after it:
-        no row needs it."""
+        """The number of rows that have every token once (R); the last may be padded.
+
+        The last end token of the corpus is no input, as no token follows it.
+        """
         return -(-(len(self._corpus.tokens) - 1) // self._length)
 
     def batch(self, first_row: int, rows: int) -> Batch:
-        """Rows first_row to first_row + rows - 1 of the stream; ValueError if first_row is negative or rows
-        below 1."""
+        """Return rows first_row to first_row + rows - 1 of the stream.
+
+        Raises:
+            ValueError: first_row is negative, or rows is below 1.
+        """
         _check(first_row, rows)
         numbers_B = np.arange(first_row, first_row + rows)
         epochs_B = numbers_B // self.rows_per_epoch
@@ -80,19 +99,21 @@ class Stream:
         return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def documents(self, rows: "Rows") -> list[int]:
-        """Which documents of the corpus some rows hold, ascending indices."""
-        found: set[int] = set()
+        """Return the indices of the documents that these rows have tokens of, ascending."""
+        indices: set[int] = set()
         for number in range(rows.first, rows.first + rows.count):
             order = self._order(number // self.rows_per_epoch)
             begin = int(order.rows_R[number % self.rows_per_epoch]) * self._length
             end = min(begin + self._length, len(self._corpus.tokens) - 1)
             first, last = np.searchsorted(order.edges_N1, [begin, end - 1], side="right") - 1
-            found |= {int(index) for index in order.index_N[first : last + 1]}
-        return sorted(found)
+            indices |= {int(index) for index in order.index_N[first : last + 1]}
+        return sorted(indices)
 
     def in_order(self, first_row: int, rows: int) -> Batch:
-        """Rows of the unshuffled corpus, for evaluation; past its end they are all padding, so that every
-        worker may ask for equally many. ValueError as for `batch`."""
+        """Return rows of the unshuffled corpus, for evaluation; those past its end are padding.
+
+        Every rank can therefore ask for the same number of rows. Raises ValueError as `batch` does.
+        """
         _check(first_row, rows)
         return gather(self._corpus, self._file_order, np.arange(first_row, first_row + rows), self._length)
 
@@ -114,28 +135,27 @@ class Stream:
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows of a stream from number `first` on."""
+    """`count` rows of a stream, beginning with number `first`."""
 
     first: int
     count: int
 
     def of(self, stream: Stream) -> Batch:
-        """The rows themselves."""
+        """Read the rows from a stream."""
         return stream.batch(self.first, self.count)
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """A permutation of range(size), int64, that the key decides.
+    """Return the permutation of range(size) that belongs to a key, int64 [size].
 
-    Sorted raw output of PCG64, which numpy promises not to change; numpy's own shuffles carry no such
-    promise.
+    It sorts the raw output of PCG64, which numpy guarantees to keep; numpy's own shuffles may change.
     """
     raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
     return np.argsort(raw, kind="stable")
 
 
 def gather(corpus: Corpus, order: Order, rows_B: np.ndarray, length: int) -> Batch:
-    """The rows (numbers in the cut, int64 [B]) of an order; only their own tokens are read from the file."""
+    """Read rows (their numbers in the cut, int64 [B]) of an order; only their tokens are read from the file."""
     last = len(corpus.tokens) - 1  # the stream's last end token is no input
     at_BS = rows_B[:, None] * length + np.arange(length)
     padding_BS = at_BS >= last
@@ -160,4 +180,4 @@ def gather(corpus: Corpus, order: Order, rows_B: np.ndarray, length: int) -> Bat
 
 def _check(first_row: int, rows: int) -> None:
     if first_row < 0 or rows < 1:
-        raise ValueError(f"first_row={first_row}, rows={rows}: rows count from 0, and at least 1 is asked for")
+        raise ValueError(f"first_row={first_row}, rows={rows}: rows count from 0, and at least 1 is needed")

@@ -1,5 +1,4 @@
-"""Byte-level tokenizers (256 single bytes, or a BPE trained here); text that spells the end token stays
-text."""
+"""Byte-level tokenizers: 256 single bytes, or a BPE trained here. Text never becomes a special token."""
 
 import json
 import re
@@ -18,11 +17,11 @@ from dist_moe.errors import DataError
 END = "<|endoftext|>"
 BYTES = 256
 MINIMUM_VOCABULARY = BYTES + 1
-# An encoded piece costs about a hundred bytes of memory per token, so long texts are encoded in pieces.
+# Encoding takes about a hundred bytes of memory per token, so long texts are encoded in pieces.
 PIECE_CHARACTERS = 65_536
 PIECES_AT_ONCE = 16
-# The pre-tokenizer (GPT-2's pattern) never joins a visible character to the white space after it, and looks
-# ahead only from white space: between the two, a cut changes no token.
+# The pre-tokenizer (GPT-2's pattern) never joins a visible character to the white space after it, and looks ahead only
+# from white space, so a cut between the two changes no token.
 CUT = re.compile(r"[!-~](?=[ \n])")
 SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -34,10 +33,13 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A byte-level tokenizer; text that spells one of its special tokens stays text.
+    """A byte-level tokenizer; text that spells one of its special tokens is encoded as text.
 
-    end_id: id of the token that ends a document. files: what `save` writes, by name. cut: where a long text may be
-    cut, so that no token spans the cut.
+    Attributes:
+        backend: the tokenizer of the `tokenizers` library.
+        end_id: the id of the token that ends a document.
+        files: the contents that `save` writes, by file name.
+        cut: where a long text may be cut, so that no token spans the cut.
     """
 
     backend: tokenizers.Tokenizer
@@ -47,13 +49,15 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """The highest id and one; the end token and other special ones included."""
+        """The highest id plus one, including the end token and other special tokens."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def token_bytes_V(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int64; 0 for special tokens. They sum to the bytes of the UTF-8 text
-        (as its normal form has them, if the tokenizer has one)."""
+        """Bytes of text that each id decodes to, int64 [V]; 0 for special tokens.
+
+        They sum to the bytes of the UTF-8 text (in the normal form of the tokenizer, if it has one).
+        """
         token_bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for token, token_id in self.backend.get_vocab(with_added_tokens=False).items():
             token_bytes_V[token_id] = len(token)  # each character of the byte-level alphabet is one byte
@@ -67,12 +71,11 @@ class Tokenizer:
         return vocabulary == {character: byte for byte, character in enumerate(byte_alphabet())}
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int64 [tokens]; no end token is added, and none comes from text that spells it."""
+        """Encode a text -> int64 [tokens], without an end token."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int64 [tokens of that text], as `encode` gives them; the texts' pieces share the
-        cores."""
+        """Encode each text as `encode` does -> int64 [tokens of that text]; pieces are encoded in parallel."""
         if self._ids_are_bytes:
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
         ids_by_text: list[list[np.ndarray]] = [[] for _ in texts]
@@ -84,12 +87,12 @@ class Tokenizer:
         return [np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64) for ids in ids_by_text]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; end tokens stand for nothing, and bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids into text; special tokens are skipped, and bytes that are not UTF-8 become U+FFFD."""
         return str(self.backend.decode([int(each) for each in ids], skip_special_tokens=True))
 
     def save(self, folder: Path) -> list[Path]:
-        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` opens to the
-        same ids -> both."""
+        """Write tokenizer.json and tokenizer_config.json -> their paths. `transformers.AutoTokenizer` opens them to a
+        tokenizer with the same ids."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (folder / name).write_text(content, encoding="utf-8")
@@ -97,22 +100,27 @@ class Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, id = byte, and the end token 256."""
+    """Make the tokenizer with one token per byte (id = byte) and the end token 256."""
     vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
     return _finish(tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[])))
 
 
 def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2) of at most `vocabulary` tokens, end
-    token included.
+    """Train a byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; over bytes as in GPT-2).
 
-    The same texts give the same tokenizer. It is smaller than asked where the texts hold too few pairs that
-    occur twice. Raises DataError below 257 tokens.
+    The same texts give the same tokenizer.
+
+    Args:
+        texts: what to train on.
+        vocabulary: the most tokens, end token included. The result has fewer where too few pairs occur twice.
+
+    Raises:
+        DataError: vocabulary is below 257.
     """
     if vocabulary < MINIMUM_VOCABULARY:
         raise DataError(
             f"data.vocabulary={vocabulary}",
-            f"is below the {BYTES} bytes and the end token",
+            f"has no room for the {BYTES} bytes and the end token",
             f"use {MINIMUM_VOCABULARY} or more",
         )
     backend = tokenizers.Tokenizer(models.BPE())
@@ -125,18 +133,17 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
 
 
 def cut(text: str, size: int, where: re.Pattern[str] = CUT) -> Iterator[str]:
-    """The text in pieces of at least `size` characters (the last may be shorter), cut only where no token
-    can span."""
+    """Yield the text in pieces of at least `size` characters (the last may be shorter) that no token spans."""
     start = 0
     while start < len(text):
-        found = where.search(text, start + size - 1)
-        end = found.end() if found else len(text)
+        match = where.search(text, start + size - 1)
+        end = match.end() if match else len(text)
         yield text[start:end]
         start = end
 
 
 def byte_alphabet() -> list[str]:
-    """The visible character that stands for each of the 256 bytes in a byte-level vocabulary (GPT-2's
+    """Return the visible character that represents each of the 256 bytes in a byte-level vocabulary (GPT-2's
     encoder.py)."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(BYTES) if byte not in visible]

@@ -1,4 +1,4 @@
-"""Appends the tokens of one split to its files, document by document."""
+"""Writes the token files of one split, document by document."""
 
 import json
 from contextlib import ExitStack
@@ -11,11 +11,9 @@ from dist_moe.data.files import Document
 
 
 class SplitWriter:
-    """Context manager over the files `<split>.tokens`, `.starts`, `.domains` (raw arrays) and
-    `.documents.jsonl` (to read).
+    """Context manager over the files `SPLIT.tokens`, `.starts`, `.domains` (raw arrays) and `.documents.jsonl`.
 
-    starts has one entry more than there are documents, so that a document's tokens lie between two
-    neighbours.
+    `starts` has one entry more than there are documents: the tokens of document i are between entries i and i + 1.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
@@ -41,7 +39,13 @@ class SplitWriter:
         self._files.close()
 
     def add(self, document: Document, domain: int, ids: np.ndarray) -> None:
-        """Append one document: domain is its index, ids are its tokens with the end token."""
+        """Append one document.
+
+        Args:
+            document: its name, domain and text.
+            domain: the index of its domain.
+            ids: int64 [tokens], with the end token.
+        """
         text_bytes = len(document.text.encode())
         self._token_file.write(ids.astype(self._dtype).tobytes())
         self.documents += 1
@@ -53,5 +57,5 @@ class SplitWriter:
         self._list_file.write(json.dumps(entry).encode() + b"\n")
 
     def totals(self) -> dict[str, int]:
-        """Documents, tokens (end tokens included) and UTF-8 bytes of text written so far."""
+        """Return the documents, tokens (end tokens included) and UTF-8 bytes of text written so far."""
         return {"documents": self.documents, "tokens": self._tokens, "text_bytes": self._text_bytes}

@@ -1,4 +1,4 @@
-"""What is examined: the configuration as it would run, in a job of real workers."""
+"""The inputs of every check: the resolved configuration and the running process group."""
 
 import math
 from dataclasses import dataclass
@@ -14,8 +14,11 @@ from dist_moe.data.corpus import TokenizedData
 from dist_moe.engine.precision import choose_precision
 
 
-def experts_taken(config: Config) -> int:
-    """How many experts a token takes: top-K; with a threshold the budget, and where there is none at most so many."""
+def experts_per_token(config: Config) -> int:
+    """Experts that a token takes, for estimates.
+
+    This is top-K, or with threshold routing the target number of experts, or without a target the largest number.
+    """
     router = config.router
     if router.selection == "threshold" and router.target_experts_per_token:
         return math.ceil(router.target_experts_per_token)
@@ -24,9 +27,15 @@ def experts_taken(config: Config) -> int:
 
 @dataclass(frozen=True)
 class DoctorContext:
-    """resolved: for this number of workers. folder: of the doctor alone, on the file system of run.dir.
+    """What a check has to work with.
 
-    prepared: the text; None where it could not be had. limit_s: how long a collective of a check may take.
+    Attributes:
+        resolved: the configuration, resolved for this number of workers.
+        dist_context: the process group that the workers have joined.
+        mesh: the layout of the run.
+        folder: a temporary folder on the file system of run.dir.
+        prepared: the tokenized text; None where it is not available.
+        limit_s: timeout of a collective, in seconds.
     """
 
     resolved: Resolved
@@ -38,17 +47,17 @@ class DoctorContext:
 
     @property
     def config(self) -> Config:
-        """The resolved one."""
+        """The resolved configuration."""
         return self.resolved.config
 
     @cached_property
     def message_bytes(self) -> int:
-        """About what a rank sends in one exchange of a micro-batch."""
+        """Bytes that a rank sends in one all-to-all of a micro-batch, approximately."""
         tokens = self.config.train.micro_batch_size * self.config.data.sequence_length
         width = int(self.resolved.model_config.get("hidden_size", 1024))
-        return tokens * experts_taken(self.config) * width * (2 if self.bf16 else 4)
+        return tokens * experts_per_token(self.config) * width * (2 if self.bf16 else 4)
 
     @property
     def bf16(self) -> bool:
-        """Whether the run will compute in bf16 here."""
+        """Whether the run computes in bf16 on this device."""
         return choose_precision(self.config.train.precision, self.dist_context.device) == torch.bfloat16

@@ -1,4 +1,4 @@
-"""What a check has found, as a record, a table and JSON."""
+"""The result of one check, and lists of results as a table and as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -16,15 +16,27 @@ class Outcome(StrEnum):
     passed = "pass"
     warned = "warn"
     failed = "fail"
-    idle = "n/a"
+    not_applicable = "n/a"
 
 
-STYLES = {Outcome.passed: "green", Outcome.warned: "yellow", Outcome.failed: "bold red", Outcome.idle: "dim"}
+STYLES = {
+    Outcome.passed: "green",
+    Outcome.warned: "yellow",
+    Outcome.failed: "bold red",
+    Outcome.not_applicable: "dim",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """check: its name. found: what was seen, with units. remedy: what to do, empty where there is nothing."""
+    """The result of one check.
+
+    Attributes:
+        check: name of the check.
+        outcome: how it ended.
+        found: what was measured, with units.
+        remedy: what to do about it; empty if there is nothing to do.
+    """
 
     check: str
     outcome: Outcome
@@ -33,32 +45,27 @@ class Finding:
 
 
 def table(findings: Sequence[Finding]) -> Table:
-    """Of all findings, a remedy below what it mends."""
-    drawn = Table("check", "", "found, and what to do", title="dist-moe doctor", title_justify="left")
+    """Build a table of the findings, with each remedy below its finding."""
+    result = Table("check", "", "found, and what to do", title="dist-moe doctor", title_justify="left")
     for finding in findings:
-        told = Text(finding.found)
+        text = Text(finding.found)
         if finding.remedy:
-            told.append(f"\n-> {finding.remedy}", style="bold")
-        drawn.add_row(finding.check, Text(finding.outcome.value, style=STYLES[finding.outcome]), told)
-    return drawn
+            text.append(f"\n-> {finding.remedy}", style="bold")
+        result.add_row(finding.check, Text(finding.outcome.value, style=STYLES[finding.outcome]), text)
+    return result
 
 
 def write_json(findings: Sequence[Finding], path: Path) -> None:
-    """Write them as one JSON list."""
+    """Write the findings as one JSON list."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> list[Finding]:
-    """What `write_json` wrote."""
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    return [Finding(**{**one, "outcome": Outcome(one["outcome"])}) for one in plain]
+    """Read the list that `write_json` wrote."""
+    return [finding_from_dict(record) for record in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def bytes_in_words(count: float) -> str:
-    """12.3 MB, in units of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
+def finding_from_dict(record: dict[str, str]) -> Finding:
+    """Rebuild a finding from its plain values."""
+    return Finding(record["check"], Outcome(record["outcome"]), record["found"], record["remedy"])

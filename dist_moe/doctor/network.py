@@ -1,4 +1,4 @@
-"""Checks of what joins the machines: whether every rank reaches every other, and whether their clocks agree."""
+"""Checks of the network between the ranks: reachable ports and synchronized clocks."""
 
 import itertools
 import os
@@ -14,66 +14,71 @@ from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.worker.network import source_address
 
-MOST_TOLD = 4
-"""A rank looks no further then, since the others wait: a place that does not answer takes an eighth of the limit."""
-APART_S = 1.0
-"""Clocks that are further apart put the errors of hosts, and the curves of runs, into the wrong order."""
+MAX_REPORTED = 4
+"""Unreachable ranks after which a rank stops trying: the others wait for it, and each try may take limit_s / 8."""
+MAX_CLOCK_OFFSET_S = 1.0
+"""With a larger offset, the errors of several hosts and the curves of several runs appear in the wrong order."""
 
 
-def check_ports(subject: DoctorContext) -> Finding:
-    """Every rank connects by TCP to a free port of every other, at the address by which it reaches the meeting place.
+def check_ports(context: DoctorContext) -> Finding:
+    """Connect from every rank to a free TCP port of every other rank.
 
-    NCCL and gloo choose such ports for their own connections; NCCL makes them at the first exchange alone.
+    NCCL and gloo choose such ports for their own connections, and NCCL opens them only at the first collective.
     """
-    mesh = subject.mesh
+    mesh = context.mesh
     if mesh.world_size == 1:
-        return Finding("ports", Outcome.idle, "one worker needs none")
-    with closing(socket.create_server((own_address(), 0), backlog=mesh.world_size)) as server:
-        rank_infos: list[tuple[str, int]] = all_gather_objects(server.getsockname()[:2])
+        return Finding("ports", Outcome.not_applicable, "one worker opens no connections")
+    with closing(socket.create_server((reachable_address(), 0), backlog=mesh.world_size)) as server:
+        addresses: list[tuple[str, int]] = all_gather_objects(server.getsockname()[:2])
         others = (rank for rank in range(mesh.world_size) if rank != mesh.rank)
-        tried = (
-            f"rank {rank} at {where}" for rank in others if (where := refused(rank_infos[rank], subject.limit_s / 8))
+        attempts = ((rank, connection_error(addresses[rank], context.limit_s / 8)) for rank in others)
+        unreachable = list(
+            itertools.islice((f"rank {rank} at {error}" for rank, error in attempts if error), MAX_REPORTED)
         )
-        closed = list(itertools.islice(tried, MOST_TOLD))
-        dist.barrier()  # nobody closes a port that somebody has not tried yet
-    if closed:
+        dist.barrier()  # keep the port open until every rank has tried it
+    if unreachable:
         remedy = (
-            "open the hosts' ports to each other (those of net.ipv4.ip_local_port_range), or name the network that "
-            "joins them: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+            "open the hosts' ports to each other (the range is net.ipv4.ip_local_port_range), or select the network "
+            "that connects them with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         )
-        return Finding("ports", Outcome.failed, f"rank {mesh.rank} does not reach {', '.join(closed)}", remedy)
-    where = ", ".join(dict.fromkeys(address for address, _ in rank_infos))
-    return Finding("ports", Outcome.passed, f"every rank reaches a free port of every other, at {where}")
+        return Finding("ports", Outcome.failed, f"rank {mesh.rank} cannot reach {', '.join(unreachable)}", remedy)
+    hosts = ", ".join(dict.fromkeys(address for address, _ in addresses))
+    return Finding("ports", Outcome.passed, f"every rank reaches a free port of every other rank, at {hosts}")
 
 
-def own_address() -> str:
-    """The address by which the other hosts reach this one; a collective call."""
-    known = all_gather_objects(source_address(os.environ["MASTER_ADDR"]))
-    # The meeting place's own host may know itself by a name of the loopback.
-    return source_address(next((one for one in known if not one.startswith("127.")), known[0]))
+def reachable_address() -> str:
+    """Return the address at which the other hosts reach this one. A collective call."""
+    addresses = all_gather_objects(source_address(os.environ["MASTER_ADDR"]))
+    # On the host of MASTER_ADDR itself, the route to that name may lead over the loopback interface.
+    external = next((address for address in addresses if not address.startswith("127.")), addresses[0])
+    return source_address(external)
 
 
-def refused(rank_info: tuple[str, int], limit_s: float) -> str:
-    """The place and the reason, where it cannot be reached; "" where it can."""
+def connection_error(address: tuple[str, int], timeout_s: float) -> str:
+    """Return the address and the reason if it refuses a TCP connection, or "" if it accepts one."""
     try:
-        socket.create_connection(rank_info, timeout=limit_s).close()
+        socket.create_connection(address, timeout=timeout_s).close()
     except OSError as error:
-        return f"{rank_info[0]}:{rank_info[1]} ({error})"
+        return f"{address[0]}:{address[1]} ({error})"
     return ""
 
 
-def check_clocks(subject: DoctorContext) -> Finding:
-    """The clocks of all hosts, read as they leave one barrier."""
-    if subject.mesh.world_size == 1:
-        return Finding("clocks", Outcome.idle, "one worker has one")
+def check_clocks(context: DoctorContext) -> Finding:
+    """Compare the clocks of all hosts, read right after one barrier."""
+    if context.mesh.world_size == 1:
+        return Finding("clocks", Outcome.not_applicable, "one worker has one clock")
     dist.barrier()
     return compare_clocks(all_gather_objects((socket.gethostname(), time.time())))
 
 
-def compare_clocks(found: Sequence[tuple[str, float]]) -> Finding:
-    """found: host and seconds since 1970 of each rank."""
-    (first, least), (last, most) = (pick(found, key=lambda one: one[1]) for pick in (min, max))
-    if most - least > APART_S:
-        told = f"that of {last} is {most - least:.1f} s before that of {first}"
-        return Finding("clocks", Outcome.warned, told, "set them by the network (chrony, systemd-timesyncd)")
-    return Finding("clocks", Outcome.passed, f"within {most - least:.3f} s of each other")
+def compare_clocks(clocks: Sequence[tuple[str, float]]) -> Finding:
+    """Compare clocks.
+
+    Args:
+        clocks: host name and seconds since 1970 of each rank.
+    """
+    (slowest, first_s), (fastest, last_s) = (select(clocks, key=lambda clock: clock[1]) for select in (min, max))
+    if last_s - first_s > MAX_CLOCK_OFFSET_S:
+        text = f"the clock of {fastest} is {last_s - first_s:.1f} s ahead of that of {slowest}"
+        return Finding("clocks", Outcome.warned, text, "synchronize them (chrony, systemd-timesyncd)")
+    return Finding("clocks", Outcome.passed, f"within {last_s - first_s:.3f} s of each other")

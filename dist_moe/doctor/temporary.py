@@ -1,4 +1,4 @@
-"""The folder that the doctor works in, of which nothing is left."""
+"""A temporary folder that leaves nothing behind."""
 
 import contextlib
 import shutil
@@ -7,14 +7,17 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def temporary(folder: Path) -> Iterator[None]:
-    """A folder for the block, and those around it; afterwards those that were not there are gone, unless in use."""
-    made = [path for path in folder.parents if not path.exists()]
+def temporary_folder(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents for the block, and remove what was made afterwards.
+
+    Parents that other processes have put files into are kept.
+    """
+    created = [path for path in folder.parents if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
+        for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()

@@ -1,6 +1,6 @@
-"""Checks that train: expert parallelism gives the gradients of one rank, and what is saved comes back.
+"""Checks that train: expert parallelism gives the gradients of one rank, and a checkpoint restores the same bits.
 
-The model is the user's own with few layers: the first kind and two MoE layers, and as many experts as are needed.
+They train the user's own model with few layers (a dense one where there is one, and two MoE layers) and few experts.
 """
 
 import math
@@ -21,7 +21,7 @@ from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import Config
 from dist_moe.data.stream import Batch
 from dist_moe.doctor.context import DoctorContext
-from dist_moe.doctor.finding import Finding, Outcome, bytes_in_words
+from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.engine.deepspeed import EngineSettings
 from dist_moe.engine.train_state import TrainState
 from dist_moe.families.registry import family_of
@@ -29,88 +29,96 @@ from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
+from dist_moe.text import format_bytes
 from dist_moe.train.setup import engine_settings, start_training
 from dist_moe.train.step import train_step
 
-FEW_EXPERTS, LONGEST, VOCABULARY = 8, 64, 257
+MIN_EXPERTS, MAX_LENGTH, VOCABULARY = 8, 64, 257
 TOLERANCE = 1e-4
-"""Of the largest change of a weight, and of the norm: sums over ranks have another order."""
-RATE = 100.0
-"""So large that the rounding of a weight is nothing beside its change; the model is thrown away."""
+"""Allowed difference, relative to the largest change of a weight and to the norm: sums over ranks differ in order."""
+LEARNING_RATE = 100.0
+"""So large that the rounding of a weight is negligible beside its change; the model is discarded."""
 
 
-class Outcomes(NamedTuple):
-    """A step's: norm of the gradient before clipping, and the change of each dense and of each local expert tensor."""
+class StepResult(NamedTuple):
+    """The result of one step.
+
+    Attributes:
+        norm: gradient norm before clipping.
+        dense: change of each dense weight, by name.
+        experts: change of each weight of the local experts, by layer, expert and kind.
+    """
 
     norm: float
     dense: dict[str, Tensor]
     experts: dict[str, Tensor]
 
 
-def few_layers(subject: DoctorContext, expert_parallel: int) -> tuple[dict[str, Any], Rule]:
-    """Keys of the model's config class for a model that takes seconds, and its rule of routing."""
-    config, family = subject.config, family_of(subject.config.model.architecture)
-    settings = {**subject.resolved.model_config, "vocab_size": VOCABULARY}
+def small_model_config(context: DoctorContext, expert_parallel: int) -> tuple[dict[str, Any], Rule]:
+    """Return the keys of the model's config class and the selection rule of a small model that trains in seconds."""
+    config, family = context.config, family_of(context.config.model.architecture)
+    settings = {**context.resolved.model_config, "vocab_size": VOCABULARY}
     rule = routing_rule(config.router, config.balance)
-    taken = min(rule.max_experts_per_token, subject.resolved.experts)
-    experts = min(max(FEW_EXPERTS, taken), subject.resolved.experts)
+    top_k = min(rule.max_experts_per_token, context.resolved.experts)
+    experts = min(max(MIN_EXPERTS, top_k), context.resolved.experts)
     experts = -(-experts // expert_parallel) * expert_parallel
     settings |= {family.experts_key: experts, **family.few_layers}
     settings |= {key: 1 for key in (family.groups_key, family.topk_groups_key) if key is not None}
     if isinstance(rule, ThresholdRouting):
-        return settings, replace(rule, max_experts=min(taken, experts))
+        return settings, replace(rule, max_experts=min(top_k, experts))
     if isinstance(rule, TopK):
         return settings, replace(rule, groups=1, topk_groups=1)
     return settings, rule
 
 
-def check_parity(subject: DoctorContext) -> Finding:
-    """One SGD step in fp32 with the run's expert parallelism changes every weight as one without any does."""
-    name, mesh = "EP 1 = EP N", subject.mesh
+def check_parity(context: DoctorContext) -> Finding:
+    """Compare one SGD step in fp32 with the run's expert parallelism to the same step without it."""
+    name, mesh = "EP 1 = EP N", context.mesh
     if mesh.expert_parallel == 1:
-        return Finding(name, Outcome.idle, "the run has expert parallel 1")
-    alone, shared = one_step(subject, make_mesh(1)), one_step(subject, mesh)
-    far, where = 0.0, ""
-    own = {key: value for key, value in alone.experts.items() if key in shared.experts}
-    for key, wanted in {**alone.dense, **own}.items():
-        found = shared.dense.get(key, shared.experts.get(key))
-        largest = float(wanted.abs().max())
-        away = float("inf") if found is None else float((found - wanted).abs().max()) / max(largest, 1e-12)
-        away = away if math.isfinite(away) else math.inf
-        if (largest > 1e-10 or away == math.inf) and away >= far:
-            far, where = away, key
-    norm = abs(shared.norm - alone.norm) / alone.norm
-    told = (
-        f"gradients of {len(alone.dense)} dense and {len(own)} expert tensors differ by at most {far:.1e} of their "
-        f"largest, the norm by {norm:.1e} (allowed {TOLERANCE:.0e})"
+        return Finding(name, Outcome.not_applicable, "the run has expert parallel 1")
+    reference, actual = run_one_step(context, make_mesh(1)), run_one_step(context, mesh)
+    max_error, worst = 0.0, ""
+    local_experts = {key: value for key, value in reference.experts.items() if key in actual.experts}
+    for key, expected in {**reference.dense, **local_experts}.items():
+        changed = actual.dense.get(key, actual.experts.get(key))
+        largest = float(expected.abs().max())
+        error = math.inf if changed is None else float((changed - expected).abs().max()) / max(largest, 1e-12)
+        error = error if math.isfinite(error) else math.inf
+        # A weight that does not change at all has no relative error.
+        if (largest > 1e-10 or error == math.inf) and error >= max_error:
+            max_error, worst = error, key
+    norm_error = abs(actual.norm - reference.norm) / reference.norm
+    text = (
+        f"gradients of {len(reference.dense)} dense and {len(local_experts)} expert tensors differ by at most "
+        f"{max_error:.1e} of their largest value, the norm by {norm_error:.1e} (allowed {TOLERANCE:.0e})"
     )
-    if far <= TOLERANCE and norm <= TOLERANCE:
-        return Finding(name, Outcome.passed, told)
-    remedy = "try parallel.all_to_all=flat, another parallel.backend or zero_stage, and report it"
-    return Finding(name, Outcome.failed, f"rank {mesh.rank}: {told}; most in {where}", remedy)
+    if max_error <= TOLERANCE and norm_error <= TOLERANCE:
+        return Finding(name, Outcome.passed, text)
+    remedy = "try parallel.all_to_all=flat, another parallel.backend or zero_stage, and report the problem"
+    return Finding(name, Outcome.failed, f"rank {mesh.rank}: {text}; the largest is in {worst}", remedy)
 
 
-def one_step(subject: DoctorContext, mesh: Mesh) -> Outcomes:
-    """One SGD step of the small model, the same tokens whatever the mesh."""
+def run_one_step(context: DoctorContext, mesh: Mesh) -> StepResult:
+    """Make one SGD step of the small model on a mesh, with the same tokens for every mesh."""
     settings = replace(
-        engine_settings(subject.resolved, subject.dist_context.device),
+        engine_settings(context.resolved, context.dist_context.device),
         optimizer="sgd",
         momentum=0.0,
         bf16=False,
         micro_batch_size=1,
         accumulation=1,
     )
-    with small_training(subject, mesh, settings) as training:
-        before = named(training, mesh)
-        batch = row(subject, mesh.rank)
-        record = train_step(training.engine, training.balancer, [batch], RATE)
-        after = named(training, mesh)
+    with small_run(context, mesh, settings) as training:
+        before = weights_by_name(training, mesh)
+        batch = sample_batch(context, mesh.rank)
+        record = train_step(training.engine, training.balancer, [batch], LEARNING_RATE)
+        after = weights_by_name(training, mesh)
     dense, experts = ({name: after[part][name] - value for name, value in before[part].items()} for part in (0, 1))
-    return Outcomes(record.grad_norm, dense, experts)
+    return StepResult(record.grad_norm, dense, experts)
 
 
-def named(training: TrainState, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies of the dense weights, and of each expert that this rank holds, by names without a layout."""
+def weights_by_name(training: TrainState, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copy the dense weights and those of the local experts, by names that do not depend on the mesh."""
     dense = {
         name: parameter.detach().clone()
         for name, parameter in training.task.named_parameters()
@@ -125,9 +133,9 @@ def named(training: TrainState, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str
     return dense, experts
 
 
-def row(subject: DoctorContext, rank: int) -> Batch:
-    """Tokens of one rank, the same in every run."""
-    length = min(LONGEST, subject.config.data.sequence_length)
+def sample_batch(context: DoctorContext, rank: int) -> Batch:
+    """Return random tokens of one rank, equal in every run."""
+    length = min(MAX_LENGTH, context.config.data.sequence_length)
     generator = torch.Generator().manual_seed(1000 + rank)
     tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
     zeros = torch.zeros(1, length, dtype=torch.int64)
@@ -135,67 +143,74 @@ def row(subject: DoctorContext, rank: int) -> Batch:
 
 
 @contextmanager
-def small_training(
-    subject: DoctorContext, mesh: Mesh, settings: EngineSettings, found: Checkpoint | None = None
+def small_run(
+    context: DoctorContext, mesh: Mesh, settings: EngineSettings, checkpoint: Checkpoint | None = None
 ) -> Iterator[TrainState]:
-    """The small model in a real engine, in the doctor's own folder; with `found` it goes on from there."""
-    config, (model_config, rule) = small_config(subject), few_layers(subject, subject.mesh.expert_parallel)
+    """Open the small model in an engine, in the doctor's own folder.
+
+    Args:
+        context: input of the check.
+        mesh: layout of the run.
+        settings: of the engine.
+        checkpoint: to resume from; None for a fresh start.
+    """
+    config, (model_config, rule) = doctor_config(context), small_model_config(context, context.mesh.expert_parallel)
     model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
     task = LanguageModelTask(model, needs_margins=config.balance.needs_margins)
-    if found is not None:
-        load_model(found, task, mesh)
-    assert subject.prepared is not None
-    with start_training(config, task, subject.prepared, mesh, settings) as training:
-        set_pg_timeouts(subject.limit_s)
-        if found is not None:
-            restore(found, training)
+    if checkpoint is not None:
+        load_model(checkpoint, task, mesh)
+    assert context.prepared is not None
+    with start_training(config, task, context.prepared, mesh, settings) as training:
+        set_pg_timeouts(context.limit_s)
+        if checkpoint is not None:
+            restore(checkpoint, training)
         yield training
 
 
-def small_config(subject: DoctorContext) -> Config:
-    """The user's, with the doctor's folder as run.dir, and its checkpoint as that to go on from."""
-    run = subject.config.run.model_copy(update={"dir": str(subject.folder)})
-    checkpoint = subject.config.checkpoint.model_copy(update={"resume": AUTO})
-    return subject.config.model_copy(update={"run": run, "checkpoint": checkpoint})
+def doctor_config(context: DoctorContext) -> Config:
+    """Return the user's configuration with the doctor's folder as run.dir, resuming from the checkpoint in it."""
+    run = context.config.run.model_copy(update={"dir": str(context.folder)})
+    checkpoint = context.config.checkpoint.model_copy(update={"resume": AUTO})
+    return context.config.model_copy(update={"run": run, "checkpoint": checkpoint})
 
 
-def check_saving(subject: DoctorContext) -> Finding:
-    """The small model is saved by all ranks, and another engine goes on from there with the same bits.
+def check_saving(context: DoctorContext) -> Finding:
+    """Save the small model on all ranks, resume from it in another engine, and compare the bits.
 
-    Of weights, fp32 masters, moments, biases and random states, by the way that a run takes, between hosts too.
+    Compared are weights, fp32 master weights, moments, biases and random states. The files take the same path as those
+    of a run, between hosts too.
     """
-    name, mesh = "save and load", subject.mesh
+    name, mesh = "save and load", context.mesh
     settings = replace(
-        engine_settings(subject.resolved, subject.dist_context.device), micro_batch_size=1, accumulation=1
+        engine_settings(context.resolved, context.dist_context.device), micro_batch_size=1, accumulation=1
     )
-    with small_training(subject, mesh, settings) as training:
-        train_step(training.engine, training.balancer, [row(subject, mesh.rank)], 1e-3)
-        kept = copied(training)
+    with small_run(context, mesh, settings) as training:
+        train_step(training.engine, training.balancer, [sample_batch(context, mesh.rank)], 1e-3)
+        saved = saved_tensors(training)
         began_s = time.perf_counter()
         saver = AsyncSaver(training)
         size = saver.save(1).bytes
         save_s = time.perf_counter() - began_s
         saver.close()
-    assert subject.prepared is not None
+    assert context.prepared is not None
     began_s = time.perf_counter()
-    found = find_checkpoint(small_config(subject), subject.prepared, mesh, subject.dist_context.device)
+    checkpoint = find_checkpoint(doctor_config(context), context.prepared, mesh, context.dist_context.device)
     load_s = time.perf_counter() - began_s
-    if found is None:
-        return Finding(name, Outcome.failed, f"rank {mesh.rank} finds no checkpoint", "see to the storage of run.dir")
-    with small_training(subject, mesh, settings, found) as training:
-        again = copied(training)
-    wrong = [key for key in sorted(kept | again) if key not in again or not torch.equal(kept[key], again[key])]
-    told = (
-        f"{bytes_in_words(size)} saved in {save_s:.2f} s ({size / save_s / 1e6:,.0f} MB/s), checked in {load_s:.2f} s"
-    )
+    if checkpoint is None:
+        return Finding(name, Outcome.failed, f"rank {mesh.rank} finds no checkpoint", "check the storage of run.dir")
+    with small_run(context, mesh, settings, checkpoint) as training:
+        loaded = saved_tensors(training)
+    keys = sorted(saved | loaded)
+    wrong = [key for key in keys if key not in loaded or not torch.equal(saved[key], loaded[key])]
+    text = f"{format_bytes(size)} saved in {save_s:.2f} s ({size / save_s / 1e6:,.0f} MB/s), verified in {load_s:.2f} s"
     if wrong:
-        told += f"; rank {mesh.rank} goes on with other bits in {', '.join(wrong[:3])}"
-        return Finding(name, Outcome.failed, told, "see to the storage of run.dir, and report it")
-    return Finding(name, Outcome.passed, f"{told}; weights, moments and biases go on bit for bit")
+        text += f"; rank {mesh.rank} restores different bits in {', '.join(wrong[:3])}"
+        return Finding(name, Outcome.failed, text, "check the storage of run.dir, and report the problem")
+    return Finding(name, Outcome.passed, f"{text}; weights, moments and biases are restored bit for bit")
 
 
-def copied(training: TrainState) -> dict[str, Tensor]:
-    """All that this rank writes of a run, by file and name, and the weights that another one writes."""
+def saved_tensors(training: TrainState) -> dict[str, Tensor]:
+    """Copy everything that this rank writes into a checkpoint, by file and name, and the weights that others write."""
     files = collect(training, 1).tensors.items()
     written = {f"{name} in {file}": tensor.clone() for file, part in files for name, tensor in part.items()}
     weights = {name: parameter.detach().clone() for name, parameter in training.task.named_parameters()}

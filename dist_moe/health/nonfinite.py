@@ -18,6 +18,7 @@ from dist_moe.data.corpus import document_names
 from dist_moe.data.stream import Batch, Rows
 from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
+from dist_moe.text import listed
 
 MOST_DOCUMENTS = 8
 
@@ -116,7 +117,7 @@ def find_origin(
     accumulated, and no token is counted.
     """
     broken = [name for name, tensor in task.named_parameters() if not bool(tensor.detach().isfinite().all())]
-    found = Origin(f"the weights {_listed(broken)} themselves") if broken else None
+    found = Origin(f"the weights {listed(broken, last='and', most=3)} themselves") if broken else None
     for number, batch in enumerate(batches, start=1):
         in_batch = _origin_in(task, batch, scales, number, device)
         found = found or in_batch
@@ -194,11 +195,6 @@ def _format_finding(rank: int, finding: Finding) -> str:
     where = f" of micro-batch {origin.micro_batch}" if origin.micro_batch else ""
     text = f", whose text is of {', '.join(finding.documents)}" if finding.documents else ""
     return f"rank {rank}: {origin.what}{where}{text}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

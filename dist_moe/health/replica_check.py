@@ -16,6 +16,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_gather_objects, all_reduce_counts
 from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
+from dist_moe.text import listed
 
 SHOWN = 4
 
@@ -98,7 +99,7 @@ def _differences(answers: Sequence[tuple[dict[str, int], dict[str, int]]], mesh:
         first = held[column[0]]
         names = [name for name in first if len({one.get(name) for one in held.values()}) > 1]
         if names:
-            tensors = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+            tensors = listed(names, last="and", most=SHOWN)
             yield f"{_diverged(held, names)} in {tensors}"
 
 

@@ -1,1 +1,1 @@
-"""Sight of a run: metrics, their records on disk, TensorBoard and the console."""
+"""Observability: metrics and their records on disk, TensorBoard, the terminal and load alerts."""

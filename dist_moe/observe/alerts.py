@@ -1,18 +1,19 @@
-"""The rules that turn a run's load into warnings: an expert without tokens, a load that stays uneven."""
+"""Warnings about the expert load of a run: experts without tokens, and load that stays uneven."""
 
 from dist_moe.observe.metrics import StepMetrics
+from dist_moe.text import counted
 
 # With ten assignments expected, chance leaves an expert empty once in exp(10) = 22,000 counts.
 MIN_EXPECTED_ASSIGNMENTS = 10
 
 
-class LoadWatch:
-    """Looks at each logged step and says once what is wrong, and again only after it was right in between.
+class LoadAlerts:
+    """Checks the load of each logged step, and warns once per problem until the problem has been gone for a step.
 
     Args:
-        limit: MaxVio of one layer above which its load counts as uneven (`observe.max_vio_limit`). Where
-            chance alone gives more than this, the layer's floor is the limit.
-        patience: logged steps in a row above the limit before a warning (`observe.max_vio_patience`).
+        limit: MaxVio of one layer above which its load counts as uneven (`observe.max_vio_limit`). Where the sampling
+            floor of the layer is higher, the floor is the limit.
+        patience: consecutive logged steps above the limit before a warning (`observe.max_vio_patience`).
 
     Raises:
         ValueError: patience is below 1.
@@ -20,44 +21,44 @@ class LoadWatch:
 
     def __init__(self, limit: float, patience: int) -> None:
         if patience < 1:
-            raise ValueError(f"patience={patience}; it counts logged steps, at least 1; use 1 to warn at once")
+            raise ValueError(f"patience={patience}; it is a number of logged steps, at least 1; use 1 to warn at once")
         self.limit = limit
         self.patience = patience
         self._dead: set[tuple[int, int]] = set()  # (layer, expert)
-        self._steps_over: dict[int, int] = {}  # layer -> logged steps in a row
+        self._steps_over: dict[int, int] = {}  # layer -> consecutive logged steps above the limit
 
-    def step(self, metrics: StepMetrics) -> list[str]:
-        """Warnings that this logged step gives rise to, one line each; a skipped step gives none."""
+    def check(self, metrics: StepMetrics) -> list[str]:
+        """Return the new warnings of a logged step, one line each; none for a skipped step."""
         if metrics.skipped:
             return []
-        return self._dead_lines(metrics) + self._uneven_lines(metrics)
+        return self._dead_experts(metrics) + self._uneven_layers(metrics)
 
-    def _dead_lines(self, metrics: StepMetrics) -> list[str]:
-        lines = []
+    def _dead_experts(self, metrics: StepMetrics) -> list[str]:
+        warnings = []
         for layer, load in enumerate(metrics.load):
             if sum(load) < MIN_EXPECTED_ASSIGNMENTS * len(load):
                 continue
             dead = {(layer, expert) for expert, count in enumerate(load) if count == 0}
-            fresh = sorted(expert for _, expert in dead - self._dead)
+            new = sorted(expert for _, expert in dead - self._dead)
             self._dead = {known for known in self._dead if known[0] != layer} | dead
-            if fresh:
-                names = ", ".join(map(str, fresh))
-                lines.append(
-                    f"step {metrics.step}: layer {layer}: no token for expert{'s'[: len(fresh) > 1]} {names} "
-                    f"(the mean is {sum(load) / len(load):.0f})"
+            if new:
+                names = ", ".join(map(str, new))
+                warnings.append(
+                    f"step {metrics.step}: layer {layer}: no tokens for expert{'s'[: len(new) > 1]} {names} "
+                    f"(mean load {sum(load) / len(load):.0f})"
                 )
-        return lines
+        return warnings
 
-    def _uneven_lines(self, metrics: StepMetrics) -> list[str]:
-        lines = []
-        measured = zip(metrics.max_vio_per_layer, metrics.max_vio_floor_per_layer, strict=True)
-        for layer, (value, floor) in enumerate(measured):
+    def _uneven_layers(self, metrics: StepMetrics) -> list[str]:
+        warnings = []
+        values = zip(metrics.max_vio_per_layer, metrics.max_vio_floor_per_layer, strict=True)
+        for layer, (value, floor) in enumerate(values):
             over = value > max(self.limit, floor)
             self._steps_over[layer] = self._steps_over.get(layer, 0) + 1 if over else 0
             if self._steps_over[layer] == self.patience:
-                lines.append(
+                warnings.append(
                     f"step {metrics.step}: layer {layer}: MaxVio {value:.2f} (floor {floor:.2f}) is above "
-                    f"{self.limit:g} for {self.patience} logged step{'s'[: self.patience > 1]} in a row; "
+                    f"{self.limit:g} in {counted(self.patience, 'consecutive logged step')}; "
                     "see balance.policy and balance.rate"
                 )
-        return lines
+        return warnings

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal: progress, warnings, evaluations and the final summary."""
+"""Terminal output of a run: progress, warnings, evaluations and the final summary."""
 
 import contextlib
 import time
@@ -15,18 +15,19 @@ from rich.text import Text
 
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
+from dist_moe.text import counted
 
 
 class RunConsole:
-    """Shows a run; for one process of the run, as a context manager.
+    """Prints the progress of a run. A context manager, for one process of the run.
 
-    On a terminal, one live line is redrawn at each logged step; elsewhere each logged step is its own line.
+    On a terminal, one live line is redrawn at each logged step; otherwise each logged step is a line of its own.
 
     Args:
         steps: optimizer steps of the whole run.
-        first_step: steps done before this process began.
-        console: where to write; by default standard output.
-        clock: seconds that only grow, for the estimate of the time left.
+        first_step: steps completed before this process.
+        console: where to write; standard output by default.
+        clock: monotonic clock in seconds, for the estimate of the remaining time.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RunConsole:
     def __enter__(self) -> Self:
         self._started_s = self._clock()
         if self._console.is_terminal:
-            # Drawn at each logged step, not by a thread of its own that would take time from the run.
+            # Redrawn at each logged step rather than by a thread, which would take time from training.
             self._progress = Progress(
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
@@ -64,66 +65,62 @@ class RunConsole:
             self._progress.stop()
             self._progress = None
 
-    def say(self, line: str) -> None:
-        """Print one line as it is, above the live line if there is one."""
+    def log(self, line: str) -> None:
+        """Print one line without markup, above the live line if there is one."""
         self._print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _print(self, what: object, **how: Any) -> None:
-        """Print it; where standard output is a file on a disk that fails, a line is not worth the run."""
-        with contextlib.suppress(OSError):
-            self._console.print(what, **how)
-
-    def warn(self, lines: list[str]) -> None:
+    def warn(self, *lines: str) -> None:
         """Print each line as a warning."""
         for line in lines:
             self._print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
 
-    def print_error(self, line: str) -> None:
-        """Print one line as a warning."""
-        self.warn([line])
+    def _print(self, content: object, **options: Any) -> None:
+        # Standard output may be a file on a full disk; losing output must not end the run.
+        with contextlib.suppress(OSError):
+            self._console.print(content, **options)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Show one logged step."""
-        line = step_line(metrics, self._steps, self._left_s(metrics.step))
+        """Print one logged step."""
+        line = step_line(metrics, self._steps, self._remaining_s(metrics.step))
         if self._progress is None:
-            self.say(line)
+            self.log(line)
             return
         self._progress.update(self._progress.task_ids[0], completed=metrics.step, description=line, refresh=True)
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Show one evaluation as a line."""
-        self.say(evaluation_line(metrics))
+        """Print one evaluation."""
+        self.log(evaluation_line(metrics))
 
     def summary(self, metrics: EvaluationMetrics, paths: Mapping[str, Path], tensorboard: Path | None) -> None:
-        """Print the end of the run: quality, balance of each layer, and where the results lie.
+        """Print the results of the run: loss, load of each layer, and the paths of its files.
 
         Args:
             metrics: the last evaluation.
-            paths: what lies where, by a short name.
+            paths: files and folders, by a short name.
             tensorboard: the folder of event files; None if there are none.
         """
         self._print(summary_table(metrics))
-        self.say(f"validation loss  {metrics.validation_loss:.4f} nats/token after {metrics.step} steps")
-        self.say(f"bits per byte    {metrics.bits_per_byte:.4f}")
+        self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token after {counted(metrics.step, 'step')}")
+        self.log(f"bits per byte    {metrics.bits_per_byte:.4f}")
         for name, path in paths.items():
-            self.say(f"{name:<16} {path}")
+            self.log(f"{name:<16} {path}")
         if tensorboard is not None:
-            self.say(f"{'curves':<16} tensorboard --logdir {tensorboard}")
+            self.log(f"{'curves':<16} tensorboard --logdir {tensorboard}")
 
-    def _left_s(self, step: int) -> float | None:
-        done = step - self._first_step
-        if done <= 0:
+    def _remaining_s(self, step: int) -> float | None:
+        completed = step - self._first_step
+        if completed <= 0:
             return None
-        return (self._clock() - self._started_s) / done * (self._steps - step)
+        return (self._clock() - self._started_s) / completed * (self._steps - step)
 
 
-def step_line(metrics: StepMetrics, steps: int, left_s: float | None) -> str:
-    """One logged step as a line.
+def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> str:
+    """Format one logged step.
 
     Args:
         metrics: the step.
-        steps: of the whole run.
-        left_s: seconds the rest of the run will take; None if nobody can tell yet.
+        steps: optimizer steps of the whole run.
+        remaining_s: estimated seconds to the end of the run; None if unknown.
     """
     parts = [
         f"step {metrics.step:>{len(str(steps))}}/{steps}",
@@ -138,15 +135,15 @@ def step_line(metrics: StepMetrics, steps: int, left_s: float | None) -> str:
     if metrics.auxiliary_loss:
         parts.append(f"auxiliary loss {metrics.auxiliary_loss:.3g}")
     if metrics.skipped_steps:
-        parts.append(f"skipped {metrics.skipped_steps}" + (" (this one too)" if metrics.skipped else ""))
-    parts.append(f"left {duration(left_s)}")
+        parts.append(f"skipped {metrics.skipped_steps}" + (" (including this step)" if metrics.skipped else ""))
+    parts.append(f"left {format_duration(remaining_s)}")
     return "  ".join(parts)
 
 
 def evaluation_line(metrics: EvaluationMetrics) -> str:
-    """One evaluation as a line."""
+    """Format one evaluation."""
     line = (
-        f"validation after {metrics.step} steps  loss {metrics.validation_loss:.4f}  "
+        f"validation after {counted(metrics.step, 'step')}  loss {metrics.validation_loss:.4f}  "
         f"bits/byte {metrics.bits_per_byte:.4f}"
     )
     if not metrics.load:
@@ -155,9 +152,9 @@ def evaluation_line(metrics: EvaluationMetrics) -> str:
 
 
 def summary_table(metrics: EvaluationMetrics) -> Table:
-    """Of each layer, and as a mean: MaxVio_global beside its floor, the deviation, the least and most loaded expert.
+    """Build a table of each layer and their mean: MaxVio_global, its floor, deviation, least and most loaded expert.
 
-    Where tokens took different numbers of experts, how many they took too.
+    Where tokens take different numbers of experts, a column shows the mean number.
     """
     title = f"Load over {metrics.tokens:,} validation tokens"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
@@ -173,10 +170,12 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
         metrics.experts_per_token_per_layer,
         strict=True,
     )
-    for layer, (load, value, floor, deviation, taken) in enumerate(rows):
+    for layer, (load, value, floor, deviation, per_token) in enumerate(rows):
         mean = sum(load) / len(load)
-        ends = [f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-" for count in (min(load), max(load))]
-        cells = [str(layer), f"{value:.3f}", f"{floor:.3f}", f"{deviation:.2f} %", *ends, f"{taken:.2f}"]
+        extremes = [
+            f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-" for count in (min(load), max(load))
+        ]
+        cells = [str(layer), f"{value:.3f}", f"{floor:.3f}", f"{deviation:.2f} %", *extremes, f"{per_token:.2f}"]
         table.add_row(*cells[: len(table.columns)])
     if metrics.load:
         table.add_section()
@@ -186,8 +185,8 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
     return table
 
 
-def duration(seconds: float | None) -> str:
-    """A length of time as h:mm:ss, or m:ss below an hour; `-:--` for None."""
+def format_duration(seconds: float | None) -> str:
+    """Format a time as h:mm:ss, or m:ss below an hour; `-:--` for None."""
     if seconds is None:
         return "-:--"
     minutes, second = divmod(max(0, round(seconds)), 60)

@@ -1,6 +1,6 @@
 """The record of one evaluation, and the pure function that builds it.
 
-Shapes: L MoE layers, E routed experts of a layer, K experts that a token takes at most.
+Shapes: L MoE layers, E routed experts of a layer, K the most experts that a token takes.
 """
 
 import math
@@ -10,22 +10,22 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_moe.observe.measures import mean, measure_load, shared_figures
+from dist_moe.observe.measures import mean, measure_load, shared_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationMetrics:
-    """One evaluation, all ranks. Load measures are those of the whole pass (MaxVio_global).
+    """One evaluation over all ranks. Load measures are those of the whole pass (MaxVio_global).
 
-    A value is the mean over layers, where it is not said otherwise, and NaN for a model without MoE layers. A floor is
-    what chance alone gives.
+    Unless noted otherwise, a value is the mean over layers, and NaN for a model without MoE layers. A floor is the
+    expected value under uniform random routing.
     """
 
     step: int
     validation_loss: float  # nats per label token
     bits_per_byte: float
     tokens: int  # label tokens
-    bytes: int  # of text that the label tokens stand for
+    bytes: int  # of text that the label tokens cover
     max_vio_global: float
     max_vio_global_floor: float
     load_cov: float
@@ -44,7 +44,7 @@ class EvaluationMetrics:
     load: tuple[tuple[int, ...], ...]  # [L][E] assignments
 
     def as_dict(self) -> dict[str, Any]:
-        """The line of metrics.jsonl: `"event": "validation"` and every field."""
+        """Return the record of metrics.jsonl: `"event": "validation"` and all fields."""
         return {"event": "validation", **asdict(self)}
 
 
@@ -60,12 +60,12 @@ def evaluation_metrics(
     """Build the record of one evaluation from sums over all its rows and ranks.
 
     Args:
-        step: training steps behind the evaluated weights.
+        step: training steps before the evaluation.
         total_nats: cross entropy summed over the label tokens.
         tokens: label tokens, at least 1.
-        text_bytes: bytes of text that the label tokens stand for, at least 1.
+        text_bytes: bytes of text that the label tokens cover, at least 1.
         load_L: L tensors [E] int64, counts of the whole evaluation.
-        takers_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
+        k_histogram_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
 
     Raises:
         TypeError: a load or the counts of tokens are not int64.
@@ -73,8 +73,8 @@ def evaluation_metrics(
     """
     if tokens < 1 or text_bytes < 1:
         raise ValueError(
-            f"evaluated {tokens} label tokens and {text_bytes} bytes; a loss per token and byte needs one "
-            "of each at least; evaluate more sequences (observe.validation_sequences)"
+            f"evaluated {tokens} label tokens and {text_bytes} bytes; a loss per token and byte needs at "
+            "least one of each; evaluate more sequences (observe.validation_sequences)"
         )
     measures = measure_load(load_L)
     return EvaluationMetrics(
@@ -87,5 +87,5 @@ def evaluation_metrics(
         max_vio_global_floor=mean(measures.max_vio_floor_per_layer),
         max_vio_global_per_layer=measures.max_vio_per_layer,
         max_vio_global_floor_per_layer=measures.max_vio_floor_per_layer,
-        **shared_figures(measures, k_histogram_L),
+        **shared_fields(measures, k_histogram_L),
     )

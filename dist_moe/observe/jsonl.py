@@ -1,16 +1,23 @@
-"""A file of lines on a disk that may get full, read-only or lost: lines are whole, and no error ends the run."""
+"""A file of lines that survives a full, read-only or lost disk: lines stay whole, and no error ends the run."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dist_moe.text import counted
+
+BLOCK_BYTES = 1 << 16
+
 
 class LineFile:
-    """Appends lines to a file; an existing one is continued, and a last line without an end is cut off.
+    """Appends lines to a file, which may exist already.
 
-    It is open only while a line is written, so that it is the one that the path leads to, whatever was moved, unmounted
-    or put in its place since. warn: told once when writing fails, once when it works again, and of a file that is gone.
-    The lines of between are lost: a run does not wait for its disk.
+    The file is open only while a line is written, so that lines follow the path when a disk is unmounted or the folder
+    is replaced. Lines that cannot be written are lost, since training does not wait for a disk.
+
+    Args:
+        path: of the file.
+        warn: called once when writing fails, once when it works again, and when the file has been removed.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
@@ -18,45 +25,51 @@ class LineFile:
         self._warn = warn
         self._lost = 0
 
-    def begin(self) -> None:
-        """Make it, with its folders, or continue it. Errors: OSError."""
+    def create(self) -> None:
+        """Create the file and its folders, or cut an incomplete last line off an existing file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab"):
             pass
-        _cut_unfinished_line(self.path)
+        _truncate_incomplete_line(self.path)
 
     def write(self, line: str) -> None:
-        """Append one line, which has to hold no line end. An error is told, not raised."""
+        """Append one line, which must not contain a line break. An OSError becomes a warning."""
         try:
-            gone = not self.path.exists()
-            if gone or self._lost:
-                self.begin()
+            removed = not self.path.exists()
+            if removed or self._lost:
+                self.create()
             self._append(line.encode() + b"\n")
         except OSError as error:
             if not self._lost:
-                self._warn(f"{self.path} cannot be written ({error.strerror or error}); training goes on without it")
+                reason = error.strerror or error
+                self._warn(f"cannot write {self.path} ({reason}); training continues, and its lines are lost")
             self._lost += 1
             return
-        if gone:
-            self._warn(f"{self.path} was gone, and is begun anew")
+        if removed:
+            self._warn(f"{self.path} was removed, and has been created again")
         if self._lost:
-            self._warn(f"{self.path} is written again; {self._lost} lines are lost")
+            self._warn(f"{self.path} can be written again; {counted(self._lost, 'line')} lost")
             self._lost = 0
 
     def _append(self, content: bytes) -> None:
-        """A full disk may take a part, which is cut off before the next line."""
+        # Unbuffered: a full disk may accept a part of the line, which the next `create` cuts off.
         with self.path.open("ab", buffering=0) as file:
             written = 0
             while written < len(content):
                 written += file.write(content[written:])
 
 
-def _cut_unfinished_line(path: Path) -> None:
+def _truncate_incomplete_line(path: Path) -> None:
+    """Remove what follows the last line break, searching backwards from the end in blocks."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         position = end
         while position > 0:
-            start = max(0, position - 65536)
+            start = max(0, position - BLOCK_BYTES)
             file.seek(start)
             newline = file.read(position - start).rfind(b"\n")
             if newline >= 0:

@@ -1,7 +1,7 @@
-"""What the counts of a step or of an evaluation say about each layer: pure functions from counts to figures.
+"""Load measures of each layer: pure functions of the counts of a step or an evaluation.
 
-Shapes: L MoE layers, E routed experts of a layer, K experts that a token takes at most (layers may differ in E and K,
-so counts are lists of L tensors).
+Shapes: L MoE layers, E routed experts of a layer, K the most experts that a token takes (layers may differ in E and
+K, so counts are lists of L tensors).
 """
 
 import math
@@ -28,7 +28,7 @@ from dist_moe.balance.load import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadMeasures:
-    """What one set of counts says about each layer, with the value that chance alone gives."""
+    """Load measures of each layer, each with its floor: the expected value under uniform random routing."""
 
     load: tuple[tuple[int, ...], ...]  # [L][E] assignments
     max_vio_per_layer: tuple[float, ...]
@@ -56,7 +56,7 @@ def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
     for layer, load_E in enumerate(load_L):
         if load_E.dim() != 1:
             raise ValueError(
-                f"the load of layer {layer} has shape {tuple(load_E.shape)}; it is [E]; pass one tensor per layer"
+                f"the load of layer {layer} has shape {tuple(load_E.shape)}; expected [E]; pass one tensor per layer"
             )
     loads = [load_E.cpu() for load_E in load_L]
     sizes = [(load_E.numel(), int(load_E.sum())) for load_E in loads]
@@ -75,21 +75,21 @@ def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
     )
 
 
-def shared_figures(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> dict[str, Any]:
-    """The fields that the record of a step and that of an evaluation have in common, by name.
+def shared_fields(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> dict[str, Any]:
+    """Compute the fields that the records of a step and of an evaluation have in common, by name.
 
     Args:
-        measures: of the load.
+        measures: of the load of L layers.
         k_histogram_L: L tensors [K] int64, tokens that took 1, 2, .. K experts, on any device.
 
     Raises:
         TypeError: counts are not int64.
-        ValueError: counts are not one-dimensional or negative, or are of another number of layers than the load.
+        ValueError: counts are not one-dimensional or negative, or their number of layers differs from that of the load.
     """
     if len(k_histogram_L) != len(measures.load):
         raise ValueError(
-            f"{len(k_histogram_L)} counts of tokens for {len(measures.load)} loads; each layer has one of each; "
-            "pass both of every layer"
+            f"{len(k_histogram_L)} histograms of experts per token for {len(measures.load)} loads; each layer has one "
+            "of each; pass both for every layer"
         )
     k_histogram_K = sum_k_histograms(k_histogram_L)
     return {
@@ -109,5 +109,5 @@ def shared_figures(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> d
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean over layers; NaN for a model without MoE layers."""
+    """Return the mean over layers; NaN for a model without MoE layers."""
     return math.fsum(values) / len(values) if values else math.nan

@@ -1,7 +1,7 @@
 """The record of one training step, and the pure function that builds it.
 
-Shapes: L MoE layers, E routed experts of a layer, K experts that a token takes at most (layers may differ in E and K,
-so counts are lists of L tensors).
+Shapes: L MoE layers, E routed experts of a layer, K the most experts that a token takes (layers may differ in E and
+K, so counts are lists of L tensors).
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio_floor, rank_load
-from dist_moe.observe.measures import LoadMeasures, mean, measure_load, shared_figures
+from dist_moe.observe.measures import LoadMeasures, mean, measure_load, shared_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,33 +27,33 @@ class BiasRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far and how fast a run is at a logged step: everything but the load."""
+    """Progress and speed of a run at a logged step: everything but the load."""
 
     step: int
     loss: float  # nats per label token, mean over the global batch; without the auxiliary loss
     auxiliary_loss: float  # the routing losses times their coefficients, as added to the loss; 0 without any
-    learning_rate: float  # the one used in this step
+    learning_rate: float  # of this step
     grad_norm: float  # global 2-norm before clipping
-    tokens: int  # processed since step 0, all ranks
-    tokens_per_s: float  # all ranks
+    tokens: int  # processed since step 0, over all ranks
+    tokens_per_s: float  # over all ranks
     step_ms: float
-    skipped: bool  # this step changed nothing, because a loss or gradient was not finite
+    skipped: bool  # no update was made, since a loss or gradient was not finite
     skipped_steps: int  # since step 0
-    balance_rate: float  # how far a bias moves in this step
-    threshold: float | None  # by which this step routed, so from before its update; None without threshold routing
+    balance_rate: float  # step size of the bias update
+    threshold: float | None  # that this step routed with, before its update; None without threshold routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics(Progress):
     """One logged training step. Load measures are those of this step's global batch (MaxVio_batch).
 
-    A value is the mean over layers, where it is not said otherwise, and NaN for a model without MoE layers. A floor is
-    what chance alone gives.
+    Unless noted otherwise, a value is the mean over layers, and NaN for a model without MoE layers. A floor is the
+    expected value under uniform random routing.
     """
 
     max_vio: float
     max_vio_floor: float
-    max_vio_computation: float  # of one micro-batch on one expert-parallel group; mean over both too
+    max_vio_computation: float  # of one micro-batch in one expert-parallel group; mean over both and over layers
     max_vio_computation_floor: float
     load_cov: float
     load_cov_floor: float
@@ -81,10 +81,10 @@ class StepMetrics(Progress):
     rank_load_floor_per_layer: tuple[float, ...]
     experts_per_token_per_layer: tuple[float, ...]
     bias_per_layer: tuple[BiasRange | None, ...]  # after this step's update; None: a layer without a bias
-    load: tuple[tuple[int, ...], ...]  # [L][E] assignments, all ranks
+    load: tuple[tuple[int, ...], ...]  # [L][E] assignments, over all ranks
 
     def as_dict(self) -> dict[str, Any]:
-        """The line of metrics.jsonl: `"event": "step"` and every field, nested records as dicts."""
+        """Return the record of metrics.jsonl: `"event": "step"` and all fields, nested records as dicts."""
         return {"event": "step", **asdict(self)}
 
 
@@ -102,10 +102,10 @@ def step_metrics(
     Args:
         progress: everything but the load.
         load_L: L tensors [E] int64, counts of this step's global batch.
-        takers_L: L tensors [K] int64, tokens of this step's global batch that took 1, 2, .. K experts.
-        computation_L: MaxVio of each layer's computation batches and its floor, means over batches and groups.
+        k_histogram_L: L tensors [K] int64, tokens of this step's global batch that took 1, 2, .. K experts.
+        computation_L: MaxVio of each layer's micro-batches and its floor, means over micro-batches and groups.
         bias_L: L tensors [E] float32 after this step's update, or None for a layer without a selection bias.
-        expert_parallel: ranks that the experts of a layer are divided among.
+        expert_parallel: ranks among which the experts of a layer are divided.
 
     Raises:
         TypeError: counts are not int64, or a bias is not float32.
@@ -115,15 +115,15 @@ def step_metrics(
     _check_biases(load_L, bias_L)
     return StepMetrics(
         **asdict(progress),
-        **_balance_figures(measures),
-        **_computation_figures(computation_L, layers=len(load_L)),
-        **_rank_figures(load_L, expert_parallel),
-        **shared_figures(measures, k_histogram_L),
+        **_balance_fields(measures),
+        **_computation_fields(computation_L, layers=len(load_L)),
+        **_rank_fields(load_L, expert_parallel),
+        **shared_fields(measures, k_histogram_L),
         bias_per_layer=tuple(None if bias_E is None else _bias_range(bias_E) for bias_E in bias_L),
     )
 
 
-def _balance_figures(measures: LoadMeasures) -> dict[str, Any]:
+def _balance_fields(measures: LoadMeasures) -> dict[str, Any]:
     return {
         "max_vio": mean(measures.max_vio_per_layer),
         "max_vio_floor": mean(measures.max_vio_floor_per_layer),
@@ -138,11 +138,11 @@ def _balance_figures(measures: LoadMeasures) -> dict[str, Any]:
     }
 
 
-def _computation_figures(computation_L: Sequence[tuple[float, float]], layers: int) -> dict[str, Any]:
+def _computation_fields(computation_L: Sequence[tuple[float, float]], layers: int) -> dict[str, Any]:
     if len(computation_L) != layers:
         raise ValueError(
-            f"{len(computation_L)} computation loads for {layers} loads; each layer has one of each; "
-            "pass both of every layer"
+            f"{len(computation_L)} values of MaxVio_computation for {layers} loads; each layer has one of each; "
+            "pass both for every layer"
         )
     values, floors = tuple(value for value, _ in computation_L), tuple(floor for _, floor in computation_L)
     return {
@@ -153,7 +153,7 @@ def _computation_figures(computation_L: Sequence[tuple[float, float]], layers: i
     }
 
 
-def _rank_figures(load_L: Sequence[Tensor], ranks: int) -> dict[str, Any]:
+def _rank_fields(load_L: Sequence[Tensor], ranks: int) -> dict[str, Any]:
     values = tuple(float(rank_load(load_E, ranks)) for load_E in load_L)
     floors = tuple(1.0 + max_vio_floor(ranks, int(load_E.sum())) for load_E in load_L)
     return {
@@ -181,10 +181,10 @@ def _check_biases(load_L: Sequence[Tensor], bias_L: Sequence[Tensor | None]) -> 
         if bias_E.dtype != torch.float32:
             raise TypeError(
                 f"the bias of layer {layer} has dtype {bias_E.dtype}; a selection bias is torch.float32, "
-                "since steps of 0.001 are lost in less; look for a cast of the whole model"
+                "since updates of 0.001 are lost in lower precision; look for a cast of the whole model"
             )
         if bias_E.shape != load_E.shape:
             raise ValueError(
                 f"the bias of layer {layer} has shape {tuple(bias_E.shape)}, its load {tuple(load_E.shape)}; "
-                "both have one number per expert; pass the layers in the same order"
+                "both have one value per expert; pass the layers in the same order"
             )

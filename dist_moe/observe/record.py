@@ -1,4 +1,4 @@
-"""What a run leaves on disk to be read later: metrics.jsonl, run.json and config.yaml."""
+"""The files that describe a run: metrics.jsonl, run.json and config.yaml."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from dist_moe.errors import needs_folder
+from dist_moe.files import write_atomically
 from dist_moe.observe.jsonl import LineFile
 
 RECORDED_DISTRIBUTIONS = (
@@ -28,33 +29,37 @@ RECORDED_DISTRIBUTIONS = (
     "numpy",
     "tensorboard",
 )
+RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "run.json", "config.yaml")
 
 
-OF_A_RUN = ("checkpoints", "tensorboard", "metrics.jsonl", "run.json", "config.yaml")
+def archive_previous_run(folder: Path) -> Path | None:
+    """Move the files of a previous run into a new folder `earlier-N` in the same folder.
 
+    The steps of two runs in one metrics.jsonl could not be distinguished, and nothing is ever deleted.
 
-def set_aside(folder: Path) -> Path | None:
-    """Move what an earlier run left in `folder` into a folder `earlier-N` in it -> that folder; None if it held no run.
-
-    Two runs in one metrics.jsonl could not be told apart, and nothing is deleted.
+    Returns:
+        The new folder; None if there was no previous run.
     """
-    left = [name for name in OF_A_RUN if (folder / name).exists()]
-    if not left:
+    present = [name for name in RUN_FILES if (folder / name).exists()]
+    if not present:
         return None
     number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-    aside = folder / f"earlier-{number}"
-    aside.mkdir()
-    for name in left:
-        (folder / name).rename(aside / name)
-    return aside
+    archive = folder / f"earlier-{number}"
+    archive.mkdir()
+    for name in present:
+        (folder / name).rename(archive / name)
+    return archive
 
 
 class RunRecorder:
-    """Writes a run's metrics line by line; for one process of the run, as a context manager.
+    """Writes a run's metrics line by line. A context manager, for one process of the run.
 
-    An existing metrics.jsonl is continued, so a resumed run may write some steps again: the last line of a
-    step is the one that counts. A last line that an earlier process did not finish is cut off. A disk that fails later
-    costs lines, and no run: `warn` is told.
+    An existing metrics.jsonl is continued, so a resumed run may write some steps again: the last line of a step is
+    valid. An incomplete last line is cut off. If the disk fails later, lines are lost and the run continues.
+
+    Args:
+        folder: run.dir.
+        warn: called when lines are lost, and when writing works again.
     """
 
     def __init__(self, folder: str | Path, warn: Callable[[str], None] = print) -> None:
@@ -63,10 +68,14 @@ class RunRecorder:
         self._lines: LineFile | None = None
 
     def __enter__(self) -> Self:
-        """Errors: RunFolderError where the folder cannot be written."""
+        """Open the file.
+
+        Raises:
+            RunFolderError: the folder cannot be written.
+        """
         lines = LineFile(self.metrics_path, self._warn)
         with needs_folder(self.folder):
-            lines.begin()
+            lines.create()
         self._lines = lines
         return self
 
@@ -81,24 +90,24 @@ class RunRecorder:
         return self.folder / "metrics.jsonl"
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line, at once. A float that is not finite becomes null, as JSON has no word for it.
+        """Append one line immediately. Non-finite floats become null, since JSON cannot express them.
 
         Raises:
             RuntimeError: the recorder is not open.
-            TypeError: the record holds something that JSON cannot.
+            TypeError: the record holds a value that JSON cannot express.
         """
         if self._lines is None:
             raise RuntimeError(f"{self.metrics_path} is not open; write inside `with RunRecorder(...)`")
-        # The line is made whole before any of it is written, so an error leaves no half line behind.
+        # Encode the whole line first, so that an error writes no part of it.
         self._lines.write(_json(record))
 
-    def describe(self, config: Mapping[str, Any], config_yaml: str, world: Mapping[str, Any]) -> None:
-        """Write run.json and config.yaml, replacing those of an earlier start in the same folder.
+    def describe(self, config: Mapping[str, Any], config_yaml: str, layout: Mapping[str, Any]) -> None:
+        """Write run.json and config.yaml, replacing those of a previous start in the same folder.
 
         Args:
             config: the resolved configuration as plain values.
-            config_yaml: the same as YAML that loads back equal.
-            world: plain values that say how the run is laid out (workers, expert_parallel, launcher, ...).
+            config_yaml: the same as YAML.
+            layout: plain values of the run's layout (workers, expert_parallel, launcher, ...); the key `world`.
 
         Raises:
             RunFolderError: the folder cannot be written.
@@ -106,7 +115,7 @@ class RunRecorder:
         description = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "argv": sys.argv,
-            "world": dict(world),
+            "world": dict(layout),
             "versions": versions(),
             "source": source_state(Path(__file__)),
             "host": host(),
@@ -114,30 +123,30 @@ class RunRecorder:
         }
         with needs_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / "run.json", _json(description, indent=2) + "\n")
-            _replace(self.folder / "config.yaml", config_yaml)
+            write_atomically(self.folder / "run.json", _json(description, indent=2) + "\n")
+            write_atomically(self.folder / "config.yaml", config_yaml)
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and the distributions that decide a run's numbers; None for one not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Return the versions of Python and of the distributions that affect a run's results; None if not installed."""
+    result: dict[str, str | None] = {"python": platform.python_version()}
     for name in RECORDED_DISTRIBUTIONS:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            result[name] = None
+    return result
 
 
 def source_state(file: Path) -> dict[str, str | bool | None]:
-    """The git commit that a source file belongs to.
+    """Find the git commit of a source file.
 
     Args:
-        file: a file of the code that runs.
+        file: a file of the running code.
 
     Returns:
-        `commit` (hexadecimal) and `dirty` (whether tracked files of the repository differ from it); both None
-        where git is absent or does not track the file, as for an installed package.
+        `commit` (hexadecimal) and `dirty` (whether tracked files of the repository differ from it); both None if git
+        is not available or does not track the file, as for an installed package.
     """
     unknown: dict[str, str | bool | None] = {"commit": None, "dirty": None}
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
@@ -150,7 +159,7 @@ def source_state(file: Path) -> dict[str, str | bool | None]:
 
 
 def host() -> dict[str, Any]:
-    """Processor, cores, system and accelerators of this machine."""
+    """Describe processor, cores, system and accelerators of this machine."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -190,10 +199,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    # A reader, or a crash half way, sees the old file or the new one.
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)

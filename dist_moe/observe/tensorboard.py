@@ -1,4 +1,4 @@
-"""TensorBoard's view of a run: curves, curves per layer, pictures of the load, and the hyper-parameters."""
+"""TensorBoard event files of a run: curves, curves per layer, heat maps of the load, and the hyperparameters."""
 
 import contextlib
 import os
@@ -79,7 +79,7 @@ _EVALUATION_LAYER_TAGS = {
     "load_deviation_percent_global": "load_deviation_percent_per_layer",
     "experts_per_token_global": "experts_per_token_per_layer",
 }
-# Title -> tag of a value whose floor is drawn beside it.
+# Title -> tag of a value that is drawn together with its floor.
 _WITH_FLOOR = {
     "MaxVio and its floor": "balance/max_vio",
     "MaxVio_computation and its floor": "balance/max_vio_computation",
@@ -95,13 +95,13 @@ _CHARTS_WITH_FLOOR = {"balance": {title: ["Multiline", [tag, f"{tag}_floor"]] fo
 
 
 class TensorBoardWriter:
-    """Writes event files into a folder; for one process of the run, as a context manager.
+    """Writes event files into a folder. A context manager, for one process of the run.
 
     Args:
-        folder: made if it is missing.
-        resumed_step: the step a resumed run continues after; TensorBoard then hides what earlier processes
-            wrote for later steps. None for a run from the start.
-        warn: told once when the disk fails, and once when it works again; curves lack what was between.
+        folder: created if it is missing.
+        resumed_step: the step after which a resumed run continues; TensorBoard then hides later steps of previous
+            processes. None for a run from the start.
+        warn: called once when the disk fails, and once when it works again; the values in between are lost.
     """
 
     def __init__(
@@ -130,7 +130,10 @@ class TensorBoardWriter:
         self._open_writer.add_custom_scalars(_CHARTS_WITH_FLOOR)
 
     def _write(self, work: Callable[[], None]) -> None:
-        """Do what writes. A writer whose thread has met an error writes no more: the next call opens another file."""
+        """Call a function that writes, and turn its OSError into a warning.
+
+        After an error the thread of a SummaryWriter is dead, so the next call opens a new event file.
+        """
         try:
             if self._failed:
                 _probe(self.folder)
@@ -138,21 +141,22 @@ class TensorBoardWriter:
             work()
         except OSError as error:
             if not self._failed:
-                self._warn(f"{self.folder} cannot be written ({error.strerror or error}); training goes on without it")
+                reason = error.strerror or error
+                self._warn(f"cannot write {self.folder} ({reason}); training continues, and its curves have a gap")
             self._failed = True
             return
         if self._failed:
-            self._warn(f"{self.folder} is written again; its curves have a gap")
+            self._warn(f"{self.folder} can be written again")
         self._failed = False
 
     def hyper_parameters(self, config: Mapping[str, Any], config_yaml: str) -> None:
-        """Show the resolved configuration, as a table to compare runs by and as text.
+        """Write the resolved configuration, for TensorBoard's table of hyperparameters and as text.
 
         Args:
-            config: nested plain values; keys are joined by dots, and lists are shown as text.
+            config: nested plain values; keys are joined by dots, and lists become text.
             config_yaml: the same as YAML.
         """
-        # `add_hparams` would open a second run below this folder; its records belong in this run's own file.
+        # `add_hparams` would open a second run in a subfolder; these records belong in the run's own file.
         self._write(lambda: self._hyper_parameters(config, config_yaml))
 
     def _hyper_parameters(self, config: Mapping[str, Any], config_yaml: str) -> None:
@@ -162,7 +166,7 @@ class TensorBoardWriter:
         self._writer.add_text("config", indented)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write the curves of one logged step and of each layer, and the pictures of its load and of its tokens."""
+        """Write one logged step: curves, the heat map of the load, and the histogram of experts per token."""
         self._write(lambda: self._step(metrics))
 
     def _step(self, metrics: StepMetrics) -> None:
@@ -179,7 +183,7 @@ class TensorBoardWriter:
         self._writer.add_image("load/step", draw_load(metrics.load), metrics.step, dataformats="HWC")
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Write the curves of one evaluation and of each layer, and the pictures of its load and of its tokens."""
+        """Write one evaluation: curves, the heat map of the load, and the histogram of experts per token."""
         self._write(lambda: self._evaluation(metrics))
 
     def _evaluation(self, metrics: EvaluationMetrics) -> None:
@@ -192,7 +196,7 @@ class TensorBoardWriter:
         self._writer.add_image("load/validation", draw_load(metrics.load), metrics.step, dataformats="HWC")
 
     def checkpoint(self, step: int, times_ms: Mapping[str, float]) -> None:
-        """Write what the checkpoint of a step took, by name."""
+        """Write the times of the checkpoint of a step, in milliseconds by name."""
         values = {f"checkpoint/{name}": value for name, value in times_ms.items()}
         self._write(lambda: self._scalars(step, values))
 
@@ -212,15 +216,15 @@ class TensorBoardWriter:
             self._scalars(step, {f"{group}/layer_{layer:02d}": value for layer, value in enumerate(values_L)})
 
     def _histogram(self, step: int, tag: str, counts: Sequence[int]) -> None:
-        """One bar for each whole number from 1, as high as its count; nothing where all counts are 0."""
-        taken = [number for number, count in enumerate(counts, start=1) if count]
-        if not taken:
+        """Write one bar per integer from 1, as high as its count; nothing if all counts are 0."""
+        present = [number for number, count in enumerate(counts, start=1) if count]
+        if not present:
             return
         numbers = range(1, len(counts) + 1)
         self._writer.add_histogram_raw(
             tag,
-            min=taken[0],
-            max=taken[-1],
+            min=present[0],
+            max=present[-1],
             num=sum(counts),
             sum=sum(number * count for number, count in zip(numbers, counts, strict=True)),
             sum_squares=sum(number**2 * count for number, count in zip(numbers, counts, strict=True)),
@@ -231,7 +235,7 @@ class TensorBoardWriter:
 
 
 def _probe(folder: Path) -> None:
-    """OSError where the disk takes no file of some size yet; each writer that is opened in vain would leave one."""
+    """Raise OSError if a file cannot be written yet; opening a writer to find out would leave an empty event file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".probe-{os.getpid()}"
     try:

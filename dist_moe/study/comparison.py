@@ -1,4 +1,4 @@
-"""The folder that the study of policies leaves: results.json, table.md and policies.png."""
+"""The files of the study of policies: results.json, table.md and policies.png."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from dist_moe.observe.record import host, source_state, versions
-from dist_moe.study.policies import CONTENDERS, HEADINGS, Result, Run, ratio, rows
-from dist_moe.study.table import fitted_table
+from dist_moe.study import tables
+from dist_moe.study.policies import HEADINGS, VARIANTS, Result, Run, ratio_by_seed, table_rows
 
 
 def write_comparison(out: Path, runs: Sequence[Run], results: Sequence[Result]) -> None:
-    """Write everything, over what an earlier study left in the same files."""
+    """Write all files, replacing those of a previous study."""
     made = {"versions": versions(), "source": source_state(Path(__file__)), "host": host()}
     plain = {
         "made": made,
-        "contenders": [asdict(contender) for contender in CONTENDERS],
+        "variants": [asdict(variant) for variant in VARIANTS],
         "commands": [list(run.argv[3:]) for run in runs],
         "results": [asdict(result) for result in results],
     }
@@ -30,36 +30,35 @@ def write_comparison(out: Path, runs: Sequence[Run], results: Sequence[Result]) 
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The table for a page, and below it what adaptive weights do to threshold routing."""
-    lines = [f"| {' | '.join(HEADINGS)} |", f"|---|{'---:|' * (len(HEADINGS) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
-    return "\n".join([*lines, "", *findings(results), ""])
+    """Build the table as Markdown, followed by the effect of adaptive weights on threshold routing."""
+    return "\n".join([*tables.markdown_table(HEADINGS, table_rows(results)), "", *findings(results), ""])
 
 
 def terminal_table(results: Sequence[Result]) -> Table:
-    """The same for the terminal."""
-    return fitted_table("Held-out text: mean over seeds ± standard deviation", HEADINGS, rows(results))
+    """Build the table for the terminal."""
+    title = "Held-out text: mean over seeds ± standard deviation"
+    return tables.terminal_table(title, HEADINGS, table_rows(results))
 
 
 def findings(results: Sequence[Result]) -> list[str]:
-    """How many times lower adaptive weights make the load deviation of threshold routing."""
+    """State by which factor adaptive weights lower the load deviation of threshold routing."""
     lines = []
-    for field, place in (("deviation_percent", "mean over layers"), ("deviation_percent_worst", "worst layer")):
-        mean, least = ratio(results, field, "threshold", "threshold + adaptive weights")
+    for field, scope in (("deviation_percent", "mean over layers"), ("deviation_percent_worst", "worst layer")):
+        mean, smallest = ratio_by_seed(results, field, "threshold", "threshold + adaptive weights")
         lines.append(
-            f"Adaptive weights lower the load deviation of threshold routing {mean:.1f} times ({place}; at least "
-            f"{least:.1f} times in each seed)."
+            f"Adaptive weights lower the load deviation of threshold routing by a factor of {mean:.1f} ({scope}; at "
+            f"least {smallest:.1f} for each seed)."
         )
     return lines
 
 
 def draw(path: Path, results: Sequence[Result]) -> None:
-    """Write a PNG: loss and imbalance of every run, a row for each policy."""
-    names = list(dict.fromkeys(result.contender for result in results))
+    """Write a PNG with loss and imbalance of every run, one row per policy."""
+    names = list(dict.fromkeys(result.variant for result in results))
     figure = Figure(figsize=(11, 1.6 + 0.45 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     loss, balance, deviation = figure.subplots(1, 3, sharey=True)
-    _dots(loss, names, results, "validation_loss", "#0072B2", "validation loss, nats a token")
+    _dots(loss, names, results, "validation_loss", "#0072B2", "validation loss, nats per token")
     _dots(balance, names, results, "max_vio_worst", "#E69F00", "")
     _dots(balance, names, results, "max_vio", "#0072B2", "MaxVio_global (orange: worst layer)")
     _dots(deviation, names, results, "deviation_percent_worst", "#E69F00", "")
@@ -72,11 +71,11 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _dots(axes: Axes, names: list[str], results: Sequence[Result], field: str, colour: str, label: str) -> None:
+def _dots(axes: Axes, names: list[str], results: Sequence[Result], field: str, color: str, label: str) -> None:
     axes.scatter(
         [getattr(result, field) for result in results],
-        [names.index(result.contender) for result in results],
-        color=colour,
+        [names.index(result.variant) for result in results],
+        color=color,
         s=22,
         alpha=0.8,
     )

@@ -1,7 +1,7 @@
-"""The study of policies: one model trained under every balancing policy, with the same seeds, and compared.
+"""The study of policies: the same model trained under every balancing policy with the same seeds.
 
-Each run is `dist-moe train` in a process of its own, a world of one with one thread; several run side by side. A run
-that has ended is not made again, so an interrupted study goes on where it was.
+Each run is `dist-moe train` in a separate process with one worker and one thread; several run concurrently. Completed
+runs are not repeated, so an interrupted study resumes.
 """
 
 import json
@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from dist_moe.config import load_config, resolve
 from dist_moe.errors import UserError
+from dist_moe.study.tables import format_mean
+from dist_moe.text import counted
 
 POLL_S = 0.5
 SOFTMAX = ("router.score=softmax",)
@@ -25,41 +27,56 @@ THRESHOLD = (*SOFTMAX, "router.selection=threshold", "router.threshold=0.4")
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to route and balance; overrides: what it changes in the configuration of the study."""
+class PolicyVariant:
+    """A policy and its routing.
+
+    Attributes:
+        name: in tables and figures.
+        overrides: changes to the configuration of the study.
+    """
 
     name: str
     overrides: tuple[str, ...]
 
 
-CONTENDERS = (
-    Contender("none", ("balance.policy=none",)),
-    Contender(
+VARIANTS = (
+    PolicyVariant("none", ("balance.policy=none",)),
+    PolicyVariant(
         "auxiliary, micro-batch",
         ("balance.policy=auxiliary", "balance.auxiliary_loss=0.01", "balance.auxiliary_scope=micro_batch"),
     ),
-    Contender(
+    PolicyVariant(
         "auxiliary, global batch",
         ("balance.policy=auxiliary", "balance.auxiliary_loss=0.01", "balance.auxiliary_scope=global_batch"),
     ),
-    Contender("loss-free, sign", ()),
-    Contender("loss-free, proportional, softmax", (*SOFTMAX, "balance.rule=proportional", "balance.rate=0.05")),
-    Contender("quantile", ("balance.policy=quantile",)),
-    Contender("threshold", (*THRESHOLD, "balance.policy=none")),
-    Contender("threshold + adaptive weights", (*THRESHOLD, "balance.policy=adaptive_weight", "balance.rate=0.3")),
+    PolicyVariant("loss-free, sign", ()),
+    PolicyVariant("loss-free, proportional, softmax", (*SOFTMAX, "balance.rule=proportional", "balance.rate=0.05")),
+    PolicyVariant("quantile", ("balance.policy=quantile",)),
+    PolicyVariant("threshold", (*THRESHOLD, "balance.policy=none")),
+    PolicyVariant("threshold + adaptive weights", (*THRESHOLD, "balance.policy=adaptive_weight", "balance.rate=0.3")),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one run ended with, from its metrics.jsonl; load figures are of the whole held-out text.
+    """The results of one run, from its metrics.jsonl. The load is that of the whole held-out text.
 
-    validation_loss: nats per token. max_vio, deviation_percent: mean over layers, then that of the worst layer, then
-    the floor. experts_per_token: mean over tokens and layers. tokens_per_s: of the logged steps after the first.
-    commit: of the code that made the run; None outside a git repository.
+    Attributes:
+        variant: name of the policy.
+        seed: of the run.
+        validation_loss: nats per token.
+        max_vio: MaxVio_global, mean over layers.
+        max_vio_worst: of the worst layer.
+        max_vio_floor: expected value under uniform random routing.
+        deviation_percent: standard deviation of the experts' shares, mean over layers.
+        deviation_percent_worst: of the worst layer.
+        deviation_percent_floor: expected value under uniform random routing.
+        experts_per_token: mean over tokens and layers.
+        tokens_per_s: of the logged steps after the first.
+        commit: of the code that made the run; None outside of a git repository.
     """
 
-    contender: str
+    variant: str
     seed: int
     validation_loss: float
     max_vio: float
@@ -75,9 +92,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its folder, its command line, and the whole configuration that this gives."""
+    """One training run: its folder, its command line, and its resolved configuration."""
 
-    contender: Contender
+    variant: PolicyVariant
     seed: int
     folder: Path
     argv: tuple[str, ...]
@@ -85,13 +102,17 @@ class Run:
 
 
 def plan_runs(config: Path, out: Path, seeds: int, overrides: Sequence[str]) -> list[Run]:
-    """Every contender with every seed, seed by seed. ConfigError where one of the configurations cannot be run."""
+    """Plan every policy with every seed, seed by seed.
+
+    Raises:
+        ConfigError: one of the configurations is invalid.
+    """
     runs = []
     for seed in range(seeds):
-        for contender in CONTENDERS:
-            folder = out / contender.name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+        for variant in VARIANTS:
+            folder = out / variant.name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
             changes = [
-                *contender.overrides,
+                *variant.overrides,
                 *overrides,
                 f"run.seed={seed}",
                 f"run.dir={folder}",
@@ -101,31 +122,40 @@ def plan_runs(config: Path, out: Path, seeds: int, overrides: Sequence[str]) -> 
             ]
             resolved = resolve(load_config(config, changes), workers=1).config.model_dump(mode="json")
             argv = (sys.executable, "-m", "dist_moe", "train", str(config), *changes)
-            runs.append(Run(contender, seed, folder, argv, resolved))
+            runs.append(Run(variant, seed, folder, argv, resolved))
     return runs
 
 
-def train_all(runs: Sequence[Run], jobs: int, tell: Callable[[str], None]) -> list[Result]:
-    """Train what has not been trained yet, `jobs` at a time -> the results in the order of `runs`.
+def train_all(runs: Sequence[Run], jobs: int, log: Callable[[str], None]) -> list[Result]:
+    """Train the runs that are not complete.
 
-    UserError with the end of its output where a run fails; the others are ended then, as on Ctrl-C.
+    Args:
+        runs: to train.
+        jobs: concurrent processes.
+        log: receives a line for each completed run.
+
+    Returns:
+        The results in the order of `runs`.
+
+    Raises:
+        UserError: a run failed; the message has the end of its output. The others are terminated, as on Ctrl-C.
     """
     waiting = [run for run in runs if read_result(run) is None]
-    tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them are there already")
-    going: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
+    log(f"{counted(len(runs), 'run')}, {len(runs) - len(waiting)} of them already complete")
+    active: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
     try:
-        while waiting or going:
-            while waiting and len(going) < jobs:
+        while waiting or active:
+            while waiting and len(active) < jobs:
                 run = waiting.pop(0)
-                going[_start(run)] = (run, time.monotonic())
+                active[_start(run)] = (run, time.monotonic())
             time.sleep(POLL_S)
-            for process in [process for process in going if process.poll() is not None]:
-                run, began_s = going.pop(process)
-                tell(f"{_ended(run, process.returncode)} ({time.monotonic() - began_s:.0f} s)")
+            for process in [process for process in active if process.poll() is not None]:
+                run, began_s = active.pop(process)
+                log(f"{_result_line(run, process.returncode)} ({time.monotonic() - began_s:.0f} s)")
     finally:
-        for process in going:
+        for process in active:
             process.terminate()
-        for process in going:
+        for process in active:
             process.wait()
     return list(_results(runs))
 
@@ -137,14 +167,15 @@ def _start(run: Run) -> subprocess.Popen[bytes]:
         return subprocess.Popen(run.argv, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
-def _ended(run: Run, code: int) -> str:
+def _result_line(run: Run, code: int) -> str:
     result = read_result(run)
     if code != 0 or result is None:
-        end = (run.folder / "output.txt").read_text(errors="replace")[-2000:]
-        raise UserError(f"{run.contender.name}, seed {run.seed} ended with exit code {code}; its output ends:\n{end}")
+        output = (run.folder / "output.txt").read_text(errors="replace")[-2000:]
+        name = f"{run.variant.name}, seed {run.seed}"
+        raise UserError(f"{name} ended with exit code {code}; the end of its output:\n{output}")
     return (
-        f"{run.contender.name}, seed {run.seed}: loss {result.validation_loss:.4f}, "
-        f"MaxVio_global {result.max_vio:.3f}, {result.experts_per_token:.2f} experts a token"
+        f"{run.variant.name}, seed {run.seed}: loss {result.validation_loss:.4f}, "
+        f"MaxVio_global {result.max_vio:.3f}, {result.experts_per_token:.2f} experts per token"
     )
 
 
@@ -152,38 +183,37 @@ def _results(runs: Sequence[Run]) -> Iterator[Result]:
     for run in runs:
         result = read_result(run)
         if result is None:
-            raise RuntimeError(f"{run.folder} has no result; another program may have changed it")
+            raise RuntimeError(f"{run.folder} has no result any more; run the study again")
         yield result
 
 
 def read_result(run: Run) -> Result | None:
-    """The result of a run that has ended with this very command line and configuration; None otherwise."""
-    metrics, described = run.folder / "metrics.jsonl", run.folder / "run.json"
-    if not metrics.is_file() or not described.is_file():
+    """Read the result of a run that is complete, with the same command line and configuration; None otherwise."""
+    metrics, description_file = run.folder / "metrics.jsonl", run.folder / "run.json"
+    if not metrics.is_file() or not description_file.is_file():
         return None
-    description = json.loads(described.read_text())
+    description = json.loads(description_file.read_text())
     if tuple(description["argv"][1:]) != run.argv[3:] or description["config"] != run.config:
         return None
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if line["event"] == "step" and line["step"] > 1]
-    ends = [line for line in lines if line["event"] == "validation"]
-    return _result(run, description["source"], ends[-1], steps) if ends and steps else None
+    validations = [line for line in lines if line["event"] == "validation"]
+    return _result(run, description["source"], validations[-1], steps) if validations and steps else None
 
 
-def _result(run: Run, source: dict[str, Any], end: dict[str, Any], steps: list[dict[str, Any]]) -> Result:
-    speeds = [1 / line["tokens_per_s"] for line in steps]
+def _result(run: Run, source: dict[str, Any], validation: dict[str, Any], steps: list[dict[str, Any]]) -> Result:
     return Result(
-        contender=run.contender.name,
+        variant=run.variant.name,
         seed=run.seed,
-        validation_loss=math.nan if end["validation_loss"] is None else end["validation_loss"],
-        max_vio=end["max_vio_global"],
-        max_vio_worst=max(end["max_vio_global_per_layer"]),
-        max_vio_floor=end["max_vio_global_floor"],
-        deviation_percent=end["load_deviation_percent"],
-        deviation_percent_worst=max(end["load_deviation_percent_per_layer"]),
-        deviation_percent_floor=end["load_deviation_percent_floor"],
-        experts_per_token=end["experts_per_token"],
-        tokens_per_s=1 / fmean(speeds),
+        validation_loss=math.nan if validation["validation_loss"] is None else validation["validation_loss"],
+        max_vio=validation["max_vio_global"],
+        max_vio_worst=max(validation["max_vio_global_per_layer"]),
+        max_vio_floor=validation["max_vio_global_floor"],
+        deviation_percent=validation["load_deviation_percent"],
+        deviation_percent_worst=max(validation["load_deviation_percent_per_layer"]),
+        deviation_percent_floor=validation["load_deviation_percent_floor"],
+        experts_per_token=validation["experts_per_token"],
+        tokens_per_s=1 / fmean(1 / line["tokens_per_s"] for line in steps),
         commit=source["commit"],
     )
 
@@ -197,18 +227,19 @@ HEADINGS = (
     "deviation %",
     "worst",
     "floor",
-    "experts a token",
+    "experts per token",
     "tokens/s",
 )
 
 
-def rows(results: Sequence[Result]) -> list[list[str]]:
-    """One row for each contender, as `HEADINGS` says: the mean over seeds, and after ± their standard deviation.
+def table_rows(results: Sequence[Result]) -> list[list[str]]:
+    """Build one row per policy with the columns of `HEADINGS`: means over seeds, and after ± their standard deviation.
 
-    Loss in nats a token, MaxVio_global and load deviation as the mean over layers, of the worst layer, and by chance.
+    The loss is in nats per token; MaxVio_global and load deviation are given as the mean over layers, of the worst
+    layer, and as the floor.
     """
-    names = dict.fromkeys(result.contender for result in results)
-    return [[name, *_cells([one for one in results if one.contender == name])] for name in names]
+    names = dict.fromkeys(result.variant for result in results)
+    return [[name, *_cells([result for result in results if result.variant == name])] for name in names]
 
 
 def _cells(results: Sequence[Result]) -> list[str]:
@@ -223,19 +254,12 @@ def _cells(results: Sequence[Result]) -> list[str]:
         "experts_per_token": 2,
         "tokens_per_s": 0,
     }
-    return [spread([getattr(result, name) for result in results], count) for name, count in digits.items()]
+    return [format_mean([getattr(result, name) for result in results], count) for name, count in digits.items()]
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """`4.2358 ±0.0030`, without the deviation where it rounds to 0 or there is one value."""
-    text = f"{fmean(values):,.{digits}f}"
-    deviation = f"{stdev(values):,.{digits}f}" if len(values) > 1 else "0"
-    return text if float(deviation.replace(",", "")) == 0 else f"{text} ±{deviation}"
-
-
-def ratio(results: Sequence[Result], field: str, of: str, to: str) -> tuple[float, float]:
-    """The quotient of a figure of two contenders, seed by seed -> (mean, least)."""
-    by_seed = {(result.contender, result.seed): float(getattr(result, field)) for result in results}
+def ratio_by_seed(results: Sequence[Result], field: str, numerator: str, denominator: str) -> tuple[float, float]:
+    """Divide a result of one policy by that of another, seed by seed -> (mean, smallest)."""
+    by_seed = {(result.variant, result.seed): float(getattr(result, field)) for result in results}
     seeds = sorted({result.seed for result in results})
-    found = [by_seed[of, seed] / by_seed[to, seed] for seed in seeds]
-    return fmean(found), min(found)
+    ratios = [by_seed[numerator, seed] / by_seed[denominator, seed] for seed in seeds]
+    return fmean(ratios), min(ratios)

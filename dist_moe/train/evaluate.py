@@ -17,7 +17,7 @@ from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.comm.reduce import all_reduce_scalars
-from dist_moe.config import Config, load_config
+from dist_moe.config import Config, load_stored_config
 from dist_moe.config.pretrained import text_vocabulary
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import TokenizedData, prepare
@@ -143,7 +143,7 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
     config_file = checkpoint / "config.yaml"
     if not config_file.is_file():
         raise WeightsError(f"{checkpoint} has no config.yaml; give a step-NNNNNN folder of a run")
-    config = load_config(config_file, overrides)
+    config = load_stored_config(config_file, overrides)
     rank_info = rank_info_from_env(os.environ)
     set_threads(config.run.threads, rank_info)
     sources, folder = config.data, model_folder(checkpoint)

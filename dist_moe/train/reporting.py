@@ -18,11 +18,11 @@ from dist_moe.config import Config, Resolved, dump_config
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.errors import needs_folder
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.observe.alerts import LoadWatch
+from dist_moe.observe.alerts import LoadAlerts
 from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
-from dist_moe.observe.record import RunRecorder, set_aside
+from dist_moe.observe.record import RunRecorder, archive_previous_run
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.text import counted
 from dist_moe.train.microbatch_vio import microbatch_max_vio
@@ -56,7 +56,7 @@ class Report:
         self.dist_context = dist_context
         self.mesh = mesh
         self.recorder, self.console, self.board = recorder, console, board
-        self._alerts = LoadWatch(config.observe.max_vio_limit, config.observe.max_vio_patience)
+        self._alerts = LoadAlerts(config.observe.max_vio_limit, config.observe.max_vio_patience)
         self._checkpoint = checkpoint
         self._skipped_steps = 0 if checkpoint is None else checkpoint.counters.step - checkpoint.counters.taken
         self._seconds = 0.0
@@ -85,21 +85,21 @@ class Report:
         experts = sum(p.numel() for layer in task.layers for p in layer.experts.local.parameters())
         others = sum(p.numel() for p in task.parameters()) - experts
         total = others + experts * self.mesh.expert_parallel
-        self.console.say(
+        self.console.log(
             f"{self.config.model.architecture}: {total / 1e6:.1f} M parameters, "
             f"{counted(len(task.layers), 'MoE layer')} with {resolved.experts} experts each; "
             f"{counted(self.mesh.world_size, 'worker')}, expert parallel {self.mesh.expert_parallel}, "
             f"ZeRO {self.config.parallel.zero_stage}"
         )
         names = ", ".join(layer.name for layer in task.layers)
-        self.console.say(f"balancing policy {self.config.balance.policy} on layers {names}")
+        self.console.log(f"balancing policy {self.config.balance.policy} on layers {names}")
         tokens = [len(corpus.tokens) for corpus in (prepared.train, prepared.validation)]
-        self.console.say(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        self.console.log(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
         if self._checkpoint is not None:
-            self.console.warn(list(self._checkpoint.passed_over))
-            self.console.say(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
+            self.console.warn(*self._checkpoint.passed_over)
+            self.console.log(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
             if self._checkpoint.counters.step >= self.config.train.steps:
-                self.console.say(
+                self.console.log(
                     f"train.steps={self.config.train.steps} are done; raise it to train more, or set "
                     "checkpoint.resume=never to start again (existing checkpoints are kept)"
                 )
@@ -160,7 +160,7 @@ class Report:
             return
         self.recorder.write(metrics.as_dict())
         self.console.step(metrics)
-        self.console.warn(self._alerts.step(metrics))
+        self.console.warn(*self._alerts.check(metrics))
         if self.board is not None:
             self.board.step(metrics)
 
@@ -180,7 +180,7 @@ class Report:
     def warn(self, line: str) -> None:
         """Print a warning."""
         if self.console is not None:
-            self.console.warn([line])
+            self.console.warn(line)
 
     def saved(self, saved: Saved) -> None:
         """Log a complete checkpoint: in metrics.jsonl, in TensorBoard and on the terminal."""
@@ -190,16 +190,16 @@ class Report:
         self.recorder.write({"event": "checkpoint", "step": saved.step, "bytes": saved.bytes, **times_ms})
         if self.board is not None:
             self.board.checkpoint(saved.step, times_ms)
-        self.console.say(
+        self.console.log(
             f"checkpoint of step {saved.step}: {saved.bytes / 1e6:,.1f} MB, written in {saved.write_s:.2f} s; "
             f"training stalled for {times_ms['stall_ms']:,.0f} ms"
         )
-        self.console.warn(list(saved.warnings))
+        self.console.warn(*saved.warnings)
 
     def stopped(self, step: int, checkpoint: Path | None) -> None:
         """Print that the run ends here on request."""
         if self.console is not None:
-            self.console.say(f"stopped on request after step {step}; the same command resumes from {checkpoint}")
+            self.console.log(f"stopped on request after step {step}; the same command resumes from {checkpoint}")
 
     def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path | None) -> None:
         """Log the final evaluation, and print where the results are."""
@@ -236,15 +236,15 @@ def open_report(
     folder = Path(config.run.dir)
     continues = checkpoint is not None and checkpoint.folder.resolve().parent == checkpoints_root(config).resolve()
     with needs_folder(folder):
-        aside = None if continues else set_aside(folder)
+        aside = None if continues else archive_previous_run(folder)
     done = 0 if checkpoint is None else checkpoint.counters.step
     with contextlib.ExitStack() as stack:
         console = RunConsole(config.train.steps, done)
-        recorder = stack.enter_context(RunRecorder(folder, console.print_error))
+        recorder = stack.enter_context(RunRecorder(folder, console.warn))
         board = None
         if config.observe.tensorboard:
-            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.print_error))
+            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.warn))
         stack.enter_context(console)
         if aside is not None:
-            console.say(f"the files of an earlier run in {folder} were moved to {aside}")
+            console.log(f"the files of an earlier run in {folder} were moved to {aside}")
         yield Report(config, dist_context, mesh, recorder, console, board, checkpoint)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_moe.errors import ConfigError, RunFolderError, UserError, needs_folder
+from dist_moe.files import write_atomically
 from dist_moe.worker.contract import (
     INTERRUPTED_CODE,
     LAUNCH_VARIABLE,
@@ -188,23 +189,6 @@ def write_record(folder: Path, rank: int, state: WorkerState, code: int | None =
 def own_record(rank: int, state: WorkerState, code: int | None) -> WorkerRecord:
     """Return the record of this process."""
     return WorkerRecord(rank, os.getpid(), start_time(os.getpid()), state, code)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the whole new text or the previous one, never a part.
-
-    Raises:
-        OSError: The file cannot be written; the previous one is unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
 
 
 def end_with_launch(launch: str | None) -> None:

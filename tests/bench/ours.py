@@ -1,4 +1,4 @@
-"""The same figures of dist_moe: saved while training waits, saved beside training, and loaded."""
+"""Checkpoints of dist_moe: time and memory of a blocking save, of an asynchronous save, and of a load."""
 
 import time
 from pathlib import Path
@@ -8,47 +8,47 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import AsyncSaver
-from dist_moe.checkpoint.resume import find_checkpoint, load_model, restore
+from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.engine.train_state import TrainState
 from dist_moe.train.rank_flags import RankFlags
 from dist_moe.train.setup import build_task, engine_settings, start_training, tokenize
-from tests.bench.memory import Peak, folder_bytes
+from tests.bench.memory import Peak, folder_bytes, measure_cost
 from tests.bench.size import OVERRIDES
 from tests.dist.resumable import ROOT, overrides_of, started
 from tests.dist.steps import one_step
 
 STEPS = 12
-"""Steps that are timed without a save."""
+"""Timed steps without a save."""
 
 
 def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, float]:
-    """Steps, a save that is waited for, two beside training, and a load -> seconds and MiB of the slowest rank."""
-    words = overrides_of(text, folder, *OVERRIDES)
-    with started(rank, world_size, words) as (resolved, training):
-        steps(resolved, training, 2)
+    """Measure steps, a blocking save, two asynchronous saves, and a load -> seconds and MiB of this rank."""
+    overrides = overrides_of(text, folder, *OVERRIDES)
+    with started(rank, world_size, overrides) as (resolved, training):
+        run_steps(resolved, training, 2)
         saver = AsyncSaver(training)
         with Peak() as peak:
             began_s = time.perf_counter()
             saver.save(training.balancer.taken)
             save_s = time.perf_counter() - began_s
-        plain_s = timed(resolved, training, None)
-        first = beside(resolved, training, saver, plain_s)
-        with Peak() as memory:
-            again = beside(resolved, training, saver, plain_s)
+        plain_s = step_seconds(resolved, training, None)
+        first = save_async(resolved, training, saver, plain_s)
+        with Peak() as async_peak:
+            second = save_async(resolved, training, saver, plain_s)
         weights = [parameter.detach().clone() for parameter in training.task.parameters()]
         parameters = sum(weight.numel() for weight in weights)
         last = saver.save(training.balancer.taken)
-    load_s, load_peak_mib = load(rank, world_size, words, weights)
+    load_s, load_peak_mib = load(rank, world_size, overrides, weights)
     return {
         "save_s": save_s,
         "save_peak_mib": peak.mib,
         "first_stall_s": first[0],
-        "stall_s": again[0],
-        "lost_s": again[1],
-        "write_s": again[2],
-        "beside_peak_mib": memory.mib,
+        "stall_s": second[0],
+        "lost_s": second[1],
+        "write_s": second[2],
+        "beside_peak_mib": async_peak.mib,
         "step_s": plain_s,
         "load_s": load_s,
         "load_peak_mib": load_peak_mib,
@@ -57,35 +57,30 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
     }
 
 
-def load(rank: int, world_size: int, words: list[str], weights: list[Tensor]) -> tuple[float, float]:
-    """Find, check and open the newest checkpoint in a run that starts -> seconds and MiB of that alone."""
-    resolved = resolve(load_config(ROOT / "configs/debug.yaml", words), world_size)
+def load(rank: int, world_size: int, overrides: list[str], weights: list[Tensor]) -> tuple[float, float]:
+    """Find, verify and load the newest checkpoint in a new run -> seconds and MiB of the loading alone."""
+    resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides), world_size)
     config, prepared = resolved.config, tokenize(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
     task = build_task(resolved, prepared, mesh)
     cpu = torch.device("cpu")
     settings = engine_settings(resolved, cpu)
-    dist.barrier()
-    with Peak() as opening:
-        began_s = time.perf_counter()
+
+    def load_weights() -> Checkpoint:
         checkpoint = find_checkpoint(config, prepared, mesh, cpu)
         assert checkpoint is not None
         load_model(checkpoint, task, mesh)
-        dist.barrier()
-        seconds = time.perf_counter() - began_s
+        return checkpoint
+
+    checkpoint, weights_cost = measure_cost(load_weights)
     with start_training(config, task, prepared, mesh, settings) as training:
-        dist.barrier()
-        with Peak() as restoring:
-            began_s = time.perf_counter()
-            restore(checkpoint, training)
-            dist.barrier()
-            seconds += time.perf_counter() - began_s
+        _, state_cost = measure_cost(lambda: restore(checkpoint, training))
         assert all(map(torch.equal, weights, task.parameters()))
-    return seconds, max(opening.mib, restoring.mib)
+    return weights_cost.seconds + state_cost.seconds, max(weights_cost.peak_mib, state_cost.peak_mib)
 
 
-def steps(resolved: Resolved, training: TrainState, count: int, saver: AsyncSaver | None = None) -> bool:
-    """Make steps on the same text -> whether a pending checkpoint was written by all at the last of them."""
+def run_steps(resolved: Resolved, training: TrainState, count: int, saver: AsyncSaver | None = None) -> bool:
+    """Make steps on the same text -> whether all ranks had written a pending checkpoint at the last step."""
     written = False
     for _ in range(count):
         flags = RankFlags(shard_written=saver is not None and saver.written)
@@ -93,24 +88,26 @@ def steps(resolved: Resolved, training: TrainState, count: int, saver: AsyncSave
     return written
 
 
-def timed(resolved: Resolved, training: TrainState, saver: AsyncSaver | None) -> float:
-    """Seconds of a step, over STEPS of them."""
+def step_seconds(resolved: Resolved, training: TrainState, saver: AsyncSaver | None) -> float:
+    """Return the seconds of a step, as the mean over STEPS steps."""
     dist.barrier()
     began_s = time.perf_counter()
-    steps(resolved, training, STEPS, saver)
+    run_steps(resolved, training, STEPS, saver)
     return (time.perf_counter() - began_s) / STEPS
 
 
-def beside(resolved: Resolved, training: TrainState, saver: AsyncSaver, step_s: float) -> tuple[float, float, float]:
-    """Save while training goes on until it is complete -> seconds: stall, all that training lost, writing."""
+def save_async(
+    resolved: Resolved, training: TrainState, saver: AsyncSaver, step_s: float
+) -> tuple[float, float, float]:
+    """Save asynchronously and train until it is complete -> seconds of stall, of all lost training time, of writing."""
     dist.barrier()
-    began_s, made = time.perf_counter(), 0
+    began_s, completed = time.perf_counter(), 0
     saver.save_async(training.balancer.taken)
     written = False
     while not written:
-        written = steps(resolved, training, 1, saver)
-        made += 1
+        written = run_steps(resolved, training, 1, saver)
+        completed += 1
     saved = saver.finalize()
     elapsed_s = time.perf_counter() - began_s
     assert saved is not None
-    return saved.stall_s, elapsed_s - made * step_s, saved.write_s
+    return saved.stall_s, elapsed_s - completed * step_s, saved.write_s

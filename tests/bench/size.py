@@ -1,4 +1,4 @@
-"""How large the models of the benchmark are, and in which words ours is told."""
+"""The size of the models of the checkpoint benchmark, and the overrides that give it to dist_moe's."""
 
 WIDTH, MOE_WIDTH, EXPERTS, LAYERS, TOKENS = 256, 512, 16, 4, 512
 

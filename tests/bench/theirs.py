@@ -1,25 +1,23 @@
-"""The peer: a model of DeepSpeed's own MoE layers, which DeepSpeed saves and loads by itself."""
+"""Checkpoints of DeepSpeed: time and memory of saving and loading a model of its own MoE layers."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
 from dist_moe.engine.deepspeed import _clear_deepspeed, _forbid_compilation, _quieten
-from tests.bench.memory import Peak, folder_bytes
+from tests.bench.memory import Peak, folder_bytes, measure_cost
 from tests.bench.size import EXPERTS, LAYERS, MOE_WIDTH, TOKENS, WIDTH
 
 
 class Expert(nn.Module):
-    """A gated expert of the size of ours."""
+    """A gated expert of the same size as that of dist_moe."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +31,7 @@ class Expert(nn.Module):
 
 
 class Model(nn.Module):
-    """MoE layers with residuals, and dense layers of about the size of the rest of ours."""
+    """MoE layers with residuals, and dense layers of about the size of the rest of dist_moe's model."""
 
     def __init__(self, ep_size: int) -> None:
         super().__init__()
@@ -43,7 +41,7 @@ class Model(nn.Module):
         )
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Mean of the squares."""
+        """Return the mean of the squared outputs."""
         for dense in self.dense:
             x_TD = x_TD + dense(x_TD)
         for layer in self.layers:
@@ -52,42 +50,32 @@ class Model(nn.Module):
 
 
 def measure(rank: int, world_size: int, folder: Path) -> dict[str, float]:
-    """Two steps, a save, and a load into a second engine -> seconds and MiB."""
-    tag = "peer"
+    """Measure a save after two steps, and a load into a second engine -> seconds and MiB of this rank."""
+    tag = "deepspeed"
     with Peak() as start:
-        engine = begin(world_size, rank)
+        engine = start_engine(world_size, rank)
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
-    dist.barrier()
-    with Peak() as peak:
-        began_s = time.perf_counter()
-        engine.save_checkpoint(str(folder), tag=tag)
-        dist.barrier()
-        save_s = time.perf_counter() - began_s
-    end(engine)
-    engine = begin(world_size, rank)
-    dist.barrier()
-    with Peak() as loading:
-        began_s = time.perf_counter()
-        engine.load_checkpoint(str(folder), tag=tag)
-        dist.barrier()
-        load_s = time.perf_counter() - began_s
-    same = all(torch.equal(one, other) for one, other in zip(before, engine.module.parameters(), strict=True))
-    assert same, "the peer loads what it saved"
+    _, save = measure_cost(lambda: engine.save_checkpoint(str(folder), tag=tag))
+    destroy(engine)
+    engine = start_engine(world_size, rank)
+    _, load = measure_cost(lambda: engine.load_checkpoint(str(folder), tag=tag))
+    pairs = zip(before, engine.module.parameters(), strict=True)
+    assert all(torch.equal(saved, loaded) for saved, loaded in pairs), "DeepSpeed loads what it saved"
     parameters = sum(p.numel() for p in engine.module.parameters())
-    end(engine)
+    destroy(engine)
     return {
-        "save_s": save_s,
-        "save_peak_mib": peak.mib,
-        "load_s": load_s,
-        "load_peak_mib": loading.mib,
+        "save_s": save.seconds,
+        "save_peak_mib": save.peak_mib,
+        "load_s": load.seconds,
+        "load_peak_mib": load.peak_mib,
         "checkpoint_mib": folder_bytes(folder) / 2**20,
         "parameters": parameters,
         "start_mib": start.mib,
     }
 
 
-def begin(world_size: int, rank: int) -> Any:
-    """An engine that has made two steps."""
+def start_engine(world_size: int, rank: int) -> Any:
+    """Return an engine after two steps."""
     _quieten()
     _forbid_compilation()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
@@ -112,7 +100,7 @@ def begin(world_size: int, rank: int) -> Any:
     return engine
 
 
-def end(engine: Any) -> None:
-    """Free it, and DeepSpeed's state of the process."""
+def destroy(engine: Any) -> None:
+    """Free the engine, and DeepSpeed's global state of the process."""
     engine.destroy()
     _clear_deepspeed()

@@ -29,8 +29,8 @@ def test_the_doctor_checks_the_hosts_of_the_cluster(three: list[Host], tmp_path:
     assert ended.code == 0, ended.output + ended.errors
     checks = {one["check"]: one for one in json.loads(found.read_text())}
     assert {one["outcome"] for one in checks.values()} <= {"pass", "warn"}, checks
-    assert f"1 on {three[0].name}, 1 on {three[1].name}" in checks["places"]["found"]
+    assert f"1 on {three[0].name}, 1 on {three[1].name}" in checks["placement"]["found"]
     assert ", ".join(host.address for host in three[:2]) in checks["ports"]["found"]
-    assert "go on bit for bit" in checks["save and load"]["found"]
+    assert "restored bit for bit" in checks["save and load"]["found"]
     assert not list(run.iterdir()), "nothing of it stays"
     assert not list(apart.rglob("*.safetensors")), "nor of what it tried there"

@@ -208,7 +208,7 @@ def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
 
 
 def test_hosts_that_share_no_storage_train_and_go_on(start: Start, three: list[Host], tmp_path: Path) -> None:
-    """The checkpoint is whole on rank 0's host; the other borrows it while it begins, and keeps nothing."""
+    """The checkpoint is whole on rank 0's host; the other fetches a copy on resume, and keeps nothing."""
     apart, run = tmp_path / "apart", tmp_path / "run"
     apart.mkdir()
     run.mkdir()

@@ -61,7 +61,8 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def _serve(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    # The server ends with the process that uses it, even if that is killed.
+    # The server ends with the process that uses it, even if that is killed, unless a worker keeps its pipe open too.
+    os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     function(*args)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.dist.shortened import PROGRAMS
-from tests.documents import ROOT, blocks, markdown_files
+from tests.documents import ROOT, Block, all_blocks
 
-LIMIT_S = 180
-"""For one command; a block has as many times that as it has commands."""
+LIMIT_S = 280
+RUN = [block for block in all_blocks() if block.run]
+PROGRAM_FOLDER = Path(".venv/bin")
 KEPT_OUT = {".git", ".venv", "build", "dist", "runs"}
 PROGRAM = f"""#!/bin/sh
 PYTHONPATH={ROOT} exec {sys.executable} -m tests.dist.shortened "$(basename "$0")" "$@"
@@ -23,34 +24,38 @@ case " $* " in *" train "*) exec /usr/bin/make "$@" ;; *) exec /usr/bin/make -n 
 """
 
 
-def working_folder(folder: Path) -> Path:
-    """Makes `folder` look like a checkout after `make setup`, in which runs are short; returns its programs."""
+def working_folder(folder: Path) -> None:
+    """Makes `folder` look like a checkout after `make setup`, in which runs are short."""
     for entry in ROOT.iterdir():
         if entry.name not in KEPT_OUT:
             (folder / entry.name).symlink_to(entry)
     pages = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
     documents = [part for page in pages for part in page.split("\n\n") if len(part) > 400]
     (folder / "short.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
-    programs = folder / ".venv" / "bin"
+    programs = folder / PROGRAM_FOLDER
     programs.mkdir(parents=True)
     for name, script in {"make": MAKE, **dict.fromkeys(PROGRAMS, PROGRAM)}.items():
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
     for stamp in (".installed", ".installed-docs"):
         (folder / ".venv" / stamp).touch()
-    return programs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    """A working folder for each page, whose blocks follow each other in it."""
+    made = {path: tmp_path_factory.mktemp(path.stem) for path in {block.path for block in RUN}}
+    for folder in made.values():
+        working_folder(folder)
+    return made
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(20 * LIMIT_S)
-@pytest.mark.parametrize("path", [path for path in markdown_files() if any(b.run for b in blocks(path))], ids=str)
-def test_the_commands_of_a_page_run_as_printed(path: Path, tmp_path: Path) -> None:
-    programs = working_folder(tmp_path)
-    search = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": search, "OMP_NUM_THREADS": "1", "DIST_MOE_CACHE": str(tmp_path / "cache")}
-    for block in blocks(path):
-        if not block.run:
-            continue
-        argv, limit_s = ["bash", "-euo", "pipefail", "-c", block.text], LIMIT_S * len(block.commands())
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=limit_s)
-        assert done.returncode == 0, f"{block}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_the_commands_of_a_block_run_as_printed(block: Block, folders: dict[Path, Path]) -> None:
+    folder = folders[block.path]
+    search = os.pathsep.join([str(folder / PROGRAM_FOLDER), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": search, "OMP_NUM_THREADS": "1", "DIST_MOE_CACHE": str(folder / "cache")}
+    argv = ["bash", "-euo", "pipefail", "-c", block.text]
+    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

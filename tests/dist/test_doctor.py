@@ -1,4 +1,4 @@
-"""The doctor on real workers: all is well with the debug run, and what is broken is found without harm."""
+"""Tests of the doctor on real workers: the debug run passes, and injected faults are found."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from dist_moe.comm.init import DistContext, set_pg_timeouts
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import load_config, resolve
 from dist_moe.doctor import training_checks
+from dist_moe.doctor.checks import run_on_all_ranks
 from dist_moe.doctor.context import DoctorContext
-from dist_moe.doctor.estimates import estimate_memory, shape_of
-from dist_moe.doctor.examine import run_on_all_ranks
+from dist_moe.doctor.estimates import estimate_memory, model_shape
 from dist_moe.doctor.finding import Finding, Outcome
-from dist_moe.doctor.machines import check_exchange
+from dist_moe.doctor.machines import check_all_to_all
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.train.setup import tokenize
@@ -39,12 +39,12 @@ NAMES = [
     "configuration",
     "launch",
     "versions",
-    "places",
+    "placement",
     "ports",
     "clocks",
     "text",
     "all-to-all",
-    "exchange",
+    "bandwidth",
     "EP 1 = EP N",
     "save and load",
     "memory",
@@ -58,19 +58,18 @@ def doctor(text: Path, run: Path, *words: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", slow("deepspeed")])
-def test_all_is_well_and_nothing_is_left(tmp_path: Path, launcher: str) -> None:
+def test_the_debug_run_passes_and_leaves_no_files(tmp_path: Path, launcher: str) -> None:
     text = write_text(tmp_path)
     done = doctor(text, tmp_path / "run", "--launcher", launcher, "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [one["check"] for one in found] == NAMES
-    assert {one["outcome"] for one in found} <= {"pass", "warn"}
+    assert [finding["check"] for finding in found] == NAMES
+    assert {finding["outcome"] for finding in found} <= {"pass", "warn"}
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_failed_check_is_told_and_the_others_run(tmp_path: Path) -> None:
-    """A text that cannot be had."""
+def test_a_missing_text_fails_one_check_and_the_others_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "mine").write_text("mine")
@@ -83,8 +82,8 @@ def test_a_failed_check_is_told_and_the_others_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_worker_that_is_stuck_does_not_keep_the_doctor(tmp_path: Path, stopped: int) -> None:
-    """SIGSTOP once the workers have met; what was found till then is told where rank 0 is not the one."""
+def test_a_stopped_worker_does_not_block_the_doctor(tmp_path: Path, stopped: int) -> None:
+    """Stop a worker by SIGSTOP once the process group exists; findings are complete unless it is rank 0."""
     run, found = tmp_path / "new/run", tmp_path / "found.json"
     argv = [sys.executable, "-m", "dist_moe", "doctor", "configs/debug.yaml"]
     argv += [*overrides_of(write_text(tmp_path), run, "parallel.timeout_s=10"), "--launcher", "torchrun"]
@@ -110,7 +109,7 @@ def test_a_worker_that_is_stuck_does_not_keep_the_doctor(tmp_path: Path, stopped
 
 
 @pytest.mark.slow
-def test_workers_that_somebody_else_has_started_leave_nothing(tmp_path: Path) -> None:
+def test_workers_of_an_external_launcher_leave_no_files(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "dist_moe", "doctor", "configs/debug.yaml"]
     argv += [*overrides_of(write_text(tmp_path), tmp_path / "new/run"), "--json", str(tmp_path / "found.json")]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -130,22 +129,22 @@ def test_workers_that_somebody_else_has_started_leave_nothing(tmp_path: Path) ->
     assert not (tmp_path / "new").exists()
 
 
-def test_a_wrong_configuration_starts_nothing(tmp_path: Path) -> None:
+def test_an_invalid_configuration_starts_no_workers(tmp_path: Path) -> None:
     done = doctor(write_text(tmp_path), tmp_path / "run", "parallel.expert_parallel=5")
     assert done.returncode == 2 and "parallel.expert_parallel=5" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def subject_of(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...] = ()) -> DoctorContext:
+def context_of(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...] = ()) -> DoctorContext:
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *words)), world_size)
     rank_info = RankInfo(rank, world_size, rank, world_size, "env")
     dist_context, mesh = DistContext(rank_info, torch.device("cpu"), "gloo"), make_mesh(resolved.expert_parallel)
     return DoctorContext(resolved, dist_context, mesh, folder, tokenize(resolved.config))
 
 
-def examined(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[Finding]:
-    subject = subject_of(rank, world_size, text, folder, words)
-    return [check_exchange(subject), check_parity(subject)]
+def run_parity_checks(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[Finding]:
+    context = context_of(rank, world_size, text, folder, words)
+    return [check_all_to_all(context), check_parity(context)]
 
 
 ADAPTIVE = ("router.selection=threshold", "router.score=softmax", "balance.policy=adaptive_weight")
@@ -158,64 +157,66 @@ GROUPS = ("model.config.n_group=4", "model.config.topk_group=2")
 def test_trap_T22_expert_parallelism_is_compared_with_none(
     ranks: RankPool, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    for findings in ranks.run(examined, 2, write_text(tmp_path), tmp_path, words):
+    for findings in ranks.run(run_parity_checks, 2, write_text(tmp_path), tmp_path, words):
         assert [finding.outcome for finding in findings] == [Outcome.passed] * 2, findings
 
 
-def spoiled(rank: int, world_size: int, text: Path, folder: Path, spoil: Callable[[], None]) -> list[Finding]:
-    """Both trials, in a process in which something is wrong from now on."""
-    spoil()
-    subject = subject_of(rank, world_size, text, folder)
-    return [check_parity(subject), check_saving(subject)]
+def training_checks_with(
+    rank: int, world_size: int, text: Path, folder: Path, inject: Callable[[], None]
+) -> list[Finding]:
+    """Run both training checks after injecting a fault into this process."""
+    inject()
+    context = context_of(rank, world_size, text, folder)
+    return [check_parity(context), check_saving(context)]
 
 
-def spoil_nothing() -> None:
-    """All is as it is."""
+def inject_nothing() -> None:
+    """Leave everything as it is."""
 
 
-def spoil_gradient() -> None:
-    """One expert's gradient is a hundredth too large where experts are spread."""
+def inject_wrong_gradient() -> None:
+    """Make the gradient of rank 1's experts 1 % too large under expert parallelism."""
 
-    def spoilt(engine: Engine, *given: object) -> StepRecord:
+    def wrong_step(engine: Engine, *given: object) -> StepRecord:
         if engine.mesh.expert_parallel > 1 and engine.mesh.rank == 1:
             names = dict(engine.module.named_parameters())
             down = next(names[name] for name in names if name.endswith("experts.local.down_proj"))
             down.register_hook(lambda gradient: gradient * 1.01)
         return train_step(engine, *given)  # type: ignore[arg-type]
 
-    training_checks.train_step = spoilt  # type: ignore[assignment]
+    training_checks.train_step = wrong_step  # type: ignore[assignment]
 
 
-def spoil_moments() -> None:
-    """A run that goes on does not read the moments."""
+def inject_lost_moments() -> None:
+    """Do not read the moments on resume."""
     training_state._restore_optimizer = lambda *given: None
 
 
 @pytest.mark.parametrize(
-    ("spoil", "outcomes", "told"),
+    ("inject", "outcomes", "message"),
     [
-        (spoil_nothing, ["pass", "pass"], "go on bit for bit"),
-        (spoil_gradient, ["fail", "pass"], "rank 1: gradients of "),
-        slow(spoil_moments, ["pass", "fail"], "goes on with other bits in exp_avg"),
+        (inject_nothing, ["pass", "pass"], "restored bit for bit"),
+        (inject_wrong_gradient, ["fail", "pass"], "rank 1: gradients of "),
+        slow(inject_lost_moments, ["pass", "fail"], "restores different bits in exp_avg"),
     ],
 )
-def test_the_trials_find_what_is_wrong_and_only_that(
-    tmp_path: Path, spoil: Callable[[], None], outcomes: list[str], told: str
+def test_the_training_checks_find_an_injected_fault_and_nothing_else(
+    tmp_path: Path, inject: Callable[[], None], outcomes: list[str], message: str
 ) -> None:
-    """A pool of its own: what is spoiled stays so in these processes."""
+    """Use a separate pool, since the fault stays in its processes."""
     with RankPool(2) as own:
-        found = own.run(spoiled, 2, write_text(tmp_path), tmp_path, spoil)
+        found = own.run(training_checks_with, 2, write_text(tmp_path), tmp_path, inject)
     assert all([finding.outcome.value for finding in of_rank] == outcomes for of_rank in found[1:]), found
-    assert any(told in finding.found for of_rank in found for finding in of_rank), found
+    assert any(message in finding.found for of_rank in found for finding in of_rank), found
 
 
-def raising(rank: int, world_size: int, text: Path, folder: Path, within: bool) -> tuple[Finding, bool]:
-    """Rank 1 raises in a check, before the others' collective or beside none."""
+def raise_on_rank_1(rank: int, world_size: int, text: Path, folder: Path, in_collective: bool) -> tuple[Finding, bool]:
+    """Raise on rank 1 in a check, while the other rank waits in a collective or in none."""
 
-    def check(subject: DoctorContext) -> Finding:
+    def check(context: DoctorContext) -> Finding:
         if rank == 1:
             raise OSError("only here")
-        if within:
+        if in_collective:
             dist.all_reduce(torch.ones(1))
         return Finding("trial", Outcome.passed, "well")
 
@@ -223,21 +224,23 @@ def raising(rank: int, world_size: int, text: Path, folder: Path, within: bool) 
     rank_info = RankInfo(rank, world_size, rank, world_size, "env")
     mesh, limit_s = make_mesh(2), 4.0
     set_pg_timeouts(limit_s)
-    subject = DoctorContext(resolved, DistContext(rank_info, torch.device("cpu"), "gloo"), mesh, folder, None, limit_s)
-    return run_on_all_ranks("trial", check, subject)
+    context = DoctorContext(resolved, DistContext(rank_info, torch.device("cpu"), "gloo"), mesh, folder, None, limit_s)
+    return run_on_all_ranks("trial", check, context)
 
 
-@pytest.mark.parametrize("within", [False, True])
-def test_a_check_that_raises_on_one_rank_is_told_with_its_words(ranks: RankPool, tmp_path: Path, within: bool) -> None:
-    for finding, lost in ranks.run(raising, 2, write_text(tmp_path), tmp_path, within):
+@pytest.mark.parametrize("in_collective", [False, True])
+def test_an_exception_on_one_rank_is_reported_by_all(ranks: RankPool, tmp_path: Path, in_collective: bool) -> None:
+    for finding, group_broken in ranks.run(raise_on_rank_1, 2, write_text(tmp_path), tmp_path, in_collective):
         assert finding.outcome is Outcome.failed and finding.found == "rank 1: OSError: only here"
-        assert lost is within
+        assert group_broken is in_collective
 
 
-def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]) -> list[tuple[int, int]]:
-    """After a step: bytes, each beside what the doctor expects.
+def allocated_bytes(
+    rank: int, world_size: int, text: Path, folder: Path, words: tuple[str, ...]
+) -> list[tuple[int, int]]:
+    """Return bytes after one step, each with the doctor's estimate.
 
-    Those of weights, gradients (as many), masters and moments, and those of a copy of the checkpoint.
+    First those of weights, gradients, master weights and moments, then those of the checkpoint copy.
     """
     with started(rank, world_size, overrides_of(text, folder, *words)) as (resolved, training):
         one_step(resolved, training, 1)
@@ -248,18 +251,20 @@ def held_bytes(rank: int, world_size: int, text: Path, folder: Path, words: tupl
         masters = sum(owner.nbytes for key, owner in owners.items() if key not in own)
         states = (engine.optimizer_state.get(owner, {}) for owner in owners.values())
         moments = sum(state[kind].nbytes for state in states for kind in engine.settings.moments if kind in state)
-        shape = shape_of(resolved, training.prepared.tokenizer.vocab_size)
+        shape = model_shape(resolved, training.prepared.tokenizer.vocab_size)
         bf16 = engine.settings.bf16
         expected = estimate_memory(resolved.config, shape, engine.mesh, bf16)
         return [
             (2 * weights + masters + moments, expected.fixed),
-            (collect(training, 1).bytes, expected.copy),
+            (collect(training, 1).bytes, expected.checkpoint_copy),
         ]
 
 
 @cross(("precision", ["fp32", "bf16"]), ("stage", [0, 1, 2]), strength=1)
-def test_the_exact_part_of_the_memory_is_exact(ranks: RankPool, tmp_path: Path, stage: int, precision: str) -> None:
+def test_fixed_memory_and_checkpoint_copy_are_exact(
+    ranks: RankPool, tmp_path: Path, stage: int, precision: str
+) -> None:
     words = (f"parallel.zero_stage={stage}", f"train.precision={precision}", "parallel.expert_parallel=2")
-    for pairs in ranks.run(held_bytes, 4, write_text(tmp_path), tmp_path, (*words, "checkpoint.interval=1")):
-        for found, expected in pairs:
-            assert found == pytest.approx(expected, rel=0.02)
+    for pairs in ranks.run(allocated_bytes, 4, write_text(tmp_path), tmp_path, (*words, "checkpoint.interval=1")):
+        for allocated, expected in pairs:
+            assert allocated == pytest.approx(expected, rel=0.02)

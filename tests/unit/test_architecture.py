@@ -18,7 +18,7 @@ Rule = Callable[[Source], Iterator[str]]
 OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests")]
 
-GROUND = {"errors", "text", "section", "scores"}
+GROUND = {"errors", "files", "scores", "section", "text", "untrusted"}
 # Policies and families are below the configuration, because its fields and checks are made from them.
 TO_CONFIG = GROUND | {"policies", "families", "config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
@@ -27,8 +27,10 @@ TO_ENGINE = TO_MODEL | {"engine"}
 TO_TRAIN = TO_ENGINE | {"checkpoint", "health", "train"}
 MAY_IMPORT = {
     "text": set[str](),
+    "untrusted": set[str](),
     "errors": {"text"},
-    "section": set(),
+    "files": {"errors", "text"},
+    "section": {"errors", "text"},
     "scores": set(),
     "policies": GROUND,
     "families": GROUND,

@@ -59,6 +59,21 @@ def test_a_wrong_config_is_told_without_a_traceback(command: str, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_that_is_wrong_in_several_ways_is_reported_whole() -> None:
+    wrong = ("train.stepz=3", "train.optimizer=adam", "train.micro_batch=1", "parallel.expert_parallel=5")
+    result = invoke("config", DEBUG, "--workers", "5", *wrong, "train.warmup_steps=30")
+    assert result.exit_code == 2 and result.stdout == ""
+    told = one_line(result.stderr)
+    for part in (
+        "train.stepz=3 is not a key of train; did you mean train.steps?",
+        "train.optimizer=adam should be 'adamw' or 'sgd'",
+        "train.micro_batch=1 was renamed; use train.micro_batch_size=1",
+        "parallel.expert_parallel=5 does not divide the model's 12 experts",
+    ):
+        assert part in told
+    assert "warmup" not in told, "it is compared with train.steps, whose value is in doubt"
+
+
 def test_the_printed_config_is_complete_and_loads_back(tmp_path: Path) -> None:
     result = invoke("config", DEBUG, "--workers", "2", "train.steps=5", "run.dir=somewhere")
     assert result.exit_code == 0, result.output

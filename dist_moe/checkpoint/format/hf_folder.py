@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, StoredTensor, read_header
-from dist_moe.config.untrusted import read_json
+from dist_moe.untrusted import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 # At most nine digits, in ASCII and without leading zeros: other spellings of a number are unexpected tensors.

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_weights import write_index
-from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, file_entry, sync_folder, write_manifest
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, file_entry, write_manifest
 from dist_moe.config import Config
-from dist_moe.config.untrusted import read_text
+from dist_moe.files import write_atomically
+from dist_moe.untrusted import read_text
 
 LATEST = "latest"
 PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"
@@ -143,13 +144,7 @@ def _rename_to_final(partial: Path, final: Path) -> list[Path]:
 
 def _update_latest(final: Path) -> None:
     """Write the checkpoint's name into `latest` atomically, and flush it and the folder to disk."""
-    temporary = final.with_name(LATEST + PARTIAL)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(final.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, final.with_name(LATEST))
-    sync_folder(final.parent)
+    write_atomically(final.with_name(LATEST), final.name + "\n", durable=True)
 
 
 def _apply_retention(newest: Path, keep_last: int, keep_every: int) -> Iterator[Path]:

@@ -12,8 +12,9 @@ import xxhash
 from pydantic import Field
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.config.untrusted import parse_json, printable, read_text
+from dist_moe.files import sync_folder
 from dist_moe.section import Section
+from dist_moe.untrusted import parse_json, printable, read_text
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -58,15 +59,6 @@ def write_manifest(folder: Path, step: int, files: dict[str, FileEntry]) -> None
         os.fsync(file.fileno())
     for inner in {folder, *(folder / name for name in files)}:
         sync_folder(inner if inner.is_dir() else inner.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_manifest(folder: Path) -> Manifest:

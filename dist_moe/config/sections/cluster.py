@@ -1,4 +1,4 @@
-"""The hosts that a run is spread over, as written in its file."""
+"""The fields of the hosts, and of how to reach them."""
 
 import re
 from typing import Annotated
@@ -7,13 +7,13 @@ from pydantic import AfterValidator, Field
 
 from dist_moe.section import Section
 
-# A name that ssh, pdsh and a shell all take for a name: it begins no option and ends no word.
+# Safe in the command lines of ssh, pdsh and a shell: it cannot be an option, and needs no quotes.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
 
 def _plain_name(text: str) -> str:
     if not NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is no name of a host, user or interface; use letters, digits and _ . : -")
+        raise ValueError("is not a valid name of a host, user or interface (letters, digits and _ . : -)")
     return text
 
 
@@ -21,56 +21,58 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 
 
 class HostConfig(Section):
-    """One machine."""
+    """One host."""
 
-    name: Name = Field(description="the name or address that ssh reaches the host by")
-    slots: int = Field(default=1, ge=1, description="the workers of this host, one for each device (1 or more)")
+    name: Name = Field(description="the name or address of the host for ssh")
+    slots: int = Field(default=1, ge=1, description="the workers on this host, one per device (1 or more)")
     address: Name | None = Field(
-        default=None, description="the address that the other workers reach this host by, or null (what its name means)"
+        default=None, description="the address of this host for the other workers, or null (that of its name)"
     )
 
 
 class ClusterConfig(Section):
-    """The hosts, and how to reach them. Without any the run stays on this host."""
+    """The hosts, and how to reach them. With none, the run uses this host alone."""
 
     hosts: list[HostConfig] = Field(
         default_factory=list,
-        description="the hosts, each `name: host0`, `slots: 2` and, if its name means another, `address: 10.0.0.1`; "
-        "rank 0 is on the first",
+        description="the hosts, each with `name: host0`, `slots: 2` and, where its name has another address for ssh, "
+        "`address: 10.0.0.1`; rank 0 runs on the first",
     )
     hostfile: str | None = Field(
-        default=None, min_length=1, description="the file of hosts instead, lines like `host0 slots=2`, or null"
+        default=None,
+        min_length=1,
+        description="the path of a hostfile in place of hosts, with lines like `host0 slots=2`, or null",
     )
     include: str | None = Field(
         default=None,
         min_length=1,
-        description="the hosts to use, and their devices, as DeepSpeed writes them (host0@host1:0,2), or null (all)",
+        description="the hosts and devices to use, in the format of DeepSpeed (host0@host1:0,2), or null (all)",
     )
     exclude: str | None = Field(
-        default=None, min_length=1, description="the hosts or devices to leave out, written likewise, or null (none)"
+        default=None, min_length=1, description="the hosts or devices to exclude, in the same format, or null (none)"
     )
     interface: Name | None = Field(
         default=None,
-        description="the network interface of the collectives, the same on each host, or null (the one that leads to "
-        "rank 0)",
+        description="the network interface for collectives, with the same name on each host, or null (the one with the "
+        "route to rank 0)",
     )
     port: int = Field(
-        default=29500, ge=1024, le=65535, description="the port where the workers meet, on the first host"
+        default=29500, ge=1024, le=65535, description="the port of the rendezvous, on the first host (1024 to 65535)"
     )
-    ssh_user: Name | None = Field(default=None, description="the user to log in as, or null (ssh's own choice)")
+    ssh_user: Name | None = Field(default=None, description="the user name for ssh, or null (the default of ssh)")
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        default=None, description="the port of the ssh servers, or null (ssh's own choice)"
+        default=None, description="the port of the ssh servers, or null (the default of ssh)"
     )
     environment: list[Name] = Field(
         default_factory=list,
-        description="the names of environment variables that go along to the workers (no others do)",
+        description="the names of environment variables to forward to the workers",
     )
     folder: str | None = Field(
         default=None,
         min_length=1,
-        description="the working folder on each host, where relative paths begin, or null (that of the launch)",
+        description="the working folder on each host, for relative paths, or null (that of the launcher)",
     )
     python: str | None = Field(
-        default=None, min_length=1, description="the path of Python on each host, or null (that of the launch)"
+        default=None, min_length=1, description="the path of Python on each host, or null (that of the launcher)"
     )
-    shared_storage: bool = Field(default=True, description="whether all hosts see the same run.dir")
+    shared_storage: bool = Field(default=True, description="whether run.dir is on storage that all hosts share")

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 from dist_moe.section import Section
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
-# A bare number is one in YAML.
+# YAML reads `cpu: 2` as a number.
 Cores = Annotated[
     str,
     BeforeValidator(lambda given: str(given) if type(given) in (int, float) else given),
@@ -18,23 +18,25 @@ ImageName = Annotated[str, Field(pattern=r"^[\w][\w./:@-]*$")]
 
 
 class KubernetesConfig(Section):
-    """An Indexed Job of Kubernetes, one pod for each host."""
+    """An Indexed Job of Kubernetes with one pod per node."""
 
-    name: ObjectName = Field(default="dist-moe", description="the name of the job, its service and its configuration")
+    name: ObjectName = Field(default="dist-moe", description="the name of the job, its service and its ConfigMap")
     namespace: ObjectName | None = Field(default=None, description="the namespace, or null (that of kubectl)")
-    image: ImageName = Field(default="dist-moe:cpu", description="the container image, as `make docker` builds it")
-    pods: int = Field(default=2, ge=1, description="the pods, one for each node (1 or more)")
-    workers_per_pod: int = Field(
-        default=1, ge=1, description="the workers in each pod, one for each device (1 or more)"
+    image: ImageName = Field(
+        default="dist-moe:cpu", description="the container image (`make docker` builds dist-moe:cpu)"
     )
-    cpu: Cores = Field(default="2", description="the CPU cores of each pod, as 2 or 500m")
-    memory: Quantity = Field(default="4Gi", description="the memory of each pod, as 4Gi")
+    pods: int = Field(default=2, ge=1, description="the number of pods, one per node (1 or more)")
+    workers_per_pod: int = Field(default=1, ge=1, description="the workers in each pod, one per device (1 or more)")
+    cpu: Cores = Field(default="2", description="the CPU cores of each pod, such as 2 or 500m")
+    memory: Quantity = Field(default="4Gi", description="the memory of each pod, such as 4Gi")
     gpus: int = Field(default=0, ge=0, description="the GPUs of each pod (0: none)")
     shared_memory: Quantity = Field(
-        default="1Gi", description="the /dev/shm of each pod, which workers of one pod share"
+        default="1Gi", description="the size of /dev/shm in each pod, which its workers share"
     )
     claim: ObjectName = Field(
-        default="dist-moe-runs", description="the PersistentVolumeClaim (ReadWriteMany) that run.dir lies in"
+        default="dist-moe-runs", description="the PersistentVolumeClaim (ReadWriteMany) for run.dir"
     )
-    retries: int = Field(default=3, ge=0, description="the pods that may fail before the job does (0 or more)")
-    tensorboard: bool = Field(default=True, description="whether a TensorBoard is deployed beside the job")
+    retries: int = Field(
+        default=3, ge=0, description="the number of pods that may fail before the job fails (0 or more)"
+    )
+    tensorboard: bool = Field(default=True, description="whether to deploy TensorBoard with the job")

@@ -1,4 +1,4 @@
-"""The fields of logging and evaluation."""
+"""The fields of logging, evaluation and monitoring."""
 
 from pydantic import Field
 
@@ -6,25 +6,25 @@ from dist_moe.section import Section
 
 
 class ObserveConfig(Section):
-    """What is shown, and how often."""
+    """Logging, evaluation and monitoring."""
 
     interval: int = Field(default=10, ge=1, description="the optimizer steps between logged steps (1 or more)")
     tensorboard: bool = Field(default=True, description="whether TensorBoard event files are written")
     validation_sequences: int = Field(
-        default=256, ge=0, description="the validation sequences of one evaluation, at most (0: all)"
+        default=256, ge=0, description="the most validation sequences of one evaluation (0: all)"
     )
     max_vio_limit: float = Field(
         default=1.0,
         gt=0,
-        description="the MaxVio over which a layer counts as imbalanced ((max - mean) / mean of its load)",
+        description="the MaxVio above which a layer counts as imbalanced: (max - mean) / mean of its load (above 0)",
     )
     max_vio_patience: int = Field(
         default=5,
         ge=1,
-        description="the logged steps in a row over max_vio_limit before a warning (1 or more)",
+        description="the consecutive logged steps above max_vio_limit before a warning (1 or more)",
     )
     replica_check_interval: int = Field(
         default=100,
         ge=0,
-        description="the optimizer steps between comparisons of what several ranks hold alike, bit by bit (0: none)",
+        description="the optimizer steps between bitwise comparisons of replicated state across ranks (0: none)",
     )

@@ -1,4 +1,4 @@
-"""The fields that divide the work among the workers."""
+"""The fields of the distribution of work over the workers."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,28 +9,28 @@ from dist_moe.section import Auto, Section
 
 
 class ParallelConfig(Section):
-    """How the work is divided among the workers."""
+    """How the work is distributed over the workers."""
 
     expert_parallel: Annotated[int, Field(ge=1)] | Auto = Field(
         default="auto",
-        description="the number of workers that share one set of experts; it divides the workers and the "
-        "experts (auto: the largest number that does)",
+        description="the number of workers that share one set of experts, a divisor of the workers and of the experts, "
+        "or auto (the largest one)",
     )
     all_to_all: Literal["auto", "flat", "hierarchical"] = Field(
         default="auto",
-        description="the way of tokens to their experts: flat (one all-to-all), hierarchical (first to each host, once "
-        "for all experts there, then within it), or auto (hierarchical between hosts with as many workers each)",
+        description="the algorithm that dispatches tokens to their experts: flat (one all-to-all), hierarchical (one "
+        "copy to each host, then within the host), or auto (hierarchical across hosts with equal numbers of workers)",
     )
     zero_stage: Literal[0, 1, 2] = Field(
         default=1,
-        description="the ZeRO stage of DeepSpeed: 0 nothing is sharded, 1 optimizer states, 2 gradients too",
+        description="the ZeRO stage of DeepSpeed: 0 (nothing is sharded), 1 (optimizer states) or 2 (gradients too)",
     )
     backend: Literal["auto", "nccl", "gloo", "mpi"] = Field(
         default="auto",
-        description="the library of the collectives: nccl (GPU), gloo (CPU), mpi (CPU, under mpirun), or auto (nccl "
-        "where each worker has a GPU of its own, else mpi where mpirun started them, else gloo)",
+        description="the backend of the collectives: nccl (GPU), gloo (CPU), mpi (CPU, under mpirun), or auto (nccl "
+        "where each worker has its own GPU, else mpi under mpirun, else gloo)",
     )
-    timeout_s: float = Field(default=600, gt=0, description="the time limit of each collective, in seconds")
+    timeout_s: float = Field(default=600, gt=0, description="the timeout of each collective in seconds (above 0)")
 
     @field_validator("zero_stage", mode="before")
     @classmethod

@@ -13,16 +13,16 @@ class RunConfig(Section):
     dir: str = Field(
         default="runs/default",
         min_length=1,
-        description="the folder for everything the run writes; made if it is not there",
+        description="the folder that the run writes to (created if missing)",
     )
     seed: int = Field(
         default=0,
         ge=0,
         lt=2**32,
-        description="the seed of the initial weights and of the data order (0 or more)",
+        description="the seed of the initial weights and of the order of the data (0 or more)",
     )
     threads: Annotated[int, Field(ge=1)] | Auto = Field(
         default="auto",
-        description="the CPU threads of each worker inside one operation (1 or more), or auto: the "
-        "host's cores divided by its workers",
+        description="the CPU threads of one operation in each worker (1 or more), or auto (the cores of the host "
+        "divided by its workers)",
     )

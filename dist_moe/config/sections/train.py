@@ -1,78 +1,76 @@
-"""The fields of the optimization."""
+"""The fields of the optimizer, the batch size and the schedule of the learning rate."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic_core import PydanticCustomError
 
-from dist_moe.config.deepspeed_keys import deepspeed_violations
-from dist_moe.section import Fraction, Section
+from dist_moe.config.sections.deepspeed_keys import deepspeed_violations
+from dist_moe.section import Fraction, Section, broken_rules
 
 
 class TrainConfig(Section):
-    """The optimization."""
+    """The optimizer, the batch size and the schedule of the learning rate."""
 
-    steps: int = Field(ge=1, description="the optimizer steps after which this run ends (1 or more)")
+    steps: int = Field(ge=1, description="the optimizer steps of the run (1 or more)")
     schedule_steps: int | None = Field(
         default=None,
         ge=1,
-        description="the optimizer steps that the schedules are stretched over (steps or more), or null (steps)",
+        description="the optimizer steps that the schedules span (steps or more), or null (steps)",
     )
     global_batch_size: int = Field(
         ge=1,
-        description="the sequences of one optimizer step, all workers together; divides by workers * micro_batch",
+        description="the sequences of one optimizer step over all workers, a multiple of workers * micro_batch_size",
     )
-    micro_batch_size: int = Field(ge=1, description="the sequences a worker puts through the model at once (1 or more)")
+    micro_batch_size: int = Field(ge=1, description="the sequences of one forward pass on a worker (1 or more)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="the number format of the weights in use: fp32, bf16, or auto "
-        "(bf16 where the device computes it natively, else fp32)",
+        description="the data type of weights and activations: fp32, bf16 (with fp32 master weights), or auto (bf16 "
+        "where the device supports it natively, else fp32)",
     )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the optimizer: adamw or sgd")
-    learning_rate: float = Field(ge=0, description="the highest learning rate, reached after the warm-up")
+    learning_rate: float = Field(ge=0, description="the peak learning rate, reached after warmup (0 or more)")
     warmup_steps: int = Field(
         default=0,
         ge=0,
-        description="the optimizer steps over which the learning rate rises from 0 (at most schedule_steps)",
+        description="the optimizer steps of linear warmup from 0 (at most schedule_steps)",
     )
     final_learning_rate_ratio: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="the ratio of the last learning rate to the highest (cosine in between; 0 to 1)",
+        description="the ratio of the last to the peak learning rate, with a cosine in between (0 to 1)",
     )
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="the weight decay of the optimizer (decoupled with adamw)"
-    )
+    weight_decay: float = Field(default=0.1, ge=0, description="the weight decay, decoupled with adamw (0 or more)")
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
         default=(0.9, 0.95),
-        description="the two decay rates of AdamW's moments, a list of two numbers (0 to below 1)",
+        description="the decay rates of the two moments of adamw, a list of two numbers (0 to below 1)",
     )
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="the momentum of sgd (0 to below 1; 0 with adamw)")
+    momentum: float = Field(
+        default=0.0, ge=0, lt=1, description="the momentum of sgd (0 to below 1; must be 0 with adamw)"
+    )
     gradient_clipping: float = Field(
         default=1.0,
         ge=0,
-        description="the highest global 2-norm of the gradient; a longer one is scaled down (0: off)",
+        description="the maximum global 2-norm of the gradient, to which a larger one is scaled down (0: off)",
     )
     activation_checkpointing: bool = Field(
         default=False,
-        description="whether activations are computed again in the backward pass, to save memory",
+        description="whether to recompute activations in the backward pass, to save memory",
     )
     skip_limit: int = Field(
         default=10,
         ge=0,
-        description="the steps in a row that may be skipped, because a gradient is not finite, before the run stops "
-        "with a diagnosis (0: any number)",
+        description="the consecutive steps that may be skipped because of a non-finite gradient before the run aborts "
+        "with a diagnosis (0: no limit)",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
-        description="the further keys of DeepSpeed's own configuration that no field here sets",
+        description="the additional keys of the DeepSpeed configuration, except those that other fields set",
     )
 
     @field_validator("deepspeed")
     @classmethod
     def _no_owned_keys(cls, settings: dict[str, Any]) -> dict[str, Any]:
         if violations := deepspeed_violations(settings):
-            listed = "; ".join(str(violation) for violation in violations)
-            raise PydanticCustomError("owned_keys", "{listed}", {"listed": listed, "violations": violations})
+            raise broken_rules(violations)
         return settings

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import psutil
 
 from dist_moe.errors import needs_folder
+from dist_moe.files import FileLockedError, file_lock
 from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.process_tree import Descendant, adopt_orphans, descendants, send_signal
@@ -277,16 +277,12 @@ def run_dir_lock(run_dir: Path) -> Iterator[None]:
         LaunchError: Another job has locked it.
         RunFolderError: The folder cannot be written.
     """
-    lock = filelock.FileLock(run_dir / LOCK_FILE, timeout=0)
-    with needs_folder(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire()
-        except filelock.Timeout:
+            with needs_folder(run_dir):
+                stack.enter_context(file_lock(run_dir / LOCK_FILE, wait=False))
+        except FileLockedError:
             raise LaunchError(
                 f"run.dir={run_dir} is in use by a running job; wait for it, end it, or set another run.dir"
             ) from None
-    try:
         yield
-    finally:
-        lock.release()

@@ -1,4 +1,4 @@
-"""The configuration that these tests start from, and how they change it."""
+"""The configurations of these tests: configs/debug.yaml with overrides."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ QWEN = (
 
 
 def debug(*overrides: str) -> Config:
-    """configs/debug.yaml with overrides: a DeepSeek-V3 of 12 experts."""
+    """Load configs/debug.yaml with overrides: a DeepSeek-V3 with 12 experts."""
     return load_config(DEBUG, overrides)
 
 
 def qwen(*overrides: str) -> Config:
-    """The same run with a Qwen3-MoE of 8 experts."""
+    """Load the same run with a Qwen3-MoE with 8 experts."""
     return load_config(DEBUG, [*QWEN, *overrides])
 
 
 def violations(config: Config, workers: int = 1) -> dict[str, Violation]:
-    """What `resolve` finds wrong, by key; empty if nothing."""
+    """Return the violations that `resolve` raises, by key; empty if there are none."""
     try:
         resolve(config, workers)
     except ConfigError as error:

@@ -1,16 +1,16 @@
-"""The files in configs/: valid, and only what differs from the defaults."""
+"""The files in configs/ are valid, and have only what differs from the defaults."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from pydantic.fields import FieldInfo
 
 from dist_moe.config import Config, load_config, resolve
 from dist_moe.config.messages import field_paths
 from dist_moe.config.sections.balance import balance_fields
+from dist_moe.config.yaml_io import parse
 from tests.unit.config.files import CONFIGS
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -35,7 +35,7 @@ def test_there_are_files() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_each_file_lists_only_what_differs_from_the_default(path: Path) -> None:
-    for section, fields in yaml.safe_load(path.read_text()).items():
+    for section, fields in parse(path.read_text()).items():
         for name, value in fields.items():
             default = fields_of(section)[name].get_default(call_default_factory=True)
             assert value != default, f"{section}.{name}={value} is the default; leave it out"

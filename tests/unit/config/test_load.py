@@ -1,13 +1,16 @@
-"""Reading: YAML, overrides, and every way in which they can be wrong."""
+"""Loading: YAML, overrides, and everything that can be wrong with them, reported at once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dist_moe.config import ConfigError, dump_config, load_config
+from dist_moe.config import Config, ConfigError, dump_config, load_config
+from dist_moe.config.messages import field_paths
+from dist_moe.config.yaml_io import render
 from dist_moe.errors import ABSENT
 from tests.unit.config.files import DEBUG, debug
 
@@ -64,7 +67,7 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("run.thread=3", "run.thread=3 is not a key of run; did you mean run.threads?"),
         ("trian.steps=3", 'trian={"steps": 3} is not a section; did you mean train?'),
         ("micro_batch=7", "micro_batch=7 is not a section; did you mean train.micro_batch_size?"),
-        ("every=7", "every=7 is not a section; did you mean checkpoint.interval or observe.interval?"),
+        ("interval=7", "interval=7 is not a section; did you mean checkpoint.interval or observe.interval?"),
         ("run.top_k=1", "run.top_k=1 is not a key of run; did you mean router.top_k?"),
         ("run.qqqqqq=1", "run.qqqqqq=1 is not a key of run; the known keys are dir, seed and threads"),
         ("foo", "override=foo is not of the form key=value; write for example train.steps=20"),
@@ -77,7 +80,7 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("model=3", "model=3 is not a mapping; write its keys below it"),
     ],
 )
-def test_a_wrong_key_names_the_nearest(override: str, line: str) -> None:
+def test_an_unknown_key_names_the_nearest(override: str, line: str) -> None:
     assert refused(override) == [line]
 
 
@@ -109,13 +112,13 @@ def test_a_wrong_key_names_the_nearest(override: str, line: str) -> None:
         ("model.architecture=mixtral", "model.architecture=mixtral should be 'deepseek_v3' or 'qwen3_moe';"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_meaning(override: str, start: str) -> None:
+def test_a_wrong_value_is_refused_with_the_meaning_of_its_field(override: str, start: str) -> None:
     (line,) = refused(override)
     assert line.startswith(start)
     assert "; give the " in line
 
 
-def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_unknown_missing_and_invalid_keys_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("run: {seed: -1}\nmodell: {}\ntrain: {steps: 3, warmup: 4}\n")
     with pytest.raises(ConfigError) as caught:
@@ -127,10 +130,75 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     }
     missing = next(violation for violation in caught.value.violations if violation.key == "train.micro_batch_size")
     assert missing.value is ABSENT
-    assert str(missing).startswith("train.micro_batch_size is missing; give the sequences a worker puts")
+    assert str(missing).startswith("train.micro_batch_size is missing; give the sequences of one forward pass")
 
 
-def test_deepspeed_keys_of_ours_are_refused_with_our_field() -> None:
+KINDS = (
+    *("train.stepz=3", "observe.interval=0", "train.micro_batch=2", "foo", "balance.rate=-1"),
+    *("train.momentum=0.5", "parallel.expert_parallel=5", "router.top_k=3", "model.config.hiden_size=4"),
+    *("balance.clip=2.0", "data.sequence_length=500"),
+)
+
+
+def test_violations_of_every_kind_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEBUG, KINDS, workers=5)
+    assert {violation.key for violation in caught.value.violations} == {
+        *("train.stepz", "observe.interval", "train.micro_batch", "override", "balance.rate"),
+        *("train.momentum", "parallel.expert_parallel", "router.top_k", "model.config.hiden_size"),
+        *("balance.clip", "data.sequence_length", "train.global_batch_size"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ("train.optimiser=sgd train.momentum=0.5", "train.optimiser"),
+        ("train.optimizer=adam train.momentum=0.5", "train.optimizer"),
+        ("train.steps=x train.warmup_steps=30", "train.steps"),
+        ("train.global_batch_size=0 train.micro_batch_size=5", "train.global_batch_size"),
+        ("balance.policy=adaptive balance.clip=2.0", "balance.policy"),
+        ("router.group=4 router.topk_groups=4", "router.group"),
+        ("model.architecture=mixtral router.top_k=30 model.config.hiden_size=4", "model.architecture"),
+        ("model.config=3 parallel.expert_parallel=5", "model.config"),
+        ("train=3 data.sequence_length=500", "train data.sequence_length"),
+        ("slurm.signal_s=x slurm.minutes=1", "slurm.signal_s"),
+    ],
+)
+def test_a_rule_that_reads_a_broken_field_is_not_checked(overrides: str, keys: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEBUG, overrides.split(), workers=2)
+    assert [violation.key for violation in caught.value.violations] == keys.split()
+
+
+def test_the_entries_of_a_list_of_sections_are_located() -> None:
+    wrong = "cluster.hosts=[{name: a}, {slots: 0, name: '-b', port: 3}, {slots: 2}, 4]"
+    lines = refused(wrong, "observe.interval=0")
+    assert [line.split("=")[0] for line in lines[:3]] == [
+        *("observe.interval", "cluster.hosts[1].name", "cluster.hosts[1].slots")
+    ]
+    assert lines[1].startswith("cluster.hosts[1].name=-b is not a valid name of a host")
+    assert lines[3].startswith("cluster.hosts[1].port=3 is not a key of cluster.hosts[1]; did you mean cluster.")
+    assert lines[4].startswith("cluster.hosts[2].name is missing; give the name")
+    assert lines[5].startswith("cluster.hosts[3]=4 ")
+
+
+def test_rules_of_the_workers_are_left_out_where_those_are_not_known() -> None:
+    wrong = ("train.stepz=3", "train.micro_batch_size=5", "parallel.expert_parallel=5")
+    assert [line.split("=")[0] for line in refused(*wrong)] == ["train.stepz"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEBUG, wrong, workers=2)
+    assert [violation.key for violation in caught.value.violations] == [
+        *("train.stepz", "train.micro_batch_size", "parallel.expert_parallel")
+    ]
+
+
+def test_a_rule_within_a_section_is_reported_along_with_its_other_violations() -> None:
+    lines = refused("slurm.nodes=0", "slurm.minutes=1")
+    assert lines[0].startswith("slurm.nodes=0 ") and "slurm.signal_s=120 is not less than" in lines[1]
+
+
+def test_deepspeed_keys_that_a_field_sets_are_refused() -> None:
     wrong = "train.deepspeed={fp16: {}, optimizer: 1, zero_optimization: {stage: 3, offload_optimizer: {}}}"
     assert refused(wrong) == [
         "train.deepspeed.optimizer=1 is not set here; remove it; train.optimizer sets it in DeepSpeed",
@@ -147,7 +215,7 @@ def test_deepspeed_keys_of_ours_are_refused_with_our_field() -> None:
     ("content", "rule"),
     [
         (b"run: [", "is not valid YAML"),
-        (b"run: {seed: 1}\nrun: {seed: 2}", "found the key 'run' twice"),
+        (b"run: {seed: 1}\nrun: {seed: 2}", 'found a second key "run", line 2, column 1'),
         (b"run: !!python/object/apply:os.getcwd []", "is not valid YAML"),
         (b"run: {dir: \xff}", "is not UTF-8"),
         (b"- a\n- b", "holds a list, not a mapping"),
@@ -168,14 +236,14 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
 
 def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
-    path.write_text(SMALLEST + "run:\nobserve:\n  # every: 3\n")
+    path.write_text(SMALLEST + "run:\nobserve:\n  # interval: 3\n")
     assert load_config(path).observe.interval == 10
     path.write_text("")
     assert {line.split(" ")[0] for line in refused(path=path)} == {"model", "data", "train"}
 
 
 def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
-    for text in ("1e-6", "1E+2", "3.e2", ".5e1", "-2e3"):
+    for text in ("1e-6", "1E+2", "3.e2", "5.0e1", "-2e3"):
         assert debug(f"model.config.rms_norm_eps={text}").model.config["rms_norm_eps"] == float(text)
     assert debug("run.dir='1e-6'").run.dir == "1e-6"
 
@@ -191,6 +259,26 @@ free = st.dictionaries(
     st.text(), st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
 names = st.text(min_size=1) | st.sampled_from(["1e-6", "on", "null", "0o7", "12:30", "2024-01-01", " a ", "a: b"])
+
+
+keys_of = st.sampled_from(sorted({*field_paths(), *Config.model_fields, "x", "train.y", "cluster.hosts"}))
+junk = plain | st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(plain | st.just("name"), inner, max_size=2)
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(changes=st.dictionaries(keys_of, junk, min_size=1, max_size=4))
+def test_any_settings_load_or_are_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "junk.yaml"
+    path.write_text("".join(f"{line}\n" for line in SMALLEST.splitlines()), encoding="utf-8")
+    overrides = [f"{key}={render(value).removesuffix('...').strip()}" for key, value in changes.items()]
+    try:
+        load_config(path, overrides)
+    except ConfigError as error:
+        assert error.violations
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Checking: batches, expert parallelism, schedules, and what `resolve` fills in."""
+"""`resolve`: batches, expert parallelism, schedules, and the fields that it fills in."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dist_moe.config import Config, ConfigError, dump_config, load_config, resol
 from tests.unit.config.files import debug, qwen, violations
 
 
-def test_resolved_holds_what_follows_from_the_configuration() -> None:
+def test_resolved_has_what_follows_from_the_configuration() -> None:
     resolved = resolve(debug(), workers=4)
     assert (resolved.workers, resolved.expert_parallel, resolved.accumulation, resolved.experts) == (
         4,
@@ -52,7 +52,9 @@ def test_automatic_expert_parallelism_is_the_largest_common_divisor(workers: int
         (8, 4, "does not divide the 4 workers; use 1, 2 or 4"),
     ],
 )
-def test_trap_T35_expert_parallelism_that_does_not_divide_is_told_first(asked: int, workers: int, line: str) -> None:
+def test_trap_T35_expert_parallelism_that_does_not_divide_is_reported_first(
+    asked: int, workers: int, line: str
+) -> None:
     config = qwen(f"parallel.expert_parallel={asked}", "train.global_batch_size=24")
     found = violations(config, workers)
     assert list(found) == ["parallel.expert_parallel"]
@@ -132,7 +134,7 @@ def test_workers_are_positive() -> None:
         resolve(debug(), workers=0)
 
 
-def test_everything_is_told_at_once() -> None:
+def test_all_violations_are_reported_at_once() -> None:
     overrides = (
         *("model.config.n_group=5", "router.top_k=3", "parallel.expert_parallel=5", "train.schedule_steps=2"),
         *("model.config.num_hidden_layers=1", "data.sequence_length=500", "model.config.hiden_size=48"),

@@ -26,7 +26,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Cut pip off from every index; it finds what lies in the folder returned, empty at first."""
+    """Keep pip from every index; it finds only what is in the returned folder, which is empty at first."""
     folder = tmp_path / "links"
     folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

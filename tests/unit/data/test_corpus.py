@@ -1,4 +1,4 @@
-"""Prepared tokens: the split, the files, what is made again and what is not, and two processes at once."""
+"""`prepare`: the split, the files, what is tokenized again and what is not, and concurrent processes."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.data.corpus import Corpus, open_prepared, prepare
+from dist_moe.data.corpus import Corpus, open_tokenized, prepare
 from dist_moe.data.split import in_validation
 from dist_moe.errors import DataError
 
@@ -20,7 +20,7 @@ TEXTS = {f"work {number}": f"Work {number}: the quick brown fox. " * (number % 5
 
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    """A .jsonl file of 60 named documents in two domains, with an empty one among them."""
+    """Write a .jsonl file of 60 named documents in two domains, and an empty one."""
     lines = [
         {"name": name, "text": text, "domain": f"domain {index % 2}"}
         for index, (name, text) in enumerate(TEXTS.items())
@@ -40,23 +40,23 @@ def _texts(corpus: Corpus, decode: object) -> list[str]:
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_every_document_is_in_its_split_once(source: str, tmp_path: Path, tokenizer: str) -> None:
-    prepared = prepare([source], tokenizer, 300, 0.3, tmp_path)  # type: ignore[arg-type]
-    decode = prepared.tokenizer.decode
+    tokenized = prepare([source], tokenizer, 300, 0.3, tmp_path)  # type: ignore[arg-type]
+    decode = tokenized.tokenizer.decode
     validation_set = {name for name in TEXTS if in_validation(name, 0.3)}
-    assert _texts(prepared.train, decode) == [text for name, text in TEXTS.items() if name not in validation_set]
-    assert _texts(prepared.validation, decode) == [text for name, text in TEXTS.items() if name in validation_set]
-    assert prepared.train.domains == ("domain 0", "domain 1")
+    assert _texts(tokenized.train, decode) == [text for name, text in TEXTS.items() if name not in validation_set]
+    assert _texts(tokenized.validation, decode) == [text for name, text in TEXTS.items() if name in validation_set]
+    assert tokenized.train.domains == ("domain 0", "domain 1")
     domains = [int(name.split()[1]) % 2 for name in TEXTS if name not in validation_set]
-    assert prepared.train.domains_N.tolist() == domains
-    for corpus in (prepared.train, prepared.validation):
-        assert corpus.text_bytes == prepared.tokenizer.token_bytes_V[corpus.tokens].sum()
+    assert tokenized.train.domains_N.tolist() == domains
+    for corpus in (tokenized.train, tokenized.validation):
+        assert corpus.text_bytes == tokenized.tokenizer.token_bytes_V[corpus.tokens].sum()
         assert corpus.tokens.dtype == np.uint16
         assert all(isinstance(each, np.memmap) for each in (corpus.tokens, corpus.starts_N1, corpus.domains_N))
-    listed = (prepared.folder / "validation.documents.jsonl").read_text().splitlines()
+    listed = (tokenized.folder / "validation.documents.jsonl").read_text().splitlines()
     assert {json.loads(line)["name"] for line in listed} == validation_set
 
 
-def test_split_holds_whatever_the_order_and_the_company(source: str, tmp_path: Path) -> None:
+def test_split_does_not_depend_on_order_or_other_documents(source: str, tmp_path: Path) -> None:
     whole = {name for name in TEXTS if in_validation(name, 0.1)}
     wider = {name for name in TEXTS if in_validation(name, 0.3)}
     assert whole < wider
@@ -78,12 +78,12 @@ def test_bpe_learns_from_the_training_split_alone(tmp_path: Path) -> None:
     assert len(tokenizer.encode(" zyzzyva")) == 8
 
 
-def test_prepared_tokens_are_opened_not_made_again(source: str, tmp_path: Path) -> None:
+def test_cached_tokens_are_opened_not_made_again(source: str, tmp_path: Path) -> None:
     first = prepare([source], "bytes", 0, 0.3, tmp_path)
     inode = first.folder.stat().st_ino
     again = prepare([source], "bytes", 0, 0.3, tmp_path)
     assert (again.fingerprint, again.folder.stat().st_ino) == (first.fingerprint, inode)
-    assert open_prepared(first.folder).records == first.records
+    assert open_tokenized(first.folder).records == first.records
     other = prepare([source], "bytes", 0, 0.4, tmp_path)
     bpe = prepare([source], "bpe", 300, 0.3, tmp_path)
     assert len({first.fingerprint, other.fingerprint, bpe.fingerprint}) == 3
@@ -104,13 +104,13 @@ def test_damaged_tokens_are_made_again(source: str, tmp_path: Path, name: str, d
     else:
         path.unlink()
     with pytest.raises(DataError, match="damaged"):
-        open_prepared(first.folder)
+        open_tokenized(first.folder)
     again = prepare([source], "bytes", 0, 0.3, tmp_path)
     np.testing.assert_array_equal(again.train.tokens, expected)
     assert again.tokenizer.decode(again.tokenizer.encode("x")) == "x"
 
 
-def test_leftover_of_a_killed_process_is_cleared(source: str, tmp_path: Path) -> None:
+def test_leftover_of_a_killed_process_is_removed(source: str, tmp_path: Path) -> None:
     first = prepare([source], "bytes", 0, 0.3, tmp_path)
     partial = first.folder.with_name(first.fingerprint + ".partial")
     first.folder.rename(partial)
@@ -142,7 +142,7 @@ def test_fraction_out_of_range_is_refused(source: str, tmp_path: Path, fraction:
         prepare([source], "bytes", 0, fraction, tmp_path)
 
 
-def test_processes_at_once_get_the_same_tokens(source: str, tmp_path: Path) -> None:
+def test_concurrent_processes_get_the_same_tokens(source: str, tmp_path: Path) -> None:
     program = """if True:
         import sys
         from pathlib import Path
@@ -181,7 +181,7 @@ def test_built_in_sources_split_fairly(name: str, tmp_path: Path, request: pytes
     if name == "shakespeare":
         (tmp_path / "sources").mkdir()
         shutil.copy(request.getfixturevalue("archive"), tmp_path / "sources")
-    prepared = prepare([name], "bytes", 0, 0.1, tmp_path)
-    validation_set, trained = prepared.validation.text_bytes, prepared.train.text_bytes
+    tokenized = prepare([name], "bytes", 0, 0.1, tmp_path)
+    validation_set, trained = tokenized.validation.text_bytes, tokenized.train.text_bytes
     assert 0.03 < validation_set / (validation_set + trained) < 0.25
-    assert len(prepared.validation.starts_N1) - 1 >= 3
+    assert len(tokenized.validation.starts_N1) - 1 >= 3

@@ -1,4 +1,4 @@
-"""The tokenizer of a pretrained model: its bytes are those of the text, special tokens none of it, or it is refused."""
+"""`load_tokenizer`: tokens have the bytes of the text, text never becomes a special token, others are refused."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_ids_are_those_of_the_file_and_their_bytes_those_of_the_text(tmp_path: P
     assert tokenizer.decode(ids) == TEXT
     special = [backend.get_vocab()[word] for word in (END, "<|endoftext|>")]
     assert tokenizer.end_id == special[0] and tokenizer.token_bytes_V[special].tolist() == [0, 0]
-    assert not np.isin(special, ids).any(), "a text that spells them is only text"
+    assert not np.isin(special, ids).any(), "a text that spells them is encoded as text"
     assert backend.token_to_id(THINK) in ids
 
 
@@ -38,7 +38,7 @@ def test_a_long_text_is_cut_where_no_token_is(tmp_path: Path) -> None:
     assert tokenizer.encode(text).tolist() == tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
-def test_what_it_saves_opens_to_the_same_and_is_the_same_file(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_back_from_an_equal_file(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "there", chat_template="x")
     load_tokenizer(tmp_path / "there").save(tmp_path / "here")
     files = [(tmp_path / side / "tokenizer.json").read_bytes() for side in ("there", "here")]
@@ -79,24 +79,26 @@ def change(spec: Any, dotted: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dotted", "value", "told"),
+    ("dotted", "value", "reason"),
     [
         ("normalizer", {"type": "Lowercase"}, "its text is changed by Lowercase"),
         ("pre_tokenizer", {"type": "Whitespace"}, "its text is split by Whitespace"),
         ("pre_tokenizer", None, "nothing turns a text into bytes"),
         ("pre_tokenizer.pretokenizers.0.behavior", "Removed", "its splitting removes text"),
-        ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "it puts a space before a text"),
+        ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "it adds a space before a text"),
         ("decoder", None, "nothing turns bytes into a text"),
         ("model.dropout", 0.1, "it has a dropout"),
         ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "its model is WordLevel"),
     ],
 )
-def test_one_that_is_no_byte_level_bpe_is_refused(tmp_path: Path, dotted: str, value: Any, told: str) -> None:
+def test_a_tokenizer_that_is_not_a_byte_level_bpe_is_refused(
+    tmp_path: Path, dotted: str, value: Any, reason: str
+) -> None:
     make_tokenizer(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     change(spec, dotted, value)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(DataError, match=f"is no byte-level BPE: {told}"):
+    with pytest.raises(DataError, match=f"is not a byte-level BPE: {reason}"):
         load_tokenizer(tmp_path)
 
 
@@ -109,7 +111,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_file_that_is_none_is_refused_without_waiting(tmp_path: Path, case: str) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused_without_blocking(tmp_path: Path, case: str) -> None:
     make_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     HOSTILE[case](tmp_path / "tokenizer.json")
@@ -117,24 +119,24 @@ def test_a_file_that_is_none_is_refused_without_waiting(tmp_path: Path, case: st
         load_tokenizer(tmp_path)
 
 
-def test_prepared_tokens_are_those_of_this_very_tokenizer(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_file_of_the_tokenizer(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"expert {n} {END}", "name": str(n)}) + "\n" for n in range(30)))
 
-    def made(vocabulary: int) -> Any:
+    def tokenize(vocabulary: int) -> Any:
         return prepare([str(text)], "pretrained", vocabulary, 0.3, tmp_path / "cache", tmp_path / "model")
 
     make_tokenizer(tmp_path / "model")
-    first = made(320)
+    first = tokenize(320)
     assert (first.train.tokens == first.tokenizer.end_id).sum() == len(first.train.starts_N1) - 1
     size = first.tokenizer.vocab_size
-    assert made(size).fingerprint == first.fingerprint
+    assert tokenize(size).fingerprint == first.fingerprint
     with pytest.raises(DataError, match=f"tokenizer.json has {size} tokens, and the model {size - 1}"):
-        made(size - 1)
+        tokenize(size - 1)
     make_tokenizer(tmp_path / "model", eos_token="<|endoftext|>")
-    assert made(320).fingerprint != first.fingerprint
+    assert tokenize(320).fingerprint != first.fingerprint
     make_tokenizer(tmp_path / "model")
-    assert made(320).fingerprint == first.fingerprint
+    assert tokenize(320).fingerprint == first.fingerprint
     spec = json.loads((tmp_path / "model/tokenizer.json").read_text())
     (tmp_path / "model/tokenizer.json").write_text(json.dumps(spec, indent=3))
-    assert made(320).fingerprint != first.fingerprint, "the file is another"
+    assert tokenize(320).fingerprint != first.fingerprint, "the file has changed"

@@ -1,4 +1,4 @@
-"""Files of tokens that change: found by their content when a run begins, and by size and time before each step."""
+"""Detection of modified token files: by content when a run begins, by size and time before each step."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dist_moe.data import mmap_files, source_manifest
-from dist_moe.data.corpus import TokenizedData, open_prepared, prepare
+from dist_moe.data.corpus import TokenizedData, open_tokenized, prepare
 from dist_moe.data.mmap_files import MmapFile, content_digest, detect_change, reject_change
 from dist_moe.data.sources import fetch_sources
 from dist_moe.errors import DataError
@@ -18,23 +18,23 @@ from dist_moe.errors import DataError
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """60 documents."""
+    """Write 60 documents."""
     path = tmp_path / "works.jsonl"
     path.write_text("".join(json.dumps({"text": f"work {number} " * 9}) + "\n" for number in range(60)))
     return path
 
 
 @pytest.fixture
-def prepared(source: Path, tmp_path: Path) -> TokenizedData:
-    return made(source, tmp_path)
+def tokenized(source: Path, tmp_path: Path) -> TokenizedData:
+    return tokenize(source, tmp_path)
 
 
-def made(source: Path, folder: Path) -> TokenizedData:
+def tokenize(source: Path, folder: Path) -> TokenizedData:
     return prepare([str(source)], "bytes", 0, 0.3, folder / "cache")
 
 
 def flip(path: Path) -> None:
-    """Another bit somewhere, and not another size or time of change."""
+    """Flip one bit, and keep size and modification time."""
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[random.Random(0).randrange(len(content))] ^= 1
@@ -45,27 +45,29 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [f"{split}.{kind}" for split in ("train", "validation") for kind in ("tokens", "starts", "domains")]
 )
-def test_one_bit_is_found_and_the_tokens_are_made_anew(prepared: TokenizedData, source: Path, name: str) -> None:
-    expected = np.array(prepared.train.tokens)
-    flip(prepared.folder / name)
+def test_a_flipped_bit_is_detected_and_the_tokens_are_made_again(
+    tokenized: TokenizedData, source: Path, name: str
+) -> None:
+    expected = np.array(tokenized.train.tokens)
+    flip(tokenized.folder / name)
     with pytest.raises(DataError, match="damaged"):
-        open_prepared(prepared.folder)
-    again = made(source, source.parent)
-    assert again.fingerprint == prepared.fingerprint
+        open_tokenized(tokenized.folder)
+    again = tokenize(source, source.parent)
+    assert again.fingerprint == tokenized.fingerprint
     np.testing.assert_array_equal(again.train.tokens, expected)
-    open_prepared(prepared.folder)
+    open_tokenized(tokenized.folder)
 
 
-def test_tokens_without_a_list_of_digests_are_used_as_they_are(prepared: TokenizedData, source: Path) -> None:
-    """Those of an earlier version: a checkpoint that has learned from them goes on."""
-    path = prepared.folder / "manifest.json"
+def test_tokens_of_an_earlier_version_without_digests_are_used(tokenized: TokenizedData, source: Path) -> None:
+    """A checkpoint that was trained on them can resume."""
+    path = tokenized.folder / "manifest.json"
     before = json.loads(path.read_text())
     del before["digests"], before["files"][source_manifest.NAME]
     path.write_text(json.dumps(before))
-    (prepared.folder / source_manifest.NAME).unlink()
-    inode = prepared.folder.stat().st_ino
-    again = made(source, source.parent)
-    assert (again.folder.stat().st_ino, again.fingerprint) == (inode, prepared.fingerprint)
+    (tokenized.folder / source_manifest.NAME).unlink()
+    inode = tokenized.folder.stat().st_ino
+    again = tokenize(source, source.parent)
+    assert (again.folder.stat().st_ino, again.fingerprint) == (inode, tokenized.fingerprint)
 
 
 @pytest.mark.parametrize("place", [0, 1, (1 << 20) - 1, 1 << 20, (3 << 20) + 4])
@@ -96,7 +98,7 @@ def test_a_large_file_is_read_in_blocks_from_its_first_byte_to_its_last(
 
 
 def changes(path: Path, place: int, before: str) -> bool:
-    """Whether the digest sees one byte, which is then put back."""
+    """Whether changing one byte changes the digest; the byte is restored."""
     with path.open("r+b", buffering=0) as file:
         os.pwrite(file.fileno(), b"\1", place)
         seen = content_digest(path) != before
@@ -120,29 +122,31 @@ def other(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"), [(shorter, "bytes instead of"), (longer, "bytes instead of"), (other, "was written to")]
+    ("damage", "message"), [(shorter, "bytes instead of"), (longer, "bytes instead of"), (other, "was written to")]
 )
-def test_a_change_is_named(prepared: TokenizedData, harm: Callable[[Path], None], told: str) -> None:
-    assert detect_change(prepared.mapped) == "" and len(prepared.mapped) == 6
+def test_a_change_is_named(tokenized: TokenizedData, damage: Callable[[Path], None], message: str) -> None:
+    assert detect_change(tokenized.files) == "" and len(tokenized.files) == 6
     reject_change("")
-    path = prepared.folder / "train.starts"
-    harm(path)
-    with pytest.raises(DataError, match=rf"{path} .*{told}.* while the run was reading it \(rank 0\); start the run"):
-        reject_change(detect_change(prepared.mapped))
+    path = tokenized.folder / "train.starts"
+    damage(path)
+    with pytest.raises(
+        DataError, match=rf"{path} .*{message}.* while the run was reading it \(rank 0\); start the run"
+    ):
+        reject_change(detect_change(tokenized.files))
 
 
-def test_a_file_that_was_removed_or_replaced_is_what_it_was(prepared: TokenizedData) -> None:
-    """Whoever has it mapped keeps it: there is nothing to end a run for."""
-    path = prepared.folder / "train.tokens"
-    before = np.array(prepared.train.tokens)
+def test_a_file_that_was_removed_or_replaced_stays_mapped(tokenized: TokenizedData) -> None:
+    """Its content is still mapped, so it is not a change."""
+    path = tokenized.folder / "train.tokens"
+    before = np.array(tokenized.train.tokens)
     path.rename(path.with_name("away"))
     path.write_bytes(b"other")
     path.with_name("away").unlink()
-    assert detect_change(prepared.mapped) == ""
-    np.testing.assert_array_equal(prepared.train.tokens, before)
+    assert detect_change(tokenized.files) == ""
+    np.testing.assert_array_equal(tokenized.train.tokens, before)
 
 
-def test_a_mapped_file_is_closed_with_whoever_has_it(tmp_path: Path) -> None:
+def test_a_mapped_file_is_closed_with_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "numbers"
     path.write_bytes(np.arange(4, dtype=np.int64).tobytes())
     before = len(os.listdir("/proc/self/fd"))
@@ -153,7 +157,7 @@ def test_a_mapped_file_is_closed_with_whoever_has_it(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_source_that_differs_is_named_by_its_file(tmp_path: Path) -> None:
+def test_a_source_that_differs_is_described_by_its_files(tmp_path: Path) -> None:
     for name in "abcdef":
         (tmp_path / f"{name}.txt").write_text(f"text of {name} " * 20)
 
@@ -161,23 +165,23 @@ def test_a_source_that_differs_is_named_by_its_file(tmp_path: Path) -> None:
         return prepare([str(tmp_path / "*.txt")], "bytes", 0, 0.5, tmp_path / "cache")
 
     first = now()
-    assert source_manifest.difference(first.folder, now().folder) == ""
+    assert source_manifest.describe_changes(first.folder, now().folder) == ""
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.txt").write_text("text of B " * 20)
     (tmp_path / "g.txt").write_text("text of g " * 20)
-    told = "a.txt is gone, b.txt was changed (200 bytes, now 200), g.txt is new"
-    assert source_manifest.difference(first.folder, now().folder) == told
+    changes = "a.txt was removed, b.txt was changed (200 bytes, now 200) and g.txt is new"
+    assert source_manifest.describe_changes(first.folder, now().folder) == changes
     for name in "cd":
         (tmp_path / f"{name}.txt").write_text("short")
-    assert source_manifest.difference(first.folder, now().folder).endswith(
+    assert source_manifest.describe_changes(first.folder, now().folder).endswith(
         "c.txt was changed (200 bytes, now 5) and 2 more"
     )
-    assert source_manifest.difference(tmp_path / "nowhere", first.folder) == ""
+    assert source_manifest.describe_changes(tmp_path / "nowhere", first.folder) == ""
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(source: Path, tmp_path: Path) -> None:
     records = fetch_sources([str(source)], tmp_path)
-    source_manifest.write_origin(tmp_path, records)
+    source_manifest.write_source_manifest(tmp_path, records)
     longer(source)
     with pytest.raises(DataError, match=r"works\.jsonl' was changed while it was read; start again"):
-        source_manifest.write_origin(tmp_path, records)
+        source_manifest.write_source_manifest(tmp_path, records)

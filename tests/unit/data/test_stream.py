@@ -1,4 +1,4 @@
-"""The stream of rows against a slow twin, and its promises: order by seed and row alone, nothing lost."""
+"""The stream of rows against a slow reference: the order depends on seed and row alone, and no token is lost."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def _corpus(documents: list[list[int]]) -> Corpus:
     return Corpus(tokens, starts_N1, domains_N, ("a", "b", "c"), END, 0)
 
 
-def _slow_epoch(documents: list[list[int]], order: list[int], length: int) -> list[list[tuple[int, ...]]]:
+def _reference_epoch(documents: list[list[int]], order: list[int], length: int) -> list[list[tuple[int, ...]]]:
     """Rows of (token, target, document, position, domain), one token at a time."""
     flat = [(token, at, place) for place, at in enumerate(order) for token in [*documents[at], END]]
     rows: list[list[tuple[int, ...]]] = []
@@ -47,14 +47,14 @@ def _rows(batch: Batch) -> list[list[tuple[int, ...]]]:
 
 
 @given(documents=DOCUMENTS, length=st.integers(2, 20), seed=st.integers(0, 5), data=st.data())
-def test_rows_are_those_of_the_slow_twin(
+def test_rows_equal_those_of_the_slow_reference(
     documents: list[list[int]], length: int, seed: int, data: st.DataObject
 ) -> None:
     stream = Stream(_corpus(documents), length, seed)
     endless = []
     for epoch in range(3):
         order = permutation(len(documents), seed, epoch, 0).tolist()
-        rows = _slow_epoch(documents, order, length)
+        rows = _reference_epoch(documents, order, length)
         assert len(rows) == stream.rows_per_epoch
         endless += [rows[r] for r in permutation(len(rows), seed, epoch, 1)]
     first = data.draw(st.integers(0, len(endless) - 1))
@@ -65,7 +65,7 @@ def test_rows_are_those_of_the_slow_twin(
 @given(documents=DOCUMENTS, length=st.integers(2, 20))
 def test_in_order_is_the_file_then_padding(documents: list[list[int]], length: int) -> None:
     stream = Stream(_corpus(documents), length, 3)
-    plain = _slow_epoch(documents, list(range(len(documents))), length)
+    plain = _reference_epoch(documents, list(range(len(documents))), length)
     padding = [(END, -100, -1, 0, -1)] * length
     assert _rows(stream.in_order(0, len(plain) + 2)) == [*plain, padding, padding]
     assert _rows(stream.in_order(1, 1)) == [*plain, padding][1:2]
@@ -82,7 +82,7 @@ def test_every_token_has_its_loss_once_an_epoch(documents: list[list[int]], leng
         assert ((batch.targets_BS != -100).sum(dim=1) > 0).all()
 
 
-def test_layout_and_history_do_not_matter() -> None:
+def test_batches_do_not_depend_on_their_size_or_on_earlier_ones() -> None:
     documents = [[i] * (i % 7 + 1) for i in range(60)]
     whole = Stream(_corpus(documents), 8, 1).batch(0, 64)
     pieces = Stream(_corpus(documents), 8, 1)
@@ -99,11 +99,11 @@ def test_epochs_and_seeds_differ() -> None:
     other = Stream(corpus, 8, 2).batch(0, size)
     assert not torch.equal(first.tokens_BS, second.tokens_BS)
     assert not torch.equal(first.tokens_BS, other.tokens_BS)
-    # Documents are laid out anew, too: the same rows in another order would have equal sums.
+    # Documents are shuffled again, too: the same rows in another order would have equal sums.
     assert not torch.equal(first.tokens_BS.sum(1).sort().values, second.tokens_BS.sum(1).sort().values)
 
 
-def test_permutation_is_fixed_for_good() -> None:
+def test_permutation_does_not_change_between_versions() -> None:
     assert permutation(10, 1, 2, 0).tolist() == [5, 6, 9, 3, 2, 1, 0, 8, 4, 7]
     assert permutation(10, 1, 3, 0).tolist() == [0, 5, 1, 9, 2, 6, 7, 8, 4, 3]
     assert sorted(permutation(1000, 7).tolist()) == list(range(1000))

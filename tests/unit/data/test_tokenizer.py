@@ -1,4 +1,4 @@
-"""Tokenizers: every text comes back, bytes are counted truly, and no text becomes the end token."""
+"""Tokenizers: every text decodes back, bytes are counted, and no text becomes the end token."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ BOTH = [byte_tokenizer(), _bpe()]
 
 @pytest.mark.parametrize("tokenizer", BOTH, ids=["bytes", "bpe"])
 @given(text=TEXTS)
-def test_text_comes_back_and_bytes_add_up(tokenizer: Tokenizer, text: str) -> None:
+def test_text_decodes_back_and_bytes_add_up(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int64
     assert tokenizer.decode(ids) == text
@@ -102,7 +102,7 @@ def test_training_is_the_same_in_another_process() -> None:
 
 @pytest.mark.parametrize("vocabulary", [0, 256])
 def test_vocabulary_too_small(vocabulary: int) -> None:
-    with pytest.raises(DataError, match=f"data.vocabulary={vocabulary} .*257"):
+    with pytest.raises(DataError, match=f"data.vocabulary={vocabulary} has no room for .*257"):
         train_bpe(iter(["x"]), vocabulary)
 
 
@@ -116,9 +116,9 @@ def test_saved_tokenizer_loads_here_and_in_transformers(tokenizer: Tokenizer, tm
     np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
     assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
     np.testing.assert_array_equal(loaded.token_bytes_V, tokenizer.token_bytes_V)
-    # Beside a model's config.json, transformers may choose that architecture's own tokenizer class instead.
-    for beside_model in (False, True):
-        if beside_model:
+    # With a model's config.json in the folder, transformers may choose the tokenizer class of that architecture.
+    for with_model_config in (False, True):
+        if with_model_config:
             DeepseekV3Config().save_pretrained(tmp_path)
         theirs = AutoTokenizer.from_pretrained(tmp_path)
         ids = theirs(text)["input_ids"]

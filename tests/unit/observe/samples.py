@@ -1,4 +1,4 @@
-"""Records for the tests of dist_moe.observe, built by the real builders from counts that a test names."""
+"""Records for the tests of dist_moe.observe, built by the package from given counts."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from dist_moe.observe.metrics import Progress, StepMetrics, step_metrics
 
 Counts = Sequence[Sequence[int]]
 UNEVEN = ([40, 0, 20], [20, 20, 20, 20])
-VARYING = ([20, 5, 10], [40, 20])  # by layer: tokens that took one expert, two, three; they add up to UNEVEN
+VARYING = ([20, 5, 10], [40, 20])  # by layer: tokens that take one expert, two, three; consistent with UNEVEN
 
 
 def progress_sample(
@@ -20,7 +20,7 @@ def progress_sample(
     threshold: float | None = None,
     auxiliary_loss: float = 0.0,
 ) -> Progress:
-    """Fixed numbers besides those that are named."""
+    """Return fixed values, except for the arguments."""
     return Progress(
         step=step,
         loss=loss,
@@ -42,38 +42,38 @@ def step_sample(
     loads: Counts = UNEVEN,
     loss: float = 2.5,
     skipped: bool = False,
-    takers: Counts | None = None,
+    k_histograms: Counts | None = None,
     threshold: float | None = None,
     auxiliary_loss: float = 0.0,
 ) -> StepMetrics:
-    """A step with these counts; by default of two experts for each token.
+    """Build a step with these counts; by default every token takes two experts.
 
     The bias rises by 0.25 per expert from -0.25, MaxVio_computation is 1.5 in layer 0, 2.5 in layer 1, ...
     """
     return step_metrics(
         progress_sample(step, loss, skipped, threshold, auxiliary_loss),
         load_L=[torch.tensor(load) for load in loads],
-        k_histogram_L=takers_of(loads, takers),
+        k_histogram_L=histograms_of(loads, k_histograms),
         computation_L=[(1.5 + layer, 0.25) for layer in range(len(loads))],
         bias_L=[torch.arange(len(load)) / 4 - 0.25 for load in loads],
         expert_parallel=1,
     )
 
 
-def evaluation_sample(step: int = 20, loads: Counts = UNEVEN, takers: Counts | None = None) -> EvaluationMetrics:
-    """An evaluation over 100 label tokens of 2 nats, 250 bytes of text, with these counts."""
+def evaluation_sample(step: int = 20, loads: Counts = UNEVEN, k_histograms: Counts | None = None) -> EvaluationMetrics:
+    """Build an evaluation over 100 label tokens of 2 nats, 250 bytes of text, with these counts."""
     return evaluation_metrics(
         step=step,
         total_nats=200.0,
         tokens=100,
         text_bytes=250,
         load_L=[torch.tensor(load) for load in loads],
-        k_histogram_L=takers_of(loads, takers),
+        k_histogram_L=histograms_of(loads, k_histograms),
     )
 
 
-def takers_of(loads: Counts, takers: Counts | None) -> list[Tensor]:
-    """`takers`, or counts of tokens that took two experts each, the last one of an odd load one."""
-    if takers is None:
-        takers = [[sum(load) % 2, sum(load) // 2] for load in loads]
-    return [torch.tensor(counts, dtype=torch.int64) for counts in takers]
+def histograms_of(loads: Counts, k_histograms: Counts | None) -> list[Tensor]:
+    """Return `k_histograms`; by default every token takes two experts, the last one of an odd load one."""
+    if k_histograms is None:
+        k_histograms = [[sum(load) % 2, sum(load) // 2] for load in loads]
+    return [torch.tensor(counts, dtype=torch.int64) for counts in k_histograms]

@@ -1,4 +1,4 @@
-"""Lines on disks that get full, read-only or lost while a run writes them, with a real tmpfs for each."""
+"""Tests of lines on disks that become full, read-only or lost while a run writes them, each on a real tmpfs."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from dist_moe.observe.jsonl import LineFile
 from tests.disk import detach, fill, set_read_only
 disk, warned = Path(sys.argv[1]), []
 file = LineFile(disk / "run/metrics.jsonl", warned.append)
-file.begin()
+file.create()
 def write(*steps, padding=0):
     for step in steps:
         file.write(json.dumps({"step": step, "text": "x" * padding}))
@@ -32,8 +32,8 @@ def written(disk: Path, body: str) -> dict:
     return json.loads(run_on_disk(disk, "256k", OPENING + body + CLOSING))
 
 
-def test_a_full_disk_costs_the_lines_that_it_has_no_room_for(tmp_path: Path) -> None:
-    """The line that it took a part of is no part of the file afterwards."""
+def test_a_full_disk_loses_only_the_lines_that_do_not_fit(tmp_path: Path) -> None:
+    """The part of the line that still fit is removed afterwards."""
     found = written(
         tmp_path,
         """
@@ -52,14 +52,14 @@ write(7)
     assert found["steps"] == [1, 4, 5, 7]
     path = tmp_path / "run/metrics.jsonl"
     assert found["warned"] == [
-        f"{path} cannot be written (No space left on device); training goes on without it",
-        f"{path} is written again; 2 lines are lost",
-        f"{path} cannot be written (No space left on device); training goes on without it",
-        f"{path} is written again; 1 lines are lost",
+        f"cannot write {path} (No space left on device); training continues, and its lines are lost",
+        f"{path} can be written again; 2 lines lost",
+        f"cannot write {path} (No space left on device); training continues, and its lines are lost",
+        f"{path} can be written again; 1 line lost",
     ]
 
 
-def test_a_read_only_disk_costs_the_lines_of_that_time(tmp_path: Path) -> None:
+def test_a_read_only_disk_loses_the_lines_of_that_time(tmp_path: Path) -> None:
     found = written(
         tmp_path,
         """
@@ -71,17 +71,17 @@ write(4)
 """,
     )
     assert found["steps"] == [1, 4]
-    assert "Read-only file system" in found["warned"][0] and "2 lines are lost" in found["warned"][1]
+    assert "Read-only file system" in found["warned"][0] and "2 lines lost" in found["warned"][1]
 
 
 @pytest.mark.parametrize("how", ["detach(disk)", "(disk / 'run').rename(disk / 'moved')"])
-def test_a_file_that_vanished_is_begun_anew(tmp_path: Path, how: str) -> None:
+def test_a_removed_file_is_created_again(tmp_path: Path, how: str) -> None:
     found = written(tmp_path, f"write(1)\n{how}\nwrite(2, 3)\n")
     assert found["steps"] == [2, 3]
-    assert found["warned"] == [f"{tmp_path}/run/metrics.jsonl was gone, and is begun anew"]
+    assert found["warned"] == [f"{tmp_path}/run/metrics.jsonl was removed, and has been created again"]
 
 
-def test_a_recorder_on_a_read_only_disk_says_which_folder_and_what_to_do(tmp_path: Path) -> None:
+def test_a_recorder_on_a_read_only_disk_names_the_folder_and_the_remedy(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
@@ -95,35 +95,35 @@ try:
 except RunFolderError as error:
     print(error)
 """
-    told = run_on_disk(tmp_path, "256k", program)
-    assert told.startswith(f"run.dir={tmp_path}/run cannot be written (Read-only file system: ")
-    assert "name a folder on a disk that has room and may be written" in told
+    output = run_on_disk(tmp_path, "256k", program)
+    assert output.startswith(f"run.dir={tmp_path}/run cannot be written (Read-only file system: ")
+    assert "set run.dir to a folder on a disk with free space and write permission" in output
 
 
-def test_a_file_in_the_place_of_the_folder_is_told_the_same_way(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_the_same_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(RunFolderError, match=r"run\.dir=.*run cannot be written \(File exists: "):
         RunRecorder(tmp_path / "run").__enter__()
 
 
-def test_what_stands_on_the_terminal_is_not_worth_the_run() -> None:
+def test_a_full_disk_behind_standard_output_does_not_end_the_run() -> None:
     program = """
 import sys
 from dist_moe.observe.console import RunConsole
 with RunConsole(2) as console:
     sys.stdout.reconfigure(line_buffering=True)
     for number in range(1000):
-        console.say("a line " * 20)
-    console.complain("a warning")
-sys.stderr.write("went on")
+        console.log("a line " * 20)
+    console.warn("a warning")
+sys.stderr.write("continued")
 """
     argv = [sys.executable, "-c", program]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
-    assert done.stderr.startswith("went on"), done.stderr
+    assert done.stderr.startswith("continued"), done.stderr
 
 
-def test_curves_go_on_in_another_file_after_a_full_disk(tmp_path: Path) -> None:
+def test_curves_continue_in_a_new_event_file_after_a_full_disk(tmp_path: Path) -> None:
     program = """
 import sys, threading
 from pathlib import Path
@@ -131,7 +131,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from tests.disk import fill
 disk, warned = Path(sys.argv[1]), []
-threading.excepthook = lambda _: None  # the thread of TensorBoard's writer ends by its error
+threading.excepthook = lambda _: None  # the thread of the SummaryWriter ends by its error
 with TensorBoardWriter(disk / "tensorboard", warn=warned.append) as board:
     board.checkpoint(1, {"stall_ms": 1.0})
     board._writer.flush()
@@ -154,8 +154,8 @@ assert steps == [1, 3000], steps
 assert len(list((disk / "tensorboard").iterdir())) == 2
 print(*warned, sep="\\n")
 """
-    told = run_on_disk(tmp_path, "512k", program).splitlines()
-    assert told == [
-        f"{tmp_path}/tensorboard cannot be written (No space left on device); training goes on without it",
-        f"{tmp_path}/tensorboard is written again; its curves have a gap",
+    output = run_on_disk(tmp_path, "512k", program).splitlines()
+    assert output == [
+        f"cannot write {tmp_path}/tensorboard (No space left on device); training continues, and its curves have a gap",
+        f"{tmp_path}/tensorboard can be written again",
     ]

@@ -1,4 +1,4 @@
-"""The records of a step and of an evaluation, from counts made by hand."""
+"""Tests of the records of a step and of an evaluation, from given counts."""
 
 import dataclasses
 import math
@@ -65,11 +65,11 @@ PROMISED_STEP_KEYS = {
 }
 
 
-def given(**other: Any) -> dict[str, Any]:
-    """What a step of one layer of two experts is made of, with `other` in its place."""
+def arguments(**other: Any) -> dict[str, Any]:
+    """Return the arguments of a step with one layer of two experts, updated by `other`."""
     return {
         "load_L": [torch.tensor([1, 1])],
-        "takers_L": [torch.tensor([2])],
+        "k_histogram_L": [torch.tensor([2])],
         "computation_L": [(0.0, 0.5)],
         "bias_L": [None],
         "expert_parallel": 1,
@@ -104,7 +104,7 @@ def test_floors_come_from_each_layers_own_experts_and_assignments() -> None:
     assert few.dead_experts_floor == pytest.approx(dead_experts_floor(3, 4) + dead_experts_floor(2, 4)), "a sum"
 
 
-def test_the_load_of_ranks_is_each_layers_own_and_floors_are_of_ranks() -> None:
+def test_rank_load_is_measured_per_layer_with_the_floor_of_ranks() -> None:
     loads = [torch.tensor([40, 0, 20, 0]), torch.tensor([5, 5, 10, 10, 10, 40])]
     metrics = step_metrics(
         progress_sample(),
@@ -123,7 +123,7 @@ def test_the_load_of_ranks_is_each_layers_own_and_floors_are_of_ranks() -> None:
     assert alone.rank_load_floor == pytest.approx(1.0)
 
 
-def test_max_vio_computation_is_the_mean_of_what_the_layers_had() -> None:
+def test_max_vio_computation_is_the_mean_over_layers() -> None:
     metrics = step_sample()
     assert metrics.max_vio_computation_per_layer == (1.5, 2.5)
     assert metrics.max_vio_computation_floor_per_layer == (0.25, 0.25)
@@ -132,7 +132,7 @@ def test_max_vio_computation_is_the_mean_of_what_the_layers_had() -> None:
 
 @pytest.mark.parametrize("sample", [step_sample, evaluation_sample])
 def test_experts_per_token_over_layers_of_different_k(sample: Any) -> None:
-    metrics = sample(takers=VARYING)
+    metrics = sample(k_histograms=VARYING)
     assert metrics.experts_per_token_histogram == (60, 25, 10)
     assert metrics.experts_per_token == pytest.approx((60 + 2 * 25 + 3 * 10) / 95)
     assert (metrics.experts_per_token_p50, metrics.experts_per_token_p99) == (1, 3)
@@ -142,14 +142,14 @@ def test_experts_per_token_over_layers_of_different_k(sample: Any) -> None:
     assert (constant.experts_per_token, constant.experts_per_token_p50, constant.experts_per_token_p99) == (2.0, 2, 2)
 
 
-def test_what_a_step_is_told_stands_in_its_record() -> None:
+def test_a_step_record_has_the_threshold_and_the_auxiliary_loss() -> None:
     record = step_sample(threshold=0.25, auxiliary_loss=0.125).as_dict()
     assert (record["threshold"], record["auxiliary_loss"]) == (0.25, 0.125)
     assert step_sample().threshold is None
-    assert list(record)[:3] == ["event", "step", "loss"], "what a reader looks for stands first"
+    assert list(record)[:3] == ["event", "step", "loss"], "the most important fields come first"
 
 
-def test_the_range_of_each_bias_and_none_for_a_layer_without() -> None:
+def test_bias_range_is_none_for_a_layer_without_a_bias() -> None:
     metrics = step_metrics(
         progress_sample(),
         load_L=[torch.tensor([1, 1, 1]), torch.tensor([1, 1])],
@@ -204,7 +204,7 @@ def test_an_evaluation_gives_nats_per_token_and_bits_per_byte() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "text_bytes"), [(0, 5), (5, 0)])
-def test_an_evaluation_of_nothing_is_refused(tokens: int, text_bytes: int) -> None:
+def test_an_empty_evaluation_is_rejected(tokens: int, text_bytes: int) -> None:
     with pytest.raises(ValueError, match=f"evaluated {tokens} label tokens and {text_bytes} bytes"):
         evaluation_metrics(step=0, total_nats=0.0, tokens=tokens, text_bytes=text_bytes, load_L=[], k_histogram_L=[])
 
@@ -215,25 +215,25 @@ def test_trap_T05_counts_are_int64_in_records() -> None:
     with pytest.raises(TypeError, match=r"counts are torch\.int64"):
         measure_load([torch.tensor([1.0, 2.0])])
     with pytest.raises(TypeError, match=r"counts are torch\.int64"):
-        step_metrics(progress_sample(), **given(k_histogram_L=[torch.tensor([2.0])]))
+        step_metrics(progress_sample(), **arguments(k_histogram_L=[torch.tensor([2.0])]))
 
 
 def test_trap_T12_a_bias_that_is_not_float32_is_refused() -> None:
     with pytest.raises(TypeError, match=r"layer 0 has dtype torch\.bfloat16"):
-        step_metrics(progress_sample(), **given(bias_L=[torch.zeros(2, dtype=torch.bfloat16)]))
+        step_metrics(progress_sample(), **arguments(bias_L=[torch.zeros(2, dtype=torch.bfloat16)]))
     with pytest.raises(ValueError, match=r"layer 0 has shape \(3,\), its load \(2,\)"):
-        step_metrics(progress_sample(), **given(bias_L=[torch.zeros(3)]))
+        step_metrics(progress_sample(), **arguments(bias_L=[torch.zeros(3)]))
     with pytest.raises(ValueError, match="0 biases for 1 loads"):
-        step_metrics(progress_sample(), **given(bias_L=[]))
+        step_metrics(progress_sample(), **arguments(bias_L=[]))
 
 
-def test_figures_of_another_number_of_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="0 counts of tokens for 1 loads"):
-        step_metrics(progress_sample(), **given(k_histogram_L=[]))
-    with pytest.raises(ValueError, match="2 computation loads for 1 loads"):
-        step_metrics(progress_sample(), **given(computation_L=[(0.0, 0.5)] * 2))
+def test_values_for_a_different_number_of_layers_are_rejected() -> None:
+    with pytest.raises(ValueError, match="0 histograms of experts per token for 1 loads"):
+        step_metrics(progress_sample(), **arguments(k_histogram_L=[]))
+    with pytest.raises(ValueError, match="2 values of MaxVio_computation for 1 loads"):
+        step_metrics(progress_sample(), **arguments(computation_L=[(0.0, 0.5)] * 2))
 
 
-def test_a_stack_of_layers_is_not_one_layer() -> None:
-    with pytest.raises(ValueError, match=r"layer 0 has shape \(2, 3\); it is \[E\]"):
+def test_a_stack_of_layers_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"layer 0 has shape \(2, 3\); expected \[E\]"):
         measure_load([torch.ones(2, 3, dtype=torch.int64)])

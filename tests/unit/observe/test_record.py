@@ -1,4 +1,4 @@
-"""What a run leaves on disk, written for real into a temporary folder and read back."""
+"""Tests of the files of a run, written into a temporary folder and read back."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
 
 
-def test_metrics_are_one_json_object_per_line_on_disk_at_once(tmp_path: Path) -> None:
+def test_metrics_are_written_at_once_as_one_json_object_per_line(tmp_path: Path) -> None:
     with RunRecorder(tmp_path / "deep" / "run") as recorder:
         recorder.write(step_sample(step=10).as_dict())
         assert [line["step"] for line in lines_of(tmp_path / "deep" / "run")] == [10]
@@ -33,7 +33,7 @@ def test_metrics_are_one_json_object_per_line_on_disk_at_once(tmp_path: Path) ->
     assert lines[0]["bias_per_layer"][0] == {"min": -0.25, "max": 0.25, "abs_mean": pytest.approx(1 / 6)}
 
 
-def test_floats_that_are_not_finite_become_null(tmp_path: Path) -> None:
+def test_non_finite_floats_become_null(tmp_path: Path) -> None:
     with RunRecorder(tmp_path) as recorder:
         recorder.write(step_sample(loss=math.nan, loads=()).as_dict())
         recorder.write({"nested": [{"a": math.inf}, (-math.inf, 1.5)]})
@@ -42,7 +42,7 @@ def test_floats_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert second == {"nested": [{"a": None}, [None, 1.5]]}
 
 
-def test_a_record_that_json_cannot_hold_leaves_no_half_line(tmp_path: Path) -> None:
+def test_a_record_that_json_cannot_express_writes_no_part_of_a_line(tmp_path: Path) -> None:
     with RunRecorder(tmp_path) as recorder:
         with pytest.raises(TypeError):
             recorder.write({"step": 1, "loss": torch.tensor(1.0)})
@@ -50,7 +50,7 @@ def test_a_record_that_json_cannot_hold_leaves_no_half_line(tmp_path: Path) -> N
     assert lines_of(tmp_path) == [{"step": 2}]
 
 
-def test_a_resumed_run_continues_the_file_and_drops_an_unfinished_line(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_file_and_drops_an_incomplete_line(tmp_path: Path) -> None:
     whole = '{"step": 1}\n{"step": 2}\n'
     for torn in ("", '{"step": 3, "lo', "x" * 200_000):
         (tmp_path / "metrics.jsonl").write_text(whole + torn, encoding="utf-8")
@@ -79,12 +79,12 @@ def test_writing_outside_the_context_is_an_error(tmp_path: Path) -> None:
         recorder.write({"step": 2})
 
 
-def test_run_json_says_what_ran_and_config_yaml_loads_back(tmp_path: Path) -> None:
+def test_run_json_describes_the_run_and_config_yaml_round_trips(tmp_path: Path) -> None:
     config = {"train": {"learning_rate": 3e-4, "betas": [0.9, 0.95]}, "parallel": {"backend": "gloo"}}
     text = yaml.safe_dump(config)
     with RunRecorder(tmp_path) as recorder:
-        recorder.describe({"old": True}, "old: true\n", world={"workers": 1})
-        recorder.describe(config, text, world={"workers": 2, "expert_parallel": 2, "launcher": "torchrun"})
+        recorder.describe({"old": True}, "old: true\n", layout={"workers": 1})
+        recorder.describe(config, text, layout={"workers": 2, "expert_parallel": 2, "launcher": "torchrun"})
     run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert run["config"] == config
     assert run["world"] == {"workers": 2, "expert_parallel": 2, "launcher": "torchrun"}
@@ -125,7 +125,7 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch
     stray.write_text("y = 1\n")
     commit = git(tmp_path, "rev-parse", "HEAD")
     assert source_state(tracked) == {"commit": commit, "dirty": False}
-    assert source_state(stray) == {"commit": None, "dirty": None}, "an installed copy below somebody's repository"
+    assert source_state(stray) == {"commit": None, "dirty": None}, "an installed copy inside of an unrelated repository"
     tracked.write_text("x = 2\n")
     assert source_state(tracked) == {"commit": commit, "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

@@ -1,4 +1,4 @@
-"""The event files that TensorBoard reads, read back with TensorBoard's own reader."""
+"""Tests of the event files, read back with TensorBoard's own reader."""
 
 import io
 import math
@@ -63,7 +63,9 @@ def test_curves_of_evaluations_are_read_back(tmp_path: Path) -> None:
 
 
 def test_every_balance_figure_of_a_step_has_its_own_curve(tmp_path: Path) -> None:
-    metrics = step_sample(loads=([3, 0, 1], [20, 20, 10, 10]), takers=VARYING, threshold=0.25, auxiliary_loss=0.125)
+    metrics = step_sample(
+        loads=([3, 0, 1], [20, 20, 10, 10]), k_histograms=VARYING, threshold=0.25, auxiliary_loss=0.125
+    )
     with TensorBoardWriter(tmp_path) as writer:
         writer.step(metrics)
     events = read(tmp_path)
@@ -90,10 +92,10 @@ def test_without_threshold_routing_there_is_no_curve_of_it(tmp_path: Path) -> No
 def test_the_histogram_of_experts_per_token_has_a_bar_for_each_number(tmp_path: Path) -> None:
     nothing = ([0, 0, 0], [0, 0])
     with TensorBoardWriter(tmp_path) as writer:
-        writer.step(step_sample(step=10, takers=VARYING))
+        writer.step(step_sample(step=10, k_histograms=VARYING))
         writer.step(step_sample(step=20))
-        writer.step(step_sample(step=30, takers=nothing))
-        writer.evaluation(evaluation_sample(step=20, takers=VARYING))
+        writer.step(step_sample(step=30, k_histograms=nothing))
+        writer.evaluation(evaluation_sample(step=20, k_histograms=VARYING))
     events = read(tmp_path)
     varying, constant = events.Histograms("experts_per_token/step")
     (validation,) = events.Histograms("experts_per_token/validation")
@@ -119,7 +121,7 @@ def test_every_chart_with_a_floor_draws_curves_that_are_written(tmp_path: Path) 
     assert all(floor == f"{tag}_floor" for tag, floor in charts)
 
 
-def test_the_pictures_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) -> None:
+def test_the_heat_maps_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as writer:
         writer.step(step_sample(step=10))
         writer.evaluation(evaluation_sample(step=20))
@@ -131,7 +133,7 @@ def test_the_pictures_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) -
         assert np.array_equal(pixels, draw_load(UNEVEN))
 
 
-def test_hyper_parameters_stand_in_the_runs_own_file(tmp_path: Path) -> None:
+def test_hyperparameters_are_in_the_event_file_of_the_run(tmp_path: Path) -> None:
     config = {
         "train": {"learning_rate": 0.25, "optimizer": "adamw"},
         "data": {"sources": ["a", "b"]},
@@ -161,7 +163,7 @@ def test_a_resumed_run_hides_the_steps_that_it_repeats(tmp_path: Path) -> None:
     assert scalars(read(tmp_path), "train/loss") == [(10, 1.0), (20, 1.0), (30, 3.0)]
 
 
-def test_a_model_without_moe_layers_has_losses_and_no_picture(tmp_path: Path) -> None:
+def test_a_model_without_moe_layers_has_losses_and_no_heat_map(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as writer:
         writer.step(step_sample(loads=()))
         writer.evaluation(evaluation_sample(loads=()))

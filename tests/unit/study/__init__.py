@@ -1,1 +1,1 @@
-"""Tests of the studies."""
+"""Tests of dist_moe.study."""

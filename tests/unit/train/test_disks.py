@@ -79,7 +79,7 @@ def test_a_run_whose_disk_is_unmounted_inside_a_save_saves_below_the_mount_point
     """The path then leads to the disk below."""
     done = train_on_disk(text, tmp_path / "disk", "16m", "gone", str(tmp_path / "disk"), "5", NEVER)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "metrics.jsonl was gone, and is begun anew" in done.stdout and "Traceback" not in done.stderr
+    assert "metrics.jsonl was removed, and has been created again" in done.stdout and "Traceback" not in done.stderr
     below = tmp_path / "disk/run"
     assert {6, 8} <= {step for step, _ in step_folders(below / "checkpoints")} <= {4, 6, 8}
     assert list(steps(below)) == [5, 6, 7, 8]
@@ -100,7 +100,7 @@ def test_a_run_whose_folder_cannot_be_written_ends_before_training(
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
     assert done.stderr.startswith(f"run.dir={disk}/run cannot be written ({reason}: ")
-    assert done.stderr.count("\n") == 1 and "name a folder on a disk that has room" in done.stderr
+    assert done.stderr.count("\n") == 1 and "set run.dir to a folder on a disk with free space" in done.stderr
 
 
 def test_tokens_that_change_during_a_run_end_it_with_all_steps_saved_and_it_resumes(

@@ -1,11 +1,11 @@
-"""The keys of DeepSpeed's JSON that our own fields set, so that nobody sets them twice."""
+"""The keys of DeepSpeed's configuration that fields here set, and that train.deepspeed must not set again."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from dist_moe.errors import Violation
 
-# Dotted key of DeepSpeed -> the field of ours that decides it.
+# Dotted key of DeepSpeed -> the field here that sets it.
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -38,7 +38,7 @@ OWNED_DEEPSPEED_KEYS: dict[str, str] = {
 
 
 def deepspeed_violations(settings: Mapping[str, Any]) -> list[Violation]:
-    """One violation for each key of `train.deepspeed` that is ours to set."""
+    """Return one violation for each key of `train.deepspeed` that another field sets."""
     found = []
     for dotted, field in OWNED_DEEPSPEED_KEYS.items():
         section, _, key = dotted.partition(".")

@@ -1,4 +1,4 @@
-"""What a rank does in the tests of what a run shows: steps that are reported, and the loads of micro-batches."""
+"""Code that ranks run in the tests of metrics: reported steps, and the loads of micro-batches."""
 
 import contextlib
 import io
@@ -27,9 +27,12 @@ SIZES = (8, 4)  # experts of the two layers
 
 
 @dataclass(frozen=True)
-class Reported:
-    """collectives: all-reduces of a logged step, of one that is not due, and of a skipped one. lines: of
-    metrics.jsonl, on rank 0.
+class ReportedSteps:
+    """What one rank observed.
+
+    Attributes:
+        collectives: all-reduces of a logged step, of a step that is not logged, and of a skipped step.
+        lines: of metrics.jsonl, on rank 0.
     """
 
     collectives: list[int]
@@ -37,22 +40,24 @@ class Reported:
 
 
 def micro_loads(rank: int) -> list[list[Tensor]]:
-    """Loads of a rank made by hand: one expert of each layer is hot, another one on each rank and micro-batch."""
+    """Return the loads of a rank: one expert of each layer is popular, a different one on each rank and micro-batch."""
     loads = []
     for micro_batch in range(MICRO_BATCHES):
-        hot = rank + 2 * micro_batch
-        loads.append([torch.ones(size, dtype=torch.int64).index_fill(0, torch.tensor(hot % size), 9) for size in SIZES])
+        popular = rank + 2 * micro_batch
+        loads.append(
+            [torch.ones(size, dtype=torch.int64).index_fill(0, torch.tensor(popular % size), 9) for size in SIZES]
+        )
     return loads
 
 
-def reported(rank: int, world_size: int, expert_parallel: int, folder: str) -> Reported:
+def report_steps(rank: int, world_size: int, expert_parallel: int, folder: str) -> ReportedSteps:
     """Report steps with the loads of `micro_loads`, an auxiliary loss of 1 + rank and a threshold of one half."""
     overrides = [f"run.dir={folder}", "observe.tensorboard=false", "observe.interval=10", "train.steps=20"]
     config = load_config(CONFIG, overrides)
     dist_context = DistContext(rank_info_from_env(os.environ), CPU, "gloo")
     mesh = make_mesh(expert_parallel)
-    everywhere = [load for one in range(world_size) for load in micro_loads(one)]
-    load_L = [torch.stack(layer).sum(dim=0) for layer in zip(*everywhere, strict=True)]
+    all_loads = [load for of_rank in range(world_size) for load in micro_loads(of_rank)]
+    load_L = [torch.stack(layer).sum(dim=0) for layer in zip(*all_loads, strict=True)]
     routing_counts = [RoutingCounts(load_E, torch.tensor([int(load_E.sum()), 0])) for load_E in load_L]
     record = StepRecord(
         scales=(torch.ones(()), torch.ones(())),
@@ -73,11 +78,11 @@ def reported(rank: int, world_size: int, expert_parallel: int, folder: str) -> R
                 report.step(step, replace(record, taken=taken), biases, 0.1, 0.01, 1.0)
             collectives.append(len(calls))
     text = Path(folder, "metrics.jsonl").read_text() if rank == 0 else ""
-    return Reported(collectives, [json.loads(line) for line in text.splitlines()])
+    return ReportedSteps(collectives, [json.loads(line) for line in text.splitlines()])
 
 
 def loads_of_a_step(rank: int, world_size: int, expert_parallel: int) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """A step of two micro-batches -> this rank's loads of each of them, and the loads of the step."""
+    """Make a step of two micro-batches -> this rank's loads of each of them, and the loads of the step."""
     case = Case(expert_parallel=expert_parallel, accumulation=2)
     with started(case, world_size) as (engine, task):
         record = train_step(engine, make_balancer(task), share(ragged_batch(), engine.mesh, 2), 1.0)

@@ -1,4 +1,4 @@
-"""The picture of the study of controllers: MaxVio over steps, a row for each size, on log axes."""
+"""The figure of the study of controllers: MaxVio over steps on log axes, one row per layer size."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from dist_moe.study.controllers import Plan, Run
+from dist_moe.study.controllers.simulation import Plan, Run
 
 Dash = Literal["-", "--", ":"]
-# Okabe and Ito's colours, which colour-blind readers can tell apart; one hue for each kind of policy.
+# The colors of Okabe and Ito, which are distinct to color-blind readers; one hue for each kind of policy.
 STYLES: dict[str, tuple[str, Dash]] = {
     "none": ("#666666", "-"),
     "sign, 0.001": ("#0072B2", "-"),
@@ -32,9 +32,9 @@ BINS = 40
 
 
 def draw_figure(path: Path, plan: Plan, runs: Sequence[Run]) -> None:
-    """Write a PNG: on the left the steps from the beginning, on the right those after the shift.
+    """Write a PNG with the steps from the start on the left, and those after the shift on the right.
 
-    A line is the mean over the seeds, and over the steps that fall into one of 40 bins of equal width on the log axis.
+    A line is the mean over the seeds and over 40 bins of steps of equal width on the log axis.
     """
     figure = Figure(figsize=(11, 1.6 + 3.1 * len(plan.sizes)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,11 +44,11 @@ def draw_figure(path: Path, plan: Plan, runs: Sequence[Run]) -> None:
         _draw_steps(left, of_size, slice(0, plan.before))
         _draw_steps(right, of_size, slice(plan.before, plan.before + plan.after))
         left.set_ylabel("MaxVio")
-        left.set_title(f"{size.experts} experts, {size.top_k} a token, {size.tokens:,} tokens a step", fontsize=11)
-        right.set_title(f"the same after the shift at step {plan.before}", fontsize=11)
+        left.set_title(f"{size.experts} experts, top-{size.top_k}, {size.tokens:,} tokens per step", fontsize=11)
+        right.set_title(f"after the shift at step {plan.before}", fontsize=11)
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    lines = [Line2D([], [], color=colour, linestyle=dash, label=name) for name, (colour, dash) in STYLES.items()]
+    lines = [Line2D([], [], color=color, linestyle=dash, label=name) for name, (color, dash) in STYLES.items()]
     for dash, label in FLOORS.values():
         lines.append(Line2D([], [], color="black", linestyle=dash, linewidth=1, label=label))
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -56,7 +56,11 @@ def draw_figure(path: Path, plan: Plan, runs: Sequence[Run]) -> None:
 
 
 def binned(series: Sequence[float], bins: int = BINS) -> tuple[list[float], list[float]]:
-    """Steps, from 1 on, and values: means over bins of equal width on a log axis; a bin of no step is left out."""
+    """Average a series over bins of equal width on a log axis.
+
+    Returns:
+        Steps, counted from 1, and values; bins without a step are omitted.
+    """
     values = np.asarray(series)
     edges = np.unique(np.geomspace(1, len(values) + 1, bins + 1).round().astype(int))
     parts = [np.arange(begin, end) for begin, end in itertools.pairwise(edges)]
@@ -64,11 +68,11 @@ def binned(series: Sequence[float], bins: int = BINS) -> tuple[list[float], list
 
 
 def _draw_steps(axes: Axes, runs: Sequence[Run], part: slice) -> None:
-    for name, (colour, dash) in STYLES.items():
-        series = np.mean([run.max_vio[part] for run in runs if run.contender.name == name], axis=0)
-        axes.plot(*binned(series.tolist()), color=colour, linestyle=dash, linewidth=1.4)
-    for by_threshold, (dash, _) in FLOORS.items():
-        floor = np.mean([run.measures.floor for run in runs if run.contender.by_threshold is by_threshold])
+    for name, (color, dash) in STYLES.items():
+        series = np.mean([run.max_vio[part] for run in runs if run.variant.name == name], axis=0)
+        axes.plot(*binned(series.tolist()), color=color, linestyle=dash, linewidth=1.4)
+    for threshold_routing, (dash, _) in FLOORS.items():
+        floor = np.mean([run.measures.floor for run in runs if run.variant.threshold_routing is threshold_routing])
         axes.axhline(float(floor), color="black", linestyle=dash, linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")

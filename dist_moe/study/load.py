@@ -1,0 +1,192 @@
+"""A figure of the load of finished or running runs, from their metrics.jsonl: MaxVio, and the load of each expert.
+
+Shapes: S logged steps, E experts of one layer.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from dist_moe.errors import UserError
+from dist_moe.observe.heatmap import MAX_RATIO, colors
+from dist_moe.text import listed
+
+Theme = Literal["light", "dark"]
+# Background, text and grid of a page on GitHub, so that the image blends in.
+THEMES: dict[Theme, tuple[str, str, str]] = {
+    "light": ("#ffffff", "#1f2328", "#d1d9e0"),
+    "dark": ("#0d1117", "#f0f6fc", "#3d444d"),
+}
+# Okabe and Ito's colors, which are distinct to color-blind readers and on both backgrounds.
+LINE_COLORS = ("#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#E69F00")
+WIDTH_INCHES, DPI = 9.0, 200
+
+
+@dataclass(frozen=True)
+class LoadHistory:
+    """The load of one run over its logged steps.
+
+    Attributes:
+        label: balancing policy, with the folder where two runs have the same policy.
+        steps: S logged steps, in order.
+        max_vio: mean over layers, of each step.
+        floor: expected MaxVio under uniform random routing, of each step.
+        max_vio_per_layer: [S][L].
+        load: [S][L][E] assignments.
+    """
+
+    label: str
+    steps: list[int]
+    max_vio: list[float]
+    floor: list[float]
+    max_vio_per_layer: list[list[float]]
+    load: list[list[list[int]]]
+
+
+def read_histories(folders: Sequence[Path]) -> list[LoadHistory]:
+    """Read the load of runs.
+
+    Args:
+        folders: run.dir of each run.
+
+    Raises:
+        UserError: a folder has no logged step of an MoE model, or the runs differ in their layers or experts.
+    """
+    policies = [_policy(folder) for folder in folders]
+    labels = [
+        f"{policy} ({folder.name})" if Counter(policies)[policy] > 1 else policy
+        for policy, folder in zip(policies, folders, strict=True)
+    ]
+    histories = [_read_history(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    shapes = {tuple(map(len, history.load[0])) for history in histories}
+    if len(shapes) > 1:
+        counts = listed(sorted(f"{len(shape)} MoE layers of {listed(set(shape))} experts" for shape in shapes), "and")
+        raise UserError(f"the runs have {counts}; compare runs of one model")
+    return histories
+
+
+def _policy(folder: Path) -> str:
+    try:
+        policy = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]["balance"]["policy"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.name
+    return str(policy)
+
+
+def _read_history(folder: Path, label: str) -> LoadHistory:
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name the run.dir of a run") from None
+    # A resumed run may have logged a step twice; the last record is valid.
+    steps: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.get("event") == "step" and record["load"] and not record["skipped"]:
+            steps[record["step"]] = record
+    if not steps:
+        raise UserError(f"{path} has no logged step with a load; name a run of an MoE model that has logged a step")
+    ordered = [steps[step] for step in sorted(steps)]
+    return LoadHistory(
+        label=label,
+        steps=[record["step"] for record in ordered],
+        max_vio=[record["max_vio"] for record in ordered],
+        floor=[record["max_vio_floor"] for record in ordered],
+        max_vio_per_layer=[record["max_vio_per_layer"] for record in ordered],
+        load=[record["load"] for record in ordered],
+    )
+
+
+def least_balanced_layer(histories: Sequence[LoadHistory]) -> int:
+    """Return the layer with the largest MaxVio, averaged over all steps and runs."""
+    by_step = [values for history in histories for values in history.max_vio_per_layer]
+    return max(range(len(by_step[0])), key=lambda layer: fmean(values[layer] for values in by_step))
+
+
+def draw_load_figure(
+    path: Path, histories: Sequence[LoadHistory], layer: int | None = None, theme: Theme = "light"
+) -> None:
+    """Write a PNG: MaxVio over steps with its sampling floor, and a heat map of one layer's experts for each run.
+
+    Args:
+        path: of the image; its folder is created.
+        histories: runs of one model.
+        layer: MoE layer of the heat maps, counted from 0; None for the least balanced one.
+        theme: colors for a light or a dark page.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    layers = len(histories[0].load[0])
+    if layer is not None and not 0 <= layer < layers:
+        raise UserError(f"layer={layer}; the model has {layers} MoE layers, counted from 0")
+    layer = least_balanced_layer(histories) if layer is None else layer
+    background, text, grid = THEMES[theme]
+    figure = Figure(figsize=(WIDTH_INCHES, 2.5 + 1.5 * len(histories)), layout="constrained", facecolor=background)
+    FigureCanvasAgg(figure)
+    curves, *maps = figure.subplots(1 + len(histories), 1, sharex=True, height_ratios=[2.0, *[1.2] * len(histories)])
+    for axes in (curves, *maps):
+        axes.set_facecolor(background)
+        axes.tick_params(colors=text, labelsize=10)
+        for spine in axes.spines.values():
+            spine.set_color(grid)
+        axes.xaxis.label.set_color(text)
+        axes.yaxis.label.set_color(text)
+    curves.set_title("MaxVio = largest load / mean load - 1, mean over layers", fontsize=11, loc="left", color=text)
+    _draw_curves(curves, histories, text, grid)
+    scale = LinearSegmentedColormap.from_list("load", colors(np.linspace(0.0, MAX_RATIO, 256)) / 255.0)
+    color_map = scale.with_extremes(bad="black")
+    for axes, history in zip(maps, histories, strict=True):
+        title = f"{history.label}: load of each expert of MoE layer {layer}"
+        axes.set_title(title, fontsize=11, loc="left", color=text)
+        _draw_experts(axes, history, layer, color_map)
+    maps[-1].set_xlabel("step", fontsize=11)
+    bar = figure.colorbar(maps[0].collections[0], ax=maps, extend="max", ticks=[0, 1, 2], pad=0.01)
+    bar.set_label("load / mean (black: no tokens)", color=text, fontsize=10)
+    bar.ax.tick_params(colors=text, labelsize=10)
+    bar.outline.set_edgecolor(grid)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, facecolor=background)
+
+
+def _draw_curves(axes: Axes, histories: Sequence[LoadHistory], text: str, grid: str) -> None:
+    for index, history in enumerate(histories):
+        color = LINE_COLORS[index % len(LINE_COLORS)]
+        axes.plot(history.steps, history.max_vio, color=color, linewidth=2, label=f"balance.policy: {history.label}")
+    longest = max(histories, key=lambda history: history.steps[-1])
+    axes.plot(longest.steps, longest.floor, color=text, linestyle="--", linewidth=1.2, label="sampling floor")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(True, color=grid, linewidth=0.5)
+    axes.set_ylabel("MaxVio", fontsize=11)
+    axes.legend(fontsize=10, frameon=False, labelcolor=text, loc="center right")
+
+
+def _draw_experts(axes: Axes, history: LoadHistory, layer: int, color_map: Colormap) -> None:
+    load_SE = np.array([of_step[layer] for of_step in history.load], dtype=np.float64)
+    ratio_SE = load_SE / load_SE.mean(axis=1, keepdims=True)
+    # A column reaches from the step halfway to the previous logged one up to that halfway to the next.
+    steps = np.array(history.steps, dtype=np.float64)
+    middles = (steps[1:] + steps[:-1]) / 2
+    edges = np.concatenate([[steps[0] - 0.5], middles, [steps[-1] + 0.5]])
+    experts = np.arange(load_SE.shape[1] + 1) - 0.5
+    axes.pcolormesh(
+        edges, experts, np.ma.masked_where(load_SE == 0, ratio_SE).T, cmap=color_map, vmin=0, vmax=MAX_RATIO
+    )
+    axes.invert_yaxis()
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_ylabel("expert", fontsize=11)

@@ -1,0 +1,73 @@
+"""Tests of the figure of the load: what is read from metrics.jsonl, and the command that draws it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dist_moe.cli import main as cli
+from dist_moe.errors import UserError
+from dist_moe.observe.record import RunRecorder
+from dist_moe.study.load import THEMES, draw_load_figure, least_balanced_layer, read_histories
+from tests.unit.observe.samples import evaluation_sample, step_sample
+
+EVEN, UNEVEN = ([20, 20, 20, 20], [15, 15, 15, 15]), ([20, 20, 20, 20], [60, 0, 0, 0])
+
+
+def write_run(folder: Path, policy: str, loads: tuple[list[int], ...] = EVEN) -> Path:
+    with RunRecorder(folder) as recorder:
+        recorder.describe({"balance": {"policy": policy}}, "", layout={})
+        for step in (1, 10, 20):
+            recorder.write(step_sample(step=step, loads=UNEVEN if step == 1 else loads).as_dict())
+        recorder.write(evaluation_sample(step=20, loads=loads).as_dict())
+    return folder
+
+
+def test_the_last_record_of_a_step_is_valid_and_skipped_steps_are_omitted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "quantile")
+    with RunRecorder(folder) as recorder:
+        recorder.write(step_sample(step=10, loads=UNEVEN).as_dict())
+        recorder.write(step_sample(step=30, skipped=True).as_dict())
+    (history,) = read_histories([folder])
+    assert (history.label, history.steps) == ("quantile", [1, 10, 20])
+    assert history.load == [[*map(list, UNEVEN)], [*map(list, UNEVEN)], [*map(list, EVEN)]]
+    assert history.max_vio == [1.5, 1.5, 0.0] and all(0 < floor < 1 for floor in history.floor)
+    assert least_balanced_layer([history]) == 1
+
+
+def test_runs_of_one_policy_are_labeled_with_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, policy) for name, policy in (("a", "none"), ("b", "none"), ("c", "quantile"))]
+    assert [history.label for history in read_histories(folders)] == ["none (a)", "none (b)", "quantile"]
+
+
+@pytest.mark.parametrize("options", [(), ("--dark",)])
+def test_the_command_draws_both_themes(tmp_path: Path, options: tuple[str, ...]) -> None:
+    folders = [write_run(tmp_path / policy, policy) for policy in ("loss_free", "none")]
+    out = tmp_path / "new" / "load.png"
+    result = CliRunner().invoke(cli.app, ["study", "load", *map(str, folders), "--out", str(out), *options])
+    assert result.exit_code == 0, result.output
+    pixels = np.asarray(Image.open(out).convert("RGB"))
+    background = THEMES["dark" if options else "light"][0]
+    assert "#" + bytes(pixels[0, 0].tolist()).hex() == background
+    assert pixels.shape[1] == 1800, "twice the width of a README, for screens of high resolution"
+
+
+def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["study", "load", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2 and "name the run.dir of a run" in result.stderr
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "validation"}) + "\n")
+    with pytest.raises(UserError, match="has no logged step with a load"):
+        read_histories([tmp_path])
+
+
+def test_different_models_and_missing_layers_are_user_errors(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a", "none"), tmp_path / "b"]
+    with RunRecorder(folders[1]) as recorder:
+        recorder.write(step_sample(loads=([1, 2],)).as_dict())
+    with pytest.raises(UserError, match="compare runs of one model"):
+        read_histories(folders)
+    with pytest.raises(UserError, match="layer=2; the model has 2 MoE layers, counted from 0"):
+        draw_load_figure(tmp_path / "load.png", read_histories(folders[:1]), layer=2)

@@ -1,0 +1,41 @@
+"""Formatting of values, lists and sizes for messages."""
+
+import pytest
+
+from dist_moe.text import counted, divisors, format_bytes, listed, nearest, shown
+
+
+def test_values_are_one_short_line() -> None:
+    assert [shown(value) for value in (3, True, None, "", "a\nb", [1], 1e-6)] == [
+        *("3", "true", "null", '""', "a b", "[1]", "1e-06")
+    ]
+    assert len(shown("x" * 200)) == 80 and shown("x" * 200).endswith("...")
+
+
+def test_lists_are_joined_and_cut() -> None:
+    assert [listed(range(count)) for count in range(4)] == ["", "0", "0 or 1", "0, 1 or 2"]
+    assert listed("abc", last="and", most=3) == "a, b and c"
+    assert listed("abcde", last="and", most=3) == "a, b, c and 2 more"
+    assert listed("ab", most=1) == "a and 1 more"
+
+
+def test_divisors_ascend() -> None:
+    assert [divisors(number) for number in (1, 7, 12)] == [[1], [1, 7], [1, 2, 3, 4, 6, 12]]
+
+
+def test_the_nearest_word_is_close_or_none() -> None:
+    assert nearest("stepps", ["step", "steps"]) == "steps"
+    assert nearest("qqq", ["step"]) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1500, "1.5 kB"), (2_500_000.4, "2.5 MB"), (4e12, "4.0 TB")],
+)
+def test_format_bytes_uses_decimal_units(size: float, text: str) -> None:
+    assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 workers"), (1, "1 worker"), (1024, "1,024 workers")])
+def test_counted_agrees_in_number(count: int, text: str) -> None:
+    assert counted(count, "worker") == text
