@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from dist_moe.config.messages import validate
 from dist_moe.config.schema import Config
+from dist_moe.config.sections.balance import policy_of
 from dist_moe.config.yaml_io import apply_overrides, read_mapping
 from dist_moe.errors import ConfigError, Violation
+from dist_moe.policies.registry import POLICIES, foreign_defaults
 from dist_moe.text import listed, shown
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,20 @@ def upgrade_keys(settings: dict[Any, Any]) -> list[KeyChange]:
     return changes
 
 
+def _drop_defaults_of_other_policies(settings: Mapping[Any, Any]) -> None:
+    """Remove the fields of other policies from `balance`, in place, where they have their default.
+
+    Earlier versions wrote the fields of all policies.
+    """
+    values = settings.get("balance")
+    name = policy_of(values)
+    if not isinstance(values, dict) or name not in POLICIES:
+        return
+    for field, default in foreign_defaults(name).items():
+        if field in values and values[field] == default:
+            del values[field]
+
+
 def load_stored_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Load the config.yaml of a checkpoint, which an earlier version may have written.
 
@@ -95,6 +111,7 @@ def load_stored_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     settings = read_mapping(path)
     if changes := upgrade_keys(settings):
         logger.warning("%s has keys of an earlier version: %s", path, listed(changes, last="and"))
+    _drop_defaults_of_other_policies(settings)
     violations = apply_overrides(settings, overrides)
     violations += [change.violation() for change in upgrade_keys(settings)]
     try:

@@ -9,6 +9,7 @@ import pytest
 from dist_moe.config import ConfigError, dump_config, load_config, load_stored_config
 from dist_moe.config.messages import field_paths
 from dist_moe.config.renamed_keys import REMOVED, RENAMED, upgrade_keys
+from dist_moe.policies.adaptive_weight import AdaptiveWeight
 from tests.unit.config.files import debug
 
 OLD = Path(__file__).with_name("earlier_config.yaml")
@@ -32,6 +33,7 @@ def test_the_file_of_an_earlier_checkpoint_loads_with_one_line_in_the_log(caplog
     assert (config.train.micro_batch_size, config.train.global_batch_size) == (1, 12)
     assert (config.router.normalize, config.router.scaling_factor, config.router.topk_groups) == (True, 1.0, 1)
     assert (config.router.target_experts_per_token, config.router.zipf_exponent) == (None, 1.5)
+    assert isinstance(config.balance, AdaptiveWeight)
     assert (config.balance.center, config.balance.applies_to) == (True, "gate_weights")
     assert (config.checkpoint.interval, config.observe.interval, config.observe.replica_check_interval) == (10, 5, 50)
     assert config.parallel.all_to_all == "flat"
