@@ -1,4 +1,4 @@
-"""The commands that look at a checkpoint, examine it, and make one file of its weights."""
+"""The commands that show a checkpoint, verify it, and export its weights."""
 
 import json
 from enum import StrEnum
@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dist_moe.cli.options import print_error, report_user_errors
+from dist_moe.cli.messages import print_error, report_user_errors
+from dist_moe.cli.options import Verbose
 
-checkpoint_app = typer.Typer(
-    help="What is inside a checkpoint, whether it is whole, and its weights in one file.", no_args_is_help=True
-)
+checkpoint_app = typer.Typer(help="Show, verify and export checkpoints.", no_args_is_help=True)
 Checkpoint = Annotated[
     Path,
     typer.Argument(
-        metavar="CHECKPOINT", help="A step-NNNNNN folder, or a run.dir (its latest), or a Hugging Face folder."
+        metavar="CHECKPOINT", help="A step-NNNNNN folder, a run.dir (its latest checkpoint), or a Hugging Face folder."
     ),
 ]
 
@@ -30,9 +29,11 @@ class Dtype(StrEnum):
 
 @checkpoint_app.command()
 def inspect(
-    checkpoint: Checkpoint, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
+    checkpoint: Checkpoint,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Show what a checkpoint holds; reads headers, and not the data."""
+    """Show what a checkpoint contains. Reads the headers of its files, not the data."""
     from dist_moe.checkpoint.inspect import format_lines, inspect_checkpoint
 
     with report_user_errors():
@@ -45,14 +46,15 @@ def verify(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="A step-NNNNNN folder, or a run.dir (all of its checkpoints).")
     ],
+    verbose: Verbose = False,
 ) -> None:
-    """Read all of a checkpoint and list every fault; exits with 1 if there is one, with 2 if it is no checkpoint."""
+    """Read all of a checkpoint and list every fault. Exits with 1 if there is one, with 2 if it is not a checkpoint."""
     from dist_moe.checkpoint.verify import verify_checkpoints
 
     with report_user_errors():
         verdicts = verify_checkpoints(checkpoint)
     for verdict in verdicts:
-        print(verdict.folder, "is damaged" if verdict.faults else "is good", flush=True)
+        print(verdict.folder, "is damaged" if verdict.faults else "is intact", flush=True)
         print(*(f"  checked: {line}" for line in verdict.checked), sep="\n", flush=True)
         for fault in verdict.faults:
             print_error(f"  {fault}")
@@ -62,10 +64,11 @@ def verify(
 @checkpoint_app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that is made; it must not be there, or be empty.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; must not exist, or be empty.")],
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights; fp32 takes those of the optimizer, where they are kept.")
+        Dtype, typer.Option(help="Number format of the weights; fp32 uses the optimizer's copy, if there is one.")
     ] = Dtype.keep,
+    verbose: Verbose = False,
 ) -> None:
     """Write a checkpoint's weights into one model.safetensors, with its config and tokenizer."""
     from dist_moe.checkpoint.export import export as write

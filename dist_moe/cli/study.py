@@ -1,4 +1,4 @@
-"""The commands that measure the design's claims again."""
+"""The commands that reproduce the measurements of the documentation."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,21 +6,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, report_user_errors
+from dist_moe.cli.messages import report_user_errors
+from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, Verbose
 
-study_app = typer.Typer(help="What the design claims, measured again without long training.", no_args_is_help=True)
+study_app = typer.Typer(
+    help="Reproduce the measurements of the documentation, without long training.", no_args_is_help=True
+)
 
 
 @study_app.command()
 def controllers(
     out: OutFolder = Path("runs/study/controllers"),
     experts: Annotated[
-        list[int] | None, typer.Option(help="Number of experts, 8, 64, 256 or 896; may be repeated. All by default.")
+        list[int] | None, typer.Option(help="Number of experts, 8, 64, 256 or 896; may be repeated; by default all.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps, and 8 experts unless told: seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps, and by default 8 experts: seconds.")] = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Measure how fast and how steadily each balancing policy levels random, drifting scores; minutes on a CPU."""
+    """Measure how fast and how steadily each policy balances random, drifting scores; takes minutes on a CPU."""
     from time import perf_counter
 
     from dist_moe.study.controllers.results import write_results
@@ -45,9 +49,10 @@ def policies(
     overrides: Overrides = None,
     out: OutFolder = Path("runs/study/policies"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs, of one thread each.")] = 2,
+    verbose: Verbose = False,
 ) -> None:
-    """Train CONFIG under every balancing policy with every seed, and compare loss and load; goes on where it was."""
+    """Train CONFIG under every policy with every seed, and compare loss and load; continues an interrupted study."""
     from dist_moe.study.comparison import findings, terminal_table, write_comparison
     from dist_moe.study.policies import plan_runs, train_all
 
@@ -62,8 +67,8 @@ def policies(
 
 
 @study_app.command()
-def exchange(repetitions: Repetitions = 50) -> None:
-    """Time MPI's all-to-all beside gloo's, on the ranks of the mpirun that starts this."""
+def exchange(repetitions: Repetitions = 50, verbose: Verbose = False) -> None:
+    """Time the all-to-all of MPI and of gloo, on the ranks of the mpirun that starts this command."""
     from dist_moe.study.exchange import run
 
     with report_user_errors():
@@ -73,13 +78,16 @@ def exchange(repetitions: Repetitions = 50) -> None:
 
 @study_app.command()
 def hops(
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a rank; may be repeated (16, 128, 1024).")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a rank; may be repeated (default: 16, 128, 1024).")
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
-    width: Annotated[int, typer.Option(min=1, help="Of a token's row, in fp32.")] = 1024,
+    width: Annotated[int, typer.Option(min=1, help="Elements of a token's row, in fp32.")] = 1024,
     repetitions: Repetitions = 10,
     out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
+    verbose: Verbose = False,
 ) -> None:
-    """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this."""
+    """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this command."""
     from dist_moe.study.hops import TOKENS, Size, run
 
     with report_user_errors():

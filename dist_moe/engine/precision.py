@@ -1,8 +1,11 @@
 """Chooses the number format of training."""
 
+import logging
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def choose_precision(requested: str, device: torch.device) -> torch.dtype:
@@ -12,8 +15,13 @@ def choose_precision(requested: str, device: torch.device) -> torch.dtype:
     CPUs emulate bf16 and are slower than in fp32.
     """
     if requested != "auto":
+        logger.info("precision %s, as train.precision requests", requested)
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[requested]
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_has_bf16()
+    chosen = "bf16" if native else "fp32"
+    logger.info(
+        "precision %s (train.precision=auto): bf16 is %s on %s", chosen, "native" if native else "emulated", device
+    )
     return torch.bfloat16 if native else torch.float32
 
 

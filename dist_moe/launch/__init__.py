@@ -1,1 +1,1 @@
-"""Turns a checked configuration into the command of a launcher, and follows the processes that it starts."""
+"""Builds the command of a launcher from a configuration, and supervises the processes that it starts."""

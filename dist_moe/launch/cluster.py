@@ -1,4 +1,4 @@
-"""The hosts of a job, out of its configuration, and how a command reaches one of them."""
+"""The hosts of a job, read from its configuration, and how a command reaches each of them."""
 
 import os
 import shlex
@@ -9,21 +9,25 @@ from dataclasses import dataclass
 
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.cluster import ClusterConfig
-from dist_moe.launch.command import NO_SHELL, LaunchError, clean_env, has_devices, threads_per_worker
+from dist_moe.launch.command import SHELL_SAFE, LaunchError, clean_env, has_devices, threads_per_worker
 from dist_moe.launch.hostfile import filter_hosts, read_hostfile
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import is_local_address
 
 CONNECT_LIMIT_S = 10
-# DeepSpeed's launcher carries what begins so to other hosts unasked, and lets their shells read it.
+# DeepSpeed's launcher forwards variables with these prefixes by itself, unquoted.
 FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 @dataclass(frozen=True)
 class Host:
-    """One machine: its name for ssh, its devices (one worker each), and the address that its workers are reached by.
+    """One machine.
 
-    cores: those that its workers may use; None until it has been asked.
+    Attributes:
+        name: The name by which ssh reaches it.
+        devices: The numbers of its devices, one worker each.
+        address: The address by which other hosts reach its workers.
+        cores: The number of cores that its workers may use, or None before the preflight.
     """
 
     name: str
@@ -33,13 +37,20 @@ class Host:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is the machine that this process runs on."""
+        """Whether this process runs on it."""
         return is_local_address(self.address)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The hosts of a job, in the order of ranks, and its `cluster` section; folder, python: on every host."""
+    """The hosts of a job.
+
+    Attributes:
+        hosts: The hosts in the order of their ranks.
+        settings: The `cluster` section of the configuration.
+        folder: The working folder on every host.
+        python: The path of Python on every host.
+    """
 
     hosts: tuple[Host, ...]
     settings: ClusterConfig
@@ -48,16 +59,17 @@ class Cluster:
 
     @property
     def workers(self) -> int:
+        """The number of workers on all hosts."""
         return sum(len(host.devices) for host in self.hosts)
 
     def has_cores(self, threads: int) -> bool:
-        """Whether every host is known to have a core for every thread of its workers."""
+        """Return whether every host is known to have a core for every thread of its workers."""
         return all(host.cores is not None and len(host.devices) * threads <= host.cores for host in self.hosts)
 
     def ssh(self, host: Host, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
-        """What runs `argv` in the working folder of a host; nothing reaches its shell unquoted.
+        """Return the command that runs `argv` in the working folder of a host, with every word quoted for its shell.
 
-        The end of the connection does not end `argv` (`dist_moe/launch/supervise/remote_exec.py` does).
+        Closing the connection does not end `argv`; run it under `dist_moe/launch/supervise/remote_exec.py` for that.
         """
         variables = [f"{name}={value}" for name, value in sorted(environment.items())]
         line = f"cd {shlex.quote(self.folder)} && exec {shlex.join(['env', *variables, *argv])}"
@@ -65,39 +77,45 @@ class Cluster:
 
     @property
     def ssh_options(self) -> tuple[str, ...]:
-        """Never ask, and give up on a host that does not answer."""
-        port, user = self.settings.ssh_port, self.settings.ssh_user
-        return (
-            *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_LIMIT_S}"),
-            *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"),
-            *(("-p", str(port)) if port is not None else ()),
-            *(("-l", user) if user is not None else ()),
-        )
+        """The options of every call of ssh."""
+        return ssh_options(self.settings)
+
+
+def ssh_options(settings: ClusterConfig) -> tuple[str, ...]:
+    """Return options of ssh: never ask, give up on a host that does not answer, and the configured port and user."""
+    port, user = settings.ssh_port, settings.ssh_user
+    return (
+        *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_LIMIT_S}"),
+        *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"),
+        *(("-p", str(port)) if port is not None else ()),
+        *(("-l", user) if user is not None else ()),
+    )
 
 
 def read_cluster(settings: ClusterConfig) -> Cluster | None:
-    """The cluster of a configuration; None where it names no host.
+    """Return the cluster of a configuration, or None if it names no host.
 
-    LaunchError for a hostfile with mistakes, hosts given twice, a host whose name means no address, and the first of
-    several hosts if its address is one that the others cannot use.
+    Raises:
+        LaunchError: The hostfile is invalid, a host is listed twice, a host's name does not resolve, or the first of
+            several hosts has a loopback address.
     """
-    given = {host.name: host.address for host in settings.hosts}
+    addresses = {host.name: host.address for host in settings.hosts}
     if settings.hosts and settings.hostfile:
         raise LaunchError(f"cluster.hostfile={settings.hostfile} and cluster.hosts are both set; set one of the two")
-    if len(given) < len(settings.hosts):
-        raise LaunchError("cluster.hosts has a name twice; give each host one entry with all its slots")
+    if len(addresses) < len(settings.hosts):
+        raise LaunchError("cluster.hosts lists a name twice; give each host one entry with all its slots")
     if settings.hostfile:
-        every = read_hostfile(settings.hostfile)
+        listed = read_hostfile(settings.hostfile)
     else:
-        every = {host.name: list(range(host.slots)) for host in settings.hosts}
-    if not every:
+        listed = {host.name: list(range(host.slots)) for host in settings.hosts}
+    if not listed:
         return None
-    left = filter_hosts(every, settings.include, settings.exclude)
-    hosts = [Host(name, tuple(devices), given.get(name) or _address(name)) for name, devices in left.items()]
+    selected = filter_hosts(listed, settings.include, settings.exclude)
+    hosts = [Host(name, tuple(devices), addresses.get(name) or _address(name)) for name, devices in selected.items()]
     if len(hosts) > 1 and (hosts[0].address.startswith("127.") or hosts[0].address == "::1"):
         raise LaunchError(
-            f"{hosts[0].name} has the address {hosts[0].address} here, by which the other hosts reach themselves; give "
-            "the first host's own address as cluster.hosts[0].address, or mend /etc/hosts"
+            f"{hosts[0].name} resolves to the loopback address {hosts[0].address}, which other hosts cannot reach; set "
+            "cluster.hosts[0].address to the first host's own address, or fix /etc/hosts"
         )
     return Cluster(tuple(hosts), settings, settings.folder or os.getcwd(), settings.python or sys.executable)
 
@@ -107,29 +125,35 @@ def _address(name: str) -> str:
         return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise LaunchError(
-            f"the host {name} means no address here ({error.strerror}); mend the name, or give cluster.hosts an address"
+            f"the name of the host {name} does not resolve ({error.strerror}); fix the name, or set its address in "
+            "cluster.hosts"
         ) from None
 
 
 def forwarded_env(config: Config, cluster: Cluster, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables that go along to the other hosts, where workers have these and what their ssh server sets.
+    """Return the variables that are set for workers on other hosts, besides those of their ssh server.
 
-    Workers of the launch's own host have its environment as well.
+    Workers on the host of the launch inherit its environment too.
 
-    base: the environment to take them from, DIST_MOE_LAUNCH (where the launch listens) among them. LaunchError where
-    one that is to go along is not set here.
+    Args:
+        config: The configuration of the run.
+        cluster: The hosts.
+        base: The environment to read them from, with DIST_MOE_LAUNCH (where the launch listens).
+
+    Raises:
+        LaunchError: `cluster.environment` names a variable that is not set in `base`.
     """
     missing = [name for name in cluster.settings.environment if name not in base]
     if missing:
         raise LaunchError(
-            f"cluster.environment names {', '.join(missing)}, not set here; set it before the launch, or leave it out"
+            f"cluster.environment names {', '.join(missing)}, which is not set; set it before the launch, or remove it"
         )
-    most = max(len(host.devices) for host in cluster.hosts)
+    max_workers = max(len(host.devices) for host in cluster.hosts)
     interface = cluster.settings.interface
     return {
-        "OMP_NUM_THREADS": str(threads_per_worker(config.run.threads, most)),
+        "OMP_NUM_THREADS": str(threads_per_worker(config.run.threads, max_workers)),
         "PYTHONSAFEPATH": "1",
-        # Where hosts have names in one direction only, each connection would be a warning.
+        # Where the hosts' addresses have no names, torch would warn of every connection.
         "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         **({} if has_devices() or config.parallel.backend == "nccl" else {"DS_ACCELERATOR": "cpu"}),
         **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}),
@@ -138,34 +162,50 @@ def forwarded_env(config: Config, cluster: Cluster, base: Mapping[str, str]) -> 
     }
 
 
-def launcher_environment(base: Mapping[str, str], carried: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a launcher that starts workers on other hosts: `base` without what belongs to an outer job
-    or would be taken along by itself, and with what is carried."""
+def launcher_environment(base: Mapping[str, str], forwarded: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a launcher that starts workers on other hosts.
+
+    It is `base` without the variables of an outer job and those that DeepSpeed forwards by itself, with `forwarded`.
+    """
     own = clean_env(base, FORWARDED_PREFIXES)
-    return {**own, **carried, "PATH": own["PATH"]}
+    return {**own, **forwarded, "PATH": own["PATH"]}
 
 
-def require_shell_safe(told: str, texts: Sequence[str]) -> None:
-    """LaunchError for a text that a shell would not leave as it is; told: who hands them to a shell."""
+def require_shell_safe(where: str, texts: Sequence[str]) -> None:
+    """Check texts that are passed to a shell unquoted.
+
+    Args:
+        where: What passes them, for the message.
+        texts: The texts.
+
+    Raises:
+        LaunchError: A shell would change a text.
+    """
     for text in texts:
-        if not NO_SHELL.fullmatch(text):
+        if not SHELL_SAFE.fullmatch(text):
             raise LaunchError(
-                f"{text!r} reaches a shell through {told}, which does not quote it; write it with letters, digits and "
-                "@+=:,./-_ alone (values may stand in the file), or use --launcher torchrun"
+                f"{text!r} reaches a shell through {where}, which does not quote it; use only letters, digits and "
+                "@+=:,./-_ (or move the value to the configuration file), or use --launcher torchrun"
             )
 
 
-def require_first_devices(cluster: Cluster, told: str, alike: bool = False) -> None:
-    """LaunchError where a launcher that only counts workers is asked for devices other than the first ones.
+def require_first_devices(cluster: Cluster, what: str, same_count: bool = False) -> None:
+    """Check the devices of a launcher that can only be given a number of workers.
 
-    alike: it starts the same number on each host.
+    Args:
+        cluster: The hosts.
+        what: The option that selects the launcher, for the message.
+        same_count: Whether it starts the same number of workers on each host.
+
+    Raises:
+        LaunchError: A host is to use devices other than its first ones, or the numbers differ.
     """
     for host in cluster.hosts:
         if host.devices != tuple(range(len(host.devices))):
             raise LaunchError(
-                f"{told} starts workers by number, and {host.name} is to use devices {list(host.devices)}; use the "
+                f"{what} starts workers by number, and {host.name} is to use devices {list(host.devices)}; use the "
                 "first ones, or --launcher deepspeed (pdsh) or torchrun"
             )
     numbers = {host.name: len(host.devices) for host in cluster.hosts}
-    if alike and len(set(numbers.values())) > 1:
-        raise LaunchError(f"{told} starts as many workers on each host, not {numbers}; use another launcher")
+    if same_count and len(set(numbers.values())) > 1:
+        raise LaunchError(f"{what} starts the same number of workers on each host, not {numbers}; use another launcher")

@@ -1,19 +1,19 @@
-"""What all launchers' commands share: their record, the workers' environment and arguments."""
+"""What the commands of all launchers share: the command itself and the workers' environment."""
 
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_moe.config.schema import Config
 from dist_moe.errors import UserError
 
-# What an outer launcher may have left in the environment, and what would make the workers take part in its
-# job.
-OUTER_JOB = (
+DEFAULT_PORT = 29500
+# Variables that an outer launcher may have set, with which the workers would join its job.
+OUTER_JOB_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -22,26 +22,28 @@ OUTER_JOB = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-# What a shell, and pdsh with its %h and %n, leave as it is.
-NO_SHELL = re.compile(r"[\w@+=:,./-]*", re.ASCII)
-OUTER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-
-
-# Under /dev, where the drivers of NVIDIA, of Windows' subsystem, of AMD and of Intel show a device.
+OUTER_JOB_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+# Text that neither a shell nor pdsh (%h, %n) changes.
+SHELL_SAFE = re.compile(r"[\w@+=:,./-]*", re.ASCII)
+# Device files below /dev: NVIDIA, WSL, AMD, and Intel.
 DEVICE_FILES = ("nvidia*", "dxg", "kfd", "dri/renderD*", "accel*")
 
 
 class LaunchError(UserError, RuntimeError):
-    """A job that cannot be started; the message carries value, rule and remedy."""
+    """A job that cannot be started. The message has value, rule and remedy."""
 
 
 @dataclass(frozen=True)
 class Command:
     """A launcher's command, ready to run.
 
-    launcher: its name. argv: program and arguments. environment: the whole environment of the launcher, which
-    hands it on to the workers. beside: further commands that are part of the same job, one for each other host.
-    restarts: whether the launcher starts workers again that have failed.
+    Attributes:
+        launcher: The name of the launcher.
+        argv: Program and arguments.
+        environment: The whole environment of the launcher, which the workers inherit.
+        remote_commands: Further commands of the same job, started together with `argv`; one for each other host.
+        restarts: Whether the launcher restarts failed workers.
+        secret_files: Files with values of the user's variables, to be deleted when the job ends.
     """
 
     launcher: str
@@ -49,9 +51,10 @@ class Command:
     environment: Mapping[str, str]
     remote_commands: tuple[tuple[str, ...], ...] = ()
     restarts: bool = False
+    secret_files: tuple[Path, ...] = ()
 
     def lines(self, base: Mapping[str, str]) -> list[str]:
-        """The commands, each as one line for a shell whose environment is `base`."""
+        """Return the commands, each as one line for a shell whose environment is `base`."""
         return [self._line(self.argv, base), *map(shlex.join, self.remote_commands)]
 
     def _line(self, argv: tuple[str, ...], base: Mapping[str, str]) -> str:
@@ -60,41 +63,55 @@ class Command:
         return shlex.join(["env", *removed, *changed, *argv] if removed or changed else argv)
 
 
-def worker_arguments(config_path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
-    """What each worker is called with; the same as a person would type after `dist-moe`."""
-    return ("train", str(config_path), *overrides)
-
-
 def worker_environment(config: Config, workers: int, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a job with all its workers on this host: `base`, less an outer job's variables, plus
+    """Return the environment of a job with all workers on this host.
 
-    OMP_NUM_THREADS: threads of each worker, from `run.threads`.
-    PATH: the folder of this Python first, so that a tool of its environment (ninja) is found in the workers.
-    PYTHONSAFEPATH: set, so that `python -m` takes dist_moe from where this process has it, not from a folder
-    of that name in the working folder.
-    GLOO_SOCKET_IFNAME: the loopback interface, unless it is set. Gloo else looks up the host's name, which
-    some hosts resolve to an address that nobody answers: it then waits until its time-out.
+    It is `base` without the variables of an outer job, and with those of `worker_variables`. PATH begins with the
+    folder of this Python, so that the workers find the tools of its environment (ninja).
+
+    Args:
+        config: The configuration of the run; `run.threads` sets OMP_NUM_THREADS.
+        workers: The number of workers on this host.
+        base: The environment to start from.
+    """
+    threads = threads_per_worker(config.run.threads, workers)
+    interface = {"GLOO_SOCKET_IFNAME": base["GLOO_SOCKET_IFNAME"]} if "GLOO_SOCKET_IFNAME" in base else {}
+    return clean_env(base) | worker_variables(str(threads)) | interface
+
+
+def worker_variables(threads: str) -> dict[str, str]:
+    """Return the variables of workers that all run on one host.
+
+    Args:
+        threads: The value of OMP_NUM_THREADS.
     """
     return {
+        # By default gloo resolves the host's name, which on some hosts gives an address that does not answer.
         "GLOO_SOCKET_IFNAME": "lo",
-        **clean_env(base),
-        "OMP_NUM_THREADS": str(threads_per_worker(config.run.threads, workers)),
+        "OMP_NUM_THREADS": threads,
+        # `python -m dist_moe` must not import a folder of that name in the working folder.
         "PYTHONSAFEPATH": "1",
     }
 
 
-def clean_env(base: Mapping[str, str], left_out: tuple[str, ...] = ()) -> dict[str, str]:
-    """`base` with the folder of this Python first on PATH, less an outer job's variables and what begins so."""
-    kept = {k: v for k, v in base.items() if k not in OUTER_JOB and not k.startswith((*OUTER_PREFIXES, *left_out))}
+def clean_env(base: Mapping[str, str], removed_prefixes: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return `base` without the variables of an outer job, and with the folder of this Python first on PATH.
+
+    Args:
+        base: The environment to start from.
+        removed_prefixes: Variables that begin with one of these are removed too.
+    """
+    prefixes = (*OUTER_JOB_PREFIXES, *removed_prefixes)
+    kept = {k: v for k, v in base.items() if k not in OUTER_JOB_VARIABLES and not k.startswith(prefixes)}
     programs = str(Path(sys.executable).parent)
     return {**kept, "PATH": os.pathsep.join([programs, *filter(None, [base.get("PATH")])])}
 
 
 def threads_per_worker(threads: int | str, workers: int) -> int:
-    """The number of threads of each worker; "auto" shares out the cores that this process may use."""
+    """Return the number of threads of each worker; "auto" divides the cores that this process may use."""
     return threads if isinstance(threads, int) else max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def has_devices() -> bool:
-    """Whether the drivers of this host show an accelerator."""
+    """Return whether this host has the device file of an accelerator."""
     return any(any(Path("/dev").glob(pattern)) for pattern in DEVICE_FILES)

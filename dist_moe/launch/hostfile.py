@@ -1,4 +1,4 @@
-"""Hosts as the launchers write them: a hostfile, and DeepSpeed's include and exclude."""
+"""Reads hostfiles, and selects hosts by the notation of DeepSpeed's `--include` and `--exclude`."""
 
 import re
 from collections.abc import Mapping
@@ -9,14 +9,17 @@ from dist_moe.launch.command import LaunchError
 
 LINE = re.compile(r"(\S+?)(?:\s+slots\s*=\s*(\S+)|:(\S+))?(?:\s+max_slots\s*=\s*\d+)?")
 
-# host -> the numbers of its devices
+# Host -> the numbers of its devices.
 Slots = dict[str, list[int]]
 
 
 def read_hostfile(path: str) -> Slots:
-    """The hosts of a file, in its order: `host0 slots=2` (DeepSpeed, OpenMPI), `host0:2` (MPICH) or `host0` (one).
+    """Return the hosts of a file, in its order.
 
-    LaunchError with the line for what is none of these, a host that comes twice, and a file without a host.
+    Accepted lines are `host0 slots=2` (DeepSpeed, OpenMPI), `host0:2` (MPICH) and `host0` (one slot).
+
+    Raises:
+        LaunchError: The file cannot be read, a line is invalid, a host is listed twice, or there is no host.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -29,55 +32,66 @@ def read_hostfile(path: str) -> Slots:
             continue
         name, slots = _parse(content, f"{path}, line {number}: {content!r}")
         if name in hosts:
-            raise LaunchError(f"{path}, line {number}: {name} comes twice; give each host one line with all its slots")
+            raise LaunchError(
+                f"{path}, line {number}: {name} is listed twice; give each host one line with all its slots"
+            )
         hosts[name] = list(range(slots))
     if not hosts:
-        raise LaunchError(f"{path} names no host; write lines like `host0 slots=2`")
+        raise LaunchError(f"{path} lists no host; write lines like `host0 slots=2`")
     return hosts
 
 
-def _parse(content: str, told: str) -> tuple[str, int]:
-    found = LINE.fullmatch(content)
-    if found is None or not NAME.fullmatch(found[1]):
-        raise LaunchError(f"{told} is no line of a hostfile; write for example `host0 slots=2`")
-    slots = found[2] or found[3] or "1"
+def _parse(content: str, where: str) -> tuple[str, int]:
+    match = LINE.fullmatch(content)
+    if match is None or not NAME.fullmatch(match[1]):
+        raise LaunchError(f"{where} is not a line of a hostfile; write for example `host0 slots=2`")
+    slots = match[2] or match[3] or "1"
     if not slots.isdecimal() or int(slots) < 1:
-        raise LaunchError(f"{told} has {slots} slots; give 1 or more")
-    return found[1], int(slots)
+        raise LaunchError(f"{where} has {slots} slots; set 1 or more")
+    return match[1], int(slots)
 
 
 def filter_hosts(hosts: Mapping[str, list[int]], include: str | None, exclude: str | None) -> Slots:
-    """The hosts and devices that are left, in the order of `hosts`.
+    """Return the selected hosts and devices, in the order of `hosts`.
 
-    include, exclude: HOST[:DEVICE[,DEVICE...]][@HOST...], only one of the two. LaunchError for both, for what is not
-    there, and where nothing is left.
+    Args:
+        hosts: Host -> the numbers of its devices.
+        include: The hosts and devices to use, as HOST[:DEVICE[,DEVICE...]][@HOST...], or None for all.
+        exclude: The hosts and devices to leave out, in the same notation, or None for none.
+
+    Raises:
+        LaunchError: Both are given, a host or device does not exist, or none is left.
     """
     if include and exclude:
         raise LaunchError(f"cluster.include={include} and cluster.exclude={exclude} contradict; set one of the two")
     if not include and not exclude:
         return {name: list(devices) for name, devices in hosts.items()}
     key, text = ("include", include) if include else ("exclude", exclude)
-    named = _specification(f"cluster.{key}", str(text), hosts)
+    named = _parse_selection(f"cluster.{key}", str(text), hosts)
     if include:
-        left = {name: named[name] for name in hosts if name in named}
+        selected = {name: named[name] for name in hosts if name in named}
     else:
-        left = {name: [one for one in devices if one not in named.get(name, [])] for name, devices in hosts.items()}
-    left = {name: devices for name, devices in left.items() if devices}
-    if not left:
-        raise LaunchError(f"cluster.{key}={text} leaves no worker; name less")
-    return left
+        selected = {
+            name: [device for device in devices if device not in named.get(name, [])] for name, devices in hosts.items()
+        }
+    selected = {name: devices for name, devices in selected.items() if devices}
+    if not selected:
+        raise LaunchError(f"cluster.{key}={text} leaves no worker; select more")
+    return selected
 
 
-def _specification(key: str, text: str, hosts: Mapping[str, list[int]]) -> Slots:
-    found: Slots = {}
+def _parse_selection(key: str, text: str, hosts: Mapping[str, list[int]]) -> Slots:
+    selected: Slots = {}
     for part in text.split("@"):
         name, colon, devices = part.partition(":")
         if name not in hosts:
-            raise LaunchError(f"{key}={text} names {name!r}, which is not among the hosts; use {', '.join(hosts)}")
-        numbers = devices.split(",") if colon else [str(one) for one in hosts[name]]
+            raise LaunchError(
+                f"{key}={text} names {name!r}, which is not a host of the cluster; use {', '.join(hosts)}"
+            )
+        numbers = devices.split(",") if colon else [str(device) for device in hosts[name]]
         for number in numbers:
             if not number.isdecimal() or int(number) not in hosts[name]:
                 last = len(hosts[name]) - 1
-                raise LaunchError(f"{key}={text} names device {number!r} of {name}, which has 0 to {last}; name those")
-        found[name] = sorted({*found.get(name, []), *map(int, numbers)})
-    return found
+                raise LaunchError(f"{key}={text} names device {number!r} of {name}, which has 0 to {last}; use those")
+        selected[name] = sorted({*selected.get(name, []), *map(int, numbers)})
+    return selected

@@ -1,139 +1,176 @@
-"""A job as `dist-moe launch` was asked for it: on this host or a cluster, by one of the launchers."""
+"""Runs or submits a job of `dist-moe launch`, on this host or a cluster, by any launcher."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster
 from dist_moe.launch.command import Command, LaunchError
-from dist_moe.launch.launchers.deepspeed import DEEPSPEED_VARIABLES, deepspeed_cluster_command, deepspeed_command
-from dist_moe.launch.launchers.kubernetes import apply, kubernetes_objects, manifest
-from dist_moe.launch.launchers.mpirun import mpirun_cluster_command, mpirun_command
-from dist_moe.launch.launchers.slurm import slurm_script, submit
-from dist_moe.launch.launchers.torchrun import torchrun_cluster_command, torchrun_command
+from dist_moe.launch.launcher import (
+    OPTIONS,
+    LaunchRequest,
+    ProcessLauncher,
+    Scheduler,
+    load_launcher,
+    load_launchers,
+)
 from dist_moe.launch.preflight import check_hosts
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import Outcome, run
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import LOOPBACK, source_address
 
+logger = logging.getLogger(__name__)
 HIDDEN = "HIDDEN"
-"""Stands for values of the user's that may be secret."""
+"""Replaces the values of the user's variables, which may be secret, in what is printed."""
 
 
-@dataclass(frozen=True)
 class Job:
-    """Everything that decides the commands; asked_workers: None for all slots of a cluster, or two on this host."""
+    """A job of `dist-moe launch`.
 
-    config: Config
-    config_path: Path
-    overrides: Sequence[str]
-    launcher: str
-    cluster: Cluster | None
-    asked_workers: int | None = None
-    runner: str = "pdsh"
-    restarts: int = 0
-    min_nodes: int | None = None
+    Args:
+        name: The name of the launcher.
+        request: What is asked for.
+
+    Raises:
+        LaunchError: The launcher does not support an option of the request.
+    """
+
+    def __init__(self, name: str, request: LaunchRequest) -> None:
+        self.name = name
+        self.request = request
+        self.launcher = load_launcher(name)
+        self._check_options()
+        self.workers = self.launcher.workers(request)
+        logger.info("launcher %s: %d workers on %s", name, self.workers, self._hosts())
 
     @property
-    def workers(self) -> int:
-        if self.launcher == "slurm":
-            return self.config.slurm.nodes * self.config.slurm.tasks_per_node
-        if self.launcher == "kubernetes":
-            return self.config.kubernetes.pods * self.config.kubernetes.workers_per_pod
-        return self.cluster.workers if self.cluster else self.asked_workers or 2
+    def submits(self) -> bool:
+        """Whether the job is handed to a queue."""
+        return isinstance(self.launcher, Scheduler)
+
+    def _hosts(self) -> str:
+        if self.submits:
+            return "nodes that the scheduler assigns"
+        cluster = self.request.cluster
+        return "this host" if cluster is None else ", ".join(f"{host.name} ({host.address})" for host in cluster.hosts)
 
     def command(self, base: Mapping[str, str]) -> Command:
-        """LaunchError where this launcher cannot do what is asked."""
-        self._refuse_idle_options()
-        if self.asked_workers not in (None, self.workers):
-            raise LaunchError(
-                f"--workers {self.asked_workers} contradicts the {self.workers} slots of the cluster; leave it out, or "
-                "choose hosts by cluster.include"
-            )
-        if self.cluster is None:
-            here = (self.config, self.workers, self.config_path, self.overrides)
-            if self.launcher == "torchrun":
-                return torchrun_command(*here, restarts=self.restarts, base=base)
-            return (mpirun_command if self.launcher == "mpirun" else deepspeed_command)(*here, base=base)
-        what = (self.config, self.cluster, self.config_path, self.overrides)
-        if self.launcher == "torchrun":
-            return torchrun_cluster_command(*what, self.restarts, self.min_nodes, base)
-        if self.launcher == "mpirun":
-            return mpirun_cluster_command(*what, base)
-        return deepspeed_cluster_command(*what, self.runner, base)
+        """Return the command of a launcher that runs as a child of this process.
 
-    def shown(self, base: Mapping[str, str]) -> list[str]:
-        """The commands as lines for a shell whose environment is `base`, without what its variables hold for workers.
+        Args:
+            base: The environment to start from.
 
-        LaunchError as `command`.
+        Raises:
+            LaunchError: The launcher is not installed, or cannot start this job.
         """
-        names = self.cluster.settings.environment if self.cluster else ()
+        if not isinstance(self.launcher, ProcessLauncher):
+            raise LaunchError(f"--launcher {self.name} submits jobs; use another launcher to run one here")
+        return self.launcher.command(self.request, base)
+
+    def dry_run(self, base: Mapping[str, str]) -> list[str]:
+        """Return what the job would run or submit, as lines for a shell or the scheduler.
+
+        The values of the user's variables for workers are hidden.
+
+        Args:
+            base: The environment to start from.
+
+        Raises:
+            LaunchError: As for `command`.
+        """
+        if isinstance(self.launcher, Scheduler):
+            return [self.launcher.script(self.request)]
+        names = self.request.cluster.settings.environment if self.request.cluster else ()
         return self.command({**base, **{name: HIDDEN for name in names if name in base}}).lines(base)
 
-    def _refuse_idle_options(self) -> None:
-        """Nothing that was asked for is passed over in silence."""
-        if self.restarts and self.launcher != "torchrun":
-            raise LaunchError(f"--max-restarts {self.restarts} is torchrun's; leave it out, or use --launcher torchrun")
-        if self.min_nodes and (self.launcher != "torchrun" or not self.cluster):
-            raise LaunchError(
-                f"--min-hosts {self.min_nodes} is torchrun's, over several hosts; leave it out, or use --launcher "
-                "torchrun with a cluster"
-            )
-        if self.cluster and self.min_nodes and self.min_nodes > len(self.cluster.hosts):
-            raise LaunchError(
-                f"--min-hosts {self.min_nodes} is more than the {len(self.cluster.hosts)} hosts of the cluster; ask "
-                "for fewer"
-            )
-        if self.runner != "pdsh" and (self.launcher != "deepspeed" or not self.cluster):
-            raise LaunchError(
-                f"--runner {self.runner} is of the deepspeed launcher over several hosts; leave it out, or use "
-                "--launcher deepspeed with a cluster"
-            )
-        if self.launcher in ("slurm", "kubernetes") and self.asked_workers is not None:
-            raise LaunchError(
-                f"--workers {self.asked_workers} says nothing to --launcher {self.launcher}; leave it out, and set "
-                f"the numbers of its section of the file ({self.launcher})"
-            )
-
-    def text(self) -> str:
-        """What a scheduler is given: Slurm's batch script, or the manifest for Kubernetes. Errors: LaunchError."""
-        self._refuse_idle_options()
-        if self.launcher == "slurm":
-            return slurm_script(self.config, self.config_path, self.overrides)
-        return manifest(kubernetes_objects(self.config))
-
     def submit(self) -> str:
-        """Hand it to the scheduler -> what that says."""
-        return submit(self.config, self.text()) if self.launcher == "slurm" else apply(self.text())
+        """Submit the job and return the answer of the scheduler.
+
+        Raises:
+            LaunchError: The launcher is not a scheduler, or the scheduler refuses the job.
+        """
+        if not isinstance(self.launcher, Scheduler):
+            raise LaunchError(f"--launcher {self.name} submits nothing; run the job instead")
+        return self.launcher.submit(self.request, self.launcher.script(self.request))
 
     def run(self) -> Outcome:
-        """Check the hosts, and run the job to its end."""
-        run_dir = Path(self.config.run.dir)
-        if self.cluster is None:
+        """Check the hosts of the cluster, and run the job to its end.
+
+        Raises:
+            LaunchError: As for `command`, or a host is not ready.
+        """
+        run_dir, cluster = Path(self.request.config.run.dir), self.request.cluster
+        if cluster is None:
             with WorkerMonitor(LOOPBACK, self.workers, run_dir, multi_host=False) as monitor:
                 return run(self.command(os.environ), run_dir, monitor)
-        with WorkerMonitor(launch_address(self.cluster), self.workers, run_dir) as monitor:
-            seen = check_hosts(self.cluster, self.config, self.config_path, monitor.rendezvous)
-            command = replace(self, cluster=seen).command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
+        with WorkerMonitor(launch_address(cluster), self.workers, run_dir) as monitor:
+            checked = check_hosts(cluster, self.request.config, Path(self.request.config_path), monitor.rendezvous)
+            job = Job(self.name, replace(self.request, cluster=checked))
+            command = job.command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
             try:
                 return run(command, run_dir, monitor)
             finally:
-                if told := command.environment.get(DEEPSPEED_VARIABLES):
-                    Path(told).unlink(missing_ok=True)
+                for path in command.secret_files:
+                    path.unlink(missing_ok=True)
+
+    def _check_options(self) -> None:
+        """Refuse each option that the launcher would ignore."""
+        request, launcher = self.request, self.launcher
+        for option, flag in OPTIONS.items():
+            value = getattr(request, option)
+            if value and option not in launcher.options:
+                able = [name for name, other in load_launchers().items() if option in other.options]
+                raise LaunchError(
+                    f"{flag} {value} is ignored by --launcher {self.name}; remove it, or use --launcher "
+                    f"{' or '.join(able)}"
+                )
+        if request.runner and request.runner not in launcher.runners:
+            raise LaunchError(f"--runner {request.runner} does not exist; use {', '.join(launcher.runners)}")
+        if isinstance(launcher, Scheduler):
+            if request.asked_workers is not None:
+                raise LaunchError(
+                    f"--workers {request.asked_workers} is ignored by --launcher {self.name}; remove it, and set "
+                    f"{launcher.workers_fields}"
+                )
+            return
+        if request.cluster is None:
+            self._refuse_cluster_options()
+            return
+        if not launcher.multi_host:
+            raise LaunchError(f"--launcher {self.name} runs on one host; remove the hosts of the cluster section")
+        if request.asked_workers not in (None, request.cluster.workers):
+            raise LaunchError(
+                f"--workers {request.asked_workers} contradicts the {request.cluster.workers} slots of the cluster; "
+                "remove it, or choose hosts by cluster.include"
+            )
+        if request.min_hosts and request.min_hosts > len(request.cluster.hosts):
+            raise LaunchError(
+                f"--min-hosts {request.min_hosts} is more than the {len(request.cluster.hosts)} hosts of the cluster; "
+                "use a smaller number"
+            )
+
+    def _refuse_cluster_options(self) -> None:
+        for option in ("min_hosts", "runner"):
+            if value := getattr(self.request, option):
+                raise LaunchError(
+                    f"{OPTIONS[option]} {value} is ignored without a cluster; remove it, or set cluster.hosts"
+                )
 
 
 def launch_address(cluster: Cluster) -> str:
-    """Return the address of this host that the cluster's hosts can reach.
+    """Return the address of this host by which the hosts of the cluster reach it.
 
     Raises:
-        LaunchError: No route leads to them.
+        LaunchError: No route leads to the cluster.
     """
     remote = [host.address for host in cluster.hosts if not host.is_here]
     target = remote[0] if remote else cluster.hosts[0].address
     try:
         return source_address(target)
     except OSError as error:
-        raise LaunchError(f"no network leads to {target} ({error.strerror}); fix the cluster's addresses") from None
+        raise LaunchError(
+            f"no network leads to {target} ({error.strerror}); fix the addresses of the cluster"
+        ) from None

@@ -1,4 +1,4 @@
-"""Looks at one host before a job starts there: run by `preflight`, with a question as JSON on stdin."""
+"""Describes this host before a job starts on it; `preflight` runs it, with its question as JSON on stdin."""
 
 import hashlib
 import importlib.metadata
@@ -17,11 +17,12 @@ DISTRIBUTIONS = ("torch", "deepspeed", "transformers", "numpy", "mpi4py")
 CONNECT_LIMIT_S = 5.0
 
 
-def poll(question: dict[str, Any]) -> dict[str, Any]:
-    """What this host has, as plain values.
+def describe_host(question: dict[str, Any]) -> dict[str, Any]:
+    """Return what this host has, as plain values.
 
-    question: config (a path), run_dir, mark (a file there, or null), meeting ([address, port] of the launch), address
-    (this host's), port (to be free, or null), interface (or null).
+    Args:
+        question: config (a path), run_dir, mark (a file in run_dir, or null), launch (address and port where the launch
+            listens), address (of this host), port (to be free, or null) and interface (or null).
     """
     return {
         "host": socket.gethostname(),
@@ -29,10 +30,10 @@ def poll(question: dict[str, Any]) -> dict[str, Any]:
         "code": source_digest(),
         "config": file_hash(Path(question["config"])),
         "mark": question["mark"] is None or Path(question["run_dir"], question["mark"]).is_file(),
-        "writable": writable(Path(question["run_dir"])),
-        "meeting": reach(*question["meeting"]),
+        "writable": write_error(Path(question["run_dir"])),
+        "launch": connect_error(*question["launch"]),
         "address": is_local_address(question["address"]),
-        "port": "" if question["port"] is None else bound(question["address"], question["port"]),
+        "port": "" if question["port"] is None else listen_error(question["address"], question["port"]),
         "interface": question["interface"] in (None, *(name for _, name in socket.if_nameindex())),
         "cores": len(os.sched_getaffinity(0)),
         "devices": len(list(Path("/dev").glob("nvidia[0-9]*"))),
@@ -40,7 +41,7 @@ def poll(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and what decides a run's numbers; None for what is not installed."""
+    """Return the versions of Python and of the libraries that affect a run's numbers; None if one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
@@ -51,15 +52,15 @@ def versions() -> dict[str, str | None]:
 
 
 def file_hash(path: Path) -> str:
-    """The hash of a file, or why it cannot be read, after a `!`."""
+    """Return the hash of a file, or `!` and why it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         return f"!{error.strerror}"
 
 
-def writable(folder: Path) -> str:
-    """Empty, or why no file can be made there."""
+def write_error(folder: Path) -> str:
+    """Return why no file can be created in a folder, or ""."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
@@ -70,8 +71,8 @@ def writable(folder: Path) -> str:
     return ""
 
 
-def reach(address: str, port: int) -> str:
-    """Empty, or why nothing answers there."""
+def connect_error(address: str, port: int) -> str:
+    """Return why no connection can be made, or ""."""
     try:
         socket.create_connection((address, port), timeout=CONNECT_LIMIT_S).close()
     except OSError as error:
@@ -79,8 +80,8 @@ def reach(address: str, port: int) -> str:
     return ""
 
 
-def bound(address: str, port: int) -> str:
-    """Empty, or why this process cannot listen there."""
+def listen_error(address: str, port: int) -> str:
+    """Return why this process cannot listen there, or ""."""
     try:
         socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
     except OSError as error:
@@ -89,4 +90,4 @@ def bound(address: str, port: int) -> str:
 
 
 if __name__ == "__main__":
-    json.dump(poll(json.load(sys.stdin)), sys.stdout)
+    json.dump(describe_host(json.load(sys.stdin)), sys.stdout)

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 """Set by a launch for its workers: where its agents connect, or, below an agent, the process of the agent."""
+VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+KEPT_DEVICES_VARIABLE = "DIST_MOE_VISIBLE_DEVICES"
+"""A copy of the user's CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher overwrites; the worker restores it."""
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 STOPPED_CODE = 75

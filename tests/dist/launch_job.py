@@ -1,15 +1,12 @@
 """`dist-moe launch` for the tests of launching, with their own worker: called as LAUNCHER WORKERS CONFIG RESTARTS."""
 
+import os
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from dist_moe.config import load_config
-from dist_moe.launch.command import Command, LaunchError
-from dist_moe.launch.launchers.deepspeed import deepspeed_command
-from dist_moe.launch.launchers.mpirun import mpirun_command
-from dist_moe.launch.launchers.torchrun import torchrun_command
+from dist_moe.launch.command import LaunchError
+from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher, load_launcher
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import run
 from dist_moe.worker.network import LOOPBACK
@@ -18,12 +15,16 @@ from dist_moe.worker.network import LOOPBACK
 def main(launcher: str, workers: int, path: str, restarts: int) -> None:
     """Run the job, write its message to stderr after "outcome: ", and exit with its code."""
     config = load_config(path)
-    make: dict[str, Callable[..., Command]] = {
-        "deepspeed": deepspeed_command,
-        "torchrun": partial(torchrun_command, restarts=restarts),
-        "mpirun": mpirun_command,
-    }
-    command = make[launcher](config, workers, path, module="tests.dist.launch_worker")
+    loaded = load_launcher(launcher)
+    assert isinstance(loaded, ProcessLauncher)
+    request = LaunchRequest(
+        config,
+        path,
+        asked_workers=workers,
+        max_restarts=restarts if "max_restarts" in loaded.options else 0,
+        module="tests.dist.launch_worker",
+    )
+    command = loaded.command(request, os.environ)
     try:
         with WorkerMonitor(LOOPBACK, workers, Path(config.run.dir), multi_host=False) as monitor:
             outcome = run(command, config.run.dir, monitor)

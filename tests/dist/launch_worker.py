@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_moe.cli.main import fork_agent
+from dist_moe.cli.run import fork_agent
 from dist_moe.comm.init import init_distributed
 from dist_moe.config import ConfigError, Violation, load_config
 from dist_moe.worker.contract import STOPPED_CODE, WorkerState

@@ -101,7 +101,7 @@ def test_a_stopped_worker_does_not_block_the_doctor(tmp_path: Path, stopped: int
             command.kill()
             command.wait()
     findings = {one["check"]: one for one in json.loads(found.read_text())}
-    assert findings["launch"]["outcome"] == "fail" and "lost each other" in findings["launch"]["found"]
+    assert findings["launch"]["outcome"] == "fail" and "the process group broke" in findings["launch"]["found"]
     if stopped == 1:
         assert list(findings) == NAMES and findings["disk"]["outcome"] == "n/a"
         assert "rank 1 does not answer" in [one["found"] for one in findings.values() if one["outcome"] == "fail"]

@@ -1,15 +1,20 @@
 """The command line: what each command prints, and how it refuses what it cannot run."""
 
+import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+import dist_moe
 from dist_moe.cli import main as cli
+from dist_moe.cli.messages import set_up_logging
+from dist_moe.cli.run import restore_visible_devices
 from dist_moe.config import load_config
 
 DEBUG = Path(__file__).resolve().parents[2] / "configs" / "debug.yaml"
@@ -20,18 +25,63 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
+@pytest.fixture
+def quiet_loggers() -> Iterator[logging.Logger]:
+    """The package's logger, restored after the test."""
+    logger = logging.getLogger("dist_moe")
+    level, handlers = logger.level, list(logger.handlers)
+    yield logger
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+
+
 def one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
 def test_help_names_every_command() -> None:
-    told = invoke("--help").output
-    for command in ("launch", "train", "evaluate", "generate", "config", "data"):
-        assert command in told
+    output = invoke("--help").output
+    for command in ("launch", "train", "doctor", "evaluate", "generate", "config", "data", "study", "checkpoint"):
+        assert command in output
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"dist-moe {dist_moe.__version__}\n")
+
+
+def test_completion_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--install-completion" in invoke("--help").output
+    argv = [sys.executable, "-m", "dist_moe"]
+    asked = {"_DIST_MOE_COMPLETE": "complete_bash", "COMP_WORDS": "dist-moe stu", "COMP_CWORD": "1"}
+    done = subprocess.run(argv, env={**os.environ, **asked}, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.stdout.split() == ["study"], done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("-v", "launch"), ("launch", "--verbose")])
+def test_verbose_reports_what_is_decided(
+    arguments: tuple[str, ...], tmp_path: Path, quiet_loggers: logging.Logger
+) -> None:
+    result = invoke(*arguments, DEBUG, "--launcher", "torchrun", "--dry-run", f"run.dir={tmp_path}")
+    assert "dist_moe.launch.job: launcher torchrun: 2 workers on this host\n" in result.stderr
+    assert f"train {DEBUG} --verbose run.dir={tmp_path}\n" in result.stdout, "the workers report too"
+    assert quiet_loggers.level == logging.INFO
+
+
+def test_without_verbose_nothing_is_reported(tmp_path: Path, quiet_loggers: logging.Logger) -> None:
+    result = invoke("launch", DEBUG, "--launcher", "torchrun", "--dry-run", f"run.dir={tmp_path}")
+    assert result.stderr == "" and "--verbose" not in result.stdout
+
+
+def test_verbose_reports_on_rank_0_alone(monkeypatch: pytest.MonkeyPatch, quiet_loggers: logging.Logger) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    set_up_logging()
+    assert not quiet_loggers.isEnabledFor(logging.INFO) and quiet_loggers.isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_dry_run_checks_prints_the_command_and_starts_nothing(launcher: str, tmp_path: Path) -> None:
+def test_dry_run_prints_the_command_and_starts_nothing(launcher: str, tmp_path: Path) -> None:
     asked = f"run.dir={tmp_path / 'run'}"
     result = invoke("launch", DEBUG, "--launcher", launcher, "--workers", "3", "--dry-run", asked)
     assert result.exit_code == 0, result.output
@@ -40,17 +90,17 @@ def test_a_dry_run_checks_prints_the_command_and_starts_nothing(launcher: str, t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_finds_what_depends_on_the_workers() -> None:
+def test_dry_run_checks_the_number_of_workers() -> None:
     result = invoke("launch", DEBUG, "--workers", "5", "--dry-run", "parallel.expert_parallel=5")
     assert result.exit_code == 2
     assert result.stdout == ""
-    told = one_line(result.stderr)
-    assert "train.global_batch_size=12 does not divide among 5 workers" in told
-    assert "parallel.expert_parallel=5 does not divide the model's 12 experts" in told
+    message = one_line(result.stderr)
+    assert "train.global_batch_size=12 does not divide among 5 workers" in message
+    assert "parallel.expert_parallel=5 does not divide the model's 12 experts" in message
 
 
 @pytest.mark.parametrize("command", ["launch", "train", "config"])
-def test_a_wrong_config_is_told_without_a_traceback(command: str, tmp_path: Path) -> None:
+def test_invalid_config_is_reported_without_a_traceback(command: str, tmp_path: Path) -> None:
     result = invoke(command, DEBUG, "train.stepz=3", "train.micro_batch_size=0", f"run.dir={tmp_path / 'run'}")
     assert result.exit_code == 2
     assert "train.stepz" in result.stderr and "train.steps" in result.stderr
@@ -63,18 +113,18 @@ def test_a_config_that_is_wrong_in_several_ways_is_reported_whole() -> None:
     wrong = ("train.stepz=3", "train.optimizer=adam", "train.micro_batch=1", "parallel.expert_parallel=5")
     result = invoke("config", DEBUG, "--workers", "5", *wrong, "train.warmup_steps=30")
     assert result.exit_code == 2 and result.stdout == ""
-    told = one_line(result.stderr)
+    message = one_line(result.stderr)
     for part in (
         "train.stepz=3 is not a key of train; did you mean train.steps?",
         "train.optimizer=adam should be 'adamw' or 'sgd'",
         "train.micro_batch=1 was renamed; use train.micro_batch_size=1",
         "parallel.expert_parallel=5 does not divide the model's 12 experts",
     ):
-        assert part in told
-    assert "warmup" not in told, "it is compared with train.steps, whose value is in doubt"
+        assert part in message
+    assert "warmup" not in message, "it is compared with train.steps, whose value is in doubt"
 
 
-def test_the_printed_config_is_complete_and_loads_back(tmp_path: Path) -> None:
+def test_printed_config_is_complete_and_loads_back(tmp_path: Path) -> None:
     result = invoke("config", DEBUG, "--workers", "2", "train.steps=5", "run.dir=somewhere")
     assert result.exit_code == 0, result.output
     printed = tmp_path / "printed.yaml"
@@ -84,7 +134,7 @@ def test_the_printed_config_is_complete_and_loads_back(tmp_path: Path) -> None:
     assert (config.router.top_k, config.router.score) == (2, "sigmoid")
 
 
-def test_fetching_shows_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_lists_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
     result = invoke("data", "fetch", "stdlib-code")
@@ -92,7 +142,7 @@ def test_fetching_shows_what_is_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert re.search(r"stdlib-code.*[0-9,]{7,}.*[0-9a-f]{64}", result.stdout)
 
 
-def test_an_unknown_source_is_told_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_reports_an_unknown_source_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path))
     result = invoke("data", "fetch", "stdlib-cod")
     assert result.exit_code == 2
@@ -100,7 +150,7 @@ def test_an_unknown_source_is_told_without_a_traceback(tmp_path: Path, monkeypat
 
 
 def worker(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `train` as a launcher would."""
+    """Run `train` as a launcher does."""
     return subprocess.run(
         [sys.executable, "-m", "dist_moe", "train", *arguments, f"run.dir={tmp_path / 'run'}"],
         env={**os.environ, **environment},
@@ -110,7 +160,7 @@ def worker(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Co
     )
 
 
-def test_a_worker_reports_a_config_that_does_not_fit_the_workers(tmp_path: Path) -> None:
+def test_train_reports_a_config_that_does_not_fit_the_workers(tmp_path: Path) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0"}
     done = worker(tmp_path, str(DEBUG), "--local_rank=0", **place)
     assert done.returncode == 2
@@ -119,17 +169,17 @@ def test_a_worker_reports_a_config_that_does_not_fit_the_workers(tmp_path: Path)
     assert "ConfigError" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
 
 
-def test_a_worker_refuses_a_place_that_cannot_be(tmp_path: Path) -> None:
+def test_train_refuses_an_invalid_rank(tmp_path: Path) -> None:
     done = worker(tmp_path, str(DEBUG), RANK="7", WORLD_SIZE="2")
     assert done.returncode == 2
     assert "RANK=7 must be below WORLD_SIZE=2" in one_line(done.stderr)
     assert "Traceback" not in done.stderr
 
 
-def test_the_users_devices_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restore_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    cli.restore_visible_devices()
+    restore_visible_devices()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     monkeypatch.setenv("DIST_MOE_VISIBLE_DEVICES", "2,3")
-    cli.restore_visible_devices()
+    restore_visible_devices()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"

@@ -1,4 +1,4 @@
-"""What the images and the compose file are made from passes the linters, and stays in step with the rest."""
+"""The Dockerfile, the compose file and the shell scripts pass the linters and agree with the code."""
 
 import re
 import subprocess
@@ -19,31 +19,31 @@ def lint(program: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_hadolint_takes_the_dockerfile() -> None:
+def test_hadolint_accepts_the_dockerfile() -> None:
     lint("hadolint", "docker/Dockerfile")
 
 
-def test_yamllint_takes_the_compose_file() -> None:
+def test_yamllint_accepts_the_compose_file() -> None:
     rules = "{extends: default, rules: {line-length: {max: 120}, document-start: disable}}"
     lint("yamllint", "--strict", "-d", rules, "docker/compose.yaml")
 
 
-def test_shellcheck_takes_the_scripts() -> None:
+def test_shellcheck_accepts_the_scripts() -> None:
     lint("shellcheck", *SCRIPTS)
 
 
-def test_everything_that_the_dockerfile_copies_reaches_the_build() -> None:
+def test_dockerignore_sends_what_the_dockerfile_copies() -> None:
     copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "docker" / "Dockerfile").read_text(), re.M)
     sent = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
     assert sorted(name for line in copied for name in line.split()) == sorted(sent)
     assert all((ROOT / name).exists() for name in sent)
 
 
-def test_pods_run_as_the_images_user() -> None:
+def test_pods_run_as_the_user_of_the_image() -> None:
     assert f"USER {USER}:{USER}\n" in (ROOT / "docker" / "Dockerfile").read_text()
 
 
-def test_both_workers_of_the_compose_file_differ_in_their_rank_alone() -> None:
+def test_workers_of_the_compose_file_differ_only_in_their_rank() -> None:
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
     first, second = services["worker0"], services["worker1"]
     assert (first["environment"].pop("PET_NODE_RANK"), second["environment"].pop("PET_NODE_RANK")) == ("0", "1")

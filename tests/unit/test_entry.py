@@ -1,4 +1,4 @@
-"""The console script beside another package that is called dist_moe too, and with ours."""
+"""The console script, with this package and with another one named dist_moe."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def run_entry(*path: Path, arguments: tuple[str, ...] = ()) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("text", ["", "DISTRIBUTION = 'dist-moe'"])
-def test_an_overwritten_package_is_refused_with_its_place_and_a_remedy(tmp_path: Path, text: str) -> None:
+def test_an_overwritten_package_is_refused_with_its_path_and_a_remedy(tmp_path: Path, text: str) -> None:
     shutil.copytree(ROOT / "dist_moe", tmp_path / "dist_moe")
     (tmp_path / "dist_moe" / "__init__.py").write_text(text)
     done = run_entry(tmp_path, arguments=("--help",))

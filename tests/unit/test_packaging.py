@@ -1,4 +1,4 @@
-"""What is installed: the packages under their names, from any folder, and versions inside their ranges."""
+"""The installed package: it imports from any folder, and its dependencies have pins inside of their ranges."""
 
 import re
 import shutil
@@ -44,7 +44,7 @@ def test_the_installed_names_import_from_any_folder(tmp_path: Path) -> None:
     assert done.stdout.split() == [dist_moe.__version__, "None"], done.stderr
 
 
-def test_a_built_wheel_has_every_module_and_the_mark_of_types(tmp_path: Path) -> None:
+def test_a_built_wheel_has_every_module_template_and_the_mark_of_types(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "dist_moe", tmp_path / "dist_moe", ignore=shutil.ignore_patterns("__pycache__"))
@@ -55,7 +55,9 @@ def test_a_built_wheel_has_every_module_and_the_mark_of_types(tmp_path: Path) ->
     (wheel,) = (tmp_path / "out").glob("dist_moe_train-*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dist_moe").rglob("*.py")}
+    templates = {str(path.relative_to(ROOT)) for path in ROOT.glob("dist_moe/**/templates/**/*") if path.is_file()}
     assert modules | {"dist_moe/py.typed"} <= packed
+    assert len(templates) > 5 and templates <= packed
     assert {name.partition("/")[0] for name in packed} == {"dist_moe", wheel.name.partition("-py3")[0] + ".dist-info"}
 
 

@@ -1,4 +1,4 @@
-"""The command of DeepSpeed's own launcher, for workers on this host and on several."""
+"""The launcher of DeepSpeed, for this host and, by one of its runners, for several."""
 
 import os
 import shlex
@@ -6,9 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dist_moe.config.schema import Config
+from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.errors import needs_folder
 from dist_moe.launch.cluster import (
+    CONNECT_LIMIT_S,
     Cluster,
     forwarded_env,
     launcher_environment,
@@ -19,9 +20,10 @@ from dist_moe.launch.command import (
     Command,
     LaunchError,
     has_devices,
-    worker_arguments,
     worker_environment,
+    worker_variables,
 )
+from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher
 from dist_moe.launch.launchers.mpirun import (
     loaded_mpi,
     mpich_options,
@@ -29,114 +31,211 @@ from dist_moe.launch.launchers.mpirun import (
     openmpi_environment,
     openmpi_network,
     openmpi_options,
+    root_option,
 )
+from dist_moe.launch.scripts import one_machine_script, several_hosts_script
+from dist_moe.launch.template import ALL_ARGUMENTS, PYTHON, shell_command, shell_exports, shell_variable
+from dist_moe.worker.contract import KEPT_DEVICES_VARIABLE, VISIBLE_DEVICES_VARIABLE
 from dist_moe.worker.network import LOOPBACK, free_port
 
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
-KEPT_DEVICES = "DIST_MOE_VISIBLE_DEVICES"
-# Names the file of variables that DeepSpeed takes to other hosts.
-DEEPSPEED_VARIABLES = "DS_ENV_FILE"
+# DeepSpeed reads the variables that it sets on other hosts from the file that this one names.
+ENVIRONMENT_FILE = "DS_ENV_FILE"
 MPI_RUNNERS = {"openmpi": "OpenMPI", "mpich": "MPICH"}
+KEEP_DEVICES_SCRIPT = f"""\
+# DeepSpeed's launcher overwrites {VISIBLE_DEVICES_VARIABLE}; the workers restore it from this copy.
+if [ -n "${{{VISIBLE_DEVICES_VARIABLE}:-}}" ]; then export {KEPT_DEVICES_VARIABLE}="${VISIBLE_DEVICES_VARIABLE}"; fi"""
 
 
-def deepspeed_command(
-    config: Config,
-    workers: int,
-    config_path: str | Path,
-    overrides: Sequence[str] = (),
-    module: str = "dist_moe",
-    base: Mapping[str, str] = os.environ,
-) -> Command:
-    """`deepspeed`, which starts `workers` processes `python -m MODULE train CONFIG_PATH OVERRIDES`.
+class DeepspeedLauncher(ProcessLauncher):
+    """`deepspeed`, with its runners pdsh, openmpi, mpich and slurm for several hosts."""
 
-    The launcher writes 0 to N-1 into CUDA_VISIBLE_DEVICES, whatever stood there. What stood there goes along
-    as DIST_MOE_VISIBLE_DEVICES, and the worker puts it back.
+    summary = "the default; on several hosts by pdsh over ssh, or another `--runner`"
+    options = frozenset({"runner"})
+    runners = ("pdsh", "openmpi", "mpich", "slurm")
 
-    base: the environment to start from. A LaunchError if this Python has no `deepspeed` beside it.
-    """
-    program = _program()
-    environment = worker_environment(config, workers, base)
-    if VISIBLE_DEVICES in base:
-        environment[KEPT_DEVICES] = base[VISIBLE_DEVICES]
-    if not has_devices():
-        # Each of DeepSpeed's processes would look for a device, and warn of the CPU that it falls back to.
-        environment["DS_ACCELERATOR"] = base.get("DS_ACCELERATOR", "cpu")
-    arguments = [
-        # A list of hosts that another job keeps at the default place would send this one to those hosts.
+    def command(self, request: LaunchRequest, base: Mapping[str, str]) -> Command:
+        """Return the command.
+
+        On this host, the launcher overwrites CUDA_VISIBLE_DEVICES with 0 to N-1. The user's value is passed on as
+        DIST_MOE_VISIBLE_DEVICES, from which the worker restores it.
+
+        Raises:
+            LaunchError: This Python has no `deepspeed` beside it, or `cluster_command` raises it.
+        """
+        if request.cluster is not None:
+            return cluster_command(request, request.cluster, request.runner or self.runners[0], base)
+        environment = worker_environment(request.config, request.workers, base)
+        if VISIBLE_DEVICES_VARIABLE in base:
+            environment[KEPT_DEVICES_VARIABLE] = base[VISIBLE_DEVICES_VARIABLE]
+        if not has_devices():
+            # Otherwise each of DeepSpeed's processes searches for a device, and warns that it uses the CPU.
+            environment["DS_ACCELERATOR"] = base.get("DS_ACCELERATOR", "cpu")
+        argv = one_host_argv(
+            sys.executable,
+            _installed_program(),
+            request.worker_arguments,
+            workers=str(request.workers),
+            port=str(free_port()),
+            module=request.module,
+        )
+        return Command("deepspeed", argv, environment)
+
+    def files(self, request: LaunchRequest) -> Mapping[str, str]:
+        """Return a script for one machine, and one that reaches several hosts by pdsh."""
+        worker = ("train", shell_variable("CONFIG"), *request.overrides, ALL_ARGUMENTS)
+        program = f"{shell_variable('BIN')}/deepspeed"
+        one = one_host_argv(PYTHON, program, worker, workers=shell_variable("WORKERS"), port=shell_variable("PORT"))
+        hosts = cluster_argv(
+            PYTHON,
+            program,
+            ("--module", "dist_moe", *worker),
+            runner="pdsh",
+            hostfile=shell_variable("HOSTFILE"),
+            address=shell_variable("FIRST"),
+            port=shell_variable("PORT"),
+            ssh_port=request.config.cluster.ssh_port,
+        )
+        return {
+            "one_machine/deepspeed.sh": one_machine_script(
+                request,
+                "deepspeed",
+                shell_exports(worker_variables(shell_variable("THREADS"))),
+                shell_command(one),
+                prepare=KEEP_DEVICES_SCRIPT,
+            ),
+            "several_hosts/deepspeed.sh": several_hosts_script(
+                request,
+                "deepspeed",
+                where="on the first host",
+                exports=shell_exports(
+                    {ENVIRONMENT_FILE: shell_variable("ENVIRONMENT"), **pdsh_variables(request.config.cluster)}
+                ),
+                command=shell_command(hosts),
+            ),
+        }
+
+
+def one_host_argv(
+    python: str, program: str, worker_arguments: Sequence[str], *, workers: str, port: str, module: str = "dist_moe"
+) -> tuple[str, ...]:
+    """Return the command for workers that all run on this host."""
+    arguments = (
+        # A hostfile of another job at the default place would send this job to its hosts.
         *("--hostfile", os.devnull),
-        *("--num_accelerators", str(workers)),
-        *("--master_addr", LOOPBACK),
-        *("--master_port", str(free_port())),
-        *("--log_level", "error"),
-        "--no_local_rank",
-        "--module",
-        module,
-    ]
-    argv = (sys.executable, program, *arguments, *worker_arguments(config_path, overrides))
-    return Command("deepspeed", argv, environment)
+        *("--num_accelerators", workers),
+        *("--master_addr", LOOPBACK, "--master_port", port),
+        *("--log_level", "error", "--no_local_rank"),
+        *("--module", module),
+    )
+    return (python, program, *arguments, *worker_arguments)
 
 
-def deepspeed_cluster_command(
-    config: Config,
-    cluster: Cluster,
-    config_path: str | Path,
-    overrides: Sequence[str] = (),
-    runner: str = "pdsh",
-    base: Mapping[str, str] = os.environ,
-) -> Command:
-    """`deepspeed` over the hosts of `cluster`, by one of its runners: pdsh, openmpi, mpich or slurm.
+def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base: Mapping[str, str]) -> Command:
+    """Return the command for the hosts of a cluster; write its hostfile and environment file to `run.dir/launch`.
 
-    The hosts that are left and the variables that go along are written to `launch/` in `run.dir`. LaunchError for what
-    the runner cannot do: devices other than the first ones (all but pdsh), different numbers of workers (mpich, slurm),
-    another MPI than the runner's, and anything that pdsh would hand to a shell unquoted.
+    Args:
+        request: The job.
+        cluster: The hosts.
+        runner: One of DeepSpeed's runners: pdsh, openmpi, mpich or slurm.
+        base: The environment to start from.
+
+    Raises:
+        LaunchError: The runner cannot start this job: devices other than the first ones (all but pdsh), different
+            numbers of workers (mpich, slurm), an MPI other than the runner's, or a value that pdsh would pass to a
+            shell unquoted.
     """
-    folder = Path(config.run.dir).absolute() / "launch"
+    folder = Path(request.config.run.dir).absolute() / "launch"
     with needs_folder(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
     first, settings = cluster.hosts[0], cluster.settings
-    carried = forwarded_env(config, cluster, base)
+    forwarded = forwarded_env(request.config, cluster, base)
     if runner != "pdsh":
-        require_first_devices(cluster, f"--runner {runner}", alike=runner in ("mpich", "slurm"))
-        carried |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
-    words = worker_arguments(config_path, overrides)
-    shell = [cluster.folder, cluster.python, *words] if runner == "pdsh" else []
-    require_shell_safe("DeepSpeed's launcher", [*shell, *carried.values()])
+        require_first_devices(cluster, f"--runner {runner}", same_count=runner in ("mpich", "slurm"))
+        forwarded |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
+    shell_words = [cluster.folder, cluster.python, *request.worker_arguments] if runner == "pdsh" else []
+    require_shell_safe("DeepSpeed's launcher", [*shell_words, *forwarded.values()])
     hostfile, variables = folder / "hostfile", folder / "environment"
     hostfile.write_text("".join(f"{host.name} slots={max(host.devices) + 1}\n" for host in cluster.hosts))
     variables.unlink(missing_ok=True)
-    variables.touch(mode=0o600)  # what the user lets go along may be secret
-    variables.write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
-    environment = launcher_environment(base, carried) | {DEEPSPEED_VARIABLES: str(variables)}
+    # The variables that the user forwards may be secret.
+    variables.touch(mode=0o600)
+    variables.write_text("".join(f"{name}={value}\n" for name, value in forwarded.items()))
+    environment = launcher_environment(base, forwarded) | {ENVIRONMENT_FILE: str(variables)}
     if runner == "pdsh":
-        user = () if settings.ssh_user is None else ("-l", settings.ssh_user)
-        environment["PDSH_SSH_ARGS_APPEND"] = " ".join(["-o BatchMode=yes -o ConnectTimeout=10", *user])
-        environment["PDSH_RCMD_TYPE"] = "ssh"
+        environment |= pdsh_variables(settings)
     if runner == "openmpi":
         environment |= openmpi_environment(cluster.ssh_options)
     if runner in MPI_RUNNERS:
         environment["PATH"] = _path_to_mpirun(MPI_RUNNERS[runner], folder, environment)
     options = {
-        "openmpi": [*openmpi_options(1, has_cores=False), *openmpi_network(cluster)],
-        "mpich": mpich_options(1, False),
+        "openmpi": [*root_option("OpenMPI"), *openmpi_options("1", has_cores=False), *openmpi_network(cluster)],
+        "mpich": mpich_options("1", has_cores=False),
         "slurm": slurm_options(cluster),
     }
-    inside = [f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts]
-    arguments = [
-        *("--hostfile", str(hostfile)),
-        *(("--include", "@".join(inside)) if runner == "pdsh" else ()),
+    selected = [f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts]
+    argv = cluster_argv(
+        sys.executable,
+        _installed_program(),
+        (*_worker_program(runner, cluster), *request.worker_arguments),
+        runner=runner,
+        hostfile=str(hostfile),
+        address=first.address,
+        port=str(settings.port),
+        ssh_port=settings.ssh_port,
+        include="@".join(selected) if runner == "pdsh" else None,
+        runner_options=options.get(runner),
+    )
+    return Command("deepspeed", argv, environment, secret_files=(variables,))
+
+
+def cluster_argv(
+    python: str,
+    program: str,
+    worker: Sequence[str],
+    *,
+    runner: str,
+    hostfile: str,
+    address: str,
+    port: str,
+    ssh_port: int | None,
+    include: str | None = None,
+    runner_options: Sequence[str] | None = None,
+) -> tuple[str, ...]:
+    """Return the command for the hosts of a hostfile.
+
+    Args:
+        python: The path of Python.
+        program: The path of the `deepspeed` script.
+        worker: The program of each worker and its arguments.
+        runner: How DeepSpeed reaches the hosts.
+        hostfile: The path of the hostfile.
+        address: The address of the first host.
+        port: The port where the workers meet.
+        ssh_port: The port of the ssh servers, or None.
+        include: The hosts and devices to use, or None for all.
+        runner_options: The options of the runner's program, or None.
+    """
+    arguments = (
+        *("--hostfile", hostfile),
+        *(() if include is None else ("--include", include)),
         *("--launcher", runner, "--force_multi", "--no_ssh_check"),
-        *((f"--launcher_args={shlex.join(options[runner])}",) if runner in options else ()),
-        *(("--ssh_port", str(settings.ssh_port)) if settings.ssh_port is not None else ()),
-        *("--master_addr", first.address, "--master_port", str(settings.port)),
-        *("--log_level", "error"),
-        "--no_local_rank",
-        *_worker_program(runner, cluster),
-    ]
-    return Command("deepspeed", (sys.executable, _program(), *arguments, *words), environment)
+        *(() if runner_options is None else (f"--launcher_args={shlex.join(runner_options)}",)),
+        *(() if ssh_port is None else ("--ssh_port", str(ssh_port))),
+        *("--master_addr", address, "--master_port", port),
+        *("--log_level", "error", "--no_local_rank"),
+    )
+    return (python, program, *arguments, *worker)
+
+
+def pdsh_variables(settings: ClusterConfig) -> dict[str, str]:
+    """Return the environment of pdsh: reach the hosts by ssh, never ask, and give up on a host that does not answer."""
+    user = () if settings.ssh_user is None else ("-l", settings.ssh_user)
+    options = (f"-o BatchMode=yes -o ConnectTimeout={CONNECT_LIMIT_S}", *user)
+    return {"PDSH_SSH_ARGS_APPEND": " ".join(options), "PDSH_RCMD_TYPE": "ssh"}
 
 
 def _path_to_mpirun(family: str, folder: Path, environment: Mapping[str, str]) -> str:
-    """A PATH whose first `mpirun`, which DeepSpeed calls by that name, is of the MPI that the workers load."""
+    """Return a PATH whose first `mpirun`, which DeepSpeed runs by that name, is of the MPI that the workers load."""
     library = loaded_mpi(environment)
     if library.family != family:
         raise LaunchError(
@@ -145,35 +244,38 @@ def _path_to_mpirun(family: str, folder: Path, environment: Mapping[str, str]) -
         )
     program = Path(mpirun_of(library, environment))
     if program.name != "mpirun":
-        # No link: MPICH looks for its other programs beside the name that it was called by.
-        caller = folder / "bin" / "mpirun"
-        caller.parent.mkdir(exist_ok=True)
-        caller.write_text(f'#!/bin/sh\nexec {shlex.quote(str(program))} "$@"\n', encoding="utf-8")
-        caller.chmod(0o755)
-        program = caller
+        # Not a link: MPICH looks for its other programs in the folder by whose path it was called.
+        wrapper = folder / "bin" / "mpirun"
+        wrapper.parent.mkdir(exist_ok=True)
+        wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(str(program))} "$@"\n', encoding="utf-8")
+        wrapper.chmod(0o755)
+        program = wrapper
     return f"{program.parent}{os.pathsep}{environment['PATH']}"
 
 
 def _worker_program(runner: str, cluster: Cluster) -> tuple[str, ...]:
-    """Slurm's runner forgets --module, and MPICH's gives it to DeepSpeed's own script."""
+    """Return what starts a worker: the slurm runner drops --module, and the mpich runner gives it to another script."""
     if runner in ("slurm", "mpich"):
         return (str(Path(cluster.python).parent / "dist-moe"),)
     return ("--module", "dist_moe")
 
 
 def slurm_options(cluster: Cluster) -> tuple[str, ...]:
-    """Where `srun` puts the workers, which else packs them on as few nodes as hold them."""
+    """Return the options by which `srun` spreads the workers; by default it uses as few nodes as possible."""
     names = ",".join(host.name for host in cluster.hosts)
     each = str(len(cluster.hosts[0].devices))
     nodes = ("--nodes", str(len(cluster.hosts)), "--nodelist", names, "--ntasks-per-node", each)
     return (*nodes, "--kill-on-bad-exit=1")
 
 
-def _program() -> str:
+def _installed_program() -> str:
     program = Path(sys.executable).parent / "deepspeed"
     if not program.is_file():
         raise LaunchError(
-            f"{program} is not there, and --launcher deepspeed needs it; "
-            f"install deepspeed for {sys.executable}, or use --launcher torchrun"
+            f"{program} does not exist, and --launcher deepspeed needs it; install deepspeed for {sys.executable}, or "
+            "use --launcher torchrun"
         )
     return str(program)
+
+
+LAUNCHER = DeepspeedLauncher()

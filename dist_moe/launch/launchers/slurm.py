@@ -1,124 +1,139 @@
-"""The batch script of a job under Slurm, and its submission."""
+"""The scheduler Slurm: a batch script, and its submission by `sbatch`."""
 
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import require_shell_safe
-from dist_moe.launch.command import LaunchError, threads_per_worker, worker_arguments
+from dist_moe.launch.command import LaunchError, threads_per_worker
+from dist_moe.launch.launcher import LaunchRequest, Scheduler
+from dist_moe.launch.template import (
+    ALL_ARGUMENTS,
+    fill_template,
+    shell_command,
+    shell_exports,
+    shell_text,
+    shell_variable,
+)
 
 SUBMIT_LIMIT_S = 60.0
-CARRIED = ("HOME", "LANG", "PATH", "USER")
-"""Variables that a job is given of its submitter's, beside those of `cluster.environment`."""
-
-SCRIPT = """\
-#!/bin/bash
-# Trains {config_path} on {nodes} nodes with {tasks} workers each.
-{directives}
-set -euo pipefail
-
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT={port}
-{exports}
-cd {folder}
-mkdir -p {logs}
-
-# Ahead of the time limit: the workers are told, and what they leave unfinished is queued again.
-again=0
-workers=
-before_the_limit() {{
-    again=1
-    kill -USR1 "$workers" || true
-}}
-trap before_the_limit USR1
-
-srun --export=ALL --kill-on-bad-exit=1 --label \\
-    {worker} &
-workers=$!
-code=0
-wait "$workers" || code=$?
-if [ "$again" = 1 ]; then
-    # The first wait ended with the signal; this one is for the workers.
-    code=0
-    wait "$workers" || code=$?
-    if [ "$code" != 0 ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
-fi
-exit "$code"
-"""
+FORWARDED = ("HOME", "LANG", "PATH", "USER")
+"""Variables of the submitter that a job inherits, besides those of `cluster.environment`."""
 
 
-def slurm_script(
-    config: Config, config_path: str | Path, overrides: Sequence[str] = (), folder: str | None = None
+class SlurmLauncher(Scheduler):
+    """A batch job with one task for each worker, requeued before its time limit."""
+
+    summary = "a Slurm cluster; the job is queued, and requeued before its time limit"
+    workers_fields = "slurm.nodes and slurm.tasks_per_node"
+
+    def workers(self, request: LaunchRequest) -> int:
+        """Return the number of tasks of the job."""
+        return request.config.slurm.nodes * request.config.slurm.tasks_per_node
+
+    def script(self, request: LaunchRequest) -> str:
+        """Return the batch script.
+
+        Raises:
+            LaunchError: An #SBATCH line cannot hold run.dir.
+        """
+        run_dir, settings = Path(request.config.run.dir), request.config.cluster
+        require_shell_safe("an #SBATCH line", [str(run_dir)])
+        worker = (settings.python or sys.executable, "-m", request.module, *request.worker_arguments)
+        return batch_script(
+            request,
+            output=run_dir / "logs" / "slurm-%j.log",
+            forwarded=FORWARDED,
+            prepare=f"mkdir -p {shlex.quote(str(run_dir / 'logs'))}",
+            folder=shlex.quote(settings.folder or os.getcwd()),
+            worker=shlex.join(worker),
+        )
+
+    def submit(self, request: LaunchRequest, script: str) -> str:
+        """Write the script to `run.dir/job.sbatch`, submit it by `sbatch`, and return its answer with the job's number.
+
+        Raises:
+            LaunchError: There is no `sbatch`, or it refuses the script.
+        """
+        if shutil.which("sbatch") is None:
+            raise LaunchError(
+                "--launcher slurm needs sbatch, which is not on PATH; log in to a host of the cluster, or use --dry-run"
+            )
+        run_dir = Path(request.config.run.dir)
+        # Slurm does not create the folder of the job's output.
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        path = run_dir / "job.sbatch"
+        path.write_text(script, encoding="utf-8")
+        argv = ["sbatch", str(path)]
+        try:
+            answer = subprocess.run(argv, capture_output=True, text=True, timeout=SUBMIT_LIMIT_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise LaunchError(
+                f"sbatch does not answer within {SUBMIT_LIMIT_S:g} s; check `sinfo`, and try again"
+            ) from None
+        if answer.returncode != 0:
+            raise LaunchError(f"sbatch refused {path}: {answer.stderr.strip() or answer.stdout.strip()}")
+        return answer.stdout.strip()
+
+    def files(self, request: LaunchRequest) -> Mapping[str, str]:
+        """Return the script to submit from the folder where relative paths begin."""
+        python = shell_variable("PYTHON")
+        worker = (python, "-m", "dist_moe", "train", shell_variable("CONFIG"), *request.overrides, ALL_ARGUMENTS)
+        text = batch_script(
+            request,
+            output=Path("slurm-%j.log"),
+            forwarded=(*FORWARDED, "CONFIG", "PYTHON"),
+            prepare=f"PYTHON=${{PYTHON:-python3}}\nCONFIG=${{CONFIG:-{request.config_path}}}",
+            folder=shell_text(shell_variable("SLURM_SUBMIT_DIR")),
+            worker=shell_command(worker),
+        )
+        return {"slurm/job.sbatch": text}
+
+
+def batch_script(
+    request: LaunchRequest, *, output: Path, forwarded: Sequence[str], prepare: str, folder: str, worker: str
 ) -> str:
-    """The script for `sbatch`: one task for each worker; the first node is where they meet.
+    """Return the batch script: one task for each worker, which meet at the first node.
 
-    Nothing in it is left unquoted. LaunchError for a run.dir that a #SBATCH line cannot hold.
+    Args:
+        request: The job.
+        output: The file of the job's output.
+        forwarded: Variables of the submitter that the job inherits, besides those of `cluster.environment`.
+        prepare: Shell lines to run in the working folder before the workers start.
+        folder: The working folder, quoted for a shell.
+        worker: The command of each worker, quoted for a shell.
     """
-    slurm, run_dir = config.slurm, Path(config.run.dir)
-    require_shell_safe("a #SBATCH line", [str(run_dir)])
-    options = {
-        "job-name": slurm.job_name,
-        "nodes": slurm.nodes,
-        "ntasks-per-node": slurm.tasks_per_node,
-        "cpus-per-task": slurm.cpus_per_task,
-        "gpus-per-node": slurm.gpus_per_node or None,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "time": slurm.minutes,
-        "output": run_dir / "logs" / "slurm-%j.log",
-        "open-mode": "append",
-        # What else the submitter's environment holds stays there.
-        "export": ",".join([*CARRIED, *config.cluster.environment]),
-        "signal": f"B:USR1@{slurm.signal_s}" if slurm.signal_s else None,
-        "requeue": "",
-    }
-    lines = [
-        f"#SBATCH --{name}{f'={value}' if value != '' else ''}" for name, value in options.items() if value is not None
-    ]
+    slurm, config = request.config.slurm, request.config
     variables = {"PYTHONSAFEPATH": "1"}
     if slurm.cpus_per_task or isinstance(config.run.threads, int):
         threads = slurm.cpus_per_task or threads_per_worker(config.run.threads, slurm.tasks_per_node)
         variables["OMP_NUM_THREADS"] = str(threads)
-    interface = config.cluster.interface
-    if interface:
+    if interface := config.cluster.interface:
         variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    worker = (config.cluster.python or sys.executable, "-m", "dist_moe", *worker_arguments(config_path, overrides))
-    return SCRIPT.format(
-        config_path=str(config_path).replace("\n", " "),
+    return fill_template(
+        "slurm.sbatch",
+        config=str(request.config_path).replace("\n", " "),
+        job_name=slurm.job_name,
         nodes=slurm.nodes,
         tasks=slurm.tasks_per_node,
-        directives="\n".join(lines),
+        cpus=slurm.cpus_per_task,
+        gpus=slurm.gpus_per_node or None,
+        partition=slurm.partition,
+        account=slurm.account,
+        minutes=slurm.minutes,
+        output=output,
+        forwarded=",".join([*forwarded, *config.cluster.environment]),
+        signal_s=slurm.signal_s or None,
         port=config.cluster.port,
-        exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
-        folder=shlex.quote(config.cluster.folder or folder or os.getcwd()),
-        logs=shlex.quote(str(run_dir / "logs")),
-        worker=shlex.join(worker),
+        exports=shell_exports(variables),
+        folder=folder,
+        prepare=prepare,
+        worker=worker,
     )
 
 
-def submit(config: Config, script: str) -> str:
-    """Hand the script to `sbatch` -> what it says, with the number of the job. LaunchError where it refuses."""
-    if shutil.which("sbatch") is None:
-        raise LaunchError(
-            "--launcher slurm needs sbatch, not found on PATH; log in to a host of the cluster, or --dry-run"
-        )
-    logs = Path(config.run.dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    path = Path(config.run.dir) / "job.sbatch"
-    path.write_text(script, encoding="utf-8")
-    try:
-        told = subprocess.run(
-            ["sbatch", str(path)], capture_output=True, text=True, timeout=SUBMIT_LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise LaunchError(f"sbatch does not answer within {SUBMIT_LIMIT_S:g} s; see `sinfo`, and try again") from None
-    if told.returncode != 0:
-        raise LaunchError(f"sbatch refused {path}: {told.stderr.strip() or told.stdout.strip()}")
-    return told.stdout.strip()
+LAUNCHER = SlurmLauncher()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.checkpoint import async_saver
-from dist_moe.cli.main import train
+from dist_moe.cli.run import train
 from dist_moe.train import loop
 from tests.disk import detach, set_read_only
 from tests.dist.resumable import ROOT

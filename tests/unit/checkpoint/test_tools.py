@@ -52,7 +52,7 @@ def test_inspect_describes_a_hugging_face_folder(made: Path) -> None:
 
 def test_verify_accepts_every_checkpoint_of_a_run(made: Path) -> None:
     shown = output_of(invoke("verify", made), 0)
-    assert shown.count("is good") == 3 and "every element of the optimizer once" in shown
+    assert shown.count("is intact") == 3 and "every element of the optimizer once" in shown
 
 
 def rewrite(at: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -119,7 +119,7 @@ def test_verify_finds_damage_with_valid_digests(run: Path, case: str) -> None:
     _, damage, named = VALID_DIGESTS[case]
     damage(step(run, 6))
     shown = output_of(invoke("verify", run), 1)
-    assert shown.count("is good") == 2 and shown.count("is damaged") == 1 and named in shown
+    assert shown.count("is intact") == 2 and shown.count("is damaged") == 1 and named in shown
 
 
 def test_verify_exits_differently_for_a_folder_without_checkpoint(tmp_path: Path) -> None:

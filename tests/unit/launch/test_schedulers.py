@@ -1,16 +1,19 @@
-"""What Slurm and Kubernetes are given: a script that bash and shellcheck accept, objects that the schemas accept."""
+"""The batch script for Slurm and the manifest for Kubernetes."""
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from dist_moe.config import Config, load_config
 from dist_moe.launch.command import LaunchError
-from dist_moe.launch.launchers.kubernetes import kubernetes_objects, manifest
-from dist_moe.launch.launchers.slurm import slurm_script, submit
+from dist_moe.launch.launcher import LaunchRequest
+from dist_moe.launch.launchers.kubernetes import manifest
+from dist_moe.launch.launchers.slurm import LAUNCHER as SLURM
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 BIN = Path(sys.executable).parent
@@ -20,12 +23,19 @@ def config(*overrides: str) -> Config:
     return load_config(CONFIG, overrides)
 
 
-def test_the_script_asks_for_what_the_file_says() -> None:
+def slurm_script(config: Config, path: str | Path = CONFIG, overrides: Sequence[str] = ()) -> str:
+    return SLURM.script(LaunchRequest(config, path, overrides))
+
+
+def objects_of(config: Config) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(manifest(config)))
+
+
+def test_slurm_script_has_the_options_of_the_configuration() -> None:
     text = slurm_script(
         config(
             "slurm.nodes=2", "slurm.tasks_per_node=4", "slurm.gpus_per_node=4", "slurm.minutes=90", "slurm.signal_s=60"
-        ),
-        CONFIG,
+        )
     )
     for line in (
         "--nodes=2",
@@ -39,14 +49,14 @@ def test_the_script_asks_for_what_the_file_says() -> None:
     assert "partition" not in text and "account" not in text
 
 
-def test_bash_and_shellcheck_take_the_script_and_nothing_in_it_is_code(tmp_path: Path) -> None:
+def test_slurm_script_passes_shellcheck_and_quotes_every_value(tmp_path: Path) -> None:
     struck = tmp_path / "struck"
     nasty = f"it's $(touch {struck}); touch {struck}"
     text = slurm_script(config(f"cluster.folder={tmp_path}"), nasty, [f"run.dir={nasty}"])
     script = tmp_path / "job.sbatch"
     script.write_text(text)
     subprocess.run([BIN / "shellcheck", "--severity=warning", script], check=True)
-    # What srun would be given, by a script in its place.
+    # Scripts in the place of the programs print what they are given.
     stand_in = tmp_path / "bin"
     stand_in.mkdir()
     (stand_in / "scontrol").write_text("#!/bin/sh\necho node0\n")
@@ -60,26 +70,26 @@ def test_bash_and_shellcheck_take_the_script_and_nothing_in_it_is_code(tmp_path:
     assert not struck.exists()
 
 
-def test_a_run_folder_that_a_directive_cannot_hold_is_refused() -> None:
-    with pytest.raises(LaunchError, match="reaches a shell through a #SBATCH line"):
-        slurm_script(config("run.dir=my runs"), CONFIG)
+def test_slurm_script_refuses_a_run_folder_that_needs_quoting() -> None:
+    with pytest.raises(LaunchError, match="reaches a shell through an #SBATCH line"):
+        slurm_script(config("run.dir=my runs"))
 
 
-def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LaunchError, match="needs sbatch, not found on PATH"):
-        submit(config(f"run.dir={tmp_path}"), "")
+    with pytest.raises(LaunchError, match="needs sbatch, which is not on PATH"):
+        SLURM.submit(LaunchRequest(config(f"run.dir={tmp_path}"), CONFIG), "")
 
 
 @pytest.mark.parametrize("overrides", [[], ["kubernetes.gpus=8", "kubernetes.namespace=team", "kubernetes.pods=5"]])
-def test_the_schemas_accept_every_object(tmp_path: Path, overrides: list[str]) -> None:
+def test_manifest_is_valid(tmp_path: Path, overrides: list[str]) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text(manifest(kubernetes_objects(config(*overrides))))
+    path.write_text(manifest(config(*overrides)))
     subprocess.run([BIN / "kubernetes-validate", "--strict", path], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_pods_meet_at_the_first_and_read_the_whole_configuration() -> None:
-    objects = {one["kind"]: one for one in yaml.safe_load_all(manifest(kubernetes_objects(config("run.dir=runs/x"))))}
+def test_manifest_pods_meet_at_the_first_and_read_the_whole_configuration() -> None:
+    objects = {each["kind"]: each for each in objects_of(config("run.dir=runs/x"))}
     spec = objects["Job"]["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
     (container,) = spec["template"]["spec"]["containers"]
@@ -89,10 +99,10 @@ def test_the_pods_meet_at_the_first_and_read_the_whole_configuration() -> None:
 
 
 @pytest.mark.parametrize(("cpu", "threads"), [("8", 4), ("7.5", 3), ("500m", 1), ("6500m", 3)])
-def test_a_pods_workers_share_its_limit_and_not_the_nodes_cores(cpu: str, threads: int) -> None:
+def test_manifest_divides_the_limit_of_a_pod_among_its_workers(cpu: str, threads: int) -> None:
     def configured(*overrides: str) -> int:
-        one = config(f"kubernetes.cpu={cpu}", "kubernetes.workers_per_pod=2", *overrides)
-        return yaml.safe_load(kubernetes_objects(one)[0]["data"]["run.yaml"])["run"]["threads"]
+        two_workers = config(f"kubernetes.cpu={cpu}", "kubernetes.workers_per_pod=2", *overrides)
+        return yaml.safe_load(objects_of(two_workers)[0]["data"]["run.yaml"])["run"]["threads"]
 
     assert configured() == threads
     assert configured("run.threads=5") == 5
@@ -101,7 +111,7 @@ def test_a_pods_workers_share_its_limit_and_not_the_nodes_cores(cpu: str, thread
 @pytest.mark.parametrize(
     "override", ["kubernetes.cpu=2Gi", "kubernetes.name=Bad_Name", "kubernetes.memory=lots", "kubernetes.image='a b'"]
 )
-def test_names_that_kubernetes_refuses_stop_here(override: str) -> None:
+def test_configuration_refuses_names_that_kubernetes_refuses(override: str) -> None:
     from dist_moe.errors import ConfigError
 
     with pytest.raises(ConfigError, match=override.partition("=")[0]):

@@ -1,0 +1,118 @@
+"""The commands that run a training job, and one worker of it."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_moe.cli.config import check_config
+from dist_moe.cli.doctor import run_doctor_worker, set_accelerator
+from dist_moe.cli.messages import is_verbose, print_error, report_user_errors
+from dist_moe.cli.options import (
+    DEFAULT_LAUNCHER,
+    AskedWorkers,
+    ConfigFile,
+    LauncherName,
+    Overrides,
+    Runner,
+    Verbose,
+)
+
+
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    launcher: LauncherName = DEFAULT_LAUNCHER,
+    workers: AskedWorkers = None,
+    runner: Runner = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts of failed workers (torchrun).")] = 0,
+    min_hosts: Annotated[
+        int | None, typer.Option(min=1, help="Number of hosts that the job needs at least (torchrun).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the commands, and stop.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write scripts for every launcher into FOLDER, and stop.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train on several workers of this host, or of the hosts in CONFIG; Ctrl-C ends all of them."""
+    from dist_moe.config import load_config
+    from dist_moe.launch.cluster import read_cluster
+    from dist_moe.launch.job import Job
+    from dist_moe.launch.launcher import LaunchRequest
+    from dist_moe.launch.scripts import all_files, write_files
+
+    with report_user_errors():
+        settings = load_config(config, overrides or ())
+        worker_overrides = [*(["--verbose"] if is_verbose() else []), *(overrides or ())]
+        cluster = read_cluster(settings.cluster)
+        request = LaunchRequest(settings, config, worker_overrides, cluster, workers, runner, max_restarts, min_hosts)
+        if write is not None:
+            write_files(write, all_files(request))
+            return
+        job = Job(launcher, request)
+        # Imports the model's config class, which takes a few seconds; otherwise the workers would fail later.
+        check_config(config, overrides, job.workers)
+        if dry_run:
+            print(*job.dry_run(os.environ), sep="\n")
+            return
+        if job.submits:
+            print(job.submit())
+            return
+        outcome = job.run()
+    if outcome.message:
+        print_error(outcome.message)
+    raise typer.Exit(outcome.code)
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    local_rank: Annotated[
+        int, typer.Option("--local_rank", "--local-rank", hidden=True, help="Ignored; launchers add it.")
+    ] = 0,
+    findings: Annotated[
+        Path | None, typer.Option("--doctor", hidden=True, help="Run the checks instead, and write the findings here.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run one training worker, or a single-process run."""
+    restore_visible_devices()
+    from dist_moe.config import load_config, resolve
+    from dist_moe.worker.exit import report_failure
+    from dist_moe.worker.rank_info import rank_info_from_env
+
+    with report_user_errors():
+        rank_info = rank_info_from_env(os.environ)
+        settings = load_config(config, overrides or (), rank_info.world_size)
+        fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
+    with report_failure(settings.run.dir, rank_info.rank):
+        resolved = resolve(settings, rank_info.world_size)
+        set_accelerator(settings.parallel.backend, rank_info)
+        if findings is not None:
+            run_doctor_worker(resolved, rank_info, findings)
+            return
+        from dist_moe.train.loop import run
+
+        run(resolved, rank_info)
+
+
+def restore_visible_devices() -> None:
+    """Restore CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher overwrites, before torch reads it."""
+    from dist_moe.worker.contract import KEPT_DEVICES_VARIABLE, VISIBLE_DEVICES_VARIABLE
+
+    if KEPT_DEVICES_VARIABLE in os.environ:
+        os.environ[VISIBLE_DEVICES_VARIABLE] = os.environ[KEPT_DEVICES_VARIABLE]
+
+
+def fork_agent(rank: int, world_size: int, run_dir: str) -> None:
+    """Continue in a child process that an agent watches, if a launch has started this worker."""
+    from dist_moe.launch.supervise.protocol import SCHEME, Rendezvous
+    from dist_moe.worker.contract import LAUNCH_VARIABLE
+
+    launch = os.environ.get(LAUNCH_VARIABLE, "")
+    if launch.startswith(SCHEME):
+        from dist_moe.launch.supervise.agent import fork_worker
+
+        fork_worker(Rendezvous.parse(launch), rank, world_size, Path(run_dir))
