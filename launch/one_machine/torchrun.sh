@@ -1,0 +1,26 @@
+#!/bin/sh
+# Trains on the devices of this machine, by torchrun. Run it where relative paths of the configuration begin:
+#   CONFIG=configs/debug.yaml WORKERS=2 sh THIS_FILE [KEY=VALUE]...
+set -eu
+
+PYTHON=$(command -v "${PYTHON:-python3}")
+CONFIG=${CONFIG:-configs/quickstart.yaml}
+WORKERS=${WORKERS:-2}
+PORT=${PORT:-29500}
+THREADS=${THREADS:-$(($(nproc) > WORKERS ? $(nproc) / WORKERS : 1))}
+
+# With the variables of an outer launcher, the workers would join its job.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
+PATH="${PYTHON%/*}:$PATH"
+export GLOO_SOCKET_IFNAME=lo
+export OMP_NUM_THREADS="$THREADS"
+export PYTHONSAFEPATH=1
+
+exec "$PYTHON" -m torch.distributed.run \
+    --nnodes 1 \
+    --nproc-per-node "$WORKERS" \
+    --master-addr 127.0.0.1 \
+    --master-port "$PORT" \
+    --local-addr 127.0.0.1 \
+    --max-restarts 0 \
+    --module dist_moe train "$CONFIG" "$@"
