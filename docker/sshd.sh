@@ -1,5 +1,5 @@
 #!/bin/sh
-# An ssh server of an ordinary user, on port 2222. /keys holds authorized_keys, and id_ed25519 to reach other hosts.
+# Runs an ssh server as an ordinary user, on port 2222. /keys has authorized_keys, and id_ed25519 to reach other hosts.
 set -eu
 mkdir -p "$HOME/.ssh" "$HOME/sshd"
 chmod 700 "$HOME/.ssh"
@@ -7,7 +7,7 @@ cp /keys/authorized_keys "$HOME/.ssh/authorized_keys"
 if [ -f /keys/id_ed25519 ]; then
     install -m 600 /keys/id_ed25519 "$HOME/.ssh/id_ed25519"
 fi
-# Every container makes a key of its own when it starts, so none can be known before.
+# Every container creates its host key when it starts, so that other hosts cannot know it before.
 printf 'Host *\n    Port 2222\n    StrictHostKeyChecking accept-new\n' > "$HOME/.ssh/config"
 if [ ! -f "$HOME/sshd/host_key" ]; then
     ssh-keygen -q -t ed25519 -N "" -f "$HOME/sshd/host_key"

@@ -1,4 +1,4 @@
-"""Three hosts for all tests of this folder, and what runs `dist-moe launch` on the first of them."""
+"""Three hosts for all tests of this folder, and `dist-moe launch` on the first of them."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.config import dump_config, load_config
 from tests.cluster.engine import Engine, engine
 from tests.cluster.hosts import Ended, Host, environment, hosts, inner
 
@@ -26,7 +27,7 @@ Start = Callable[..., "Launch"]
 
 
 class Launch:
-    """`dist-moe launch` on the first host, with all that it prints in files."""
+    """`dist-moe launch` on the first host, with its output in files."""
 
     def __init__(self, host: Host, folder: Path, arguments: tuple[str, ...], **variables: str) -> None:
         self.folder, self.began_s = folder, time.monotonic()
@@ -37,13 +38,13 @@ class Launch:
 
     @property
     def pid(self) -> int:
-        """Of the launch itself."""
+        """The pid of the launch itself."""
         return inner(self.process)
 
     def wait_for_step(self, step: int) -> None:
-        """Until its output tells of this step."""
+        """Wait until its output reports this step."""
         deadline = time.monotonic() + LIMIT_S
-        while not told_of(step, self.output.read_text(errors="replace")):
+        while not count_step(step, self.output.read_text(errors="replace")):
             assert self.process.poll() is None and time.monotonic() < deadline, self.errors.read_text(errors="replace")
             time.sleep(0.1)
 
@@ -73,7 +74,7 @@ def images() -> Iterator[Images]:
 
 @pytest.fixture(scope="session")
 def alone_in_a_container(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the debug run in one process; in the image, since its text is the interpreter's own files."""
+    """The folder of the debug run in one process; in the image, since its text is that interpreter's source files."""
     folder = tmp_path_factory.mktemp("alone-in-a-container")
     folder.chmod(0o777)
     options = ["--rm", "--network", "none", "--volume", f"{folder}:/runs"]
@@ -92,7 +93,7 @@ def three() -> Iterator[list[Host]]:
 def start(three: list[Host], tmp_path: Path) -> Iterator[Start]:
     """`start(slots, *arguments, steps=4, **variables)` launches on the first hosts.
 
-    slots: how many workers on each; (): on the first, without a cluster. variables: of the launch's environment.
+    slots: the number of workers on each; (): on the first, without a cluster. variables: of the launch's environment.
     """
     launches = []
 
@@ -102,45 +103,42 @@ def start(three: list[Host], tmp_path: Path) -> Iterator[Start]:
         return launches[-1]
 
     yield launch
-    for one in launches:
-        if one.process.poll() is None:
-            os.kill(one.pid, signal.SIGINT)
-            one.process.wait(timeout=30)
+    for started in launches:
+        if started.process.poll() is None:
+            os.kill(started.pid, signal.SIGINT)
+            started.process.wait(timeout=30)
     left = until_gone(three)
     assert not left, left
 
 
 def write_config(folder: Path, up: list[Host], slots: tuple[int, ...], steps: int) -> None:
-    """The debug run with 24 sequences in a step, so that it divides among 2, 3 and 4 workers."""
+    """Write run.yaml: the debug run with 24 sequences in a step, so that it divides among 2, 3 and 4 workers."""
     entries = ", ".join(f"{{name: {host.name}, slots: {count}}}" for host, count in zip(up, slots, strict=False))
-    text = (ROOT / "configs" / "debug.yaml").read_text()
-    for before, after in {
-        "  hosts: []": f"  hosts: [{entries}]",
-        "dir: runs/debug": "dir: run",
-        "threads: auto": "threads: 1",
-        "steps: 20": f"steps: {steps}",
-        "schedule_steps: null": "schedule_steps: 100000",
-        "global_batch: 12": "global_batch: 24",
-        "every: 5": "every: 1",
-    }.items():
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    (folder / "run.yaml").write_text(text)
+    overrides = [
+        f"cluster.hosts=[{entries}]",
+        "run.dir=run",
+        "run.threads=1",
+        f"train.steps={steps}",
+        "train.schedule_steps=100000",
+        "train.global_batch_size=24",
+        "observe.interval=1",
+    ]
+    (folder / "run.yaml").write_text(dump_config(load_config(ROOT / "configs" / "debug.yaml", overrides)))
 
 
-def told_of(step: int, output: str) -> int:
-    """How many times an output tells of a step."""
+def count_step(step: int, output: str) -> int:
+    """Return how often an output reports a step."""
     return len(re.findall(rf"\bstep +{step}/", output))
 
 
 def logged(run: Path) -> list[int]:
-    """The steps of metrics.jsonl, in the order in which they were written; an evaluation has the last one's."""
+    """Return the steps of metrics.jsonl in its order; an evaluation has the step of the last one."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if line["event"] != "checkpoint"]
 
 
 def until_gone(up: list[Host]) -> list[str]:
-    """What still runs on the hosts after the time that an end may take."""
+    """Return what still runs on the hosts after the time that ending may take."""
     deadline = time.monotonic() + GONE_LIMIT_S
     while (left := [line for host in up for line in host.processes()]) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""A container engine of the tests' own: podman in namespaces that it ends with, all that it stores in one folder.
+"""A container engine for the tests: podman in separate namespaces, with everything that it stores in one folder.
 
-No registry is reached: the image that ours are based on is made of Debian's packages. Containers have a network of
-their own; builds have that of the machine, and pip's settings, since they install packages. Needs root.
+No registry is used: the base image is made from Debian's packages. Containers have a separate network; builds have that
+of the machine, and pip's settings, since they install packages. Needs root.
 """
 
 import ast
@@ -42,7 +42,7 @@ driver = "overlay"
 graphroot = "{folder}/storage"
 runroot = "{folder}/run"
 """
-# What becomes the first process: it hides where podman would leave something on the machine, and then is its service.
+# The first process: it mounts over the folders of the machine in which podman writes, and becomes podman's service.
 START = """\
 ip link set lo up
 for folder in /run/containers /run/libpod /run/netns /var/lib/containers /dev/shm; do
@@ -57,14 +57,14 @@ LEFT_OUT = ("/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/man/*")
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that is up; pid: its first process, with which all of it ends."""
+    """A running engine; pid: its first process, with which all others end."""
 
     folder: Path
     pid: int
 
     @property
     def variables(self) -> dict[str, str]:
-        """By which the clients find it: podman's and buildah's inside, docker's and docker-compose's from anywhere."""
+        """The environment by which clients find it: podman and buildah inside, docker and docker-compose anywhere."""
         return environment() | {
             "CONTAINERS_CONF": str(self.folder / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(self.folder / "storage.conf"),
@@ -79,47 +79,47 @@ class Engine:
         return self._ended(["nsenter", "-t", str(self.pid), *spaces, f"--wdns={ROOT}", *command], limit_s)
 
     def outside(self, *command: str, limit_s: float = 120, **variables: str) -> Ended:
-        """Run a client outside, as a user would."""
+        """Run a client outside of the namespaces, as a user does."""
         return self._ended(command, limit_s, **variables)
 
     def podman(self, *arguments: str, limit_s: float = 120) -> str:
-        """Run podman, which must succeed -> its output."""
-        return said(self.run("podman", *arguments, limit_s=limit_s))
+        """Run podman, which must succeed; return its output."""
+        return output_of(self.run("podman", *arguments, limit_s=limit_s))
 
     def fetch(self, url: str, limit_s: float = 60) -> str:
-        """Get a page from the containers' network, as soon as it is there."""
+        """Wait for a page on the containers' network, and return it."""
         code = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=10).read().decode())"
         deadline = time.monotonic() + limit_s
         while (got := self.run(sys.executable, "-c", code, url)).code != 0 and time.monotonic() < deadline:
             time.sleep(0.5)
-        return said(got)
+        return output_of(got)
 
     def build(self, target: str, base: str) -> str:
-        """Build a target of docker/Dockerfile on a base -> its name, which Docker would give it too."""
+        """Build a target of docker/Dockerfile on a base; return its name, as Docker would name it."""
         name = f"docker.io/library/dist-moe:{target}"
         options = ["--isolation", "chroot", "--pull-never", "--format", "docker", "--layers", *self._mounts()]
         names = ["--build-arg", f"BASE={base}", "--target", target, "-t", name]
         command = ["buildah", "bud", *options, *names, "-f", "docker/Dockerfile", "."]
-        said(self.run(*command, limit_s=BUILD_LIMIT_S, connected=True))
+        output_of(self.run(*command, limit_s=BUILD_LIMIT_S, connected=True))
         return name
 
     def make_base(self, name: str) -> None:
-        """An image of Debian 12 with Python, like python:3.11-slim-bookworm."""
+        """Make an image of Debian 12 with Python, like python:3.11-slim-bookworm."""
         archive = self.folder / "base.tar"
         slim = [f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT]
         packages = "--include=ca-certificates,passwd,python3,python3-venv"
         command = ["mmdebstrap", "--variant=apt", packages, *slim, "--dpkgopt=force-unsafe-io", "bookworm"]
-        said(self.run(*command, str(archive), limit_s=BUILD_LIMIT_S, connected=True))
+        output_of(self.run(*command, str(archive), limit_s=BUILD_LIMIT_S, connected=True))
         self.podman("import", str(archive), name, limit_s=BUILD_LIMIT_S)
         archive.unlink()
 
     def _mounts(self) -> list[str]:
-        """What lets pip install in a build what it installs here: its settings, and the files that they name."""
+        """Return options that give the pip of a build the settings of this one, and the files that they name."""
         settings = pip_settings()
         (self.folder / "pip.conf").write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in settings.items()))
         paths = set()
         for word in " ".join(settings.values()).split():
-            # An index in a folder has its files beside it.
+            # An index in a folder has its files in that folder.
             path = Path(word.removeprefix("file://")).parent if word.startswith("file:") else Path(word)
             if path.is_absolute() and path.exists():
                 paths.add(path)
@@ -141,14 +141,14 @@ class Engine:
         return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began_s)
 
 
-def said(ended: Ended) -> str:
-    """The output of a command that must have succeeded."""
+def output_of(ended: Ended) -> str:
+    """Return the output of a command that must have succeeded."""
     assert ended.code == 0, (ended.output + ended.errors)[-6000:]
     return ended.output.strip()
 
 
 def pip_settings() -> dict[str, str]:
-    """The settings of this machine's pip, whether from files or from the environment."""
+    """Return the settings of this machine's pip, from files and from the environment."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     pairs = [line.partition("=")[::2] for line in listed.splitlines()]
@@ -159,7 +159,7 @@ def pip_settings() -> dict[str, str]:
 
 @contextlib.contextmanager
 def engine() -> Iterator[Engine]:
-    """An engine without any image; what it made is gone when it ends."""
+    """Start an engine without any image; remove everything it made when the block ends."""
     for tool in TOOLS:
         assert shutil.which(tool, path=environment()["PATH"]), f"{tool} is not installed"
     folder = Path(tempfile.mkdtemp(prefix="dist-moe-engine-"))
@@ -189,17 +189,17 @@ def engine() -> Iterator[Engine]:
 
 
 def _first_process(outer: subprocess.Popen[bytes], folder: Path) -> int:
-    """Wait until the service listens -> the pid of the child of `unshare`."""
+    """Wait until the service listens; return the pid of the child of `unshare`."""
     deadline = time.monotonic() + UP_LIMIT_S
     while not (folder / "socket").exists():
-        told = (folder / "service.log").read_text(errors="replace")
-        assert outer.poll() is None and time.monotonic() < deadline, f"podman does not come up: {told}"
+        log = (folder / "service.log").read_text(errors="replace")
+        assert outer.poll() is None and time.monotonic() < deadline, f"podman does not start: {log}"
         time.sleep(0.05)
     return inner(outer)
 
 
 def _remove_groups() -> None:
-    """The control groups in which podman keeps its own, where they are empty."""
+    """Remove the empty control groups of podman."""
     for found in Path("/sys/fs/cgroup").glob("*/libpod_parent"):
         for group in sorted(found.glob("**/"), reverse=True):
             with contextlib.suppress(OSError):

@@ -32,7 +32,7 @@ MaxStartups 100
 Subsystem sftp internal-sftp
 SetEnv TMPDIR={folder}/tmp-{name}
 """
-# What becomes the first process of a host: it sets up what is its own, and then is the ssh server.
+# The first process of a host: it sets up the name, mounts and network of the host, and becomes its ssh server.
 START = """\
 hostname {name}
 mount --bind {folder}/ssh /root/.ssh
@@ -45,9 +45,14 @@ exec /usr/sbin/sshd -D -e -f {folder}/{name}.conf
 
 @dataclass(frozen=True)
 class Host:
-    """One host that is up; pid: its first process, with which all of it ends. bridge: where its cable is plugged in.
+    """A running host.
 
-    scratch: its folder for temporary files. Hosts that shared one would find in it each other's, under the same pids.
+    Attributes:
+        name: Its name.
+        address: Its address.
+        pid: Its first process, with which all others end.
+        bridge: The network namespace of the bridge that connects it.
+        scratch: Its folder for temporary files; the files of two hosts could have the same names, from equal pids.
     """
 
     name: str
@@ -57,7 +62,7 @@ class Host:
     scratch: str
 
     def argv(self, command: Sequence[str], folder: Path) -> list[str]:
-        """What runs a command there."""
+        """Return what runs a command on the host."""
         inside = ["nsenter", "-t", str(self.pid), "-n", "-u", "-i", "-p", "-m", f"--wdns={folder}"]
         return [*inside, "env", f"TMPDIR={self.scratch}", *command]
 
@@ -69,16 +74,16 @@ class Host:
         return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began_s)
 
     def end(self) -> None:
-        """As if its power were cut, but that the kernel still says goodbye for its connections."""
+        """End all its processes, as a power failure does, except that the kernel closes its connections."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
     def cut_off(self) -> None:
-        """Pull its cable; what is on its way is lost."""
+        """Disconnect it; packets on their way are lost."""
         ip("link", "set", f"b-{self.name}", "down", namespace=self.bridge)
 
     def processes(self) -> list[str]:
-        """The command lines of all that runs there, but its ssh server and what looks."""
+        """Return the command lines of its processes, without its ssh server and `ps`."""
         listing = subprocess.run(
             self.argv(["ps", "-eo", "pid=,args="], Path("/")), capture_output=True, text=True, check=False
         ).stdout.splitlines()
@@ -96,16 +101,16 @@ class Ended:
 
 
 def environment() -> dict[str, str]:
-    """Of a login, not of the tests."""
+    """Return the environment of a login, not that of the tests."""
     return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 
 
 @contextlib.contextmanager
 def hosts(count: int, prefix: str = "node") -> Iterator[list[Host]]:
-    """`count` hosts PREFIX0, PREFIX1, .. that reach each other by ssh without being asked anything.
+    """Start `count` hosts PREFIX0, PREFIX1, ... that reach each other by ssh without a question.
 
-    Their namespaces bear the number of this process, so that other hosts, also those of a run that was killed, are not
-    in the way.
+    The names of their namespaces contain the pid of this process, so that other hosts, such as those of a killed run,
+    do not collide with them.
     """
     for tool in TOOLS:
         assert shutil.which(tool), f"{tool} is not installed"
@@ -151,7 +156,7 @@ def _keys(folder: Path, addresses: dict[str, str]) -> None:
 
 
 def _connect(name: str, address: str, bridge: str) -> None:
-    """A namespace with one interface, eth0, whose other end is a port of the bridge."""
+    """Make a namespace with one interface, eth0, whose other end is a port of the bridge."""
     own = _namespace(name)
     ip("netns", "add", own)
     ip("link", "add", "eth0", "netns", own, "type", "veth", "peer", "name", f"b-{name}", "netns", bridge)
@@ -171,18 +176,18 @@ def _start(folder: Path, name: str, address: str) -> subprocess.Popen[bytes]:
     with path.open("wb") as log:
         process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     deadline = time.monotonic() + UP_LIMIT_S
-    while "Server listening" not in (said := path.read_text(errors="replace")):
-        assert process.poll() is None and time.monotonic() < deadline, f"{name} does not come up: {said}"
+    while "Server listening" not in (log_text := path.read_text(errors="replace")):
+        assert process.poll() is None and time.monotonic() < deadline, f"{name} does not start: {log_text}"
         time.sleep(0.02)
     return process
 
 
 def inner(outer: subprocess.Popen[bytes]) -> int:
-    """The pid of what `nsenter`, or `unshare`, has started as its child, in the other space of processes."""
+    """Return the pid, on this machine, of the child of `nsenter` or `unshare`."""
     return int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
 
 
 def ip(*arguments: str, namespace: str | None = None) -> None:
-    """The command of that name, in a network namespace."""
+    """Run `ip`, in a network namespace if one is given."""
     inside = () if namespace is None else ("-n", namespace)
     subprocess.run(["ip", *inside, *arguments], check=True, capture_output=True, text=True)

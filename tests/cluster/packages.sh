@@ -1,11 +1,11 @@
 #!/bin/sh
-# What the tests over several hosts need of Debian; nothing where all of it is there.
+# Installs the Debian packages that the tests over several hosts need, if one is missing.
 set -eu
 missing=""
 pairs="sshd:openssh-server ssh:openssh-client ip:iproute2 ethtool:ethtool pdsh:pdsh ps:procps"
 pairs="$pairs slurmctld:slurmctld slurmd:slurmd srun:slurm-client"
 pairs="$pairs mpirun.openmpi:openmpi-bin mpirun.mpich:mpich"
-# For the containers: mmdebstrap makes the image that they are based on, since no registry need be reached.
+# For the containers: mmdebstrap makes their base image, so that no registry is needed.
 pairs="$pairs buildah:buildah podman:podman runc:runc iptables:iptables mmdebstrap:mmdebstrap"
 pairs="$pairs docker-compose:docker-compose docker:docker.io /usr/lib/podman/aardvark-dns:aardvark-dns"
 for pair in $pairs; do

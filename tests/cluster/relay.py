@@ -1,7 +1,7 @@
-"""A link that takes time: frames that come in at one interface go out at the other so many seconds later, both ways.
+"""A link with latency: relays frames between two interfaces, in both directions, with a delay.
 
-`python relay.py INTERFACE INTERFACE SECONDS`, in the network namespace of both; says `ready` and goes on until it is
-ended. Of the standard library alone, and nothing is dropped or reordered.
+`python relay.py INTERFACE INTERFACE SECONDS`, in the network namespace of both; prints `ready` and runs until it is
+ended. Uses only the standard library; drops and reorders nothing.
 """
 
 import collections
@@ -17,12 +17,12 @@ SOL_PACKET, IGNORE_OUTGOING = 263, 23
 SNDBUFFORCE, RCVBUFFORCE = 32, 33
 LONGEST_FRAME = 65_536
 ROOM_BYTES = 16 << 20
-"""For frames that the kernel holds while the relay waits for a core."""
+"""Buffer for frames that arrive while the relay waits for a core."""
 AT_ONCE = 64
 
 
 def port(interface: str) -> socket.socket:
-    """What sees every frame that comes in at an interface, and none that goes out."""
+    """Return a socket that receives every incoming frame of an interface, and no outgoing one."""
     raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(EVERY_PROTOCOL))
     raw.setsockopt(SOL_PACKET, IGNORE_OUTGOING, 1)
     for option in (SNDBUFFORCE, RCVBUFFORCE):
@@ -32,7 +32,7 @@ def port(interface: str) -> socket.socket:
 
 
 def relay(one: socket.socket, other: socket.socket, delay_s: float) -> None:
-    """For ever."""
+    """Relay frames until the process is ended."""
     ways = [(one, other), (other, one)]
     waiting: list[collections.deque[tuple[float, bytes]]] = [collections.deque(), collections.deque()]
     while True:
@@ -52,7 +52,7 @@ def relay(one: socket.socket, other: socket.socket, delay_s: float) -> None:
 
 
 if __name__ == "__main__":
-    os.nice(-10)  # A late frame is a longer link, and the workers take every core.
+    os.nice(-10)  # The workers use every core, and a late frame would make the link slower.
     ends = port(sys.argv[1]), port(sys.argv[2])
     print("ready", flush=True)
     relay(ends[0], ends[1], float(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""Makes the cable of a host long and thin: latency by a relay of frames, bandwidth by the kernel's token bucket."""
+"""Makes the link of a host slow: latency by a relay of frames, bandwidth by the kernel's token bucket."""
 
 import contextlib
 import subprocess
@@ -10,17 +10,20 @@ from tests.cluster.hosts import NETWORK, Host, environment, ip
 
 RELAY = Path(__file__).with_name("relay.py")
 OFFLOADS = ("tx", "rx", "sg", "tso", "gso", "gro")
-"""They would hand the relay frames longer than the link takes, and without checksums."""
+"""With them the relay would receive frames that are too long for the link, and without checksums."""
 
 CONGESTION_CONTROL = ("congctl", "cubic")
-"""Linux's own choice; what a machine has chosen instead would make other figures."""
+"""The default of Linux; another setting of a machine would change the measurements."""
 
 
 @contextlib.contextmanager
 def slow_link(pair: list[Host], one_way_s: float, megabits_per_s: float) -> Iterator[None]:
-    """Between two hosts, in the block: each frame arrives `one_way_s` later, and each sends so much at most.
+    """Make the link between two hosts slow for the length of the block; afterwards they are disconnected.
 
-    After the block they are cut off from each other.
+    Args:
+        pair: The two hosts.
+        one_way_s: The latency of each direction, in seconds.
+        megabits_per_s: The bandwidth of each direction.
     """
     first, last = pair
     bridge = last.bridge

@@ -1,4 +1,4 @@
-"""A Slurm of the hosts: the controller on the first, a daemon on each, and no other."""
+"""Slurm on the hosts: the controller on the first, and a daemon on each."""
 
 import contextlib
 import os
@@ -43,14 +43,14 @@ class Slurm:
         return self.host.run(command, folder, limit_s, **self.variables)
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says, by its own names."""
-        told = self.run(["scontrol", "-o", "show", "job", number], Path("/")).output
-        return dict(word.partition("=")[::2] for word in told.split() if "=" in word)
+        """Return what `scontrol show job` prints, by its names."""
+        output = self.run(["scontrol", "-o", "show", "job", number], Path("/")).output
+        return dict(word.partition("=")[::2] for word in output.split() if "=" in word)
 
 
 @contextlib.contextmanager
 def slurm(up: list[Host], folder: Path) -> Iterator[Slurm]:
-    """Every host idle in one partition; ended with all that it started."""
+    """Start Slurm with every host idle in one partition; end it with all processes that it started."""
     (folder / "state").mkdir()
     nodes = [f"NodeName={host.name} NodeAddr={host.address} CPUs=2 RealMemory=4000 State=UNKNOWN" for host in up]
     configuration = folder / "slurm.conf"
@@ -67,9 +67,9 @@ def slurm(up: list[Host], folder: Path) -> Iterator[Slurm]:
             daemons.append(started)
         running = Slurm(up[0], configuration)
         deadline = time.monotonic() + IDLE_LIMIT_S
-        while (told := running.run(["sinfo", "-h", "-o", "%D %t"], folder).output.strip()) != f"{len(up)} idle":
+        while (state := running.run(["sinfo", "-h", "-o", "%D %t"], folder).output.strip()) != f"{len(up)} idle":
             logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.log"))
-            assert time.monotonic() < deadline, f"{told}\n{logs}"
+            assert time.monotonic() < deadline, f"{state}\n{logs}"
             time.sleep(0.2)
         yield running
     finally:

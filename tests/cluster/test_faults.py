@@ -1,4 +1,4 @@
-"""Faults between hosts, struck for real: each is told with host and remedy, and nothing is left behind."""
+"""Real faults of and between hosts: each is reported with host and remedy, and no process is left."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dist_moe
-from tests.cluster.conftest import Launch, Start, logged, told_of, until_gone, write_config
+from tests.cluster.conftest import Launch, Start, count_step, logged, until_gone, write_config
 from tests.cluster.hosts import Host, hosts, inner
 
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
@@ -29,7 +29,7 @@ READY_S = 60.0
 def worker_of(host: Host, rank: int) -> int:
     """The pid, on this machine, of a rank's worker on the host: by its environment, which it shares with its agent.
 
-    Not that of a worker of somebody else, whom this machine may serve too.
+    Not that of another job on this machine.
     """
     there = os.readlink(f"/proc/{host.pid}/ns/pid")
     for folder in Path("/proc").iterdir():
@@ -49,7 +49,7 @@ def worker_of(host: Host, rank: int) -> int:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_killed_rank_of_another_host_is_named(start: Start, three: list[Host], launcher: str) -> None:
+def test_a_killed_rank_of_another_host_is_reported(start: Start, three: list[Host], launcher: str) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
     launch.wait_for_step(2)
     os.kill(worker_of(three[1], 1), signal.SIGKILL)
@@ -62,7 +62,7 @@ def test_a_killed_rank_of_another_host_is_named(start: Start, three: list[Host],
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_request_to_stop_reaches_every_host_and_the_run_goes_on(
+def test_a_request_to_stop_reaches_every_host_and_the_run_resumes(
     start: Start, three: list[Host], launcher: str
 ) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
@@ -93,7 +93,9 @@ def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ctrl_c_before_the_workers_are_up_leaves_nothing_either(start: Start, three: list[Host], launcher: str) -> None:
+def test_ctrl_c_before_the_workers_have_started_leaves_no_process(
+    start: Start, three: list[Host], launcher: str
+) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
     deadline = time.monotonic() + READY_S
     while not any("run.yaml" in line or "orted" in line or "prted" in line for line in three[1].processes()):
@@ -104,7 +106,7 @@ def test_ctrl_c_before_the_workers_are_up_leaves_nothing_either(start: Start, th
     assert not until_gone(three)
 
 
-def test_a_launch_that_is_killed_takes_its_workers_with_it(start: Start, three: list[Host]) -> None:
+def test_workers_end_when_their_launch_is_killed(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", steps=LONG)
     launch.wait_for_step(2)
     os.kill(launch.pid, signal.SIGKILL)
@@ -114,7 +116,7 @@ def test_a_launch_that_is_killed_takes_its_workers_with_it(start: Start, three: 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[list[Host]]:
-    """Two hosts of their own, to be broken."""
+    """Two hosts of their own, which the test breaks."""
     with hosts(2, prefix="frail") as up:
         yield up
 
@@ -124,7 +126,7 @@ def launch_on(pair: list[Host], folder: Path, *arguments: str) -> Launch:
     return Launch(pair[0], folder, ("--launcher", "torchrun", *arguments))
 
 
-def test_a_host_that_dies_is_named(pair: list[Host], tmp_path: Path) -> None:
+def test_a_host_that_dies_is_reported(pair: list[Host], tmp_path: Path) -> None:
     launch = launch_on(pair, tmp_path)
     launch.wait_for_step(2)
     pair[1].end()
@@ -133,7 +135,7 @@ def test_a_host_that_dies_is_named(pair: list[Host], tmp_path: Path) -> None:
     assert not until_gone(pair[:1])
 
 
-def test_a_host_that_is_cut_off_is_named_and_ends_its_workers(pair: list[Host], tmp_path: Path) -> None:
+def test_a_host_that_is_disconnected_is_reported_and_ends_its_workers(pair: list[Host], tmp_path: Path) -> None:
     launch = launch_on(pair, tmp_path)
     launch.wait_for_step(2)
     pair[1].cut_off()
@@ -146,8 +148,8 @@ def test_a_host_that_is_cut_off_is_named_and_ends_its_workers(pair: list[Host], 
     assert not until_gone(pair)
 
 
-def test_everything_that_stands_in_the_way_is_told_at_once(start: Start, three: list[Host], tmp_path: Path) -> None:
-    """A host that was never there, a port that is taken, other code: three lines, and no worker started."""
+def test_preflight_reports_all_faults_together(start: Start, three: list[Host], tmp_path: Path) -> None:
+    """A host that does not exist, a port that is taken, other code: three lines, and no worker is started."""
     other = tmp_path / "other.py"
     package = Path(dist_moe.__file__)
     other.write_text(package.read_text() + "\n# another version\n")
@@ -166,13 +168,11 @@ def test_everything_that_stands_in_the_way_is_told_at_once(start: Start, three: 
     assert ended.code == 2
     assert "ghost: ssh cannot log in" in ended.errors and "or leave it out (cluster.exclude)" in ended.errors
     assert "node0: port 29500 cannot be used (Address already in use); set cluster.port" in ended.errors
-    assert "node1: its dist_moe is not that of node0; copy the same code to both" in ended.errors
+    assert "node1: its dist_moe differs from that of node0; install the same code on both" in ended.errors
     assert not (tmp_path / "run" / "logs").exists()
 
 
-def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
-    start: Start, three: list[Host], tmp_path: Path
-) -> None:
+def test_preflight_reports_key_version_and_unshared_folder(start: Start, three: list[Host], tmp_path: Path) -> None:
     import numpy
 
     found = next(Path(numpy.__file__).parents[1].glob("numpy-*.dist-info/METADATA"))
@@ -207,8 +207,8 @@ def test_a_wrong_key_another_version_and_a_folder_of_its_own_are_told(
             subprocess.run(host.argv(["umount", str(target)], Path("/")), check=True)
 
 
-def test_hosts_that_share_no_storage_train_and_go_on(start: Start, three: list[Host], tmp_path: Path) -> None:
-    """The checkpoint is whole on rank 0's host; the other fetches a copy on resume, and keeps nothing."""
+def test_hosts_without_shared_storage_train_and_resume(start: Start, three: list[Host], tmp_path: Path) -> None:
+    """The host of rank 0 has the whole checkpoint; the other fetches a copy on resume, and keeps nothing."""
     apart, run = tmp_path / "apart", tmp_path / "run"
     apart.mkdir()
     run.mkdir()
@@ -220,22 +220,22 @@ def test_hosts_that_share_no_storage_train_and_go_on(start: Start, three: list[H
             assert ended.code == 0, ended.output + ended.errors
             saved = [path.name for path in sorted((run / "checkpoints" / f"step-{steps:06d}" / "state").iterdir())]
             assert saved == ["balance.safetensors", "rank-00000.safetensors", "rank-00001.safetensors", "training.json"]
-            assert not list(apart.rglob("*.safetensors")), "nothing of it stays there"
+            assert not list(apart.rglob("*.safetensors")), "the copy is deleted"
         assert "resuming after step 3" in ended.output and logged(run) == [1, 2, 3, 3, 4, 5, 5]
     finally:
         subprocess.run(three[1].argv(["umount", str(run)], Path("/")), check=True)
 
 
-def test_a_worker_that_fails_is_started_again_by_torchrun(start: Start, three: list[Host]) -> None:
+def test_torchrun_restarts_a_failed_worker(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=20)
     launch.wait_for_step(2)
     os.kill(worker_of(three[1], 1), signal.SIGKILL)
     ended = launch.end()
     assert ended.code == 0, ended.errors
-    assert told_of(1, ended.output) == 2, "no checkpoint yet, so it began again"
+    assert count_step(1, ended.output) == 2, "there was no checkpoint yet, so it started from the first step"
 
 
-def test_a_torchrun_that_lost_a_host_goes_on_with_the_other(pair: list[Host], tmp_path: Path) -> None:
+def test_torchrun_continues_without_a_lost_host(pair: list[Host], tmp_path: Path) -> None:
     launch = launch_on(pair, tmp_path, "--max-restarts", "3", "--min-hosts", "1", "train.steps=60")
     launch.wait_for_step(2)
     pair[1].end()

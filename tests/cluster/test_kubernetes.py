@@ -1,6 +1,6 @@
-"""The objects of `--launcher kubernetes` as a cluster would run them: their very commands, users, mounts and names.
+"""The manifest of `launch/kubernetes` as a cluster would run it: its commands, users, mounts and names, under podman.
 
-What Kubernetes does for a pod, podman's options do here; whether its schemas take the objects is tested in tests/unit.
+Options of podman do what Kubernetes does for a pod; tests/unit validates the objects against the schemas.
 """
 
 import json
@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.conftest import DIST_MOE, ROOT, Images
+from dist_moe.config import dump_config, load_config
+from tests.cluster.conftest import ROOT, Images
 from tests.cluster.engine import BUILD_LIMIT_S, Engine
-from tests.cluster.test_launchers import assert_alike, losses
+from tests.cluster.test_launchers import assert_close_losses, losses
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
 
@@ -28,12 +29,17 @@ Objects = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def objects(images: Images) -> Objects:
-    """By kind, as printed for the debug run on two pods."""
-    command = [str(DIST_MOE), "launch", "configs/debug.yaml", "--launcher", "kubernetes", "--dry-run", "run.threads=1"]
-    image = f"kubernetes.image={images.cpu}"
-    done = subprocess.run([*command, image], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    # Of the two services the job's comes first.
-    return {one["kind"]: one for one in reversed(list(yaml.safe_load_all(done.stdout)))}
+    """The objects by kind, as written for two pods, but for the image that is here and the shorter debug run."""
+    written = (ROOT / "launch" / "kubernetes" / "job.yaml").read_text()
+    # Of the two Services, that of the Job is the first.
+    found = {each["kind"]: each for each in reversed(list(yaml.safe_load_all(written)))}
+    config = load_config(ROOT / "configs" / "debug.yaml", ["run.dir=/runs/debug", "run.threads=1"])
+    found["ConfigMap"]["data"]["run.yaml"] = dump_config(config)
+    for kind in ("Job", "Deployment"):
+        (container,) = found[kind]["spec"]["template"]["spec"]["containers"]
+        assert container["image"] == "dist-moe:cpu"
+        container["image"] = images.cpu
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def node(images: Images, objects: Objects, tmp_path_factory: pytest.TempPathFact
 
 
 def start(engine: Engine, pod: dict[str, Any], node: Path, name: str, annotations: dict[str, str]) -> str:
-    """Run a pod's only container -> its number. Everything that the pod's description asks for is handed on."""
+    """Run the only container of a pod as the pod describes it; return its id."""
     (container,) = pod["containers"]
     variables = {each["name"]: value(each, annotations) for each in container.get("env", [])}
     command = [expanded(word, variables) for word in container["command"]]
@@ -74,7 +80,7 @@ def start(engine: Engine, pod: dict[str, Any], node: Path, name: str, annotation
 
 
 def value(variable: dict[str, Any], annotations: dict[str, str]) -> str:
-    """Of an environment variable: as it stands, or from the pod's annotations."""
+    """Return the value of an environment variable: its own, or that of the pod's annotation."""
     if "value" in variable:
         return str(variable["value"])
     path = re.fullmatch(r"metadata\.annotations\['(.*)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"])
@@ -83,17 +89,17 @@ def value(variable: dict[str, Any], annotations: dict[str, str]) -> str:
 
 
 def expanded(word: str, variables: dict[str, str]) -> str:
-    """$(NAME) becomes the variable's value, and stays as it is where there is no such variable."""
+    """Replace $(NAME) by the value of the variable, if there is one."""
     return re.sub(r"\$\((\w+)\)", lambda found: variables.get(found[1], found[0]), word)
 
 
 def bytes_of(quantity: str) -> str:
-    """4Gi as podman writes it."""
+    """Return 4Gi in the notation of podman."""
     return quantity[:-2] + UNITS[quantity[-2:]]
 
 
 def claim_of(node: Path, group: int) -> None:
-    """What fsGroup does to a volume."""
+    """Change a volume as fsGroup does."""
     subprocess.run(["chgrp", str(group), node / "claimed"], check=True)
     (node / "claimed").chmod(0o2775)
 
@@ -118,18 +124,18 @@ def test_the_pods_of_the_job_train_together_to_the_end(
     pod, name = job["template"]["spec"], objects["Job"]["metadata"]["name"]
     assert pod["subdomain"] == objects["Service"]["metadata"]["name"]
     pods = [f"{name}-{index}" for index in range(job["completions"])]
-    # The later ones first: the order of pods is nobody's.
+    # The last one first: Kubernetes starts pods in any order.
     for index, hostname in reversed(list(enumerate(pods))):
         annotation = {"batch.kubernetes.io/job-completion-index": str(index)}
         start(images.engine, pod, node, hostname, annotation)
     codes = images.engine.podman("wait", *pods, limit_s=END_LIMIT_S).split()
-    told = [images.engine.run("podman", "logs", each) for each in pods]
-    assert codes == ["0", "0"], [one.output[-3000:] + one.errors[-3000:] for one in told]
+    logs = [images.engine.run("podman", "logs", each) for each in pods]
+    assert codes == ["0", "0"], [log.output[-3000:] + log.errors[-3000:] for log in logs]
     run_dir = node / "claimed" / "debug"
     assert json.loads((run_dir / "run.json").read_text())["world"]["workers"] == 2
     found, alone = losses(run_dir), losses(alone_in_a_container)
-    assert_alike(found, alone)
-    assert "2 workers, expert parallel 2" in told[0].output, "rank 0 is the first pod's"
+    assert_close_losses(found, alone)
+    assert "2 workers, expert parallel 2" in logs[0].output, "rank 0 is the first pod's"
 
 
 def test_tensorboard_gets_ready_and_reads_the_claimed_volume(images: Images, objects: Objects, node: Path) -> None:

@@ -1,15 +1,16 @@
-"""Every launcher over several hosts: the losses of one host, on any layout, and every rank's lines kept."""
+"""Every launcher over several hosts, on any layout: the losses of one host, and a log for every rank."""
 
 import json
 import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Start, write_config
+from tests.cluster.conftest import ROOT, Start, write_config
 from tests.cluster.hosts import Host
 
 LAYOUTS = {"2 hosts x 1": (1, 1), "2 hosts x 2": (2, 2), "3 hosts x 1": (1, 1, 1)}
@@ -20,7 +21,7 @@ LAUNCHERS = {
     "mpirun": ("--launcher", "mpirun"),
 }
 CLOSE = 1e-4
-"""Relative; the sum over workers has another order."""
+"""Relative tolerance; the order of the sum over workers differs."""
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -32,9 +33,12 @@ def losses(run_dir: Path) -> list[float]:
     ]
 
 
-def assert_alike(found: list[float], alone: list[float]) -> None:
-    """The losses of another layout are those of one process."""
-    assert all(math.isclose(one, other, rel_tol=CLOSE) for one, other in zip(found, alone, strict=True)), (found, alone)
+def assert_close_losses(found: list[float], alone: list[float]) -> None:
+    """Check that the losses of another layout are those of one process, but for rounding."""
+    assert all(math.isclose(loss, other, rel_tol=CLOSE) for loss, other in zip(found, alone, strict=True)), (
+        found,
+        alone,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +62,7 @@ def test_the_losses_are_those_of_one_host(
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
     assert len(found) == len(alone) == 5
-    assert_alike(found, alone)
+    assert_close_losses(found, alone)
     workers = sum(LAYOUTS[layout])
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == [
         f"rank-{rank}.log" for rank in range(workers)
@@ -82,10 +86,28 @@ def test_the_plain_deepspeed_command_trains_over_a_hostfile(
     ended = three[0].run([sys.executable, *argv], tmp_path, 200, **variables)
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
-    assert_alike(found, alone)
+    assert_close_losses(found, alone)
 
 
-def test_hosts_that_are_left_out_do_nothing(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+def test_the_script_in_launch_trains_on_two_hosts(
+    three: list[Host], alone: list[float], tmp_path: Path, launcher: str
+) -> None:
+    """The file as it is, with the hostfile of these hosts; torchrun's runs on each host."""
+    write_config(tmp_path, [], (), 4)
+    (tmp_path / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    variables = {"PYTHON": sys.executable, "CONFIG": "run.yaml", "HOSTFILE": str(tmp_path / "hosts")}
+    variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    argv = ["sh", str(ROOT / "launch" / "several_hosts" / f"{launcher}.sh"), "observe.tensorboard=false"]
+    where = three[:2] if launcher == "torchrun" else three[:1]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        running = [pool.submit(host.run, argv, tmp_path, 200, HOST=host.name, **variables) for host in where]
+        for ended in [started.result() for started in running]:
+            assert ended.code == 0, ended.output + ended.errors
+    assert_close_losses(losses(tmp_path / "run"), alone)
+
+
+def test_excluded_hosts_run_nothing(start: Start, tmp_path: Path) -> None:
     launch = start((1, 1, 1), "cluster.include=node0@node2", "--launcher", "torchrun")
     ended = launch.end()
     assert ended.code == 0, ended.errors

@@ -1,4 +1,4 @@
-"""Other MPIs than the wheel that is installed here, as Debian packs them: every collective, and launches by them."""
+"""OpenMPI and MPICH of Debian, besides the installed wheel: every collective, and launches."""
 
 import json
 import os
@@ -11,15 +11,15 @@ import pytest
 from dist_moe.worker.network import free_port
 from tests.cluster.conftest import ROOT, Start
 from tests.cluster.hosts import environment
-from tests.cluster.test_launchers import alone, assert_alike, losses  # noqa: F401  (a fixture)
+from tests.cluster.test_launchers import alone, assert_close_losses, losses  # noqa: F401  (a fixture)
 
 LIBRARIES = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu"
 FAMILIES = ("openmpi", "mpich")
-LAYOUTS = {"this host alone": (), "2 hosts x 1": (1, 1)}
+LAYOUTS = {"this host": (), "2 hosts x 1": (1, 1)}
 
 
 def variables_of(family: str, folder: Path) -> dict[str, str]:
-    """What makes mpi4py load this MPI; its wheel asks for MPICH's library by a name that Debian has not given it."""
+    """Return the variables by which mpi4py loads this MPI; Debian names MPICH's library otherwise than its wheel."""
     if family == "openmpi":
         return {"MPI4PY_LIBMPI": str(LIBRARIES / "libmpi.so.40")}
     (folder / "mpich").mkdir()
@@ -58,10 +58,10 @@ def test_the_losses_are_those_of_one_process(
     ended = start(LAYOUTS[layout], "--launcher", "mpirun", carried, **variables).end()
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
-    assert_alike(found, alone)
+    assert_close_losses(found, alone)
     world = json.loads((tmp_path / "run" / "run.json").read_text())["world"]
     assert (world["launcher"], world["backend"], world["workers"]) == (family, "mpi", 2)
-    assert "\x1b" not in ended.output, "a terminal's words in a file"
+    assert "\x1b" not in ended.output, "no control sequences of a terminal in a file"
 
 
 def test_deepspeeds_mpich_runner_finds_its_mpirun_and_trains(
@@ -74,4 +74,4 @@ def test_deepspeeds_mpich_runner_finds_its_mpirun_and_trains(
     ended = start((1, 1), "--launcher", "deepspeed", "--runner", "mpich", carried, **variables).end()
     assert ended.code == 0, ended.output + ended.errors
     found = losses(tmp_path / "run")
-    assert_alike(found, alone)
+    assert_close_losses(found, alone)

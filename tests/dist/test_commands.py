@@ -1,4 +1,4 @@
-"""The commands of the README as a user types them: real launchers, a real checkpoint, a real crash."""
+"""The commands of the README with real launchers: training, evaluation, generation, and a killed worker."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One short run through each launcher, started by hand."""
+    """One short run by each launcher, without `dist-moe launch`."""
     folders = {}
     for launcher, command in PLAIN.items():
         folders[launcher] = tmp_path_factory.mktemp(launcher) / "run"
@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def test_launchers_started_by_hand_train_alike(runs: dict[str, Path]) -> None:
+def test_launchers_without_a_launch_give_the_same_losses(runs: dict[str, Path]) -> None:
     deepspeed, torchrun = (
         [line for line in lines(runs[name]) if line["event"] != "checkpoint"] for name in ("deepspeed", "torchrun")
     )
@@ -69,19 +69,19 @@ def test_launchers_started_by_hand_train_alike(runs: dict[str, Path]) -> None:
     assert deepspeed[-1]["event"] == "validation"
 
 
-def test_a_checkpoint_evaluates_as_the_run_did_and_generates(runs: dict[str, Path]) -> None:
+def test_evaluate_gives_the_result_of_the_run_and_generate_is_deterministic(runs: dict[str, Path]) -> None:
     checkpoint = runs["torchrun"] / "checkpoints" / "step-000002"
-    found = json.loads(call(str(BIN / "dist-moe"), "evaluate", str(checkpoint)))
-    wanted = lines(runs["torchrun"])[-1]
-    assert found["load"] == wanted["load"]
-    assert found["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=1e-6)
+    result = json.loads(call(str(BIN / "dist-moe"), "evaluate", str(checkpoint)))
+    expected = lines(runs["torchrun"])[-1]
+    assert result["load"] == expected["load"]
+    assert result["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
     greedy = (str(BIN / "dist-moe"), "generate", str(checkpoint), "--prompt", "import os", "--tokens", "5")
     text = call(*greedy, "--temperature", "0")
     assert text.startswith("import os") and text == call(*greedy, "--temperature", "0")
 
 
 @pytest.mark.slow
-def test_a_run_that_begins_anew_in_the_same_folder_sets_the_first_aside(runs: dict[str, Path]) -> None:
+def test_a_new_run_in_the_same_folder_archives_the_first(runs: dict[str, Path]) -> None:
     folder = runs["deepspeed"]
     before = (folder / "metrics.jsonl").read_bytes()
     again = (f"run.dir={folder}", "checkpoint.resume=never", *SHORT)
@@ -94,7 +94,7 @@ def test_a_run_that_begins_anew_in_the_same_folder_sets_the_first_aside(runs: di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_worker_killed_in_training_ends_the_job_and_is_named(launcher: str, tmp_path: Path) -> None:
+def test_a_worker_killed_in_training_ends_the_job_and_is_reported(launcher: str, tmp_path: Path) -> None:
     argv = (str(BIN / "dist-moe"), "launch", "configs/debug.yaml", "--launcher", launcher, f"run.dir={tmp_path}")
     long = ("train.steps=100000", "observe.interval=1", "observe.tensorboard=false")
     job = subprocess.Popen(
@@ -112,9 +112,9 @@ def test_a_worker_killed_in_training_ends_the_job_and_is_named(launcher: str, tm
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_the_text_and_the_model_mean_the_same_target_without_loss() -> None:
+def test_data_and_model_ignore_the_same_target() -> None:
     assert NO_LOSS == IGNORED
 
 
-def test_the_documents_hold_no_unfilled_place() -> None:
+def test_documents_have_no_unfilled_placeholder() -> None:
     assert not [path.name for path in ROOT.glob("*.md") if "@@" in path.read_text()]

@@ -1,4 +1,4 @@
-"""Workers that are told their places by the environment alone, as real processes."""
+"""Workers as real processes, with their ranks in the environment."""
 
 import os
 import socket
@@ -11,7 +11,10 @@ from tests.dist.loaded import LoadedProcess
 
 @contextmanager
 def direct(argv: Sequence[str], ranks: int, log: Path) -> Iterator[list[LoadedProcess]]:
-    """Start `argv` once for each rank; what is left of them at the end of the block is killed. log: what they print."""
+    """Start `argv` once for each rank, and kill the remaining processes at the end of the block.
+
+    log: The file of their output.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
