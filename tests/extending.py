@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "extending.md", ROOT / "docs" / "extending-launcher-part.md")
+PAGES = (ROOT / "docs" / "extending.md",)
 
 
 def launcher_part() -> str:

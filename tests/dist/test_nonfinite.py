@@ -75,7 +75,7 @@ def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callab
         (spoil_output, "rank 1: forward, in model.model.layers.1.mlp of micro-batch 2, whose text is of "),
         (spoil_gradient, "rank 0: backward, at model.model.layers.0."),
         (spoil_weight, "rank 1: the weights model.model.layers.2.mlp.experts.local.down_proj themselves"),
-        (spoil_nothing, "every micro-batch is finite on every rank"),
+        (spoil_nothing, "every micro-batch was finite on every rank"),
     ],
 )
 def test_the_layer_the_rank_and_the_documents_are_named(

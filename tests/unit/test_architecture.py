@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -170,6 +171,12 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
 
 def test_rooms_are_small() -> None:
     assert violations(EVERYTHING, large_rooms) == []
+
+
+def test_folders_have_at_most_twelve_modules() -> None:
+    modules = Counter(source.path.parent for source in OURS if source.path.stem != "__init__")
+    del modules[Path("dist_moe")]  # the ground, with the package's own entry points
+    assert {str(folder): count for folder, count in modules.items() if count > MOST_MODULES} == {}
 
 
 def test_a_file_says_what_it_holds() -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from dist_moe.config.sections.deepspeed_keys import deepspeed_violations
+from dist_moe.config.deepspeed_keys import deepspeed_violations
 from dist_moe.section import Fraction, Section, broken_rules
 
 
