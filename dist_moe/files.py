@@ -29,7 +29,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         OSError: the file cannot be made or opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=-1 if wait else 0)
+    lock = FileLock(path, timeout=-1 if wait else 0, preserve_lock_file=True)
     try:
         lock.acquire()
     except Timeout:

@@ -19,7 +19,8 @@ def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result]) -> list[
     Args:
         mesh: The ranks.
         what: The beginning of the error message, such as "step-000020 could not be saved".
-        work: Runs on this rank; it must not call collectives.
+        work: Runs on this rank; if it calls collectives, it must take part in all of them on
+            every rank, also after a failure, as `broadcast_files` does.
 
     Returns:
         The result of each rank, in rank order.

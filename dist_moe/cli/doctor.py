@@ -45,7 +45,7 @@ def doctor(
     if rank_info_from_env(os.environ).world_size > 1:
         raise typer.Exit(within_a_job(config, overrides, as_json))
     with report_user_errors():
-        settings = load_config(config, overrides or ())
+        settings = load_config(config, overrides or (), workers)
         cluster = read_cluster(settings.cluster)
         folder = Path(settings.run.dir) / f"doctor-{os.getpid()}"
         arguments = [*(overrides or ()), f"run.dir={folder}", f"--doctor={folder / FINDINGS}"]
@@ -88,7 +88,7 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
 
     rank_info = rank_info_from_env(os.environ)
     with report_user_errors():
-        resolved = resolve(load_config(config, overrides or ()), rank_info.world_size)
+        resolved = resolve(load_config(config, overrides or (), rank_info.world_size), rank_info.world_size)
         set_accelerator(resolved.config.parallel.backend, rank_info)
     folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
 

@@ -44,7 +44,7 @@ def launch(
     from dist_moe.launch.scripts import all_files, write_files
 
     with report_user_errors():
-        settings = load_config(config, overrides or ())
+        settings = load_config(config, overrides or (), workers)
         worker_overrides = [*(["--verbose"] if is_verbose() else []), *(overrides or ())]
         cluster = read_cluster(settings.cluster)
         request = LaunchRequest(settings, config, worker_overrides, cluster, workers, runner, max_restarts, min_hosts)

@@ -9,9 +9,7 @@ from rich.console import Console
 from dist_moe.cli.messages import report_user_errors
 from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, Verbose
 
-study_app = typer.Typer(
-    help="Reproduce the measurements of the documentation, without long training.", no_args_is_help=True
-)
+study_app = typer.Typer(help="Reproduce the measurements of the documentation.", no_args_is_help=True)
 
 
 @study_app.command()

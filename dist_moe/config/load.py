@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_moe.config.messages import validate, validate_rest
-from dist_moe.config.renamed_keys import upgrade_keys
+from dist_moe.config.renamed_keys import drop_defaults_of_other_policies, upgrade_keys
 from dist_moe.config.resolve import cross_field_violations, independent_of
 from dist_moe.config.schema import Config
 from dist_moe.config.yaml_io import apply_overrides, read_mapping, render
@@ -30,6 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), workers: int | 
     settings = read_mapping(Path(path))
     violations = apply_overrides(settings, overrides)
     violations += [change.violation() for change in upgrade_keys(settings)]
+    drop_defaults_of_other_policies(settings)
     broken = {violation.key for violation in violations}
     later: list[Violation] = []
     try:

@@ -84,10 +84,11 @@ def upgrade_keys(settings: dict[Any, Any]) -> list[KeyChange]:
     return changes
 
 
-def _drop_defaults_of_other_policies(settings: Mapping[Any, Any]) -> None:
+def drop_defaults_of_other_policies(settings: Mapping[Any, Any]) -> None:
     """Remove the fields of other policies from `balance`, in place, where they have their default.
 
-    Earlier versions wrote the fields of all policies.
+    A complete configuration, whose policy an override may replace, has the fields of its own policy, and those of
+    earlier versions have the fields of all.
     """
     values = settings.get("balance")
     name = policy_of(values)
@@ -111,9 +112,9 @@ def load_stored_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     settings = read_mapping(path)
     if changes := upgrade_keys(settings):
         logger.warning("%s has keys of an earlier version: %s", path, listed(changes, last="and"))
-    _drop_defaults_of_other_policies(settings)
     violations = apply_overrides(settings, overrides)
     violations += [change.violation() for change in upgrade_keys(settings)]
+    drop_defaults_of_other_policies(settings)
     try:
         config = validate(settings)
     except ConfigError as error:

@@ -1,21 +1,68 @@
 """Reads and writes settings as YAML 1.2 and reads `key=value` overrides: plain values only, no key given twice."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
 
 from dist_moe.errors import ABSENT, ConfigError, Violation
 
 # Aliases let a few lines expand to any size; a configuration has some hundred values.
 MAX_VALUES = 100_000
 LINE_WIDTH = 110
+
+
+# A number such as .5e1, which ruamel.yaml takes for text.
+BARE_FLOAT = re.compile(r"[-+]?\.[0-9]+[eE][-+]?[0-9]+")
+# 8 in YAML 1.1 and 10 in YAML 1.2.
+LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+# Text that YAML 1.1 reads as a boolean, a number in base 60 or an octal number, or that no reader takes for an integer.
+AMBIGUOUS = re.compile(r"(?i:y|n|yes|no|on|off)|[-+]?[0-9]+(:[0-9]+)+(\.[0-9]*)?|[-+]?0o?[0-9_]+|[-+]?[0o]*_+")
+
+
+class _Resolver(VersionedResolver):
+    """Takes `.5e1` for a number, as it takes `0.5e1`."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is ScalarNode and implicit[0] and isinstance(value, str) and BARE_FLOAT.fullmatch(value):
+            return Tag(suffix="tag:yaml.org,2002:float")
+        return super().resolve(kind, value, implicit)
+
+
+class _Constructor(SafeConstructor):
+    """Refuses keys given twice beside a merge key, and integers that are not the same in YAML 1.1 and 1.2."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys: list[Any] = []
+        for key_node, _ in node.value:
+            if str(key_node.tag).endswith(":merge"):
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise DuplicateKeyError(None, None, f'found duplicate key "{key}" with value', key_node.start_mark)
+            keys.append(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        if LEADING_ZERO.fullmatch(node.value):
+            problem = f"{node.value} is octal in YAML 1.1 and decimal in YAML 1.2, so write it without the leading zero"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        try:
+            return super().construct_yaml_int(node)
+        except ValueError:
+            raise ConstructorError(None, None, f"{node.value!r} is not an integer", node.start_mark) from None
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
 
 
 class _Representer(SafeRepresenter):
@@ -26,7 +73,7 @@ class _Representer(SafeRepresenter):
 
     def represent_str(self, data: str) -> ScalarNode:
         # Unusual line breaks (U+0085, U+2028) survive in double quotes only.
-        style = None if data.isprintable() else '"'
+        style = None if data.isprintable() and not AMBIGUOUS.fullmatch(data) else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
@@ -41,7 +88,9 @@ def parse(text: str) -> Any:
             expands (by aliases) too far. The message has the line and column where there is one.
     """
     try:
-        value = YAML(typ="safe", pure=True).load(text)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Resolver, yaml.Constructor = _Resolver, _Constructor
+        value = yaml.load(text)
         _require_bounded(value)
     except RecursionError:
         raise ValueError("it nests too deeply") from None

@@ -1,6 +1,6 @@
 """The only importer of DeepSpeed: sharding, reduction, clipping and skipping, with its defects corrected.
 
-Corrections to DeepSpeed 0.19.8, each held by a test in tests/dist/test_engine.py:
+Corrections to DeepSpeed 0.19.8, each covered by a test in tests/dist/test_engine.py:
 - It recognizes only experts of its own class. A parameterless child of that class enables its expert groups, and the
   expert parameters are tagged, so that the experts stay plain modules.
 - At ZeRO 0 it clips by the mean of per-rank norms (fp32) or leaves the experts out of the norm (bf16), and in fp32 it
@@ -124,7 +124,7 @@ class Engine:
 
     @property
     def optimizer_state(self) -> MutableMapping[Tensor, dict[str, Any]]:
-        """The optimizer's state of each of its own tensors, the owners of `optimizer_fragments`."""
+        """The optimizer's state of each of its own tensors, keyed by the `optimizer_tensor`s of `optimizer_fragments`."""
         state: MutableMapping[Tensor, dict[str, Any]] = inner_optimizer(self._engine.optimizer).state
         return state
 

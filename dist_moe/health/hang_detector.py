@@ -94,7 +94,7 @@ class HangDetector:
         self._progress_s = time.monotonic()
         self._stopping = threading.Event()
         self._failed_at: Position | None = None
-        # Each thread has a connection of its own: a call waits for the previous one on the same connection, for ever
+        # Each thread has a connection of its own: a call waits for the previous one on the same connection, forever
         # if the store's process is stopped.
         store: Any = c10d._get_default_store()
         self._answer_store, self._request_store = store.clone(), store.clone()
@@ -183,7 +183,7 @@ class HangDetector:
         return dict.fromkeys(others) | dict(zip(answered, map(_parse_position, texts), strict=True))
 
     def _all_answered(self, ranks: Sequence[int]) -> bool:
-        """Ask for all ranks in one request: in a large job every rank that timed out asks for every other."""
+        """Ask for all ranks in one request: in a large job every rank that timed out asks forevery other."""
         return not ranks or bool(self._request_store.check([f"{POSITION_KEY}/{rank}" for rank in ranks]))
 
     def _answered(self, ranks: Sequence[int]) -> list[int]:

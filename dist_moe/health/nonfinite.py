@@ -193,7 +193,7 @@ def _format_finding(rank: int, finding: Finding) -> str:
     origin = finding.origin
     assert origin is not None
     where = f" of micro-batch {origin.micro_batch}" if origin.micro_batch else ""
-    text = f", whose text is of {', '.join(finding.documents)}" if finding.documents else ""
+    text = f" with text from {', '.join(finding.documents)}" if finding.documents else ""
     return f"rank {rank}: {origin.what}{where}{text}"
 
 

@@ -58,7 +58,7 @@ class LoadAlerts:
             if self._steps_over[layer] == self.patience:
                 warnings.append(
                     f"step {metrics.step}: layer {layer}: MaxVio {value:.2f} (floor {floor:.2f}) is above "
-                    f"{self.limit:g} in {counted(self.patience, 'consecutive logged step')}; "
+                    f"{max(self.limit, floor):.3g} in {counted(self.patience, 'consecutive logged step')}; "
                     "see balance.policy and balance.rate"
                 )
         return warnings

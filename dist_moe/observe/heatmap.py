@@ -61,7 +61,7 @@ def draw_load(load: Sequence[Sequence[int]]) -> Pixels:
     _draw_cells(draw, load, cell_width, left, top)
     _draw_axes(draw, font, len(load), experts, left, top)
     _draw_legend(draw, font, _PADDING_PX, bottom + 8)
-    return np.asarray(image)
+    return np.array(image)
 
 
 def cell_width_px(experts: int) -> int:

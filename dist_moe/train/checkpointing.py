@@ -32,7 +32,7 @@ class CheckpointSchedule:
 
     @property
     def shard_written(self) -> bool:
-        """Whether this rank's files of the checkpoint in progress are written."""
+        """Whether this rank's files of the checkpoint in progress are written, or have failed."""
         return self._saver.written
 
     def after_step(self, step: int, taken: bool, stop_requested: bool) -> None:
@@ -48,11 +48,11 @@ class CheckpointSchedule:
         """
         interval = self._config.checkpoint.interval
         if stop_requested or step == self._config.train.steps:
-            self.save_now(step, taken)
+            self._save_now(step, taken)
         elif interval and step % interval == 0:
-            self.save_due(step, taken)
+            self._save_due(step, taken)
 
-    def save_due(self, step: int, taken: bool) -> None:
+    def _save_due(self, step: int, taken: bool) -> None:
         """Begin to save a checkpoint that others will follow. A failure is reported, and training continues."""
         asynchronous = self._config.checkpoint.asynchronous
         self.finalize()
@@ -63,7 +63,7 @@ class CheckpointSchedule:
         if not asynchronous:
             self.finalize()
 
-    def save_now(self, step: int, taken: bool) -> None:
+    def _save_now(self, step: int, taken: bool) -> None:
         """Save a checkpoint that no other follows, and wait for it.
 
         Raises:
@@ -80,7 +80,7 @@ class CheckpointSchedule:
         if step == 0 or (self.newest is not None and step_of(self.newest) == step):
             return
         try:
-            self.save_now(step, taken=False)
+            self._save_now(step, taken=False)
         except CheckpointError as error:
             self._report.warn(str(error))
 

@@ -146,13 +146,13 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
     config = load_stored_config(config_file, overrides)
     rank_info = rank_info_from_env(os.environ)
     set_threads(config.run.threads, rank_info)
-    sources, folder = config.data, model_folder(checkpoint)
-    vocabulary, fraction = text_vocabulary(config), sources.validation_fraction
-    data = prepare(sources.sources, sources.tokenizer, vocabulary, fraction, cache_folder(), folder)
+    data_config, folder = config.data, model_folder(checkpoint)
+    vocabulary, fraction = text_vocabulary(config), data_config.validation_fraction
+    data = prepare(data_config.sources, data_config.tokenizer, vocabulary, fraction, cache_folder(), folder)
     stored = load_tokenizer(folder)
     if not np.array_equal(stored.token_bytes_V, data.tokenizer.token_bytes_V):
         raise WeightsError(
-            f"the tokenizer of {checkpoint} is not the one that data.sources={sources.sources} gives now; the text "
+            f"the tokenizer of {checkpoint} is not the one that data.sources={data_config.sources} gives now; the text "
             "has changed since, so evaluate it where the text is unchanged"
         )
     with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:

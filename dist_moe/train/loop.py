@@ -1,4 +1,4 @@
-"""The training loop: the moments of a step, in order, and the evaluation at the end."""
+"""The training loop: what happens in each step, in order, and the evaluation at the end."""
 
 import time
 from dataclasses import replace
@@ -12,10 +12,10 @@ from dist_moe.health.checks import HealthChecks
 from dist_moe.health.stop_signals import stop_requests
 from dist_moe.train.checkpointing import CheckpointSchedule
 from dist_moe.train.evaluate import evaluate, validation_set
-from dist_moe.train.rank_flags import JobFlags, RankFlags, job_flags
+from dist_moe.train.rank_flags import JobFlags, RankFlags, exchange_flags
 from dist_moe.train.schedule import learning_rate_schedule
 from dist_moe.train.setup import Run, build_run
-from dist_moe.train.step import StepRecord, reduce_counts, train_step
+from dist_moe.train.step import StepRecord, train_step
 from dist_moe.worker.exit import Stopped
 from dist_moe.worker.rank_info import RankInfo
 
@@ -86,10 +86,7 @@ def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlag
     rows = [] if changed else micro_batches(run.resolved, run.mesh, step)
     batches = [part.of(run.state.stream) for part in rows]
     flags = replace(flags, data_changed=changed or detect_change(files))
-    counts = reduce_counts(batches, engine.device, flags.as_ints())
-    all_flags = job_flags(counts.extra, run.mesh.world_size)
-    if all_flags.data_changed:
-        reject_change(flags.data_changed)
+    counts, all_flags = exchange_flags(batches, flags, engine)
     record = train_step(engine, balancer, batches, learning_rate, counts)
     run.report.step(step, record, balancer.biases, learning_rate, balance_rate, time.perf_counter() - started_s)
     return record, all_flags

@@ -4,6 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dist_moe.data.mmap_files import reject_change
+from dist_moe.data.stream import Batch
+from dist_moe.engine.deepspeed import Engine
+from dist_moe.train.step import GlobalCounts, reduce_counts
+
 
 @dataclass(frozen=True)
 class RankFlags:
@@ -11,7 +16,7 @@ class RankFlags:
 
     Attributes:
         stop_requested: A signal asked this rank to stop.
-        shard_written: This rank's files of the checkpoint in progress are written.
+        shard_written: This rank's files of the checkpoint in progress are written, or have failed.
         data_changed: The data file that was modified since it was opened, and how; "" if none was.
     """
 
@@ -32,7 +37,7 @@ class JobFlags(NamedTuple):
 
     Attributes:
         stop_requested: Any rank was asked to stop.
-        shard_written: Every rank's files of the checkpoint in progress are written.
+        shard_written: Every rank's files of the checkpoint in progress are written, or have failed.
         data_changed: Any rank's data file was modified.
     """
 
@@ -45,3 +50,24 @@ def job_flags(summed: Sequence[int], world_size: int) -> JobFlags:
     """Return the flags of all ranks from the sums of `RankFlags.as_ints` over them."""
     stop_requested, shard_written, data_changed = summed
     return JobFlags(stop_requested > 0, shard_written == world_size, data_changed > 0)
+
+
+def exchange_flags(batches: Sequence[Batch], flags: RankFlags, engine: Engine) -> tuple[GlobalCounts, JobFlags]:
+    """Reduce the token counts of a step and the flags of all ranks in ONE all-reduce. A collective call.
+
+    Args:
+        batches: This rank's micro-batches.
+        flags: This rank's flags.
+        engine: The engine of the run.
+
+    Returns:
+        The counts for `train_step`, and the flags of all ranks.
+
+    Raises:
+        DataError: A data file was modified on any rank; raised on every rank.
+    """
+    counts = reduce_counts(batches, engine.device, flags.as_ints())
+    all_flags = job_flags(counts.extra, engine.mesh.world_size)
+    if all_flags.data_changed:
+        reject_change(flags.data_changed)
+    return counts, all_flags

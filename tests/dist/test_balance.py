@@ -84,7 +84,7 @@ def test_trap_T08_every_layer_is_updated_and_named(ranks: RankPool, tmp_path: Pa
     for number in range(8):
         (tmp_path / f"text-{number}.txt").write_text(f"{number} to be, or not to be: that is the question\n" * 20)
     printed, metrics = ranks.run(whole_run, 2, str(tmp_path))[0]
-    assert "balance loss_free: model.layers.1.mlp, model.layers.2.mlp" in printed
+    assert "balancing policy loss_free on layers model.layers.1.mlp, model.layers.2.mlp" in printed
     step = next(line for line in metrics if line.get("step") == 1)
     assert max(step["max_vio_per_layer"]) > 0 and len(step["max_vio_per_layer"]) == 2
     assert [layer["max"] > 0 > layer["min"] for layer in step["bias_per_layer"]] == [True, True]

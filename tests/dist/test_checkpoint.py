@@ -20,7 +20,7 @@ LAYOUTS = {  # workers, expert parallel, ZeRO stage
 Saved = Callable[[str, bool], Path]
 BF16 = ("train.precision=bf16",)
 KINDS = {
-    "fp32, ZeRO 1, accumulated": ("parallel.zero_stage=1", "train.micro_batch_size=2"),
+    "fp32, ZeRO 1, accumulated": ("parallel.zero_stage=1", "train.micro_batch_size=1"),
     "bf16, ZeRO 2, recomputed": (
         "parallel.zero_stage=2",
         "train.precision=bf16",

@@ -131,16 +131,14 @@ def optimizer_view(rank: int, world_size: int, stage: int) -> tuple[int, set[str
         if stage > 0:  # there the groups hold flat shards
             groups = optimizer.bit16_groups
         experts = [bool(group.get("moe", False)) for group in optimizer.param_groups]
-        optimizer_fragments = [(names[id(p)], moe) for group, moe in zip(groups, experts, strict=True) for p in group]
-        assert len(optimizer_fragments) == len(dict(optimizer_fragments)) == len(names), (
-            "a parameter is missing, or in two groups"
-        )
+        grouped = [(names[id(p)], moe) for group, moe in zip(groups, experts, strict=True) for p in group]
+        assert len(grouped) == len(dict(grouped)) == len(names), "a parameter is missing, or in two groups"
         assert all(is_moe_param(p) == moe for g, moe in zip(groups, experts, strict=True) for p in g)
         weights = named_weights(task, mesh)
     return (
-        len(optimizer_fragments),
-        {n for n, moe in optimizer_fragments if moe},
-        {n for n, moe in optimizer_fragments if not moe},
+        len(grouped),
+        {n for n, moe in grouped if moe},
+        {n for n, moe in grouped if not moe},
         weights,
     )
 

@@ -59,7 +59,7 @@ def spoil_nothing(training: TrainState) -> None:
 
 
 def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callable[[TrainState], None]) -> str:
-    """Spoil a run and let the guard look at its first step -> what it says."""
+    """Spoil a run and and return the monitor's error for its first step."""
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
         spoil(training)
         parts, scale = micro_batches(resolved, training.engine.mesh, 1), torch.tensor(1 / 64)
@@ -72,7 +72,7 @@ def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callab
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (spoil_output, "rank 1: forward, in model.model.layers.1.mlp of micro-batch 2, whose text is of "),
+        (spoil_output, "rank 1: forward, in model.model.layers.1.mlp of micro-batch 2 with text from "),
         (spoil_gradient, "rank 0: backward, at model.model.layers.0."),
         (spoil_weight, "rank 1: the weights model.model.layers.2.mlp.experts.local.down_proj themselves"),
         (spoil_nothing, "every micro-batch was finite on every rank"),
@@ -84,7 +84,7 @@ def test_the_layer_the_rank_and_the_documents_are_named(
     first, second = ranks.run(searched, 2, text, tmp_path, spoil)
     assert first == second
     assert told in first
-    names = re.search(r"whose text is of ([^;]+)", first)
+    names = re.search(r"with text from ([^;]+)", first)
     if names is not None:
         assert re.fullmatch(r"[0-9a-f]{16}(, [0-9a-f]{16})*", names[1].removesuffix(" (and later on rank 0)"))
 

@@ -56,8 +56,8 @@ def test_trap_T10_counts_and_state_are_those_of_one_rank_exactly(ranks: RankPool
         for found, found_state in ranks.run(given_logits, workers, name):
             assert_same_state(found_state, state)
             for step, wanted_step in zip(found, wanted, strict=True):
-                for layer_counts, wanted_tally in zip(step, wanted_step, strict=True):
-                    assert_same_state(layer_counts._asdict(), wanted_tally._asdict())
+                for layer_counts, wanted_counts in zip(step, wanted_step, strict=True):
+                    assert_same_state(layer_counts._asdict(), wanted_counts._asdict())
 
 
 def test_trap_T10_a_mean_of_local_quantiles_is_another_bias(ranks: RankPool) -> None:

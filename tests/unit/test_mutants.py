@@ -103,3 +103,20 @@ def test_an_entry_that_cannot_be_used_is_named(tmp_path: Path, entry: dict[str, 
     with pytest.raises(CatalogueError, match="this one") as caught:
         read_catalogue(root)
     assert fault in str(caught.value)
+
+
+def test_every_mutant_is_code_whose_names_exist(tmp_path: Path) -> None:
+    for number, mutant in enumerate(read_catalogue(ROOT)):
+        changed = mutant.apply((ROOT / mutant.file).read_text())
+        if mutant.file.endswith(".py"):
+            (tmp_path / f"mutant_{number}_{Path(mutant.file).stem}.py").write_text(changed)
+    argv = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,E9", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_test_of_a_mutant_is_collected() -> None:
+    tests = sorted({mutant.test for mutant in read_catalogue(ROOT)})
+    argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -11,6 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 import dist_moe
+from tests.unit.source import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,3 +68,14 @@ def test_make_alone_lists_every_task() -> None:
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)
     assert phony and listed == set(phony[1].split())
+
+
+def test_every_import_of_the_package_is_a_declared_dependency() -> None:
+    """The package runs where the extras are not installed; mpi4py alone is imported where MPI is asked for."""
+    modules = {"mpi4py"} | {
+        {"ruamel-yaml": "ruamel", "pillow": "PIL"}.get(name, name.replace("-", "_"))
+        for name in (Requirement(line).name.lower().replace(".", "-") for line in project()[""])
+    }
+    found = {name.partition(".")[0] for source in sources("dist_moe") for name in source.imports()}
+    third_party = found - set(sys.stdlib_module_names) - {"dist_moe"}
+    assert third_party <= modules

@@ -38,8 +38,17 @@ from dist_moe.model.build import empty_model, family_rule, materialize
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 
-# The names of selection rules in config.json.
+# The names of selection rules in config.json; "forced" is random routing, by its name in the first version.
 RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": ThresholdRouting, "forced": RandomRouting}
+# Fields of rules in config.json by the names that earlier versions wrote. The field names of the dataclasses in
+# moe/select.py are part of the format.
+EARLIER_FIELDS = {
+    "normalise": "normalize",
+    "scaling": "routed_scaling_factor",
+    "top_groups": "topk_groups",
+    "shapes_mixture": "bias_in_gate_weights",
+    "skew": "zipf_exponent",
+}
 
 
 def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: bool) -> None:
@@ -221,6 +230,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
     model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
     try:
         family = family_of(model_type)
+        overrides = {EARLIER_FIELDS.get(name, name): value for name, value in overrides.items()}
         config = AutoConfig.for_model(model_type, **raw)
         kind = RULES[overrides.pop("selection", "top_k")]
         if kind is not TopK:

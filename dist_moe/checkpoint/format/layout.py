@@ -172,6 +172,8 @@ def recover(root: Path) -> None:
             os.replace(replaced, final)
     for deleted in root.glob(f"step-*{DELETED}"):
         shutil.rmtree(deleted, ignore_errors=True)
+    for unfinished in root.glob(f".{LATEST}.*"):
+        unfinished.unlink(missing_ok=True)
 
 
 def archive_newer(resumed: Path) -> None:

@@ -35,7 +35,11 @@ def write_results(folder: Path, plan: Plan, runs: Sequence[Run], seconds: float)
 def settings(plan: Plan) -> dict[str, Any]:
     """Return everything that the results depend on, as plain values."""
     measures = {"window": WINDOW, "near": NEAR, "tolerance": TOLERANCE, "threshold": THRESHOLD}
-    return asdict(plan) | measures | {"variants": [asdict(variant) for variant in VARIANTS]}
+    return (
+        asdict(plan)
+        | measures
+        | {"variants": [asdict(variant) | {"policy": variant.policy.model_dump()} for variant in VARIANTS]}
+    )
 
 
 def runs_as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dist_moe.checkpoint.errors import WeightsError
-from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
+from dist_moe.checkpoint.format.hf_weights import EARLIER_FIELDS, load_weights, save_weights
 from dist_moe.comm.mesh import Mesh
 from dist_moe.data.tokenizer import byte_tokenizer
 from dist_moe.model.build import build_model, family_rule
@@ -171,6 +171,20 @@ def test_inexpressible_routing_is_refused_by_transformers_and_loaded_by_load_wei
     for auto in (AutoConfig, AutoModelForCausalLM):
         with pytest.raises(ValueError, match=f"dist_moe_{model.config.model_type}"):
             auto.from_pretrained(tmp_path)
+    opened = load_weights(tmp_path, ALONE)
+    assert torch.equal(logits(opened, tokens()), logits(model, tokens()))
+    assert find_layers(opened)[0].router.rule == find_layers(model)[0].router.rule
+
+
+@pytest.mark.parametrize("case", [*ON_QWEN, *ON_DEEPSEEK])
+def test_load_weights_reads_the_names_of_earlier_versions(tmp_path: Path, case: str) -> None:
+    model = inexpressible_model(case)
+    save(model, tmp_path, balanced=False)
+    config_file = tmp_path / "config.json"
+    content = json.loads(config_file.read_text())
+    earlier = {name: old for old, name in EARLIER_FIELDS.items()}
+    content["dist_moe"] = {earlier.get(name, name): value for name, value in content["dist_moe"].items()}
+    config_file.write_text(json.dumps(content))
     opened = load_weights(tmp_path, ALONE)
     assert torch.equal(logits(opened, tokens()), logits(model, tokens()))
     assert find_layers(opened)[0].router.rule == find_layers(model)[0].router.rule

@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_moe.config import Config, ConfigError, dump_config, load_config
 from dist_moe.config.messages import field_paths
-from dist_moe.config.yaml_io import render
+from dist_moe.config.renamed_keys import load_stored_config
+from dist_moe.config.yaml_io import parse, render
 from dist_moe.errors import ABSENT
+from dist_moe.policies.registry import POLICIES
 from tests.unit.config.files import DEBUG, debug
 
 SMALLEST = """
@@ -243,7 +246,7 @@ def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
 
 
 def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
-    for text in ("1e-6", "1E+2", "3.e2", "5.0e1", "-2e3"):
+    for text in ("1e-6", "1E+2", "3.e2", "5.0e1", ".5e1", "-.5e1", "-2e3"):
         assert debug(f"model.config.rms_norm_eps={text}").model.config["rms_norm_eps"] == float(text)
     assert debug("run.dir='1e-6'").run.dir == "1e-6"
 
@@ -297,3 +300,31 @@ def test_what_is_dumped_loads_back_equal(
     path = tmp_path_factory.mktemp("dumped") / "config.yaml"
     path.write_text(dump_config(changed), encoding="utf-8")
     assert load_config(path) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: &x {b: 1}\nc: {<<: *x, d: 1, d: 2}", "found a second key"),
+        ("a: 010", "010 is octal in YAML 1.1 and decimal in YAML 1.2"),
+        ("a: -_", "'-_' is not an integer"),
+    ],
+)
+def test_yaml_that_readers_may_read_differently_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "N", "12:30", "0o17", "017", "-_", "1e-6", "null", ".5e1"])
+def test_text_that_looks_like_another_value_stays_text(text: str) -> None:
+    """For a reader of YAML 1.1 too, such as PyYAML."""
+    rendered = render({"a": text})
+    assert parse(rendered) == yaml.safe_load(rendered) == {"a": text}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_policy_of_a_complete_configuration_can_be_replaced(tmp_path: Path, policy: str) -> None:
+    path = tmp_path / "complete.yaml"
+    path.write_text(dump_config(debug()))
+    assert load_config(path, [f"balance.policy={policy}"]).balance.policy == policy
+    assert load_stored_config(path, [f"balance.policy={policy}"]).balance.policy == policy

@@ -83,12 +83,12 @@ def test_a_token_of_one_document_changes_no_logit_of_the_next(task: LanguageMode
 
 def test_a_packed_row_is_its_documents_run_alone_in_batch(task: LanguageModelTask) -> None:
     rows = packed()
-    run_on_all_ranks, whole = forward(task, rows)
+    packed_logits, whole = forward(task, rows)
     nll, loads = torch.zeros(()), [torch.zeros_like(load) for load in whole.loads]
     for row in range(2):
         for start, end in ((0, CUT), (CUT, LENGTH)):
             alone, output = forward(task, alone_in_batch(rows, row, start, end))
-            torch.testing.assert_close(run_on_all_ranks[row : row + 1, start:end], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(packed_logits[row : row + 1, start:end], alone, rtol=1e-4, atol=1e-5)
             nll += output.nll_sum
             loads = [a + b for a, b in zip(loads, output.loads, strict=True)]
     torch.testing.assert_close(whole.nll_sum, nll, rtol=1e-5, atol=0)
