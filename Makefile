@@ -1,4 +1,4 @@
-# Every everyday task; `make` alone lists them. ARGS is handed on: make test ARGS="-k router".
+# Every everyday task; `make` alone lists them. ARGS is passed on: make test ARGS="-k router".
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,13 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## train CONFIG (the quick start) on WORKERS processes
 	$(BIN)/dist-moe launch $(CONFIG) --workers $(WORKERS) $(ARGS)
 
-test: $(STAMP) ## run tests of every part; those for a GPU only where there is one
+test: $(STAMP) ## run the fast tests, a covering subset of all; those for a GPU only where there is one
 	$(PYTEST) -m "not slow and not full" $(ARGS)
 
 test-all: $(STAMP) ## run all tests on one machine: every fault, launcher and combination of parameters too
 	$(PYTEST) $(ARGS)
 
-# Images may take longer to build than any other test may take at all.
+# Building the images takes longer than the time-out of a test.
 test-cluster: $(STAMP) ## the tests over several hosts: network namespaces of this machine (root; installs Debian packages)
 	sh tests/cluster/packages.sh
 	$(BIN)/python -m pytest --override-ini addopts="--import-mode=importlib -ra" \
@@ -62,7 +62,7 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy
 	$(BIN)/mypy dist_moe tests examples
 
-format: $(STAMP) ## write the format that lint asks for
+format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
@@ -79,12 +79,12 @@ parity: $(STAMP) ## compare losses and gradients over worker counts, expert para
 mutants: $(STAMP) ## break the code one line at a time; each time the named test must fail
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-faults: $(STAMP) ## strike runs by signals, damaged files and broken disks; an hour or so
+faults: $(STAMP) ## inject signals, damaged files and disk failures into runs; about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 tensorboard: $(STAMP) ## show the runs in a browser
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
-clean: ## remove what make made, but no runs
+clean: ## remove build products; runs are kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -29,7 +29,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         OSError: the file cannot be made or opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=-1 if wait else 0, preserve_lock_file=True)
+    # A marker file, the fallback without flock, would survive a process that is killed.
+    lock = FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False, preserve_lock_file=True)
     try:
         lock.acquire()
     except Timeout:

@@ -124,7 +124,7 @@ class Engine:
 
     @property
     def optimizer_state(self) -> MutableMapping[Tensor, dict[str, Any]]:
-        """The optimizer's state of each of its own tensors, keyed by the `optimizer_tensor`s of `optimizer_fragments`."""
+        """The optimizer's state, keyed by the `optimizer_tensor`s of `optimizer_fragments`."""
         state: MutableMapping[Tensor, dict[str, Any]] = inner_optimizer(self._engine.optimizer).state
         return state
 

@@ -128,7 +128,7 @@ class Job:
                     f"{' or '.join(able)}"
                 )
         if request.runner and request.runner not in launcher.runners:
-            raise LaunchError(f"--runner {request.runner} does not exist; use {', '.join(launcher.runners)}")
+            raise LaunchError(f"unknown --runner {request.runner}; use {', '.join(launcher.runners)}")
         if isinstance(launcher, Scheduler):
             if request.asked_workers is not None:
                 raise LaunchError(

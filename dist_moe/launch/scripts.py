@@ -1,14 +1,17 @@
 """The folder of ready scripts that `dist-moe launch --write` makes: what its files share, and how it is written."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from dist_moe.errors import needs_folder
 from dist_moe.launch.cluster import require_shell_safe
-from dist_moe.launch.command import DEFAULT_PORT, OUTER_JOB_VARIABLES
+from dist_moe.launch.command import DEFAULT_PORT, OUTER_JOB_VARIABLES, LaunchError
 from dist_moe.launch.launcher import LaunchRequest, load_launchers
 from dist_moe.launch.template import fill_template
 
+# The words of `template.shell_variable`.
+RESERVED = re.compile(r"__[A-Z]+(_[A-Z]+)*__")
 HOSTS = {"node0": 2, "node1": 2}
 """The example hosts of a hostfile -> slots, where the configuration has no cluster."""
 
@@ -84,9 +87,12 @@ def all_files(request: LaunchRequest) -> dict[str, str]:
     """Return every file of the folder: relative path -> text.
 
     Raises:
-        LaunchError: The path of the configuration needs quoting.
+        LaunchError: The path of the configuration needs quoting, or a text contains the name of a script's variable.
     """
     require_shell_safe("a script", [str(request.config_path)])
+    reserved = [text for text in (str(request.config_path), *request.overrides) if RESERVED.search(text)]
+    if reserved:
+        raise LaunchError(f"{reserved[0]!r} contains a name that scripts use for a variable; rename it")
     launchers = load_launchers()
     hosts = HOSTS if request.cluster is None else {host.name: len(host.devices) for host in request.cluster.hosts}
     texts: dict[str, str] = {

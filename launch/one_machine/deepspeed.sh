@@ -12,7 +12,9 @@ THREADS=${THREADS:-$(($(nproc) > WORKERS ? $(nproc) / WORKERS : 1))}
 # With the variables of an outer launcher, the workers would join its job.
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
 # DeepSpeed's launcher overwrites CUDA_VISIBLE_DEVICES; the workers restore it from this copy.
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then export DIST_MOE_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"; fi
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    export DIST_MOE_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"
+fi
 PATH="${PYTHON%/*}:$PATH"
 export GLOO_SOCKET_IFNAME=lo
 export OMP_NUM_THREADS="$THREADS"

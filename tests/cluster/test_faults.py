@@ -241,4 +241,4 @@ def test_torchrun_continues_without_a_lost_host(pair: list[Host], tmp_path: Path
     pair[1].end()
     ended = launch.end(150)
     assert ended.code == 0, ended.errors
-    assert "1 workers, expert parallel 1" in ended.output
+    assert "1 worker, expert parallel 1" in ended.output

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.config import dump_config, load_config
 from tests.selection import slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,8 +76,8 @@ class Job:
 def write_config(folder: Path) -> Path:
     """Write the debug configuration with a run folder of its own."""
     config = folder / "run.yaml"
-    text = (ROOT / "configs" / "debug.yaml").read_text()
-    config.write_text(text.replace("runs/debug", str(folder / "run")).replace("threads: auto", "threads: 1"))
+    changes = [f"run.dir={folder / 'run'}", "run.threads=1"]
+    config.write_text(dump_config(load_config(ROOT / "configs" / "debug.yaml", changes)))
     return config
 
 

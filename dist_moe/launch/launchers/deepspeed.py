@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dist_moe.config.sections.cluster import ClusterConfig
@@ -43,7 +43,9 @@ ENVIRONMENT_FILE = "DS_ENV_FILE"
 MPI_RUNNERS = {"openmpi": "OpenMPI", "mpich": "MPICH"}
 KEEP_DEVICES_SCRIPT = f"""\
 # DeepSpeed's launcher overwrites {VISIBLE_DEVICES_VARIABLE}; the workers restore it from this copy.
-if [ -n "${{{VISIBLE_DEVICES_VARIABLE}:-}}" ]; then export {KEPT_DEVICES_VARIABLE}="${VISIBLE_DEVICES_VARIABLE}"; fi"""
+if [ -n "${{{VISIBLE_DEVICES_VARIABLE}+set}}" ]; then
+    export {KEPT_DEVICES_VARIABLE}="${VISIBLE_DEVICES_VARIABLE}"
+fi"""
 
 
 class DeepspeedLauncher(ProcessLauncher):
@@ -167,10 +169,10 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
         environment |= openmpi_environment(cluster.ssh_options)
     if runner in MPI_RUNNERS:
         environment["PATH"] = _path_to_mpirun(MPI_RUNNERS[runner], folder, environment)
-    options = {
-        "openmpi": [*root_option("OpenMPI"), *openmpi_options("1", has_cores=False), *openmpi_network(cluster)],
-        "mpich": mpich_options("1", has_cores=False),
-        "slurm": slurm_options(cluster),
+    options: dict[str, Callable[[], Sequence[str]]] = {
+        "openmpi": lambda: [*root_option("OpenMPI"), *openmpi_options("1", has_cores=False), *openmpi_network(cluster)],
+        "mpich": lambda: mpich_options("1", has_cores=False),
+        "slurm": lambda: slurm_options(cluster),
     }
     selected = [f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts]
     argv = cluster_argv(
@@ -183,7 +185,7 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
         port=str(settings.port),
         ssh_port=settings.ssh_port,
         include="@".join(selected) if runner == "pdsh" else None,
-        runner_options=options.get(runner),
+        runner_options=options[runner]() if runner in options else None,
     )
     return Command("deepspeed", argv, environment, secret_files=(variables,))
 

@@ -61,7 +61,7 @@ class Mpi(NamedTuple):
 class MpirunLauncher(ProcessLauncher):
     """The mpirun of OpenMPI or MPICH."""
 
-    summary = "the workers are to exchange tokens by MPI, on the CPU"
+    summary = "CPU runs that use MPI for the all-to-all"
 
     def command(self, request: LaunchRequest, base: Mapping[str, str]) -> Command:
         """Return the command, with the mpirun of the MPI that mpi4py loads: under another one each worker is alone.

@@ -30,12 +30,23 @@ class Descendant(NamedTuple):
 
 def descendants(root: int) -> dict[int, Descendant]:
     """Return the children, grandchildren and so on of the process `root` by pid, zombies included."""
+    # Not `Process.children`: it omits children that started before their parent by the clock, which may be adjusted.
+    table: list[Descendant] = []
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            with process.oneshot():
+                table.append(Descendant(process, process.ppid(), process.status() in ENDED))
     found: dict[int, Descendant] = {}
-    # A new handle each time: psutil omits children that started before their parent, by times that it computes from
-    # the clock and remembers in the handle, so an adjustment of the clock would hide them.
-    for child in psutil.Process(root).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess), child.oneshot():
-            found[child.pid] = Descendant(child, child.ppid(), child.status() in ENDED)
+    parents = {root}
+    while parents:
+        children = {
+            entry.process.pid: entry
+            for entry in table
+            if entry.parent in parents and entry.process.pid not in found and entry.process.pid != root
+        }
+        found |= children
+        parents = set(children)
     return found
 
 

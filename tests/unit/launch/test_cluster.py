@@ -187,7 +187,7 @@ def test_job_workers_are_the_slots_of_the_cluster(tmp_path: Path) -> None:
         ("torchrun", True, {"min_hosts": 3}, "--min-hosts 3 is more than the 2 hosts of the cluster"),
         ("torchrun", True, {"runner": "pdsh"}, "--runner pdsh is ignored by --launcher torchrun"),
         ("deepspeed", False, {"runner": "openmpi"}, "--runner openmpi is ignored without a cluster"),
-        ("deepspeed", True, {"runner": "rsh"}, "--runner rsh does not exist; use pdsh, openmpi, mpich, slurm"),
+        ("deepspeed", True, {"runner": "rsh"}, "unknown --runner rsh; use pdsh, openmpi, mpich, slurm"),
         (
             "slurm",
             False,

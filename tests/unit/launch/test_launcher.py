@@ -39,7 +39,7 @@ def test_no_module_outside_of_launchers_knows_a_launcher(module: str) -> None:
 def test_finding_the_launchers_imports_neither_torch_nor_the_configuration() -> None:
     code = (
         "import sys; from dist_moe.launch.launchers import launcher_names; names = launcher_names();"
-        "print(*names); print(*(name for name in ('torch', 'pydantic', 'yaml') if name in sys.modules))"
+        "print(*names); print(*(name for name in ('torch', 'pydantic', 'ruamel.yaml') if name in sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

@@ -78,7 +78,9 @@ def test_send_signal_never_reaches_a_later_process_with_the_same_pid(monkeypatch
     later = subprocess.Popen(["sleep", "600"])
     ended.kill()
     ended.wait()
-    monkeypatch.setattr(process, "_pid", later.pid)  # as if the kernel had given the pid away again
+    # As if the kernel had given the pid away again: the pid of the later process, the start time of the ended one.
+    monkeypatch.setattr(process, "_pid", later.pid)
+    monkeypatch.setattr(process, "_ident", (later.pid, process._ident[1]))
     send_signal(process, signal.SIGKILL)
     with pytest.raises(subprocess.TimeoutExpired):
         later.wait(timeout=0.3)
