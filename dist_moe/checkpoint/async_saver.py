@@ -1,7 +1,7 @@
 """Saves checkpoints while training continues: started at one step boundary, completed at a later one.
 
 The steps of a save, on every rank:
-1. `save_async`, at a step boundary: the tensors are copied to host memory, and a thread starts to write the copy to
+1. `start_save`, at a step boundary: the tensors are copied to host memory, and a thread starts to write the copy to
    `step-NNNNNN.partial`. Training waits only for the copy.
 2. At each later boundary every rank reports, in the one all-reduce that a step makes anyway, whether its files are
    written.
@@ -91,7 +91,7 @@ class Pending:
 
 
 class AsyncSaver:
-    """Saves the checkpoints of one run. `save_async`, `finalize` and `save` are collective calls.
+    """Saves the checkpoints of one run. `start_save`, `finalize` and `save` are collective calls.
 
     Args:
         training: The run.
@@ -117,7 +117,7 @@ class AsyncSaver:
         """Whether this rank's thread has ended: its files of the pending checkpoint are written, or have failed."""
         return self._pending is not None and self._pending.writing.done()
 
-    def save_async(self, step: int, keep_all: bool = False, asynchronous: bool = True) -> None:
+    def start_save(self, step: int, keep_all: bool = False, asynchronous: bool = True) -> None:
         """Start to save the run after `step`; the previous checkpoint must have been finalized.
 
         Args:
@@ -196,9 +196,9 @@ class AsyncSaver:
         """Save the run after `step` and return when the checkpoint is complete.
 
         Raises:
-            CheckpointError: As `save_async` and `finalize`.
+            CheckpointError: As `start_save` and `finalize`.
         """
-        self.save_async(step, keep_all, asynchronous=False)
+        self.start_save(step, keep_all, asynchronous=False)
         saved = self.finalize()
         assert saved is not None
         return saved

@@ -70,7 +70,7 @@ def collect(training: TrainState, step: int) -> Snapshot:
     texts = {f"{MODEL_FOLDER}/{name}": text for name, text in config_files(model, balanced).items()}
     texts[f"{STATE_FOLDER}/{COUNTERS_FILE}"] = counters_of(training, step).model_dump_json(indent=1) + "\n"
     texts[CONFIG_FILE] = dump_config(config)
-    return Snapshot(tensors, texts, training.prepared.tokenizer)
+    return Snapshot(tensors, texts, training.data.tokenizer)
 
 
 class StagingBuffer:

@@ -85,7 +85,7 @@ def counters_of(training: TrainState, step: int) -> Counters:
         step=step,
         taken=state["taken"],
         controller=state["controller"],
-        corpus=training.prepared.fingerprint,
+        corpus=training.data.fingerprint,
         workers=mesh.world_size,
         expert_parallel=mesh.expert_parallel,
         zero_stage=settings.zero_stage,

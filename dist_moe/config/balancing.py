@@ -1,6 +1,6 @@
 """Whether the router and the balancer of a configuration fit together, and fit the model."""
 
-from dist_moe.config.combinations import FORCED, refusal
+from dist_moe.config.combinations import RANDOM_SELECTIONS, refusal
 from dist_moe.config.model import ROUTING_VALUES, routing_key
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.router import RouterConfig
@@ -18,7 +18,7 @@ def balancing_violations(config: Config, router: RouterConfig, experts: int) -> 
     """
     violations = _combination(config, router)
     violations += _threshold(config, router, experts) if router.selection == "threshold" else _fixed_number(router)
-    violations += _random(config, router) if router.selection in FORCED else []
+    violations += _random(config, router) if router.selection in RANDOM_SELECTIONS else []
     if router.zipf_exponent != RouterConfig.model_fields["zipf_exponent"].default and router.selection != "zipf":
         rule = f"has no meaning with router.selection={router.selection}"
         remedy = "leave it out, or set router.selection=zipf"
@@ -30,7 +30,9 @@ def _combination(config: Config, router: RouterConfig) -> list[Violation]:
     refused = refusal(router.selection, str(router.score), config.balance.policy)
     if refused is None:
         return []
-    by_selection = router.selection in FORCED or (router.selection == "threshold" and router.score != "softmax")
+    by_selection = router.selection in RANDOM_SELECTIONS or (
+        router.selection == "threshold" and router.score != "softmax"
+    )
     key, value = ("router.selection", router.selection) if by_selection else ("balance.policy", config.balance.policy)
     return [Violation(key, value, *refused)]
 

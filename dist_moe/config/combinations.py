@@ -9,7 +9,7 @@ from dist_moe.policies.unbalanced import Unbalanced
 from dist_moe.scores import Score
 
 SELECTIONS = ("top_k", "threshold", "uniform", "zipf")
-FORCED = ("uniform", "zipf")
+RANDOM_SELECTIONS = ("uniform", "zipf")
 SCORES: tuple[str, ...] = get_args(Score)
 
 
@@ -26,7 +26,7 @@ def refusal(selection: str, score: str, policy: str) -> Refusal | None:
             "adds up probabilities over all experts, which router.score=softmax alone gives",
             "set router.score=softmax",
         )
-    if selection in FORCED and POLICIES[policy] is not Unbalanced:
+    if selection in RANDOM_SELECTIONS and POLICIES[policy] is not Unbalanced:
         return Refusal(
             "draws experts without reading the scores, so a balancer would have no effect",
             f"set balance.policy={Unbalanced.name()}",

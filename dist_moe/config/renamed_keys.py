@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dist_moe.config.messages import validate
 from dist_moe.config.schema import Config
-from dist_moe.config.sections.balance import policy_of
+from dist_moe.config.sections.balance import policy_name
 from dist_moe.config.yaml_io import apply_overrides, read_mapping
 from dist_moe.errors import ConfigError, Violation
 from dist_moe.policies.registry import POLICIES, foreign_defaults
@@ -91,7 +91,7 @@ def drop_defaults_of_other_policies(settings: Mapping[Any, Any]) -> None:
     earlier versions have the fields of all.
     """
     values = settings.get("balance")
-    name = policy_of(values)
+    name = policy_name(values)
     if not isinstance(values, dict) or name not in POLICIES:
         return
     for field, default in foreign_defaults(name).items():

@@ -19,9 +19,9 @@ class TrainState:
     engine: Engine
     balancer: Balancer
     task: LanguageModelTask
-    prepared: TokenizedData
+    data: TokenizedData
 
     @cached_property
     def stream(self) -> Stream:
         """The infinite stream of training rows."""
-        return Stream(self.prepared.train, self.config.data.sequence_length, self.config.run.seed)
+        return Stream(self.data.train, self.config.data.sequence_length, self.config.run.seed)

@@ -163,7 +163,7 @@ def _outputs(task: nn.Module) -> Iterator[list[tuple[str, bool]]]:
 
 def _documents(state: TrainState, rows: Rows) -> tuple[str, ...]:
     indices = state.stream.documents(rows)[:MOST_DOCUMENTS]
-    names = document_names(state.prepared, "train", indices)
+    names = document_names(state.data, "train", indices)
     return tuple(names.get(index, f"document {index}") for index in indices)
 
 

@@ -125,22 +125,22 @@ class Policy(Section):
         """Whether a score is multiplied by exp(bias), where the bias would be added to it otherwise."""
         return False
 
-    def frozen_at(self, step: int) -> bool:
-        """Whether no bias is updated any more after `step` optimizer steps."""
+    def frozen_at(self, taken: int) -> bool:
+        """Whether no bias is updated any more after `taken` steps that were not skipped."""
         return False
 
-    def rate_at(self, step: int, schedule_steps: int) -> float:
-        """The rate of the update after `step` earlier ones; 0 for a policy without a rate, and once it is frozen.
+    def rate_at(self, taken: int, schedule_steps: int) -> float:
+        """The rate of the update after `taken` earlier ones; 0 for a policy without a rate, and once it is frozen.
 
         Args:
-            step: optimizer steps taken before this one.
+            taken: steps before this one that were not skipped.
             schedule_steps: steps over which a schedule falls to 0.
         """
-        if not self.has_rate or self.frozen_at(step):
+        if not self.has_rate or self.frozen_at(taken):
             return 0.0
         if self.schedule == "constant":
             return self.rate
-        remaining = max(0.0, 1.0 - step / schedule_steps)
+        remaining = max(0.0, 1.0 - taken / schedule_steps)
         return self.rate * (remaining if self.schedule == "linear" else remaining**2)
 
     def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
@@ -183,6 +183,6 @@ class BiasPolicy(Policy):
         """`center`, or the policy's own default."""
         return self.center_by_default if self.center is None else self.center
 
-    def frozen_at(self, step: int) -> bool:
-        """Whether no bias is updated any more after `step` optimizer steps."""
-        return self.freeze_at is not None and step >= self.freeze_at
+    def frozen_at(self, taken: int) -> bool:
+        """Whether no bias is updated any more after `taken` steps that were not skipped."""
+        return self.freeze_at is not None and taken >= self.freeze_at

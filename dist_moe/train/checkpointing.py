@@ -57,7 +57,7 @@ class CheckpointSchedule:
         asynchronous = self._config.checkpoint.asynchronous
         self.finalize()
         try:
-            self._saver.save_async(step, keep_all=not taken, asynchronous=asynchronous)
+            self._saver.start_save(step, keep_all=not taken, asynchronous=asynchronous)
         except CheckpointError as error:
             self._report.warn(f"{error}; training continues")
         if not asynchronous:

@@ -55,8 +55,8 @@ def train(run: Run) -> None:
                 run.report.stopped(step, checkpoints.newest)
                 checkpoints.close()
                 raise Stopped
-    reject_change(detect_change(run.state.prepared.files))
-    data = validation_set(run.config, run.state.prepared)
+    reject_change(detect_change(run.state.data.files))
+    data = validation_set(run.config, run.state.data)
     metrics = evaluate(run.state.task, data, run.mesh, run.state.engine.device, max(run.steps_done, steps))
     run.report.evaluation(metrics, checkpoints.newest)
     checkpoints.close()
@@ -76,7 +76,7 @@ def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlag
     Raises:
         DataError: A data file was modified on any rank; raised on every rank, before anything has changed.
     """
-    engine, balancer, files = run.state.engine, run.state.balancer, run.state.prepared.files
+    engine, balancer, files = run.state.engine, run.state.balancer, run.state.data.files
     started_s = time.perf_counter()
     learning_rate = learning_rate_schedule(run.config).learning_rate(balancer.taken)
     balance_rate = balancer.rate

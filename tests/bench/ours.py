@@ -34,9 +34,9 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
             saver.save(training.balancer.taken)
             save_s = time.perf_counter() - began_s
         plain_s = step_seconds(resolved, training, None)
-        first = save_async(resolved, training, saver, plain_s)
+        first = start_save(resolved, training, saver, plain_s)
         with Peak() as async_peak:
-            second = save_async(resolved, training, saver, plain_s)
+            second = start_save(resolved, training, saver, plain_s)
         weights = [parameter.detach().clone() for parameter in training.task.parameters()]
         parameters = sum(weight.numel() for weight in weights)
         last = saver.save(training.balancer.taken)
@@ -96,13 +96,13 @@ def step_seconds(resolved: Resolved, training: TrainState, saver: AsyncSaver | N
     return (time.perf_counter() - began_s) / STEPS
 
 
-def save_async(
+def start_save(
     resolved: Resolved, training: TrainState, saver: AsyncSaver, step_s: float
 ) -> tuple[float, float, float]:
     """Save asynchronously and train until it is complete -> seconds of stall, of all lost training time, of writing."""
     dist.barrier()
     began_s, completed = time.perf_counter(), 0
-    saver.save_async(training.balancer.taken)
+    saver.start_save(training.balancer.taken)
     written = False
     while not written:
         written = run_steps(resolved, training, 1, saver)

@@ -103,4 +103,4 @@ LOSSES: dict[str, RoutingLosses] = {
     "z": RoutingLosses(z=0.3),
     "entropy": RoutingLosses(entropy=1.0),
 }
-FORCED = RandomRouting(top_k=2, zipf_exponent=1.0, score="softmax")
+RANDOM_SELECTIONS = RandomRouting(top_k=2, zipf_exponent=1.0, score="softmax")

@@ -67,7 +67,7 @@ def write_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tuple[
     with started(rank, world_size, overrides_of(text, folder, "parallel.timeout_s=1")) as (resolved, training):
         warnings: list[str] = []
         saver = AsyncSaver(training, warnings.append)
-        saver.save_async(1)
+        saver.start_save(1)
         pending = saver._pending
         assert pending is not None
         written = pending.writing.result(60)
@@ -128,7 +128,7 @@ def fill_disk_of_rank_1(rank: int, world_size: int, text: Path, folder: Path) ->
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 patch.setattr("dist_moe.checkpoint.snapshot.write_tensors", no_space)
-            saver.save_async(2)
+            saver.start_save(2)
             one_step(resolved, training, 3)
             with pytest.raises(CheckpointError) as raised:
                 saver.finalize()

@@ -251,7 +251,7 @@ def allocated_bytes(
         masters = sum(owner.nbytes for key, owner in owners.items() if key not in own)
         states = (engine.optimizer_state.get(owner, {}) for owner in owners.values())
         moments = sum(state[kind].nbytes for state in states for kind in engine.settings.moments if kind in state)
-        shape = model_shape(resolved, training.prepared.tokenizer.vocab_size)
+        shape = model_shape(resolved, training.data.tokenizer.vocab_size)
         bf16 = engine.settings.bf16
         expected = estimate_memory(resolved.config, shape, engine.mesh, bf16)
         return [

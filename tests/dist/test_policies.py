@@ -11,9 +11,9 @@ from dist_moe.policies.adaptive_weight import AdaptiveWeight
 from dist_moe.policies.loss_free import LossFree
 from tests.dist.balanced import CPU, evaluate, validation_set
 from tests.dist.policies import (
-    FORCED,
     LOSSES,
     POLICIES,
+    RANDOM_SELECTIONS,
     THRESHOLD,
     case_of,
     given_logits,
@@ -196,7 +196,7 @@ def test_trap_T14_evaluation_does_not_change_the_state_of_any_policy(name: str) 
 
 
 def test_trap_T17_random_routing_moves_no_bias(ranks: RankPool) -> None:
-    case = Case(rule=FORCED, policy=LossFree(rate=0.05), steps=2)
+    case = Case(rule=RANDOM_SELECTIONS, policy=LossFree(rate=0.05), steps=2)
     (trace,) = ranks.run(run_case, 1, case)
     assert trace.loads[0][0][0] > 2 * trace.loads[0][0][-1], "it is uneven"
     assert not any(bias.any() for bias in trace.biases)

@@ -73,7 +73,7 @@ def break_during_save(
     error_message = ""
     missed = False
     try:
-        saver.save_async(step)
+        saver.start_save(step)
         started_save = partial.is_dir()
         broken = kind == FULL or break_disk(kind, disk, saver, draw)
         saver.finalize()

@@ -10,7 +10,7 @@ from dist_moe.policies.base import Policy
 from dist_moe.policies.registry import DEFAULT, POLICIES
 
 
-def policy_of(value: Any) -> str | None:
+def policy_name(value: Any) -> str | None:
     """The name of the policy of a section that is not validated yet; the default where it names none."""
     if isinstance(value, Policy):
         return value.policy
@@ -24,7 +24,7 @@ else:
     # A union by `policy`, so that a field of another policy is an unknown key. It is built from the registry.
     BalanceConfig = Annotated[
         Union[tuple(Annotated[policy, Tag(name)] for name, policy in POLICIES.items())],  # noqa: UP007
-        Discriminator(policy_of),
+        Discriminator(policy_name),
     ]
 
 

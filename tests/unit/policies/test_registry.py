@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.config import ConfigError, dump_config, load_config
-from dist_moe.config.sections.balance import balance_fields, policy_of
+from dist_moe.config.sections.balance import balance_fields, policy_name
 from dist_moe.policies.base import BiasPolicy
 from dist_moe.policies.registry import DEFAULT, POLICIES, foreign_defaults, make_policy, policies_with
 from tests.unit.config.files import debug
@@ -29,7 +29,7 @@ def test_a_configuration_has_the_fields_of_its_policy_alone(name: str, tmp_path:
 
 
 def test_the_default_policy_needs_no_name() -> None:
-    assert policy_of({"rate": 0.1}) == policy_of(make_policy(DEFAULT.name())) == DEFAULT.name()
+    assert policy_name({"rate": 0.1}) == policy_name(make_policy(DEFAULT.name())) == DEFAULT.name()
     assert type(debug().balance) is DEFAULT
 
 
