@@ -1,4 +1,4 @@
-"""The balancer: the window of counts, the one collective per step, and the update of the routers' state."""
+"""The balancer: sums the counts of a step over micro-batches and ranks, and updates the routers' state by them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -39,7 +39,8 @@ class BalancedRouter(Protocol):
 class Balancer:
     """Counts the routing of one optimizer step over all ranks, and updates each layer's bias and the threshold by it.
 
-    The counts of a window are summed over its micro-batches, and over the ranks in ONE all-reduce of int64 for all
+    A window is the micro-batches of one optimizer step. The counts of a window are summed over them, and
+    over the ranks in ONE all-reduce of int64 for all
     layers. `step` and `discard` begin a new window, so that a skipped step leaves no trace. Every rank computes the
     same update from the same integers.
 
@@ -50,7 +51,7 @@ class Balancer:
         device: of the counts.
         schedule_steps: optimizer steps over which the schedule of the policy's rate falls to 0.
         target_experts_per_token: average that the threshold is controlled to, with threshold routing; None leaves
-            the threshold alone.
+            the threshold unchanged.
 
     Raises:
         TypeError: the selection bias of a router is not fp32.

@@ -180,7 +180,7 @@ class AsyncSaver:
             self._wait_for_all_ranks(completing, final, "completed it")
             warnings = run_on_all_ranks(mesh, _failure_of(final), completing.result)[0]
         finally:
-            # After a failure, or on hosts other than rank 0's; never while a thread still completes the folder.
+            # The folder is left after a failure, and on hosts other than rank 0's. A thread may still complete it.
             if self._hosts.is_host_leader(mesh.rank) and (completing is None or completing.done()):
                 shutil.rmtree(pending.partial, ignore_errors=True)
         return Saved(
@@ -213,7 +213,7 @@ class AsyncSaver:
 
         Args:
             work: This rank's thread.
-            folder: Of the checkpoint, for the warning.
+            folder: The folder of the checkpoint, for the warning.
             action: What the thread does, for the warning, such as "written its files".
         """
         limit_s = self._training.config.parallel.timeout_s

@@ -41,8 +41,8 @@ AUTO, NEVER = "auto", "never"
 COPIES_FOLDER = "fetched"
 RESTART_COUNT_VARS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """How often Slurm has requeued this job, and how often torchrun has restarted its workers."""
-# Another value of these makes another run; everything else may change on resume. The path of model.pretrained is not
-# among them: the folder may be moved, and model.config has what it says of the model.
+# A config that differs in one of these fields is that of another run; every other field may change on resume. The path
+# of model.pretrained is not among them: the folder may be moved, and model.config already describes its model.
 RUN_IDENTITY_FIELDS = (
     "run.seed",
     "model.architecture",
@@ -61,7 +61,7 @@ class Checkpoint:
 
     Attributes:
         folder: Where this rank reads it.
-        counters: Of its training.json.
+        counters: The content of its state/training.json.
         passed_over: For each newer checkpoint that was not used, the reason.
         fetched: Whether hosts without the checkpoint hold a copy until it is restored; `folder` differs by host then.
     """

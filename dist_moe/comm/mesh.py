@@ -31,7 +31,7 @@ class Mesh:
         rank: This rank.
         expert_parallel: Ranks of a row.
         ep_group: The process group of this rank's row; None where expert_parallel is 1.
-        nodes: The groups for a hierarchical exchange; None where rows do not span hosts, or tokens travel in one hop.
+        nodes: The groups for a hierarchical exchange (two hops); None for a flat one, as where rows do not span hosts.
 
     Raises:
         MeshError: expert_parallel does not divide world_size.
@@ -141,7 +141,7 @@ def hosts_of_ranks() -> list[str]:
 
 
 def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:
-    """Return how many consecutive ranks of each host every row consists of; 0 where rows are not built that way.
+    """Return how many consecutive ranks each host has in every row, if rows span hosts evenly; 0 otherwise.
 
     Args:
         hosts: The host name of each rank.

@@ -39,12 +39,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """One pass through the corpus: documents are concatenated in some order, cut into rows, and the rows ordered.
+    """One pass through the corpus: documents are concatenated in some order, cut into rows, and the rows shuffled.
 
     Attributes:
         index_N: int64 [N], the document at each place of the concatenation.
         edges_N1: int64 [N + 1], tokens before each place.
-        rows_R: int64 [R], the rows of the cut in the order of the pass.
+        rows_R: int64 [R], the number of each row in the concatenation, in the order of the pass.
     """
 
     index_N: np.ndarray
@@ -65,7 +65,7 @@ class Stream:
             seed: of the order, 0 or more.
 
         Raises:
-            ValueError: sequence_length or seed is smaller.
+            ValueError: sequence_length is below 2, or seed below 0.
         """
         if sequence_length < 2 or seed < 0:
             raise ValueError(f"sequence_length={sequence_length}, seed={seed}: lengths start at 2, seeds at 0")
@@ -76,7 +76,7 @@ class Stream:
 
     @property
     def rows_per_epoch(self) -> int:
-        """The number of rows that have every token once (R); the last may be padded.
+        """The number of rows that together hold every token once (R); the last may be padded.
 
         The last end token of the corpus is no input, as no token follows it.
         """
@@ -155,7 +155,7 @@ def permutation(size: int, *key: int) -> np.ndarray:
 
 
 def gather(corpus: Corpus, order: Order, rows_B: np.ndarray, length: int) -> Batch:
-    """Read rows (their numbers in the cut, int64 [B]) of an order; only their tokens are read from the file."""
+    """Read the rows with the numbers rows_B (int64 [B]) in the concatenation; only their tokens are read from disk."""
     last = len(corpus.tokens) - 1  # the stream's last end token is no input
     at_BS = rows_B[:, None] * length + np.arange(length)
     padding_BS = at_BS >= last

@@ -1,11 +1,11 @@
-"""The only importer of DeepSpeed: sharding, reduction, clipping and skipping, with its defects corrected.
+"""The only importer of DeepSpeed: sharding, reduction, clipping and skipping, with DeepSpeed's defects corrected.
 
 Corrections to DeepSpeed 0.19.8, each covered by a test in tests/dist/test_engine.py:
-- It recognizes only experts of its own class. A parameterless child of that class enables its expert groups, and the
-  expert parameters are tagged, so that the experts stay plain modules.
+- It recognizes only experts of its own class. A child module of that class without parameters (`ExpertMarker`) makes
+  it use expert groups, and the expert parameters are tagged, so that the experts stay plain modules.
 - At ZeRO 0 it clips by the mean of per-rank norms (fp32) or leaves the experts out of the norm (bf16), and in fp32 it
   applies a non-finite gradient. There its clipping is off, and norm, clipping and skipping are done here.
-- Its bf16 optimizer at ZeRO 0 runs one step when it starts, which AdamW would count.
+- Its bf16 optimizer at ZeRO 0 runs one step when it starts, which AdamW counts. The count is reset to 0.
 - Its first collective compiles an operator for CPUs (up to a minute). The operator is marked as not available.
 """
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 MASTER = "master"
-"""The kind of the fp32 master weights, stored where the model is not fp32; other kinds are PyTorch's moment names."""
+"""Kind, in a `shard_key`, of fp32 master weights, stored if the model is not fp32; others: `moment_names` and STEPS."""
 STEPS = "step"
 """The kind of AdamW's step count, one number per tensor."""
 
@@ -87,13 +87,13 @@ class TensorFragment(NamedTuple):
 
 
 def optimizer_fragments(module: nn.Module, optimizer: Any, sharded: bool) -> list[OptimizerFragment]:
-    """The fragments that the optimizer which DeepSpeed made for `module` holds on this rank.
+    """Return the fragments that DeepSpeed's optimizer of `module` holds on this rank.
 
     Args:
         module: The wrapped model.
         optimizer: DeepSpeed's optimizer.
-        sharded: Whether ZeRO 1 or 2 is used, where each parameter knows its slice. At ZeRO 0 fragments are whole
-            parameters, of which the bf16 optimizer keeps fp32 copies.
+        sharded: Whether ZeRO 1 or 2 is used, where DeepSpeed maps each parameter to its slice. At ZeRO 0 fragments are
+            whole parameters, of which the bf16 optimizer keeps fp32 copies.
     """
     inner = inner_optimizer(optimizer)
     if not sharded:

@@ -183,7 +183,7 @@ class HangDetector:
         return dict.fromkeys(others) | dict(zip(answered, map(_parse_position, texts), strict=True))
 
     def _all_answered(self, ranks: Sequence[int]) -> bool:
-        """Ask for all ranks in one request: in a large job every rank that timed out asks forevery other."""
+        """Ask for all ranks in one request: in a large job every rank that timed out asks for every other."""
         return not ranks or bool(self._request_store.check([f"{POSITION_KEY}/{rank}" for rank in ranks]))
 
     def _answered(self, ranks: Sequence[int]) -> list[int]:

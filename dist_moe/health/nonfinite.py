@@ -1,7 +1,7 @@
 """Aborts after too many consecutive skipped steps, and locates the first non-finite value.
 
-A step is skipped where a gradient is not finite on any rank. A single one costs nothing. `train.skip_limit`
-consecutive ones mean that the run is lost, and its owner needs the layer, the rank and the text.
+A step is skipped if a gradient is not finite on any rank. A single skipped step does no harm. `train.skip_limit`
+consecutive ones mean that the run no longer trains; its repair needs the layer, the rank and the text.
 """
 
 from collections.abc import Iterator, Sequence

@@ -29,7 +29,7 @@ def build_model(
     Args:
         architecture: Hugging Face's `model_type`.
         model_config: keyword arguments of the Hugging Face config class.
-        rule: how tokens select experts; the name of a gate function means the top-K rule of the config with it.
+        rule: how tokens select experts; or the name of a gate function, for the top-K rule of `model_config`.
         mesh: which rank holds which experts.
         seed: of the initial values.
     """
@@ -116,7 +116,7 @@ def materialize(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, seed: int) -> None:
-    """Write the initial values of the model's class, each module and each expert from a generator of its own."""
+    """Write the initial values that the model's class defines; each module and expert has a generator of its own."""
     layers = find_layers(model)
     ours = {id(part) for layer in layers for part in (layer.router, layer.experts, layer.experts.local)}
     for name, module in model.named_modules():

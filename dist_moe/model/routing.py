@@ -26,8 +26,8 @@ def count_record(router: Router, record: RouterRecord, needs_margins: bool) -> R
 
     Args:
         router: the router.
-        record: of the forward.
-        needs_margins: count the margins too.
+        record: the record of the forward.
+        needs_margins: whether to count the margins too (docs/glossary.md, Margin).
     """
     layer_counts = count_routing(record.ids_TK, router.experts, router.max_experts_per_token)
     if not needs_margins:
@@ -48,8 +48,8 @@ def routing_loss(
         losses: the coefficients, at least one above 0.
         router: the router of the layer.
         record: of the forward.
-        layer_counts: of the same forward.
-        sequences: B, in the micro-batch.
+        layer_counts: the counts of the same forward.
+        sequences: number of sequences (B) in the micro-batch.
 
     Returns:
         A scalar with the graph.

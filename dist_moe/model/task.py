@@ -73,10 +73,11 @@ class LanguageModelTask(nn.Module):
             positions_BS: index of each token in its document; a return to 0 begins a new document, and tokens attend
                 within their document only.
             mask_BS: bool, false for padding, which is neither routed nor counted.
-            scale: fp32 scalar, one over the label tokens of the GLOBAL batch: a mean of micro-batch means would give
-                the tokens of a micro-batch with few labels a larger weight.
-            token_scale: fp32 scalar, one over all tokens of the global batch, for the routing losses; without it, and
-                in evaluation, they are omitted.
+            scale: fp32 scalar, n / (label tokens of the GLOBAL batch), with n micro-batches over all ranks, by which
+                the engine divides. A mean of micro-batch means would give the tokens of a micro-batch with few labels
+                a larger weight.
+            token_scale: fp32 scalar, n / (all tokens of the global batch), for the routing losses; without it, and in
+                evaluation, they are omitted.
         """
         # A batch without padding needs no mask, and this check costs less than masking.
         mask_T = None if bool(mask_BS.all()) else mask_BS.reshape(-1)

@@ -4,8 +4,8 @@ How a row is sent, with P ranks in the expert-parallel group:
 1. A token that takes K experts has K slots. Slots are sorted by expert, so that the rows for one rank are contiguous.
 2. The ranks exchange how many rows they send for each expert (int64), and then the rows.
 3. Received rows are ordered by sender, then by expert; one permutation orders them by expert for the grouped matmul.
-4. The results are returned by the inverse of that permutation and of that exchange, to the slots they came from,
-   where they are weighted and summed.
+4. The inverse permutation and the inverse exchange return each result to the rank and slot it came from, where the
+   results of each token's slots are weighted and summed.
 
 Nothing is dropped. Shapes: T tokens, D width, K slots a token, R rows sent, Q rows received, E experts, e local ones.
 """
@@ -54,7 +54,7 @@ def combine(results_QD: Tensor, weights_TK: Tensor, handle: DispatchHandle, mesh
     Args:
         results_QD: the experts' results, in the order of `Dispatched.rows_QD`.
         weights_TK: gate weights of this rank's tokens.
-        handle: what `dispatch` returned.
+        handle: `Dispatched.handle` of what `dispatch` returned.
         mesh: as of `dispatch`.
 
     Returns:
@@ -69,7 +69,7 @@ def combine(results_QD: Tensor, weights_TK: Tensor, handle: DispatchHandle, mesh
 
 
 def take_rows(hidden_TD: Tensor, slots_R: Tensor, slots: int) -> Tensor:
-    """Gather the row of each slot's token, where slot = token * `slots` + column.
+    """Gather the row of each slot's token, where slot = token * `slots` + column (`slots`: K, slots per token).
 
     Returns:
         [R, D].

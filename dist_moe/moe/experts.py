@@ -1,6 +1,6 @@
 """The experts of one rank: a gated two-layer network each, computed together by grouped matrix products.
 
-Shapes: Q rows, D model width, F expert width, e local experts.
+Shapes: Q rows, D model width (in `grouped_linear` any input width), H output width, F expert width, e local experts.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class GroupedExperts(nn.Module):
 def grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tensor:
     """Multiply the rows of group i by weight_eHD[i] transposed.
 
-    Uses `torch.nn.functional.grouped_mm` where its layout rule (rows of whole 16 bytes, fp32 or narrower) allows, and
+    Uses `torch.nn.functional.grouped_mm` where the dtype and the widths (multiples of 16 bytes) allow it, and
     the loop of the transformers library otherwise (fp64 in tests, odd widths).
 
     Args:

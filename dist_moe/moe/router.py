@@ -1,4 +1,7 @@
-"""The router: a linear map to routing logits, the selection bias, and the record of its last forward."""
+"""The router: a linear map to routing logits, the selection bias, and the record of its current forward.
+
+Shapes: T tokens, D model width, E experts, K columns (the maximum number of experts a token takes).
+"""
 
 from collections.abc import Callable
 

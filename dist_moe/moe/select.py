@@ -23,8 +23,8 @@ class TopK:
         score: the gate function.
         normalize: divide a token's gate weights by their sum.
         routed_scaling_factor: factor on the gate weights.
-        groups: number of expert groups of DeepSeek-V3's group-limited selection; 1 is none.
-        topk_groups: groups a token may take experts from.
+        groups: number of expert groups of DeepSeek-V3's group-limited selection; 1 means that all experts are eligible.
+        topk_groups: number of groups that a token may take experts from.
         multiplicative: a bias b multiplies a score by exp(b) rather than being added to it.
         bias_in_gate_weights: compute the gate weights from the biased scores too.
     """
@@ -75,8 +75,8 @@ class RandomRouting:
 
     Attributes:
         top_k: experts a token takes.
-        zipf_exponent: the first is expert i with probability ~ 1 / (i + 1)**zipf_exponent (0 is uniform), and each
-            further one is drawn in the same way from the remaining ones.
+        zipf_exponent: expert i is drawn first with probability proportional to 1 / (i + 1)**zipf_exponent (0 is
+            uniform), and each further expert is drawn in the same way from the remaining ones.
         score, normalize, routed_scaling_factor: as of `TopK`.
     """
 
@@ -97,7 +97,13 @@ _32_BITS = 0xFFFFFFFF
 
 
 class BiasInputs(NamedTuple):
-    """Where a bias enters the selection: with log_weight_E, for example, choice = score * exp(log_weight)."""
+    """Where a bias enters the selection; at most one field is set.
+
+    Attributes:
+        score_bias_E: added to the scores.
+        logit_bias_E: added to the logits, before the gate function.
+        log_weight_E: its exponential multiplies the scores.
+    """
 
     score_bias_E: Tensor | None = None
     logit_bias_E: Tensor | None = None
@@ -207,7 +213,7 @@ def select_by_threshold(
             probability), and for the gate weights with `rule.bias_in_gate_weights`.
 
     Returns:
-        As many columns as the token with the most experts has; an empty slot has id -1 and weight 0.
+        Routing with as many columns as the token with the most experts has experts; an empty slot has id -1, weight 0.
 
     Source: Huang et al. 2024, arXiv 2403.07652, section 3.1.
     """
@@ -241,7 +247,7 @@ def _scaled(weights_TK: Tensor, rule: TopK | ThresholdRouting) -> Tensor:
 
 
 def _highest(values_TN: Tensor, count: int) -> Tensor:
-    """The indices of the highest values, equal ones in order of index; `topk` leaves their order open."""
+    """The indices of the highest values, equal ones in order of index; `torch.topk` may return those in any order."""
     return values_TN.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
@@ -257,7 +263,7 @@ def _keep_topk_groups(choice_TE: Tensor, groups: int, topk_groups: int) -> Tenso
 def _draw(logits_TE: Tensor, rule: RandomRouting) -> Tensor:
     """Draw K different experts for each token, with noise computed from the bits of its logits (Gumbel top-K).
 
-    So they differ between tokens, layers and steps, recomputation draws the same ones, and no random state is used.
+    The draws differ between tokens, layers and steps, recomputation repeats them, and no random state is used.
     """
     # The noise is the finalizer of murmur3 on the bits of each logit and the id of its expert.
     experts_E = torch.arange(logits_TE.shape[-1], device=logits_TE.device)

@@ -1,4 +1,4 @@
-"""What every balancing policy states of itself, and the fields that all of them have."""
+"""The base classes of balancing policies: what each policy declares, and the fields that all of them have."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Refusal(NamedTuple):
-    """Why a combination is refused, and what to do instead; both worded to follow the value."""
+    """Why a combination is refused, and what to do instead; in the error message both follow the refused value."""
 
     rule: str
     remedy: str
 
 
 class RoutingValues(NamedTuple):
-    """The routing of a resolved configuration, as far as a policy may ask about it.
+    """The part of a resolved configuration's routing that `Policy.violations` reads.
 
     Attributes:
         selection: `router.selection`.
@@ -58,7 +58,7 @@ class LayerCounts(Protocol):
 
 
 class Policy(Section):
-    """A way to balance the load of the experts: an entry `balance` of the configuration.
+    """A way to balance the load of the experts: the section `balance` of the configuration.
 
     A subclass is one policy. It sets `policy` to a Literal of its name, whose description follows the name in error
     messages and in the reference, adds its own fields, and overrides what differs.

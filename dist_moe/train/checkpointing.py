@@ -13,7 +13,7 @@ from dist_moe.train.reporting import Report
 class CheckpointSchedule:
     """Saves the checkpoints of one run and reports each. Every rank holds one and calls it at the same steps.
 
-    A checkpoint of a skipped step is saved like any other, but deletes no older one: the run may be lost.
+    A checkpoint after a skipped step deletes no older one: if the run has diverged, it must resume from one of them.
 
     Args:
         state: The run's state.

@@ -109,7 +109,7 @@ def start_training(
 ) -> Iterator[TrainState]:
     """Start the engine and the balancer of `task` for the length of the context. A collective call."""
     with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
-        # DeepSpeed has made process groups of its own, which wait torch's 30 minutes otherwise.
+        # DeepSpeed has made process groups of its own, whose time-out is torch's default, 30 minutes.
         set_pg_timeouts(config.parallel.timeout_s)
         yield TrainState(config, engine, build_balancer(task, config, engine.device), task, data)
 
@@ -118,7 +118,7 @@ def tokenize(config: Config) -> TokenizedData:
     """Fetch and tokenize the data of a run, or open the tokens that exist.
 
     Every worker calls it before the process group exists. Workers of one host wait for each other at a file lock,
-    without a time limit, and data that cannot be had ends each of them with the same message.
+    without a time limit. If the data cannot be obtained, each of them ends with the same message.
 
     Raises:
         DataError: The data cannot be fetched, read or split.

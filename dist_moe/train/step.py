@@ -40,8 +40,8 @@ class StepRecord:
         taken: False where the step was skipped.
         grad_norm: Global 2-norm of the gradient before clipping.
         nll_sum: fp32 scalar, this rank's sum of -ln p over its label tokens, in nats.
-        auxiliary: fp32 scalar, this rank's mean over its micro-batches of the routing losses; its mean over the ranks
-            is their part of the loss.
+        auxiliary: fp32 scalar, the routing losses, averaged over this rank's micro-batches; the mean of `auxiliary`
+            over the ranks is the contribution of the routing losses to the loss.
         label_tokens: Label tokens of the global batch.
         routing_counts: Counts of each MoE layer over all ranks.
         micro_loads: This rank's own int64 load_E, for each micro-batch a list over the layers.
@@ -82,12 +82,12 @@ def train_step(
         balancer: The balancer of the engine's model.
         batches: This worker's micro-batches of the global batch.
         learning_rate: The learning rate of this step.
-        counts: The token counts of the global batch, where the caller has reduced them together with integers of its
-            own (`reduce_counts`); reduced here otherwise.
+        counts: The token counts of the global batch, if the caller has called `reduce_counts` (to sum integers of its
+            own in the same all-reduce); None: reduced here.
     """
     label_tokens, tokens, _ = counts or reduce_counts(batches, engine.device)
-    # DeepSpeed divides by the micro-batches and averages over the ranks. These factors undo both, so that the loss is
-    # the mean over the label tokens of the global batch, and the routing losses that over all its tokens.
+    # DeepSpeed divides the loss by the number of micro-batches, and averages the gradients over the ranks. `parts`
+    # undoes both: the loss is the mean over the label tokens of the global batch, the routing losses over all tokens.
     parts = engine.mesh.world_size * len(batches)
     scale, token_scale = (torch.tensor(parts / max(1, count), device=engine.device) for count in (label_tokens, tokens))
     nll_sum, auxiliary = torch.zeros((), device=engine.device), torch.zeros((), device=engine.device)

@@ -33,7 +33,7 @@ POLL_S = 0.1
 GRACE_S = 1.0
 # A worker's output may be held open by a process that it left behind.
 DRAIN_S = 1.0
-# JSON may need six bytes for a character, and a message has at most 2^20.
+# JSON may need six bytes for a character, and a message has at most 2^20 bytes.
 MAX_LINE_BYTES = MAX_REPORT_CHARACTERS = 1 << 16
 PR_SET_PDEATHSIG = 1
 UNREACHABLE_CODE = 1
@@ -52,8 +52,8 @@ def fork_worker(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Pat
     """
     launcher = launcher_process(os.getppid())
     for stale in (error_file(run_dir, rank), record_file(run_dir, rank)):
-        # An earlier worker's, which the agent would take for this worker's. The worker itself reports a folder that
-        # cannot be written.
+        # Files of an earlier worker of this rank, which the agent would take for this worker's. If the folder cannot
+        # be written, the worker itself reports it.
         with contextlib.suppress(OSError):
             stale.unlink(missing_ok=True)
     try:

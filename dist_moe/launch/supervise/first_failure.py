@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from dist_moe.worker.contract import ErrorReport
 
-# Signals that neither a launcher nor a dying peer sends. Errors of other ranks that follow from such an end may be
-# reported up to this time before the launch sees the end itself.
+# Signals after which a worker cannot report an error itself. Errors that this causes on other ranks may be reported up
+# to FATAL_LEAD_S before the launch sees that the worker has ended.
 FATAL_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS}
 FATAL_LEAD_S = 1.0
 # A rank with one of these in its error lost its connection to another rank, whose failure is the cause.

@@ -160,7 +160,7 @@ class WorkerMonitor:
             agent.close()
             return
         if self._stopped or (self._forwarded is not None and rank in self._greetings):
-            # The launcher took the stop, or a failure on the way to it, for one that it has to handle, and has
+            # The launcher mistook the stop, or a failure during it, for a failure that it has to handle, and has
             # started this worker again.
             self._replaced.append(agent)
             return
