@@ -1,11 +1,13 @@
 """The commands of the README with real launchers: training, evaluation, generation, and a killed worker."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,28 +53,32 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One short run by each launcher, without `dist-moe launch`."""
-    folders = {}
-    for launcher, command in PLAIN.items():
-        folders[launcher] = tmp_path_factory.mktemp(launcher) / "run"
-        call(*command, "train", "configs/debug.yaml", f"run.dir={folders[launcher]}", *SHORT)
-    return folders
+def run_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`run_by(launcher)`: a short run by this launcher, without `dist-moe launch`, made once."""
+
+    @functools.cache
+    def train(launcher: str) -> Path:
+        folder = tmp_path_factory.mktemp(launcher) / "run"
+        call(*PLAIN[launcher], "train", "configs/debug.yaml", f"run.dir={folder}", *SHORT)
+        return folder
+
+    return train
 
 
-def test_launchers_without_a_launch_give_the_same_losses(runs: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_launchers_without_a_launch_give_the_same_losses(run_by: Callable[[str], Path]) -> None:
     deepspeed, torchrun = (
-        [line for line in lines(runs[name]) if line["event"] != "checkpoint"] for name in ("deepspeed", "torchrun")
+        [line for line in lines(run_by(name)) if line["event"] != "checkpoint"] for name in ("deepspeed", "torchrun")
     )
     assert [step["loss"] for step in deepspeed[:2]] == [step["loss"] for step in torchrun[:2]]
     assert [step["load"] for step in deepspeed] == [step["load"] for step in torchrun]
     assert deepspeed[-1]["event"] == "validation"
 
 
-def test_evaluate_gives_the_result_of_the_run_and_generate_is_deterministic(runs: dict[str, Path]) -> None:
-    checkpoint = runs["torchrun"] / "checkpoints" / "step-000002"
+def test_evaluate_gives_the_result_of_the_run_and_generate_is_deterministic(run_by: Callable[[str], Path]) -> None:
+    checkpoint = run_by("torchrun") / "checkpoints" / "step-000002"
     result = json.loads(call(str(BIN / "dist-moe"), "evaluate", str(checkpoint)))
-    expected = lines(runs["torchrun"])[-1]
+    expected = lines(run_by("torchrun"))[-1]
     assert result["load"] == expected["load"]
     assert result["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
     greedy = (str(BIN / "dist-moe"), "generate", str(checkpoint), "--prompt", "import os", "--tokens", "5")
@@ -81,8 +87,8 @@ def test_evaluate_gives_the_result_of_the_run_and_generate_is_deterministic(runs
 
 
 @pytest.mark.slow
-def test_a_new_run_in_the_same_folder_archives_the_first(runs: dict[str, Path]) -> None:
-    folder = runs["deepspeed"]
+def test_a_new_run_in_the_same_folder_archives_the_first(run_by: Callable[[str], Path]) -> None:
+    folder = run_by("deepspeed")
     before = (folder / "metrics.jsonl").read_bytes()
     again = (f"run.dir={folder}", "checkpoint.resume=never", *SHORT)
     call(sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", *again)
