@@ -73,7 +73,8 @@ class _Representer(SafeRepresenter):
 
     def represent_str(self, data: str) -> ScalarNode:
         # Unusual line breaks (U+0085, U+2028) survive in double quotes only.
-        style = None if data.isprintable() and not AMBIGUOUS.fullmatch(data) else '"'
+        plain = data.isprintable() and not (AMBIGUOUS.fullmatch(data) or BARE_FLOAT.fullmatch(data))
+        style = None if plain else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
