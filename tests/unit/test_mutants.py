@@ -58,6 +58,7 @@ def test_a_caught_mutant_is_success_and_the_tree_is_left_alone(tmp_path: Path) -
     assert (root / "code_under_test.py").read_text() == CODE
 
 
+@pytest.mark.slow
 def test_a_survivor_a_broken_mutant_and_a_hang_are_told_apart(tmp_path: Path) -> None:
     root = project(
         tmp_path,

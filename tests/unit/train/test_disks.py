@@ -57,6 +57,7 @@ def test_a_full_disk_loses_neither_a_step_nor_an_earlier_checkpoint(text: Path, 
     assert found is not None and found.counters.step == 2 and found.passed_over == ()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_read_only_for_some_steps_loses_only_the_saves_of_these_steps(
     text: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_disk_that_is_read_only_for_some_steps_loses_only_the_saves_of_these_s
     assert not (tmp_path / "out/checkpoints/step-000004.partial").exists(), "removed by the next run"
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_is_unmounted_inside_a_save_saves_below_the_mount_point(text: Path, tmp_path: Path) -> None:
     """The path then leads to the disk below."""
     done = train_on_disk(text, tmp_path / "disk", "16m", "gone", str(tmp_path / "disk"), "5", NEVER)
@@ -103,6 +105,7 @@ def test_a_run_whose_folder_cannot_be_written_ends_before_training(
     assert done.stderr.count("\n") == 1 and "set run.dir to a folder on a disk with free space" in done.stderr
 
 
+@pytest.mark.slow
 def test_tokens_that_change_during_a_run_end_it_with_all_steps_saved_and_it_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
