@@ -122,7 +122,7 @@ class AsyncSaver:
 
         Args:
             step: Optimizer steps done.
-            keep_all: Whether to delete no older checkpoint this time, whatever checkpoint.keep_last and keep_every are.
+            keep_all: Whether to keep all older checkpoints, regardless of checkpoint.keep_last and keep_every.
             asynchronous: Whether training continues before `finalize`, so that the tensors must be copied. If false,
                 nothing may change them before `finalize`.
 

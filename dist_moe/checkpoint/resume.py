@@ -75,7 +75,7 @@ class Checkpoint:
 def find_checkpoint(config: Config, prepared: TokenizedData, mesh: Mesh, device: torch.device) -> Checkpoint | None:
     """Find the checkpoint that `checkpoint.resume` asks for. A collective call: the ranks check its files together.
 
-    A job that its launcher restarts resumes from its own checkpoint, if there is one, whatever `checkpoint.resume` is.
+    A job that its launcher restarts resumes from its own checkpoint, if any, regardless of `checkpoint.resume`.
 
     Returns:
         The checkpoint; None if the run starts at its first step.

@@ -13,7 +13,7 @@ from dist_moe.errors import ConfigError, Violation
 from dist_moe.families.registry import family_of
 from dist_moe.text import divisors, listed
 
-# Key of a violation, or the beginning of one -> the fields that its rule reads beside its own.
+# Key of a violation, or the beginning of one -> the fields that its rule reads in addition to its own.
 READS: Mapping[str, tuple[str, ...]] = {
     "train.global_batch_size": ("train.micro_batch_size", "workers"),
     "train.micro_batch_size": ("train.global_batch_size", "workers"),

@@ -39,7 +39,7 @@ class _Resolver(VersionedResolver):
 
 
 class _Constructor(SafeConstructor):
-    """Refuses keys given twice beside a merge key, and integers that are not the same in YAML 1.1 and 1.2."""
+    """Refuses duplicate keys in a mapping with a merge key, and integers that are not the same in YAML 1.1 and 1.2."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys: list[Any] = []

@@ -37,7 +37,7 @@ MIN_EXPERTS, MAX_LENGTH, VOCABULARY = 8, 64, 257
 TOLERANCE = 1e-4
 """Allowed difference, relative to the largest change of a weight and to the norm: sums over ranks differ in order."""
 LEARNING_RATE = 100.0
-"""So large that the rounding of a weight is negligible beside its change; the model is discarded."""
+"""So large that the rounding of a weight is negligible compared with its change; the model is discarded."""
 
 
 class StepResult(NamedTuple):

@@ -74,7 +74,7 @@ def resolve_path(path: Path) -> Path:
         name = read_text(latest, largest=100).strip()
     except (OSError, ValueError):
         return folders[-1]
-    # The file is untrusted input: its content must be the name of a checkpoint beside it, not any path.
+    # The file is untrusted input: its content must be the name of a checkpoint in the same folder, not any path.
     is_valid = re.fullmatch("step-[0-9]{6,18}", name) is not None and latest.with_name(name).is_dir()
     return latest.with_name(name) if is_valid else folders[-1]
 

@@ -1,7 +1,7 @@
 """The manifest: the list of every file of a complete checkpoint with its size and digest, written last.
 
 The digest is XXH3 with 128 bits. It detects damage as reliably as a cryptographic digest, at the speed of reading.
-Neither protects against a person who can write the files, because the manifest is stored beside them.
+Neither protects against a person who can write the files, because the manifest is stored with them.
 """
 
 import os

@@ -62,7 +62,7 @@ class DeepspeedLauncher(ProcessLauncher):
         DIST_MOE_VISIBLE_DEVICES, from which the worker restores it.
 
         Raises:
-            LaunchError: This Python has no `deepspeed` beside it, or `cluster_command` raises it.
+            LaunchError: There is no `deepspeed` in the folder of this Python, or `cluster_command` raises it.
         """
         if request.cluster is not None:
             return cluster_command(request, request.cluster, request.runner or self.runners[0], base)
