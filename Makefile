@@ -60,7 +60,7 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 types: $(STAMP) ## mypy
-	$(BIN)/mypy dist_moe tests examples
+	$(BIN)/mypy dist_moe tests examples benchmarks
 
 format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix-only .

@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterator
 
+# Before torch is imported: two processes of tests on two cores, each with a thread per core, are several times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from tests.crash import pytest_testnodedown, pytest_xdist_make_scheduler
 from tests.dist.pool import RankPool
-
-# DeepSpeed decorates functions that nothing here calls with torch.compile, whose import is 2 s in every worker.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 __all__ = ["pytest_testnodedown", "pytest_xdist_make_scheduler"]
 

@@ -26,7 +26,7 @@ class BalancedRouter(Protocol):
     threshold: Tensor | None
 
     @property
-    def balanced(self) -> bool:
+    def is_balanced(self) -> bool:
         """Whether the balancer may change the router's state."""
         ...
 
@@ -75,7 +75,7 @@ class Balancer:
         self.device = device
         self.schedule_steps = schedule_steps
         self.target_experts_per_token = target_experts_per_token
-        self.taken = 0
+        self.steps_taken = 0
         self.controller = self._start_controller()
         self._window = self._empty_window()
 
@@ -95,7 +95,7 @@ class Balancer:
     @property
     def rate(self) -> float:
         """The rate of the next update; 0 under a policy without a rate, and once it is frozen."""
-        return self.policy.rate_at(self.taken, self.schedule_steps)
+        return self.policy.rate_at(self.steps_taken, self.schedule_steps)
 
     def observe(self, routing_counts: Sequence[RoutingCounts]) -> None:
         """Add one micro-batch: the counts of each layer on this rank, in the order of `routers`."""
@@ -113,15 +113,15 @@ class Balancer:
         """
         routing_counts = self._reduce_window()
         rate = self.rate
-        frozen = self.policy.frozen_at(self.taken)
+        frozen = self.policy.frozen_at(self.steps_taken)
         for router, layer_counts in zip(self.routers.values(), routing_counts, strict=True):
-            if not router.balanced:
+            if not router.is_balanced:
                 continue
             router.last_load.copy_(layer_counts.load_E)
             if self.policy.moves_bias and not frozen:
                 router.selection_bias.copy_(self.policy.next_bias(router.selection_bias, layer_counts, rate))
         self._control_threshold(routing_counts)
-        self.taken += 1
+        self.steps_taken += 1
         return routing_counts
 
     def discard(self) -> list[RoutingCounts]:
@@ -135,7 +135,7 @@ class Balancer:
             for name, router in self.routers.items()
         }
         controller = None if self.controller is None else tuple(self.controller)
-        return {"taken": self.taken, "controller": controller, "layers": layers}
+        return {"taken": self.steps_taken, "controller": controller, "layers": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`, and begin a new window.
@@ -151,7 +151,7 @@ class Balancer:
         for name, router in self.routers.items():
             router.selection_bias.copy_(state["layers"][name]["selection_bias"])
             router.last_load.copy_(state["layers"][name]["last_load"])
-        self.taken = state["taken"]
+        self.steps_taken = state["taken"]
         self._window = self._empty_window()
         if state["controller"] is not None:
             self._set_controller(Controller(*state["controller"]))
@@ -164,12 +164,14 @@ class Balancer:
 
     def _controlled(self) -> list[BalancedRouter]:
         """The routers whose threshold the controller moves."""
-        return [router for router in self.routers.values() if router.balanced and router.threshold is not None]
+        return [router for router in self.routers.values() if router.is_balanced and router.threshold is not None]
 
     def _control_threshold(self, routing_counts: Sequence[RoutingCounts]) -> None:
         target = self.target_experts_per_token
         pairs = zip(self.routers.values(), routing_counts, strict=True)
-        counted = [layer_counts for router, layer_counts in pairs if router.balanced and router.threshold is not None]
+        counted = [
+            layer_counts for router, layer_counts in pairs if router.is_balanced and router.threshold is not None
+        ]
         if self.controller is None or target is None or not counted:
             return
         # One stack for all layers, so that a GPU is read once.

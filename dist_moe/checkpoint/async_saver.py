@@ -94,15 +94,15 @@ class AsyncSaver:
     """Saves the checkpoints of one run. `start_save`, `finalize` and `save` are collective calls.
 
     Args:
-        training: The run.
+        train_state: The run.
         warn: Called with warnings that should be shown while ranks wait for slow storage.
     """
 
-    def __init__(self, training: TrainState, warn: Callable[[str], None] = print) -> None:
-        self._training = training
+    def __init__(self, train_state: TrainState, warn: Callable[[str], None] = print) -> None:
+        self._train_state = train_state
         self._warn = warn
-        self._mesh = training.engine.mesh
-        self._hosts = find_hosts(self._mesh, training.config.cluster.shared_storage)
+        self._mesh = train_state.engine.mesh
+        self._hosts = find_hosts(self._mesh, train_state.config.cluster.shared_storage)
         self._staging = StagingBuffer()
         self._pending: Pending | None = None
         self._deleting: Future[None] | None = None
@@ -132,7 +132,7 @@ class AsyncSaver:
         if self._pending is not None:
             raise RuntimeError(f"the checkpoint of step {self._pending.step} is not finished")
         started_s = time.perf_counter()
-        final = checkpoint_folder(self._training.config, step)
+        final = checkpoint_folder(self._train_state.config, step)
         partial = final.with_name(final.name + PARTIAL)
         snapshots: list[Snapshot] = []
 
@@ -140,7 +140,7 @@ class AsyncSaver:
             if self._hosts.is_host_leader(self._mesh.rank):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            snapshot = collect(self._training, step)
+            snapshot = collect(self._train_state, step)
             snapshots.append(self._staging.copy(snapshot) if asynchronous else snapshot)
 
         try:
@@ -166,7 +166,7 @@ class AsyncSaver:
         if pending is None:
             return None
         started_s = time.perf_counter()
-        final = checkpoint_folder(self._training.config, pending.step)
+        final = checkpoint_folder(self._train_state.config, pending.step)
         self._wait_for_all_ranks(pending.writing, pending.partial, "written its files")
         self._pending = None
         completing: Future[list[str]] | None = None
@@ -216,14 +216,14 @@ class AsyncSaver:
             folder: The folder of the checkpoint, for the warning.
             action: What the thread does, for the warning, such as "written its files".
         """
-        limit_s = self._training.config.parallel.timeout_s
+        limit_s = self._train_state.config.parallel.timeout_s
         started_s, warned = time.monotonic(), 0
         while True:
             # Well below the time limit of a collective, so that no rank is taken for hung.
             wait_for([work], timeout=min(MAX_POLL_S, limit_s / 4))
             own = torch.zeros(self._mesh.world_size, dtype=torch.int64)
             own[self._mesh.rank] = int(work.done())
-            (done,) = all_reduce_counts([own], self._training.engine.device)
+            (done,) = all_reduce_counts([own], self._train_state.engine.device)
             slow = [rank for rank, flag in enumerate(done.tolist()) if not flag]
             if not slow:
                 return
@@ -246,7 +246,7 @@ class AsyncSaver:
         ]
         remote = [transfer for transfer in transfers if self._hosts.is_remote(transfer.owner)]
         if remote:
-            mesh, device = self._mesh, self._training.engine.device
+            mesh, device = self._mesh, self._train_state.engine.device
             target = partial if mesh.rank == 0 else None
             run_on_all_ranks(mesh, _failure_of(final), lambda: broadcast_files(remote, mesh, device, partial, target))
         return {transfer.name: written[transfer.owner][transfer.name] for transfer in remote}
@@ -262,7 +262,7 @@ class AsyncSaver:
         if self._mesh.rank != 0:
             return []
         _check_fetched(pending.partial, fetched)
-        settings = self._training.config.checkpoint
+        settings = self._train_state.config.checkpoint
         keep_last = 0 if pending.keep_all else settings.keep_last
         completion = complete(pending.partial, final, files, keep_last, settings.keep_every)
         previous = self._deleting
@@ -307,7 +307,7 @@ def run_in_thread(name: str, work: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def save_checkpoint(training: TrainState, step: int) -> Path:
+def save_checkpoint(train_state: TrainState, step: int) -> Path:
     """Save the run after `step`, synchronously. A collective call: every rank writes its part.
 
     Returns:
@@ -316,7 +316,7 @@ def save_checkpoint(training: TrainState, step: int) -> Path:
     Raises:
         CheckpointError: On every rank, if one could not write; earlier checkpoints are unchanged.
     """
-    saver = AsyncSaver(training)
+    saver = AsyncSaver(train_state)
     saved = saver.save(step)
     saver.close()
     return saved.folder

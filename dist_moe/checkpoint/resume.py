@@ -72,7 +72,7 @@ class Checkpoint:
     fetched: bool = False
 
 
-def find_checkpoint(config: Config, prepared: TokenizedData, mesh: Mesh, device: torch.device) -> Checkpoint | None:
+def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device: torch.device) -> Checkpoint | None:
     """Find the checkpoint that `checkpoint.resume` asks for. A collective call: the ranks check its files together.
 
     A job that its launcher restarts resumes from its own checkpoint, if any, regardless of `checkpoint.resume`.
@@ -94,7 +94,7 @@ def find_checkpoint(config: Config, prepared: TokenizedData, mesh: Mesh, device:
     for folder in folders:
         damage = check_checkpoint(folder, mesh, hosts)
         if damage is None:
-            accept = partial(_accept, config, prepared, folder, resume) if mesh.rank == 0 else no_op
+            accept = partial(_accept, config, tokenized, folder, resume) if mesh.rank == 0 else no_op
             counters = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept)[0]
             assert counters is not None
             fetched = any(map(hosts.is_remote, range(mesh.world_size)))
@@ -118,11 +118,11 @@ def no_op() -> None:
     """Do nothing, while other ranks work."""
 
 
-def _accept(config: Config, prepared: TokenizedData, folder: Path, resume: str) -> Counters:
+def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> Counters:
     """Check that the checkpoint belongs to this run, and archive newer ones -> its counters. On rank 0."""
     counters = read_counters(folder / "state")
     if resume == AUTO:
-        check_same_run(config, prepared, folder, counters)
+        check_same_run(config, tokenized, folder, counters)
     if folder.resolve().parent == checkpoints_root(config).resolve():
         archive_newer(folder)
     return counters
@@ -236,7 +236,7 @@ def _check_part(folder: Path, index: int, count: int) -> tuple[str | None, list[
     return digest, unlisted + find_damage(folder, manifest, names[index::count])
 
 
-def check_same_run(config: Config, prepared: TokenizedData, folder: Path, counters: Counters) -> None:
+def check_same_run(config: Config, tokenized: TokenizedData, folder: Path, counters: Counters) -> None:
     """Check that the newest checkpoint in run.dir belongs to the configured run; a checkpoint given by path need not.
 
     Raises:
@@ -256,8 +256,8 @@ def check_same_run(config: Config, prepared: TokenizedData, folder: Path, counte
             "checkpoint.resume=never (existing files are kept), or resume from it regardless with "
             f"checkpoint.resume={folder}"
         )
-    if counters.corpus != prepared.fingerprint:
-        changes = describe_changes(prepared.folder.with_name(counters.corpus), prepared.folder)
+    if counters.corpus != tokenized.fingerprint:
+        changes = describe_changes(tokenized.folder.with_name(counters.corpus), tokenized.folder)
         raise CheckpointError(
             f"the text of data.sources={config.data.sources} is not the one that {folder} was trained on"
             f"{f' ({changes})' if changes else ''}; restore the files, or start again with checkpoint.resume=never"
@@ -277,7 +277,7 @@ def load_model(checkpoint: Checkpoint, task: LanguageModelTask, mesh: Mesh) -> N
         fill_weights(task.model, mesh, checkpoint.folder / "model", reader)
 
 
-def restore(checkpoint: Checkpoint, training: TrainState) -> None:
+def restore(checkpoint: Checkpoint, train_state: TrainState) -> None:
     """Restore everything but the weights; the engine must have been started with the model of `load_model`."""
-    restore_state(training, checkpoint.folder / "state", checkpoint.counters)
-    delete_copy(checkpoint, training.engine.mesh)
+    restore_state(train_state, checkpoint.folder / "state", checkpoint.counters)
+    delete_copy(checkpoint, train_state.engine.mesh)

@@ -59,18 +59,18 @@ class Snapshot:
         return {str(path.relative_to(folder)): file_entry(path) for path in written}
 
 
-def collect(training: TrainState, step: int) -> Snapshot:
+def collect(train_state: TrainState, step: int) -> Snapshot:
     """This rank's snapshot after `step`; its tensors are views of memory that training changes."""
-    config, mesh, model = training.config, training.engine.mesh, training.task.model
+    config, mesh, model = train_state.config, train_state.engine.mesh, train_state.task.model
     balanced = config.balance.moves_bias
     tensors = {f"{MODEL_FOLDER}/{name}": part for name, part in shard_tensors(model, mesh, balanced).items()}
-    tensors |= {f"{STATE_FOLDER}/{name}": part for name, part in state_tensors(training).items()}
+    tensors |= {f"{STATE_FOLDER}/{name}": part for name, part in state_tensors(train_state).items()}
     if mesh.rank != 0:
         return Snapshot(tensors, {})
     texts = {f"{MODEL_FOLDER}/{name}": text for name, text in config_files(model, balanced).items()}
-    texts[f"{STATE_FOLDER}/{COUNTERS_FILE}"] = counters_of(training, step).model_dump_json(indent=1) + "\n"
+    texts[f"{STATE_FOLDER}/{COUNTERS_FILE}"] = counters_of(train_state, step).model_dump_json(indent=1) + "\n"
     texts[CONFIG_FILE] = dump_config(config)
-    return Snapshot(tensors, texts, training.data.tokenizer)
+    return Snapshot(tensors, texts, train_state.data.tokenizer)
 
 
 class StagingBuffer:

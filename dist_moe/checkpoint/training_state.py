@@ -63,29 +63,29 @@ class Counters(Section):
     bf16: bool
 
 
-def state_tensors(training: TrainState) -> dict[str, dict[str, Tensor]]:
+def state_tensors(train_state: TrainState) -> dict[str, dict[str, Tensor]]:
     """This rank's tensors of `state/`, by file and name; mostly views. Rank 0 adds the balancer's state."""
-    engine, mesh = training.engine, training.engine.mesh
-    fragments = [fragment for fragment in rank_fragments(training) if fragment.numel]
+    engine, mesh = train_state.engine, train_state.engine.mesh
+    fragments = [fragment for fragment in rank_fragments(train_state) if fragment.numel]
     tensors = dict(optimizer_tensors(fragments, engine.optimizer_state, engine.has_masters))
     tensors |= {shard_key(RANDOM, f"{device}/{mesh.rank}", 0): state for device, state in rng_states(engine.device)}
     files = {f"rank-{mesh.rank:05d}.safetensors": tensors}
     if mesh.rank == 0:
-        layers = training.balancer.state_dict()["layers"]
+        layers = train_state.balancer.state_dict()["layers"]
         files[BALANCE_FILE] = {
             f"{kind}:{name}": value for name, layer in layers.items() for kind, value in layer.items()
         }
     return files
 
 
-def counters_of(training: TrainState, step: int) -> Counters:
+def counters_of(train_state: TrainState, step: int) -> Counters:
     """The counters of the run after `step`."""
-    mesh, settings, state = training.engine.mesh, training.engine.settings, training.balancer.state_dict()
+    mesh, settings, state = train_state.engine.mesh, train_state.engine.settings, train_state.balancer.state_dict()
     return Counters(
         step=step,
         taken=state["taken"],
         controller=state["controller"],
-        corpus=training.data.fingerprint,
+        corpus=train_state.data.fingerprint,
         workers=mesh.world_size,
         expert_parallel=mesh.expert_parallel,
         zero_stage=settings.zero_stage,
@@ -93,13 +93,13 @@ def counters_of(training: TrainState, step: int) -> Counters:
     )
 
 
-def rank_fragments(training: TrainState) -> list[TensorFragment]:
+def rank_fragments(train_state: TrainState) -> list[TensorFragment]:
     """The fragments that this rank writes; where several ranks hold the same, each writes a part of it.
 
     Raises:
         CheckpointError: DeepSpeed's optimizer holds other weights than its address mapping says.
     """
-    engine = training.engine
+    engine = train_state.engine
     fragments = engine.optimizer_fragments()
     if mapping_is_wrong(fragments):
         raise CheckpointError(
@@ -108,7 +108,7 @@ def rank_fragments(training: TrainState) -> list[TensorFragment]:
         )
     if engine.settings.zero_stage == 0:
         fragments = [rank_shard(fragment, engine.mesh) for fragment in fragments]
-    return tensor_fragments(fragments, parameter_slices(training.task.model, engine.mesh))
+    return tensor_fragments(fragments, parameter_slices(train_state.task.model, engine.mesh))
 
 
 def rank_shard(fragment: OptimizerFragment, mesh: Mesh) -> OptimizerFragment:
@@ -147,26 +147,26 @@ def read_counters(folder: Path) -> Counters:
         raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
 
 
-def restore_state(training: TrainState, folder: Path, counters: Counters) -> None:
+def restore_state(train_state: TrainState, folder: Path, counters: Counters) -> None:
     """Restore optimizer, balancer, random states and counters of a run that has loaded the checkpoint's weights.
 
     Args:
-        training: The started run.
+        train_state: The started run.
         folder: The checkpoint's `state` folder.
         counters: Read from it.
 
     Raises:
         CheckpointError: The folder lacks something, or belongs to other layers or another kind of routing.
     """
-    engine = training.engine
+    engine = train_state.engine
     with ShardReader(folder) as reader:
-        slices = parameter_slices(training.task.model, engine.mesh)
+        slices = parameter_slices(train_state.task.model, engine.mesh)
         fragments = tensor_fragments(engine.optimizer_fragments(), slices)
         if counters.taken:
             _restore_optimizer(engine, fragments, reader)
         _restore_masters(engine, fragments, reader, folder.with_name("model"))
-        _restore_rng(training, counters, reader)
-    _restore_balance(training.balancer, folder, counters)
+        _restore_rng(train_state, counters, reader)
+    _restore_balance(train_state.balancer, folder, counters)
     engine.set_step_counters(counters.step, counters.taken)
 
 
@@ -209,10 +209,10 @@ def _restore_masters(engine: Engine, fragments: list[TensorFragment], reader: Sh
             fragment.view_of(fragment.optimizer_tensor).copy_(stored)
 
 
-def _restore_rng(training: TrainState, counters: Counters, reader: ShardReader) -> None:
+def _restore_rng(train_state: TrainState, counters: Counters, reader: ShardReader) -> None:
     """Restore the random states if the number of workers is the same; else seed from run.seed, step and rank."""
-    engine, mesh = training.engine, training.engine.mesh
-    seed_rng(training.config.run.seed, counters.step, mesh.rank)
+    engine, mesh = train_state.engine, train_state.engine.mesh
+    seed_rng(train_state.config.run.seed, counters.step, mesh.rank)
     if counters.workers != mesh.world_size:
         return
     for device, _ in rng_states(engine.device):

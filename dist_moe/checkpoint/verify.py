@@ -175,8 +175,8 @@ def _check_balance(model: Path, state: Path) -> Iterator[str]:
     for layer in find_layers(empty_model):
         values: Mapping[str, Tensor] = layers.pop(layer.name, {})
         bias_E = values.get("selection_bias")
-        if bias_E is None or any(len(value) != layer.experts.experts for value in values.values()):
-            yield f"the balance state of {layer.name} is not for {layer.experts.experts} experts"
+        if bias_E is None or any(len(value) != layer.experts.num_experts for value in values.values()):
+            yield f"the balance state of {layer.name} is not for {layer.experts.num_experts} experts"
         elif layer.name in names and not torch.equal(biases[names[layer.name]].float(), bias_E):
             yield f"the bias of {layer.name} in the weights differs from the balance state"
     yield from (f"balance state of {name!a}, which is not an MoE layer of the model" for name in layers)

@@ -31,7 +31,7 @@ class Mesh:
         rank: This rank.
         expert_parallel: Ranks of a row.
         ep_group: The process group of this rank's row; None where expert_parallel is 1.
-        nodes: The groups for a hierarchical exchange (two hops); None for a flat one, as where rows do not span hosts.
+        node_groups: The groups for a hierarchical exchange (two hops); None for a flat one.
 
     Raises:
         MeshError: expert_parallel does not divide world_size.
@@ -41,7 +41,7 @@ class Mesh:
     rank: int
     expert_parallel: int
     ep_group: dist.ProcessGroup | None = None
-    nodes: "NodeGroups | None" = None
+    node_groups: "NodeGroups | None" = None
 
     def __post_init__(self) -> None:
         if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
@@ -125,7 +125,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
     if exchange == "flat" or expert_parallel == 1:
         return 0
     hosts = hosts_of_ranks()
-    block = block_of_hosts(hosts, expert_parallel)
+    block = consecutive_ranks_per_host(hosts, expert_parallel)
     if block == 0 and exchange == "hierarchical":
         raise MeshError(
             f"parallel.all_to_all=hierarchical needs every {expert_parallel} consecutive workers to span several "
@@ -140,7 +140,7 @@ def hosts_of_ranks() -> list[str]:
     return all_gather_objects(socket.gethostname())
 
 
-def block_of_hosts(hosts: Sequence[str], expert_parallel: int) -> int:
+def consecutive_ranks_per_host(hosts: Sequence[str], expert_parallel: int) -> int:
     """Return how many consecutive ranks each host has in every row, if rows span hosts evenly; 0 otherwise.
 
     Args:

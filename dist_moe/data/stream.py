@@ -12,7 +12,7 @@ import torch
 
 from dist_moe.data.corpus import Corpus
 
-NO_LOSS = -100
+IGNORE_INDEX = -100  # the target of a position without loss, as in torch.nn.CrossEntropyLoss
 PADDING = -1
 # A batch may span two epochs; older orders are not needed again.
 EPOCHS_KEPT = 2
@@ -109,7 +109,7 @@ class Stream:
             indices |= {int(index) for index in order.index_N[first : last + 1]}
         return sorted(indices)
 
-    def in_order(self, first_row: int, rows: int) -> Batch:
+    def rows_in_file_order(self, first_row: int, rows: int) -> Batch:
         """Return rows of the unshuffled corpus, for evaluation; those past its end are padding.
 
         Every rank can therefore ask for the same number of rows. Raises ValueError as `batch` does.
@@ -140,7 +140,7 @@ class Rows:
     first: int
     count: int
 
-    def of(self, stream: Stream) -> Batch:
+    def read(self, stream: Stream) -> Batch:
         """Read the rows from a stream."""
         return stream.batch(self.first, self.count)
 
@@ -170,7 +170,7 @@ def gather(corpus: Corpus, order: Order, rows_B: np.ndarray, length: int) -> Bat
     positions_BS = at_BS - np.maximum(begin_BS, rows_B[:, None] * length)
     columns = (
         np.where(padding_BS, corpus.end_id, tokens_BS),
-        np.where(no_loss_BS, NO_LOSS, next_BS),
+        np.where(no_loss_BS, IGNORE_INDEX, next_BS),
         np.where(padding_BS, PADDING, place_BS - place_BS[:, :1]),
         np.where(padding_BS, 0, positions_BS),
         np.where(padding_BS, PADDING, corpus.domains_N[index_BS]),

@@ -55,7 +55,7 @@ def model_shape_check(name: str, check: Callable[[DoctorContext, ModelShape, boo
     """Adapt a check of memory or disk, which needs the shape of the whole model."""
 
     def adapted(context: DoctorContext) -> Finding:
-        vocabulary = context.prepared.tokenizer.vocab_size if context.prepared else 1 << 15
+        vocabulary = context.tokenized.tokenizer.vocab_size if context.tokenized else 1 << 15
         return check(context, model_shape(context.resolved, vocabulary), context.bf16)
 
     return name, adapted
@@ -63,11 +63,11 @@ def model_shape_check(name: str, check: Callable[[DoctorContext, ModelShape, boo
 
 def check_text(context: DoctorContext) -> Finding:
     """Report how many epochs the run reads, and warn above MAX_EPOCHS."""
-    assert context.prepared is not None
-    config, tokens = context.config, len(context.prepared.train.tokens)
+    assert context.tokenized is not None
+    config, tokens = context.config, len(context.tokenized.train.tokens)
     read = config.train.steps * config.train.global_batch_size * config.data.sequence_length
     epochs = read / tokens
-    held_out = len(context.prepared.validation.tokens)
+    held_out = len(context.tokenized.validation.tokens)
     text = f"{tokens:,} training tokens, {held_out:,} held out; the run reads {read:,} tokens, {epochs:.2f} epochs"
     if epochs > MAX_EPOCHS:
         remedy = f"use more text, or fewer train.steps; beyond {MAX_EPOCHS:.0f} epochs a model learns little more"
@@ -113,17 +113,17 @@ def run_checks(
     """
     config = resolved.config
     set_threads(config.run.threads, rank_info)
-    prepared: TokenizedData | None = None
+    tokenized: TokenizedData | None = None
     text_error = ""
     try:
-        prepared = tokenize(config)
+        tokenized = tokenize(config)
     except (UserError, OSError) as error:
         text_error = str(error)
     limit_s = min(config.parallel.timeout_s, MAX_COLLECTIVE_S)
     with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:
         mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.all_to_all, resolved.expert_parallel))
         set_pg_timeouts(limit_s)
-        context = DoctorContext(resolved, dist_context, mesh, folder, prepared, limit_s)
+        context = DoctorContext(resolved, dist_context, mesh, folder, tokenized, limit_s)
         text_error = next(filter(None, all_gather_objects(text_error)), "")
         with temporary_folder(folder):
             findings, group_broken = _run_in_order(context, text_error)

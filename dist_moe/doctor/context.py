@@ -34,7 +34,7 @@ class DoctorContext:
         dist_context: the process group that the workers have joined.
         mesh: the layout of the run.
         folder: a temporary folder on the file system of run.dir.
-        prepared: the tokenized text; None where it is not available.
+        tokenized: the tokenized text; None where it is not available.
         limit_s: timeout of a collective, in seconds.
     """
 
@@ -42,7 +42,7 @@ class DoctorContext:
     dist_context: DistContext
     mesh: Mesh
     folder: Path
-    prepared: TokenizedData | None
+    tokenized: TokenizedData | None
     limit_s: float = 30.0
 
     @property

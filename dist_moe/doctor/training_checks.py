@@ -40,7 +40,7 @@ LEARNING_RATE = 100.0
 """So large that the rounding of a weight is negligible compared with its change; the model is discarded."""
 
 
-class StepResult(NamedTuple):
+class StepChange(NamedTuple):
     """The result of one step.
 
     Attributes:
@@ -98,7 +98,7 @@ def check_parity(context: DoctorContext) -> Finding:
     return Finding(name, Outcome.failed, f"rank {mesh.rank}: {text}; the largest is in {worst}", remedy)
 
 
-def run_one_step(context: DoctorContext, mesh: Mesh) -> StepResult:
+def run_one_step(context: DoctorContext, mesh: Mesh) -> StepChange:
     """Make one SGD step of the small model on a mesh, with the same tokens for every mesh."""
     settings = replace(
         engine_settings(context.resolved, context.dist_context.device),
@@ -108,26 +108,26 @@ def run_one_step(context: DoctorContext, mesh: Mesh) -> StepResult:
         micro_batch_size=1,
         accumulation=1,
     )
-    with small_run(context, mesh, settings) as training:
-        before = weights_by_name(training, mesh)
+    with small_run(context, mesh, settings) as train_state:
+        before = weights_by_name(train_state, mesh)
         batch = sample_batch(context, mesh.rank)
-        record = train_step(training.engine, training.balancer, [batch], LEARNING_RATE)
-        after = weights_by_name(training, mesh)
+        record = train_step(train_state.engine, train_state.balancer, [batch], LEARNING_RATE)
+        after = weights_by_name(train_state, mesh)
     dense, experts = ({name: after[part][name] - value for name, value in before[part].items()} for part in (0, 1))
-    return StepResult(record.grad_norm, dense, experts)
+    return StepChange(record.grad_norm, dense, experts)
 
 
-def weights_by_name(training: TrainState, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def weights_by_name(train_state: TrainState, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copy the dense weights and those of the local experts, by names that do not depend on the mesh."""
     dense = {
         name: parameter.detach().clone()
-        for name, parameter in training.task.named_parameters()
+        for name, parameter in train_state.task.named_parameters()
         if ".experts.local." not in name
     }
     experts = {}
-    for layer in find_layers(training.task.model):
+    for layer in find_layers(train_state.task.model):
         local = layer.experts.local
-        for index, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+        for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
             for kind, stacked in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
                 experts[f"{layer.name}.{expert}.{kind}"] = stacked.detach()[index].clone()
     return dense, experts
@@ -159,12 +159,12 @@ def small_run(
     task = LanguageModelTask(model, needs_margins=config.balance.needs_margins)
     if checkpoint is not None:
         load_model(checkpoint, task, mesh)
-    assert context.prepared is not None
-    with start_training(config, task, context.prepared, mesh, settings) as training:
+    assert context.tokenized is not None
+    with start_training(config, task, context.tokenized, mesh, settings) as train_state:
         set_pg_timeouts(context.limit_s)
         if checkpoint is not None:
-            restore(checkpoint, training)
-        yield training
+            restore(checkpoint, train_state)
+        yield train_state
 
 
 def doctor_config(context: DoctorContext) -> Config:
@@ -184,22 +184,22 @@ def check_saving(context: DoctorContext) -> Finding:
     settings = replace(
         engine_settings(context.resolved, context.dist_context.device), micro_batch_size=1, accumulation=1
     )
-    with small_run(context, mesh, settings) as training:
-        train_step(training.engine, training.balancer, [sample_batch(context, mesh.rank)], 1e-3)
-        saved = saved_tensors(training)
+    with small_run(context, mesh, settings) as train_state:
+        train_step(train_state.engine, train_state.balancer, [sample_batch(context, mesh.rank)], 1e-3)
+        saved = saved_tensors(train_state)
         began_s = time.perf_counter()
-        saver = AsyncSaver(training)
+        saver = AsyncSaver(train_state)
         size = saver.save(1).bytes
         save_s = time.perf_counter() - began_s
         saver.close()
-    assert context.prepared is not None
+    assert context.tokenized is not None
     began_s = time.perf_counter()
-    checkpoint = find_checkpoint(doctor_config(context), context.prepared, mesh, context.dist_context.device)
+    checkpoint = find_checkpoint(doctor_config(context), context.tokenized, mesh, context.dist_context.device)
     load_s = time.perf_counter() - began_s
     if checkpoint is None:
         return Finding(name, Outcome.failed, f"rank {mesh.rank} finds no checkpoint", "check the storage of run.dir")
-    with small_run(context, mesh, settings, checkpoint) as training:
-        loaded = saved_tensors(training)
+    with small_run(context, mesh, settings, checkpoint) as train_state:
+        loaded = saved_tensors(train_state)
     keys = sorted(saved | loaded)
     wrong = [key for key in keys if key not in loaded or not torch.equal(saved[key], loaded[key])]
     text = f"{format_bytes(size)} saved in {save_s:.2f} s ({size / save_s / 1e6:,.0f} MB/s), verified in {load_s:.2f} s"
@@ -209,9 +209,9 @@ def check_saving(context: DoctorContext) -> Finding:
     return Finding(name, Outcome.passed, f"{text}; weights, moments and biases are restored bit for bit")
 
 
-def saved_tensors(training: TrainState) -> dict[str, Tensor]:
+def saved_tensors(train_state: TrainState) -> dict[str, Tensor]:
     """Copy everything that this rank writes into a checkpoint, by file and name, and the weights that others write."""
-    files = collect(training, 1).tensors.items()
+    files = collect(train_state, 1).tensors.items()
     written = {f"{name} in {file}": tensor.clone() for file, part in files for name, tensor in part.items()}
-    weights = {name: parameter.detach().clone() for name, parameter in training.task.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in train_state.task.named_parameters()}
     return written | weights

@@ -7,14 +7,17 @@ Corrections to DeepSpeed 0.19.8, each covered by a test in tests/dist/test_engin
   applies a non-finite gradient. There its clipping is off, and norm, clipping and skipping are done here.
 - Its bf16 optimizer at ZeRO 0 runs one step when it starts, which AdamW counts. The count is reset to 0.
 - Its first collective compiles an operator for CPUs (up to a minute). The operator is marked as not available.
+- Its Muon optimizer, which it always imports, loads torch's compiler (2 s). That is deferred to the first use of Muon.
 """
 
 import contextlib
+import functools
+import importlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +58,7 @@ class EngineSettings:
         bf16: Whether parameters and gradients are bf16, with fp32 master weights.
         betas: AdamW's betas.
         momentum: SGD's momentum.
-        further: Further keys of DeepSpeed's JSON.
+        user_keys: Keys of DeepSpeed's JSON that the user set, below those of this class.
     """
 
     zero_stage: int
@@ -66,7 +69,7 @@ class EngineSettings:
     bf16: bool
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.0
-    further: dict[str, Any] = field(default_factory=dict)
+    user_keys: dict[str, Any] = field(default_factory=dict)
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -217,6 +220,7 @@ def start_engine(
     """
     _quieten()
     _forbid_compilation()
+    _import_muon()
     deepspeed.init_distributed(verbose=False)
     group_name = f"ep_size_{mesh.expert_parallel}"
     _make_expert_groups(mesh)
@@ -239,7 +243,7 @@ def start_engine(
 
 
 def deepspeed_json(settings: EngineSettings, world_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the user's further keys, overridden by ours."""
+    """Return DeepSpeed's configuration: the user's keys, overridden by ours."""
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation,
@@ -251,7 +255,7 @@ def deepspeed_json(settings: EngineSettings, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-    return _merge(settings.further, ours)
+    return _merge(settings.user_keys, ours)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +280,7 @@ def _tag_experts(module: nn.Module, group_name: str) -> int:
     experts = 0
     for layer in module.modules():
         if isinstance(layer, ExpertParallelLayer):
-            experts = layer.experts
+            experts = layer.num_experts
             for parameter in layer.local.parameters():
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = group_name  # type: ignore[attr-defined]
@@ -298,6 +302,28 @@ def _forbid_compilation() -> None:
     operators = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(operators, dict):
         operators["deepspeed_shm_comm"] = False
+
+
+def _import_muon() -> None:
+    """Import the Muon optimizer, which DeepSpeed's engine imports, with functions that are compiled when called."""
+    from deepspeed.runtime import compiler
+
+    original = compiler.compile
+    compiler.compile = lambda: _compile_on_first_call
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = original
+
+
+def _compile_on_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = functools.cache(lambda: torch.compile(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
 
 
 def _clear_groups() -> None:

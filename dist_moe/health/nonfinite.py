@@ -44,7 +44,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Finding:
+class NonFiniteFinding:
     """The result of the search on one rank.
 
     Attributes:
@@ -94,12 +94,12 @@ class NonFiniteMonitor:
         """
         _set_random_state(self._random, state.engine.device)
         try:
-            batches = [part.of(state.stream) for part in rows]
+            batches = [part.read(state.stream) for part in rows]
             origin = find_origin(state.task, batches, scales, state.engine.device)
         except Exception as error:  # the run ends anyway; report what is known
             origin = Origin(f"the search ended in {type(error).__name__}: {error}")
         documents = _documents(state, rows[origin.micro_batch - 1]) if origin and origin.micro_batch else ()
-        where = _format_findings(_gather_findings(Finding(origin, documents), state.engine.mesh.world_size))
+        where = _format_findings(_gather_findings(NonFiniteFinding(origin, documents), state.engine.mesh.world_size))
         checkpoint = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
         return NonFiniteError(
             f"{self._consecutive} consecutive steps were skipped, up to step {step}, because a gradient was not finite "
@@ -167,7 +167,7 @@ def _documents(state: TrainState, rows: Rows) -> tuple[str, ...]:
     return tuple(names.get(index, f"document {index}") for index in indices)
 
 
-def _gather_findings(finding: Finding, ranks: int) -> dict[int, Finding]:
+def _gather_findings(finding: NonFiniteFinding, ranks: int) -> dict[int, NonFiniteFinding]:
     """Return the findings by rank; only this rank's where the process group no longer works."""
     try:
         return dict(enumerate(all_gather_objects(finding) if ranks > 1 else [finding]))
@@ -175,7 +175,7 @@ def _gather_findings(finding: Finding, ranks: int) -> dict[int, Finding]:
         return {dist.get_rank(): finding}
 
 
-def _format_findings(findings: dict[int, Finding]) -> str:
+def _format_findings(findings: dict[int, NonFiniteFinding]) -> str:
     """Name the ranks with the earliest non-finite value, and those that it reached later."""
     at = {rank: (one.origin.micro_batch, one.origin.after) for rank, one in findings.items() if one.origin is not None}
     if not at:
@@ -189,7 +189,7 @@ def _format_findings(findings: dict[int, Finding]) -> str:
     return "; ".join(parts) + (f" (and later on rank {', '.join(later)})" if later else "")
 
 
-def _format_finding(rank: int, finding: Finding) -> str:
+def _format_finding(rank: int, finding: NonFiniteFinding) -> str:
     origin = finding.origin
     assert origin is not None
     where = f" of micro-batch {origin.micro_batch}" if origin.micro_batch else ""

@@ -62,7 +62,7 @@ def check_replicas(state: TrainState, step: int, steps_done: int = 0) -> None:
 
 def digests(state: TrainState) -> tuple[dict[str, int], dict[str, int]]:
     """Return the digests, by name, of what is replicated on all ranks, and on the ranks with the same experts."""
-    dense: dict[str, int] = {"balance: steps taken": state.balancer.taken}
+    dense: dict[str, int] = {"balance: steps taken": state.balancer.steps_taken}
     experts: dict[str, int] = {}
     for name, parameter in state.task.named_parameters():
         kind = dense if getattr(parameter, "allreduce", True) else experts

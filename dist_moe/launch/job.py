@@ -18,7 +18,7 @@ from dist_moe.launch.launcher import (
 )
 from dist_moe.launch.preflight import check_hosts
 from dist_moe.launch.supervise.monitor import WorkerMonitor
-from dist_moe.launch.supervise.run_job import Outcome, run
+from dist_moe.launch.supervise.run_job import JobOutcome, run
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import LOOPBACK, source_address
 
@@ -96,7 +96,7 @@ class Job:
             raise LaunchError(f"--launcher {self.name} submits nothing; run the job instead")
         return self.launcher.submit(self.request, self.launcher.script(self.request))
 
-    def run(self) -> Outcome:
+    def run(self) -> JobOutcome:
         """Check the hosts of the cluster, and run the job to its end.
 
         Raises:

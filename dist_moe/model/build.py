@@ -132,7 +132,7 @@ def _initialize_layer(layer: MoeLayer, std: float, seed: int) -> None:
     _fill_normal(layer.router.weight, std, derived_seed(seed, f"{layer.name}.router"))
     layer.router.reset_state()
     mesh, local = layer.experts.mesh, layer.experts.local
-    for index, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+    for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
         for kind, weight_eHD in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
             _fill_normal(weight_eHD[index], std, derived_seed(seed, f"{layer.name}.expert.{expert}.{kind}"))
 

@@ -29,7 +29,7 @@ def count_record(router: Router, record: RouterRecord, needs_margins: bool) -> R
         record: the record of the forward.
         needs_margins: whether to count the margins too (docs/glossary.md, Margin).
     """
-    layer_counts = count_routing(record.ids_TK, router.experts, router.max_experts_per_token)
+    layer_counts = count_routing(record.ids_TK, router.num_experts, router.max_experts_per_token)
     if not needs_margins:
         return layer_counts
     # Margins are measured in what the bias is added to: the logits of a softmax, or else the scores.

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
+from dist_moe.data.stream import IGNORE_INDEX
 from dist_moe.model.convert import find_layers
 from dist_moe.model.routing import count_record, routing_loss
 
-IGNORED = -100  # the target of a position without loss
 NO_LOSSES = RoutingLosses()
 
 
@@ -87,7 +87,7 @@ class LanguageModelTask(nn.Module):
         records = [layer.router.close_record() for layer in self.layers]
         dtype = torch.promote_types(torch.float32, logits_BSV.dtype)
         nll_sum = F.cross_entropy(
-            logits_BSV.flatten(0, 1).to(dtype), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits_BSV.flatten(0, 1).to(dtype), targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
         routing_counts = [
             count_record(layer.router, record, self.needs_margins and self.training)

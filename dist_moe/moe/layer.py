@@ -13,14 +13,14 @@ class ExpertParallelLayer(nn.Module):
 
     Args:
         local: the experts of this rank.
-        experts: number of experts over all ranks.
+        num_experts: number of experts over all ranks.
         mesh: which rank holds which experts.
     """
 
-    def __init__(self, local: GroupedExperts, experts: int, mesh: Mesh) -> None:
+    def __init__(self, local: GroupedExperts, num_experts: int, mesh: Mesh) -> None:
         super().__init__()
         self.local = local
-        self.experts = experts
+        self.num_experts = num_experts
         self.mesh = mesh
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -34,17 +34,17 @@ class ExpertParallelLayer(nn.Module):
         Returns:
             [T, D] in the dtype of hidden_TD.
         """
-        nodes = self.mesh.nodes
+        nodes = self.mesh.node_groups
         if nodes is None:
             return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh)
         mixed_TD = hierarchical_dispatch_combine(
-            hidden_TD, ids_TK, weights_TK, self.experts, nodes, self._apply_experts
+            hidden_TD, ids_TK, weights_TK, self.num_experts, nodes, self._apply_experts
         )
         return mixed_TD.to(hidden_TD.dtype)
 
     def _apply_experts(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, mesh: Mesh) -> Tensor:
         """Apply the experts that the ranks of `mesh` hold together."""
-        experts = self.experts // self.mesh.expert_parallel * mesh.expert_parallel
+        experts = self.num_experts // self.mesh.expert_parallel * mesh.expert_parallel
         dispatched = dispatch(hidden_TD, ids_TK, experts, mesh)
         results_QD = self.local(dispatched.rows_QD, dispatched.counts_e)
         return combine(results_QD, weights_TK, dispatched.handle, mesh).to(hidden_TD.dtype)

@@ -25,7 +25,7 @@ class Router(nn.Module):
     The logits are computed in fp32 in a model of any precision.
 
     Args:
-        experts: E.
+        num_experts: E.
         width: D.
         rule: how tokens select experts.
 
@@ -41,13 +41,13 @@ class Router(nn.Module):
     last_load: Tensor
     threshold: Tensor | None
 
-    def __init__(self, experts: int, width: int, rule: Rule) -> None:
+    def __init__(self, num_experts: int, width: int, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-        self.experts = experts
-        self.weight = nn.Parameter(torch.empty(experts, width))
-        self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32))
-        self.register_buffer("last_load", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("last_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         start = torch.tensor(rule.threshold, dtype=torch.float32) if isinstance(rule, ThresholdRouting) else None
         self.register_buffer("threshold", start)
         self._mask_T: Tensor | None = None
@@ -55,7 +55,7 @@ class Router(nn.Module):
         self._record: RouterRecord | None = None
 
     @property
-    def balanced(self) -> bool:
+    def is_balanced(self) -> bool:
         """Whether a balancer may update the state: not that of a frozen router, nor of random routing."""
         return self.weight.requires_grad and not isinstance(self.rule, RandomRouting)
 

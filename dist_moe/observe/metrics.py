@@ -93,7 +93,7 @@ def step_metrics(
     *,
     load_L: Sequence[Tensor],
     k_histogram_L: Sequence[Tensor],
-    computation_L: Sequence[tuple[float, float]],
+    microbatch_vio_L: Sequence[tuple[float, float]],
     bias_L: Sequence[Tensor | None],
     expert_parallel: int,
 ) -> StepMetrics:
@@ -103,7 +103,7 @@ def step_metrics(
         progress: everything but the load.
         load_L: L tensors [E] int64, counts of this step's global batch.
         k_histogram_L: L tensors [K] int64, tokens of this step's global batch that took 1, 2, .. K experts.
-        computation_L: MaxVio of each layer's micro-batches and its floor, means over micro-batches and groups.
+        microbatch_vio_L: MaxVio of each layer's micro-batches and its floor, means over micro-batches and groups.
         bias_L: L tensors [E] float32 after this step's update, or None for a layer without a selection bias.
         expert_parallel: ranks among which the experts of a layer are divided.
 
@@ -116,7 +116,7 @@ def step_metrics(
     return StepMetrics(
         **asdict(progress),
         **_balance_fields(measures),
-        **_computation_fields(computation_L, layers=len(load_L)),
+        **_computation_fields(microbatch_vio_L, layers=len(load_L)),
         **_rank_fields(load_L, expert_parallel),
         **shared_fields(measures, k_histogram_L),
         bias_per_layer=tuple(None if bias_E is None else _bias_range(bias_E) for bias_E in bias_L),
@@ -138,13 +138,13 @@ def _balance_fields(measures: LoadMeasures) -> dict[str, Any]:
     }
 
 
-def _computation_fields(computation_L: Sequence[tuple[float, float]], layers: int) -> dict[str, Any]:
-    if len(computation_L) != layers:
+def _computation_fields(microbatch_vio_L: Sequence[tuple[float, float]], layers: int) -> dict[str, Any]:
+    if len(microbatch_vio_L) != layers:
         raise ValueError(
-            f"{len(computation_L)} values of MaxVio_computation for {layers} loads; each layer has one of each; "
+            f"{len(microbatch_vio_L)} values of MaxVio_computation for {layers} loads; each layer has one of each; "
             "pass both for every layer"
         )
-    values, floors = tuple(value for value, _ in computation_L), tuple(floor for _, floor in computation_L)
+    values, floors = tuple(value for value, _ in microbatch_vio_L), tuple(floor for _, floor in microbatch_vio_L)
     return {
         "max_vio_computation": mean(values),
         "max_vio_computation_floor": mean(floors),

@@ -104,7 +104,7 @@ def measure(mesh: Mesh, sizes: Sequence[Size], repetitions: int, device: torch.d
 
 
 def _measure_size(mesh: Mesh, size: Size, repetitions: int, device: torch.device) -> HopTiming:
-    meshes = {FLAT: replace(mesh, nodes=None), HIERARCHICAL: mesh}
+    meshes = {FLAT: replace(mesh, node_groups=None), HIERARCHICAL: mesh}
     torch.manual_seed(mesh.rank)
     local = GroupedExperts(EXPERTS_PER_RANK, size.width, EXPERT_WIDTH, F.silu).to(device)
     for parameter in local.parameters():
@@ -153,8 +153,8 @@ def _difference(results: dict[str, list[Tensor]]) -> float:
 
 def _inter_host_bytes(mesh: Mesh, ids_TK: Tensor, size: Size) -> list[int]:
     """Sum over all ranks, flat and hierarchical: dispatched rows, combined rows, and the gradients of both."""
-    assert mesh.nodes is not None
-    hosts, own_host = mesh.nodes.inter.expert_parallel, mesh.nodes.inter.ep_rank
+    assert mesh.node_groups is not None
+    hosts, own_host = mesh.node_groups.inter.expert_parallel, mesh.node_groups.inter.ep_rank
     host_TK = ids_TK // (EXPERTS_PER_RANK * mesh.expert_parallel // hosts)
     chosen_NTK = torch.stack([host_TK == host for host in range(hosts) if host != own_host])
     crossing = torch.stack([chosen_NTK.sum(), chosen_NTK.any(dim=2).sum()])

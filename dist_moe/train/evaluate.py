@@ -22,9 +22,9 @@ from dist_moe.config.pretrained import text_vocabulary
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import TokenizedData, prepare
 from dist_moe.data.load_tokenizer import load_tokenizer
-from dist_moe.data.stream import Stream
+from dist_moe.data.stream import IGNORE_INDEX, Stream
 from dist_moe.families.registry import family_of
-from dist_moe.model.task import IGNORED, LanguageModelTask, Output
+from dist_moe.model.task import LanguageModelTask, Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
 from dist_moe.worker.rank_info import rank_info_from_env
 
@@ -104,14 +104,14 @@ def _forward(
         The sum of -ln p in nats, the label tokens, the bytes of text that these stand for, and the routing counts.
     """
     row = first + mesh.rank * text.micro_batch_size
-    batch = text.stream.in_order(row, text.micro_batch_size)
+    batch = text.stream.rows_in_file_order(row, text.micro_batch_size)
     # Rows past the limit belong to the corpus but not to this evaluation.
     outside_B = torch.arange(row, row + text.micro_batch_size) >= text.rows
-    targets_BS = batch.targets_BS.masked_fill(outside_B.unsqueeze(1), IGNORED)
+    targets_BS = batch.targets_BS.masked_fill(outside_B.unsqueeze(1), IGNORE_INDEX)
     mask_BS = (batch.documents_BS >= 0) & ~outside_B.unsqueeze(1)
     inputs = (batch.tokens_BS, targets_BS, batch.positions_BS, mask_BS)
     output: Output = task(*(tensor.to(device) for tensor in inputs), torch.tensor(1.0, device=device))
-    labels = targets_BS[targets_BS != IGNORED].numpy()
+    labels = targets_BS[targets_BS != IGNORE_INDEX].numpy()
     nats = float(output.nll_sum)
     if not math.isfinite(nats):
         nats = math.nan

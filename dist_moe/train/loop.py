@@ -78,13 +78,13 @@ def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlag
     """
     engine, balancer, files = run.state.engine, run.state.balancer, run.state.data.files
     started_s = time.perf_counter()
-    learning_rate = learning_rate_schedule(run.config).learning_rate(balancer.taken)
+    learning_rate = learning_rate_schedule(run.config).learning_rate(balancer.steps_taken)
     balance_rate = balancer.rate
     # Checked before reading, because reading a mapped file that was truncated ends the process by SIGBUS, and after
     # it, because the file may have changed in between.
     changed = detect_change(files)
     rows = [] if changed else micro_batches(run.resolved, run.mesh, step)
-    batches = [part.of(run.state.stream) for part in rows]
+    batches = [part.read(run.state.stream) for part in rows]
     flags = replace(flags, data_changed=changed or detect_change(files))
     counts, all_flags = exchange_flags(batches, flags, engine)
     record = train_step(engine, balancer, batches, learning_rate, counts)

@@ -62,7 +62,7 @@ class Report:
         self._seconds = 0.0
         self._steps = 0
 
-    def describe(self, resolved: Resolved, prepared: TokenizedData, task: LanguageModelTask) -> None:
+    def describe(self, resolved: Resolved, tokenized: TokenizedData, task: LanguageModelTask) -> None:
         """Record what the run is, and print what will be trained, on which text, and which layers are balanced."""
         if self.recorder is None or self.console is None:
             return
@@ -74,8 +74,8 @@ class Report:
             "backend": self.dist_context.backend,
             "device": str(self.dist_context.device),
             "launcher": self.dist_context.rank_info.launcher,
-            "sources": [record.__dict__ for record in prepared.records],
-            "corpus": prepared.fingerprint,
+            "sources": [record.__dict__ for record in tokenized.records],
+            "corpus": tokenized.fingerprint,
             "job": job_id(os.environ),
             "resumed_from": None if self._checkpoint is None else str(self._checkpoint.folder),
         }
@@ -93,7 +93,7 @@ class Report:
         )
         names = ", ".join(layer.name for layer in task.layers)
         self.console.log(f"balancing policy {self.config.balance.policy} on layers {names}")
-        tokens = [len(corpus.tokens) for corpus in (prepared.train, prepared.validation)]
+        tokens = [len(corpus.tokens) for corpus in (tokenized.train, tokenized.validation)]
         self.console.log(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
         if self._checkpoint is not None:
             self.console.warn(*self._checkpoint.passed_over)
@@ -131,7 +131,7 @@ class Report:
         self._skipped_steps += not record.taken
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
-        nll, auxiliary, computation_L = self._over_ranks(record)
+        nll, auxiliary, microbatch_vio_L = self._over_ranks(record)
         step_tokens = self.config.train.global_batch_size * self.config.data.sequence_length
         progress = Progress(
             step=step,
@@ -151,7 +151,7 @@ class Report:
             progress,
             load_L=[load.cpu() for load in record.loads],
             k_histogram_L=[layer_counts.k_histogram_K.cpu() for layer_counts in record.routing_counts],
-            computation_L=computation_L,
+            microbatch_vio_L=microbatch_vio_L,
             bias_L=[bias.cpu() for bias in biases],
             expert_parallel=self.mesh.expert_parallel,
         )
@@ -167,14 +167,14 @@ class Report:
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
         """Return, over all ranks: sum of -ln p, auxiliary loss, (micro-batch MaxVio, floor) of each layer."""
         scalars = {"nll": float(record.nll_sum), "auxiliary": float(record.auxiliary)}
-        computation_L = microbatch_max_vio(record.micro_loads, self.mesh, self.dist_context.device)
-        for layer, (value, floor) in enumerate(computation_L):
+        microbatch_vio_L = microbatch_max_vio(record.micro_loads, self.mesh, self.dist_context.device)
+        for layer, (value, floor) in enumerate(microbatch_vio_L):
             scalars |= {f"value {layer}": value, f"floor {layer}": floor}
         sums = all_reduce_scalars(scalars, self.dist_context.device)
         # The ranks of a group hold the same value, and all groups have one size, so the mean over ranks is that over
         # groups.
         means = {name: total / self.mesh.world_size for name, total in sums.items()}
-        pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(computation_L))]
+        pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(microbatch_vio_L))]
         return sums["nll"], means["auxiliary"], pairs
 
     def warn(self, line: str) -> None:

@@ -187,7 +187,7 @@ def engine_settings(resolved: Resolved, device: torch.device) -> EngineSettings:
         bf16=choose_precision(train.precision, device) == torch.bfloat16,
         betas=(train.betas[0], train.betas[1]),
         momentum=train.momentum,
-        further=dict(train.deepspeed),
+        user_keys=dict(train.deepspeed),
     )
 
 

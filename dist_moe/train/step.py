@@ -13,9 +13,9 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.comm.reduce import all_reduce_counts
-from dist_moe.data.stream import Batch
+from dist_moe.data.stream import IGNORE_INDEX, Batch
 from dist_moe.engine.deepspeed import Engine
-from dist_moe.model.task import IGNORED, Output
+from dist_moe.model.task import Output
 
 
 class GlobalCounts(NamedTuple):
@@ -135,7 +135,7 @@ def reduce_counts(batches: Sequence[Batch], device: torch.device, extra: Sequenc
         extra: Further integers to sum in the same all-reduce, as many on every rank.
     """
     none = torch.zeros((), dtype=torch.int64)
-    labels = sum(((batch.targets_BS != IGNORED).sum() for batch in batches), none)
+    labels = sum(((batch.targets_BS != IGNORE_INDEX).sum() for batch in batches), none)
     tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
     counts = all_reduce_counts([labels, tokens, torch.tensor(extra, dtype=torch.int64)], device)
     return GlobalCounts(int(counts[0]), int(counts[1]), counts[2].tolist())

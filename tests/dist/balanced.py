@@ -18,10 +18,10 @@ from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import load_config, resolve
 from dist_moe.data.corpus import Corpus
-from dist_moe.data.stream import Batch, Stream
+from dist_moe.data.stream import IGNORE_INDEX, Batch, Stream
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
-from dist_moe.model.task import IGNORED, LanguageModelTask
+from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
 from dist_moe.policies.loss_free import LossFree
@@ -87,7 +87,7 @@ def half_of_padding(rank: int, world_size: int) -> tuple[float, float, list[list
     with started(Case(expert_parallel=world_size), world_size) as (engine, task):
         batch = Batch(*(tensor.clone() for tensor in ragged_batch()))
         batch.documents_BS[ROWS // 2 :] = -1
-        batch.targets_BS[ROWS // 2 :] = IGNORED
+        batch.targets_BS[ROWS // 2 :] = IGNORE_INDEX
         balancer = make_balancer(task)
         record = train_step(engine, balancer, share(batch, engine.mesh, 1), 1.0)
         loss = float(record.nll_sum) / record.label_tokens
@@ -113,7 +113,7 @@ def layers_of_many_sizes(rank: int, world_size: int, policy: str) -> tuple[list[
     """Layers of 2, 5 and 3 experts, other loads on each rank -> loads, biases, and the collectives of the step."""
     routers = {f"layer.{layer}": Router(count, 4, TopK(1, "sigmoid")) for layer, count in enumerate((2, 5, 3))}
     balancer = Balancer(routers, make_policy(policy, rate=0.5), CPU, schedule_steps=10)
-    seen = [torch.arange(router.experts) * (rank + 1) for router in routers.values()]
+    seen = [torch.arange(router.num_experts) * (rank + 1) for router in routers.values()]
     balancer.observe([RoutingCounts(load_E, load_E.sum().view(1)) for load_E in seen])
     with counted("all_reduce") as calls:
         routing_counts = balancer.step()

@@ -1,6 +1,6 @@
 """Worker processes that are forked from a server which has torch, transformers and DeepSpeed loaded.
 
-Importing the training loop costs 3 to 5 s of CPU time, and a test run starts more than a hundred workers. The server
+Importing the training loop costs 3 to 4 s of CPU time, and a test run starts more than a hundred workers. The server
 (Python's forkserver) imports it once. A fork is safe only of a process with one thread and without process groups, so
 the server runs with OMP_NUM_THREADS=1 and never computes anything; tests/dist/test_loaded.py holds both. The process
 that runs the tests is never forked.

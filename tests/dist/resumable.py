@@ -66,14 +66,14 @@ def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Seque
 def started(rank: int, world_size: int, overrides: Sequence[str]) -> Iterator[tuple[Resolved, TrainState]]:
     """A run of configs/debug.yaml with these overrides, started or resumed, before its next step."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides), world_size)
-    config, prepared = resolved.config, tokenize(resolved.config)
+    config, tokenized = resolved.config, tokenize(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
-    checkpoint = find_checkpoint(config, prepared, mesh, torch.device("cpu"))
-    task = build_task(resolved, prepared, mesh)
+    checkpoint = find_checkpoint(config, tokenized, mesh, torch.device("cpu"))
+    task = build_task(resolved, tokenized, mesh)
     if checkpoint is not None:
         load_model(checkpoint, task, mesh)
     settings = engine_settings(resolved, torch.device("cpu"))
-    with start_training(config, task, prepared, mesh, settings) as training:
+    with start_training(config, task, tokenized, mesh, settings) as training:
         if checkpoint is not None:
             restore(checkpoint, training)
         yield resolved, training

@@ -9,10 +9,10 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.comm.mesh import Mesh, make_mesh
-from dist_moe.data.stream import Batch
+from dist_moe.data.stream import IGNORE_INDEX, Batch
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import build_model, parameter_groups
-from dist_moe.model.task import IGNORED, NO_LOSSES, LanguageModelTask
+from dist_moe.model.task import NO_LOSSES, LanguageModelTask
 from dist_moe.moe.select import Rule
 from dist_moe.policies.base import Policy
 from dist_moe.policies.loss_free import LossFree
@@ -85,9 +85,9 @@ def ragged_batch(seed: int = 0, rows: int = ROWS) -> Batch:
         if row % 3 == 0:
             documents_BS[row, LENGTH - 1 - row :] = -1
     targets_BS = tokens_BS.roll(-1, dims=1)
-    targets_BS[documents_BS < 0] = IGNORED
-    targets_BS[1] = IGNORED
-    targets_BS[2, : LENGTH // 2] = IGNORED
+    targets_BS[documents_BS < 0] = IGNORE_INDEX
+    targets_BS[1] = IGNORE_INDEX
+    targets_BS[2, : LENGTH // 2] = IGNORE_INDEX
     return Batch(tokens_BS, targets_BS, documents_BS, positions_BS * (documents_BS >= 0), documents_BS.clamp(max=0))
 
 
@@ -111,7 +111,7 @@ def make_task(case: Case, mesh: Mesh) -> LanguageModelTask:
     task = LanguageModelTask(model, case.losses, case.policy.needs_margins)
     if case.losses.scope == "global_batch" and case.losses.balance:
         for layer in task.layers:  # as after a step
-            layer.router.last_load.copy_(torch.arange(layer.router.experts) ** 2)
+            layer.router.last_load.copy_(torch.arange(layer.router.num_experts) ** 2)
     return task
 
 
@@ -218,7 +218,7 @@ def named_experts(task: LanguageModelTask, mesh: Mesh, values: dict[str, Tensor]
         if ".experts.local." not in name:
             named[name] = value
             continue
-        experts = next(layer.experts.experts for layer in task.layers if name.startswith(f"model.{layer.name}."))
+        experts = next(layer.experts.num_experts for layer in task.layers if name.startswith(f"model.{layer.name}."))
         for index, expert in enumerate(mesh.local_experts(experts)):
             named[name.replace(".local.", f".{expert}.")] = value[index]
     return named
@@ -234,7 +234,7 @@ def reference(case: Case, dtype: torch.dtype) -> tuple[float, float, dict[str, T
     for parameter in task.parameters():  # buffers stay as they are, as DeepSpeed leaves them
         parameter.data = parameter.data.to(dtype)
     batch = ragged_batch(seed=0)
-    labels = (batch.targets_BS != IGNORED).sum()
+    labels = (batch.targets_BS != IGNORE_INDEX).sum()
     output = task(
         batch.tokens_BS,
         batch.targets_BS,

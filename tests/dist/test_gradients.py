@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from dist_moe.checkpoint.format.hf_weights import save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.data.stream import IGNORE_INDEX
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
-from dist_moe.model.task import IGNORED
 from tests.dist.pool import RankPool
 from tests.dist.small import Case, Trace, make_task, named_weights, part, ragged_batch, run_case
 from tests.dist.test_engine import assert_gradients, decays, expected, gradients_of, initial
@@ -42,7 +42,7 @@ def mean_of_nll(model: Any, first: int, rows: int) -> Tensor:
     batch = part(ragged_batch(), first, rows)
     logits_BSV = model(input_ids=batch.tokens_BS, position_ids=batch.positions_BS, use_cache=False).logits
     nll: Tensor = F.cross_entropy(logits_BSV.flatten(0, 1), batch.targets_BS.flatten(), reduction="sum")
-    return nll / (batch.targets_BS != IGNORED).sum().clamp(min=1)
+    return nll / (batch.targets_BS != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def plain_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:

@@ -38,6 +38,30 @@ def test_workers_are_forked_from_one_thread_that_has_all_loaded_and_no_group() -
     assert b"multiprocessing.forkserver" in command, "the process of the tests is not forked"
 
 
+def use_muon(connection: Connection) -> None:
+    """Sends whether DeepSpeed's engine with its Muon optimizer loads torch's compiler, and a result of the latter."""
+    import torch
+
+    from dist_moe.engine.deepspeed import _import_muon
+
+    _import_muon()
+    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
+
+    loaded = "torch._inductor.compile_fx" in sys.modules
+    with torch.compiler.set_stance("force_eager"):
+        orthogonal = zeropower_via_newtonschulz5(3 * torch.eye(4), steps=5)
+    connection.send((loaded, (orthogonal - torch.eye(4)).abs().max().item()))
+
+
+def test_the_engine_loads_torch_s_compiler_only_for_muon() -> None:
+    ours, theirs = Pipe()
+    process = start_loaded(use_muon, theirs)
+    assert ours.poll(LIMIT_S)
+    loaded, error = ours.recv()
+    process.join(LIMIT_S)
+    assert not loaded and error < 0.4, "Newton-Schulz with 5 steps gives singular values of 0.7 to 1.2"
+
+
 def test_a_module_runs_as_if_started_by_python(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "dist_moe", "train", "configs/debug.yaml", "no.such=1"]
     output = tmp_path / "out"

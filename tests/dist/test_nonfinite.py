@@ -65,7 +65,7 @@ def searched(rank: int, world_size: int, text: Path, folder: Path, spoil: Callab
         parts, scale = micro_batches(resolved, training.engine.mesh, 1), torch.tensor(1 / 64)
         error = NonFiniteMonitor(1).error(training, 1, parts, (scale, scale), None)
         assert all(parameter.grad is None for parameter in training.task.parameters())
-        assert training.balancer.taken == 0
+        assert training.balancer.steps_taken == 0
         return str(error)
 
 
@@ -111,7 +111,7 @@ def test_a_run_that_only_skips_ends_and_leaves_its_checkpoints(text: Path, tmp_p
 def overflowing(rank: int, world_size: int, text: Path, folder: Path) -> list[str]:
     """The loss of a step times 1e38 is not finite, and its gradient neither: told with this scale, and with 1."""
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
-        batches = [part.of(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
+        batches = [part.read(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
         scales = [torch.tensor(value) for value in (1e38, 1.0)]
         found = [find_origin(training.task, batches, (scale, scale), training.engine.device) for scale in scales]
         return ["" if origin is None else origin.what for origin in found]

@@ -42,7 +42,7 @@ def expert(training: TrainState) -> None:
 
 
 def count(training: TrainState) -> None:
-    training.balancer.taken += 1
+    training.balancer.steps_taken += 1
 
 
 Spoil = Callable[[TrainState], None]

@@ -62,7 +62,7 @@ def break_during_save(
     kind: str, training: TrainState, disk: Path, behind: Path, draw: random.Random
 ) -> tuple[str, list[str]]:
     """Start a save, break the disk before it ends, and repair it -> the evidence, and failures."""
-    saver, step = AsyncSaver(training), training.balancer.taken
+    saver, step = AsyncSaver(training), training.balancer.steps_taken
     ballast = disk / "ballast"
     if kind == FULL:
         # So little space that the save starts and fails in the middle.

@@ -52,7 +52,7 @@ def make_run(text: Path, folder: Path) -> Path:
 def train_steps(resolved: Resolved, training: TrainState, first: int, last: int) -> None:
     """Make steps `first` to `last`, with a checkpoint after each even one."""
     for step in range(first, last + 1):
-        rate = learning_rate_schedule(training.config).learning_rate(training.balancer.taken)
+        rate = learning_rate_schedule(training.config).learning_rate(training.balancer.steps_taken)
         one_step(resolved, training, step, rate=rate)
         if step % 2 == 0:
             save_checkpoint(training, step)
@@ -97,7 +97,7 @@ def check_refused(text: Path, newest: Path, folder: Path, damage: Damage) -> lis
 def resume(text: Path, run: Path, whole: Path) -> tuple[str, list[str]]:
     """Resume to the last step -> from which step, and the differences from the undisturbed run."""
     with started(0, 1, overrides_of(text, run, *CHANGES)) as (resolved, training):
-        first = training.balancer.taken
+        first = training.balancer.steps_taken
         train_steps(resolved, training, first + 1, LAST)
     last = f"checkpoints/step-{LAST:06d}"
     failures = [f"{name} differs" for name in same_bits(run / last, whole / last)]

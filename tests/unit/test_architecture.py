@@ -17,7 +17,7 @@ from tests.unit.source import ROOT, Source, depth, sources
 Rule = Callable[[Source], Iterator[str]]
 
 OURS = sources("dist_moe")
-EVERYTHING = [*OURS, *sources("tests")]
+EVERYTHING = [*OURS, *sources("tests"), *sources("benchmarks")]
 
 GROUND = {"errors", "files", "scores", "section", "text", "untrusted"}
 # Policies and families are below the configuration, because its fields and checks are made from them.

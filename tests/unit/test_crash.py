@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.selection import full
+
 ROOT = Path(__file__).resolve().parents[2]
 HANGING = """
 import ctypes, subprocess, pathlib
@@ -30,7 +32,7 @@ WAITING = "import time\n\ndef test_waits():\n    time.sleep(600)\n\ndef test_aft
 SETTINGS = "[pytest]\ntimeout = 2\nfaulthandler_timeout = 4\nfaulthandler_exit_on_timeout = true\n"
 
 
-@pytest.mark.parametrize(("library", "processes"), [("CDLL", 1), ("PyDLL", 2)])
+@pytest.mark.parametrize(("library", "processes"), [("PyDLL", 2), full("CDLL", 1)])
 def test_a_hang_in_c_costs_its_test_alone(tmp_path: Path, library: str, processes: int) -> None:
     """PyDLL keeps the GIL, so that no thread of Python could end the process."""
     (tmp_path / "pytest.ini").write_text(SETTINGS)

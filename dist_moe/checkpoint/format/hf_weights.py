@@ -160,7 +160,7 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
     Raises:
         WeightsError: With everything that does not match the model.
     """
-    experts = {layer.name: layer.experts.experts for layer in find_layers(model)}
+    experts = {layer.name: layer.experts.num_experts for layer in find_layers(model)}
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     return find_sources(folder, _rank_tensors(model, mesh, folder), experts, ignored)
@@ -264,7 +264,7 @@ def bias_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
 def _local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:
     """Yield (index in the stacked parameters, prefix of the names on disk) of every expert of this rank."""
-    for index, expert in enumerate(mesh.local_experts(layer.experts.experts)):
+    for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
         yield index, f"{layer.name}.experts.{expert}"
 
 

@@ -34,7 +34,7 @@ STOP_TIMEOUT_S = 1800.0
 LOCK_FILE = "launch.lock"
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """How a job ended.
 
     Attributes:
@@ -58,7 +58,7 @@ class JobEnd(NamedTuple):
     signum: int | None = None
 
 
-def run(command: Command, run_dir: str | Path, monitor: WorkerMonitor) -> Outcome:
+def run(command: Command, run_dir: str | Path, monitor: WorkerMonitor) -> JobOutcome:
     """Run a job to its end; when this returns, no process of it is left on any host that can be reached.
 
     The launcher runs in a session of its own, so Ctrl-C reaches this process alone, which then ends all others:
@@ -242,31 +242,33 @@ def descends_from(entry: Descendant, tree: dict[int, Descendant], roots: Collect
     return True
 
 
-def outcome_of(command: Command, end: JobEnd, monitor: WorkerMonitor, received: Sequence[int]) -> Outcome:
+def outcome_of(command: Command, end: JobEnd, monitor: WorkerMonitor, received: Sequence[int]) -> JobOutcome:
     """Conclude how the job ended from the launchers' exit codes, the user's signals and the workers' ends."""
     failures = monitor.failures()
     # A worker that cannot handle a request to stop yet dies from the signal.
     died_from = next((signum for signum in received if any(one.code == 128 + signum for one in failures)), None)
     signum = died_from if end.signum is None else end.signum
     if signum is not None:
-        return Outcome(128 + signum, f"stopped by {signal.Signals(signum).name}; every process has ended")
+        return JobOutcome(128 + signum, f"stopped by {signal.Signals(signum).name}; every process has ended")
     if failures:
-        return Outcome(failures[0].code, failures[0].text)
+        return JobOutcome(failures[0].code, failures[0].text)
     if monitor.stopped():
         by = f" ({signal.Signals(received[0]).name})" if received else ""
-        return Outcome(STOPPED_CODE, f"stopped on request{by}: every rank saved its checkpoint; start again to resume")
+        return JobOutcome(
+            STOPPED_CODE, f"stopped on request{by}: every rank saved its checkpoint; start again to resume"
+        )
     name, code = f"the {command.launcher} launcher", end.code
     if code is None:
         message = f"every rank finished, but {name} did not exit and was ended after {FINISHED_GRACE_S:g} s"
-        return Outcome(0, message)
+        return JobOutcome(0, message)
     how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
     job_code = 128 - code if code < 0 else code
     if unfinished := ", ".join(map(str, monitor.unfinished())):
         message = f"{name} {how} before rank {unfinished} finished or reported an error; see the output above"
-        return Outcome(job_code or 1, message)
+        return JobOutcome(job_code or 1, message)
     # A launcher that continued without a host that it lost exits with an error for that host.
     message = f"every rank finished, but {name} {how}; see the output above" if job_code else ""
-    return Outcome(0 if command.restarts else job_code, message)
+    return JobOutcome(0 if command.restarts else job_code, message)
 
 
 @contextlib.contextmanager

@@ -56,10 +56,10 @@ def test_trap_T13_a_discarded_window_has_no_effect() -> None:
     balancer = Balancer(make_routers(2), linear, CPU, schedule_steps=2)
     balancer.observe([counts(9, 1)])
     assert loads(balancer.discard()) == [[9, 1]], "it is still reported"
-    assert (balancer.biases[0].tolist(), balancer.taken) == ([0.0, 0.0], 0)
+    assert (balancer.biases[0].tolist(), balancer.steps_taken) == ([0.0, 0.0], 0)
     balancer.observe([counts(1, 2)])
     balancer.step()
-    assert (balancer.biases[0].tolist(), balancer.taken) == ([0.5, -0.5], 1), "at the first step's rate"
+    assert (balancer.biases[0].tolist(), balancer.steps_taken) == ([0.5, -0.5], 1), "at the first step's rate"
 
 
 def test_trap_T15_layers_with_different_numbers_of_experts() -> None:
@@ -79,14 +79,14 @@ def test_trap_T15_without_balancing_the_load_is_reported_and_no_bias_moves() -> 
     balancer.observe([counts(7, 0), counts(0, 0, 7)])
     assert loads(balancer.step()) == [[7, 0], [0, 0, 7]]
     assert not any(bias.any() for bias in balancer.biases)
-    assert (balancer.rate, balancer.taken) == (0.0, 1)
+    assert (balancer.rate, balancer.steps_taken) == (0.0, 1)
 
 
 @pytest.mark.parametrize("policy", [PLAIN, NONE], ids=["loss_free", "none"])
 def test_trap_T16_a_model_without_moe_layers_can_be_stepped(policy: Policy) -> None:
     balancer = Balancer({}, policy, CPU, schedule_steps=10)
     balancer.observe([])
-    assert (balancer.step(), balancer.discard(), balancer.biases, balancer.taken) == ([], [], [], 1)
+    assert (balancer.step(), balancer.discard(), balancer.biases, balancer.steps_taken) == ([], [], [], 1)
 
 
 def test_loads_for_another_number_of_layers_are_an_error() -> None:
@@ -196,7 +196,7 @@ def test_trap_T44_a_restored_balancer_continues_as_the_original() -> None:
     for name in ("a", "b"):
         assert torch.equal(second.routers[name].selection_bias, whole.routers[name].selection_bias)
         assert torch.equal(second.routers[name].last_load, whole.routers[name].last_load)
-    assert (second.taken, second.controller) == (whole.taken, whole.controller)
+    assert (second.steps_taken, second.controller) == (whole.steps_taken, whole.controller)
     assert second.routers["a"].threshold is not None and second.controller is not None
     assert float(second.routers["a"].threshold) == pytest.approx(second.controller.threshold)
 

@@ -171,9 +171,9 @@ def test_fields_outside_the_identity_of_a_run_may_change(text: Path, run: Path) 
 
 def test_a_checkpoint_of_another_text_is_refused(text: Path, run: Path) -> None:
     config = settings(text, run)
-    prepared: TokenizedData = replace(tokenize(config), fingerprint="another")
+    tokenized: TokenizedData = replace(tokenize(config), fingerprint="another")
     with pytest.raises(CheckpointError, match=r"is not the one that .*step-000006 was trained on"):
-        find_checkpoint(config, prepared, ALONE, CPU)
+        find_checkpoint(config, tokenized, ALONE, CPU)
 
 
 @pytest.mark.parametrize(

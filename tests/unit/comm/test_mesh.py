@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.mesh import Mesh, MeshError, block_of_hosts, make_mesh
+from dist_moe.comm.mesh import Mesh, MeshError, consecutive_ranks_per_host, make_mesh
 from tests.dist.pool import RankPool
 
 
@@ -55,4 +55,4 @@ def test_each_row_of_ranks_has_a_group_of_its_own(ranks: RankPool) -> None:
     ],
 )
 def test_block_of_hosts_finds_rows_of_equal_blocks(hosts: str, expert_parallel: int, block: int) -> None:
-    assert block_of_hosts(list(hosts), expert_parallel) == block
+    assert consecutive_ranks_per_host(list(hosts), expert_parallel) == block

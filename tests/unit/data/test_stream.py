@@ -67,8 +67,8 @@ def test_in_order_is_the_file_then_padding(documents: list[list[int]], length: i
     stream = Stream(_corpus(documents), length, 3)
     plain = _reference_epoch(documents, list(range(len(documents))), length)
     padding = [(END, -100, -1, 0, -1)] * length
-    assert _rows(stream.in_order(0, len(plain) + 2)) == [*plain, padding, padding]
-    assert _rows(stream.in_order(1, 1)) == [*plain, padding][1:2]
+    assert _rows(stream.rows_in_file_order(0, len(plain) + 2)) == [*plain, padding, padding]
+    assert _rows(stream.rows_in_file_order(1, 1)) == [*plain, padding][1:2]
 
 
 @given(documents=DOCUMENTS, length=st.integers(2, 20), seed=st.integers(0, 5))
@@ -118,7 +118,7 @@ def test_bad_stream_is_refused(length: int, seed: int) -> None:
 @pytest.mark.parametrize(("first", "rows"), [(-1, 1), (0, 0)])
 def test_bad_rows_are_refused(first: int, rows: int) -> None:
     stream = Stream(_corpus([[1, 2]]), 2, 0)
-    for ask in (stream.batch, stream.in_order):
+    for ask in (stream.batch, stream.rows_in_file_order):
         with pytest.raises(ValueError, match="rows count from 0"):
             ask(first, rows)
 
@@ -138,5 +138,5 @@ def test_large_corpus_stays_on_disk(tmp_path: Path) -> None:
     before = _resident_bytes()
     for step in range(5):
         stream.batch(step * 8, 8)
-    stream.in_order(1000, 8)
+    stream.rows_in_file_order(1000, 8)
     assert _resident_bytes() - before < 100_000_000

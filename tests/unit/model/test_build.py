@@ -88,7 +88,7 @@ def experts_of(model: PreTrainedModel) -> dict[tuple[str, int], tuple[Tensor, Te
     return {
         (layer.name, expert): (layer.experts.local.gate_up_proj[place], layer.experts.local.down_proj[place])
         for layer in find_layers(model)
-        for place, expert in enumerate(layer.experts.mesh.local_experts(layer.experts.experts))
+        for place, expert in enumerate(layer.experts.mesh.local_experts(layer.experts.num_experts))
     }
 
 

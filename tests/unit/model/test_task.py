@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dist_moe.model.task import IGNORED, LanguageModelTask, Output
+from dist_moe.data.stream import IGNORE_INDEX
+from dist_moe.model.task import LanguageModelTask, Output
 from tests.unit.model.samples import FAMILIES, small_model, tokens
 
 CUT, LENGTH = 10, 24  # document 0 is positions 0 .. CUT - 1 of the row
@@ -24,7 +25,7 @@ class Rows:
         self.targets_BS = tokens_BS.roll(-1, 1)
         ends_BS = documents_BS != documents_BS.roll(-1, 1)
         ends_BS[:, -1] = True
-        self.targets_BS[ends_BS | ~self.mask_BS] = IGNORED
+        self.targets_BS[ends_BS | ~self.mask_BS] = IGNORE_INDEX
 
 
 def packed(change: int | None = None, padding: int = 0) -> Rows:

@@ -52,4 +52,4 @@ def test_the_drawn_experts_depend_on_the_token_and_not_on_its_position() -> None
 
 
 def test_trap_T17_a_random_router_is_not_balanced() -> None:
-    assert not Router(8, 4, RandomRouting(top_k=2, zipf_exponent=0.0, score="softmax")).balanced
+    assert not Router(8, 4, RandomRouting(top_k=2, zipf_exponent=0.0, score="softmax")).is_balanced

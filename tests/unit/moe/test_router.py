@@ -22,7 +22,7 @@ def make_router(experts: int = 4, top_k: int = 2, score: Score = "sigmoid", widt
 
 def load_of(router: Router) -> Tensor:
     """load_E of the record that is open, which this closes."""
-    return count_routing(router.close_record().ids_TK, router.experts, router.max_experts_per_token).load_E
+    return count_routing(router.close_record().ids_TK, router.num_experts, router.max_experts_per_token).load_E
 
 
 def hidden(tokens: int, width: int = 8) -> Tensor:

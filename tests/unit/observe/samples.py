@@ -54,7 +54,7 @@ def step_sample(
         progress_sample(step, loss, skipped, threshold, auxiliary_loss),
         load_L=[torch.tensor(load) for load in loads],
         k_histogram_L=histograms_of(loads, k_histograms),
-        computation_L=[(1.5 + layer, 0.25) for layer in range(len(loads))],
+        microbatch_vio_L=[(1.5 + layer, 0.25) for layer in range(len(loads))],
         bias_L=[torch.arange(len(load)) / 4 - 0.25 for load in loads],
         expert_parallel=1,
     )

@@ -70,7 +70,7 @@ def arguments(**other: Any) -> dict[str, Any]:
     return {
         "load_L": [torch.tensor([1, 1])],
         "k_histogram_L": [torch.tensor([2])],
-        "computation_L": [(0.0, 0.5)],
+        "microbatch_vio_L": [(0.0, 0.5)],
         "bias_L": [None],
         "expert_parallel": 1,
     } | other
@@ -110,7 +110,7 @@ def test_rank_load_is_measured_per_layer_with_the_floor_of_ranks() -> None:
         progress_sample(),
         load_L=loads,
         k_histogram_L=[torch.tensor([60]), torch.tensor([80])],
-        computation_L=[(0.5, 0.25), (1.5, 0.75)],
+        microbatch_vio_L=[(0.5, 0.25), (1.5, 0.75)],
         bias_L=[None, None],
         expert_parallel=2,
     )
@@ -154,7 +154,7 @@ def test_bias_range_is_none_for_a_layer_without_a_bias() -> None:
         progress_sample(),
         load_L=[torch.tensor([1, 1, 1]), torch.tensor([1, 1])],
         k_histogram_L=[torch.tensor([3]), torch.tensor([2])],
-        computation_L=[(0.0, 0.5)] * 2,
+        microbatch_vio_L=[(0.0, 0.5)] * 2,
         bias_L=[torch.tensor([-0.5, 0.25, 0.0]), None],
         expert_parallel=1,
     )
@@ -231,7 +231,7 @@ def test_values_for_a_different_number_of_layers_are_rejected() -> None:
     with pytest.raises(ValueError, match="0 histograms of experts per token for 1 loads"):
         step_metrics(progress_sample(), **arguments(k_histogram_L=[]))
     with pytest.raises(ValueError, match="2 values of MaxVio_computation for 1 loads"):
-        step_metrics(progress_sample(), **arguments(computation_L=[(0.0, 0.5)] * 2))
+        step_metrics(progress_sample(), **arguments(microbatch_vio_L=[(0.0, 0.5)] * 2))
 
 
 def test_a_stack_of_layers_is_rejected() -> None:

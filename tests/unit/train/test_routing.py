@@ -18,7 +18,7 @@ DEEPSEEK = (
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> TokenizedData:
+def tokenized(tmp_path: Path) -> TokenizedData:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"Document {n}.", "name": str(n)}) + "\n" for n in range(40)))
     return prepare([str(text)], "bytes", 0, 0.5, tmp_path / "cache")
@@ -36,7 +36,7 @@ def prepared(tmp_path: Path) -> TokenizedData:
     ],
     ids=["not in Qwen3's config", "in Qwen3's config", "in DeepSeek's config"],
 )
-def test_every_router_value_reaches_every_router(prepared: TokenizedData, config: Config, rule: TopK) -> None:
-    task = build_task(resolve(config, workers=1), prepared, ALONE)
+def test_every_router_value_reaches_every_router(tokenized: TokenizedData, config: Config, rule: TopK) -> None:
+    task = build_task(resolve(config, workers=1), tokenized, ALONE)
     assert len(task.layers) > 0
     assert {layer.router.rule for layer in task.layers} == {rule}

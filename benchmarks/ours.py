@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.memory import Peak, folder_bytes, measure_cost
+from benchmarks.size import OVERRIDES
 from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.comm.mesh import make_mesh
@@ -14,8 +16,6 @@ from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.engine.train_state import TrainState
 from dist_moe.train.rank_flags import RankFlags
 from dist_moe.train.setup import build_task, engine_settings, start_training, tokenize
-from tests.bench.memory import Peak, folder_bytes, measure_cost
-from tests.bench.size import OVERRIDES
 from tests.dist.resumable import ROOT, overrides_of, started
 from tests.dist.steps import one_step
 
@@ -31,7 +31,7 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
         saver = AsyncSaver(training)
         with Peak() as peak:
             began_s = time.perf_counter()
-            saver.save(training.balancer.taken)
+            saver.save(training.balancer.steps_taken)
             save_s = time.perf_counter() - began_s
         plain_s = step_seconds(resolved, training, None)
         first = start_save(resolved, training, saver, plain_s)
@@ -39,7 +39,7 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
             second = start_save(resolved, training, saver, plain_s)
         weights = [parameter.detach().clone() for parameter in training.task.parameters()]
         parameters = sum(weight.numel() for weight in weights)
-        last = saver.save(training.balancer.taken)
+        last = saver.save(training.balancer.steps_taken)
     load_s, load_peak_mib = load(rank, world_size, overrides, weights)
     return {
         "save_s": save_s,
@@ -60,20 +60,20 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
 def load(rank: int, world_size: int, overrides: list[str], weights: list[Tensor]) -> tuple[float, float]:
     """Find, verify and load the newest checkpoint in a new run -> seconds and MiB of the loading alone."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides), world_size)
-    config, prepared = resolved.config, tokenize(resolved.config)
+    config, tokenized = resolved.config, tokenize(resolved.config)
     mesh = make_mesh(resolved.expert_parallel)
-    task = build_task(resolved, prepared, mesh)
+    task = build_task(resolved, tokenized, mesh)
     cpu = torch.device("cpu")
     settings = engine_settings(resolved, cpu)
 
     def load_weights() -> Checkpoint:
-        checkpoint = find_checkpoint(config, prepared, mesh, cpu)
+        checkpoint = find_checkpoint(config, tokenized, mesh, cpu)
         assert checkpoint is not None
         load_model(checkpoint, task, mesh)
         return checkpoint
 
     checkpoint, weights_cost = measure_cost(load_weights)
-    with start_training(config, task, prepared, mesh, settings) as training:
+    with start_training(config, task, tokenized, mesh, settings) as training:
         _, state_cost = measure_cost(lambda: restore(checkpoint, training))
         assert all(map(torch.equal, weights, task.parameters()))
     return weights_cost.seconds + state_cost.seconds, max(weights_cost.peak_mib, state_cost.peak_mib)
@@ -102,7 +102,7 @@ def start_save(
     """Save asynchronously and train until it is complete -> seconds of stall, of all lost training time, of writing."""
     dist.barrier()
     began_s, completed = time.perf_counter(), 0
-    saver.start_save(training.balancer.taken)
+    saver.start_save(training.balancer.steps_taken)
     written = False
     while not written:
         written = run_steps(resolved, training, 1, saver)

@@ -11,9 +11,9 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
+from benchmarks.memory import Peak, folder_bytes, measure_cost
+from benchmarks.size import EXPERTS, LAYERS, MOE_WIDTH, TOKENS, WIDTH
 from dist_moe.engine.deepspeed import _clear_deepspeed, _forbid_compilation, _quieten
-from tests.bench.memory import Peak, folder_bytes, measure_cost
-from tests.bench.size import EXPERTS, LAYERS, MOE_WIDTH, TOKENS, WIDTH
 
 
 class Expert(nn.Module):

@@ -1,1 +1,0 @@
-"""Programs that measure against a peer, in one run; no tests."""
