@@ -28,7 +28,7 @@ class Failure(NamedTuple):
     """How one worker failed; the minimum of several is the one to report.
 
     Attributes:
-        effect: The failure only shows that another worker had failed.
+        is_consequence: The failure only shows that another worker had failed.
         time: When it was reported, or the process ended; seconds since 1970.
         rank: The worker's rank.
         code: Exit code for the job.
@@ -36,7 +36,7 @@ class Failure(NamedTuple):
         of_config: The configuration is invalid; the text is about the job, not about one worker.
     """
 
-    effect: bool
+    is_consequence: bool
     time: float
     rank: int
     code: int
@@ -84,5 +84,5 @@ def failure_from_report(text: str, rank: int, path: Path) -> Failure:
     if report.exception == "ConfigError":
         return Failure(False, report.time, rank, report.code, report.message, of_config=True)
     message = f"rank {rank} failed with {report.exception}: {report.message}\n(traceback: {path})"
-    effect = any(words in report.message for words in LOST_PEER)
-    return Failure(effect, report.time, rank, report.code, message)
+    is_consequence = any(words in report.message for words in LOST_PEER)
+    return Failure(is_consequence, report.time, rank, report.code, message)
