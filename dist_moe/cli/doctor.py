@@ -42,7 +42,9 @@ def doctor(
     from dist_moe.launch.launcher import LaunchRequest
     from dist_moe.worker.rank_info import rank_info_from_env
 
-    if rank_info_from_env(os.environ).world_size > 1:
+    with report_user_errors():
+        within = rank_info_from_env(os.environ, alone_in_batch=True).world_size > 1
+    if within:
         raise typer.Exit(within_a_job(config, overrides, as_json))
     with report_user_errors():
         settings = load_config(config, overrides or (), workers)
@@ -86,7 +88,7 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
     from dist_moe.worker.exit import flush_output
     from dist_moe.worker.rank_info import rank_info_from_env
 
-    rank_info = rank_info_from_env(os.environ)
+    rank_info = rank_info_from_env(os.environ, alone_in_batch=True)
     with report_user_errors():
         resolved = resolve(load_config(config, overrides or (), rank_info.world_size), rank_info.world_size)
         set_accelerator(resolved.config.parallel.backend, rank_info)
@@ -113,7 +115,7 @@ def failed(findings: Sequence["Finding"]) -> int:
 
 def set_accelerator(backend: str, rank_info: "RankInfo") -> None:
     """Set the device of DeepSpeed before it is imported; by default it selects one that may not fit the backend."""
-    from dist_moe.comm.init import choose_backend
+    from dist_moe.comm.devices import choose_backend
 
     os.environ["DS_ACCELERATOR"] = "cuda" if choose_backend(backend, rank_info) == "nccl" else "cpu"
 

@@ -17,7 +17,7 @@ def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None, verbose:
 
     with report_user_errors():
         result = evaluate_checkpoint(checkpoint, overrides or ())
-        if rank_info_from_env(os.environ).rank == 0:
+        if rank_info_from_env(os.environ, alone_in_batch=True).rank == 0:
             print(json.dumps(result))
 
 

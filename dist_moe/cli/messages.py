@@ -25,7 +25,8 @@ def set_up_logging() -> None:
     logger = logging.getLogger("dist_moe")
     with contextlib.suppress(ValueError):
         # A rank that cannot be is reported by the command, with its remedy.
-        logger.setLevel(logging.INFO if rank_info_from_env(os.environ).rank == 0 else logging.WARNING)
+        rank = rank_info_from_env(os.environ, alone_in_batch=True).rank
+        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))

@@ -144,7 +144,7 @@ def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict
     if not config_file.is_file():
         raise WeightsError(f"{checkpoint} has no config.yaml; give a step-NNNNNN folder of a run")
     config = load_stored_config(config_file, overrides)
-    rank_info = rank_info_from_env(os.environ)
+    rank_info = rank_info_from_env(os.environ, alone_in_batch=True)
     set_threads(config.run.threads, rank_info)
     data_config, folder = config.data, model_folder(checkpoint)
     vocabulary, fraction = text_vocabulary(config), data_config.validation_fraction

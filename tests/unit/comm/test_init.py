@@ -6,26 +6,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.init import choose_backend, init_distributed, set_threads
+from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
+from dist_moe.worker.network import free_port
 from dist_moe.worker.rank_info import RankInfo, RankInfoError, rank_info_from_env
 from tests.dist.pool import RankPool
-
-
-def test_choose_backend_follows_the_devices_of_the_host() -> None:
-    devices = torch.cuda.device_count()
-    many = RankInfo(0, devices + 1, 0, devices + 1, "env")
-    assert choose_backend("gloo", RankInfo()) == "gloo"
-    assert choose_backend("auto", RankInfo()) == ("nccl" if devices else "gloo")
-    assert choose_backend("auto", many) == "gloo", "one worker more than there are devices"
-    with pytest.raises(RankInfoError, match=f"each of this host's {devices + 1} workers, and torch finds {devices}"):
-        choose_backend("nccl", many)
 
 
 def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:
     """Join as a single process without a launcher, in a process that has no group."""
     dist.destroy_process_group()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name)
+    # Left over by another job.
+    os.environ.update(MASTER_ADDR="203.0.113.1", MASTER_PORT="9", TORCHELASTIC_USE_AGENT_STORE="True")
     with init_distributed(rank_info_from_env(os.environ), "gloo", 30) as dist_context:
         dist.all_reduce(torch.ones(1))
         size = dist.get_world_size()
@@ -94,4 +87,26 @@ def without_rendezvous(rank: int, world_size: int) -> str:
 def test_workers_without_a_rendezvous_get_an_error_with_what_to_export(ranks: RankPool) -> None:
     (message,) = ranks.run(without_rendezvous, 1)
     assert "MASTER_ADDR and MASTER_PORT not set: 2 workers (slurm)" in message
-    assert "-x MASTER_PORT" in message
+    assert "write `export MASTER_ADDR=$(scontrol show hostnames" in message
+
+
+def with_debug_level(rank: int, world_size: int, level: str, port: int) -> tuple[float, float]:
+    """Set the time-outs of the default group and of a new one; return what a debug level leaves of them."""
+    dist.destroy_process_group()
+    dist.set_debug_level(getattr(dist.DebugLevel, level))
+    try:
+        os.environ["MASTER_PORT"] = str(port)
+        with init_distributed(rank_info_from_env(os.environ), "gloo", 30):
+            group = dist.new_group()
+            set_pg_timeouts(17)
+            dist.all_reduce(torch.ones(1), group=group)
+            found = [of._get_backend(torch.device("cpu")) for of in (dist.group.WORLD, group)]
+            first, second = (getattr(each, "wrapped_pg", each).options._timeout.total_seconds() for each in found)
+            return first, second
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+
+
+@pytest.mark.parametrize("level", ["OFF", "INFO", "DETAIL"])
+def test_time_outs_are_set_at_every_debug_level_of_torch(ranks: RankPool, level: str) -> None:
+    assert ranks.run(with_debug_level, 2, level, free_port()) == [(17.0, 17.0)] * 2
