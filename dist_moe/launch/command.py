@@ -10,10 +10,17 @@ from pathlib import Path
 
 from dist_moe.config.schema import Config
 from dist_moe.errors import UserError
+from dist_moe.launch.outer_job import without_outer_job
 
 DEFAULT_PORT = 29500
 # Variables that an outer launcher may have set, with which the workers would join its job.
 OUTER_JOB_VARIABLES = (
+    # What torchrun reads of its options from the environment unless they are on its command line.
+    "PET_NODE_RANK",
+    "PET_RDZV_BACKEND",
+    "PET_RDZV_ENDPOINT",
+    "PET_RDZV_CONF",
+    "PET_STANDALONE",
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -22,7 +29,6 @@ OUTER_JOB_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-OUTER_JOB_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 # Text that neither a shell nor pdsh (%h, %n) changes.
 SHELL_SAFE = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 # Device files below /dev: NVIDIA, WSL, AMD, and Intel.
@@ -101,8 +107,8 @@ def clean_env(base: Mapping[str, str], removed_prefixes: tuple[str, ...] = ()) -
         base: The environment to start from.
         removed_prefixes: Variables that begin with one of these are removed too.
     """
-    prefixes = (*OUTER_JOB_PREFIXES, *removed_prefixes)
-    kept = {k: v for k, v in base.items() if k not in OUTER_JOB_VARIABLES and not k.startswith(prefixes)}
+    own = without_outer_job(base, OUTER_JOB_VARIABLES)
+    kept = {name: value for name, value in own.items() if not name.startswith(removed_prefixes)}
     programs = str(Path(sys.executable).parent)
     return {**kept, "PATH": os.pathsep.join([programs, *filter(None, [base.get("PATH")])])}
 

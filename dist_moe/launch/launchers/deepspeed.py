@@ -33,6 +33,7 @@ from dist_moe.launch.launchers.mpirun import (
     openmpi_options,
     root_option,
 )
+from dist_moe.launch.outer_job import without_allocation
 from dist_moe.launch.scripts import one_machine_script, several_hosts_script
 from dist_moe.launch.template import ALL_ARGUMENTS, PYTHON, shell_command, shell_exports, shell_variable
 from dist_moe.worker.contract import KEPT_DEVICES_VARIABLE, VISIBLE_DEVICES_VARIABLE
@@ -168,6 +169,7 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
     if runner == "openmpi":
         environment |= openmpi_environment(cluster.ssh_options)
     if runner in MPI_RUNNERS:
+        environment = without_allocation(environment) | forwarded
         environment["PATH"] = _path_to_mpirun(MPI_RUNNERS[runner], folder, environment)
     options: dict[str, Callable[[], Sequence[str]]] = {
         "openmpi": lambda: [*root_option("OpenMPI"), *openmpi_options("1", has_cores=False), *openmpi_network(cluster)],

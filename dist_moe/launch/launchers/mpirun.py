@@ -26,6 +26,7 @@ from dist_moe.launch.command import (
     worker_variables,
 )
 from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher
+from dist_moe.launch.outer_job import without_allocation
 from dist_moe.launch.scripts import one_machine_script, several_hosts_script
 from dist_moe.launch.template import ALL_ARGUMENTS, PYTHON, shell_command, shell_exports, shell_variable
 from dist_moe.worker.network import LOOPBACK, free_port
@@ -75,7 +76,7 @@ class MpirunLauncher(ProcessLauncher):
         """
         if request.cluster is not None:
             return _cluster_command(request, request.cluster, base)
-        environment = worker_environment(request.config, request.workers, base)
+        environment = without_allocation(worker_environment(request.config, request.workers, base))
         library = loaded_mpi(environment)
         program = mpirun_of(library, environment)
         threads = threads_per_worker(request.config.run.threads, request.workers)
@@ -142,7 +143,7 @@ def _cluster_command(request: LaunchRequest, cluster: Cluster, base: Mapping[str
     first, settings = cluster.hosts[0], cluster.settings
     forwarded = forwarded_env(request.config, cluster, base)
     forwarded |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
-    environment = launcher_environment(base, forwarded)
+    environment = without_allocation(launcher_environment(base, forwarded)) | forwarded
     library = loaded_mpi(environment)
     program = mpirun_of(library, environment)
     hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)

@@ -1,5 +1,6 @@
 """What all commands share: the workers' environment and the printed line; and the launchers on one host."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +11,11 @@ import pytest
 from dist_moe.config import Config, load_config
 from dist_moe.launch.command import Command, LaunchError, threads_per_worker, worker_environment
 from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher, load_launcher
+from dist_moe.worker.launcher_variables import LAUNCHERS
+from dist_moe.worker.rank_info import rank_info_from_env
+from tests.unit.worker import launcher_environments as env
 
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 
 
@@ -73,6 +78,40 @@ def test_worker_environment_without_the_variables_of_an_outer_job(config: Config
         "PATH": f"{Path(sys.executable).parent}:/bin",
     }
     assert worker_environment(config, 2, {})["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "outer"),
+    [
+        ("mpirun", env.OPENMPI | {"OMPI_MCA_ess_base_jobid": "1323499521", "OMPI_MCA_orte_ess_num_procs": "2"}),
+        ("deepspeed", env.TORCHRUN),
+        *(
+            ("torchrun", outer)
+            for outer in (env.DEEPSPEED, env.MPICH, env.MVAPICH, env.JSRUN, env.PALS, env.PYTORCHJOB_PET, env.SRUN_PMI2)
+        ),
+    ],
+)
+def test_workers_of_a_launch_within_another_job_are_of_the_new_one(
+    launcher: str, outer: dict[str, str], config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"OMPI_MCA_mpi_yield_when_idle": "1", "PMIX_MCA_mca_base_component_show_load_errors": "0"}
+    with caplog.at_level(logging.INFO, logger="dist_moe.launch.outer_job"):
+        found = command_of(launcher, config, base={**os.environ, **settings, **outer}).environment
+    assert rank_info_from_env({k: v for k, v in found.items() if k not in RENDEZVOUS}).launcher == "none"
+    assert not [name for name in found if name.startswith(("PET_", "PMI_", "TORCHELASTIC_", "CROSS_", "SLURM_STEP"))]
+    assert settings.items() <= found.items(), "the user's settings of OpenMPI"
+    rank = next(names.rank for names in LAUNCHERS if names.rank in outer)
+    assert any(rank in record.message and "of another job" in record.message for record in caplog.records)
+
+
+def test_mpirun_reads_no_allocation_and_its_workers_know_their_job(config: Config) -> None:
+    allocation = env.BATCH | {"SLURM_JOBID": "3", "SLURM_RESTART_COUNT": "1"}
+    pbs_and_lsf = {"PBS_JOBID": "1", "PBS_NODEFILE": "/nodes", "LSB_MCPU_HOSTS": "na 2", "LSB_JOBID": "7"}
+    base = {**os.environ, **allocation, **pbs_and_lsf}
+    kept = command_of("mpirun", config, base=base).environment
+    left = {name: value for name, value in kept.items() if name.startswith(("SLURM", "PBS", "LSB"))}
+    assert left == {"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "1"}
+    assert command_of("torchrun", config, base=base).environment["SLURM_JOBID"] == "3", "torchrun reads none of them"
 
 
 def test_threads_per_worker_divides_the_cores_and_is_never_zero() -> None:
