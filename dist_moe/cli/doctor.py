@@ -48,7 +48,7 @@ def doctor(
         raise typer.Exit(within_a_job(config, overrides, as_json))
     with report_user_errors():
         settings = load_config(config, overrides or (), workers)
-        cluster = read_cluster(settings.cluster)
+        cluster = read_cluster(settings.cluster, os.environ)
         folder = Path(settings.run.dir) / f"doctor-{os.getpid()}"
         arguments = [*(overrides or ()), f"run.dir={folder}", f"--doctor={folder / FINDINGS}"]
         arguments += ["--verbose"] if is_verbose() else []

@@ -46,7 +46,7 @@ def launch(
     with report_user_errors():
         settings = load_config(config, overrides or (), workers)
         worker_overrides = [*(["--verbose"] if is_verbose() else []), *(overrides or ())]
-        cluster = read_cluster(settings.cluster)
+        cluster = read_cluster(settings.cluster, None if write else os.environ)
         request = LaunchRequest(settings, config, worker_overrides, cluster, workers, runner, max_restarts, min_hosts)
         if write is not None:
             write_files(write, all_files(request))

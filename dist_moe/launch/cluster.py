@@ -1,5 +1,6 @@
 """The hosts of a job, read from its configuration, and how a command reaches each of them."""
 
+import logging
 import os
 import shlex
 import socket
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.launch.command import SHELL_SAFE, LaunchError, clean_env, has_devices, threads_per_worker
-from dist_moe.launch.hostfile import filter_hosts, read_hostfile
+from dist_moe.launch.hostfile import allocated_hosts, filter_hosts, read_hostfile
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import is_local_address
 
+logger = logging.getLogger(__name__)
 CONNECT_LIMIT_S = 10
 # DeepSpeed's launcher forwards variables with these prefixes by itself, unquoted.
 FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
@@ -92,8 +94,15 @@ def ssh_options(settings: ClusterConfig) -> tuple[str, ...]:
     )
 
 
-def read_cluster(settings: ClusterConfig) -> Cluster | None:
-    """Return the cluster of a configuration, or None if it names no host.
+def read_cluster(settings: ClusterConfig, environment: Mapping[str, str] | None = None) -> Cluster | None:
+    """Return the cluster of a configuration, or None if there is no host but this one.
+
+    Without hosts in the configuration they are those of the job of PBS or LSF in which this process runs, if these are
+    several.
+
+    Args:
+        settings: The `cluster` section of the configuration.
+        environment: The variables in which a batch system names the hosts of its job; None for none.
 
     Raises:
         LaunchError: The hostfile is invalid, a host is listed twice, a host's name does not resolve, or the first of
@@ -106,10 +115,14 @@ def read_cluster(settings: ClusterConfig) -> Cluster | None:
         raise LaunchError("cluster.hosts lists a name twice; give each host one entry with all its slots")
     if settings.hostfile:
         listed = read_hostfile(settings.hostfile)
-    else:
+    elif settings.hosts:
         listed = {host.name: list(range(host.slots)) for host in settings.hosts}
-    if not listed:
-        return None
+    else:
+        source, listed = allocated_hosts(environment or {})
+        if len(listed) < 2:
+            return None
+        shown = ", ".join(f"{name} slots={len(devices)}" for name, devices in listed.items())
+        logger.warning("the hosts are those of %s: %s (set cluster.hosts for others)", source, shown)
     selected = filter_hosts(listed, settings.include, settings.exclude)
     hosts = [Host(name, tuple(devices), addresses.get(name) or _address(name)) for name, devices in selected.items()]
     if len(hosts) > 1 and (hosts[0].address.startswith("127.") or hosts[0].address == "::1"):
@@ -121,8 +134,15 @@ def read_cluster(settings: ClusterConfig) -> Cluster | None:
 
 
 def _address(name: str) -> str:
+    if "%" in name:
+        raise LaunchError(
+            f"{name} is an address of one link ({name.partition('%')[2]} is an interface of this host), by which other "
+            "hosts cannot reach it; use its global address, or set `address` in its entry of cluster.hosts"
+        )
     try:
-        return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        found = socket.getaddrinfo(name, None, socket.AF_UNSPEC, socket.SOCK_STREAM)
+        # IPv4 where the host has both.
+        return str(sorted(found, key=lambda entry: entry[0] != socket.AF_INET)[0][4][0])
     except OSError as error:
         raise LaunchError(
             f"the name of the host {name} does not resolve ({error.strerror}); fix the name, or set its address in "
@@ -186,6 +206,24 @@ def require_shell_safe(where: str, texts: Sequence[str]) -> None:
             raise LaunchError(
                 f"{text!r} reaches a shell through {where}, which does not quote it; use only letters, digits and "
                 "@+=:,./-_ (or move the value to the configuration file), or use --launcher torchrun"
+            )
+
+
+def require_ipv4(cluster: Cluster, what: str) -> None:
+    """Check the hosts of a launcher whose notation of hosts has no IPv6 addresses.
+
+    Args:
+        cluster: The hosts.
+        what: The option that selects the launcher, for the message.
+
+    Raises:
+        LaunchError: A host is named by its IPv6 address.
+    """
+    for host in cluster.hosts:
+        if ":" in host.name:
+            raise LaunchError(
+                f"{what} takes no IPv6 address, and a host is {host.name}; give it a name (in /etc/hosts or "
+                "~/.ssh/config) and set `address` in its entry of cluster.hosts, or use --launcher torchrun"
             )
 
 

@@ -1,5 +1,6 @@
 """The fields of the hosts, and of how to reach them."""
 
+import ipaddress
 import re
 from typing import Annotated
 
@@ -10,8 +11,24 @@ from dist_moe.section import Section
 # Safe in the command lines of ssh, pdsh and a shell: it cannot be an option, and needs no quotes.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
+# With the scope of a link-local address, as in fe80::1%eth0.
+IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9_.-]+)?")
+
+
+def ipv6_of(text: str) -> str | None:
+    """Return an IPv6 address without the brackets that it may have, or None for anything else."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if not IPV6.fullmatch(inner):
+        return None
+    try:
+        return inner if ipaddress.IPv6Address(inner) else None
+    except ValueError:
+        return None
+
 
 def _plain_name(text: str) -> str:
+    if address := ipv6_of(text):
+        return address
     if not NAME.fullmatch(text):
         raise ValueError("is not a valid name of a host, user or interface (letters, digits and _ . : -)")
     return text

@@ -14,6 +14,7 @@ from dist_moe.launch.cluster import (
     forwarded_env,
     launcher_environment,
     require_first_devices,
+    require_ipv4,
     require_shell_safe,
 )
 from dist_moe.launch.command import (
@@ -150,6 +151,7 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
     folder = Path(request.config.run.dir).absolute() / "launch"
     with needs_folder(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
+    require_ipv4(cluster, f"--runner {runner}")
     first, settings = cluster.hosts[0], cluster.settings
     forwarded = forwarded_env(request.config, cluster, base)
     if runner != "pdsh":

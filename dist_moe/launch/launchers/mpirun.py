@@ -16,6 +16,7 @@ from dist_moe.launch.cluster import (
     forwarded_env,
     launcher_environment,
     require_first_devices,
+    require_ipv4,
     ssh_options,
 )
 from dist_moe.launch.command import (
@@ -139,6 +140,7 @@ def mpirun_argv(program: str, worker: Sequence[str], *, options: Sequence[str], 
 
 
 def _cluster_command(request: LaunchRequest, cluster: Cluster, base: Mapping[str, str]) -> Command:
+    require_ipv4(cluster, "--launcher mpirun")
     require_first_devices(cluster, "--launcher mpirun")
     first, settings = cluster.hosts[0], cluster.settings
     forwarded = forwarded_env(request.config, cluster, base)
@@ -182,7 +184,12 @@ def openmpi_ssh(ssh_options: Sequence[str]) -> dict[str, str]:
 
 def openmpi_network(cluster: Cluster) -> tuple[str, ...]:
     """Return the options that select the network of the cluster: its interface, or the subnet of its hosts."""
-    return openmpi_interface(cluster.settings.interface or subnet([host.address for host in cluster.hosts]))
+    addresses = [host.address for host in cluster.hosts]
+    if cluster.settings.interface is None and any(":" in address for address in addresses):
+        raise LaunchError(
+            f"OpenMPI needs the interface of the IPv6 addresses {', '.join(addresses)}; set cluster.interface"
+        )
+    return openmpi_interface(cluster.settings.interface or subnet(addresses))
 
 
 def openmpi_interface(network: str) -> tuple[str, ...]:

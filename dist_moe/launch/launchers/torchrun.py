@@ -59,6 +59,8 @@ class TorchrunLauncher(ProcessLauncher):
         environment = launcher_environment(base, forwarded)
         first, count = cluster.hosts[0], len(cluster.hosts)
         fewest = count if request.min_hosts is None else request.min_hosts
+        # An IPv6 address has to be in brackets before a port.
+        meeting = f"[{first.address}]" if ":" in first.address else first.address
         run_id = f"dist-moe-{secrets.token_hex(4)}"
 
         def command_for(host: Host) -> tuple[str, ...]:
@@ -68,7 +70,7 @@ class TorchrunLauncher(ProcessLauncher):
                 nodes=f"{fewest}:{count}",
                 workers=str(len(host.devices)),
                 run_id=run_id,
-                endpoint=f"{first.address}:{cluster.settings.port}",
+                endpoint=f"{meeting}:{cluster.settings.port}",
                 is_first=str(int(host is first)),
                 address=host.address,
                 module=request.module,

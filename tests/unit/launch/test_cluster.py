@@ -16,7 +16,7 @@ from dist_moe.launch.cluster import Cluster, read_cluster
 from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.job import Job
 from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher, load_launcher
-from dist_moe.launch.launchers.mpirun import subnet
+from dist_moe.launch.launchers.mpirun import openmpi_network, subnet
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 HOSTS = "cluster.hosts=[{name: a, slots: 2, address: 203.0.113.1}, {name: b, slots: 2, address: 203.0.113.2}]"
@@ -211,6 +211,61 @@ def test_torchrun_of_one_host_restarts_workers_with_a_store_of_their_own(tmp_pat
     assert command.argv[command.argv.index("--max-restarts") + 1] == "3" and command.restarts
     assert "--rdzv-endpoint" in command.argv and "--master-addr" not in command.argv
     assert command.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_hosts_of_a_pbs_job_are_used_where_the_configuration_has_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = tmp_path / "nodes"
+    nodes.write_text("127.0.0.2\n203.0.113.9\n203.0.113.9\n127.0.0.2\n")
+    inside = {"PBS_JOBID": "7", "PBS_NODEFILE": str(nodes)}
+    settings = load_config(CONFIG, []).cluster
+    assert read_cluster(settings) is None
+    with pytest.raises(LaunchError, match=r"127\.0\.0\.2 resolves to the loopback address"):
+        read_cluster(settings, inside)
+    assert "the hosts are those of PBS_NODEFILE: 127.0.0.2 slots=2, 203.0.113.9 slots=2" in caplog.text
+    named = load_config(CONFIG, [HOSTS]).cluster
+    assert [host.name for host in (read_cluster(named, inside) or job(tmp_path)[1]).hosts] == ["a", "b"]
+    nodes.write_text("127.0.0.2\n127.0.0.2\n")
+    assert read_cluster(settings, inside) is None, "one host: --workers counts"
+
+
+IPV6_HOSTS = "cluster.hosts=[{name: 'fd00::a', slots: 2}, {name: '[fd00::b]', slots: 2}]"
+
+
+def test_hosts_with_ipv6_addresses_meet_by_torchrun(tmp_path: Path) -> None:
+    config, cluster = job(tmp_path, IPV6_HOSTS)
+    assert [(host.name, host.address) for host in cluster.hosts] == [("fd00::a", "fd00::a"), ("fd00::b", "fd00::b")]
+    command = command_of("torchrun", config, cluster)
+    for argv in (command.argv, *command.remote_commands):
+        assert "--rdzv-endpoint [fd00::a]:29500" in " ".join(argv).replace("'", "").replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    "options", [{"launcher": "mpirun"}, {"launcher": "deepspeed"}, {"launcher": "deepspeed", "runner": "openmpi"}]
+)
+def test_launchers_that_take_no_ipv6_address_say_so(tmp_path: Path, options: dict[str, str]) -> None:
+    config, cluster = job(tmp_path, IPV6_HOSTS)
+    with pytest.raises(LaunchError, match="takes no IPv6 address, and a host is fd00::a; give it a name"):
+        command_of(config=config, cluster=cluster, **options)
+
+
+def test_an_ipv6_address_of_one_link_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="fe80::1%eth0 is an address of one link"):
+        job(tmp_path, "cluster.hosts=[{name: 'fe80::1%eth0'}]")
+    _, cluster = job(tmp_path, "cluster.hosts=[{name: 'fe80::1%eth0', address: 'fd00::a'}]")
+    assert (cluster.hosts[0].name, cluster.hosts[0].address) == ("fe80::1%eth0", "fd00::a")
+    with pytest.raises(ConfigError, match="is not a valid name of a host"):
+        job(tmp_path, "cluster.hosts=[{name: 'fe80::1%$(reboot)'}]")
+
+
+def test_openmpi_needs_the_interface_of_ipv6_addresses(tmp_path: Path) -> None:
+    hosts = "cluster.hosts=[{name: a, address: 'fd00::a'}, {name: b, address: 'fd00::b'}]"
+    _, cluster = job(tmp_path, hosts)
+    with pytest.raises(LaunchError, match="needs the interface of the IPv6 addresses fd00::a, fd00::b"):
+        openmpi_network(cluster)
+    _, cluster = job(tmp_path, hosts, "cluster.interface=eth7")
+    assert openmpi_network(cluster)[2] == "eth7"
 
 
 def test_subnet_contains_every_address() -> None:
