@@ -10,7 +10,7 @@ PORT=${PORT:-29500}
 THREADS=${THREADS:-$(($(nproc) > WORKERS ? $(nproc) / WORKERS : 1))}
 
 # With the variables of an outer launcher, the workers would join its job.
-unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
+unset PET_NODE_RANK PET_RDZV_BACKEND PET_RDZV_ENDPOINT PET_RDZV_CONF PET_STANDALONE RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
 # OpenMPI 4 gives its workers a terminal even where the output goes to a file.
 if [ ! -t 1 ]; then export TTY_COMPATIBLE=0; fi
 PATH="${PYTHON%/*}:$PATH"
