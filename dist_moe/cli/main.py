@@ -1,6 +1,7 @@
 """The entry point of the command line: the app, with the commands of the other modules."""
 
 import importlib
+import os
 import sys
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from dist_moe.cli.config import print_config
 from dist_moe.cli.data import data_app
 from dist_moe.cli.doctor import doctor
 from dist_moe.cli.evaluate import evaluate, generate
+from dist_moe.cli.messages import set_up_terminal
 from dist_moe.cli.options import Verbose
 from dist_moe.cli.run import launch, train
 from dist_moe.cli.study import study_app
@@ -50,6 +52,7 @@ def main() -> None:
     if foreign := foreign_package():
         print(foreign, file=sys.stderr)
         raise SystemExit(2)
+    set_up_terminal(os.environ, sys.stdout, sys.stderr)
     app(prog_name="dist-moe")
 
 

@@ -4,10 +4,40 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from typing import TextIO
 
 import typer
 from rich.console import Console
+
+from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE
+
+FORCED_COLOR = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE")
+"""Variables by which rich and Typer write control codes to what is not a terminal."""
+
+
+def set_up_terminal(environment: MutableMapping[str, str], stdout: TextIO, stderr: TextIO) -> None:
+    """Change the variables that rich and Typer read, so that control codes are written to terminals alone.
+
+    NO_COLOR, which rich honours, is left as it is.
+
+    Args:
+        environment: The variables, as `os.environ`.
+        stdout: The standard output.
+        stderr: The standard error.
+    """
+    # OpenMPI gives its workers a terminal even where its own output goes to a file, and merges the lines of all.
+    # Below an agent of a launch, the agent gives rank 0 a terminal if the launch has one.
+    of_mpirun = "OMPI_COMM_WORLD_RANK" in environment and TERMINAL_VARIABLE not in environment
+    if of_mpirun or not (stdout.isatty() and stderr.isatty()):
+        for name in FORCED_COLOR:
+            if name != "TTY_COMPATIBLE" or environment.get(name) != "0":
+                environment.pop(name, None)
+    if of_mpirun:
+        environment["TTY_COMPATIBLE"] = "0"
+    if of_mpirun or not stdout.isatty():
+        # Typer writes control codes where GITHUB_ACTIONS is set.
+        environment["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 
 
 class _StderrHandler(logging.Handler):

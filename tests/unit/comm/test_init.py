@@ -100,7 +100,7 @@ def with_debug_level(rank: int, world_size: int, level: str, port: int) -> tuple
             group = dist.new_group()
             set_pg_timeouts(17)
             dist.all_reduce(torch.ones(1), group=group)
-            found = [of._get_backend(torch.device("cpu")) for of in (dist.group.WORLD, group)]
+            found = [of._get_backend(torch.device("cpu")) for of in (dist.group.WORLD, group) if of]
             first, second = (getattr(each, "wrapped_pg", each).options._timeout.total_seconds() for each in found)
             return first, second
     finally:

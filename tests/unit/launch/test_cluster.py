@@ -244,7 +244,7 @@ def test_hosts_with_ipv6_addresses_meet_by_torchrun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{"launcher": "mpirun"}, {"launcher": "deepspeed"}, {"launcher": "deepspeed", "runner": "openmpi"}]
 )
-def test_launchers_that_take_no_ipv6_address_say_so(tmp_path: Path, options: dict[str, str]) -> None:
+def test_launchers_that_take_no_ipv6_address_say_so(tmp_path: Path, options: dict[str, Any]) -> None:
     config, cluster = job(tmp_path, IPV6_HOSTS)
     with pytest.raises(LaunchError, match="takes no IPv6 address, and a host is fd00::a; give it a name"):
         command_of(config=config, cluster=cluster, **options)
