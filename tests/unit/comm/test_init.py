@@ -90,8 +90,8 @@ def test_workers_without_a_rendezvous_get_an_error_with_what_to_export(ranks: Ra
     assert "write `export MASTER_ADDR=$(scontrol show hostnames" in message
 
 
-def with_debug_level(rank: int, world_size: int, level: str, port: int) -> tuple[float, float]:
-    """Set the time-outs of the default group and of a new one; return what a debug level leaves of them."""
+def with_debug_level(rank: int, world_size: int, level: str, port: int) -> list[tuple[bool, float]]:
+    """Set the time-outs of the default group and of a new one; return whether torch wraps each, and its time-out."""
     dist.destroy_process_group()
     dist.set_debug_level(getattr(dist.DebugLevel, level))
     try:
@@ -101,12 +101,14 @@ def with_debug_level(rank: int, world_size: int, level: str, port: int) -> tuple
             set_pg_timeouts(17)
             dist.all_reduce(torch.ones(1), group=group)
             found = [of._get_backend(torch.device("cpu")) for of in (dist.group.WORLD, group) if of]
-            first, second = (getattr(each, "wrapped_pg", each).options._timeout.total_seconds() for each in found)
-            return first, second
+            inner = [getattr(each, "wrapped_pg", each) for each in found]
+            return [
+                (one is not two, two.options._timeout.total_seconds()) for one, two in zip(found, inner, strict=True)
+            ]
     finally:
         dist.set_debug_level(dist.DebugLevel.OFF)
 
 
 @pytest.mark.parametrize("level", ["OFF", "INFO", "DETAIL"])
 def test_time_outs_are_set_at_every_debug_level_of_torch(ranks: RankPool, level: str) -> None:
-    assert ranks.run(with_debug_level, 2, level, free_port()) == [(17.0, 17.0)] * 2
+    assert ranks.run(with_debug_level, 2, level, free_port()) == [[(level == "DETAIL", 17.0)] * 2] * 2
