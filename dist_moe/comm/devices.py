@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 MPI_LAUNCHERS = ("openmpi", "mpich")
 # Device files of GPUs that torch can use, below /dev: NVIDIA, the same in WSL, and AMD.
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")
+AMD_VISIBLE_DEVICES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 # Values by which the user hides the devices: "" and -1 of CUDA, the others of NVIDIA's container runtime.
 HIDDEN = ("", "-1", "void", "none", "NoDevFiles")
 
@@ -113,8 +114,8 @@ def gives_each_its_own(environment: Mapping[str, str]) -> bool:
     """
     if environment.get("SLURM_GPUS_PER_TASK") or "gpu" in environment.get("SLURM_TRES_PER_TASK", ""):
         return True
-    visible = environment.get(VISIBLE_DEVICES_VARIABLE, "").strip()
-    return visible not in HIDDEN and "," not in visible
+    lists = (environment.get(name, "").strip() for name in (VISIBLE_DEVICES_VARIABLE, *AMD_VISIBLE_DEVICES))
+    return any(visible not in HIDDEN and "," not in visible for visible in lists)
 
 
 def _why_too_few(workers: int, devices: HostDevices, environment: Mapping[str, str]) -> str:

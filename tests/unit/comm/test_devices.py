@@ -42,6 +42,7 @@ THIRD_OF_FOUR = RankInfo(2, 4, 2, 4, "env")
         ("auto", THIRD_OF_FOUR, HostDevices(1), {"SLURM_TRES_PER_TASK": "gres/gpu:1"}, DeviceChoice("nccl", 0)),
         ("nccl", THIRD_OF_FOUR, HostDevices(1), {"CUDA_VISIBLE_DEVICES": "2"}, DeviceChoice("nccl", 0)),
         ("nccl", THIRD_OF_FOUR, HostDevices(1), {"CUDA_VISIBLE_DEVICES": "GPU-1b2c"}, DeviceChoice("nccl", 0)),
+        ("auto", THIRD_OF_FOUR, HostDevices(1), {"ROCR_VISIBLE_DEVICES": "2"}, DeviceChoice("nccl", 0)),
         # MPI on the CPU.
         ("auto", RankInfo(0, 2, 0, 2, "openmpi"), HostDevices(0, has_mpi4py=True), {}, DeviceChoice("mpi")),
         ("auto", RankInfo(0, 2, 0, 2, "slurm"), HostDevices(0, has_mpi4py=True), {}, DeviceChoice("gloo")),
