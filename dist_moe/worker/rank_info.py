@@ -99,8 +99,8 @@ def _choose(
             continue
         remedy = UNSET if chosen.names.launcher == "env" else f"unset {other.names.rank} and {other.size_name}"
         faults.append(
-            f"{chosen} contradicts {other}: one of them is left from another job, or each task of one launcher starts "
-            f"a job of its own by the other; {remedy} if left over, else start the workers with one launcher alone"
+            f"{chosen} contradicts {other}, and a worker has one rank; {remedy} if left from another job, else "
+            "start the workers with one of the two launchers, or torchrun once on each host (srun --ntasks-per-node=1)"
         )
     return chosen
 
