@@ -13,7 +13,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-cluster docker docker-train docker-down check lint types format docs parity mutants faults tensorboard clean
+.PHONY: help setup train test test-all test-cluster docker docker-train docker-down check lint types format docs parity mutants fuzz faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ parity: $(STAMP) ## compare losses and gradients over worker counts, expert para
 
 mutants: $(STAMP) ## break the code one line at a time; each time the named test must fail
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+fuzz: $(STAMP) ## feed damaged input to everything that reads input: no traceback, hang or growth
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 faults: $(STAMP) ## inject signals, damaged files and disk failures into runs; about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)

@@ -71,3 +71,35 @@ def test_different_models_and_missing_layers_are_user_errors(tmp_path: Path) -> 
         read_histories(folders)
     with pytest.raises(UserError, match="layer=2; the model has 2 MoE layers, counted from 0"):
         draw_load_figure(tmp_path / "load.png", read_histories(folders[:1]), layer=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("null", "line 6 is not JSON"),
+        ('{"event": "step", "step": 30}', r"line 6 is not the record of a step \(skipped: Field required\)"),
+        (
+            '{"event": "step", "step": 30, "skipped": false, "max_vio": 0.5, "max_vio_floor": 0.1, ',
+            "line 6 is not JSON",
+        ),
+        (
+            '{"event": "step", "step": 30, "skipped": false, "max_vio": 0.5, "max_vio_floor": 0.1,'
+            ' "max_vio_per_layer": [0.5], "load": [[4, 2]]}',
+            "has steps of models with different layers or experts",
+        ),
+    ],
+)
+def test_a_damaged_file_is_a_user_error(tmp_path: Path, line: str, message: str) -> None:
+    path = write_run(tmp_path, "none") / "metrics.jsonl"
+    assert path.read_text().count("\n") == 4
+    with path.open("a") as file:
+        file.write(f'{{"event": "other"}}\n{line}\n')
+    with pytest.raises(UserError, match=message):
+        read_histories([tmp_path])
+
+
+def test_a_line_that_is_being_written_is_ignored(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "none") / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"event": "step", "st')
+    assert read_histories([tmp_path])[0].steps == [1, 10, 20]
