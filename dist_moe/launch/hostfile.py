@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dist_moe.config.sections.cluster import NAME, ipv6_of
 from dist_moe.launch.command import LaunchError
+from dist_moe.untrusted import read_text
 
 # A host, then nothing, `slots=2`, `:2` or ` 2`, and OpenMPI's largest number of slots, which changes nothing here.
 LINE = re.compile(
@@ -13,6 +14,8 @@ LINE = re.compile(
 )
 LINE_END = re.compile(r"\r\n|\r|\n")
 EXAMPLE = "write for example `host0 slots=2`"
+# Longer lines are slow to match, and a list of more slots is large.
+MAX_LINE_CHARACTERS, MAX_SLOTS = 1000, 4096
 
 # Host -> the numbers of its devices.
 Slots = dict[str, list[int]]
@@ -33,8 +36,8 @@ def read_hostfile(path: str, key: str = "cluster.hostfile") -> Slots:
         LaunchError: The file cannot be read, a line is invalid, a host with slots is listed twice, or there is no host.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(path), follow=True).removeprefix("\ufeff")
+    except (OSError, ValueError) as error:
         raise LaunchError(f"{key}={path} cannot be read ({error}); give the path of a hostfile") from None
     lines = enumerate(LINE_END.split(text), start=1)
     return _slots_of_lines([(f"{path}, line {number}", line) for number, line in lines], path)
@@ -60,6 +63,8 @@ def _slots_of_lines(lines: Iterable[tuple[str, str]], where: str) -> Slots:
 
 def _parse(content: str, where: str) -> tuple[str, int | None]:
     """Return host and slots of a line; None where it has no number of slots."""
+    if len(content) > MAX_LINE_CHARACTERS:
+        raise LaunchError(f"{where[:MAX_LINE_CHARACTERS]}... has more than {MAX_LINE_CHARACTERS} characters; {EXAMPLE}")
     user, at, rest = content.partition("@")
     if at and NAME.fullmatch(user):
         raise LaunchError(
@@ -78,8 +83,8 @@ def _parse(content: str, where: str) -> tuple[str, int | None]:
     slots = match[2] or match[3] or match[4]
     if slots is None:
         return name, None
-    if not (slots.isascii() and slots.isdecimal()) or int(slots) < 1:
-        raise LaunchError(f"{where} has {slots} slots; set 1 or more")
+    if not (slots.isascii() and slots.isdecimal()) or not 1 <= int(slots) <= MAX_SLOTS:
+        raise LaunchError(f"{where} has {slots} slots; set 1 to {MAX_SLOTS}")
     return name, int(slots)
 
 

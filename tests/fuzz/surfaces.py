@@ -25,7 +25,8 @@ from dist_moe.errors import UserError
 from dist_moe.launch.hostfile import filter_hosts, read_hostfile
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.study.load import read_histories
-from dist_moe.worker.rank_info import LAUNCHER_ENV_VARS, rank_info_from_env
+from dist_moe.worker.launcher_variables import LAUNCHERS, SLURM_STEP
+from dist_moe.worker.rank_info import rank_info_from_env
 from tests.fuzz.inputs import SNIPPETS, VALUES, edited, edited_json
 from tests.fuzz.surface import Surface
 
@@ -187,7 +188,8 @@ def all_surfaces() -> list[Surface]:
 def launch_surfaces() -> list[Surface]:
     """Return what is read before workers run, and while they do."""
     yaml = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml")) if "gpu-8" not in path.name]
-    names = sorted({name for each in LAUNCHER_ENV_VARS.values() for name in each})
+    by_launcher = [[each.rank, each.local_rank, *each.world_size, *each.local_world_size] for each in LAUNCHERS]
+    names = sorted({*sum(by_launcher, []), *SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"})
     numbers = st.sampled_from(["0", "1", "2", "-1", "", "1(x2)", "\u0663", "9" * 30]) | st.text(max_size=5)
     messages = b"".join(encode(message) + b"\n" for message in MESSAGES)
     lines = st.lists(edited_json(MESSAGES), max_size=4).map(lambda parts: b"\n".join([*parts, b""]))
