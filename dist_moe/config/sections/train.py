@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
-from dist_moe.config.deepspeed_keys import deepspeed_violations
+from dist_moe.config.deepspeed_keys.check import allowed_settings, deepspeed_violations
 from dist_moe.section import Fraction, Section, broken_rules
 
 
@@ -63,14 +63,15 @@ class TrainConfig(Section):
         description="the consecutive steps that may be skipped because of a non-finite gradient before the run aborts "
         "with a diagnosis (0: no limit)",
     )
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: Annotated[dict[str, Any], WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})] = Field(
         default_factory=dict,
-        description="the additional keys of the DeepSpeed configuration, except those that other fields set",
+        description="the keys to add to the configuration of DeepSpeed, or the path of its JSON file; "
+        "docs/deepspeed.md has the keys that may be set, and why others are refused",
     )
 
     @field_validator("deepspeed")
     @classmethod
-    def _no_owned_keys(cls, settings: dict[str, Any]) -> dict[str, Any]:
+    def _only_allowed_keys(cls, settings: dict[str, Any]) -> dict[str, Any]:
         if violations := deepspeed_violations(settings):
             raise broken_rules(violations)
-        return settings
+        return allowed_settings(settings)
