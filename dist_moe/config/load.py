@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dist_moe.config.deepspeed_keys.check import allowed_settings
 from dist_moe.config.deepspeed_keys.file import (
     describe_keys,
-    file_violations,
     is_deepspeed_json,
     read_deepspeed_json,
+    take_deepspeed_file,
 )
 from dist_moe.config.messages import validate, validate_rest
 from dist_moe.config.renamed_keys import drop_defaults_of_other_policies, upgrade_keys
@@ -37,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), workers: int | 
     """
     settings = _read_run(Path(path))
     violations = apply_overrides(settings, overrides)
-    file = _take_deepspeed_file(settings)
+    file = take_deepspeed_file(settings)
     violations += file.violations
     violations += [change.violation() for change in upgrade_keys(settings)]
     drop_defaults_of_other_policies(settings)
@@ -56,41 +55,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), workers: int | 
         broken.add("workers")
     later += cross_field_violations(config, workers or 1)
     raise ConfigError([*violations, *independent_of(broken, config, later)])
-
-
-class DeepSpeedFile(NamedTuple):
-    """The JSON file of DeepSpeed that train.deepspeed names; an empty one where it names none.
-
-    Attributes:
-        path: the file as train.deepspeed gives it.
-        settings: its content.
-        violations: why it could not be read.
-    """
-
-    path: str
-    settings: dict[str, Any]
-    violations: list[Violation]
-
-    def disagreements(self, config: Config, workers: int | None, broken: set[str]) -> list[Violation]:
-        """Return a violation for each key that may not be passed on, or that says other than the configuration."""
-        values = config.model_dump()
-        values["train"]["schedule_steps"] = config.train.schedule_steps or config.train.steps
-        return file_violations(self.path, self.settings, values, workers, broken)
-
-
-def _take_deepspeed_file(settings: dict[Any, Any]) -> DeepSpeedFile:
-    """Read the file that train.deepspeed names, and put in its place those of its keys that are passed to DeepSpeed."""
-    train = settings.get("train")
-    name = train.get("deepspeed") if isinstance(train, dict) else None
-    if not isinstance(train, dict) or not isinstance(name, str):
-        return DeepSpeedFile("", {}, [])
-    try:
-        content = read_deepspeed_json(name)
-    except ConfigError as error:
-        train["deepspeed"] = {}
-        return DeepSpeedFile(name, {}, error.violations)
-    train["deepspeed"] = allowed_settings(content)
-    return DeepSpeedFile(name, content, [])
 
 
 def _read_run(path: Path) -> dict[Any, Any]:

@@ -70,11 +70,14 @@ def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
 
 
 def _without_empty_sections(settings: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Copy the settings and their sections; one whose keys are all commented out (None) becomes an empty one."""
+    """Copy the settings and their sections; one whose keys are all commented out (None) becomes an empty one.
+
+    A key that is not a text becomes one: pydantic gives `false` as 0, as if it were an index.
+    """
     sections: dict[Any, Any] = {}
     for name, values in settings.items():
         if isinstance(values, dict):
-            sections[name] = dict(values)
+            sections[name] = {str(key): value for key, value in values.items()}
         else:
             sections[name] = {} if values is None and name in Config.model_fields else values
     return sections

@@ -96,6 +96,16 @@ def test_gradients_with_allowed_keys_in_bf16_equal_the_reference(
     prove(ranks, 2, Case(expert_parallel=2, zero_stage=stage, bf16=True, learning_rate=1e4), settings)
 
 
+@pytest.mark.parametrize("stage", [full(stage) for stage in (0, 1, 2)])
+def test_steps_with_allowed_keys_equal_those_without(ranks: RankPool, stage: int) -> None:
+    case = Case(expert_parallel=2, zero_stage=stage, accumulation=2, steps=3, learning_rate=0.1, clipping=1.0)
+    cases = [case, *(dataclasses.replace(case, user_keys=nested(flat)) for flat in TOGETHER)]
+    for one in ranks.run(run_cases, 2, cases):
+        assert one[1].losses == pytest.approx(one[0].losses, rel=1e-5)
+        assert one[1].norms == pytest.approx(one[0].norms, rel=1e-4)
+        assert all(torch.allclose(one[1].weights[name], one[0].weights[name], atol=1e-5) for name in one[0].weights)
+
+
 def test_scattered_gradients_are_wrong_as_the_refusal_says(ranks: RankPool) -> None:
     """Where this fails, DeepSpeed may have corrected it: prove the key, and allow it."""
     settings = {"zero_optimization": {"contiguous_gradients": False}}

@@ -7,8 +7,11 @@ from dist_moe.config.deepspeed_keys.entries import AUTO, Allowed, Entry, Ours, R
 from dist_moe.config.deepspeed_keys.table import TABLE
 from dist_moe.errors import Violation
 from dist_moe.text import listed, nearest
+from dist_moe.untrusted import printable
 
 FIELD = "train.deepspeed"
+LONGEST_KEY = 80
+"""What a message shows of a key, in characters; no key of DeepSpeed is as long."""
 
 
 class Found(NamedTuple):
@@ -35,7 +38,7 @@ def find_keys(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[Found]:
         prefix: The dotted path of the mapping, with a dot at its end.
     """
     for name, value in settings.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{printable(str(name))[:LONGEST_KEY]}"
         entry = TABLE.get(key)
         nested = any(known.startswith(f"{key}.") for known in TABLE)
         if nested and isinstance(value, Mapping):
@@ -44,7 +47,7 @@ def find_keys(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[Found]:
             yield Found(key, value, entry, nested or entry is not None)
         if isinstance(entry, Refused) and entry.inner and isinstance(value, Mapping):
             unknown = [one for one in value if one not in entry.inner]
-            yield from (Found(f"{key}.{one}", value[one], None, False) for one in unknown)
+            yield from (Found(f"{key}.{printable(str(one))[:LONGEST_KEY]}", value[one], None, False) for one in unknown)
 
 
 def deepspeed_violations(settings: Mapping[Any, Any], where: str = f"{FIELD}.") -> list[Violation]:

@@ -3,9 +3,11 @@
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dist_moe.config.deepspeed_keys.check import FIELD, Found, find_keys, key_violation
+from pydantic import BaseModel
+
+from dist_moe.config.deepspeed_keys.check import FIELD, Found, allowed_settings, find_keys, key_violation
 from dist_moe.config.deepspeed_keys.entries import AUTO, Allowed, Ours, Refused, same
 from dist_moe.config.deepspeed_keys.table import ACCUMULATION, MICRO_BATCH, TABLE
 from dist_moe.errors import ABSENT, ConfigError, Violation
@@ -29,8 +31,55 @@ def read_deepspeed_json(name: str) -> dict[str, Any]:
     except OSError as error:
         rule = f"cannot be read ({error.strerror or error})"
     except ValueError as error:
-        rule = f"is not valid JSON ({error})"
+        rule = f"cannot be read as JSON ({error})"
     raise ConfigError([Violation(FIELD, name, rule, REMEDY)])
+
+
+class DeepSpeedFile(NamedTuple):
+    """The JSON file of DeepSpeed that train.deepspeed names; an empty one where it names none.
+
+    Attributes:
+        path: The file as train.deepspeed gives it.
+        settings: Its content.
+        violations: Why it could not be read.
+    """
+
+    path: str
+    settings: dict[str, Any]
+    violations: list[Violation]
+
+    def disagreements(
+        self, config: BaseModel, workers: int | None = None, broken: Collection[str] = ()
+    ) -> list[Violation]:
+        """Return a violation for each key that may not be passed on, or that says other than the configuration.
+
+        Args:
+            config: The configuration of the run.
+            workers: The processes of the run; None where they are not known.
+            broken: Dotted fields whose intended value is not known, with which nothing is compared.
+        """
+        values = config.model_dump()
+        values["train"]["schedule_steps"] = values["train"]["schedule_steps"] or values["train"]["steps"]
+        return file_violations(self.path, self.settings, values, workers, broken)
+
+
+def take_deepspeed_file(settings: dict[Any, Any]) -> DeepSpeedFile:
+    """Read the file that train.deepspeed names, and put in its place those of its keys that are passed to DeepSpeed.
+
+    Args:
+        settings: The nested settings of a run.
+    """
+    train = settings.get("train")
+    name = train.get("deepspeed") if isinstance(train, dict) else None
+    if not isinstance(train, dict) or not isinstance(name, str):
+        return DeepSpeedFile("", {}, [])
+    try:
+        content = read_deepspeed_json(name)
+    except ConfigError as error:
+        train["deepspeed"] = {}
+        return DeepSpeedFile(name, {}, error.violations)
+    train["deepspeed"] = allowed_settings(content)
+    return DeepSpeedFile(name, content, [])
 
 
 def is_deepspeed_json(settings: Mapping[Any, Any], sections: Iterable[str]) -> bool:

@@ -69,6 +69,14 @@ class TrainConfig(Section):
         "docs/deepspeed.md has the keys that may be set, and why others are refused",
     )
 
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _named_keys(cls, settings: Any) -> Any:
+        """Take null, as of a mapping whose keys are all commented out, for an empty one, and keys as texts."""
+        if settings is None:
+            return {}
+        return {str(key): value for key, value in settings.items()} if isinstance(settings, dict) else settings
+
     @field_validator("deepspeed")
     @classmethod
     def _only_allowed_keys(cls, settings: dict[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def test_the_page_of_the_documentation_is_the_table() -> None:
         ({"zero_optimization": {"allgather_bucket_size": 3}}, "is not a multiple of 2 from 2"),
         ({"zero_optimization": {"use_multi_rank_bucket_allreduce": 1}}, "is not true or false"),
         ({"timers": {"throughput": True}}, "train.deepspeed.timers.throughput=true should be a mapping"),
+        ({"\x1b[2Jx": 3}, "train.deepspeed.\\x1b[2Jx=3 is not a key of DeepSpeed"),
         ({7: 3}, "train.deepspeed.7=3 is not a key of DeepSpeed"),
     ],
     ids=str,
@@ -209,8 +210,8 @@ def test_the_accumulation_of_a_file_is_that_of_the_run(
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
-        ("{", "is not valid JSON"),
-        ("[]", "is not valid JSON (it holds a list, not an object)"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "cannot be read as JSON (it holds a list, not an object)"),
         ('{"fp16": {}, "fp16": {}}', "gives the key 'fp16' twice"),
         ('{"a":' * 20_000 + "1" + "}" * 20_000, "it nests too deeply"),
         ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),

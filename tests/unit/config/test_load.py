@@ -209,6 +209,9 @@ def test_deepspeed_keys_that_a_field_sets_are_refused() -> None:
         "parallel.zero_stage sets it in DeepSpeed",
     ]
     assert len(refused("train.deepspeed.zero_optimization=3")) == 1
+    assert refused("train.deepspeed={7: 3}")[0].startswith("train.deepspeed.7=3 is not a key of DeepSpeed; ")
+    assert refused("train.deepspeed=3")[0].startswith("train.deepspeed=3 should be a valid dictionary; ")
+    assert debug("train.deepspeed=null").train.deepspeed == {}
     allowed = debug("train.deepspeed={zero_optimization: {overlap_comm: false}, communication_data_type: fp32}")
     assert allowed.train.deepspeed == {"communication_data_type": "fp32"}, "what has no effect is not passed on"
 
