@@ -82,20 +82,29 @@ OBSERVED: tuple[Entry, ...] = (
 )
 
 SAVED: tuple[Entry, ...] = (
-    Refused(
-        "activation_checkpointing",
-        "is read by models that call DeepSpeed's own checkpointing, and the models here do not",
-        "remove it; train.activation_checkpointing saves activations",
-        inner=(
-            *("partition_activations", "number_checkpoints", "contiguous_memory_optimization"),
-            *("synchronize_checkpoint_boundary", "profile", "cpu_checkpointing"),
-        ),
+    *(
+        Refused(
+            f"activation_checkpointing.{name}",
+            "is read by models that call DeepSpeed's own checkpointing, and the models here do not",
+            "remove it; train.activation_checkpointing saves activations",
+            (off,),
+        )
+        for name, off in (
+            ("partition_activations", False),
+            ("number_checkpoints", None),
+            ("contiguous_memory_optimization", False),
+            ("synchronize_checkpoint_boundary", False),
+            ("profile", False),
+            ("cpu_checkpointing", False),
+        )
     ),
     Refused(
         "checkpoint",
         CHECKPOINTS,
         SAVE,
-        inner=(
+        (),
+        ("load_universal", False),
+        (
             *("tag_validation", "checkpoint_serialization", "writer", "load_universal", "use_node_local_storage"),
             "parallel_write",
         ),

@@ -1,5 +1,6 @@
 """The page docs/deepspeed.md, written from the table of DeepSpeed's keys."""
 
+import itertools
 from collections.abc import Iterable
 
 from dist_moe.config.deepspeed_keys.entries import Allowed, Ours, Refused, written
@@ -37,8 +38,14 @@ def markdown() -> str:
     rows = ((_code(one.key), str(one.rule), f"{one.effect[0].upper()}{one.effect[1:]}.") for one in allowed)
     lines += ["", ALLOWED, *_table(("key", "accepts", "what it changes"), rows)]
     columns = ("key", "why", "remedy", "accepted, without effect")
-    lines += ["", REFUSED, *_table(columns, (_refused(one) for one in refused))]
+    lines += ["", REFUSED, *_table(columns, _joined(map(_refused, refused)))]
     return "\n".join(lines) + "\n"
+
+
+def _joined(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return rows that follow each other and say the same of their keys as one."""
+    grouped = itertools.groupby(rows, key=lambda row: row[1:])
+    return [(", ".join(key for key, *_ in rows), *rest) for rest, rows in grouped]
 
 
 def _refused(entry: Refused) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ BATCH = "train.global_batch_size and train.micro_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 OPTIMIZER = "has no other value with train.optimizer"
+OF_DEEPSPEED = "is of an optimizer of DeepSpeed, and the optimizers here are those of PyTorch"
 BF16 = "changes the precision of gradients or moments"
-FP16 = "is of fp16, which is not supported: its range is too small for the router's losses"
+FP16 = "is of fp16, which is not supported"
 TYPES = "changes the data type of weights or gradients, which train.precision sets"
-COSINE = "is of a schedule that is not built here: linear warmup from 0 and a cosine to the last step"
+COSINE = "is of another schedule than that of a run, which is a linear warmup from 0 and a cosine"
 
 BATCHES: tuple[Entry, ...] = (
     Ours("train_batch_size", "train.global_batch_size", whole),
@@ -58,9 +59,14 @@ OPTIMIZERS: tuple[Entry, ...] = (
     Refused("optimizer.params.adam_w_mode", OPTIMIZER, "remove it, or set it to true", unless=(True,)),
     Refused("optimizer.params.bias_correction", OPTIMIZER, "remove it, or set it to true", unless=(True,)),
     Refused("optimizer.params.amsgrad", OPTIMIZER, "remove it, or set it to false", unless=(False,)),
-    Refused("optimizer.params.torch_adam", OPTIMIZER, "remove it", unless=(True, False)),
-    Refused("optimizer.params.max_grad_norm", OPTIMIZER, "set train.gradient_clipping instead", unless=(0,)),
-    Refused("optimizer.legacy_fusion", OPTIMIZER, "remove it, or set it to false", unless=(False,)),
+    Refused("optimizer.params.torch_adam", OF_DEEPSPEED, unless=(True, False)),
+    Refused(
+        "optimizer.params.max_grad_norm",
+        "is read by DeepSpeed and then used nowhere",
+        "set train.gradient_clipping instead",
+        unless=(0,),
+    ),
+    Refused("optimizer.legacy_fusion", OF_DEEPSPEED, "remove it, or set it to false", unless=(False,)),
     Refused(
         "zero_allow_untested_optimizer", "is always true here", "remove it; train.optimizer needs it", unless=(True,)
     ),

@@ -10,7 +10,7 @@ LARGEST_BUCKET = 1_000_000_000
 """In elements: DeepSpeed allocates a reduce bucket whole when it starts."""
 BOOLEAN = OneOf((True, False))
 STAGE_3 = "is read at ZeRO 3 alone, and parallel.zero_stage is at most 2"
-OFFLOAD = "moves state to the CPU or to a disk, where DeepSpeed compiles its own optimizer when a run starts"
+OFFLOAD = "moves the optimizer to the CPU or to a disk, which needs an optimizer of DeepSpeed's own"
 MICS = "is a key of MiCS, which DeepSpeed has removed"
 LOCO = "is a key of LoCo, which DeepSpeed has removed"
 

@@ -98,7 +98,10 @@ def test_the_page_of_the_documentation_is_the_table() -> None:
             "did you mean train.deepspeed.zero_optimization.reduce_bucket_size?",
         ),
         ({"reduce_bucket_size": 3}, "did you mean train.deepspeed.zero_optimization.reduce_bucket_size?"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "moves state to the CPU or to a disk"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "moves the optimizer to the CPU or to a disk",
+        ),
         ({"zero_optimization": {"offload_optimizer": {"device": "none", "pin": 1}}}, "pin=1 is not a key of DeepSpeed"),
         ({"zero_optimization": True}, "train.deepspeed.zero_optimization=true should be a mapping"),
         ({"zero_optimization": None}, "train.deepspeed.zero_optimization=null should be a mapping"),
