@@ -75,7 +75,11 @@ OPTIMIZERS: tuple[Entry, ...] = (
 
 SCHEDULES: tuple[Entry, ...] = (
     Ours("scheduler", SCHEDULE),
-    Refused("scheduler.type", "chooses a schedule of DeepSpeed, and a run has its own", f"set {SCHEDULE} instead"),
+    Refused(
+        "scheduler.type",
+        "chooses a schedule of DeepSpeed, and a run has its own",
+        f"remove it; {SCHEDULE} set the schedule",
+    ),
     Ours("scheduler.params.warmup_max_lr", "train.learning_rate", number),
     Ours("scheduler.params.warmup_num_steps", "train.warmup_steps", whole),
     Ours("scheduler.params.total_num_steps", "train.schedule_steps", whole),
@@ -84,7 +88,7 @@ SCHEDULES: tuple[Entry, ...] = (
     Refused("scheduler.params.warmup_min_ratio", COSINE, "remove it, or set it to 0", unless=(0,)),
     Refused("scheduler.params.warmup_min_lr", COSINE, "remove it, or set it to 0", unless=(0,)),
     *(
-        Refused(f"scheduler.params.{name}", COSINE, f"set {SCHEDULE} instead")
+        Refused(f"scheduler.params.{name}", COSINE, f"remove it; {SCHEDULE} set the schedule")
         for name in (
             *("lr_range_test_min_lr", "lr_range_test_step_rate", "lr_range_test_step_size", "lr_range_test_staircase"),
             *("cycle_first_step_size", "cycle_first_stair_count", "cycle_second_step_size"),
