@@ -188,8 +188,9 @@ def all_surfaces() -> list[Surface]:
 def launch_surfaces() -> list[Surface]:
     """Return what is read before workers run, and while they do."""
     yaml = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml")) if "gpu-8" not in path.name]
-    by_launcher = [[each.rank, each.local_rank, *each.world_size, *each.local_world_size] for each in LAUNCHERS]
-    names = sorted({*sum(by_launcher, []), *SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"})
+    names = {*SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"}
+    for each in LAUNCHERS:
+        names |= {each.rank, each.local_rank, *each.world_size, *each.local_world_size}
     numbers = st.sampled_from(["0", "1", "2", "-1", "", "1(x2)", "\u0663", "9" * 30]) | st.text(max_size=5)
     messages = b"".join(encode(message) + b"\n" for message in MESSAGES)
     lines = st.lists(edited_json(MESSAGES), max_size=4).map(lambda parts: b"\n".join([*parts, b""]))
@@ -219,7 +220,7 @@ def launch_surfaces() -> list[Surface]:
         ),
         Surface(
             "rank",
-            st.dictionaries(st.sampled_from(names), numbers, max_size=8),
+            st.dictionaries(st.sampled_from(sorted(names)), numbers, max_size=8),
             read_environment,
             [{}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}],
             (UserError,),
