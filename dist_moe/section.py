@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from dist_moe.errors import Violation
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+"""Annotates a list of texts, so that one text is a list of one."""
 BROKEN_RULES = "broken_rules"
 
 

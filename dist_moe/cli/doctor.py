@@ -40,6 +40,7 @@ def doctor(
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
     from dist_moe.launch.launcher import LaunchRequest
+    from dist_moe.train.data_check import data_violations
     from dist_moe.worker.rank_info import rank_info_from_env
 
     with report_user_errors():
@@ -47,7 +48,7 @@ def doctor(
     if within:
         raise typer.Exit(within_a_job(config, overrides, as_json))
     with report_user_errors():
-        settings = load_config(config, overrides or (), workers)
+        settings = load_config(config, overrides or (), workers, data_violations)
         cluster = read_cluster(settings.cluster, os.environ)
         folder = Path(settings.run.dir) / f"doctor-{os.getpid()}"
         arguments = [*(overrides or ()), f"run.dir={folder}", f"--doctor={folder / FINDINGS}"]
@@ -56,7 +57,7 @@ def doctor(
         job = Job(launcher, LaunchRequest(in_folder, config, arguments, cluster, workers, runner))
         if job.submits:
             raise LaunchError(f"--launcher {launcher} queues jobs; run `dist-moe doctor` by torchrun inside of a job")
-        resolve(settings, job.workers)
+        resolve(settings, job.workers, data_violations if job.runs_here else None)
     findings = [Finding("configuration", Outcome.passed, f"every rule holds for {job.workers} workers")]
     with temporary_folder(folder):
         try:
@@ -85,12 +86,14 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.checks import run_checks
     from dist_moe.doctor.finding import table, write_json
+    from dist_moe.train.data_check import data_violations
     from dist_moe.worker.exit import flush_output
     from dist_moe.worker.rank_info import rank_info_from_env
 
     rank_info = rank_info_from_env(os.environ, alone_in_batch=True)
     with report_user_errors():
-        resolved = resolve(load_config(config, overrides or (), rank_info.world_size), rank_info.world_size)
+        settings = load_config(config, overrides or (), rank_info.world_size, data_violations)
+        resolved = resolve(settings, rank_info.world_size, data_violations)
         set_accelerator(resolved.config.parallel.backend, rank_info)
     folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
 

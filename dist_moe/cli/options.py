@@ -31,7 +31,6 @@ Overrides = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Option(help="Folder for the results; created if needed.")]
 Repetitions = Annotated[int, typer.Option(min=1, help="Measurements of each kind and size.")]
-Workers = Annotated[int, typer.Option(min=1, help="Number of workers (processes, one per device).")]
 AskedWorkers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Workers on this host (default: 2); a cluster in CONFIG has its own number."),

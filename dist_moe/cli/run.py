@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dist_moe.cli.config import check_config
+from dist_moe.cli.config import check_config, print_notices
 from dist_moe.cli.doctor import run_doctor_worker, set_accelerator
 from dist_moe.cli.messages import is_verbose, print_error, report_user_errors
 from dist_moe.cli.options import (
@@ -40,11 +40,13 @@ def launch(
     from dist_moe.config import load_config
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.job import Job
-    from dist_moe.launch.launcher import LaunchRequest
+    from dist_moe.launch.launcher import LaunchRequest, Scheduler, load_launcher
     from dist_moe.launch.scripts import all_files, write_files
+    from dist_moe.train.data_check import data_violations
 
     with report_user_errors():
-        settings = load_config(config, overrides or (), workers)
+        reads_here = not isinstance(load_launcher(launcher), Scheduler)
+        settings = load_config(config, overrides or (), workers, data_violations if reads_here else None)
         worker_overrides = [*(["--verbose"] if is_verbose() else []), *(overrides or ())]
         cluster = read_cluster(settings.cluster, None if write else os.environ)
         request = LaunchRequest(settings, config, worker_overrides, cluster, workers, runner, max_restarts, min_hosts)
@@ -52,8 +54,8 @@ def launch(
             write_files(write, all_files(request))
             return
         job = Job(launcher, request)
-        # Imports the model's config class, which takes a few seconds; otherwise the workers would fail later.
-        check_config(config, overrides, job.workers)
+        # Imports the model's class, which takes a few seconds; otherwise the workers would fail later.
+        check_config(config, overrides, job.workers, look=job.runs_here)
         if dry_run:
             print(*job.dry_run(os.environ), sep="\n")
             return
@@ -80,15 +82,21 @@ def train(
     """Run one training worker, or a single-process run."""
     restore_visible_devices()
     from dist_moe.config import load_config, resolve
+    from dist_moe.train.data_check import data_violations
+    from dist_moe.worker.contract import LAUNCH_VARIABLE
     from dist_moe.worker.exit import report_failure
     from dist_moe.worker.rank_info import rank_info_from_env
 
     with report_user_errors():
         rank_info = rank_info_from_env(os.environ)
-        settings = load_config(config, overrides or (), rank_info.world_size)
+        # The launch has looked already.
+        look = None if LAUNCH_VARIABLE in os.environ else data_violations
+        settings = load_config(config, overrides or (), rank_info.world_size, look)
         fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
     with report_failure(settings.run.dir, rank_info.rank):
-        resolved = resolve(settings, rank_info.world_size)
+        resolved = resolve(settings, rank_info.world_size, look)
+        if look is not None:
+            print_notices(resolved)
         set_accelerator(settings.parallel.backend, rank_info)
         if findings is not None:
             run_doctor_worker(resolved, rank_info, findings)

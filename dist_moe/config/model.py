@@ -1,10 +1,12 @@
 """The model of a configuration, validated with its Hugging Face config class: its keys and routing values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from dist_moe.config.model_checks import shape_violations
+from dist_moe.config.checks.trial_model import complaints_about_rope, trial_violations
+from dist_moe.config.model_checks import shape_violations, unsupported_notices, unsupported_violations
 from dist_moe.config.pretrained import agreement, stated_model
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.model import ModelConfig
@@ -24,6 +26,7 @@ OWNED_MODEL_KEYS: dict[str, str] = {
 }
 # Keys of older published files -> their present key.
 RENAMED_KEYS = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+KEY = "model.config."
 BYTES_VOCABULARY = 257  # 256 bytes and the end token
 # The routing values where neither the configuration nor the family has one.
 DEFAULT_ROUTING: dict[str, Any] = {"normalize": False, "scaling_factor": 1.0, "groups": 1, "topk_groups": 1}
@@ -40,12 +43,14 @@ class ModelFacts:
         router: `config.router` with every field filled.
         model: `config.model` with the keys of model.pretrained written out, so that a checkpoint does not need that
             folder.
+        notices: what of model.pretrained is not used, one line each.
     """
 
     arguments: dict[str, Any]
     experts: int
     router: RouterConfig
     model: ModelConfig
+    notices: tuple[str, ...] = ()
 
 
 class Reading(NamedTuple):
@@ -55,15 +60,27 @@ class Reading(NamedTuple):
         facts: None where the config class refuses its arguments, or the routing values are invalid.
         experts: routed experts of a layer; None where it is not known.
         violations: what is wrong.
+        arguments: the known keys of the config class, without routing values; None where there is no model.
     """
 
     facts: ModelFacts | None
     experts: int | None
     violations: list[Violation]
+    arguments: dict[str, Any] | None = None
 
 
 def read_model(config: Config) -> Reading:
-    """Build the Hugging Face config of `config.model` and `config.router`; imports transformers."""
+    """Build the Hugging Face config of `config.model` and `config.router`, and try its model; imports transformers."""
+    reading = _read(config)
+    refused = {found.key.removeprefix(KEY) for found in reading.violations}
+    if reading.arguments is None or "model.config" in refused:
+        return reading
+    arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
+    failed = trial_violations(config.model.architecture, arguments, refused, set(config.model.config))
+    return reading._replace(violations=[*reading.violations, *failed])
+
+
+def _read(config: Config) -> Reading:
     from transformers import CONFIG_MAPPING
 
     family = family_of(config.model.architecture)
@@ -76,50 +93,61 @@ def read_model(config: Config) -> Reading:
             rule = f"give {ModelConfig.model_fields['config'].description}, or set model.pretrained"
             violations.append(Violation("model.config", ABSENT, "is missing", rule))
         return Reading(None, None, violations)
-    model = config.model.model_copy(update={"config": {**stated, **config.model.config}})
-    config, own_keys = config.model_copy(update={"model": model}), set(config.model.config)
+    own, model = config.model.config, config.model.model_copy(update={"config": {**stated, **config.model.config}})
+    config = config.model_copy(update={"model": model})
     violations += _key_violations(config, cls, known)
-    arguments = {key: value for key, value in config.model.config.items() if key in known}
+    arguments = {key: value for key, value in model.config.items() if key in known}
     fields = routing_fields(family)
     if config.router.selection == "threshold":
         # The family's values are for K experts. Null means the paper's: the probabilities themselves.
         fields |= {"normalize": None, "scaling_factor": None}
+    violations += _write_routing(config, arguments, fields, own)
+    try:
+        with complaints_about_rope():  # the trial of the model reports them
+            settings = cls(**{"vocab_size": vocabulary_bound(config), **arguments, **_no_special_tokens()})
+    except Exception as error:
+        experts = arguments.get(family.experts_key)
+        known_experts = experts if type(experts) is int and experts > 0 else None
+        return Reading(None, known_experts, [*violations, *_refusals(cls, arguments, error)], arguments)
+    filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
+    experts = getattr(settings, family.experts_key)
+    violations += shape_violations(config, settings) + unsupported_violations(config, settings, own, stated)
+    if experts < 1:
+        rule = "leaves the model without experts"
+        violations.append(Violation(f"model.config.{family.experts_key}", experts, rule, "give 1 or more"))
+        return Reading(None, None, violations, arguments)
+    if routing := _routing_violations(config, experts, filled):
+        return Reading(None, experts, [*violations, *routing], arguments)
+    written = {field: filled[name] for name, field in fields.items() if field is not None}
+    filled["score"] = config.router.score or family.score
+    if config.router.selection == "threshold":
+        filled["max_experts"] = config.router.max_experts or experts
+    router = config.router.model_copy(update=filled)
+    complete = {**arguments, **written, **_no_special_tokens()}
+    notices = unsupported_notices(config, own, stated)
+    return Reading(ModelFacts(complete, experts, router, model, notices), experts, violations, arguments)
+
+
+def _write_routing(
+    config: Config, arguments: dict[str, Any], fields: Mapping[str, str | None], own: Mapping[str, Any]
+) -> list[Violation]:
+    """Write the values of `router` into the arguments of the config class, in place; return what contradicts them."""
+    violations = []
     for name, field in fields.items():
         value = getattr(config.router, name)
         if value is None:
             continue
         given = arguments.get(field) if field is not None else None
         if field is None and name in ("groups", "topk_groups") and value != 1:
-            rule = f"asks for expert groups, which {family.architecture} does not have"
+            rule = f"asks for expert groups, which {config.model.architecture} does not have"
             violations.append(Violation(f"router.{name}", value, rule, "leave it null"))
         elif given is not None and given != value:
-            owner = "model.config." if field in own_keys else "model.pretrained's "
+            owner = "model.config." if field in own else "model.pretrained's "
             rule = f"differs from {owner}{field}={given}"
             violations.append(Violation(f"router.{name}", value, rule, "set one of the two"))
         elif field is not None:
             arguments[field] = value
-    try:
-        settings = cls(**{"vocab_size": vocabulary_bound(config), **arguments, **_no_special_tokens()})
-    except Exception as error:
-        experts = arguments.get(family.experts_key)
-        known_experts = experts if type(experts) is int and experts > 0 else None
-        return Reading(None, known_experts, [*violations, *_refusals(cls, arguments, error)])
-    filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
-    experts = getattr(settings, family.experts_key)
-    violations += shape_violations(config, settings)
-    if experts < 1:
-        rule = "leaves the model without experts"
-        violations.append(Violation(f"model.config.{family.experts_key}", experts, rule, "give 1 or more"))
-        return Reading(None, None, violations)
-    if routing := _routing_violations(config, experts, filled):
-        return Reading(None, experts, [*violations, *routing])
-    written = {field: filled[name] for name, field in fields.items() if field is not None}
-    filled["score"] = config.router.score or family.score
-    if config.router.selection == "threshold":
-        filled["max_experts"] = config.router.max_experts or experts
-    router = config.router.model_copy(update=filled)
-    arguments = {**arguments, **written, **_no_special_tokens()}
-    return Reading(ModelFacts(arguments, experts, router, config.model), experts, violations)
+    return violations
 
 
 def vocabulary_bound(config: Config) -> int:

@@ -1,19 +1,26 @@
 """The Hugging Face folder of model.pretrained: where it is, and the model that its config.json describes."""
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.schema import Config
+from dist_moe.config.sections.checkpoint import CheckpointConfig
+from dist_moe.config.sections.run import RunConfig
 from dist_moe.errors import ConfigError, Violation
+from dist_moe.families.registry import FAMILIES
+from dist_moe.text import listed
 from dist_moe.untrusted import read_json
 
 OWN_PREFIX = "dist_moe_"
 """Prefix of the model_type of a weights folder whose routing the architecture cannot express."""
 SETTINGS = "config.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""A name on the Hugging Face Hub, `owner/model` or `model`; a relative path may be spelled the same."""
 
 
 def tokenizer_folder(config: Config) -> Path | None:
@@ -25,11 +32,25 @@ def tokenizer_folder(config: Config) -> Path | None:
 
 
 def text_vocabulary(config: Config) -> int:
-    """The maximum number of tokens of the vocabulary: data.vocabulary, or that of the pretrained model."""
-    if config.data.tokenizer == "pretrained":
-        size: int = config.model.config["vocab_size"]
-        return size
-    return config.data.vocabulary
+    """The maximum number of tokens of the vocabulary: data.vocabulary, or that of the pretrained model.
+
+    Raises:
+        ConfigError: data.tokenizer=pretrained without a model that has a vocabulary.
+    """
+    if config.data.tokenizer != "pretrained":
+        return config.data.vocabulary
+    size, folder = config.model.config.get("vocab_size"), config.model.pretrained
+    if size is None and folder is not None:
+        # The configuration is not resolved, as that of a checkpoint with overrides.
+        try:
+            size = read_json(Path(folder) / SETTINGS, follow=True).get("vocab_size")
+        except (OSError, ValueError) as error:
+            raise ConfigError([unreadable(folder, error)]) from None
+    if type(size) is not int:
+        rule = "needs the folder of a model" if folder is None else f"needs a vocab_size in the {SETTINGS} of {folder}"
+        remedy = "set model.pretrained to the folder of a Hugging Face model, or use bytes or bpe"
+        raise ConfigError([Violation("data.tokenizer", "pretrained", rule, remedy)])
+    return size
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -39,16 +60,17 @@ def is_model_folder(folder: Path) -> bool:
 
 def own_checkpoints(config: Config) -> Iterator[Path]:
     """Yield the checkpoints that the run may resume from, the newest first, without opening them."""
-    resume = config.checkpoint.resume
+    return _checkpoints(config.run.dir, config.checkpoint.resume)
+
+
+def _checkpoints(run_dir: str, resume: str) -> Iterator[Path]:
     if resume == "never":
         return
     if resume != "auto":
         checkpoints = [Path(resume)]
     else:
         candidates = (
-            path
-            for path in Path(config.run.dir).glob("checkpoints/step-*")
-            if re.fullmatch(r"[0-9]{6,}", path.name[5:])
+            path for path in Path(run_dir).glob("checkpoints/step-*") if re.fullmatch(r"[0-9]{6,}", path.name[5:])
         )
         checkpoints = sorted(candidates, key=lambda path: int(path.name[5:]), reverse=True)
     yield from (path for path in checkpoints if (path / "config.yaml").is_file())
@@ -79,9 +101,57 @@ def stated_model(config: Config, cls: Any, known: set[str]) -> tuple[dict[str, A
             continue
         if previous.pretrained is not None and previous.architecture == config.model.architecture:
             return previous.config, []
-    rule = f"has no {SETTINGS}, and the run has no checkpoint that holds its keys"
-    remedy = "give the folder of a Hugging Face model, which every host can read"
-    return {}, [Violation("model.pretrained", config.model.pretrained, rule, remedy)]
+    return {}, [_no_folder(config.model.pretrained)]
+
+
+def fill_architecture(settings: Mapping[Any, Any]) -> None:
+    """Write model.architecture into nested settings that leave it out, in place, from model.pretrained.
+
+    It is read from the folder or, where that is gone, from a checkpoint that the run may resume from. Where neither
+    has a known one, any is written: `stated_model` refuses the folder.
+    """
+    model = settings.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("pretrained"), str) or model.get("architecture"):
+        return
+    model["architecture"] = next((each for each in _architectures(settings) if each in FAMILIES), next(iter(FAMILIES)))
+
+
+def _architectures(settings: Mapping[Any, Any]) -> Iterator[str]:
+    try:
+        found = read_json(Path(settings["model"]["pretrained"]) / SETTINGS, follow=True).get("model_type")
+        yield str(found).removeprefix(OWN_PREFIX)
+        return
+    except (OSError, ValueError):
+        pass
+    places = {"run.dir": RunConfig().dir, "checkpoint.resume": CheckpointConfig().resume}
+    for dotted in places:
+        section, _, name = dotted.partition(".")
+        values = settings.get(section)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            places[dotted] = values[name]
+    for checkpoint in _checkpoints(*places.values()):
+        with contextlib.suppress(ConfigError):
+            yield load_stored_config(checkpoint / "config.yaml").model.architecture
+
+
+def _no_folder(pretrained: str) -> Violation:
+    """Return why a value is not the folder of a model."""
+    folder, supported = Path(pretrained), listed(FAMILIES)
+    if not folder.exists() and HUB_NAME.fullmatch(pretrained):
+        rule = "is no folder here, and models are not fetched from the Hugging Face Hub"
+        name = pretrained.rpartition("/")[2]
+        remedy = f"fetch it with `hf download {pretrained} --local-dir {name}`, and set model.pretrained={name}"
+        return Violation("model.pretrained", pretrained, rule, remedy)
+    missing = f"has no {SETTINGS}" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
+    rule = f"{missing}, and the run has no checkpoint that holds its keys"
+    remedy = f"give the folder of a Hugging Face model ({supported}), which every host can read"
+    return Violation("model.pretrained", pretrained, rule, remedy)
+
+
+def unreadable(folder: str, error: Exception) -> Violation:
+    """Return the violation of a folder whose config.json cannot be read."""
+    rule = f"has a {SETTINGS} that cannot be read ({getattr(error, 'strerror', None) or error})"
+    return Violation("model.pretrained", folder, rule, "give another folder")
 
 
 def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> tuple[dict[str, Any], list[Violation]]:
@@ -91,13 +161,17 @@ def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> tuple
     try:
         raw = read_json(folder / SETTINGS, follow=True)
     except (OSError, ValueError) as error:
-        return refuse(f"has a {SETTINGS} that cannot be read ({error})", "give another folder")
+        return {}, [unreadable(str(folder), error)]
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type.startswith(OWN_PREFIX):
         rule = f"has routing that {model_type.removeprefix(OWN_PREFIX)} cannot express"
         return refuse(rule, "resume from its checkpoint, with checkpoint.resume=PATH/step-NNNNNN")
+    if model_type not in FAMILIES:
+        rule = f"holds a {model_type}, which is not supported" if model_type else "does not say its model_type"
+        return refuse(rule, f"give the folder of a {listed(FAMILIES)} model, or add the family (docs/extending.md)")
     if model_type != architecture:
-        return refuse(f"holds a {model_type}", f"set model.architecture to it, or give the folder of a {architecture}")
+        remedy = f"set model.architecture to it, or leave that out, or give the folder of a {architecture}"
+        return refuse(f"holds a {model_type}", remedy)
     if raw.get("quantization_config") is not None:
         return refuse("is quantized", "give its weights in bf16 or fp32")
     try:

@@ -112,7 +112,7 @@ def prepare(
         settings |= {"vocabulary": vocabulary, "tokenizers": tokenizers.__version__}
     given = None
     if tokenizer == "pretrained":
-        given = _pretrained_tokenizer(pretrained, vocabulary)
+        given = pretrained_tokenizer(pretrained, vocabulary)
         digest = hashlib.sha256(given.files["tokenizer.json"].encode()).hexdigest()
         settings |= {"tokenizer_sha256": digest, "end": given.end_id, "tokenizers": tokenizers.__version__}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -123,7 +123,7 @@ def prepare(
     return _open(folder)
 
 
-def _pretrained_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer:
+def pretrained_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer:
     """Load the tokenizer of a pretrained model, and check that the model has an embedding for each of its ids."""
     if folder is None:
         raise DataError("data.tokenizer=pretrained", "needs a pretrained model", "set model.pretrained")

@@ -13,6 +13,12 @@ from typing import Any
 from dist_moe.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl")
+UNPACKED_WITH = {
+    **{".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz"},
+    **{".zip": "unzip", ".tar": "tar -xf", ".tgz": "tar -xzf"},
+}
+RECORDS = (".parquet", ".arrow", ".json", ".csv", ".tsv")
+TO_JSONL = 'write its texts as one JSON object per line, {"text": "..."}, in a .jsonl file'
 # JSON can hold half of a surrogate pair (\ud800), UTF-8 cannot.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
@@ -45,6 +51,22 @@ def local_files(pattern: str) -> list[tuple[str, Path]]:
         paths = [Path(path) for path in glob.iglob(str(expanded), recursive=True)]
     kept = (path for path in paths if path.suffix in SUFFIXES and path.is_file())
     return sorted((path.relative_to(root).as_posix(), path) for path in kept)
+
+
+def other_files(pattern: str) -> list[Path]:
+    """Return the files that a path or glob matches, whatever their suffix, sorted."""
+    expanded = Path(pattern).expanduser()
+    matches = [expanded] if expanded.is_file() else map(Path, glob.iglob(str(expanded), recursive=True))
+    return sorted(path for path in matches if path.is_file())
+
+
+def conversion(path: Path) -> str:
+    """Return how to make a .txt or .jsonl file of a file with another suffix."""
+    if path.suffix in UNPACKED_WITH:
+        return f"unpack it with {UNPACKED_WITH[path.suffix]}"
+    if path.suffix in RECORDS:
+        return TO_JSONL
+    return f"rename a text to .txt, or {TO_JSONL}"
 
 
 def read_local(files: list[tuple[str, Path]]) -> Iterator[Document]:

@@ -119,7 +119,7 @@ def _activation_bytes(config: Config, shape: ModelShape, item: int) -> int:
     model and 4 of the expert. With activation checkpointing each layer keeps its input, and one layer at a time keeps
     everything. Logits are held three times, once in fp32.
     """
-    tokens = config.train.micro_batch_size * config.data.sequence_length
+    tokens = config.train.sequences_per_forward * config.data.sequence_length
     layer = 16 * shape.hidden_size + shape.experts_per_token * (2 * shape.hidden_size + 4 * shape.expert_size)
     recomputed = shape.layers * shape.hidden_size + layer
     kept = recomputed if config.train.activation_checkpointing else shape.layers * layer

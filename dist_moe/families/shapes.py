@@ -36,3 +36,12 @@ def sparse_step_remedy(settings: Any) -> tuple[str, str]:
     """What to do where `sparse_step_layers` leaves no MoE layer."""
     depth = settings.num_hidden_layers
     return "mlp_only_layers", f"remove a layer from it, with decoder_sparse_step at most {depth}"
+
+
+def sparse_step_violations(settings: Any) -> list[Violation]:
+    """`mlp_only_layers` names layers that the model has."""
+    depth, named = settings.num_hidden_layers, settings.mlp_only_layers
+    if all(0 <= layer < depth for layer in named):
+        return []
+    rule = f"names a layer that is not among the {depth} layers"
+    return [Violation("model.config.mlp_only_layers", named, rule, f"give numbers from 0 to {depth - 1}")]

@@ -51,6 +51,12 @@ class Job:
         """Whether the job is handed to a queue."""
         return isinstance(self.launcher, Scheduler)
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether a worker runs on this host, as far as it is known."""
+        cluster = self.request.cluster
+        return not self.submits and (cluster is None or any(host.is_here for host in cluster.hosts))
+
     def _hosts(self) -> str:
         if self.submits:
             return "nodes that the scheduler assigns"

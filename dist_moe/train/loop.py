@@ -98,6 +98,6 @@ def micro_batches(resolved: Resolved, mesh: Mesh, step: int) -> list[Rows]:
     The global batch is the same rows of the stream for any number of workers; each worker takes a block of it.
     """
     train = resolved.config.train
-    share = train.global_batch_size // mesh.world_size
+    share, micro = train.global_batch_size // mesh.world_size, train.sequences_per_forward
     first = (step - 1) * train.global_batch_size + mesh.rank * share
-    return [Rows(first + offset, train.micro_batch_size) for offset in range(0, share, train.micro_batch_size)]
+    return [Rows(first + offset, micro) for offset in range(0, share, micro)]

@@ -180,7 +180,7 @@ def engine_settings(resolved: Resolved, device: torch.device) -> EngineSettings:
     train = resolved.config.train
     return EngineSettings(
         zero_stage=resolved.config.parallel.zero_stage,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=train.sequences_per_forward,
         accumulation=resolved.accumulation,
         optimizer=train.optimizer,
         gradient_clipping=train.gradient_clipping,

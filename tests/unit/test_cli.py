@@ -18,6 +18,7 @@ from dist_moe.cli.run import restore_visible_devices
 from dist_moe.config import load_config
 
 DEBUG = Path(__file__).resolve().parents[2] / "configs" / "debug.yaml"
+QUICKSTART = DEBUG.with_name("quickstart.yaml")
 LIMIT_S = 120.0
 
 
@@ -122,6 +123,52 @@ def test_a_config_that_is_wrong_in_several_ways_is_reported_whole() -> None:
     ):
         assert part in message
     assert "warmup" not in message, "it is compared with train.steps, whose value is in doubt"
+
+
+@pytest.mark.parametrize("command", ["launch", "train", "config", "doctor"])
+def test_the_model_and_the_text_are_tried_before_a_process_starts(command: str, tmp_path: Path) -> None:
+    wrong = ("model.config.rope_parameters={rope_type: yarnn, factor: 4.0}", f"data.sources={tmp_path}/none.txt")
+    result = invoke(command, DEBUG, *wrong, "train.schedule_steps=1", f"run.dir={tmp_path / 'run'}")
+    assert result.exit_code == 2 and result.stdout == ""
+    message = one_line(result.stderr)
+    for part in (
+        "has the rope_type yarnn, which transformers does not know; did you mean yarn?",
+        f"data.sources={tmp_path}/none.txt is not stdlib-code or shakespeare and matches no .txt or .jsonl file; ",
+        "train.schedule_steps=1 is shorter than train.steps=20",
+    ):
+        assert part in message
+    assert "Traceback" not in result.output
+
+
+def test_a_broken_field_does_not_hide_the_model_and_the_text(tmp_path: Path) -> None:
+    wrong = ("train.stepz=3", "model.config.rope_parameters={factor: 4.0}", f"data.sources={tmp_path}/none.txt")
+    message = one_line(invoke("config", DEBUG, *wrong).stderr)
+    for part in ("train.stepz=3 is not a key", "Unrecognized keys in `rope_parameters`", "none.txt is not stdlib-code"):
+        assert part in message
+
+
+def test_text_is_not_looked_at_where_no_worker_runs(tmp_path: Path) -> None:
+    text = f"data.sources={tmp_path}/none.txt"
+    assert invoke("launch", DEBUG, "--launcher", "slurm", "--dry-run", text).exit_code == 0
+    remote = "cluster.hosts=[{name: far, address: 192.0.2.7, slots: 2}]"
+    result = invoke("launch", DEBUG, "--launcher", "torchrun", "--dry-run", text, remote)
+    assert "none.txt is not" not in result.stderr
+
+
+@pytest.mark.parametrize(("workers", "code"), [(1, 0), (2, 0), (3, 2), (4, 0), (8, 0)])
+def test_the_quick_start_is_checked_for_any_number_of_workers(workers: int, code: int) -> None:
+    result = invoke("config", QUICKSTART, "--workers", str(workers))
+    assert result.exit_code == code
+    assert ("use 30 or 33, or 1, 2, 4, 8, 16 or 32 workers" in result.stderr) == (code == 2)
+
+
+def test_a_notice_is_printed_beside_the_configuration() -> None:
+    result = invoke("config", DEBUG, "train.warmup_steps=30")
+    assert result.exit_code == 0 and result.stdout.startswith("run:")
+    assert result.stderr.startswith(
+        "notice: train.warmup_steps=30 is longer than the schedule of 20 steps, so it is cut"
+    )
+    assert result.stderr.endswith("rises until the last step\n")
 
 
 def test_printed_config_is_complete_and_loads_back(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from dist_moe.section import Section
+from dist_moe.section import OneOrMore, Section
 
 # Safe in the command lines of ssh, pdsh and a shell: it cannot be an option, and needs no quotes.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
@@ -80,9 +80,9 @@ class ClusterConfig(Section):
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, description="the port of the ssh servers, or null (the default of ssh)"
     )
-    environment: list[Name] = Field(
+    environment: Annotated[list[Name], OneOrMore] = Field(
         default_factory=list,
-        description="the names of environment variables to forward to the workers",
+        description="the names of environment variables to forward to the workers; one of them needs no list",
     )
     folder: str | None = Field(
         default=None,

@@ -4,17 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_moe.section import Section
+from dist_moe.section import OneOrMore, Section
 
 
 class DataConfig(Section):
     """The training text and its tokenizer."""
 
-    sources: list[Annotated[str, Field(min_length=1)]] = Field(
+    sources: Annotated[list[Annotated[str, Field(min_length=1)]], OneOrMore] = Field(
         default_factory=lambda: ["stdlib-code"],
         min_length=1,
         description="the sources of text, each stdlib-code (the standard library of Python, no download), shakespeare, "
-        "or the path or glob of .txt or .jsonl files",
+        "or the path or glob of .txt or .jsonl files; one of them needs no list",
     )
     sequence_length: int = Field(ge=2, description="the tokens of a sequence (2 or more)")
     tokenizer: Literal["bytes", "bpe", "pretrained"] = Field(
@@ -25,7 +25,8 @@ class DataConfig(Section):
     vocabulary: int = Field(
         default=8192,
         ge=257,
-        description="the size of the bpe vocabulary in tokens, including the end token (257 or more)",
+        le=4_000_000,
+        description="the size of the bpe vocabulary in tokens, including the end token (257 to 4,000,000)",
     )
     validation_fraction: float = Field(
         default=0.1,

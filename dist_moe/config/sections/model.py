@@ -17,7 +17,10 @@ else:
 class ModelConfig(Section):
     """The Hugging Face model."""
 
-    architecture: Architecture = Field(description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}")
+    architecture: Architecture = Field(
+        description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}; with model.pretrained it "
+        "may be left out"
+    )
     pretrained: str | None = Field(
         default=None,
         min_length=1,

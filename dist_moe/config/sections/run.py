@@ -21,8 +21,8 @@ class RunConfig(Section):
         lt=2**32,
         description="the seed of the initial weights and of the order of the data (0 or more)",
     )
-    threads: Annotated[int, Field(ge=1)] | Auto = Field(
+    threads: Annotated[int, Field(ge=1, le=4096)] | Auto = Field(
         default="auto",
-        description="the CPU threads of one operation in each worker (1 or more), or auto (the cores of the host "
+        description="the CPU threads of one operation in each worker (1 to 4096), or auto (the cores of the host "
         "divided by its workers)",
     )

@@ -73,6 +73,9 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("interval=7", "interval=7 is not a section; did you mean checkpoint.interval or observe.interval?"),
         ("run.top_k=1", "run.top_k=1 is not a key of run; did you mean router.top_k?"),
         ("run.qqqqqq=1", "run.qqqqqq=1 is not a key of run; the known keys are dir, seed and threads"),
+        ("checkpoint={true: x}", "checkpoint.true=x is not a key of checkpoint; did you mean balance.rule?"),
+        ("checkpoint={2024-01-01: x}", "checkpoint.2024-01-01=x is not a key of checkpoint; the known keys are "),
+        ("checkpoint={3: x}", "checkpoint.3=x is not a key of checkpoint; the known keys are interval, resume, "),
         ("foo", "override=foo is not of the form key=value; write for example train.steps=20"),
         ("a..b=1", "override=a..b=1 is not of the form key=value; write for example train.steps=20"),
         (
@@ -84,7 +87,8 @@ def test_an_override_may_hold_an_equals_sign() -> None:
     ],
 )
 def test_an_unknown_key_names_the_nearest(override: str, line: str) -> None:
-    assert refused(override) == [line]
+    (found,) = refused(override)
+    assert found == line or (line.endswith((", ", "are ")) and found.startswith(line))
 
 
 @pytest.mark.parametrize(
@@ -129,11 +133,11 @@ def test_all_unknown_missing_and_invalid_keys_are_reported_at_once(tmp_path: Pat
     found = {violation.key for violation in caught.value.violations}
     assert found == {
         *("override", "run.seed", "modell", "train.warmup", "data.tokenizer"),
-        *("model", "data.sequence_length", "train.global_batch_size", "train.micro_batch_size", "train.learning_rate"),
+        *("model", "data.sequence_length", "train.global_batch_size", "train.learning_rate"),
     }
-    missing = next(violation for violation in caught.value.violations if violation.key == "train.micro_batch_size")
+    missing = next(violation for violation in caught.value.violations if violation.key == "train.global_batch_size")
     assert missing.value is ABSENT
-    assert str(missing).startswith("train.micro_batch_size is missing; give the sequences of one forward pass")
+    assert str(missing).startswith("train.global_batch_size is missing; give the sequences of one optimizer step")
 
 
 KINDS = (

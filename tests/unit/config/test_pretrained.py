@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from dist_moe.config import Config, dump_config, load_config, resolve
-from dist_moe.config.pretrained import own_checkpoints, tokenizer_folder
+from dist_moe.config import Config, ConfigError, dump_config, load_config, resolve
+from dist_moe.config.pretrained import own_checkpoints, text_vocabulary, tokenizer_folder
+from dist_moe.text import shown
 from tests.unit.config.files import DEBUG, debug, violations
 
 QWEN: dict[str, Any] = {
@@ -88,6 +89,104 @@ def test_a_file_that_is_no_config_is_refused(folder: Path, text: str) -> None:
     assert "has a config.json that cannot be read" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (
+            "Qwen/Qwen3-30B-A3B",
+            "model.pretrained=Qwen/Qwen3-30B-A3B is no folder here, and models are not fetched from the Hugging Face "
+            "Hub; fetch it with `hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`, and set "
+            "model.pretrained=Qwen3-30B-A3B",
+        ),
+        (
+            "/no/such",
+            "model.pretrained=/no/such does not exist, and the run has no checkpoint that holds its keys; give the "
+            "folder of a Hugging Face model (deepseek_v3 or qwen3_moe), which every host can read",
+        ),
+        (
+            "/usr",
+            "model.pretrained=/usr has no config.json, and the run has no checkpoint that holds its keys; give the "
+            "folder of a Hugging Face model (deepseek_v3 or qwen3_moe), which every host can read",
+        ),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["", "qwen3_moe"])
+def test_a_name_that_is_no_folder(name: str, line: str, architecture: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path, name, architecture)
+    (found,) = violations(load_config(path)).values()
+    assert str(found) == line
+
+
+def write_run(folder: Path, pretrained: str | Path, architecture: str = "") -> Path:
+    """Write a run that starts from a model, without its architecture if that is empty."""
+    stated = f"architecture: {architecture}, " if architecture else ""
+    path = folder / "run.yaml"
+    path.write_text(
+        f"run: {{dir: {folder}/run}}\nmodel: {{{stated}pretrained: {pretrained}}}\ndata: {{sequence_length: 8}}\n"
+        "train: {steps: 1, global_batch_size: 2, learning_rate: 1e-3}\n"
+    )
+    return path
+
+
+def test_the_architecture_is_read_from_the_folder(folder: Path) -> None:
+    path = write_run(folder.parent, folder)
+    config = load_config(path)
+    assert config.model.architecture == "qwen3_moe"
+    resolved = resolve(config, 1)
+    checkpoint = folder.parent / "run/checkpoints/step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text(dump_config(resolved.config))
+    folder.rename(folder.with_name("elsewhere"))
+    assert resolve(load_config(path), 1) == resolved, "from a checkpoint, once the folder is gone"
+
+
+@pytest.mark.parametrize("architecture", ["", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("model_type", "rule"),
+    [("mixtral", "holds a mixtral, which is not supported"), (None, "does not say its model_type")],
+)
+def test_a_family_that_is_not_supported_is_refused(
+    folder: Path, architecture: str, model_type: str | None, rule: str
+) -> None:
+    write(folder, QWEN | {"model_type": model_type})
+    (found,) = violations(load_config(write_run(folder.parent, folder, architecture))).values()
+    remedy = "give the folder of a deepseek_v3 or qwen3_moe model, or add the family (docs/extending.md)"
+    assert str(found) == f"model.pretrained={shown(str(folder))} {rule}; {remedy}"
+
+
+def test_without_a_folder_the_architecture_is_needed(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "null")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("model.architecture is missing; give the model's family")
+
+
+def test_what_a_pretrained_model_has_and_is_not_trained_is_a_notice(tmp_path: Path) -> None:
+    settings = {"model_type": "deepseek_v3", **debug().model.config, "vocab_size": 400, "num_nextn_predict_layers": 1}
+    folder = write(tmp_path / "model", {key: value for key, value in settings.items() if key != "num_mtp_layers"})
+    path = write_run(tmp_path, folder)
+    assert resolve(load_config(path), 1).notices == (
+        "model.pretrained has num_mtp_layers=1, which asks for multi-token prediction, which is not trained here; its "
+        "other weights are used",
+    )
+    written = load_config(path, ["model.config.num_mtp_layers=1"])
+    assert not violations(written), "the value of the folder may be written out"
+
+
+def test_the_vocabulary_of_a_configuration_that_is_not_resolved(folder: Path) -> None:
+    assert text_vocabulary(debug("data.vocabulary=600")) == 600
+    assert text_vocabulary(begun(folder, "data.tokenizer=pretrained")) == 400
+    write(folder, {key: value for key, value in QWEN.items() if key != "vocab_size"})
+    for config, line in (
+        (begun(folder, "data.tokenizer=pretrained"), f"needs a vocab_size in the config.json of {folder}"),
+        (begun(Path("/no/such"), "data.tokenizer=pretrained"), "No such file or directory"),
+        (debug("data.tokenizer=pretrained"), "needs the folder of a model; set model.pretrained"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            text_vocabulary(config)
+
+
 def test_without_folder_and_keys_there_is_no_model() -> None:
     (found,) = violations(debug("model.config={}")).values()
     assert str(found).startswith("model.config is missing; give the keys of the family's")
@@ -103,7 +202,7 @@ def test_a_resumed_run_does_not_need_the_folder(folder: Path) -> None:
     assert tokenizer_folder(config) == folder
     gone = folder.rename(folder.with_name("elsewhere"))
     (found,) = violations(config).values()
-    assert "has no config.json, and the run has no checkpoint" in str(found)
+    assert "does not exist, and the run has no checkpoint" in str(found)
     for step in (8, 10):
         checkpoint = folder.parent / f"run/checkpoints/step-{step:06d}"
         checkpoint.mkdir(parents=True)

@@ -1,0 +1,26 @@
+"""Numbers that YAML and Python can hold, and the machine's number formats cannot."""
+
+from typing import Any
+
+from dist_moe.config.schema import Config
+from dist_moe.errors import Violation
+
+LARGEST_FP32 = 3.4e38
+LARGEST_INT64 = 2**63 - 1
+
+
+def number_violations(config: Config) -> list[Violation]:
+    """Return one violation for each number that does not fit in fp32 or in 64 bits."""
+    return [violation for section, values in config.model_dump().items() for violation in _violations(section, values)]
+
+
+def _violations(key: str, value: Any) -> list[Violation]:
+    if isinstance(value, dict):
+        return [found for name, inner in value.items() for found in _violations(f"{key}.{name}", inner)]
+    if isinstance(value, list | tuple):
+        return [found for index, inner in enumerate(value) for found in _violations(f"{key}[{index}]", inner)]
+    if isinstance(value, float) and not abs(value) <= LARGEST_FP32:
+        return [Violation(key, value, "does not fit in fp32", f"give a number of at most {LARGEST_FP32:g}")]
+    if isinstance(value, int) and abs(value) > LARGEST_INT64:
+        return [Violation(key, value, "does not fit in 64 bits", f"give an integer of at most {LARGEST_INT64}")]
+    return []

@@ -1,0 +1,96 @@
+"""Looks at the text, the tokenizer and the weights that a configuration names, without reading them whole."""
+
+import codecs
+import os
+from pathlib import Path
+
+from dist_moe.config import Config, ConfigError, Violation
+from dist_moe.config.pretrained import is_model_folder, own_checkpoints, text_vocabulary, tokenizer_folder
+from dist_moe.data.files import TO_JSONL, conversion
+from dist_moe.data.sources import source_files
+from dist_moe.errors import DataError
+from dist_moe.text import counted, listed
+
+OPENED_FILES = 100
+"""Of each source; of further files only the permissions are looked at."""
+HEAD_BYTES = 4096
+MAX_NAMED = 3
+# The first bytes of other formats -> their suffix.
+FORMATS = {b"\x1f\x8b": ".gz", b"PAR1": ".parquet", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip"}
+
+
+def data_violations(config: Config) -> list[Violation]:
+    """Return what is wrong with the files of `data` and of model.pretrained, on this host."""
+    found = [violation for name in dict.fromkeys(config.data.sources) for violation in _source_violations(name)]
+    repeated = sorted({name for name in config.data.sources if config.data.sources.count(name) > 1})
+    if repeated:
+        rule = f"repeats {listed(repeated, last='and')}"
+        found.append(Violation("data.sources", config.data.sources, rule, "give each source once"))
+    return [*found, *_tokenizer_violations(config), *_weights_violations(config)]
+
+
+def _source_violations(name: str) -> list[Violation]:
+    try:
+        files = [path for _, path in source_files(name) or []]
+        faults = [fault for index, path in enumerate(files) if (fault := _fault(path, index < OPENED_FILES))]
+        sizes = [path.stat().st_size for path in files]
+    except DataError as error:
+        return [Violation("data.sources", name, error.rule, error.remedy)]
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror or error}: {error.filename or name})"
+        return [Violation("data.sources", name, rule, "give files that this user can read")]
+    if faults:
+        reasons = listed((reason for reason, _ in faults), last="and", most=MAX_NAMED)
+        return [Violation("data.sources", name, reasons, faults[0][1])]
+    if files and not any(sizes):
+        what = "is an empty file" if len(files) == 1 else f"matches {counted(len(files), 'file')}, all of them empty"
+        return [Violation("data.sources", name, what, "give files with text")]
+    return []
+
+
+def _fault(path: Path, opened: bool) -> tuple[str, str] | None:
+    """Return why a file cannot be used, to follow the name of the source, and what to do; None if nothing is seen."""
+    if not os.access(path, os.R_OK):
+        return f"has a file that this user may not read ({path})", "give it read permission, or leave it out"
+    if not opened:
+        return None
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        return f"has a file that cannot be read ({path}: {error.strerror or error})", "restore it, or leave it out"
+    for magic, suffix in FORMATS.items():
+        if head.startswith(magic):
+            return f"has a file that is not text ({path})", conversion(path.with_suffix(suffix))
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError as error:
+        return f"has a file that is not UTF-8 ({path}: byte {error.start})", "convert the file to UTF-8"
+    if path.suffix == ".jsonl" and text.strip() and not text.lstrip().startswith("{"):
+        return f"has a file whose first line is no JSON object ({path})", TO_JSONL
+    return None
+
+
+def _tokenizer_violations(config: Config) -> list[Violation]:
+    from dist_moe.data.corpus import pretrained_tokenizer
+
+    folder = tokenizer_folder(config)
+    if folder is None or not folder.is_dir():
+        return []  # the rules of model.pretrained report it
+    try:
+        pretrained_tokenizer(folder, text_vocabulary(config))
+    except ConfigError:
+        return []  # as above
+    except DataError as error:
+        return [Violation("data.tokenizer", "pretrained", f"cannot be used: {error.value} {error.rule}", error.remedy)]
+    return []
+
+
+def _weights_violations(config: Config) -> list[Violation]:
+    pretrained = config.model.pretrained
+    if pretrained is None or not is_model_folder(Path(pretrained)) or any(own_checkpoints(config)):
+        return []
+    if any(Path(pretrained).glob("*.safetensors")):
+        return []
+    rule = "has no weights (*.safetensors)"
+    return [Violation("model.pretrained", pretrained, rule, "give a folder with the weights, or model.config alone")]
