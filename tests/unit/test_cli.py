@@ -125,7 +125,7 @@ def test_a_config_that_is_wrong_in_several_ways_is_reported_whole() -> None:
     assert "warmup" not in message, "it is compared with train.steps, whose value is in doubt"
 
 
-@pytest.mark.parametrize("command", ["launch", "train", "config", "doctor"])
+@pytest.mark.parametrize("command", ["launch", "config", "doctor"])
 def test_the_model_and_the_text_are_tried_before_a_process_starts(command: str, tmp_path: Path) -> None:
     wrong = ("model.config.rope_parameters={rope_type: yarnn, factor: 4.0}", f"data.sources={tmp_path}/none.txt")
     result = invoke(command, DEBUG, *wrong, "train.schedule_steps=1", f"run.dir={tmp_path / 'run'}")
@@ -214,6 +214,14 @@ def test_train_reports_a_config_that_does_not_fit_the_workers(tmp_path: Path) ->
     assert done.stderr.startswith("train.global_batch_size=12 does not divide among 5 workers")
     assert "Traceback" not in done.stderr
     assert "ConfigError" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
+
+
+def test_train_tries_the_model_and_the_text_first(tmp_path: Path) -> None:
+    rope, text = "model.config.rope_parameters={factor: 4.0}", f"data.sources={tmp_path}/none.txt"
+    done = worker(tmp_path, str(DEBUG), rope, text)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in ("Unrecognized keys in `rope_parameters`", "none.txt is not stdlib-code or shakespeare"):
+        assert part in done.stderr
 
 
 def test_train_refuses_an_invalid_rank(tmp_path: Path) -> None:
