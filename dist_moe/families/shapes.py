@@ -6,8 +6,10 @@ from dist_moe.errors import Violation
 from dist_moe.text import divisors, listed
 
 
-def rotary_violations(key: str, width: int) -> list[Violation]:
+def rotary_violations(key: str, width: Any) -> list[Violation]:
     """Rotary position embeddings rotate the elements of a head in pairs."""
+    if type(width) is not int:  # a key that the config class does not declare may have any type
+        return [Violation(f"model.config.{key}", width, "is not an integer", "give an even number, or leave it out")]
     if width >= 2 and width % 2 == 0:
         return []
     rule = "cannot be rotated, since rotary embeddings take its elements in pairs"

@@ -168,6 +168,8 @@ def test_each_field_changes_the_model_or_is_refused_or_has_no_effect(architectur
         ("deepseek_v3", {"pretraining_tp": 2}, "pretraining_tp=2 asks for the tensor parallelism of another program, "),
         ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace=-1 does not say which layers are dense"),
         ("deepseek_v3", {"q_lora_rank": 0}, "q_lora_rank=0 is not positive; give 1 or more, or null"),
+        ("qwen3_moe", {"head_dim": [8]}, "head_dim=[8] is not an integer; give an even number, or leave it out"),
+        ("qwen3_moe", {"head_dim": "8"}, "head_dim=8 is not an integer; give an even number, or leave it out"),
         ("qwen3_moe", {"mlp_only_layers": [7]}, "mlp_only_layers=[7] names a layer that is not among the 3 layers"),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window=0 is not positive"),
         ("qwen3_moe", {"attention_dropout": 1.0}, "attention_dropout=1.0 is not in the range 0 to below 1"),
