@@ -22,6 +22,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "train.momentum": ("train.optimizer",),
     "parallel.expert_parallel": ("model.architecture", "model.config", "model.pretrained", "workers"),
     "data.sequence_length": ("model.architecture", "model.config", "model.pretrained"),
+    "data.sources": (),
     "data.tokenizer": ("model.pretrained",),
     "balance.": ("balance.policy", "router.selection", "router.score", "model.architecture"),
     "router.": (
