@@ -2,12 +2,15 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from rich.filesize import decimal
 
 MAX_VALUE_LENGTH = 80
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Characters with which a text could change what a terminal shows: controls, and changes of the direction."""
 
 
 def shown(value: Any) -> str:
@@ -49,3 +52,9 @@ def counted(count: int, noun: str) -> str:
 def format_bytes(size: float) -> str:
     """Format a number of bytes in decimal units: `7 bytes`, `1.5 kB`, `32.8 MB`."""
     return decimal(round(size))
+
+
+def plain_text(text: str) -> str:
+    """Show the control characters of a text as text, except line ends and tabs; a lone carriage return ends a line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -82,5 +82,15 @@ def report_user_errors() -> Iterator[None]:
 
 def print_error(message: str) -> None:
     """Write a message to stderr without wrapping its lines, so that paths and values can be copied."""
-    Console(stderr=True, style="bold red", highlight=False, markup=False, soft_wrap=True).print(message)
+    sys.stderr.write(styled_error(message))
     sys.stderr.flush()
+
+
+def styled_error(message: str) -> str:
+    """Return the lines of an error message, in red on a terminal, with control characters as text."""
+    from dist_moe.text import plain_text
+
+    console = Console(stderr=True, style="bold red", highlight=False, markup=False, soft_wrap=True)
+    with console.capture() as capture:
+        console.print(plain_text(message))
+    return capture.get()

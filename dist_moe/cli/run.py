@@ -1,6 +1,7 @@
 """The commands that run a training job, and one worker of it."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from dist_moe.cli.config import check_config, print_notices
 from dist_moe.cli.doctor import run_doctor_worker, set_accelerator
-from dist_moe.cli.messages import is_verbose, print_error, report_user_errors
+from dist_moe.cli.messages import is_verbose, report_user_errors, styled_error
 from dist_moe.cli.options import (
     DEFAULT_LAUNCHER,
     AskedWorkers,
@@ -36,13 +37,17 @@ def launch(
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train on several workers of this host, or of the hosts in CONFIG; Ctrl-C ends all of them."""
+    """Train on several workers of this host, or of the hosts in CONFIG.
+
+    Ctrl-C saves a checkpoint and stops; a second one ends every process at once.
+    """
     from dist_moe.config import load_config
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.job import Job
     from dist_moe.launch.launcher import LaunchRequest, Scheduler, load_launcher
     from dist_moe.launch.scripts import all_files, write_files
     from dist_moe.train.data_check import data_violations
+    from dist_moe.launch.supervise.output import print_within
 
     with report_user_errors():
         reads_here = not isinstance(load_launcher(launcher), Scheduler)
@@ -64,7 +69,7 @@ def launch(
             return
         outcome = job.run()
     if outcome.message:
-        print_error(outcome.message)
+        print_within("stderr", styled_error(outcome.message))
     raise typer.Exit(outcome.code)
 
 
@@ -86,14 +91,17 @@ def train(
     from dist_moe.worker.contract import LAUNCH_VARIABLE
     from dist_moe.worker.exit import report_failure
     from dist_moe.worker.rank_info import rank_info_from_env
+    from dist_moe.worker.run_lock import lock_for_worker
 
     with report_user_errors():
         rank_info = rank_info_from_env(os.environ)
         # The launch has looked already.
         look = None if LAUNCH_VARIABLE in os.environ else data_violations
         settings = load_config(config, overrides or (), rank_info.world_size, look)
-        fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
-    with report_failure(settings.run.dir, rank_info.rank):
+        launched = fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
+        lock = ExitStack()
+        lock.enter_context(lock_for_worker(Path(settings.run.dir), rank_info.rank, launched))
+    with lock, report_failure(settings.run.dir, rank_info.rank):
         resolved = resolve(settings, rank_info.world_size, look)
         if look is not None:
             print_notices(resolved)
@@ -114,13 +122,17 @@ def restore_visible_devices() -> None:
         os.environ[VISIBLE_DEVICES_VARIABLE] = os.environ[KEPT_DEVICES_VARIABLE]
 
 
-def fork_agent(rank: int, world_size: int, run_dir: str) -> None:
-    """Continue in a child process that an agent watches, if a launch has started this worker."""
+def fork_agent(rank: int, world_size: int, run_dir: str) -> bool:
+    """Continue in a child process that an agent watches, and return True, if a launch has started this worker."""
     from dist_moe.launch.supervise.protocol import SCHEME, Rendezvous
+    from dist_moe.launch.supervise.secret_file import restart_with_variables
     from dist_moe.worker.contract import LAUNCH_VARIABLE
 
+    restart_with_variables(os.environ)
     launch = os.environ.get(LAUNCH_VARIABLE, "")
-    if launch.startswith(SCHEME):
-        from dist_moe.launch.supervise.agent import fork_worker
+    if not launch.startswith(SCHEME):
+        return False
+    from dist_moe.launch.supervise.agent import fork_worker
 
-        fork_worker(Rendezvous.parse(launch), rank, world_size, Path(run_dir))
+    fork_worker(Rendezvous.parse(launch), rank, world_size, Path(run_dir))
+    return True

@@ -23,7 +23,9 @@ from dist_moe.comm.devices import (
     find_devices,
     log_choice,
 )
-from dist_moe.worker.network import LOOPBACK, free_port, interface_of, source_address
+from dist_moe.comm.store import open_store
+from dist_moe.worker.contract import PORT_VARIABLE
+from dist_moe.worker.network import LOOPBACK, free_port, interface_of, is_loopback, source_address
 from dist_moe.worker.rank_info import RankInfo, RankInfoError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def init_distributed(rank_info: RankInfo, backend: str, timeout_s: float) -> Ite
     _fill_rendezvous(rank_info, mpi, rank_info.local_rank if choice.index is None else choice.index)
     name = mpi.register() if mpi and backend == "mpi" else backend
     rank, world_size, timeout = rank_info.rank, rank_info.world_size, timedelta(seconds=timeout_s)
-    store = _rendezvous(rank, world_size, timeout)
+    store = open_store(rank, world_size, timeout_s) or _rendezvous(rank, world_size, timeout)
     claim(store, rank, backend, device_identity(device))
     dist.init_process_group(name, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
@@ -179,6 +181,8 @@ def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None, local_rank: in
     if rank_info.launcher != "env":
         # Left by another job of torchrun, whose store this one would wait for.
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    if PORT_VARIABLE in os.environ:
+        os.environ["MASTER_PORT"] = os.environ[PORT_VARIABLE]
     if rank_info.world_size == 1 and (rank_info.launcher == "none" or _lacks_rendezvous()):
         os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(free_port()))
     elif mpi and mpi.all_gather_objects(_lacks_rendezvous())[0]:
@@ -193,7 +197,10 @@ def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None, local_rank: in
             f"{' and '.join(missing)} not set: {rank_info.world_size} workers ({rank_info.launcher}) need the address "
             f"of rank 0; {remedy}"
         )
-    if rank_info.world_size > rank_info.local_world_size:
+    if is_loopback(os.environ["MASTER_ADDR"]):
+        # All ranks are on this host; by default gloo would listen on the interface of its name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
+    elif rank_info.world_size > rank_info.local_world_size:
         _choose_interface(os.environ["MASTER_ADDR"])
     os.environ.update(
         RANK=str(rank_info.rank),

@@ -1,16 +1,21 @@
 """What the commands of all launchers share: the command itself and the workers' environment."""
 
+import contextlib
+import json
 import os
 import re
+import secrets
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_moe.config.schema import Config
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, needs_folder
 from dist_moe.launch.outer_job import without_outer_job
+from dist_moe.worker.contract import PORT_VARIABLE
 
 DEFAULT_PORT = 29500
 # Variables that an outer launcher may have set, with which the workers would join its job.
@@ -28,6 +33,7 @@ OUTER_JOB_VARIABLES = (
     "LOCAL_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    PORT_VARIABLE,
 )
 # Text that neither a shell nor pdsh (%h, %n) changes.
 SHELL_SAFE = re.compile(r"[\w@+=:,./-]*", re.ASCII)
@@ -47,26 +53,83 @@ class Command:
         launcher: The name of the launcher.
         argv: Program and arguments.
         environment: The whole environment of the launcher, which the workers inherit.
-        remote_commands: Further commands of the same job, started together with `argv`; one for each other host.
+        remote_commands: Further commands of the same job, started together with `argv`; one for each other host. They
+            run `remote_exec` by ssh, which reads the variables of its command from stdin.
+        sent_variables: For `argv` and each of `remote_commands`, the variables to send, or None where it runs here.
         restarts: Whether the launcher restarts failed workers.
-        secret_files: Files with values of the user's variables, to be deleted when the job ends.
+        replaces_workers: Whether the launcher may start a worker of a rank again, or continue with fewer workers.
+        files: Files that the command reads, path -> text, which `written` makes for the length of the job.
+        holders: For each host, the command that keeps `held_variables` in a file there (`supervise/secret_file.py`).
+        held_variables: Variables of the workers that must not reach an argument list.
     """
 
     launcher: str
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     remote_commands: tuple[tuple[str, ...], ...] = ()
+    sent_variables: tuple[Mapping[str, str] | None, ...] = ()
     restarts: bool = False
-    secret_files: tuple[Path, ...] = ()
+    replaces_workers: bool = False
+    files: Mapping[Path, str] = field(default_factory=dict)
+    holders: tuple[tuple[str, ...], ...] = ()
+    held_variables: Mapping[str, str] = field(default_factory=dict)
+
+    def processes(self) -> list[tuple[tuple[str, ...], Mapping[str, str] | None]]:
+        """Return the argument list of each process, and the variables to send to its stdin."""
+        commands = (self.argv, *self.remote_commands)
+        return list(zip(commands, self.sent_variables or (None,) * len(commands), strict=True))
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """Write the files of the command, which may hold secrets, for this user alone, and remove them at the end.
+
+        A program (a text that begins with `#!`) can be executed.
+
+        Raises:
+            RunFolderError: A file cannot be written.
+        """
+        made: list[Path] = []
+        try:
+            for path, text in self.files.items():
+                with needs_folder(path.parent):
+                    write_private(path, text, made)
+            yield
+        finally:
+            for path in reversed(made):
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
     def lines(self, base: Mapping[str, str]) -> list[str]:
         """Return the commands, each as one line for a shell whose environment is `base`."""
-        return [self._line(self.argv, base), *map(shlex.join, self.remote_commands)]
+        lines = [self._line(self.argv, base), *map(shlex.join, self.remote_commands)]
+        variables = self.sent_variables or (None,) * len(lines)
+        return [
+            line if sent is None else f"(printf '%s\\n' {shlex.quote(json.dumps(dict(sent)))}; cat) | {line}"
+            for line, sent in zip(lines, variables, strict=True)
+        ]
 
     def _line(self, argv: tuple[str, ...], base: Mapping[str, str]) -> str:
         removed = [part for name in sorted(base.keys() - self.environment.keys()) for part in ("-u", name)]
         changed = [f"{k}={v}" for k, v in sorted(self.environment.items()) if base.get(k) != v]
         return shlex.join(["env", *removed, *changed, *argv] if removed or changed else argv)
+
+
+def write_private(path: Path, text: str, made: list[Path]) -> None:
+    """Write a file that its owner alone can read, in a new folder where there is none; add what was made to `made`."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, mode=0o700)
+        made.append(path.parent)
+    path.unlink(missing_ok=True)
+    # Never through a link or into a file that somebody else has put there.
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700 if text.startswith("#!") else 0o600)
+    made.append(path)
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def private_path(name: str) -> Path:
+    """Return a path, in a folder that does not exist yet, which nobody can guess: `Command.written` makes it."""
+    return Path(tempfile.gettempdir()) / f"dist-moe-{secrets.token_hex(8)}" / name
 
 
 def worker_environment(config: Config, workers: int, base: Mapping[str, str]) -> dict[str, str]:

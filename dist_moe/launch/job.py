@@ -115,12 +115,7 @@ class Job:
         with WorkerMonitor(launch_address(cluster), self.workers, run_dir) as monitor:
             checked = check_hosts(cluster, self.request.config, Path(self.request.config_path), monitor.rendezvous)
             job = Job(self.name, replace(self.request, cluster=checked))
-            command = job.command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
-            try:
-                return run(command, run_dir, monitor)
-            finally:
-                for path in command.secret_files:
-                    path.unlink(missing_ok=True)
+            return run(job.command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)}), run_dir, monitor)
 
     def _check_options(self) -> None:
         """Refuse each option that the launcher would ignore."""

@@ -17,6 +17,7 @@ from dist_moe.files import write_atomically
 from dist_moe.worker.contract import (
     INTERRUPTED_CODE,
     LAUNCH_VARIABLE,
+    NOTICE_VARIABLE,
     STOPPED_CODE,
     USER_ERROR_CODE,
     ErrorReport,
@@ -27,6 +28,7 @@ from dist_moe.worker.contract import (
     record_file,
     start_time,
 )
+from dist_moe.worker.shared_storage import try_again
 
 END_BY_LAUNCH_S = 5.0
 """How long a worker with a user's error waits for the launch to end it."""
@@ -52,8 +54,8 @@ def report_failure(run_dir: str | Path, rank: int) -> Iterator[None]:
     """
     folder = Path(run_dir)
     with exit_hard(folder, rank), needs_folder(folder):
-        error_file(folder, rank).unlink(missing_ok=True)
-        write_record(folder, rank, WorkerState.RUNNING)
+        try_again(lambda: error_file(folder, rank).unlink(missing_ok=True))
+        try_again(lambda: write_record(folder, rank, WorkerState.RUNNING))
     end_with_launch(os.environ.get(LAUNCH_VARIABLE))
     try:
         with exit_hard(folder, rank):
@@ -120,8 +122,10 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
         if not isinstance(error, KeyboardInterrupt):
             trace = "".join(traceback.format_exception(error))
             with contextlib.suppress(OSError):  # a full disk must not keep the error from stderr
-                write_atomically(error_file(folder, rank), error_report(rank, error, code, trace))
+                report = error_report(rank, error, code, trace)
+                try_again(lambda: write_atomically(error_file(folder, rank), report))
                 reported = launched
+                notify_agent()
             if not isinstance(error, UserError):
                 sys.stderr.write(f"rank {rank} failed:\n{trace}")
             elif not reported and (rank == 0 or not isinstance(error, (ConfigError, RunFolderError))):
@@ -139,6 +143,14 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
 def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:
     """Return the text of the error file for an exception that was caught now."""
     return ErrorReport(time.time(), rank, code, type(error).__name__, str(error)).to_text(trace)
+
+
+def notify_agent() -> None:
+    """Tell the agent of this worker, if it has one, that the error report can be read."""
+    descriptor = os.environ.pop(NOTICE_VARIABLE, "")
+    if descriptor and os.environ.get(LAUNCH_VARIABLE, "").startswith(f"{os.getppid()}:"):
+        with contextlib.suppress(OSError):
+            os.write(int(descriptor), b"\n")
 
 
 def flush_output() -> None:
@@ -160,7 +172,7 @@ def record_final_state(folder: Path, rank: int, state: WorkerState, code: int, w
             not change how the worker ends.
     """
     try:
-        write_record(folder, rank, state, code)
+        try_again(lambda: write_record(folder, rank, state, code))
     except OSError as error:
         text = own_record(rank, state, code).to_json().encode()
         if not overwrite(record_file(folder, rank), text) and warn:

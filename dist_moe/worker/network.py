@@ -1,6 +1,7 @@
 """Addresses, interfaces and ports of this host. Imports no torch."""
 
 import contextlib
+import ipaddress
 import random
 import socket
 from pathlib import Path
@@ -42,6 +43,15 @@ def is_local_address(address: str) -> bool:
     """Return whether this host has the IP address: a host sends to its own address from that address."""
     with contextlib.suppress(OSError):
         return source_address(address) == address
+    return False
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address, or the name localhost, reaches this host alone."""
+    if address == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
     return False
 
 

@@ -78,6 +78,7 @@ def manifest(config: Config) -> str:
             "kubernetes/configmap.yaml", **common, configuration=indent(pod_config(config), " " * 4).rstrip("\n")
         ),
         fill_template("kubernetes/service.yaml", **common, port=config.cluster.port),
+        fill_template("kubernetes/networkpolicy.yaml", **common, port=config.cluster.port),
         fill_template(
             "kubernetes/job.yaml",
             **common,

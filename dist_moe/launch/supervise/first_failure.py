@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_moe.text import plain_text
 from dist_moe.worker.contract import ErrorReport
 
 # Signals after which a worker cannot report an error itself. Errors that this causes on other ranks may be reported up
@@ -81,6 +82,7 @@ def failure_from_report(text: str, rank: int, path: Path) -> Failure:
         KeyError: A line is missing.
     """
     report = ErrorReport.parse(text)
+    report = report._replace(exception=plain_text(report.exception), message=plain_text(report.message))
     if report.exception == "ConfigError":
         return Failure(False, report.time, rank, report.code, report.message, of_config=True)
     message = f"rank {rank} failed with {report.exception}: {report.message}\n(traceback: {path})"

@@ -2,15 +2,25 @@
 
 An agent sends, in this order, a greeting (token, rank, size, host, agent_pid), then any number of output (stream,
 text), terminal and report messages, and at the end one with wait_status, state and time. The launch sends signals.
+What arrives is checked field by field before anything of it is used: `Greeting.parse` and `check_record`.
 """
 
 import json
+import math
+import os
+import secrets
 import selectors
 import socket
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
+
+from dist_moe.untrusted import printable
+from dist_moe.worker.contract import WorkerState
 
 MAX_MESSAGE_BYTES = 1 << 20
+MAX_GREETING_BYTES = 1 << 12
+MAX_HOST_CHARACTERS = 255
+MAX_WORKERS = 1 << 20
 RECEIVE_BYTES = 1 << 16
 SCHEME = "tcp://"
 LOG_ONLY = 0
@@ -43,11 +53,75 @@ class Rendezvous(NamedTuple):
         return cls(address, int(port), token)
 
 
-class MessageSocket:
-    """Sends and receives whole messages over a connected TCP socket."""
+class Greeting(NamedTuple):
+    """What an agent says about its worker when it connects.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Attributes:
+        rank: The worker's rank.
+        size: The number of workers of its job.
+        host: The name of its host, in printable characters.
+        agent_pid: The process of the agent; 0 where it names none.
+    """
+
+    rank: int
+    size: int
+    host: str
+    agent_pid: int
+
+    @classmethod
+    def parse(cls, message: dict[str, Any], token: str) -> "Greeting | None":
+        """Read a connection's first message; None where it lacks the token, or any field is not what it has to be."""
+        given = str(message.get("token")).encode(errors="replace")
+        if not secrets.compare_digest(given, token.encode()):
+            return None
+        rank, size = message.get("rank"), message.get("size")
+        host, pid = message.get("host"), message.get("agent_pid", 0)
+        if not (is_count(rank) and is_count(size) and is_count(pid) and rank < size <= MAX_WORKERS):
+            return None
+        if not (isinstance(host, str) and 0 < len(host) <= MAX_HOST_CHARACTERS):
+            return None
+        return cls(rank, size, printable(host), pid)
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether a value of a message is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_record(message: dict[str, Any]) -> str:
+    """Return what is wrong with a message that follows a greeting, or ""."""
+    match message:
+        case {"output": int(stream), "text": str()} if stream in (LOG_ONLY, 1, 2):
+            return ""
+        case {"terminal": str()} | {"report": str()}:
+            return ""
+        case {"wait_status": int(status)}:
+            return _check_end(status, message.get("state"), message.get("time", 0.0))
+    return f"a record with the fields {', '.join(map(repr, sorted(message)))[:80] or 'of none'}"
+
+
+def _check_end(status: int, state: Any, ended_s: Any) -> str:
+    try:
+        os.waitstatus_to_exitcode(status)
+    except (ValueError, OverflowError):
+        return "an exit status that no process has"
+    if state not in (None, *WorkerState):
+        return "an unknown state"
+    is_time = isinstance(ended_s, (int, float)) and math.isfinite(ended_s)
+    return "" if is_time else "a time that is not a number"
+
+
+class MessageSocket:
+    """Sends and receives whole messages over a connected TCP socket.
+
+    Args:
+        connection: The socket. On one that does not block, `send` fails where the peer does not read.
+        max_bytes: The size of the largest message that is received next; a larger one closes the connection.
+    """
+
+    def __init__(self, connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self.connection = connection
+        self.max_bytes = max_bytes
         self._received = b""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEP_ALIVE.items():
@@ -73,11 +147,14 @@ class MessageSocket:
         """
         try:
             part = self.connection.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
         except OSError:
             return None
         self._received += part
         *lines, self._received = self._received.split(b"\n")
-        if not part or len(self._received) > MAX_MESSAGE_BYTES:
+        longest = max(map(len, (self._received, *lines)))
+        if not part or longest > MAX_MESSAGE_BYTES or len([*lines, self._received][0]) > self.max_bytes:
             return None
         # The peer is untrusted until its token is checked: deep nesting raises RecursionError.
         try:

@@ -13,6 +13,16 @@ TERMINAL_VARIABLE = "DIST_MOE_TERMINAL"
 """Rows and columns of the launch's terminal, as in 24x80."""
 CONTROL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
 """Control sequences of ECMA-48: colors, cursor movements."""
+PASSED = re.compile(r"\x1b\[(?:[0-9;]*[ABCDEFGHJKm]|\?25[hl])")
+"""Control sequences that are shown: movements in the window, erasing, colors, and the cursor's visibility."""
+ESCAPE = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # a control sequence
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # a string: title, clipboard, link, device control
+    r"|\x1b[ -/]*[0-~]"  # any other escape
+    r"|[\x00-\x06\x0b-\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
+)
+PENDING = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)\Z")
+MAX_PENDING = 4096
 SHOW_CURSOR, CLEAR_LINE = "\x1b[?25h", "\r\x1b[2K"
 READ_BYTES = 1 << 16
 
@@ -47,6 +57,25 @@ def read_terminal(reading: int) -> bytes:
         return os.read(reading, READ_BYTES)
     except OSError:  # EIO: how a terminal signals its end
         return b""
+
+
+class TerminalFilter:
+    """Removes from terminal output what does more than move within the window, erase, and color.
+
+    Titles, the clipboard, links, reports that a terminal would type as input, and resets are removed.
+    """
+
+    def __init__(self) -> None:
+        self._pending = ""
+
+    def feed(self, text: str) -> str:
+        """Return what of this part of the output may be shown; an escape that is not complete waits for the next."""
+        text, self._pending = self._pending + text, ""
+        if (incomplete := PENDING.search(text)) is not None:
+            text = text[: incomplete.start()]
+            # A string without an end is dropped as it grows, and what follows it is shown as text.
+            self._pending = incomplete[0][:MAX_PENDING]
+        return ESCAPE.sub(lambda match: match[0] if PASSED.fullmatch(match[0]) else "", text)
 
 
 class Transcript:

@@ -1,16 +1,20 @@
 """Runs a command on another host until its stdin closes: called by ssh, it ends when the launch does.
 
+The first line of stdin is a JSON object with variables for the command, among them secrets: unlike the argument lists
+of ssh and of this process, stdin can be read by nobody else.
+
 An ssh server lets a command run on when its connection ends. A launcher may then wait for minutes for hosts that it
 will not reach; the workers of one that got further are ended by their agents.
 """
 
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 
@@ -19,9 +23,28 @@ from dist_moe.launch.supervise.process_tree import adopt_orphans, descendants, s
 GRACE_S = 3.0
 POLL_S = 0.02
 READ_BYTES = 1 << 16
+MAX_VARIABLES_BYTES = 1 << 20
+CLOSED_CODE = 1
 
 
-def run_until_stdin_closes(argv: Sequence[str]) -> int:
+def read_variables() -> dict[str, str]:
+    """Read the first line of stdin, and no byte more; exit where stdin is closed before.
+
+    Raises:
+        ValueError: It is not an object of texts.
+    """
+    line = b""
+    while not line.endswith(b"\n") and len(line) < MAX_VARIABLES_BYTES:
+        if not (byte := os.read(sys.stdin.fileno(), 1)):
+            sys.exit(CLOSED_CODE)
+        line += byte
+    variables = json.loads(line)
+    if not (isinstance(variables, dict) and all(isinstance(value, str) for value in variables.values())):
+        raise ValueError("the first line of stdin is not an object of variables")
+    return variables
+
+
+def run_until_stdin_closes(argv: Sequence[str], variables: Mapping[str, str]) -> int:
     """Run a command until it ends or stdin is closed, and end everything that it started.
 
     After SIGTERM a process has 3 s until SIGKILL.
@@ -29,7 +52,8 @@ def run_until_stdin_closes(argv: Sequence[str]) -> int:
     Returns:
         The exit code of the command, or 128 + N after signal N.
     """
-    with adopt_orphans(), subprocess.Popen(argv, stdin=subprocess.DEVNULL) as child:
+    environment = {**os.environ, **variables}
+    with adopt_orphans(), subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=environment) as child:
         handle = os.pidfd_open(child.pid)
         while sys.stdin in select.select([handle, sys.stdin], [], [])[0] and child.poll() is None:
             if not os.read(sys.stdin.fileno(), READ_BYTES):
@@ -55,4 +79,4 @@ def _signal_descendants(signum: signal.Signals, timeout_s: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_until_stdin_closes(sys.argv[1:]))
+    sys.exit(run_until_stdin_closes(sys.argv[1:], read_variables()))

@@ -94,19 +94,25 @@ def test_torchrun_quotes_what_another_hosts_shell_reads(tmp_path: Path) -> None:
     assert ssh[0] == "ssh" and ssh[-2] == "b" and ssh[-4:-2] == ("-p", "2222")
     found = remote_words(command)
     assert found[:4] == ["cd", NASTY, "&&", "exec"]
-    assert f"SECRET={NASTY}" in found and found[-2:] == [NASTY, f"run.dir={NASTY}"]
-    assert not any(word.startswith("OTHER=") for word in found), "only named variables are forwarded"
+    assert found[-2:] == [NASTY, f"run.dir={NASTY}"]
+    assert not any("SECRET=" in word for word in found), "an argument list can be read by everybody on the host"
+    for argv, sent in command.processes():
+        assert sent is not None and sent["SECRET"] == NASTY and "OTHER" not in sent, argv
 
 
 def test_torchrun_gives_each_host_its_devices_and_address(tmp_path: Path) -> None:
     config, cluster = job(tmp_path, "cluster.include=a@b:1")
     command = command_of("torchrun", config, cluster, max_restarts=3, min_hosts=1)
     words = remote_words(command)
-    assert "CUDA_VISIBLE_DEVICES=1" in words
+    assert command.sent_variables[1] is not None and command.sent_variables[1]["CUDA_VISIBLE_DEVICES"] == "1"
     for name, value in (("--nnodes", "1:2"), ("--nproc-per-node", "1"), ("--local-addr", "203.0.113.2")):
         assert words[words.index(name) + 1] == value
     assert words[words.index("--rdzv-endpoint") + 1] == "203.0.113.1:29500"
-    assert words[words.index("--max-restarts") + 1] == "3" and command.restarts
+    assert words[words.index("--max-restarts") + 1] == "3" and command.restarts and command.replaces_workers
+    assert "dist_moe.comm.rendezvous" in words and words[words.index("--rdzv-backend") + 1] == "dist-moe"
+    secret = command.sent_variables[1]["DIST_MOE_RENDEZVOUS_SECRET"]
+    assert len(bytes.fromhex(secret)) == 32
+    assert not any(secret in word for argv, _ in command.processes() for word in argv)
 
 
 @pytest.mark.parametrize("path", ["with space.yaml", "a;b.yaml", "$HOME.yaml", "a%n.yaml", "it's.yaml"])
@@ -122,10 +128,13 @@ def test_deepspeed_hostfile_and_environment_file(tmp_path: Path) -> None:
     command = command_of("deepspeed", config, cluster, base=base)
     argv = command.argv
     assert argv[argv.index("--include") + 1] == "a:1@b:0,1"
-    assert (tmp_path / "launch" / "hostfile").read_text() == "a slots=2\nb slots=2\n"
-    forwarded = dict(line.split("=", 1) for line in (tmp_path / "launch" / "environment").read_text().splitlines())
-    assert forwarded["TOKEN"] == "t0" and not {"PYTHONPATH", "NCCL_DEBUG", "RANK", "PATH"} & forwarded.keys()
-    assert command.secret_files == (tmp_path / "launch" / "environment",)
+    assert not (tmp_path / "launch").exists(), "nothing is written before the job runs"
+    with command.written():
+        assert (tmp_path / "launch" / "hostfile").read_text() == "a slots=2\nb slots=2\n"
+        forwarded = dict(line.split("=", 1) for line in (tmp_path / "launch" / "environment").read_text().splitlines())
+    assert not {"TOKEN", "PYTHONPATH", "NCCL_DEBUG", "RANK", "PATH"} & forwarded.keys()
+    assert forwarded["DIST_MOE_LAUNCH"].startswith("file:") and command.held_variables == {"TOKEN": "t0"}
+    assert len(command.holders) == 2 and not any("t0" in word for holder in command.holders for word in holder)
     assert not {"PYTHONPATH", "NCCL_DEBUG", "RANK"} & command.environment.keys()
 
 
@@ -209,7 +218,7 @@ def test_torchrun_of_one_host_restarts_workers_with_a_store_of_their_own(tmp_pat
     config, _ = job(tmp_path)
     command = Job("torchrun", LaunchRequest(config, CONFIG, max_restarts=3)).command({"PATH": "/usr/bin"})
     assert command.argv[command.argv.index("--max-restarts") + 1] == "3" and command.restarts
-    assert "--rdzv-endpoint" in command.argv and "--master-addr" not in command.argv
+    assert "store_type=file" in command.argv and "--master-addr" not in command.argv and command.replaces_workers
     assert command.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 

@@ -43,11 +43,16 @@ def test_launchers_start_the_same_worker(launcher: str, config: Config) -> None:
     assert command.environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_torchrun_restarts_nothing_by_default_and_has_a_fixed_rendezvous(config: Config) -> None:
-    argv = command_of("torchrun", config).argv
+def test_torchrun_restarts_nothing_by_default_and_meets_at_a_private_file(config: Config) -> None:
+    command = command_of("torchrun", config)
+    argv = command.argv
     assert argv[argv.index("--max-restarts") + 1] == "0"
-    assert argv[argv.index("--master-addr") + 1] == "127.0.0.1"
-    assert "--standalone" not in argv
+    assert argv[argv.index("--rdzv-conf") + 1] == "store_type=file"
+    path = Path(argv[argv.index("--rdzv-endpoint") + 1])
+    assert not path.parent.exists(), "nothing is written before the job runs"
+    with command.written():
+        assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert not path.parent.exists()
 
 
 def test_deepspeed_reads_no_hostfile_on_one_host(config: Config) -> None:

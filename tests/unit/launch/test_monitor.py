@@ -156,8 +156,10 @@ with report_failure(sys.argv[2], 0):
     worker.communicate(timeout=LIMIT_S)
 
 
+@pytest.mark.parametrize("monitor", [2], indirect=True)
 def test_a_job_that_continues_with_fewer_workers_is_monitored(monitor: WorkerMonitor) -> None:
     """Ranks that no longer exist are removed, and a worker whose rank another has now stays connected."""
+    monitor.replaces_workers = True
     before = [greet(monitor, 0, 2), greet(monitor, 1, 2)]
     until(monitor, lambda: monitor.size == 2 and monitor.all_connected())
     before[1].close()
