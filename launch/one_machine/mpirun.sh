@@ -19,6 +19,9 @@ export OMP_NUM_THREADS="$THREADS"
 export PYTHONSAFEPATH=1
 export MASTER_ADDR=127.0.0.1
 export MASTER_PORT="$PORT"
+export OMPI_MCA_btl='^tcp,ofi'
+export OMPI_MCA_pml=ob1
+export OMPI_MCA_mtl='^ofi'
 
 exec mpirun \
     --map-by slot:OVERSUBSCRIBE \

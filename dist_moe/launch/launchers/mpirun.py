@@ -39,6 +39,8 @@ FAMILIES = {
     "MPICH": r"(?:MPICH Version|HYDRA[\s\S]*?Version):\s*(\d+\.\d+[^\s]*)",
 }
 """Family -> the pattern of the version that its library, and its `mpirun --version`, print."""
+OPENMPI_SHARED_MEMORY = {"OMPI_MCA_btl": "^tcp,ofi", "OMPI_MCA_pml": "ob1", "OMPI_MCA_mtl": "^ofi"}
+"""On one host, workers exchange through memory; otherwise each of them listens on every interface too."""
 NO_TERMINAL_SCRIPT = """\
 # OpenMPI 4 gives its workers a terminal even where the output goes to a file.
 if [ ! -t 1 ]; then export TTY_COMPATIBLE=0; fi"""
@@ -85,6 +87,7 @@ class MpirunLauncher(ProcessLauncher):
         placement = openmpi_options if library.family == "OpenMPI" else mpich_options
         # Without them, only the MPI backend finds the other workers.
         environment |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+        environment |= {name: value for name, value in OPENMPI_SHARED_MEMORY.items() if name not in base}
         if not sys.stdout.isatty():
             # OpenMPI 4 gives its workers a terminal even where the output goes to a file.
             environment["TTY_COMPATIBLE"] = "0"
@@ -118,7 +121,7 @@ class MpirunLauncher(ProcessLauncher):
             "one_machine/mpirun.sh": one_machine_script(
                 request,
                 "mpirun (OpenMPI)",
-                shell_exports(worker_variables(shell_variable("THREADS")) | rendezvous),
+                shell_exports(worker_variables(shell_variable("THREADS")) | rendezvous | OPENMPI_SHARED_MEMORY),
                 shell_command(one),
                 prepare=NO_TERMINAL_SCRIPT,
             ),

@@ -171,9 +171,9 @@ class MessageSocket:
 def wait_readable(sources: Sequence[Any], timeout_s: float) -> list[Any]:
     """Return the sources that can be read, as soon as there is one, or none after the time-out.
 
-    By epoll where the system has it: select(2) accepts file descriptors below 1,024 only.
+    By poll(2): select(2) accepts file descriptors below 1,024 only, and epoll needs a descriptor of its own.
     """
-    with selectors.DefaultSelector() as selector:
+    with selectors.PollSelector() as selector:
         for source in sources:
             selector.register(source, selectors.EVENT_READ)
         return [key.fileobj for key, _ in selector.select(max(0.0, timeout_s))]

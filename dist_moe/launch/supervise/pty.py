@@ -16,12 +16,12 @@ CONTROL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
 PASSED = re.compile(r"\x1b\[(?:[0-9;]*[ABCDEFGHJKm]|\?25[hl])")
 """Control sequences that are shown: movements in the window, erasing, colors, and the cursor's visibility."""
 ESCAPE = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # a control sequence
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # a control sequence
     r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # a string: title, clipboard, link, device control
     r"|\x1b[ -/]*[0-~]"  # any other escape
-    r"|[\x00-\x06\x0b-\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
+    r"|[\x00-\x07\x0b-\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
 )
-PENDING = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)\Z")
+PENDING = re.compile(r"\x9b[0-?]*[ -/]*\Z|\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)\Z")
 MAX_PENDING = 4096
 SHOW_CURSOR, CLEAR_LINE = "\x1b[?25h", "\r\x1b[2K"
 READ_BYTES = 1 << 16

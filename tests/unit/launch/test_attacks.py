@@ -1,0 +1,413 @@
+"""What strangers, a thief of the token, and a worker gone wild can do to a launch: real sockets and processes."""
+
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dist_moe.launch.supervise import listener, output
+from dist_moe.launch.supervise.monitor import WorkerMonitor
+from dist_moe.launch.supervise.protocol import MessageSocket, wait_readable
+from dist_moe.launch.supervise.pty import TerminalFilter
+from dist_moe.worker.contract import log_file
+from tests.unit.launch.monitored import LIMIT_S, greet, until
+
+ROOT = Path(__file__).resolve().parents[3]
+SECOND = 1.0
+
+
+def poll_for(monitor: WorkerMonitor, seconds: float) -> None:
+    """Poll for some time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        monitor.wait(0.05)
+        monitor.poll()
+
+
+def connections(count: int, monitor: WorkerMonitor) -> list[socket.socket]:
+    """Connect and say nothing."""
+    return [socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S) for _ in range(count)]
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has closed a connection."""
+    return bool(wait_readable([connection], 0)) and connection.recv(1) == b""
+
+
+def test_strangers_are_bounded_in_number_and_time_and_a_worker_still_gets_in(
+    monitor: WorkerMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "MAX_STRANGERS", 16)
+    monkeypatch.setattr(listener, "EVICTION_AGE_S", 0.2)
+    monkeypatch.setattr(listener, "GREETING_LIMIT_S", 0.5)
+    strangers = connections(100, monitor)
+    agent = greet(monitor, 0, 1)
+    held = 0
+    deadline = time.monotonic() + LIMIT_S
+    while not monitor.all_connected():
+        assert time.monotonic() < deadline
+        monitor.wait(0.05)
+        monitor.poll()
+        held = max(held, len(monitor._listener.sources()))
+    assert held <= 17
+    poll_for(monitor, 1.0)
+    assert all(is_closed(stranger) for stranger in strangers)
+    for connection in (*strangers, agent):
+        connection.close()
+
+
+def test_a_stranger_cannot_send_more_than_a_greeting(monitor: WorkerMonitor) -> None:
+    (stranger,) = connections(1, monitor)
+    until(monitor, lambda: len(monitor._listener._strangers) == 1)
+    stranger.sendall(b"x" * 5000)
+    until(monitor, lambda: not monitor._listener._strangers)
+    assert is_closed(stranger)
+    stranger.close()
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+from dist_moe.launch.supervise.monitor import WorkerMonitor
+with WorkerMonitor("127.0.0.1", 1, Path(sys.argv[1])) as monitor:
+    print(monitor.rendezvous, flush=True)
+    while not monitor.all_connected():
+        monitor.wait(0.1)
+        monitor.poll()
+print("connected", flush=True)
+"""
+
+
+def test_a_launch_without_a_free_file_descriptor_goes_on(tmp_path: Path) -> None:
+    from dist_moe.launch.supervise.protocol import Rendezvous
+
+    argv = [sys.executable, "-c", FEW_FILES, str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launch:
+        assert launch.stdout and launch.stderr
+        rendezvous = Rendezvous.parse(launch.stdout.readline().strip())
+        strangers = [socket.create_connection(rendezvous[:2]) for _ in range(100)]
+        agent = MessageSocket(socket.create_connection(rendezvous[:2]))
+        agent.send({"token": rendezvous.token, "rank": 0, "size": 1, "host": "a"})
+        assert launch.stdout.readline() == "connected\n"
+        assert launch.wait(LIMIT_S) == 0
+        assert "ulimit -n 40 is few for 1 workers" in launch.stderr.read()
+    for connection in (*strangers, agent):
+        connection.close()
+
+
+def test_the_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:
+    code = """
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+from dist_moe.launch.supervise.listener import raise_file_limit
+raise_file_limit(2)
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
+
+
+@pytest.mark.parametrize("monitor", [2], indirect=True)
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        {"rank": 1, "size": 2},
+        {"rank": 1, "size": 2, "host": 7},
+        {"rank": 1, "size": 2, "host": "a" * 300},
+        {"rank": True, "size": 2, "host": "a"},
+        {"rank": 1, "size": 2, "host": "a", "agent_pid": "1"},
+        {"rank": -1, "size": 2, "host": "a"},
+        {"rank": 0, "size": 1, "host": "a"},
+        {"rank": 1, "size": 1 << 40, "host": "a"},
+        {"rank": 0, "size": 2, "host": "thief"},
+    ],
+)
+def test_who_has_the_token_cannot_resize_the_job_or_take_a_rank(
+    monitor: WorkerMonitor, greeting: dict[str, Any]
+) -> None:
+    agent = greet(monitor, 0, 2)
+    until(monitor, lambda: 0 in monitor._greetings)
+    thief = MessageSocket(socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S))
+    thief.send({"token": monitor.rendezvous.token, **greeting})
+    poll_for(monitor, 0.3)
+    assert is_closed(thief.connection)
+    assert (monitor.size, monitor.failures(), set(monitor._greetings)) == (2, [], {0})
+    assert monitor.describe_rank(0) == "rank 0 on host of 0 in 2"
+    agent.send({"wait_status": 0, "state": "finished"})
+    until(monitor, lambda: monitor.unfinished() == [1])
+    agent.close()
+    thief.close()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"output": 3, "text": "x"},
+        {"output": 1},
+        {"output": 1, "text": ["x"]},
+        {"terminal": 1},
+        {"report": {}},
+        {"wait_status": "0"},
+        {"wait_status": 1 << 70},
+        {"wait_status": 0x137F},
+        {"wait_status": 0, "state": "happy"},
+        {"wait_status": 0, "time": "now"},
+        {"wait_status": 0, "time": float("nan")},
+        {"unknown": 1},
+        {},
+    ],
+)
+def test_an_invalid_record_is_the_failure_of_its_worker_alone(monitor: WorkerMonitor, record: dict[str, Any]) -> None:
+    agent = greet(monitor, 0, 1)
+    until(monitor, monitor.all_connected)
+    agent.send(record)
+    until(monitor, lambda: bool(monitor.failures()))
+    assert monitor.failures()[0].text.startswith("rank 0 on host of 0 in 1 sent ")
+    agent.close()
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        'time: 2026-01-01T00:00:00+00:00\nrank: 0\ncode: 0\nexception: E\nmessage: "x"\n\n',
+        'time: 2026-01-01T00:00:00+00:00\nrank: 0\ncode: 999\nexception: E\nmessage: "x"\n\n',
+        "time: 2026-01-01T00:00:00+00:00\nrank: 0\ncode: 1\nexception: E\nmessage: 7\n\n",
+        "time: 2026-01-01T00:00:00+00:00\nrank: 0\ncode: 1\nexception: E\nmessage: " + "[" * 60_000 + "\n\n",
+        "\x1b]0;owned\x07",
+    ],
+)
+def test_an_invalid_report_is_quoted_in_plain_text(monitor: WorkerMonitor, report: str) -> None:
+    agent = greet(monitor, 0, 1)
+    until(monitor, monitor.all_connected)
+    agent.send({"report": report})
+    until(monitor, lambda: bool(monitor.failures()))
+    text = monitor.failures()[0].text
+    assert "failed with an invalid error report" in text and "\x1b" not in text
+    assert monitor.failures()[0].code == 1
+    agent.close()
+
+
+def test_escapes_in_lines_hosts_logs_and_messages_are_shown_as_text(
+    monitor: WorkerMonitor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egnp"
+    agent = MessageSocket(socket.create_connection(monitor.rendezvous[:2], timeout=LIMIT_S))
+    agent.send({"token": monitor.rendezvous.token, "rank": 0, "size": 1, "host": f"a{evil}"})
+    agent.send({"output": 1, "text": f"one{evil}\tтекст"})
+    message = f'"boom {evil}"'.replace("\x1b", "\\u001b").replace("\x07", "\\u0007")
+    agent.send({"report": f"time: 2026-01-01T00:00:00+00:00\nrank: 0\ncode: 1\nexception: E\nmessage: {message}\n\n"})
+    until(monitor, lambda: bool(monitor.failures()))
+    printed, log = capsys.readouterr().out, log_file(tmp_path, 0).read_text()
+    for text in (printed, log, monitor.failures()[0].text):
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(text), repr(text)
+    assert "one\\x1b]52;c;ZXZpbA==\\x07\\x1b[2J" in log and "\tтекст" in log
+    agent.close()
+
+
+def test_the_terminal_of_rank_0_gets_colors_and_movements_but_no_other_escape() -> None:
+    kept = "\x1b[?25l\x1b[31mone\x1b[0m\r\x1b[2K\x1b[1Atwo\n"
+    evil = "\x1b]0;title\x07\x1b]52;c;eA==\x1b\\\x1bP1$r\x1b\\\x1b[6n\x1b[c\x1b[21t\x1b[?1049h\x1bc\x9b6n\x07\x0e"
+    assert TerminalFilter().feed(kept + evil + "end") == kept + "end"
+    parts = TerminalFilter()
+    assert "".join(parts.feed(each) for each in kept + evil + "end") == kept + "end"
+    endless = TerminalFilter()
+    assert len("".join(endless.feed("\x1b]" + "x" * 10_000) for _ in range(10)) + endless._pending) <= 100_020
+
+
+def test_a_worker_that_prints_without_end_does_not_make_the_launch_deaf(monitor: WorkerMonitor, tmp_path: Path) -> None:
+    code = """
+import json, socket, sys
+from dist_moe.launch.supervise.protocol import MessageSocket, Rendezvous
+rendezvous = Rendezvous.parse(sys.argv[1])
+agent = MessageSocket(socket.create_connection(rendezvous[:2]))
+agent.send({"token": rendezvous.token, "rank": 0, "size": 1, "host": "a"})
+while agent.send({"output": 0, "text": "y\\n" * 30_000}):
+    pass
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(monitor.rendezvous)]) as flood:
+        until(monitor, monitor.all_connected)
+        longest = 0.0
+        end = time.monotonic() + SECOND
+        while time.monotonic() < end:
+            began = time.monotonic()
+            monitor.poll()
+            longest = max(longest, time.monotonic() - began)
+        flood.kill()
+    assert longest < SECOND
+
+
+def test_a_log_is_bounded_and_says_so(monitor: WorkerMonitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "LOG_BYTES", 1000)
+    for number in range(100):
+        monitor.output.log(0, f"line {number:04}" + "." * 100 + "\n")
+    path = log_file(tmp_path, 0)
+    assert path.stat().st_size < 1200 and path.with_name("rank-0.log.1").stat().st_size < 1200
+    assert sorted(each.name for each in path.parent.iterdir()) == ["rank-0.log", "rank-0.log.1"]
+    assert path.read_text().startswith("[continues rank-0.log.1; a log has at most")
+    assert "line 0099" in path.read_text() + path.with_name("rank-0.log.1").read_text()
+
+
+UNREAD = """
+import sys, time
+from pathlib import Path
+from dist_moe.launch.command import Command
+from dist_moe.launch.supervise.monitor import WorkerMonitor
+from dist_moe.launch.supervise.run_job import run
+worker = '''
+import os, sys, time
+from pathlib import Path
+from dist_moe.launch.supervise.agent import fork_worker
+from dist_moe.launch.supervise.protocol import Rendezvous
+fork_worker(Rendezvous.parse(os.environ["DIST_MOE_LAUNCH"]), 0, 1, Path(sys.argv[1]))
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+Path(sys.argv[1], "up").touch()
+while True:
+    os.write(1, b"y" * 1000 + bytes([10]))
+'''
+command = Command("torchrun", (sys.executable, "-c", worker, sys.argv[1]), dict(__import__("os").environ))
+with WorkerMonitor("127.0.0.1", 1, Path(sys.argv[1]), multi_host=False) as monitor:
+    outcome = run(command, sys.argv[1], monitor)
+sys.exit(outcome.code)
+"""
+
+
+def test_a_launch_whose_output_nobody_reads_obeys_ctrl_c(tmp_path: Path) -> None:
+    """The first one asks the workers, of which this one ignores it; the second one ends them."""
+    argv = [sys.executable, "-c", UNREAD, str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launch:
+        deadline = time.monotonic() + LIMIT_S
+        while not (tmp_path / "up").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1.0)  # until the pipe is full
+        launch.send_signal(signal.SIGINT)
+        assert launch.stderr is not None
+        began = time.monotonic()
+        assert launch.stderr.readline().startswith(b"Ctrl-C: the workers finish their step")
+        assert time.monotonic() - began < 2
+        began = time.monotonic()
+        launch.send_signal(signal.SIGINT)
+        assert launch.wait(LIMIT_S) == 130
+        assert time.monotonic() - began < 4, "2 s on a host that does nothing else"
+
+
+@pytest.mark.parametrize("monitor", [1000], indirect=True)
+def test_a_thousand_workers(monitor: WorkerMonitor) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if 0 <= hard < 2500:
+        pytest.skip(f"needs 2,500 open files, and ulimit -Hn is {hard}")
+    agents = []
+    for rank in range(1000):
+        agents.append(greet(monitor, rank, 1000))
+        if rank % 50 == 0:
+            monitor.poll()
+    until(monitor, monitor.all_connected)
+    began = time.monotonic()
+    monitor.forward_signal(signal.SIGTERM)
+    assert time.monotonic() - began < SECOND
+    for agent in agents:
+        assert agent.receive() == [{"signal": signal.SIGTERM}]
+        agent.send({"wait_status": 75 << 8, "state": "stopped"})
+    until(monitor, monitor.stopped)
+    for agent in agents:
+        agent.close()
+
+
+HIDDEN = """
+import os, subprocess, sys, time
+from dist_moe.launch.supervise.process_tree import descendants
+assert os.geteuid() != 0
+try:
+    open(f"/proc/{sys.argv[1]}/stat").read()
+except PermissionError:
+    pass
+else:
+    sys.exit("the process of root can be read")
+child = subprocess.Popen(["sleep", "60"])
+found = descendants(os.getpid())
+child.kill()
+assert list(found) == [child.pid], found
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts /proc, so it needs root")
+def test_the_process_tree_where_proc_hides_other_users() -> None:
+    other_user = "setpriv --reuid=65534 --regid=65534 --clear-groups"
+    mount = f'mount -t proc -o hidepid=1 proc /proc && sleep 30 & sleep 1; {other_user} "$@" $!'
+    inside = ["unshare", "--mount", "--pid", "--fork", "sh", "-c", mount, "sh", sys.executable, "-c", HIDDEN]
+    done = subprocess.run(inside, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip(f"this host refuses it: {done.stderr}")
+    if "Permission denied" in done.stderr and "exec" in done.stderr:
+        pytest.skip("another user cannot run this Python")
+    assert done.returncode == 0, done.stderr
+
+
+class Bomb:
+    """Pickled, it makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_rendezvous_of_several_hosts_never_unpickles_what_a_stranger_puts_there(tmp_path: Path) -> None:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousStateError
+
+    from dist_moe.comm.rendezvous import AuthenticatedBackend
+
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
+    mine, other = (AuthenticatedBackend(store, "job", b"secret") for _ in range(2))
+    assert mine.get_state() is None
+    state = mine.set_state(b"state")
+    assert state is not None and state[2]
+    found = other.get_state()
+    assert found is not None and found[0] == b"state"
+    thief = AuthenticatedBackend(store, "job", b"another")
+    with pytest.raises(RendezvousStateError):
+        thief.get_state()
+    from base64 import b64encode
+
+    store.set("torch.rendezvous.job", b64encode(pickle.dumps(Bomb(tmp_path / "struck"))).decode())
+    with pytest.raises(RendezvousStateError, match="close its port to others"):
+        mine.get_state()
+    with pytest.raises(RendezvousStateError):
+        mine.set_state(b"new", found[1])
+    assert not (tmp_path / "struck").exists()
+
+
+def test_the_rendezvous_of_several_hosts_listens_on_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    from dist_moe.comm.rendezvous import create_rendezvous
+    from dist_moe.worker.contract import BACKEND, SECRET_VARIABLE
+    from dist_moe.worker.network import free_port
+
+    monkeypatch.setenv(SECRET_VARIABLE, "00" * 32)
+    port = free_port()
+    before = listening()
+    parameters = RendezvousParameters(BACKEND, f"127.0.0.1:{port}", "job", 1, 1, "127.0.0.1", is_host="1")
+    handler = create_rendezvous(parameters)
+    assert listening() - before == {("127.0.0.1", port)}
+    assert handler.get_backend() == BACKEND
+
+
+def listening() -> set[tuple[str, int]]:
+    """Where this process listens."""
+    own = psutil.Process().net_connections("inet")
+    return {(each.laddr.ip, each.laddr.port) for each in own if each.status == psutil.CONN_LISTEN}
