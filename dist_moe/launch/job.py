@@ -23,6 +23,10 @@ from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import LOOPBACK, source_address
 
 logger = logging.getLogger(__name__)
+NETWORK_NOTE = (
+    "workers exchange data over the network without encryption or a password; whoever joins it can run code as you, so "
+    "keep strangers from it (docs/security.md)"
+)
 HIDDEN = "HIDDEN"
 """Replaces the values of the user's variables, which may be secret, in what is printed."""
 
@@ -113,6 +117,7 @@ class Job:
             with WorkerMonitor(LOOPBACK, self.workers, run_dir, multi_host=False) as monitor:
                 return run(self.command(os.environ), run_dir, monitor)
         with WorkerMonitor(launch_address(cluster), self.workers, run_dir) as monitor:
+            monitor.output.announce(NETWORK_NOTE)
             checked = check_hosts(cluster, self.request.config, Path(self.request.config_path), monitor.rendezvous)
             job = Job(self.name, replace(self.request, cluster=checked))
             return run(job.command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)}), run_dir, monitor)

@@ -62,8 +62,9 @@ def test_strangers_are_bounded_in_number_and_time_and_a_worker_still_gets_in(
     assert held <= 17
     poll_for(monitor, 1.0)
     assert all(is_closed(stranger) for stranger in strangers)
-    for connection in (*strangers, agent):
-        connection.close()
+    for stranger in strangers:
+        stranger.close()
+    agent.close()
 
 
 def test_a_stranger_cannot_send_more_than_a_greeting(monitor: WorkerMonitor) -> None:
@@ -102,8 +103,9 @@ def test_a_launch_without_a_free_file_descriptor_goes_on(tmp_path: Path) -> None
         assert launch.stdout.readline() == "connected\n"
         assert launch.wait(LIMIT_S) == 0
         assert "ulimit -n 40 is few for 1 workers" in launch.stderr.read()
-    for connection in (*strangers, agent):
-        connection.close()
+    for stranger in strangers:
+        stranger.close()
+    agent.close()
 
 
 def test_the_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 from dist_moe.config import dump_config, load_config
 from dist_moe.worker import run_lock
 from dist_moe.worker.run_lock import RunInUseError, lock_for_launch, lock_for_worker
-
 from tests.selection import slow
 
 ROOT = Path(__file__).resolve().parents[3]
