@@ -8,6 +8,8 @@ content over stdin.
 import contextlib
 import json
 import os
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,10 +59,18 @@ def kept_on_hosts(commands: Sequence[Sequence[str]], variables: Mapping[str, str
             holder.wait()
 
 
+def file_here(path: Path) -> Path:
+    """Return the file of this host, which may share the folder with others."""
+    return path.with_name(f"{path.name}-{socket.gethostname()}")
+
+
 def keep(path: Path) -> None:
     """Write the variables that come first on stdin to a file for this user alone; remove it when stdin is closed."""
-    text = json.dumps(read_variables())
-    path.parent.mkdir(mode=0o700)
+    text, path = json.dumps(read_variables()), file_here(path)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    folder = path.parent.lstat()
+    if not stat.S_ISDIR(folder.st_mode) or folder.st_uid != os.geteuid() or folder.st_mode & 0o077:
+        sys.exit(f"{path.parent} is not a folder of this user alone; remove it")
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(handle, "w", encoding="utf-8") as file:
@@ -70,7 +80,8 @@ def keep(path: Path) -> None:
             pass
     finally:
         path.unlink(missing_ok=True)
-        path.parent.rmdir()
+        with contextlib.suppress(OSError):  # another host still uses it
+            path.parent.rmdir()
 
 
 def restart_with_variables(environment: Mapping[str, str]) -> None:
@@ -85,7 +96,7 @@ def restart_with_variables(environment: Mapping[str, str]) -> None:
     if not launch.startswith(SCHEME):
         return
     try:
-        variables: dict[str, Any] = json.loads(Path(launch.removeprefix(SCHEME)).read_text(encoding="utf-8"))
+        variables: dict[str, Any] = json.loads(file_here(Path(launch.removeprefix(SCHEME))).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{LAUNCH_VARIABLE}={launch} cannot be read ({error}); start the job again by `dist-moe launch`"

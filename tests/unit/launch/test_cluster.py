@@ -281,3 +281,16 @@ def test_subnet_contains_every_address() -> None:
     assert subnet(["10.77.0.1", "10.77.0.2"]) == "10.77.0.0/30"
     assert subnet(["10.77.0.1", "10.77.0.2", "10.77.1.9"]) == "10.77.0.0/23"
     assert subnet(["10.77.0.5"]) == "10.77.0.5/32"
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_dry_run_writes_nothing_and_shows_no_value(tmp_path: Path, launcher: str) -> None:
+    """A running job of the same configuration may have files there."""
+    config, cluster = job(tmp_path, "cluster.environment=[TOKEN]")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "hostfile").write_text("of a running job\n")
+    request = LaunchRequest(config, CONFIG, (), cluster)
+    lines = Job(launcher, request).dry_run({"PATH": "/usr/bin", "TOKEN": "t0-secret"})
+    assert "t0-secret" not in "".join(lines)
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {Path("launch/hostfile"): "of a running job\n"}

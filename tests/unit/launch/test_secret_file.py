@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dist_moe.errors import UserError
-from dist_moe.launch.supervise.secret_file import kept_on_hosts, restart_with_variables
+from dist_moe.launch.supervise.secret_file import file_here, kept_on_hosts, restart_with_variables
 
 LIMIT_S = 30.0
 
@@ -22,15 +22,15 @@ def keeper(path: Path) -> list[str]:
 def test_variables_are_kept_for_the_owner_alone_and_removed_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "new" / "variables"
     with kept_on_hosts([keeper(path)], {"TOKEN": "t0-secret"}):
-        assert json.loads(path.read_text()) == {"TOKEN": "t0-secret"}
-        assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+        assert json.loads(file_here(path).read_text()) == {"TOKEN": "t0-secret"}
+        assert (file_here(path).stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
         for child in psutil.Process().children(recursive=True):
             assert not any("t0-secret" in word for word in child.cmdline())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_somebody_else_has_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs").mkdir(mode=0o755)
     kept = kept_on_hosts([keeper(tmp_path / "theirs" / "variables")], {"TOKEN": "t0"})
     with pytest.raises(UserError, match="cannot keep the variables"), kept:
         pass
@@ -39,7 +39,7 @@ def test_a_folder_that_somebody_else_has_made_is_refused(tmp_path: Path) -> None
 
 def test_a_worker_starts_anew_with_the_variables(tmp_path: Path) -> None:
     path = tmp_path / "variables"
-    path.write_text(json.dumps({"TOKEN": "t0", "DIST_MOE_LAUNCH": "tcp://x@127.0.0.1:1"}))
+    file_here(path).write_text(json.dumps({"TOKEN": "t0", "DIST_MOE_LAUNCH": "tcp://x@127.0.0.1:1"}))
     code = """
 import os
 from dist_moe.launch.supervise.secret_file import restart_with_variables
