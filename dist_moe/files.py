@@ -1,13 +1,28 @@
-"""File operations that processes rely on: an exclusive lock, and writing a whole file or nothing."""
+"""File operations that processes rely on: an exclusive lock, writing a whole file or nothing, and opening no link."""
 
 import contextlib
+import errno
+import fcntl
+import grp
+import logging
 import os
+import pwd
+import stat
+import time
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from dist_moe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What flock and fcntl answer where a file system (or its mount options) has no locks.
+NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
+HELD = frozenset({errno.EACCES, errno.EAGAIN})
+POLL_S = 0.05
 
 
 class FileLockedError(UserError):
@@ -18,10 +33,11 @@ class FileLockedError(UserError):
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock between processes, and make its file and folders where they are missing.
 
-    The kernel releases the lock when the process that holds it ends, in any way. The file itself stays.
+    The kernel releases the lock when the process that holds it ends, in any way. The file itself stays. On a file
+    system without flock, a POSIX lock (fcntl) is used, and without that none; the log has one line about either.
 
     Args:
-        path: the lock file.
+        path: the lock file. A link is refused, and what a file holds is not changed.
         wait: whether to wait for another process to release the lock.
 
     Raises:
@@ -29,25 +45,115 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         OSError: the file cannot be made or opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A marker file, the fallback without flock, would survive a process that is killed.
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link, which is not followed", str(path))
+    # A marker file, filelock's own fallback, would survive a process that is killed.
     lock = FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False, preserve_lock_file=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileLockedError(f"{path} is locked by another process; wait for it to end, or end it") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock.acquire()
+            stack.callback(lock.release)
+        except Timeout:
+            raise _locked(path) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            stack.callback(os.close, _posix_lock(path, wait))
         yield
-    finally:
-        lock.release()
 
 
-def write_atomically(path: Path, text: str, durable: bool = False) -> None:
+def _posix_lock(path: Path, wait: bool) -> int:
+    """Lock a file by fcntl, or warn that nothing can be locked there -> its handle; closing it releases the lock."""
+    handle = open_no_link(str(path), os.O_RDWR | os.O_CREAT)
+    rule = f"{path.parent} is on a file system without flock"
+    try:
+        while not _try_posix_lock(handle):
+            if not wait:
+                raise _locked(path)
+            time.sleep(POLL_S)
+        _warn_once(f"{rule}; a POSIX lock (fcntl) is used")
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise
+        _warn_once(f"{rule} and without POSIX locks; let no other process write there, or use another folder")
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _try_posix_lock(handle: int) -> bool:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        raise
+    return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _locked(path: Path) -> FileLockedError:
+    return FileLockedError(f"{path} is locked by another process; wait for it to end, or end it")
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file unless it is a symbolic link: the `opener` of `open` for files that others might have replaced.
+
+    Opening a pipe without a reader does not block. Raises OSError, also where the path is not a regular file.
+    """
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return handle
+
+
+def others_may_write(folder: Path) -> str:
+    """Say who but this user may write to a folder; "" if nobody may. Raises OSError.
+
+    The group of a user alone (its name and members are those of the user) is not another.
+    """
+    status, own = os.stat(folder), os.geteuid()
+    if status.st_uid != own:
+        return f"it belongs to {_name_of(status.st_uid)}"
+    if status.st_mode & stat.S_IWOTH:
+        return "every user may write to it"
+    if status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid, own):
+        return f"the group {status.st_gid} may write to it"
+    return ""
+
+
+def _is_private_group(group: int, user: int) -> bool:
+    try:
+        entry, owner = grp.getgrgid(group), pwd.getpwuid(user)
+    except KeyError:
+        return False
+    return owner.pw_gid == group and set(entry.gr_mem) <= {owner.pw_name} and entry.gr_name == owner.pw_name
+
+
+def _name_of(user: int) -> str:
+    try:
+        return f"the user {pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"the user {user}"
+
+
+def write_atomically(path: Path, text: str, durable: bool = False, mode: int = 0o666) -> None:
     """Write a text file (UTF-8) so that a reader, or a crash, sees either the previous file or the whole new one.
+
+    A link at this path is replaced, not followed.
 
     Args:
         path: the file; its folders are made where they are missing.
         text: its new content.
         durable: whether to return only after the file and its name have reached the disk.
+        mode: the permissions of the file, before the umask.
 
     Raises:
         OSError: the file cannot be written; the previous one is unchanged.
@@ -55,8 +161,9 @@ def write_atomically(path: Path, text: str, durable: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two writers of one file from sharing the temporary one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:
             file.write(text)
             if durable:
                 file.flush()

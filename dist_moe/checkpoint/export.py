@@ -22,7 +22,7 @@ from dist_moe.checkpoint.format.tensor_header import DTYPE_BYTES, FLOAT_DTYPES, 
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
 from dist_moe.data.cache import file_sha256
 from dist_moe.engine.optimizer_shards import MASTER
-from dist_moe.files import sync_folder
+from dist_moe.files import sync_folder, write_atomically
 from dist_moe.text import listed
 from dist_moe.untrusted import read_text
 
@@ -102,10 +102,10 @@ def _write_folder(source: Path, model: Path, partial: Path, dtype: Dtype) -> Non
     if dtype != "keep":
         raw_config["dtype"] = TORCH_NAMES[dtype]
         raw_config.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(raw_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(partial / "config.json", json.dumps(raw_config, indent=2, sort_keys=True) + "\n")
     for name in COPIED_FILES:
         if (model / name).exists():
-            (partial / name).write_text(read_text(model / name, follow=True), encoding="utf-8")
+            write_atomically(partial / name, read_text(model / name, follow=True))
 
 
 def _target_dtype(stored: StoredTensor, dtype: Dtype) -> str:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.comm.mesh import Mesh, hosts_of_ranks
+from dist_moe.files import open_no_link
 
 CHUNK_BYTES = 1 << 24
 
@@ -77,7 +78,7 @@ def _broadcast_file(
                 reader = stack.enter_context((source / transfer.name).open("rb"))
             elif target is not None:
                 (target / transfer.name).parent.mkdir(parents=True, exist_ok=True)
-                writer = stack.enter_context((target / transfer.name).open("wb"))
+                writer = stack.enter_context(open(target / transfer.name, "wb", opener=open_no_link))
         except OSError as error:
             failure = error
         for offset in range(0, transfer.bytes, CHUNK_BYTES):

@@ -8,6 +8,7 @@ from typing import Any
 from dist_moe.data.cache import file_sha256
 from dist_moe.data.sources import SourceRecord, combined_sha256, source_files
 from dist_moe.errors import DataError
+from dist_moe.files import write_atomically
 from dist_moe.text import listed
 
 NAME = "sources.json"
@@ -31,7 +32,7 @@ def write_source_manifest(folder: Path, records: Sequence[SourceRecord]) -> None
             raise DataError(f"data source {record.name!r}", rule, "start again when no process writes to its files")
         sizes = {name: path.stat().st_size for name, path in files}
         entries[record.name] = {name: {"bytes": sizes[name], "sha256": digests[name]} for name in digests}
-    (folder / NAME).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / NAME, json.dumps(entries, indent=1) + "\n")
 
 
 def describe_changes(before: Path, now: Path) -> str:

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from dist_moe.errors import DataError
+from dist_moe.files import write_atomically
 
 END = "<|endoftext|>"
 BYTES = 256
@@ -95,7 +96,7 @@ class Tokenizer:
         tokenizer with the same ids."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            (folder / name).write_text(content, encoding="utf-8")
+            write_atomically(folder / name, content)
         return [folder / name for name in self.files]
 
 

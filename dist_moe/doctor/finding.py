@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from dist_moe.files import write_atomically
+
 
 class Outcome(StrEnum):
     """How a check ended."""
@@ -57,8 +59,7 @@ def table(findings: Sequence[Finding]) -> Table:
 
 def write_json(findings: Sequence[Finding], path: Path) -> None:
     """Write the findings as one JSON list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
 
 
 def read_json(path: Path) -> list[Finding]:

@@ -39,7 +39,7 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, rendezvous:
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     mark = f".launch-{secrets.token_hex(8)}"
-    (run_dir / mark).touch()
+    (run_dir / mark).touch(exist_ok=False)
     try:
         question: dict[str, Any] = {
             "config": str(config_path),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_moe.errors import needs_folder
+from dist_moe.files import write_atomically
 from dist_moe.launch.cluster import require_shell_safe
 from dist_moe.launch.command import DEFAULT_PORT, OUTER_JOB_VARIABLES, LaunchError
 from dist_moe.launch.launcher import LaunchRequest, load_launchers
@@ -129,7 +130,6 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
     with needs_folder(folder):
         for name, text in texts.items():
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text)
             if path.suffix in (".sh", ".sbatch"):
                 path.chmod(0o755)

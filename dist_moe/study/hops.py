@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, MeshError, consecutive_ranks_per_host, hosts_of_ranks, make_mesh
+from dist_moe.files import write_atomically
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.study.tables import terminal_table
@@ -92,7 +93,8 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table
     if rank_info.rank != 0:
         return []
     if out is not None:
-        out.write_text(json.dumps([asdict(timing) | {"ratio": timing.ratio} for timing in timings], indent=1) + "\n")
+        records = [asdict(timing) | {"ratio": timing.ratio} for timing in timings]
+        write_atomically(out, json.dumps(records, indent=1) + "\n")
     experts = EXPERTS_PER_RANK * rank_info.world_size
     ranks = f"{rank_info.world_size} ranks on several hosts by {dist_context.backend}"
     return [terminal_table(f"{ranks}, {experts} experts, medians of {repetitions}", HEADINGS, rows(timings))]

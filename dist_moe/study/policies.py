@@ -18,6 +18,7 @@ from typing import Any
 
 from dist_moe.config import load_config, resolve
 from dist_moe.errors import UserError
+from dist_moe.files import open_no_link
 from dist_moe.study.tables import format_mean
 from dist_moe.text import counted
 
@@ -162,7 +163,7 @@ def train_all(runs: Sequence[Run], jobs: int, log: Callable[[str], None]) -> lis
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "output.txt").open("wb") as output:
+    with open(run.folder / "output.txt", "wb", opener=open_no_link) as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(run.argv, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

@@ -17,6 +17,7 @@ from dist_moe.comm.reduce import all_reduce_scalars
 from dist_moe.config import Config, Resolved, dump_config
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.errors import needs_folder
+from dist_moe.files import others_may_write
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.alerts import LoadAlerts
 from dist_moe.observe.console import RunConsole
@@ -245,6 +246,8 @@ def open_report(
         if config.observe.tensorboard:
             board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.warn))
         stack.enter_context(console)
+        if reason := others_may_write(folder):
+            console.warn(f"run.dir={folder} can be changed by others ({reason}); use `chmod go-w`, or another folder")
         if aside is not None:
             console.log(f"the files of an earlier run in {folder} were moved to {aside}")
         yield Report(config, dist_context, mesh, recorder, console, board, checkpoint)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_moe.errors import ConfigError, RunFolderError, UserError, needs_folder
-from dist_moe.files import write_atomically
+from dist_moe.files import open_no_link, write_atomically
 from dist_moe.worker.contract import (
     INTERRUPTED_CODE,
     LAUNCH_VARIABLE,
@@ -182,7 +182,7 @@ def record_final_state(folder: Path, rank: int, state: WorkerState, code: int, w
 def overwrite(path: Path, content: bytes) -> bool:
     """Replace a file's bytes in place, which needs no room on the disk, and return whether that succeeded."""
     try:
-        with path.open("r+b") as file:
+        with open(path, "r+b", opener=open_no_link) as file:
             file.write(content.ljust(os.fstat(file.fileno()).st_size))
     except OSError:
         return False

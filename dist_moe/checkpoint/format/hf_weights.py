@@ -34,6 +34,7 @@ from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER, ParameterSlice
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
+from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
@@ -73,7 +74,7 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
     _barrier()
     if mesh.rank == 0:
         for name, text in config_files(model, balanced).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_atomically(folder / name, text)
         write_index(folder)
     _barrier()
 
@@ -300,7 +301,7 @@ def write_index(folder: Path) -> Path:
     total = sum(stored.bytes for stored in stored_by_name.values())
     weight_map = {name: stored.file.name for name, stored in sorted(stored_by_name.items())}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
     return folder / INDEX_NAME
 
 

@@ -12,7 +12,7 @@ import xxhash
 from pydantic import Field
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.files import sync_folder
+from dist_moe.files import sync_folder, write_atomically
 from dist_moe.section import Section
 from dist_moe.untrusted import parse_json, printable, read_text
 
@@ -53,10 +53,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, FileEntry]) -> None
     """Write the manifest, and flush it and the directory entries of all files to disk."""
     path = folder / MANIFEST_NAME
     text = Manifest(format=FORMAT_VERSION, step=step, files=dict(sorted(files.items()))).model_dump_json(indent=1)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(path, text + "\n", durable=True)
     for inner in {folder, *(folder / name for name in files)}:
         sync_folder(inner if inner.is_dir() else inner.parent)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dist_moe.files import write_atomically
 from dist_moe.launch.cluster import require_shell_safe
 from dist_moe.launch.command import LaunchError, threads_per_worker
 from dist_moe.launch.launcher import LaunchRequest, Scheduler
@@ -67,7 +68,7 @@ class SlurmLauncher(Scheduler):
         # Slurm does not create the folder of the job's output.
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         path = run_dir / "job.sbatch"
-        path.write_text(script, encoding="utf-8")
+        write_atomically(path, script)
         argv = ["sbatch", str(path)]
         try:
             answer = subprocess.run(argv, capture_output=True, text=True, timeout=SUBMIT_LIMIT_S, check=False)
