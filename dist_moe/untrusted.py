@@ -50,7 +50,7 @@ def parse_json(text: str) -> dict[str, Any]:
             that is not finite.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     if not isinstance(value, dict):
@@ -63,7 +63,8 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the dict of a JSON object (`object_pairs_hook` of json.loads). Raises ValueError if a key is given twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         seen: set[str] = set()

@@ -5,23 +5,31 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tokenizers
 
-from dist_moe.data.cache import file_sha256
+from dist_moe.data.cache import file_sha256, needs_cache
 from dist_moe.data.files import Document
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.mmap_files import MmapFile, content_digest, same_content
 from dist_moe.data.source_manifest import write_source_manifest
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
-from dist_moe.data.split import SALT, in_validation
-from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from dist_moe.data.split import SALT, Part, Split, choose_split
+from dist_moe.data.tokenizer import (
+    PIECE_CHARACTERS,
+    TRAINING_CHARACTERS,
+    Tokenizer,
+    byte_tokenizer,
+    cut_pieces,
+    train_bpe,
+)
 from dist_moe.data.writer import SplitWriter
 from dist_moe.errors import DataError
-from dist_moe.files import file_lock
+from dist_moe.files import file_lock, write_atomically
 
 # Part of the fingerprint: increase it when the files, or how they are made, change.
 FORMAT = 1
@@ -63,6 +71,7 @@ class TokenizedData:
         fingerprint: equal fingerprints mean equal tokens.
         folder: where the files are; `open_tokenized` opens it again.
         files: the mapped files of both splits.
+        notes: what the user should know about the text.
     """
 
     tokenizer: Tokenizer
@@ -72,6 +81,7 @@ class TokenizedData:
     fingerprint: str
     folder: Path
     files: tuple[MmapFile, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -117,9 +127,11 @@ def prepare(
         settings |= {"tokenizer_sha256": digest, "end": given.end_id, "tokenizers": tokenizers.__version__}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / "tokens" / fingerprint
-    with file_lock(folder.with_name(fingerprint + ".lock")):
-        if not _is_whole(folder):
-            _make(folder, records, settings | {"fingerprint": fingerprint}, cache, given)
+    # Without the lock, which a cache on a read-only disk does not allow.
+    if not _is_whole(folder):
+        with needs_cache(cache), file_lock(folder.with_name(fingerprint + ".lock")):
+            if not _is_whole(folder):
+                _make(folder, records, settings | {"fingerprint": fingerprint}, cache, given)
     return _open(folder)
 
 
@@ -148,7 +160,9 @@ def _open(folder: Path) -> TokenizedData:
     train, validation = (_open_split(folder, split, manifest, tokenizer.end_id, files) for split in SPLITS)
     records = tuple(SourceRecord(**record) for record in manifest["records"])
     return TokenizedData(
-        tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder, tuple(files)
+        *(tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder),
+        files=tuple(files),
+        notes=tuple(manifest.get("notes", ())),
     )
 
 
@@ -211,25 +225,26 @@ def _write(
 
     given: the tokenizer, where it is not made here.
     """
-    fraction = settings["validation_fraction"]
+    split = choose_split(lambda: _documents(records, cache), settings["validation_fraction"])
     if given is not None:
         tokenizer = given
     elif settings["tokenizer"] == "bpe":
-        documents = _documents(records, cache)
-        texts = (each.text for each in documents if not in_validation(each.name, fraction))
-        tokenizer = train_bpe(texts, settings["vocabulary"])
+        tokenizer = train_bpe(_training_pieces(split, records, cache), settings["vocabulary"])
     else:
         tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
     domains: dict[str, int] = {}
     with SplitWriter(folder, "train", dtype) as train, SplitWriter(folder, "validation", dtype) as validation:
-        for document, ids in _encoded(_documents(records, cache), tokenizer):
-            writer = validation if in_validation(document.name, fraction) else train
-            domain = domains.setdefault(document.domain, len(domains))
-            writer.add(document, domain, np.append(ids, tokenizer.end_id))
+        for piece, ids in _encoded(split.parts(_documents(records, cache)), tokenizer):
+            writer = validation if piece.part.held_out else train
+            writer.add(ids, piece.text)
+            if piece.is_last:
+                document = piece.part.document
+                domain = domains.setdefault(document.domain, len(domains))
+                writer.end(document.name, document.domain, domain, tokenizer.end_id)
     for writer in (train, validation):
-        _refuse_empty(writer, train.documents + validation.documents, fraction)
+        _refuse_short(writer)
     write_source_manifest(folder, records)
     paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     manifest = {
@@ -243,26 +258,61 @@ def _write(
         "files": {path.name: path.stat().st_size for path in paths},
         "digests": {path.name: content_digest(path) for path in paths},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    if split.note:
+        manifest["notes"] = [split.note]
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def _documents(records: Sequence[SourceRecord], cache: Path) -> Iterator[Document]:
-    """Yield the documents of all sources, without empty ones, which have nothing to predict."""
+    """Yield the documents of all sources, without empty ones, which have nothing to predict.
+
+    Raises:
+        DataError: a source has none.
+    """
     for record in records:
-        yield from (document for document in read_documents(record.name, cache) if document.text)
+        is_empty = True
+        for document in read_documents(record.name, cache):
+            if any(document.pieces):
+                is_empty = False
+                yield document
+        if is_empty:
+            rule = "has no text" if record.bytes else "is empty"
+            raise DataError(f"data source {record.name!r}", rule, "give a source with text, or leave this one out")
 
 
-def _encoded(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    for group in _grouped(documents):
+def _training_pieces(split: Split, records: Sequence[SourceRecord], cache: Path) -> Iterator[str]:
+    """Yield the training split in pieces, or evenly spread pieces of a large one."""
+    every = -(-sum(record.bytes for record in records) // TRAINING_CHARACTERS)
+    parts = (part for part in split.parts(_documents(records, cache)) if not part.held_out)
+    pieces = (piece for part in parts for piece in cut_pieces(part.document.pieces, PIECE_CHARACTERS))
+    return islice(pieces, 0, None, max(1, every))
+
+
+class Piece(NamedTuple):
+    """A piece of a part's text."""
+
+    part: Part
+    text: str
+    is_last: bool
+
+
+def _encoded(parts: Iterator[Part], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
+    for group in _grouped(_pieces(parts, tokenizer)):
         yield from zip(group, tokenizer.encode_batch([each.text for each in group]), strict=True)
 
 
-def _grouped(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
+def _pieces(parts: Iterator[Part], tokenizer: Tokenizer) -> Iterator[Piece]:
+    for part in parts:
+        texts = cut_pieces(part.document.pieces, PIECE_CHARACTERS, tokenizer.cut)
+        yield from (Piece(part, text, following is None) for text, following in pairwise(chain(texts, [None])) if text)
+
+
+def _grouped(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    group: list[Piece] = []
     characters = 0
-    for document in documents:
-        group.append(document)
-        characters += len(document.text)
+    for piece in pieces:
+        group.append(piece)
+        characters += len(piece.text)
         if characters >= GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
@@ -270,11 +320,7 @@ def _grouped(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _refuse_empty(writer: SplitWriter, documents: int, fraction: float) -> None:
-    if writer.documents == 0:
-        change = "raise" if writer.split == "validation" else "lower"
-        raise DataError(
-            f"data.validation_fraction={fraction}",
-            f"leaves the {writer.split} split empty: each of {documents} documents is assigned by a hash of its name",
-            f"{change} data.validation_fraction, or give more documents (for example a long text in parts)",
-        )
+def _refuse_short(writer: SplitWriter) -> None:
+    if writer.predicted <= 0:
+        rule = f"leave the {writer.split} split without a token to predict: each of its documents is a single token"
+        raise DataError("data.sources", rule, "give longer documents")

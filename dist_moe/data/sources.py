@@ -12,7 +12,15 @@ from pathlib import Path
 
 from dist_moe.data import shakespeare
 from dist_moe.data.cache import file_sha256
-from dist_moe.data.files import Document, conversion, local_files, other_files, read_local
+from dist_moe.data.files import (
+    Document,
+    conversion,
+    local_files,
+    other_files,
+    read_local,
+    readable,
+    refuse_same_files,
+)
 from dist_moe.errors import DataError
 from dist_moe.text import listed, nearest
 
@@ -50,6 +58,8 @@ def fetch_sources(names: Sequence[str], cache: Path) -> list[SourceRecord]:
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "give each source once")
+    local = [name for name in names if name not in BUILT_IN]
+    refuse_same_files((f"{name} ({path})", path) for name in local for _, path in _matched_files(name))
     return [_record(name, cache) for name in names]
 
 
@@ -63,12 +73,16 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
         for path_name, path in _stdlib_files():
             content = path.read_bytes()
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-            yield Document("python", path_name, content.decode(encoding))
+            yield Document("python", path_name, _pieces(content.decode(encoding)))
     elif name == "shakespeare":
         for work, text in shakespeare.read_shakespeare(shakespeare.shakespeare_archive(cache)):
-            yield Document("drama", work, text)
+            yield Document("drama", work, _pieces(text))
     else:
         yield from read_local(_matched_files(name))
+
+
+def _pieces(text: str) -> tuple[str, ...]:
+    return (text,) if text else ()
 
 
 def source_files(name: str) -> list[tuple[str, Path]] | None:
@@ -81,7 +95,7 @@ def source_files(name: str) -> list[tuple[str, Path]] | None:
 def combined_sha256(digests: Mapping[str, str]) -> str:
     """Return the SHA-256 of a source, given those of its files by name, in their order."""
     lines = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _record(name: str, cache: Path) -> SourceRecord:
@@ -94,8 +108,12 @@ def _record(name: str, cache: Path) -> SourceRecord:
 
 
 def _files_record(name: str, version: str, files: Sequence[tuple[str, Path]]) -> SourceRecord:
-    sha256 = combined_sha256({path_name: file_sha256(path) for path_name, path in files})
-    return SourceRecord(name, version, sha256, sum(path.stat().st_size for _, path in files))
+    digests, total = {}, 0
+    for path_name, path in files:
+        with readable(path):
+            digests[path_name] = file_sha256(path)
+            total += path.stat().st_size
+    return SourceRecord(name, version, combined_sha256(digests), total)
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -125,7 +143,7 @@ def _matched_files(name: str) -> list[tuple[str, Path]]:
         raise DataError(f"data source {name!r}", rule, conversion(others[0]))
     if close := nearest(name, BUILT_IN):
         remedy = f"did you mean {close!r}?"
-    elif Path(name).expanduser().is_dir():
+    elif Path(name).is_dir():
         remedy = f"give the files in the folder by a glob, such as {Path(name) / '**' / '*.txt'}"
     else:
         remedy = "give a built-in source, or a path or glob that matches at least one such file"

@@ -96,6 +96,8 @@ class Report:
         self.console.log(f"balancing policy {self.config.balance.policy} on layers {names}")
         tokens = [len(corpus.tokens) for corpus in (tokenized.train, tokenized.validation)]
         self.console.log(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        for note in tokenized.notes:
+            self.console.log(f"text: {note}")
         if self._checkpoint is not None:
             self.console.warn(*self._checkpoint.passed_over)
             self.console.log(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
