@@ -10,6 +10,10 @@ from typing import Any, NoReturn
 LARGEST_TEXT = 1 << 26
 
 
+class UnreadableTextError(ValueError):
+    """What is at a path is no text file of a permitted size."""
+
+
 def read_text(path: Path, follow: bool = False, largest: int = LARGEST_TEXT) -> str:
     """Read a text file in UTF-8.
 
@@ -20,20 +24,20 @@ def read_text(path: Path, follow: bool = False, largest: int = LARGEST_TEXT) -> 
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a regular file, is too large, or is not UTF-8.
+        ValueError: it is not UTF-8, or, as UnreadableTextError, not a regular file or too large.
     """
     if not follow and path.is_symlink():
-        raise ValueError("it is a link")
+        raise UnreadableTextError("it is a link")
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is not a regular file")
+        raise UnreadableTextError("it is not a regular file")
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     with open(handle, "rb") as file:
         # The file may have been replaced since the first check.
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("it is not a regular file")
+            raise UnreadableTextError("it is not a regular file")
         content = file.read(largest + 1)
     if len(content) > largest:
-        raise ValueError(f"it is larger than {largest} bytes")
+        raise UnreadableTextError(f"it is larger than {largest:,} bytes")
     return content.decode("utf-8")
 
 

@@ -1,6 +1,5 @@
 """Finds the checkpoint that a run resumes from (the newest intact one, the configured one, or none) and loads it."""
 
-import json
 import logging
 import os
 import shutil
@@ -34,6 +33,7 @@ from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.text import listed
+from dist_moe.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def candidates(config: Config) -> tuple[str, list[Path], list[str]]:
 def is_same_job(config: Config) -> bool:
     """Whether the files in run.dir were written by this job, before its launcher restarted it."""
     try:
-        world = json.loads((Path(config.run.dir) / "run.json").read_text(encoding="utf-8"))["world"]
+        world = read_json(Path(config.run.dir) / "run.json")["world"]
         return world["job"] is not None and world["job"] == job_id(os.environ)
     except (OSError, ValueError, KeyError, TypeError):
         return False

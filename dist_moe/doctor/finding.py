@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_moe.files import write_atomically
+from dist_moe.untrusted import read_text
 
 
 class Outcome(StrEnum):
@@ -64,7 +65,7 @@ def write_json(findings: Sequence[Finding], path: Path) -> None:
 
 def read_json(path: Path) -> list[Finding]:
     """Read the list that `write_json` wrote."""
-    return [finding_from_dict(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    return [finding_from_dict(record) for record in json.loads(read_text(path))]
 
 
 def finding_from_dict(record: dict[str, str]) -> Finding:

@@ -8,6 +8,7 @@ from dist_moe.config.sections.cluster import NAME, ipv6_of
 from dist_moe.launch.command import LaunchError
 from dist_moe.untrusted import read_text
 
+LARGEST_HOSTFILE = 1 << 22
 # A host, then nothing, `slots=2`, `:2` or ` 2`, and OpenMPI's largest number of slots, which changes nothing here.
 LINE = re.compile(
     r"(\[[^\]\s]*\]|[^\s\[]+?)(?:\s+slots\s*=\s*(\S+)|:([^\s:]+)|\s+(\d+))?(?:\s+max[_-]slots\s*=\s*\d+)?"
@@ -36,7 +37,7 @@ def read_hostfile(path: str, key: str = "cluster.hostfile") -> Slots:
         LaunchError: The file cannot be read, a line is invalid, a host with slots is listed twice, or there is no host.
     """
     try:
-        text = read_text(Path(path), follow=True).removeprefix("\ufeff")
+        text = read_text(Path(path), follow=True, largest=LARGEST_HOSTFILE).removeprefix("\ufeff")
     except (OSError, ValueError) as error:
         raise LaunchError(f"{key}={path} cannot be read ({error}); give the path of a hostfile") from None
     lines = enumerate(LINE_END.split(text), start=1)

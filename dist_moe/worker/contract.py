@@ -7,6 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_moe.untrusted import read_json
+
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 """Set by a launch for its workers: where its agents connect, or, below an agent, the process of the agent."""
 LAUNCH_FILE_VARIABLE = "DIST_MOE_LAUNCH_FILE"
@@ -127,7 +129,7 @@ def log_file(run_dir: Path, rank: int) -> Path:
 def read_state(run_dir: Path, rank: int) -> str | None:
     """Return the state in a worker's record, or None where there is no record."""
     try:
-        return json.loads(record_file(run_dir, rank).read_text(encoding="utf-8")).get("state")
+        return read_json(record_file(run_dir, rank)).get("state")
     except FileNotFoundError:
         return None
 

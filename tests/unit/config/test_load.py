@@ -240,7 +240,7 @@ def test_a_broken_file_is_a_config_error(tmp_path: Path, content: bytes, rule: s
 
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory)" in refused(path=tmp_path / "nothing.yaml")[0]
-    assert "cannot be read (Is a directory)" in refused(path=tmp_path)[0]
+    assert "cannot be used (it is not a regular file)" in refused(path=tmp_path)[0]
 
 
 def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
