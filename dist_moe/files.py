@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import grp
 import logging
 import os
@@ -112,6 +113,27 @@ def open_no_link(path: str, flags: int) -> int:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a regular file", path)
     return handle
+
+
+def matching_paths(pattern: str) -> tuple[Path, list[Path]]:
+    """Find what a path or glob (with `**` too) matches, links to nothing included.
+
+    A part of the path that exists as it is written is not a pattern, whatever its characters.
+
+    Returns:
+        The fixed folder of the pattern, and the paths below it.
+    """
+    whole = Path(pattern)
+    parts, folder = whole.parts[bool(whole.anchor) :], Path(whole.anchor)
+    for index, part in enumerate(parts[:-1]):
+        if glob.has_magic(part) and not os.path.lexists(folder / part):
+            rest = os.path.join(*parts[index:])
+            return folder, [folder / name for name in glob.iglob(rest, root_dir=folder, recursive=True)]
+        folder /= part
+    last = parts[-1] if parts else "."
+    if os.path.lexists(folder / last):
+        return folder, [folder / last]
+    return folder, [folder / name for name in glob.iglob(last, root_dir=folder, recursive=True)]
 
 
 def others_may_write(folder: Path) -> str:

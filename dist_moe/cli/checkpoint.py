@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from dist_moe.cli.messages import print_error, report_user_errors
-from dist_moe.cli.options import Verbose
+from dist_moe.cli.options import Verbose, path_argument
 
 checkpoint_app = typer.Typer(help="Show, verify and export checkpoints.", no_args_is_help=True)
 Checkpoint = Annotated[
     Path,
-    typer.Argument(
-        metavar="CHECKPOINT", help="A step-NNNNNN folder, a run.dir (its latest checkpoint), or a Hugging Face folder."
+    path_argument(
+        "CHECKPOINT",
+        "A step-NNNNNN folder, a run.dir (its latest checkpoint), or a Hugging Face folder.",
     ),
 ]
 
@@ -44,7 +45,8 @@ def inspect(
 @checkpoint_app.command()
 def verify(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A step-NNNNNN folder, or a run.dir (all of its checkpoints).")
+        Path,
+        path_argument("CHECKPOINT", "A step-NNNNNN folder, or a run.dir (all of its checkpoints)."),
     ],
     verbose: Verbose = False,
 ) -> None:
@@ -64,7 +66,7 @@ def verify(
 @checkpoint_app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; must not exist, or be empty.")],
+    out: Annotated[Path, path_argument("OUT", "Folder to create; must not exist, or be empty.")],
     dtype: Annotated[
         Dtype, typer.Option(help="Number format of the weights; fp32 uses the optimizer's copy, if there is one.")
     ] = Dtype.keep,

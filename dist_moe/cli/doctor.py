@@ -9,14 +9,23 @@ import typer
 from rich.console import Console
 
 from dist_moe.cli.messages import is_verbose, report_user_errors
-from dist_moe.cli.options import DEFAULT_LAUNCHER, AskedWorkers, ConfigFile, LauncherName, Overrides, Runner, Verbose
+from dist_moe.cli.options import (
+    DEFAULT_LAUNCHER,
+    AskedWorkers,
+    ConfigFile,
+    LauncherName,
+    Overrides,
+    Runner,
+    Verbose,
+    path_option,
+)
 
 if TYPE_CHECKING:
     from dist_moe.config import Resolved
     from dist_moe.doctor.finding import Finding
     from dist_moe.worker.rank_info import RankInfo
 
-Json = Annotated[Path | None, typer.Option("--json", help="File for the findings.")]
+Json = Annotated[Path | None, path_option("FILE", "File for the findings.", "--json")]
 FINDINGS = "findings.json"
 
 

@@ -18,6 +18,7 @@ from dist_moe.cli.options import (
     Overrides,
     Runner,
     Verbose,
+    path_option,
 )
 
 
@@ -33,7 +34,8 @@ def launch(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the commands, and stop.")] = False,
     write: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write scripts for every launcher into FOLDER, and stop.")
+        Path | None,
+        path_option("FOLDER", "Write scripts for every launcher into FOLDER, and stop."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -80,7 +82,8 @@ def train(
         int, typer.Option("--local_rank", "--local-rank", hidden=True, help="Ignored; launchers add it.")
     ] = 0,
     findings: Annotated[
-        Path | None, typer.Option("--doctor", hidden=True, help="Run the checks instead, and write the findings here.")
+        Path | None,
+        path_option("FILE", "Run the checks instead, and write the findings here.", "--doctor", hidden=True),
     ] = None,
     verbose: Verbose = False,
 ) -> None:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from dist_moe.cli.messages import report_user_errors
-from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, Verbose
+from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, Verbose, path_argument, path_option
 
 study_app = typer.Typer(help="Reproduce the measurements of the documentation.", no_args_is_help=True)
 
@@ -82,7 +82,7 @@ def hops(
     top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
     width: Annotated[int, typer.Option(min=1, help="Elements of a token's row, in fp32.")] = 1024,
     repetitions: Repetitions = 10,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
+    out: Annotated[Path | None, path_option("FILE", "File for the results, as JSON.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this command."""
@@ -95,8 +95,8 @@ def hops(
 
 @study_app.command()
 def load(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs of one model.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("load.png"),
+    run_dirs: Annotated[list[Path], path_argument("RUN_DIR...", "Folders of runs of one model.")],
+    out: Annotated[Path, path_option("FILE", "PNG file to write.")] = Path("load.png"),
     layer: Annotated[
         int | None, typer.Option(min=0, help="MoE layer of the heat maps; the least balanced one by default.")
     ] = None,

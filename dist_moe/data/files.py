@@ -2,10 +2,8 @@
 
 import codecs
 import contextlib
-import glob
 import hashlib
 import json
-import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.errors import DataError
+from dist_moe.files import matching_paths
 from dist_moe.text import format_bytes, listed
 from dist_moe.untrusted import printable, unique_keys
 
@@ -103,23 +102,12 @@ def readable(path: Path) -> Iterator[None]:
 def local_files(pattern: str) -> list[tuple[str, Path]]:
     """Return (name, path) of the .txt and .jsonl files that a path or glob (with `**` too) matches, sorted by name.
 
-    The name is the path below the fixed folder of the pattern, so moving that folder changes no name. A part of the
-    path that exists as it is written is not a pattern, whatever its characters.
+    The name is the path below the fixed folder of the pattern, so moving that folder changes no name.
 
     Raises:
         DataError: the pattern matches something else, a link to nothing, or a file twice under two names.
     """
-    root = Path(pattern).anchor or "."
-    parts = Path(pattern).parts[1:] if Path(pattern).is_absolute() else Path(pattern).parts
-    fixed = 0
-    while fixed < len(parts) and (not glob.has_magic(parts[fixed]) or os.path.lexists(Path(root, *parts[: fixed + 1]))):
-        fixed += 1
-    folder = Path(root, *parts[:fixed])
-    if fixed == len(parts):
-        folder, paths = folder.parent, [folder] if os.path.lexists(folder) else []
-    else:
-        found = glob.iglob(str(Path(*parts[fixed:])), root_dir=folder, recursive=True)
-        paths = [folder / name for name in found]
+    folder, paths = matching_paths(pattern)
     paths = [path for path in paths if not path.is_dir()]
     _refuse_others(pattern, paths)
     _refuse_twice(paths)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data import shakespeare
 from dist_moe.data.cache import file_sha256
 from dist_moe.data.files import (
@@ -24,7 +25,6 @@ from dist_moe.data.files import (
 from dist_moe.errors import DataError
 from dist_moe.text import listed, nearest
 
-BUILT_IN = ("stdlib-code", "shakespeare")
 # Tests repeat one another, installed packages are no part of it, and files of the build differ between hosts.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")

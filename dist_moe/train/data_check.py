@@ -20,13 +20,28 @@ FORMATS = {b"\x1f\x8b": ".gz", b"PAR1": ".parquet", b"\x28\xb5\x2f\xfd": ".zst",
 
 
 def data_violations(config: Config) -> list[Violation]:
-    """Return what is wrong with the files of `data` and of model.pretrained, on this host."""
-    found = [violation for name in dict.fromkeys(config.data.sources) for violation in _source_violations(name)]
+    """Return what is wrong with the files and folders that the configuration names, on this host."""
+    found = _folder_violations(config)
+    found += [violation for name in dict.fromkeys(config.data.sources) for violation in _source_violations(name)]
     repeated = sorted({name for name in config.data.sources if config.data.sources.count(name) > 1})
     if repeated:
         rule = f"repeats {listed(repeated, last='and')}"
         found.append(Violation("data.sources", config.data.sources, rule, "give each source once"))
     return [*found, *_tokenizer_violations(config), *_weights_violations(config)]
+
+
+def _folder_violations(config: Config) -> list[Violation]:
+    found, run_dir, resume = [], Path(config.run.dir), config.checkpoint.resume
+    if run_dir.is_symlink() and not run_dir.exists():
+        rule = f"is a link to {os.readlink(run_dir)}, which does not exist"
+        found.append(Violation("run.dir", str(run_dir), rule, "make that folder, or remove the link"))
+    elif run_dir.exists() and not run_dir.is_dir():
+        found.append(Violation("run.dir", str(run_dir), "is not a folder", "give the path of a folder"))
+    on_hosts = config.cluster.hosts or config.cluster.hostfile  # a copy may be fetched from another host
+    if resume not in ("auto", "never") and not on_hosts and not Path(resume).is_dir():
+        remedy = "give auto, never, or the path of a step-NNNNNN folder"
+        found.append(Violation("checkpoint.resume", resume, "is not a folder", remedy))
+    return found
 
 
 def _source_violations(name: str) -> list[Violation]:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from dist_moe.section import Section
+from dist_moe.section import Section, UserPath
 
 
 class CheckpointConfig(Section):
@@ -11,9 +11,8 @@ class CheckpointConfig(Section):
     interval: int = Field(
         default=0, ge=0, description="the optimizer steps between checkpoints (0: only one, at the end)"
     )
-    resume: str = Field(
+    resume: UserPath = Field(
         default="auto",
-        min_length=1,
         description="the checkpoint to resume from: auto (the newest valid one in run.dir, if any), never, or the path "
         "of a step-NNNNNN folder",
     )

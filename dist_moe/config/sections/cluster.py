@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from dist_moe.section import OneOrMore, Section
+from dist_moe.section import OneOrMore, Section, UserPath
 
 # Safe in the command lines of ssh, pdsh and a shell: it cannot be an option, and needs no quotes.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
@@ -55,9 +55,8 @@ class ClusterConfig(Section):
         description="the hosts, each with `name: host0`, `slots: 2` and, where its name has another address for ssh, "
         "`address: 10.0.0.1`; rank 0 runs on the first",
     )
-    hostfile: str | None = Field(
+    hostfile: UserPath | None = Field(
         default=None,
-        min_length=1,
         description="the path of a hostfile in place of hosts, with lines like `host0 slots=2`, or null",
     )
     include: str | None = Field(
@@ -84,12 +83,11 @@ class ClusterConfig(Section):
         default_factory=list,
         description="the names of environment variables to forward to the workers; one of them needs no list",
     )
-    folder: str | None = Field(
+    folder: UserPath | None = Field(
         default=None,
-        min_length=1,
         description="the working folder on each host, for relative paths, or null (that of the launcher)",
     )
-    python: str | None = Field(
-        default=None, min_length=1, description="the path of Python on each host, or null (that of the launcher)"
+    python: UserPath | None = Field(
+        default=None, description="the path of Python on each host, or null (that of the launcher)"
     )
     shared_storage: bool = Field(default=True, description="whether run.dir is on storage that all hosts share")

@@ -4,13 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_moe.section import OneOrMore, Section
+from dist_moe.section import OneOrMore, Section, UserPath
+
+BUILT_IN = ("stdlib-code", "shakespeare")
 
 
 class DataConfig(Section):
     """The training text and its tokenizer."""
 
-    sources: Annotated[list[Annotated[str, Field(min_length=1)]], OneOrMore] = Field(
+    sources: Annotated[list[UserPath], OneOrMore] = Field(
         default_factory=lambda: ["stdlib-code"],
         min_length=1,
         description="the sources of text, each stdlib-code (the standard library of Python, no download), shakespeare, "
@@ -32,5 +34,6 @@ class DataConfig(Section):
         default=0.1,
         gt=0,
         lt=1,
-        description="the fraction of the documents that is held out for validation (between 0 and 1)",
+        description="the fraction of the documents that is held out for validation, or of blocks of text where whole "
+        "documents would leave a split empty (between 0 and 1)",
     )

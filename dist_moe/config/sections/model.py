@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from dist_moe.families.registry import FAMILIES
-from dist_moe.section import Section
+from dist_moe.section import Section, UserPath
 from dist_moe.text import listed
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ class ModelConfig(Section):
         description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}; with model.pretrained it "
         "may be left out"
     )
-    pretrained: str | None = Field(
+    pretrained: UserPath | None = Field(
         default=None,
-        min_length=1,
         description="the folder of a Hugging Face model of this family, whose weights the run starts from, or null "
         "(random initial weights)",
     )

@@ -4,15 +4,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dist_moe.section import Auto, Section
+from dist_moe.section import Auto, Section, UserPath
 
 
 class RunConfig(Section):
     """The run as a whole."""
 
-    dir: str = Field(
+    dir: UserPath = Field(
         default="runs/default",
-        min_length=1,
         description="the folder that the run writes to (created if missing)",
     )
     seed: int = Field(

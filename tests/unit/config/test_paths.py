@@ -1,0 +1,153 @@
+"""Paths of the configuration and of the command line: `~` in each of them, and what is not there."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+from pydantic import AfterValidator, BaseModel
+
+from dist_moe.cli.options import user_path
+from dist_moe.config import Config, ConfigError, load_config, resolve
+from dist_moe.section import expand_home
+from tests.unit.config.files import DEBUG, debug, violations
+from tests.unit.source import Source, sources
+
+HOME = "/somebody's home"
+# A value that ends in a path -> its field.
+FIELDS = {
+    "run.dir": "{}",
+    "data.sources": "[stdlib-code, {}]",
+    "model.pretrained": "{}",
+    "checkpoint.resume": "{}",
+    "cluster.hostfile": "{}",
+    "cluster.folder": "{}",
+    "cluster.python": "{}",
+}
+
+
+def _metadata(annotation: Any) -> list[Any]:
+    """What is in the `Annotated` parts of a type, however deep."""
+    own = list(getattr(annotation, "__metadata__", ()))
+    return own + [each for part in get_args(annotation) for each in _metadata(part)]
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            fields |= _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = field
+    return fields
+
+
+def test_every_field_that_is_a_path_has_the_type_of_paths() -> None:
+    """All fields whose description says so."""
+    fields = _fields(Config)
+    paths = {name for name, field in fields.items() if re.search(r"\b(path|folder|glob)\b", str(field.description))}
+    assert paths - {"model.config", "cluster.shared_storage"} == set(FIELDS)
+    for name in FIELDS:
+        found = [*fields[name].metadata, *_metadata(fields[name].annotation)]
+        assert any(isinstance(each, AfterValidator) and each.func is expand_home for each in found), name
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_path_expands_the_home_folder(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    monkeypatch.setenv("HOME", HOME)
+    config = debug(f"{field}={FIELDS[field].format('~/x')}")
+    section, _, name = field.partition(".")
+    value = getattr(getattr(config, section), name)
+    assert (value[-1] if isinstance(value, list) else value) == f"{HOME}/x"
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    ("path", "rule"), [("~nobody-of-this-name/x", "names a home folder that is not known"), ('"a\\0b"', "has a NUL")]
+)
+def test_a_path_that_cannot_be_is_refused(field: str, path: str, rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule) as caught:
+        load_config(DEBUG, [f"{field}={FIELDS[field].format(path)}"])
+    assert caught.value.violations[0].key.startswith(field)
+
+
+def test_every_path_of_the_command_line_expands_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", HOME)
+    assert user_path("~/x") == Path(HOME, "x")
+    with pytest.raises(typer.BadParameter, match="is not known"):
+        user_path("~nobody-of-this-name")
+
+    declared = [pair for source in sources("dist_moe/cli") for pair in _annotated_paths(source)]
+    assert len(declared) > 10
+    assert {by for _, by in declared} == {"path_argument", "path_option"}, declared
+
+
+def _annotated_paths(source: Source) -> Iterator[tuple[str, str]]:
+    """Yield the type of each parameter that is a path, and what declares it."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated":
+            assert isinstance(node.slice, ast.Tuple)
+            kind, declaration = node.slice.elts[:2]
+            if "Path" in ast.unparse(kind):
+                yield ast.unparse(kind), ast.unparse(declaration).partition("(")[0]
+
+
+def test_paths_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dead").symlink_to(tmp_path / "gone")
+    missing = ["checkpoint.resume=gone/step-000001", "data.sources=[stdlib-code, gone.txt, 'gone/*.jsonl', shakespear]"]
+    found = violations(debug(*missing, f"run.dir={tmp_path}/file"))
+    assert {key: violation.rule for key, violation in found.items()} == {
+        "checkpoint.resume": "is not a folder",
+        "data.sources[1]": "matches no file",
+        "data.sources[2]": "matches no file",
+        "data.sources[3]": "matches no file",
+        "run.dir": "is not a folder",
+    }
+    assert found["data.sources[3]"].remedy == "did you mean shakespeare?"
+    (dead,) = violations(debug(f"run.dir={tmp_path}/dead")).values()
+    assert dead.rule == f"is a link to {tmp_path}/gone, which does not exist"
+    assert violations(debug("cluster.hostfile=hosts", *missing)) == {}
+    assert resolve(debug(*missing), 1, here=False).workers == 1
+
+
+def test_a_path_with_brackets_is_found(tmp_path: Path) -> None:
+    (tmp_path / "data[1]").mkdir()
+    (tmp_path / "data[1]" / "a.txt").write_text("text")
+    for name in ("a.txt", "*.txt", "**/a.*"):
+        assert violations(debug(f"data.sources=['{tmp_path}/data[1]/{name}']")) == {}
+
+
+@pytest.mark.parametrize("variables", [{}, {"HOME": "/"}, {"HOME": "/nowhere"}])
+def test_without_a_home_folder_one_line_names_the_variable(tmp_path: Path, variables: dict[str, str]) -> None:
+    """By a user who is in no passwd file, where these tests may become one."""
+    program = """if True:
+        import os, sys
+        from pathlib import Path
+        from dist_moe.data.corpus import prepare
+        from dist_moe.data.cache import cache_folder
+        from dist_moe.errors import DataError
+        if os.geteuid() == 0:
+            os.chmod(".", 0o755)
+            os.setuid(54321)
+        try:
+            prepare(["a.txt"], "bytes", 0, 0.1, cache_folder())
+        except DataError as error:
+            print(error)
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "DIST_MOE_CACHE")}
+    root = Path(__file__).parents[3]
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    told = subprocess.check_output(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**environment, **variables, "PYTHONPATH": str(root)},
+        text=True,
+    )
+    assert told.count("\n") == 1 and "; set DIST_MOE_CACHE to a folder that this user can write" in told
