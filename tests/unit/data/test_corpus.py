@@ -14,6 +14,7 @@ import pytest
 from dist_moe.data.corpus import Corpus, open_tokenized, prepare
 from dist_moe.data.split import in_validation
 from dist_moe.errors import DataError
+from tests.disk import run_on_disk
 
 TEXTS = {f"work {number}": f"Work {number}: the quick brown fox. " * (number % 5 + 1) for number in range(60)}
 
@@ -185,3 +186,28 @@ def test_built_in_sources_split_fairly(name: str, tmp_path: Path, request: pytes
     validation_set, trained = tokenized.validation.text_bytes, tokenized.train.text_bytes
     assert 0.03 < validation_set / (validation_set + trained) < 0.25
     assert len(tokenized.validation.starts_N1) - 1 >= 3
+
+
+READ_ONLY = """if True:
+    import sys
+    from pathlib import Path
+    from dist_moe.data.corpus import prepare
+    from dist_moe.errors import DataError
+    from tests.disk import set_read_only
+    cache, source = Path(sys.argv[1]), sys.argv[2]
+    first = prepare([source], "bytes", 0, 0.3, cache)
+    for lock in (cache / "tokens").glob("*.lock"):
+        lock.unlink()
+    assert set_read_only(cache, True)
+    assert prepare([source], "bytes", 0, 0.3, cache).fingerprint == first.fingerprint
+    try:
+        prepare([source], "bytes", 0, 0.4, cache)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_tokens_in_a_read_only_cache_are_opened_and_others_refused_in_one_line(source: str, tmp_path: Path) -> None:
+    told = run_on_disk(tmp_path / "disk", "8m", READ_ONLY, source)
+    assert told.startswith(f"the cache folder {tmp_path}/disk cannot be written (Read-only file system: ")
+    assert told.endswith("; set DIST_MOE_CACHE to a folder that this user can write\n") and told.count("\n") == 1
