@@ -120,10 +120,10 @@ def _fetch(place: str, name: str, size: int, options: Mapping[str, str]) -> byte
     links.feed(_read(place, LARGEST_PAGE, options).decode("utf-8", "replace"))
     for link in links.found:
         address, _ = urllib.parse.urldefrag(urllib.parse.urljoin(urllib.parse.urljoin(place, links.base), link))
-        scheme, path = urllib.parse.urlsplit(address).scheme, urllib.parse.urlsplit(address).path
-        if urllib.parse.unquote(path.rpartition("/")[2]) != name:
+        target = urllib.parse.urlsplit(address)
+        if urllib.parse.unquote(target.path.rpartition("/")[2]) != name:
             continue
-        if scheme in ("http", "https") or (scheme == "file" and place.startswith("file:")):
+        if target.scheme in ("http", "https") or (target.scheme == "file" and place.startswith("file:")):
             return _read(address, size, options)
     raise FileNotFoundError(f"it has no {name}")
 

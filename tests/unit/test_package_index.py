@@ -19,7 +19,7 @@ class _Index(http.server.BaseHTTPRequestHandler):
     """An index with a password, whose file is at another name of this host, which must not see the password."""
 
     def do_GET(self) -> None:
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         given = self.headers.get("Authorization")
         if self.path == "/simple/thing/" and given == PASSWORD:
             links = f'<a href="../../files/thing%2D1.0.tar.gz#sha256=1">{NAME}</a><a href="file:///etc/passwd">x</a>'
