@@ -23,12 +23,12 @@ def _enable_messages(verbose: bool) -> bool:
     return verbose
 
 
-def user_path(text: str) -> Path:
-    """Parse a path of the command line; a shell does not expand the `~` of `--out=~/x`."""
+def user_path(text: str | Path) -> Path:
+    """Parse a path of the command line, or a default; a shell does not expand the `~` of `--out=~/x`."""
     from dist_moe.section import expand_home
 
     try:
-        return Path(expand_home(text))
+        return Path(expand_home(str(text)))
     except ValueError as error:
         raise typer.BadParameter(f"{text} {error}") from None
 

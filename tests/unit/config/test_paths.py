@@ -79,7 +79,7 @@ def test_a_path_that_cannot_be_is_refused(field: str, path: str, rule: str) -> N
 
 def test_every_path_of_the_command_line_expands_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", HOME)
-    assert user_path("~/x") == Path(HOME, "x")
+    assert user_path("~/x") == user_path(Path("~/x")) == Path(HOME, "x")
     with pytest.raises(typer.BadParameter, match="is not known"):
         user_path("~nobody-of-this-name")
 
