@@ -65,6 +65,11 @@ def needs_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         rule = f"cannot be written ({error.strerror or error}: {error.filename or folder})"
         remedy = "set run.dir to a folder on a disk with free space and write permission"
+        if folder.is_symlink() and not folder.exists():
+            rule, remedy = (
+                f"is a link to {folder.readlink()}, which does not exist",
+                "make that folder, or remove the link",
+            )
         raise RunFolderError(f"run.dir={folder} {rule}; {remedy}") from error
 
 

@@ -1,6 +1,7 @@
 """The entry point of the command line: the app, with the commands of the other modules."""
 
 import importlib
+import io
 import os
 import sys
 from typing import Annotated
@@ -49,6 +50,10 @@ def options(
 
 def main() -> None:
     """Run the command line, or exit with code 2 and a remedy if another distribution has replaced `dist_moe`."""
+    for stream in (sys.stdout, sys.stderr):
+        # Text of any script on a terminal or pipe of any encoding: what it lacks is escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if foreign := foreign_package():
         print(foreign, file=sys.stderr)
         raise SystemExit(2)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel
 
 from dist_moe.cli.options import user_path
 from dist_moe.config import Config, ConfigError, load_config, resolve
+from dist_moe.errors import RunFolderError, needs_folder
 from dist_moe.section import expand_home
 from tests.unit.config.files import DEBUG, debug, violations
 from tests.unit.source import Source, sources
@@ -151,3 +152,19 @@ def test_without_a_home_folder_one_line_names_the_variable(tmp_path: Path, varia
         text=True,
     )
     assert told.count("\n") == 1 and "; set DIST_MOE_CACHE to a folder that this user can write" in told
+
+
+def test_a_run_folder_that_is_a_dead_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dead").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunFolderError, match="/dead is a link to .*/gone, which does not exist; make that folder"):
+        with needs_folder(tmp_path / "dead"):
+            (tmp_path / "dead").mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_output_of_any_script_on_a_pipe_of_any_encoding(encoding: str) -> None:
+    command = [sys.executable, "-m", "dist_moe", "config", str(DEBUG), "run.dir=日本"]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"dir: \u65e5\u672c" in done.stdout
