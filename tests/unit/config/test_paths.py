@@ -156,9 +156,9 @@ def test_without_a_home_folder_one_line_names_the_variable(tmp_path: Path, varia
 
 def test_a_run_folder_that_is_a_dead_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "dead").symlink_to(tmp_path / "gone")
-    with pytest.raises(RunFolderError, match="/dead is a link to .*/gone, which does not exist; make that folder"):
-        with needs_folder(tmp_path / "dead"):
-            (tmp_path / "dead").mkdir(parents=True, exist_ok=True)
+    rule = r"/dead is a link to .*/gone, which does not exist; make that folder"
+    with pytest.raises(RunFolderError, match=rule), needs_folder(tmp_path / "dead"):
+        (tmp_path / "dead").mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
