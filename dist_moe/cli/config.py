@@ -11,7 +11,7 @@ from dist_moe.cli.messages import report_user_errors
 from dist_moe.cli.options import ConfigFile, Overrides, Verbose
 
 if TYPE_CHECKING:
-    from dist_moe.config import Resolved
+    from dist_moe.config import Config, Resolved
 
 
 def print_reference(asked: bool) -> None:
@@ -55,14 +55,17 @@ def print_config(
         print(printed(resolved, written, workers is not None), end="")
 
 
-def check_config(config: Path, overrides: list[str] | None, workers: int, look: bool = True) -> "Resolved":
-    """Check everything that can be checked before a process starts, and print what is not used as it is written.
+def check_config(
+    config: Path, overrides: list[str] | None, workers: int, look: bool = True, notices: bool = True
+) -> "Resolved":
+    """Check everything that can be checked before a process starts.
 
     Args:
         config: The YAML file.
         overrides: Values that replace those of the file.
         workers: The number of workers.
         look: Whether the files that the configuration names are looked at on this host.
+        notices: Whether to print what is valid and not used as it is written.
 
     Raises:
         ConfigError: With every rule that it breaks for this number of workers.
@@ -72,8 +75,24 @@ def check_config(config: Path, overrides: list[str] | None, workers: int, look: 
 
     look_at = data_violations if look else None
     resolved = resolve(load_config(config, overrides or (), workers, look_at), workers, look_at)
-    print_notices(resolved)
+    if notices:
+        print_notices(resolved)
     return resolved
+
+
+def check_before_start(config: "Config", workers: int) -> None:
+    """Check what needs no import of torch; where that is wrong, check all, so that the error lists all.
+
+    The workers check the rest.
+
+    Raises:
+        ConfigError: With every rule that it breaks for this number of workers.
+    """
+    from dist_moe.config.resolve import plain_violations, resolve
+    from dist_moe.train.data_check import data_violations
+
+    if plain_violations(config, workers) or data_violations(config):
+        resolve(config, workers, data_violations)
 
 
 def print_notices(resolved: "Resolved") -> None:

@@ -32,5 +32,7 @@ def generate(
     """Generate text from the checkpoint."""
     from dist_moe.train.generate import generate as continue_text
 
+    # Bytes that the encoding of the environment lacks arrive as surrogates, which no tokenizer takes.
+    text = os.fsencode(prompt).decode("utf-8", errors="replace")
     with report_user_errors():
-        print(continue_text(checkpoint, prompt, tokens, temperature, seed))
+        print(continue_text(checkpoint, text, tokens, temperature, seed))

@@ -1,7 +1,6 @@
 """The entry point of the command line: the app, with the commands of the other modules."""
 
 import importlib
-import io
 import os
 import sys
 from typing import Annotated
@@ -17,6 +16,7 @@ from dist_moe.cli.messages import set_up_terminal
 from dist_moe.cli.options import Verbose
 from dist_moe.cli.run import launch, train
 from dist_moe.cli.study import study_app
+from dist_moe.status import write_any_character
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(launch)
@@ -50,10 +50,7 @@ def options(
 
 def main() -> None:
     """Run the command line, or exit with code 2 and a remedy if another distribution has replaced `dist_moe`."""
-    for stream in (sys.stdout, sys.stderr):
-        # Text of any script on a terminal or pipe of any encoding: what it lacks is escaped.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    write_any_character()
     if foreign := foreign_package():
         print(foreign, file=sys.stderr)
         raise SystemExit(2)

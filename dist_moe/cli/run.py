@@ -3,11 +3,11 @@
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dist_moe.cli.config import check_config, print_notices
+from dist_moe.cli.config import check_before_start, check_config, print_notices
 from dist_moe.cli.doctor import run_doctor_worker, set_accelerator
 from dist_moe.cli.messages import is_verbose, report_user_errors, styled_error
 from dist_moe.cli.options import (
@@ -20,6 +20,11 @@ from dist_moe.cli.options import (
     Verbose,
     path_option,
 )
+from dist_moe.status import print_status
+from dist_moe.text import counted
+
+if TYPE_CHECKING:
+    from dist_moe.launch.job import Job
 
 
 def launch(
@@ -43,6 +48,9 @@ def launch(
 
     Ctrl-C saves a checkpoint and stops; a second one ends every process at once.
     """
+    runs = not dry_run and write is None
+    if runs:
+        print_status(f"checking {config}")
     from dist_moe.config import load_config
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.job import Job
@@ -61,18 +69,29 @@ def launch(
             write_files(write, all_files(request))
             return
         job = Job(launcher, request)
-        # Imports the model's class, which takes a few seconds; otherwise the workers would fail later.
-        check_config(config, overrides, job.workers, look=job.runs_here)
+        if runs and not job.submits and cluster is None:
+            # The workers of this host begin with the whole check, which imports torch; one import fewer before they do.
+            check_before_start(settings, job.workers)
+        else:
+            check_config(config, overrides, job.workers, look=job.runs_here, notices=dry_run or job.submits)
         if dry_run:
             print(*job.dry_run(os.environ), sep="\n")
             return
         if job.submits:
             print(job.submit())
             return
+        print_status(starting_line(job))
         outcome = job.run()
     if outcome.message:
         print_within("stderr", styled_error(outcome.message))
     raise typer.Exit(outcome.code)
+
+
+def starting_line(job: "Job") -> str:
+    """Return what the launch says before it starts the workers."""
+    cluster, launcher = job.request.cluster, job.name
+    workers = f"starting {counted(job.workers, 'worker')} by {launcher}; logs: {job.request.config.run.dir}/logs"
+    return workers if cluster is None else f"checking {counted(len(cluster.hosts), 'host')}, then {workers}"
 
 
 def train(
@@ -104,10 +123,11 @@ def train(
         launched = fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
         lock = ExitStack()
         lock.enter_context(lock_for_worker(Path(settings.run.dir), rank_info.rank, launched))
+        if rank_info.rank == 0:
+            print_status("loading torch and transformers, and checking the model")
     with lock, report_failure(settings.run.dir, rank_info.rank):
         resolved = resolve(settings, rank_info.world_size, look)
-        if look is not None:
-            print_notices(resolved)
+        print_notices(resolved)
         set_accelerator(settings.parallel.backend, rank_info)
         if findings is not None:
             run_doctor_worker(resolved, rank_info, findings)

@@ -105,6 +105,12 @@ def cross_field_violations(config: Config, workers: int) -> list[Violation]:
     return _violations(config, workers, read_model(config))
 
 
+def plain_violations(config: Config, workers: int) -> list[Violation]:
+    """Return those violations that `resolve` finds without the model, and so without importing transformers."""
+    found = [*number_violations(config), *batch_violations(config.train, workers)]
+    return [*found, *schedule_violations(config.train)]
+
+
 def independent_of(broken: Set[str], config: Config, violations: Iterable[Violation]) -> list[Violation]:
     """Return the violations whose rules read none of the broken fields.
 
@@ -134,8 +140,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _violations(config: Config, workers: int, reading: Reading) -> list[Violation]:
-    found = [*number_violations(config), *reading.violations]
-    found += [*batch_violations(config.train, workers), *schedule_violations(config.train)]
+    found = [*reading.violations, *plain_violations(config, workers)]
     if reading.experts is not None:
         found += _expert_parallel_violations(config, workers, reading.experts)
     if reading.facts is not None:

@@ -26,6 +26,8 @@ from dist_moe.errors import DataError
 from dist_moe.health.hang_detector import HangDetector, hang_detector
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
+from dist_moe.status import print_status
+from dist_moe.text import listed
 from dist_moe.train.reporting import Report, open_report
 from dist_moe.worker.exit import exit_hard
 from dist_moe.worker.rank_info import RankInfo
@@ -77,6 +79,8 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
     """
     config = resolved.config
     set_threads(config.run.threads, rank_info)
+    if rank_info.rank == 0:
+        print_status(f"preparing text: {listed(config.data.sources, last='and', most=3)}")
     data = tokenize(config)
     with contextlib.ExitStack() as stack:
         dist_context = stack.enter_context(

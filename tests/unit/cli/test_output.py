@@ -1,0 +1,85 @@
+"""What commands print: at once, before the imports that take seconds, and in any encoding of the terminal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_moe.cli.run import starting_line
+from dist_moe.config import load_config
+from dist_moe.launch.job import Job
+from dist_moe.launch.launcher import LaunchRequest
+
+ROOT = Path(__file__).resolve().parents[3]
+DEBUG = ROOT / "configs" / "debug.yaml"
+LIMIT_S = 120.0
+HEAVY = ("torch", "transformers", "deepspeed")
+ENCODINGS = [
+    {"PYTHONIOENCODING": "latin-1"},
+    {"PYTHONIOENCODING": "ascii:strict"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    argv = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(argv, env={**os.environ, **environment}, capture_output=True, timeout=LIMIT_S, check=False)
+
+
+def test_the_first_line_of_a_launch_and_its_check_need_no_heavy_import() -> None:
+    code = f"""
+import builtins, sys
+from pathlib import Path
+HEAVY = {HEAVY}
+real = builtins.print
+def seen(*words, **options):
+    real(*words, [name for name in HEAVY if name in sys.modules], **options)
+builtins.print = seen
+from dist_moe.cli.run import launch
+from dist_moe.cli.config import check_before_start
+from dist_moe.config import load_config
+try:
+    launch(Path("missing.yaml"))
+except BaseException:
+    pass
+check_before_start(load_config({str(DEBUG)!r}), 2)
+print("checked")
+"""
+    done = python(code)
+    assert done.stdout.decode().splitlines() == ["checking missing.yaml []", "checked []"], done.stderr
+
+
+def test_a_launch_says_what_it_starts_and_where_the_logs_are() -> None:
+    for workers, words in ((1, "1 worker"), (2, "2 workers")):
+        request = LaunchRequest(load_config(DEBUG, ["run.dir=here"]), DEBUG, asked_workers=workers)
+        assert starting_line(Job("torchrun", request)) == f"starting {words} by torchrun; logs: here/logs"
+
+
+def dist_moe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return python("from dist_moe.cli.main import main; main()", *arguments, **environment)
+
+
+@pytest.mark.parametrize("environment", ENCODINGS)
+@pytest.mark.parametrize("command", [("launch", "日本.yaml"), ("data", "fetch", "日本"), ("日本",)])
+def test_every_character_is_written_in_every_encoding(command: tuple[str, ...], environment: dict[str, str]) -> None:
+    done = dist_moe(*command, **environment)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr
+    assert b"\\u65e5\\u672c" in done.stderr or b"\\udce6" in done.stderr
+
+
+@pytest.mark.parametrize("environment", ENCODINGS)
+def test_a_prompt_of_any_bytes_reaches_the_tokenizer_as_text(environment: dict[str, str]) -> None:
+    code = """
+import json, sys, types
+module = sys.modules["dist_moe.train.generate"] = types.ModuleType("generate")
+module.generate = lambda checkpoint, prompt, *rest: json.dumps(prompt) + prompt
+from dist_moe.cli.main import main
+main()
+"""
+    done = python(code, "generate", "folder", "--prompt", "日本\udcff", **environment)
+    assert done.returncode == 0, done.stderr
+    prompt = json.JSONDecoder().raw_decode(done.stdout.decode("latin-1"))[0]
+    assert prompt == "日本\ufffd"
