@@ -19,15 +19,18 @@ from dist_moe.data.corpus import TokenizedData
 from dist_moe.errors import needs_folder
 from dist_moe.files import others_may_write
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.observe.alerts import LoadAlerts
+from dist_moe.observe.alerts import EARLY_STEPS, LoadAlerts
 from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, archive_previous_run
 from dist_moe.observe.tensorboard import TensorBoardWriter
-from dist_moe.text import counted
+from dist_moe.policies.unbalanced import Unbalanced
+from dist_moe.text import counted, listed
 from dist_moe.train.microbatch_vio import microbatch_max_vio
 from dist_moe.train.step import StepRecord
+
+UNBALANCED = Unbalanced.name()
 
 
 class Report:
@@ -57,7 +60,12 @@ class Report:
         self.dist_context = dist_context
         self.mesh = mesh
         self.recorder, self.console, self.board = recorder, console, board
-        self._alerts = LoadAlerts(config.observe.max_vio_limit, config.observe.max_vio_patience)
+        self._alerts = LoadAlerts(
+            config.observe.max_vio_limit,
+            config.observe.max_vio_patience,
+            early_steps=max(EARLY_STEPS, config.train.warmup_steps),
+            balanced=config.balance.policy != UNBALANCED,
+        )
         self._checkpoint = checkpoint
         self._skipped_steps = 0 if checkpoint is None else checkpoint.counters.step - checkpoint.counters.taken
         self._seconds = 0.0
@@ -88,12 +96,16 @@ class Report:
         total = others + experts * self.mesh.expert_parallel
         self.console.log(
             f"{self.config.model.architecture}: {total / 1e6:.1f} M parameters, "
-            f"{counted(len(task.layers), 'MoE layer')} with {resolved.experts} experts each; "
+            f"{counted(len(task.layers), 'MoE layer')} of {counted(resolved.experts, 'expert')}; "
             f"{counted(self.mesh.world_size, 'worker')}, expert parallel {self.mesh.expert_parallel}, "
             f"ZeRO {self.config.parallel.zero_stage}"
         )
-        names = ", ".join(layer.name for layer in task.layers)
-        self.console.log(f"balancing policy {self.config.balance.policy} on layers {names}")
+        names = listed((layer.name for layer in task.layers), last="and", most=4)
+        if self.config.balance.policy == UNBALANCED:
+            self.console.log(f"balance.policy={UNBALANCED}: the load is measured but not balanced, without warnings")
+        else:
+            plural = "s"[: len(task.layers) > 1]
+            self.console.log(f"balancing policy {self.config.balance.policy} on layer{plural} {names}")
         tokens = [len(corpus.tokens) for corpus in (tokenized.train, tokenized.validation)]
         self.console.log(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
         for note in tokenized.notes:
@@ -132,6 +144,8 @@ class Report:
         self._seconds += seconds
         self._steps += 1
         self._skipped_steps += not record.taken
+        if self.console is not None:
+            self.console.advance(step)
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
         nll, auxiliary, microbatch_vio_L = self._over_ranks(record)

@@ -23,6 +23,7 @@ ESCAPE = re.compile(
 )
 PENDING = re.compile(r"\x9b[0-?]*[ -/]*\Z|\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)\Z")
 MAX_PENDING = 4096
+LINE_END = re.compile(rb"(\r*\n|\r(?!\Z))")
 SHOW_CURSOR, CLEAR_LINE = "\x1b[?25h", "\r\x1b[2K"
 READ_BYTES = 1 << 16
 
@@ -79,21 +80,20 @@ class TerminalFilter:
 
 
 class Transcript:
-    """Turns terminal output into log lines: no colors, no empty lines, a live line once per change."""
+    """Turns terminal output into log lines: no colors, no empty lines, and none of a live line that is redrawn."""
 
     def __init__(self) -> None:
         self._partial = b""
-        self._live = b""
 
     def feed(self, output: bytes) -> bytes:
         """Return the lines that are complete with this part of the output; pass an empty part at the end."""
-        parts = re.split(rb"([\r\n])", self._partial + (output or b"\n"))
+        # A carriage return at the end of a part may belong to a line feed that follows.
+        parts = LINE_END.split(self._partial + (output or b"\n"))
         self._partial = parts.pop()
         lines = []
         for text, separator in zip(parts[::2], parts[1::2], strict=True):
             line = CONTROL.sub(b"", text).rstrip()
-            if line and line != self._live:
+            # What a carriage return follows is drawn over.
+            if line and separator != b"\r":
                 lines.append(line + b"\n")
-            if line and separator == b"\r":
-                self._live = line
         return b"".join(lines)
