@@ -19,6 +19,7 @@ from dist_moe.cli.options import (
     Verbose,
     path_option,
 )
+from dist_moe.text import counted
 
 if TYPE_CHECKING:
     from dist_moe.config import Resolved
@@ -67,7 +68,7 @@ def doctor(
         if job.submits:
             raise LaunchError(f"--launcher {launcher} queues jobs; run `dist-moe doctor` by torchrun inside of a job")
         resolve(settings, job.workers, data_violations if job.runs_here else None)
-    findings = [Finding("configuration", Outcome.passed, f"every rule holds for {job.workers} workers")]
+    findings = [Finding("configuration", Outcome.passed, f"every rule holds for {counted(job.workers, 'worker')}")]
     with temporary_folder(folder):
         try:
             outcome = job.run()
@@ -76,7 +77,7 @@ def doctor(
             fault = str(error)
         written = (folder / FINDINGS).is_file()
         if written and not fault:
-            findings.append(Finding("launch", Outcome.passed, f"{job.workers} workers by {launcher}"))
+            findings.append(Finding("launch", Outcome.passed, f"{counted(job.workers, 'worker')} by {launcher}"))
         else:
             fault = fault or f"rank 0 wrote no findings to {folder}; share run.dir among the hosts"
             findings.append(Finding("launch", Outcome.failed, fault, "fix this fault, and run the doctor again"))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.errors import UserError
-from dist_moe.text import divisors
+from dist_moe.text import counted, divisors
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class Mesh:
     def __post_init__(self) -> None:
         if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
             raise MeshError(
-                f"parallel.expert_parallel={self.expert_parallel} does not divide the {self.world_size} workers; "
-                f"use one of {divisors(self.world_size)}"
+                f"parallel.expert_parallel={self.expert_parallel} does not divide the "
+                f"{counted(self.world_size, 'worker')}; use one of {divisors(self.world_size)}"
             )
 
     @property
@@ -73,8 +73,8 @@ class Mesh:
         if experts % self.expert_parallel:
             fitting = [n for n in divisors(self.world_size) if experts % n == 0]
             raise MeshError(
-                f"parallel.expert_parallel={self.expert_parallel} does not divide the model's {experts} experts; "
-                f"use one of {fitting}"
+                f"parallel.expert_parallel={self.expert_parallel} does not divide the model's "
+                f"{counted(experts, 'expert')}; use one of {fitting}"
             )
         local = experts // self.expert_parallel
         return range(self.ep_rank * local, (self.ep_rank + 1) * local)

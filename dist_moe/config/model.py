@@ -14,7 +14,7 @@ from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import ABSENT, Violation
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
-from dist_moe.text import divisors, listed, nearest
+from dist_moe.text import counted, divisors, listed, nearest
 
 # Keys of the config class that are set elsewhere -> where.
 OWNED_MODEL_KEYS: dict[str, str] = {
@@ -207,7 +207,7 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
     size = config.model.config.get("vocab_size")
     bound = vocabulary_bound(config)
     if isinstance(size, int) and size < bound:
-        rule = f"is smaller than the {bound} tokens of the {config.data.tokenizer} tokenizer"
+        rule = f"is smaller than the {counted(bound, 'token')} of the {config.data.tokenizer} tokenizer"
         remedy = f"leave it out, or give {bound} or more"
         if config.model.pretrained is not None:
             remedy = "use data.tokenizer=pretrained"
@@ -249,7 +249,7 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
     top_k, groups, topk_groups = filled["top_k"], filled["groups"], filled["topk_groups"]
     violations = []
     if top_k is None or not 1 <= top_k <= experts:
-        rule = f"is not within the model's {experts} experts"
+        rule = f"is not within the model's {counted(experts, 'expert')}"
         violations.append(violation("top_k", rule, f"use 1 to {experts}"))
     elif top_k == 1 and filled["normalize"] and config.router.selection != "threshold":
         rule = "makes the weight of a token's one expert 1 for any score, so the router cannot learn"
@@ -259,12 +259,12 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
     # The score of a group is that of its two best experts (arXiv 2412.19437, section 2.1.2), so it needs two.
     possible = [count for count in divisors(experts) if count == 1 or experts // count >= 2]
     if groups not in possible:
-        rule = f"does not divide the model's {experts} experts into groups of 2 or more"
+        rule = f"does not divide the model's {counted(experts, 'expert')} into groups of 2 or more"
         violations.append(violation("groups", rule, f"use {listed(possible)}"))
     elif not 1 <= topk_groups <= groups:
-        rule = f"is not within the {groups} groups"
+        rule = f"is not within the {counted(groups, 'group')}"
         violations.append(violation("topk_groups", rule, f"use {listed(range(1, groups + 1))}"))
     elif not violations and topk_groups * (experts // groups) < top_k:
-        rule = f"leaves {topk_groups * (experts // groups)} experts for a token that takes {top_k}"
+        rule = f"leaves {counted(topk_groups * (experts // groups), 'expert')} for a token that takes {top_k}"
         violations.append(violation("topk_groups", rule, f"use {-(-top_k * groups // experts)} or more"))
     return violations

@@ -12,7 +12,7 @@ from dist_moe.config.model import Reading, read_model, routing_fields
 from dist_moe.config.schema import Config
 from dist_moe.errors import ConfigError, Violation
 from dist_moe.families.registry import family_of
-from dist_moe.text import divisors, listed
+from dist_moe.text import counted, divisors, listed
 
 # Key of a violation, or the beginning of one -> the fields that its rule reads in addition to its own.
 READS: Mapping[str, tuple[str, ...]] = {
@@ -152,8 +152,8 @@ def _expert_parallel_violations(config: Config, workers: int, experts: int) -> l
     asked = config.parallel.expert_parallel
     if asked == "auto":
         return []
-    parts = [f"the {workers} workers"] if workers % asked else []
-    parts += [f"the model's {experts} experts"] if experts % asked else []
+    parts = [f"the {counted(workers, 'worker')}"] if workers % asked else []
+    parts += [f"the model's {counted(experts, 'expert')}"] if experts % asked else []
     if not parts:
         return []
     rule = f"does not divide {listed(parts, last='or')}"

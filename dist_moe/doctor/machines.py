@@ -69,7 +69,8 @@ def compare_placement(by_rank: Sequence[tuple[str, int, int]], layout: str) -> F
     for host, cores, threads in by_rank:
         hosts.setdefault(host, []).append((cores, threads))
     oversubscribed = [
-        f"{host}: {sum(threads for _, threads in ranks)} threads of {len(ranks)} ranks on {ranks[0][0]} cores"
+        f"{host}: {counted(sum(threads for _, threads in ranks), 'thread')} of {counted(len(ranks), 'rank')} on "
+        f"{counted(ranks[0][0], 'core')}"
         for host, ranks in hosts.items()
         if len({cores for cores, _ in ranks}) == 1 and sum(threads for _, threads in ranks) > ranks[0][0]
     ]

@@ -19,6 +19,7 @@ from dist_moe.launch.launcher import (
 from dist_moe.launch.preflight import check_hosts
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import JobOutcome, run
+from dist_moe.text import counted
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import LOOPBACK, source_address
 
@@ -149,13 +150,13 @@ class Job:
             raise LaunchError(f"--launcher {self.name} runs on one host; remove the hosts of the cluster section")
         if request.asked_workers not in (None, request.cluster.workers):
             raise LaunchError(
-                f"--workers {request.asked_workers} contradicts the {request.cluster.workers} slots of the cluster; "
-                "remove it, or choose hosts by cluster.include"
+                f"--workers {request.asked_workers} contradicts the {counted(request.cluster.workers, 'slot')} of "
+                "the cluster; remove it, or choose hosts by cluster.include"
             )
         if request.min_hosts and request.min_hosts > len(request.cluster.hosts):
             raise LaunchError(
-                f"--min-hosts {request.min_hosts} is more than the {len(request.cluster.hosts)} hosts of the cluster; "
-                "use a smaller number"
+                f"--min-hosts {request.min_hosts} is more than the {counted(len(request.cluster.hosts), 'host')} of "
+                "the cluster; use a smaller number"
             )
 
     def _refuse_cluster_options(self) -> None:

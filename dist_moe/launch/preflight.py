@@ -14,6 +14,7 @@ from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster, Host
 from dist_moe.launch.command import LaunchError
 from dist_moe.launch.supervise.protocol import Rendezvous
+from dist_moe.text import counted
 
 LIMIT_S = 60.0
 SSH_FAILED = 255
@@ -145,7 +146,8 @@ def _too_few_devices(backend: str, answers: dict[Host, dict[str, Any]]) -> list[
         return []
     remedy = "set fewer slots" if backend == "nccl" else "set fewer slots, or set parallel.backend=gloo"
     return [
-        f"{host.name}: it has {count} GPUs for devices {list(host.devices)}; {remedy}" for host, count in short.items()
+        f"{host.name}: it has {counted(count, 'GPU')} for devices {list(host.devices)}; {remedy}"
+        for host, count in short.items()
     ]
 
 

@@ -91,6 +91,6 @@ class LoadAlerts:
         names = listed((layer for (layer,) in due), last="and", most=MOST_LISTED)
         return [
             f"load of layer{'s'[: len(due) > 1]} {names} is uneven {self._uneven.lasting(due, metrics.step)} "
-            f"({counted(self.patience, 'logged step')}): MaxVio {value:.2f} in layer {worst} (floor {floor:.2f}), above "
-            f"{max(self.limit, floor):.3g}; {REMEDY}"
+            f"({counted(self.patience, 'logged step')}): MaxVio {value:.2f} in layer {worst} (floor {floor:.2f}), "
+            f"above {max(self.limit, floor):.3g}; {REMEDY}"
         ]

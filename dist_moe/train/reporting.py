@@ -107,7 +107,7 @@ class Report:
             plural = "s"[: len(task.layers) > 1]
             self.console.log(f"balancing policy {self.config.balance.policy} on layer{plural} {names}")
         tokens = [len(corpus.tokens) for corpus in (tokenized.train, tokenized.validation)]
-        self.console.log(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        self.console.log(f"text: {counted(tokens[0], 'token')} to train on, {tokens[1]:,} held out")
         for note in tokenized.notes:
             self.console.log(f"text: {note}")
         if self._checkpoint is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, StoredTensor, read_header
+from dist_moe.text import counted
 from dist_moe.untrusted import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -172,7 +173,7 @@ def _check_shapes(
     for name, source in sorted(sources.items()):
         stored, fused = source.stored, FUSED_PATTERN.fullmatch(source.stored.name)
         if fused is not None and stored.shape[0] != experts[fused[1]]:
-            misshapen.append(f"{stored.name} {list(stored.shape)} instead of {experts[fused[1]]} experts")
+            misshapen.append(f"{stored.name} {list(stored.shape)} instead of {counted(experts[fused[1]], 'expert')}")
         elif source.shape != tuple(wanted[name].shape):
             misshapen.append(f"{name} {list(source.shape)} instead of {list(wanted[name].shape)}")
         if stored.dtype not in FLOAT_DTYPES:

@@ -38,6 +38,7 @@ from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.text import counted
 
 # The names of selection rules in config.json; "forced" is random routing, by its name in the first version.
 RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": ThresholdRouting, "forced": RandomRouting}
@@ -186,7 +187,7 @@ def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: 
         # Modules take memory even on the meta device: an untrusted config could ask for billions of layers.
         for name in ("num_hidden_layers", experts):
             if getattr(config, name) > limit:
-                raise ValueError(f"{name}={getattr(config, name)}, with {len(stored)} tensors in the files")
+                raise ValueError(f"{name}={getattr(config, name)}, with {counted(len(stored), 'tensor')} in the files")
         return empty_model(config, rule, mesh)
     except Exception as error:  # transformers' classes raise errors of any type for invalid values
         raise WeightsError(

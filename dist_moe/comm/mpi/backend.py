@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_moe.comm.mpi.reduce_ops import ReduceBuffer, memory
 from dist_moe.comm.mpi.work import ContiguousView, Work, clone_if_overlapping, concat, run_all, scatter_into
+from dist_moe.text import counted
 
 NAME = "mpi4py"
 """The backend's name in torch; its own "mpi" has to be compiled in."""
@@ -246,7 +247,7 @@ class MPIGroup(dist.ProcessGroup):
         self._collectives += kind not in POINT_TO_POINT
         statuses = [MPI.Status() for _ in requests]
         return Work(
-            f"{kind} among {self._comm.size} ranks",
+            f"{kind} among {counted(self._comm.size, 'rank')}",
             lambda: MPI.Request.Testall(requests, statuses),
             tensors,
             self._timeout,

@@ -73,7 +73,8 @@ with RunConsole(steps=100_000, clock=lambda: float(next(times))) as shown:
     for step in range(1, 31):
         shown.advance(step)
         if step % 10 == 0:
-            shown.step(step_sample(step=step, loss=step / 10, k_histograms=VARYING, threshold=0.4, auxiliary_loss=0.012))
+            more = {"k_histograms": VARYING, "threshold": 0.4, "auxiliary_loss": 0.012}
+            shown.step(step_sample(step=step, loss=step / 10, **more))
     if sys.argv[1] == "live":
         print(end="", flush=True)
         import os
