@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import JobCheckpointError
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_gather_objects
 from dist_moe.errors import UserError
@@ -26,7 +26,7 @@ def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result]) -> list[
         The result of each rank, in rank order.
 
     Raises:
-        CheckpointError: On every rank, if `work` failed on one.
+        JobCheckpointError: On every rank, if `work` failed on one.
     """
     result: Result | None = None
     failure = None
@@ -38,5 +38,5 @@ def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result]) -> list[
     outcomes = all_gather_objects((failure, result)) if mesh.world_size > 1 else [(failure, result)]
     for rank, (message, _) in enumerate(outcomes):
         if message is not None:
-            raise CheckpointError(f"{what}: {message} (rank {rank})")
+            raise JobCheckpointError(f"{what}: {message} (rank {rank})")
     return [value for _, value in outcomes]  # type: ignore[misc]  # None only where `work` returns it

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
+from dist_moe.checkpoint.changes import Change, defines_run, find_changes, other_model, refusal
 from dist_moe.checkpoint.collective import run_on_all_ranks
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import CheckpointError, RunChangedError, WeightsError
 from dist_moe.checkpoint.file_transfer import FileTransfer, Hosts, broadcast_files, find_hosts
 from dist_moe.checkpoint.format.hf_weights import fill_weights
 from dist_moe.checkpoint.format.layout import PARTIAL, archive_newer, checkpoints_root, recover, step_folders, step_of
@@ -26,11 +27,10 @@ from dist_moe.checkpoint.format.manifest import (
 from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.training_state import COUNTERS_FILE, Counters, read_counters, restore_state
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config import Config, load_stored_config
+from dist_moe.config import Config
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.data.source_manifest import describe_changes
 from dist_moe.engine.train_state import TrainState
-from dist_moe.errors import UserError
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.text import listed
 from dist_moe.untrusted import read_json
@@ -41,18 +41,6 @@ AUTO, NEVER = "auto", "never"
 COPIES_FOLDER = "fetched"
 RESTART_COUNT_VARS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """How often Slurm has requeued this job, and how often torchrun has restarted its workers."""
-# A config that differs in one of these fields is that of another run; every other field may change on resume. The path
-# of model.pretrained is not among them: the folder may be moved, and model.config already describes its model.
-RUN_IDENTITY_FIELDS = (
-    "run.seed",
-    "model.architecture",
-    "model.config",
-    "router",
-    "data",
-    "train.global_batch_size",
-    "train.optimizer",
-    "balance.policy",
-)
 
 
 @dataclass(frozen=True)
@@ -64,12 +52,21 @@ class Checkpoint:
         counters: The content of its state/training.json.
         passed_over: For each newer checkpoint that was not used, the reason.
         fetched: Whether hosts without the checkpoint hold a copy until it is restored; `folder` differs by host then.
+        changes: The fields of the configuration that have changed since it was written.
     """
 
     folder: Path
     counters: Counters
     passed_over: tuple[str, ...] = ()
     fetched: bool = False
+    changes: tuple[Change, ...] = ()
+
+
+class Accepted(NamedTuple):
+    """What rank 0 tells the others of a checkpoint that the run may resume from."""
+
+    counters: Counters
+    changes: list[Change]
 
 
 def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device: torch.device) -> Checkpoint | None:
@@ -95,10 +92,12 @@ def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device
         damage = check_checkpoint(folder, mesh, hosts)
         if damage is None:
             accept = partial(_accept, config, tokenized, folder, resume) if mesh.rank == 0 else no_op
-            counters = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept)[0]
-            assert counters is not None
+            accepted = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept)[0]
+            if isinstance(accepted, str):
+                raise RunChangedError(accepted)
+            assert accepted is not None
             fetched = any(map(hosts.is_remote, range(mesh.world_size)))
-            checkpoint = Checkpoint(folder, counters, tuple(passed_over), fetched)
+            checkpoint = Checkpoint(folder, accepted.counters, tuple(passed_over), fetched, tuple(accepted.changes))
             logger.info("resuming from %s (checkpoint.resume=%s, fetched=%s)", folder, resume, fetched)
             return fetch_copy(checkpoint, config, mesh, hosts, device) if fetched else checkpoint
         passed_over.append(damage)
@@ -118,14 +117,22 @@ def no_op() -> None:
     """Do nothing, while other ranks work."""
 
 
-def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> Counters:
-    """Check that the checkpoint belongs to this run, and archive newer ones -> its counters. On rank 0."""
+def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> Accepted | str:
+    """Check that the checkpoint belongs to this run, and archive newer ones. On rank 0.
+
+    Returns:
+        The checkpoint's counters and what has changed since, or why the checkpoint is refused.
+    """
     counters = read_counters(folder / "state")
-    if resume == AUTO:
-        check_same_run(config, tokenized, folder, counters)
+    try:
+        changes = (
+            check_same_run(config, tokenized, folder, counters) if resume == AUTO else find_changes(config, folder)
+        )
+    except RunChangedError as error:
+        return str(error)
     if folder.resolve().parent == checkpoints_root(config).resolve():
         archive_newer(folder)
-    return counters
+    return Accepted(counters, changes)
 
 
 def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts, device: torch.device) -> Checkpoint:
@@ -236,45 +243,38 @@ def _check_part(folder: Path, index: int, count: int) -> tuple[str | None, list[
     return digest, unlisted + find_damage(folder, manifest, names[index::count])
 
 
-def check_same_run(config: Config, tokenized: TokenizedData, folder: Path, counters: Counters) -> None:
+def check_same_run(config: Config, tokenized: TokenizedData, folder: Path, counters: Counters) -> list[Change]:
     """Check that the newest checkpoint in run.dir belongs to the configured run; a checkpoint given by path need not.
 
+    Returns:
+        The fields that changed and may.
+
     Raises:
-        CheckpointError: A field of RUN_IDENTITY_FIELDS differs, or the text.
+        RunChangedError: A field of RUN_IDENTITY_FIELDS differs, or the text; with every field that does.
     """
-    try:
-        before = load_stored_config(folder / "config.yaml").model_dump()
-    except UserError as error:
-        raise CheckpointError(f"{folder / 'config.yaml'} cannot be used ({error})") from None
-    now = config.model_dump()
-    different = [name for name in RUN_IDENTITY_FIELDS if _lookup(before, name) != _lookup(now, name)]
-    if (before["model"]["pretrained"] is None) != (now["model"]["pretrained"] is None):
-        different.append("model.pretrained")
-    if different:
-        raise CheckpointError(
-            f"{folder} belongs to a run with another {', '.join(different)}; set another run.dir, or start again with "
-            "checkpoint.resume=never (existing files are kept), or resume from it regardless with "
-            f"checkpoint.resume={folder}"
-        )
+    changes = find_changes(config, folder)
+    if different := [change for change in changes if defines_run(change)]:
+        raise RunChangedError(refusal(folder, different))
     if counters.corpus != tokenized.fingerprint:
-        changes = describe_changes(tokenized.folder.with_name(counters.corpus), tokenized.folder)
-        raise CheckpointError(
+        files = describe_changes(tokenized.folder.with_name(counters.corpus), tokenized.folder)
+        raise RunChangedError(
             f"the text of data.sources={config.data.sources} is not the one that {folder} was trained on"
-            f"{f' ({changes})' if changes else ''}; restore the files, or start again with checkpoint.resume=never"
+            f"{f' ({files})' if files else ''}; restore the files, or start again with checkpoint.resume=never"
         )
-
-
-def _lookup(values: dict[str, Any], dotted: str) -> Any:
-    value: Any = values
-    for name in dotted.split("."):
-        value = value[name]
-    return value
+    return changes
 
 
 def load_model(checkpoint: Checkpoint, task: LanguageModelTask, mesh: Mesh) -> None:
-    """Copy the checkpoint's weights, fp32 masters where stored, into a model that no engine wraps yet."""
-    with ShardReader(checkpoint.folder / "state") as reader:
-        fill_weights(task.model, mesh, checkpoint.folder / "model", reader)
+    """Copy the checkpoint's weights, fp32 masters where stored, into a model that no engine wraps yet.
+
+    Raises:
+        RunChangedError: The checkpoint holds another model, in any tensor.
+    """
+    try:
+        with ShardReader(checkpoint.folder / "state") as reader:
+            fill_weights(task.model, mesh, checkpoint.folder / "model", reader)
+    except WeightsError as error:
+        raise RunChangedError(other_model(checkpoint.folder, checkpoint.changes, str(error))) from None
 
 
 def restore(checkpoint: Checkpoint, train_state: TrainState) -> None:

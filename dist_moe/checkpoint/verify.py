@@ -17,7 +17,7 @@ from dist_moe.checkpoint.format.hf_weights import (
     parameter_slices,
     read_config,
 )
-from dist_moe.checkpoint.format.layout import list_checkpoints, step_of
+from dist_moe.checkpoint.format.layout import list_checkpoints, resolve_path, step_of
 from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, Manifest, find_damage, find_unlisted, read_manifest
 from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, read_header
@@ -67,6 +67,7 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
     """
     folders = [] if (path / MANIFEST_NAME).exists() else list_checkpoints(path)
     if not folders:
+        path = resolve_path(path)
         return [verify(path, read_manifest(path))]
     verdicts = []
     for folder in folders:

@@ -8,16 +8,9 @@ from typing import Annotated
 import typer
 
 from dist_moe.cli.messages import print_error, report_user_errors
-from dist_moe.cli.options import Verbose, path_argument
+from dist_moe.cli.options import CheckpointFolder, Verbose, path_argument
 
 checkpoint_app = typer.Typer(help="Show, verify and export checkpoints.", no_args_is_help=True)
-Checkpoint = Annotated[
-    Path,
-    path_argument(
-        "CHECKPOINT",
-        "A step-NNNNNN folder, a run.dir (its latest checkpoint), or a Hugging Face folder.",
-    ),
-]
 
 
 class Dtype(StrEnum):
@@ -30,7 +23,7 @@ class Dtype(StrEnum):
 
 @checkpoint_app.command()
 def inspect(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -65,7 +58,7 @@ def verify(
 
 @checkpoint_app.command()
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointFolder,
     out: Annotated[Path, path_argument("OUT", "Folder to create; must not exist, or be empty.")],
     dtype: Annotated[
         Dtype, typer.Option(help="Number format of the weights; fp32 uses the optimizer's copy, if there is one.")

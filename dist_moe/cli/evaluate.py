@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,15 +12,26 @@ from dist_moe.cli.messages import report_user_errors
 from dist_moe.cli.options import CheckpointFolder, Overrides, Verbose
 
 
-def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Evaluate a checkpoint on the validation text, and print the result as one JSON object."""
-    from dist_moe.train.evaluate import evaluate_checkpoint
+def evaluate(
+    checkpoint: CheckpointFolder,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Evaluate a model, with its tokenizer, on its validation text, or on any text by data.sources=[my.txt]."""
+    from dist_moe.observe.console import RunConsole
+    from dist_moe.train.checkpoint_evaluation import evaluate_checkpoint
     from dist_moe.worker.rank_info import rank_info_from_env
 
     with report_user_errors():
         result = evaluate_checkpoint(checkpoint, overrides or ())
-        if rank_info_from_env(os.environ, alone_in_batch=True).rank == 0:
-            print(json.dumps(result))
+    if rank_info_from_env(os.environ, alone_in_batch=True).rank != 0:
+        return
+    if as_json:
+        print(json.dumps(result.metrics.as_dict()))
+        return
+    shown: dict[str, Path | str] = {"checkpoint": result.checkpoint, "text": result.text}
+    RunConsole(result.metrics.step).summary(result.metrics, shown, None)
 
 
 def generate(
@@ -35,4 +48,7 @@ def generate(
     # Bytes that the encoding of the environment lacks arrive as surrogates, which no tokenizer takes.
     text = os.fsencode(prompt).decode("utf-8", errors="replace")
     with report_user_errors():
-        print(continue_text(checkpoint, text, tokens, temperature, seed))
+        made = continue_text(checkpoint, text, tokens, temperature, seed)
+    print(made.text)
+    if made.cut_short:
+        print(made.cut_short, file=sys.stderr)

@@ -8,7 +8,7 @@ from dist_moe.text import counted, listed
 
 # With ten assignments expected, chance leaves an expert empty once in exp(10) = 22,000 counts.
 MIN_EXPECTED_ASSIGNMENTS = 10
-EARLY_STEPS = 50
+EARLY_STEPS = 100
 """In the first steps of a run the load is uneven under every policy: the routers have learned nothing yet."""
 MOST_LISTED = 8
 REMEDY = "raise balance.rate, or choose another balance.policy (docs/policies.md)"

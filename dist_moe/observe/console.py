@@ -112,7 +112,7 @@ class RunConsole:
         """Print one evaluation."""
         self.log(evaluation_line(metrics))
 
-    def summary(self, metrics: EvaluationMetrics, paths: Mapping[str, Path], tensorboard: Path | None) -> None:
+    def summary(self, metrics: EvaluationMetrics, paths: Mapping[str, Path | str], tensorboard: Path | None) -> None:
         """Print the results of the run: loss, load of each layer, and the paths of its files.
 
         Args:
@@ -122,7 +122,8 @@ class RunConsole:
         """
         self._remove_live_line()
         self._print(summary_table(metrics))
-        self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token after {counted(metrics.step, 'step')}")
+        trained = f" after {counted(metrics.step, 'step')}" if metrics.step else ""
+        self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token{trained}")
         self.log(f"bits per byte    {metrics.bits_per_byte:.4f}")
         for name, path in paths.items():
             self.log(f"{name:<16} {path}")

@@ -43,14 +43,14 @@ def train(run: Run) -> None:
         for step in range(run.steps_done + 1, steps + 1):
             health.before_step(step)
             try:
-                record, flags = run_step(run, step, RankFlags(bool(requested), checkpoints.shard_written))
+                record, flags = run_step(run, step, rank_flags(bool(requested), checkpoints))
             except DataError:
                 checkpoints.save_before_error(step - 1)
                 raise
             if flags.shard_written:
                 checkpoints.finalize()
             health.after_step(step, record.taken, record.scales, micro_batches(run.resolved, run.mesh, step))
-            checkpoints.after_step(step, record.taken, flags.stop_requested)
+            checkpoints.after_step(step, record.taken, flags.stop_requested, flags.save_due)
             if flags.stop_requested and step < steps:
                 run.report.stopped(step, checkpoints.newest)
                 checkpoints.close()
@@ -60,6 +60,11 @@ def train(run: Run) -> None:
     metrics = evaluate(run.state.task, data, run.mesh, run.state.engine.device, max(run.steps_done, steps))
     run.report.evaluation(metrics, checkpoints.newest)
     checkpoints.close()
+
+
+def rank_flags(stop_requested: bool, checkpoints: CheckpointSchedule) -> RankFlags:
+    """Return this rank's flags before a step."""
+    return RankFlags(stop_requested, checkpoints.shard_written, save_due=checkpoints.due_by_time)
 
 
 def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlags]:

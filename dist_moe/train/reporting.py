@@ -112,6 +112,8 @@ class Report:
             self.console.log(f"text: {note}")
         if self._checkpoint is not None:
             self.console.warn(*self._checkpoint.passed_over)
+            for change in self._checkpoint.changes:
+                self.console.log(f"changed since the checkpoint: {change}")
             self.console.log(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
             if self._checkpoint.counters.step >= self.config.train.steps:
                 self.console.log(

@@ -28,6 +28,8 @@ USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 STOPPED_CODE = 75
 """Exit code of a worker that stopped on request after it had saved a checkpoint (EX_TEMPFAIL of sysexits.h)."""
+OF_THE_JOB = ("ConfigError", "JobCheckpointError", "RunChangedError")
+"""Exceptions that every rank raises with the same message, which names no rank or the right one."""
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Requests to save a checkpoint and stop; Slurm sends SIGUSR1 before a time limit."""
 MAX_MESSAGE_CHARACTERS = 8000

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from dist_moe.errors import ConfigError, RunFolderError, UserError, needs_folder
+from dist_moe.errors import RunFolderError, UserError, needs_folder
 from dist_moe.files import open_no_link, write_atomically
 from dist_moe.worker.contract import (
     INTERRUPTED_CODE,
     LAUNCH_VARIABLE,
     NOTICE_VARIABLE,
+    OF_THE_JOB,
     STOPPED_CODE,
     USER_ERROR_CODE,
     ErrorReport,
@@ -72,8 +73,8 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
     The report is `errors/rank-N.txt` (time, rank, exit code, exception type, message, traceback), the same traceback
     on stderr, and the state "failed" in `workers/rank-N.json`. The exit code is 2 for a `UserError`, the code of a
     `SystemExit`, 130 for Ctrl-C (no error, so without a file), 75 for `Stopped` (no error either; the state is
-    "stopped"), and 1 otherwise. A `UserError` is printed without a traceback, and a `ConfigError`, which is the same
-    on every rank, once: by `dist-moe launch` or by rank 0.
+    "stopped"), and 1 otherwise. A `UserError` is printed without a traceback, and one that is the same on every
+    rank (OF_THE_JOB) once: by `dist-moe launch` or by rank 0.
 
     Why the exit is hard (`os._exit`): a rank that raises while the others wait in a collective must end at once, since
     its closed connections are what ends their wait. An ordinary exit first unwinds the context managers around this
@@ -128,7 +129,7 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
                 notify_agent()
             if not isinstance(error, UserError):
                 sys.stderr.write(f"rank {rank} failed:\n{trace}")
-            elif not reported and (rank == 0 or not isinstance(error, (ConfigError, RunFolderError))):
+            elif not reported and (rank == 0 or not is_of_the_job(error)):
                 sys.stderr.write(f"{error}\n")
         record_final_state(folder, rank, WorkerState.FAILED, code, warn=not isinstance(error, RunFolderError))
         flush_output()
@@ -138,6 +139,11 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
             time.sleep(END_BY_LAUNCH_S)
     finally:
         os._exit(code)
+
+
+def is_of_the_job(error: BaseException) -> bool:
+    """Return whether every rank raises the same."""
+    return isinstance(error, RunFolderError) or type(error).__name__ in OF_THE_JOB
 
 
 def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:

@@ -83,7 +83,7 @@ def test_evaluate_gives_the_result_of_the_run_and_generate_is_deterministic(
         return done.stdout
 
     checkpoint = run_by("torchrun") / "checkpoints" / "step-000002"
-    result = json.loads(dist_moe("evaluate", str(checkpoint)))
+    result = json.loads(dist_moe("evaluate", str(checkpoint), "--json"))
     expected = lines(run_by("torchrun"))[-1]
     assert result["load"] == expected["load"]
     assert result["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)

@@ -206,7 +206,7 @@ def grace_period_s(monitor: WorkerMonitor, launcher_failed: bool, restarts: bool
     if restarts and not stop_requested:
         return math.inf
     if failures := monitor.failures():
-        return 0.0 if failures[0].of_config else LAUNCHER_GRACE_S
+        return 0.0 if failures[0].of_job else LAUNCHER_GRACE_S
     if launcher_failed and not restarts:
         return LAUNCHER_GRACE_S
     return math.inf if monitor.unfinished() else FINISHED_GRACE_S

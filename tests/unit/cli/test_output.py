@@ -75,7 +75,9 @@ def test_a_prompt_of_any_bytes_reaches_the_tokenizer_as_text(environment: dict[s
     code = """
 import json, sys, types
 module = sys.modules["dist_moe.train.generate"] = types.ModuleType("generate")
-module.generate = lambda checkpoint, prompt, *rest: json.dumps(prompt) + prompt
+def generate(checkpoint, prompt, *rest):
+    return types.SimpleNamespace(text=json.dumps(prompt) + prompt, cut_short="")
+module.generate = generate
 from dist_moe.cli.main import main
 main()
 """

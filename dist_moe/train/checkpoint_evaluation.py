@@ -1,0 +1,155 @@
+"""Evaluates the model of a checkpoint or a Hugging Face folder, with its own tokenizer, on any text."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
+from dist_moe.checkpoint.format.layout import resolve_path, step_of, weights_folder
+from dist_moe.comm.init import init_distributed, set_threads
+from dist_moe.comm.mesh import make_mesh
+from dist_moe.config import Config, load_stored_config
+from dist_moe.config.messages import validate
+from dist_moe.config.yaml_io import apply_overrides
+from dist_moe.data.cache import cache_folder
+from dist_moe.data.corpus import Corpus, TokenizedData, prepare
+from dist_moe.errors import ConfigError, Violation
+from dist_moe.families.registry import family_of
+from dist_moe.model.task import LanguageModelTask
+from dist_moe.observe.evaluation import EvaluationMetrics
+from dist_moe.text import counted, listed
+from dist_moe.train.evaluate import ValidationSet, evaluate, validation_set
+from dist_moe.worker.rank_info import rank_info_from_env
+
+READ_FIELDS = (
+    *("data.sources", "data.sequence_length", "data.validation_fraction", "observe.validation_sequences"),
+    *("train.micro_batch_size", "parallel.backend", "parallel.timeout_s", "run.threads"),
+)
+"""The fields that an evaluation reads; everything else is given by the checkpoint."""
+LONGEST_BY_DEFAULT = 512
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """The evaluation of a checkpoint.
+
+    Attributes:
+        checkpoint: The folder that was evaluated.
+        text: What text it was evaluated on, in words.
+        metrics: The record that a run itself writes at its end.
+    """
+
+    checkpoint: Path
+    text: str
+    metrics: EvaluationMetrics
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> CheckpointEvaluation:
+    """Evaluate the model of a checkpoint or of a Hugging Face folder, with its tokenizer.
+
+    The text is that of the checkpoint's configuration, of which the validation split is evaluated; or that of an
+    override of `data.sources`, of which all is evaluated where the model was trained on none of these sources.
+    Works in a single process or as one worker of a launcher.
+
+    Args:
+        path: As `resolve_path`.
+        overrides: `key=value` replacements of READ_FIELDS.
+
+    Raises:
+        CheckpointError, WeightsError: The path is not a checkpoint, or it is damaged.
+        ConfigError: An override is wrong, or has no meaning here.
+    """
+    checkpoint = resolve_path(path, read=("model/",))
+    if checkpoint.name == "model" and (checkpoint.parent / "config.yaml").is_file():
+        checkpoint = checkpoint.parent
+    folder = weights_folder(checkpoint)
+    model_config, _ = read_config(folder)
+    refuse_unread(overrides)
+    stored = checkpoint / "config.yaml"
+    if stored.is_file():
+        given, trained_on = load_stored_config(stored, overrides), load_stored_config(stored).data.sources
+    else:
+        given, trained_on = folder_config(folder, model_config, overrides), []
+    refuse_too_long(given, model_config)
+    rank_info = rank_info_from_env(os.environ)
+    set_threads(given.run.threads, rank_info)
+    fraction = given.data.validation_fraction
+    data = prepare(given.data.sources, "pretrained", model_config.vocab_size, fraction, cache_folder(), folder)
+    is_new = not set(given.data.sources) & set(trained_on)
+    whole = is_new and not any(override.startswith("data.validation_fraction") for override in overrides)
+    if whole:
+        data = replace(data, validation=joined(data))
+    with init_distributed(rank_info, given.parallel.backend, given.parallel.timeout_s) as dist_context:
+        experts: int = getattr(model_config, family_of(model_config.model_type).experts_key)
+        mesh = make_mesh(rank_info.world_size if experts % rank_info.world_size == 0 else 1)
+        task = LanguageModelTask(load_weights(folder, mesh)).to(dist_context.device)
+        text = validation_set(given, data)
+        metrics = evaluate(task, text, mesh, dist_context.device, step_of(checkpoint) or 0)
+    return CheckpointEvaluation(checkpoint, describe_text(given, data, text, whole), metrics)
+
+
+def refuse_unread(overrides: Sequence[str]) -> None:
+    """Refuse overrides of fields that an evaluation does not read.
+
+    Raises:
+        ConfigError: With each of them.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides if "=" in override]
+    rule, remedy = "has no meaning here: the checkpoint gives its model and tokenizer", f"set {listed(READ_FIELDS)}"
+    unread = [Violation("override", key, rule, remedy) for key in keys if key not in READ_FIELDS]
+    if unread:
+        raise ConfigError(unread)
+
+
+def folder_config(folder: Path, model_config: PretrainedConfig, overrides: Sequence[str]) -> Config:
+    """Return the configuration for evaluating a Hugging Face folder, which has none of its own."""
+    settings: dict[Any, Any] = {
+        "model": {"architecture": model_config.model_type, "pretrained": str(folder)},
+        "data": {
+            "tokenizer": "pretrained",
+            "sequence_length": min(LONGEST_BY_DEFAULT, model_config.max_position_embeddings),
+        },
+        "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8, "learning_rate": 0.0},
+    }
+    if violations := apply_overrides(settings, overrides):
+        raise ConfigError(violations)
+    return validate(settings)
+
+
+def refuse_too_long(config: Config, model_config: PretrainedConfig) -> None:
+    """Refuse sequences that are longer than the model has positions.
+
+    Raises:
+        ConfigError: They are.
+    """
+    longest = model_config.max_position_embeddings
+    if config.data.sequence_length > longest:
+        rule = f"is longer than the model's max_position_embeddings={longest}"
+        key, value = "data.sequence_length", config.data.sequence_length
+        raise ConfigError([Violation(key, value, rule, f"give at most {longest}")])
+
+
+def joined(data: TokenizedData) -> Corpus:
+    """Return both splits as one corpus, in memory."""
+    first, second = data.train, data.validation
+    return replace(
+        first,
+        tokens=np.concatenate([first.tokens, second.tokens]),
+        starts_N1=np.concatenate([first.starts_N1, second.starts_N1[1:] + len(first.tokens)]),
+        domains_N=np.concatenate([first.domains_N, second.domains_N]),
+        text_bytes=first.text_bytes + second.text_bytes,
+    )
+
+
+def describe_text(config: Config, data: TokenizedData, text: ValidationSet, whole: bool) -> str:
+    """Say which text was evaluated."""
+    part = "all" if whole else "the held-out part"
+    if text.rows < text.stream.rows_per_epoch:
+        part = f"the first {counted(text.rows, 'sequence')} of {part}"
+    sources = listed(config.data.sources, last="and", most=3)
+    return f"{sources}: {part}, of {counted(len(data.validation.tokens), 'token')}"
