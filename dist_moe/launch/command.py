@@ -8,7 +8,7 @@ import secrets
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,8 @@ OUTER_JOB_VARIABLES = (
 )
 # Text that neither a shell nor pdsh (%h, %n) changes.
 SHELL_SAFE = re.compile(r"[\w@+=:,./-]*", re.ASCII)
+SHELL_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+LINE_BREAK = " \\\n    "
 # Device files below /dev: NVIDIA, WSL, AMD, and Intel.
 DEVICE_FILES = ("nvidia*", "dxg", "kfd", "dri/renderD*", "accel*")
 
@@ -100,18 +102,45 @@ class Command:
                     path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
     def lines(self, base: Mapping[str, str]) -> list[str]:
-        """Return the commands, each as one line for a shell whose environment is `base`."""
-        lines = [self._line(self.argv, base), *map(shlex.join, self.remote_commands)]
-        variables = self.sent_variables or (None,) * len(lines)
+        """Return the commands for a shell whose environment is `base`: one option or variable a line.
+
+        Only variables that differ from `base` are written; one that puts folders before its value keeps `$NAME`.
+        """
+        removed = [["-u", name] for name in sorted(base.keys() - self.environment.keys())]
+        changed = [[_assignment(name, value, base)] for name, value in sorted(self.environment.items())]
+        changed = [words for words in changed if words != [""]]
+        variables = [["env"], *map(_quoted, removed), *changed] if removed or changed else []
+        commands = [[*variables, *by_option(self.argv)], *map(by_option, self.remote_commands)]
+        lines = [LINE_BREAK.join(" ".join(words) for words in parts) for parts in commands]
+        sent = self.sent_variables or (None,) * len(lines)
         return [
-            line if sent is None else f"(printf '%s\\n' {shlex.quote(json.dumps(dict(sent)))}; cat) | {line}"
-            for line, sent in zip(lines, variables, strict=True)
+            line if values is None else f"(printf '%s\\n' {shlex.quote(json.dumps(dict(values)))}; cat) | {line}"
+            for line, values in zip(lines, sent, strict=True)
         ]
 
-    def _line(self, argv: tuple[str, ...], base: Mapping[str, str]) -> str:
-        removed = [part for name in sorted(base.keys() - self.environment.keys()) for part in ("-u", name)]
-        changed = [f"{k}={v}" for k, v in sorted(self.environment.items()) if base.get(k) != v]
-        return shlex.join(["env", *removed, *changed, *argv] if removed or changed else argv)
+
+def _assignment(name: str, value: str, base: Mapping[str, str]) -> str:
+    """Return NAME=VALUE as a word for a shell; empty where `base` has it already."""
+    before = base.get(name)
+    if value == before:
+        return ""
+    if before and value.endswith(os.pathsep + before) and SHELL_NAME.fullmatch(name):
+        return f'{name}={shlex.quote(value.removesuffix(before))}"${name}"'
+    return f"{name}={shlex.quote(value)}" if SHELL_NAME.fullmatch(name) else shlex.quote(f"{name}={value}")
+
+
+def _quoted(words: Iterable[str]) -> list[str]:
+    return [shlex.quote(word) for word in words]
+
+
+def by_option(argv: Sequence[str]) -> list[list[str]]:
+    """Divide a command into its program, with `-m MODULE`, and each option with its values, quoted for a shell."""
+    parts: list[list[str]] = [[]]
+    for index, word in enumerate(argv):
+        if word.startswith("-") and len(word) > 1 and index > 0 and not (word == "-m" and index == 1):
+            parts.append([])
+        parts[-1].append(shlex.quote(word))
+    return parts
 
 
 def write_private(path: Path, text: str, made: list[Path]) -> None:

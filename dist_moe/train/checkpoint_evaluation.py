@@ -76,7 +76,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     else:
         given, trained_on = folder_config(folder, model_config, overrides), []
     refuse_too_long(given, model_config)
-    rank_info = rank_info_from_env(os.environ)
+    rank_info = rank_info_from_env(os.environ, alone_in_batch=True)
     set_threads(given.run.threads, rank_info)
     fraction = given.data.validation_fraction
     data = prepare(given.data.sources, "pretrained", model_config.vocab_size, fraction, cache_folder(), folder)

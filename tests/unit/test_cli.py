@@ -65,7 +65,7 @@ def test_verbose_reports_what_is_decided(
 ) -> None:
     result = invoke(*arguments, DEBUG, "--launcher", "torchrun", "--dry-run", f"run.dir={tmp_path}")
     assert "dist_moe.launch.job: launcher torchrun: 2 workers on this host\n" in result.stderr
-    assert f"train {DEBUG} --verbose run.dir={tmp_path}\n" in result.stdout, "the workers report too"
+    assert f"train {DEBUG} \\\n    --verbose run.dir={tmp_path}\n" in result.stdout, "the workers report too"
     assert quiet_loggers.level == logging.INFO
 
 
@@ -89,6 +89,8 @@ def test_dry_run_prints_the_command_and_starts_nothing(launcher: str, tmp_path: 
     assert result.stdout.endswith(f"--module dist_moe train {DEBUG} {asked}\n")
     assert ("bin/deepspeed" if launcher == "deepspeed" else "torch.distributed.run") in result.stdout
     assert not (tmp_path / "run").exists()
+    assert os.environ["PATH"] not in result.stdout, "only what differs"
+    assert max(map(len, result.stdout.splitlines())) < 200
 
 
 def test_dry_run_checks_the_number_of_workers() -> None:

@@ -136,3 +136,20 @@ def test_printed_line_runs_in_a_shell_as_the_command_would(config: Config) -> No
     assert str(list(command.argv[3:])) in done.stdout
     assert all(str(item) in done.stdout for item in sorted(command.environment.items()))
     assert "'RANK'" not in done.stdout
+
+
+def test_a_printed_command_has_one_option_a_line_and_only_variables_that_differ() -> None:
+    base = {"PATH": "/usr/bin:/bin", "A": "1", "GONE": "x", "SAME": "y"}
+    environment = {"PATH": "/venv/bin:/usr/bin:/bin", "A": "two words", "SAME": "y"}
+    argv = ("python", "-m", "run", "--hostfile", "/dev/null", "-x", "A", "train", "a.yaml", "data.sources=[a, b]")
+    remote = ("ssh", "-p", "22", "node1", "cd /x && python")
+    assert Command("torchrun", argv, environment, (remote,)).lines(base) == [
+        " \\\n    ".join(
+            [
+                *("env", "-u GONE", "A='two words'", 'PATH=/venv/bin:"$PATH"', "python -m run"),
+                *("--hostfile /dev/null", "-x A train a.yaml 'data.sources=[a, b]'"),
+            ]
+        ),
+        "ssh \\\n    -p 22 node1 'cd /x && python'",
+    ]
+    assert Command("torchrun", ("true",), base).lines(base) == ["true"]
