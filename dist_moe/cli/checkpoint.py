@@ -67,6 +67,12 @@ def export(
 ) -> None:
     """Write a checkpoint's weights into one model.safetensors, with its config and tokenizer."""
     from dist_moe.checkpoint.export import export as write
+    from dist_moe.checkpoint.format.hf_folder import read_raw_config
+    from dist_moe.checkpoint.format.hf_weights import own_type_line
+    from dist_moe.config.pretrained import OWN_PREFIX
 
     with report_user_errors():
         print(f"{write(checkpoint, out, dtype.value)} is exported to {out}")
+        model_type: str = read_raw_config(out)["model_type"]
+    if model_type.startswith(OWN_PREFIX):
+        print(own_type_line(model_type.removeprefix(OWN_PREFIX)))

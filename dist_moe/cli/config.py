@@ -51,7 +51,11 @@ def print_config(
 
     with report_user_errors():
         resolved = check_config(config, overrides, workers or 1)
+        from dist_moe.checkpoint.format.hf_weights import own_type_of_run
+
         written = load_config(config, overrides or ())
+        if own_type := own_type_of_run(resolved):
+            print(f"# {own_type}")
         print(printed(resolved, written, workers is not None), end="")
 
 

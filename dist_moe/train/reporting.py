@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import Saved
+from dist_moe.checkpoint.format.hf_weights import own_type_of_model
 from dist_moe.checkpoint.format.layout import checkpoints_root
 from dist_moe.checkpoint.resume import Checkpoint, job_id
 from dist_moe.comm.init import DistContext
@@ -100,6 +101,8 @@ class Report:
             f"{counted(self.mesh.world_size, 'worker')}, expert parallel {self.mesh.expert_parallel}, "
             f"ZeRO {self.config.parallel.zero_stage}"
         )
+        if own_type := own_type_of_model(task.model, self.config.balance.moves_bias):
+            self.console.log(own_type)
         names = listed((layer.name for layer in task.layers), last="and", most=4)
         if self.config.balance.policy == UNBALANCED:
             self.console.log(f"balance.policy={UNBALANCED}: the load is measured but not balanced, without warnings")

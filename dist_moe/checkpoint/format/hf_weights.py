@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_folder import (
@@ -30,12 +30,13 @@ from dist_moe.checkpoint.format.hf_folder import (
 )
 from dist_moe.checkpoint.format.shard_reader import ShardReader, write_tensors
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config import Resolved
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER, ParameterSlice
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
 from dist_moe.files import write_atomically
-from dist_moe.model.build import empty_model, family_rule, materialize
+from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
@@ -113,6 +114,28 @@ def _needs_own_type(model: PreTrainedModel, layers: list[MoeLayer], balanced: bo
     """Whether plain `transformers` would compute another function with the family's own `model_type`."""
     biased = balanced or any(bool(layer.router.selection_bias.any()) for layer in layers)
     return not is_expressible(model.config, layers[0].router.rule, biased)
+
+
+def own_type_of_model(model: PreTrainedModel, balanced: bool) -> str:
+    """Say in a line that the model will be saved with a `model_type` of its own; "" if it will not."""
+    own = _needs_own_type(model, find_layers(model), balanced)
+    return own_type_line(model.config.model_type) if own else ""
+
+
+def own_type_of_run(resolved: Resolved) -> str:
+    """As `own_type_of_model`, from the configuration of a run."""
+    config = resolved.config
+    settings = CONFIG_MAPPING[config.model.architecture](**resolved.model_config)
+    expressible = is_expressible(settings, routing_rule(config.router, config.balance), config.balance.moves_bias)
+    return "" if expressible else own_type_line(config.model.architecture)
+
+
+def own_type_line(architecture: str) -> str:
+    """Say in a line what follows from a `model_type` of its own."""
+    return (
+        f"{architecture} cannot express this routing: saved weights have the model_type "
+        f"{OWN_PREFIX}{architecture}, which dist-moe opens and transformers does not (docs/checkpoints.md, A model type of its own)"
+    )
 
 
 def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:

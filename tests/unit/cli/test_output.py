@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dist_moe.cli.main import app
 from dist_moe.cli.run import starting_line
-from dist_moe.config import load_config
+from dist_moe.config import dump_config, load_config
 from dist_moe.launch.job import Job
 from dist_moe.launch.launcher import LaunchRequest
 
@@ -40,7 +42,7 @@ def seen(*words, **options):
 builtins.print = seen
 from dist_moe.cli.run import launch
 from dist_moe.cli.config import check_before_start
-from dist_moe.config import load_config
+from dist_moe.config import dump_config, load_config
 try:
     launch(Path("missing.yaml"))
 except BaseException:
@@ -85,3 +87,23 @@ main()
     assert done.returncode == 0, done.stderr
     prompt = json.JSONDecoder().raw_decode(done.stdout.decode("latin-1"))[0]
     assert prompt == "日本\ufffd"
+
+
+QWEN = (
+    *("model.architecture=qwen3_moe", "data.tokenizer=bytes"),
+    "model.config={num_experts: 4, hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 4, head_dim: 12, "
+    "num_key_value_heads: 2, moe_intermediate_size: 16, num_experts_per_tok: 2, max_position_embeddings: 256}",
+)
+
+
+@pytest.mark.parametrize(("policy", "own"), [("loss_free", True), ("none", False)])
+def test_config_says_where_transformers_will_not_open_the_weights(policy: str, own: bool, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_config(load_config(DEBUG, [*QWEN, f"balance={{policy: {policy}}}"])))
+    shown = CliRunner().invoke(app, ["config", str(config)])
+    assert shown.exit_code == 0, shown.output
+    first = shown.stdout.splitlines()[0]
+    assert first.startswith("# qwen3_moe cannot express this routing: saved weights have the model_type") == own
+    assert ("dist_moe_qwen3_moe" in shown.stdout) == own
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    assert "\n## A model type of its own\n" in page
