@@ -5,6 +5,8 @@ VENV ?= .venv
 WORKERS ?= 2
 TEST_PROCESSES ?= 2
 CONFIG ?= configs/quickstart.yaml
+# Package index of the build of torch; empty: PyTorch's index of CPU builds where there is no GPU, else pip's own.
+TORCH_INDEX ?=
 COMPOSE ?= docker compose -p dist-moe -f docker/compose.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,6 +24,7 @@ setup: $(STAMP) ## make the virtual environment with everything that is needed (
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	TORCH_INDEX="$(TORCH_INDEX)" sh setup.sh $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 

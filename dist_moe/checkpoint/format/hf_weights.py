@@ -133,8 +133,8 @@ def own_type_of_run(resolved: Resolved) -> str:
 def own_type_line(architecture: str) -> str:
     """Say in a line what follows from a `model_type` of its own."""
     return (
-        f"{architecture} cannot express this routing: saved weights have the model_type "
-        f"{OWN_PREFIX}{architecture}, which dist-moe opens and transformers does not (docs/checkpoints.md, A model type of its own)"
+        f"{architecture} cannot express this routing: saved weights have the model_type {OWN_PREFIX}{architecture}, "
+        "which dist-moe opens and transformers does not (docs/checkpoints.md, A model type of its own)"
     )
 
 
