@@ -53,7 +53,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     """Evaluate the model of a checkpoint or of a Hugging Face folder, with its tokenizer.
 
     The text is that of the checkpoint's configuration, of which the validation split is evaluated; or that of an
-    override of `data.sources`, of which all is evaluated where the model was trained on none of these sources.
+    override of `data.sources`, of which all is evaluated where the model was trained on none of these sources, and
+    `data.validation_fraction` and `observe.validation_sequences` do not ask for less.
     Works in a single process or as one worker of a launcher.
 
     Args:
@@ -80,10 +81,12 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     set_threads(given.run.threads, rank_info)
     fraction = given.data.validation_fraction
     data = prepare(given.data.sources, "pretrained", model_config.vocab_size, fraction, cache_folder(), folder)
-    is_new = not set(given.data.sources) & set(trained_on)
-    whole = is_new and not any(override.startswith("data.validation_fraction") for override in overrides)
+    asked = {override.partition("=")[0].strip() for override in overrides}
+    whole = not set(given.data.sources) & set(trained_on) and "data.validation_fraction" not in asked
     if whole:
         data = replace(data, validation=joined(data))
+    if whole and "observe.validation_sequences" not in asked:
+        given = given.model_copy(update={"observe": given.observe.model_copy(update={"validation_sequences": 0})})
     with init_distributed(rank_info, given.parallel.backend, given.parallel.timeout_s) as dist_context:
         experts: int = getattr(model_config, family_of(model_config.model_type).experts_key)
         mesh = make_mesh(rank_info.world_size if experts % rank_info.world_size == 0 else 1)

@@ -27,7 +27,7 @@ from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, archive_previous_run
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.policies.unbalanced import Unbalanced
-from dist_moe.text import counted, listed
+from dist_moe.text import counted
 from dist_moe.train.microbatch_vio import microbatch_max_vio
 from dist_moe.train.step import StepRecord
 
@@ -103,7 +103,7 @@ class Report:
         )
         if own_type := own_type_of_model(task.model, self.config.balance.moves_bias):
             self.console.log(own_type)
-        names = listed((layer.name for layer in task.layers), last="and", most=4)
+        names = ", ".join(layer.name for layer in task.layers)
         if self.config.balance.policy == UNBALANCED:
             self.console.log(f"balance.policy={UNBALANCED}: the load is measured but not balanced, without warnings")
         else:
@@ -149,8 +149,7 @@ class Report:
         self._seconds += seconds
         self._steps += 1
         self._skipped_steps += not record.taken
-        if self.console is not None:
-            self.console.advance(step)
+        self._advance(step)
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
         nll, auxiliary, microbatch_vio_L = self._over_ranks(record)
@@ -185,6 +184,11 @@ class Report:
         self.console.warn(*self._alerts.check(metrics))
         if self.board is not None:
             self.board.step(metrics)
+
+    def _advance(self, step: int) -> None:
+        """Move the bar on the terminal, between logged steps too."""
+        if self.console is not None:
+            self.console.advance(step)
 
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
         """Return, over all ranks: sum of -ln p, auxiliary loss, (micro-batch MaxVio, floor) of each layer."""

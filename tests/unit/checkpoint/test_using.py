@@ -55,10 +55,7 @@ def test_evaluate_gives_a_table_or_the_record_of_the_run(made: Path, tmp_path: P
 def test_evaluate_takes_any_text_and_a_hugging_face_folder(made: Path, other: str, tmp_path: Path) -> None:
     folder = shutil.copytree(step(made, 6) / "model", tmp_path / "model")
     length = "data.sequence_length=32"
-    trained, copied = (
-        json.loads(evaluate(tmp_path, str(path), other, length, "observe.validation_sequences=0", "--json"))
-        for path in (made, folder)
-    )
+    trained, copied = (json.loads(evaluate(tmp_path, str(path), other, length, "--json")) for path in (made, folder))
     assert trained["bytes"] > 8 * sum(len(text.encode()) for text in OTHER) * 0.95, "all of the text"
     assert trained["validation_loss"] == pytest.approx(copied["validation_loss"], rel=1e-6)
     assert (trained["load"], copied["step"]) == (copied["load"], 0)
