@@ -173,6 +173,7 @@ def complete_slowly(rank: int, world_size: int, text: Path, folder: Path) -> tup
         return warnings, (saved.folder / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_slow_completion_warns_and_does_not_time_out(ranks: RankPool, text: Path, tmp_path: Path) -> None:
     for warnings, is_complete in ranks.run(complete_slowly, 2, text, tmp_path / "run{7}"):
         assert is_complete and warnings and all("rank 0 has not completed it" in warning for warning in warnings)

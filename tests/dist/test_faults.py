@@ -12,7 +12,6 @@ from tests.dist.resumable import ROOT, write_text
 from tests.faults.job import job
 from tests.faults.processes import ProcessFault, inject, plan
 from tests.faults.row import REQUIRED, Row, markdown, missing, read_rows
-from tests.selection import slow
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 SHORT = (
@@ -39,7 +38,8 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("fault", [SHORT[0], *map(slow, SHORT[1:])], ids=lambda fault: fault.kind)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", SHORT, ids=lambda fault: fault.kind)
 def test_a_run_with_a_process_fault_equals_the_undisturbed_run(
     text: Path, undisturbed: Path, tmp_path: Path, fault: ProcessFault
 ) -> None:

@@ -129,6 +129,7 @@ def late(rank: int, world_size: int) -> str:
     return report
 
 
+@pytest.mark.slow
 def test_trap_T30_a_rank_that_arrived_late_is_not_blamed(ranks: RankPool) -> None:
     """Neither one that writes its own report, nor one whose peers closed their connections."""
     reports = [report for report in ranks.run(late, 4) if report]

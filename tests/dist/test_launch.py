@@ -99,7 +99,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         job.process.communicate(timeout=END_LIMIT_S)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun", slow("torchrun")])
 def test_a_successful_job_exits_with_0_and_without_a_message(start: Start, launcher: str) -> None:
     job = start(launcher, "finish")
     assert job.end() == (0, "")
@@ -232,6 +232,7 @@ def test_a_request_to_stop_before_the_workers_connect_ends_the_job(tmp_path: Pat
     assert not job.running()
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker(start: Start) -> None:
     job = start("torchrun", "again", 1)
     assert job.end(START_LIMIT_S) == (0, "")

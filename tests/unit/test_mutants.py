@@ -116,6 +116,7 @@ def test_every_mutant_is_code_whose_names_exist(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_every_test_of_a_mutant_is_collected() -> None:
     tests = sorted({mutant.test for mutant in read_catalogue(ROOT)})
     argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests]

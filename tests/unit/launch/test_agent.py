@@ -20,9 +20,15 @@ def test_launcher_process_has_the_same_launch(
     monkeypatch.setenv(LAUNCH_VARIABLE, own)
     environment = {name: value for name, value in os.environ.items() if name != LAUNCH_VARIABLE}
     environment |= {LAUNCH_VARIABLE: other} if other else {}
-    with subprocess.Popen(["sleep", "600"], env=environment) as process:
-        assert launcher_process(process.pid) == (psutil.Process(process.pid) if is_launcher else None)
-        process.kill()
+    # It writes once it runs: before, the kernel may show an empty environment.
+    with subprocess.Popen(["sh", "-c", "echo; exec sleep 600"], env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline()
+            found = launcher_process(process.pid)
+            expected = psutil.Process(process.pid) if is_launcher else None
+        finally:
+            process.kill()
+    assert found == expected
 
 
 def test_launcher_process_is_none_without_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
