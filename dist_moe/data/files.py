@@ -28,17 +28,6 @@ HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 READ_BYTES = 1 << 20
 # A line is parsed as a whole, at several times its size in memory.
 LONGEST_LINE = 1 << 26
-# What to do with files of other kinds.
-REMEDIES = {
-    ".gz": "unpack it (gunzip -k)",
-    ".zst": "unpack it (unzstd -k)",
-    ".bz2": "unpack it (bunzip2 -k)",
-    ".xz": "unpack it (unxz -k)",
-    ".zip": "unpack it (unzip)",
-    ".parquet": 'write its text as .jsonl, one {"text": "..."} per line',
-    ".json": 'write it as .jsonl, one {"text": "..."} per line',
-    ".csv": 'write its text as .jsonl, one {"text": "..."} per line',
-}
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,8 @@ def _refuse_others(pattern: str, paths: list[Path]) -> None:
         if not found:
             continue
         names = listed([_shown(path) for path in found], last="and", most=3)
-        hint = REMEDIES.get(found[0].suffix, remedy) if found is others else remedy
+        convertible = found is others and found[0].suffix in {*UNPACKED_WITH, *RECORDS}
+        hint = conversion(found[0]) if convertible else remedy
         raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", hint)
 
 
@@ -150,13 +140,6 @@ def refuse_same_files(files: Iterable[tuple[str, Path]]) -> None:
             both = f"{printable(seen[key])} and {printable(name)}"
             raise DataError(f"data.sources: {both}", "are one file, whose text would count twice", "give it once")
         seen[key] = name
-
-
-def other_files(pattern: str) -> list[Path]:
-    """Return the files that a path or glob matches, whatever their suffix, sorted."""
-    expanded = Path(pattern).expanduser()
-    matches = [expanded] if expanded.is_file() else map(Path, glob.iglob(str(expanded), recursive=True))
-    return sorted(path for path in matches if path.is_file())
 
 
 def conversion(path: Path) -> str:

@@ -15,9 +15,7 @@ from dist_moe.data import shakespeare
 from dist_moe.data.cache import file_sha256
 from dist_moe.data.files import (
     Document,
-    conversion,
     local_files,
-    other_files,
     read_local,
     readable,
     refuse_same_files,
@@ -138,9 +136,6 @@ def _matched_files(name: str) -> list[tuple[str, Path]]:
     files = local_files(name)
     if files:
         return files
-    if others := other_files(name):
-        rule = f"matches {listed((path.name for path in others), last='and', most=3)}, and no .txt or .jsonl file"
-        raise DataError(f"data source {name!r}", rule, conversion(others[0]))
     if close := nearest(name, BUILT_IN):
         remedy = f"did you mean {close!r}?"
     elif Path(name).is_dir():

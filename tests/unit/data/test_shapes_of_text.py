@@ -165,8 +165,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("b.jsonl.gz", r"matches .*b\.jsonl\.gz, which is not \.txt or \.jsonl; unpack it \(gunzip -k\)"),
-        ("b.parquet", r"b\.parquet, which is not .*; write its text as \.jsonl"),
+        ("b.jsonl.gz", r"matches .*b\.jsonl\.gz, which is not \.txt or \.jsonl; unpack it with gunzip"),
+        ("b.parquet", r"b\.parquet, which is not .*; write its texts as one JSON object per line"),
         ("README.md", r"README\.md, which is not .*; leave it out"),
     ],
 )
