@@ -46,9 +46,7 @@ def path_option(metavar: str, meaning: str, *names: str, hidden: bool = False) -
 ConfigFile = Annotated[Path, path_argument("CONFIG", "YAML file of the run.")]
 CheckpointFolder = Annotated[
     Path,
-    path_argument(
-        "CHECKPOINT", "A step-NNNNNN folder, a run.dir (its newest checkpoint), or a Hugging Face folder."
-    ),
+    path_argument("CHECKPOINT", "A step-NNNNNN folder, a run.dir (its newest checkpoint), or a Hugging Face folder."),
 ]
 Overrides = Annotated[
     list[str] | None,

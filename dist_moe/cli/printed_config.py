@@ -98,7 +98,7 @@ def _of_workers(resolved: Resolved, written: Config, workers_are_given: bool) ->
 
 
 def _backend(workers: int) -> str:
-    from dist_moe.comm.init import choose_backend
+    from dist_moe.comm.devices import choose_backend
     from dist_moe.worker.rank_info import RankInfo
 
     return choose_backend("auto", RankInfo(world_size=workers, local_world_size=workers))

@@ -56,8 +56,8 @@ def launch(
     from dist_moe.launch.job import Job
     from dist_moe.launch.launcher import LaunchRequest, Scheduler, load_launcher
     from dist_moe.launch.scripts import all_files, write_files
-    from dist_moe.train.data_check import data_violations
     from dist_moe.launch.supervise.output import print_within
+    from dist_moe.train.data_check import data_violations
 
     with report_user_errors():
         reads_here = not isinstance(load_launcher(launcher), Scheduler)

@@ -64,7 +64,7 @@ class Report:
         self._alerts = LoadAlerts(
             config.observe.max_vio_limit,
             config.observe.max_vio_patience,
-            early_steps=max(EARLY_STEPS, config.train.warmup_steps),
+            early_steps=max(EARLY_STEPS, config.train.warmup_length),
             balanced=config.balance.policy != UNBALANCED,
         )
         self._checkpoint = checkpoint

@@ -17,7 +17,8 @@ from dist_moe.cli.options import user_path
 from dist_moe.config import Config, ConfigError, load_config, resolve
 from dist_moe.errors import RunFolderError, needs_folder
 from dist_moe.section import expand_home
-from tests.unit.config.files import DEBUG, debug, violations
+from dist_moe.train.data_check import data_violations
+from tests.unit.config.files import DEBUG, debug
 from tests.unit.source import Source, sources
 
 HOME = "/somebody's home"
@@ -53,7 +54,7 @@ def test_every_field_that_is_a_path_has_the_type_of_paths() -> None:
     """All fields whose description says so."""
     fields = _fields(Config)
     paths = {name for name, field in fields.items() if re.search(r"\b(path|folder|glob)\b", str(field.description))}
-    assert paths - {"model.config", "cluster.shared_storage"} == set(FIELDS)
+    assert paths - {"model.config", "cluster.shared_storage", "train.deepspeed"} == set(FIELDS)
     for name in FIELDS:
         found = [*fields[name].metadata, *_metadata(fields[name].annotation)]
         assert any(isinstance(each, AfterValidator) and each.func is expand_home for each in found), name
@@ -103,26 +104,26 @@ def test_paths_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "dead").symlink_to(tmp_path / "gone")
     missing = ["checkpoint.resume=gone/step-000001", "data.sources=[stdlib-code, gone.txt, 'gone/*.jsonl', shakespear]"]
-    found = violations(debug(*missing, f"run.dir={tmp_path}/file"))
+    found = {(each.key, each.value): each for each in data_violations(debug(*missing, f"run.dir={tmp_path}/file"))}
+    no_file = "is not stdlib-code or shakespeare and matches no .txt or .jsonl file"
     assert {key: violation.rule for key, violation in found.items()} == {
-        "checkpoint.resume": "is not a folder",
-        "data.sources[1]": "matches no file",
-        "data.sources[2]": "matches no file",
-        "data.sources[3]": "matches no file",
-        "run.dir": "is not a folder",
+        ("run.dir", f"{tmp_path}/file"): "is not a folder",
+        ("checkpoint.resume", "gone/step-000001"): "is not a folder",
+        ("data.sources", "gone.txt"): no_file,
+        ("data.sources", "gone/*.jsonl"): no_file,
+        ("data.sources", "shakespear"): no_file,
     }
-    assert found["data.sources[3]"].remedy == "did you mean shakespeare?"
-    (dead,) = violations(debug(f"run.dir={tmp_path}/dead")).values()
+    assert found["data.sources", "shakespear"].remedy == "did you mean 'shakespeare'?"
+    (dead,) = data_violations(debug(f"run.dir={tmp_path}/dead"))
     assert dead.rule == f"is a link to {tmp_path}/gone, which does not exist"
-    assert violations(debug("cluster.hostfile=hosts", *missing)) == {}
-    assert resolve(debug(*missing), 1, here=False).workers == 1
+    assert resolve(debug(*missing), 1).workers == 1, "its files are looked at where they are"
 
 
 def test_a_path_with_brackets_is_found(tmp_path: Path) -> None:
     (tmp_path / "data[1]").mkdir()
     (tmp_path / "data[1]" / "a.txt").write_text("text")
     for name in ("a.txt", "*.txt", "**/a.*"):
-        assert violations(debug(f"data.sources=['{tmp_path}/data[1]/{name}']")) == {}
+        assert data_violations(debug(f"data.sources=['{tmp_path}/data[1]/{name}']")) == []
 
 
 @pytest.mark.parametrize("variables", [{}, {"HOME": "/"}, {"HOME": "/nowhere"}])
