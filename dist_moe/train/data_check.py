@@ -87,11 +87,11 @@ def _fault(path: Path, opened: bool) -> tuple[str, str] | None:
 
 
 def _tokenizer_violations(config: Config) -> list[Violation]:
-    from dist_moe.data.corpus import pretrained_tokenizer
-
     folder = tokenizer_folder(config)
     if folder is None or not folder.is_dir():
         return []  # the rules of model.pretrained report it
+    from dist_moe.data.corpus import pretrained_tokenizer  # imports torch
+
     try:
         pretrained_tokenizer(folder, text_vocabulary(config))
     except ConfigError:

@@ -68,7 +68,7 @@ def test_the_resolved_arguments_make_a_model_that_runs(architecture: str) -> Non
             "n_group=12",
             "=12 does not divide the model's 12 experts into groups of 2 or more; use 1, 2, 3, 4 or 6",
         ),
-        ("topk_group=2", "=2 is not within the 1 groups; use 1"),
+        ("topk_group=2", "=2 is not within the 1 group; use 1"),
         ("num_experts_per_tok=13", "=13 is not within the model's 12 experts; use 1 to 12"),
         ("num_experts_per_tok=0", "=0 is not within the model's 12 experts; use 1 to 12"),
         ("num_experts_per_tok=null", "=null is not within the model's 12 experts; use 1 to 12"),
