@@ -48,7 +48,7 @@ def measure(rank: int, world_size: int, text: Path, folder: Path) -> dict[str, f
         "stall_s": second[0],
         "lost_s": second[1],
         "write_s": second[2],
-        "beside_peak_mib": async_peak.mib,
+        "async_peak_mib": async_peak.mib,
         "step_s": plain_s,
         "load_s": load_s,
         "load_peak_mib": load_peak_mib,

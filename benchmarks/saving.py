@@ -25,6 +25,7 @@ ROWS = (
     ("  stall of the first save, s", "first_stall_s", "save_s", 1),
     ("  total time lost by training, s", "lost_s", "save_s", 1),
     ("  until the files are written, s", "write_s", None, 1),
+    ("  peak memory of a rank, MiB", "async_peak_mib", None, 1),
     ("load, s", "load_s", "load_s", 1),
     ("  peak memory of a rank, MiB", "load_peak_mib", "load_peak_mib", 1),
 )

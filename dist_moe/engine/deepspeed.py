@@ -7,7 +7,8 @@ Corrections to DeepSpeed 0.19.8, each covered by a test in tests/dist/test_engin
   applies a non-finite gradient. There its clipping is off, and norm, clipping and skipping are done here.
 - Its bf16 optimizer at ZeRO 0 runs one step when it starts, which AdamW counts. The count is reset to 0.
 - Its first collective compiles an operator for CPUs (up to a minute). The operator is marked as not available.
-- Its Muon optimizer, which it always imports, loads torch's compiler (2 s). That is deferred to the first use of Muon.
+- Its ZeRO and bf16 optimizers import its Muon optimizer, which loads torch's compiler (2 s). That is deferred to the
+  first use of Muon.
 """
 
 import contextlib
@@ -305,9 +306,10 @@ def _forbid_compilation() -> None:
 
 
 def _import_muon() -> None:
-    """Import the Muon optimizer, which DeepSpeed's engine imports, with functions that are compiled when called."""
+    """Import the Muon optimizer, which DeepSpeed's optimizers import, with functions that are compiled when called."""
     from deepspeed.runtime import compiler
 
+    # Replaced for this one import: its decorators compile, and nothing else of DeepSpeed is imported with it.
     original = compiler.compile
     compiler.compile = lambda: _compile_on_first_call
     try:
@@ -317,11 +319,16 @@ def _import_muon() -> None:
 
 
 def _compile_on_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = functools.cache(lambda: torch.compile(function))
+    compiled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled()(*args, **kwargs)
+        nonlocal compiled
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)  # called by a function that is compiled: a part of that
+        if compiled is None:
+            compiled = torch.compile(function)
+        return compiled(*args, **kwargs)
 
     return call
 

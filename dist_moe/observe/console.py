@@ -184,7 +184,8 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
 
     Where tokens take different numbers of experts, a column shows the mean number.
     """
-    table = Table(title="Load over the validation text", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    title = f"Load over the validation text ({metrics.tokens:,} target tokens)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     varies = sum(count > 0 for count in metrics.experts_per_token_histogram) > 1
     headings = ["layer", "MaxVio_global", "floor", "deviation", "least / mean", "most / mean"]
     for heading in [*headings, "experts\n/token"] if varies else headings:

@@ -141,7 +141,7 @@ def _balance_fields(measures: LoadMeasures) -> dict[str, Any]:
 def _computation_fields(microbatch_vio_L: Sequence[tuple[float, float]], layers: int) -> dict[str, Any]:
     if len(microbatch_vio_L) != layers:
         raise ValueError(
-            f"{len(microbatch_vio_L)} values of MaxVio_computation for {layers} loads; each layer has one of each; "
+            f"microbatch_vio_L has {len(microbatch_vio_L)} values for {layers} loads; each layer has one of each; "
             "pass both for every layer"
         )
     values, floors = tuple(value for value, _ in microbatch_vio_L), tuple(floor for _, floor in microbatch_vio_L)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def assert_gradients(
         error = (found[name] - (gradient.double() * factor + decay)).norm()
         scale = max(float(gradient.norm()), floor * norm) * factor
         assert error <= tolerance * scale, f"{name}: off by {float(error / scale):.2e} of its norm"
+
+
+def loads_the_compiler(rank: int, world_size: int) -> bool:
+    """Train a step, and return whether that has loaded torch's compiler."""
+    name = "torch._inductor.compile_fx"
+    before = name in sys.modules
+    run_case(rank, world_size, Case())
+    return name in sys.modules and not before
+
+
+def test_a_step_does_not_load_torch_s_compiler(ranks: RankPool) -> None:
+    assert ranks.run(loads_the_compiler, 1) == [False]
 
 
 def decays(name: str) -> bool:

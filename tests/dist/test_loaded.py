@@ -45,20 +45,22 @@ def use_muon(connection: Connection) -> None:
     from dist_moe.engine.deepspeed import _import_muon
 
     _import_muon()
-    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
+    from deepspeed.runtime.zero.muon.original_muon import muon_update, zeropower_via_newtonschulz5
 
     loaded = "torch._inductor.compile_fx" in sys.modules
     with torch.compiler.set_stance("force_eager"):
         orthogonal = zeropower_via_newtonschulz5(3 * torch.eye(4), steps=5)
-    connection.send((loaded, (orthogonal - torch.eye(4)).abs().max().item()))
+        update = muon_update(torch.eye(4), torch.zeros(4, 4))
+    connection.send((loaded, (orthogonal - torch.eye(4)).abs().max().item(), bool(update.isfinite().all())))
 
 
 def test_the_engine_loads_torch_s_compiler_only_for_muon() -> None:
     ours, theirs = Pipe()
     process = start_loaded(use_muon, theirs)
     assert ours.poll(LIMIT_S)
-    loaded, error = ours.recv()
+    loaded, error, finite = ours.recv()
     process.join(LIMIT_S)
+    assert finite
     assert not loaded and error < 0.4, "Newton-Schulz with 5 steps gives singular values of 0.7 to 1.2"
 
 

@@ -88,6 +88,7 @@ def test_expert_gradients_times_the_degree_are_noticed(
     check_controls(ranks, [case], references, tell)
 
 
+@pytest.mark.slow
 def test_trap_T01_activation_checkpointing_changes_nothing(
     ranks: RankPool, references: References, known: dict[Case, Trace], tell: Callable[[Row], None]
 ) -> None:

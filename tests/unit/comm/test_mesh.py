@@ -54,5 +54,5 @@ def test_each_row_of_ranks_has_a_group_of_its_own(ranks: RankPool) -> None:
         ("abcabc", 3, 1),
     ],
 )
-def test_block_of_hosts_finds_rows_of_equal_blocks(hosts: str, expert_parallel: int, block: int) -> None:
+def test_consecutive_ranks_per_host_finds_rows_of_equal_blocks(hosts: str, expert_parallel: int, block: int) -> None:
     assert consecutive_ranks_per_host(list(hosts), expert_parallel) == block

@@ -63,7 +63,7 @@ def test_rows_equal_those_of_the_slow_reference(
 
 
 @given(documents=DOCUMENTS, length=st.integers(2, 20))
-def test_in_order_is_the_file_then_padding(documents: list[list[int]], length: int) -> None:
+def test_rows_in_file_order_are_the_file_then_padding(documents: list[list[int]], length: int) -> None:
     stream = Stream(_corpus(documents), length, 3)
     plain = _reference_epoch(documents, list(range(len(documents))), length)
     padding = [(END, -100, -1, 0, -1)] * length

@@ -25,9 +25,9 @@ def test_the_earlier_report_comes_first() -> None:
 
 
 def test_a_lost_connection_comes_after_its_cause() -> None:
-    effect = reported(0, RuntimeError("Read error [127.0.0.1]:49368: Connection reset by peer."))
+    consequence = reported(0, RuntimeError("Read error [127.0.0.1]:49368: Connection reset by peer."))
     cause = reported(1, ValueError("the cause, and late"))
-    assert min(effect, cause) is cause
+    assert min(consequence, cause) is cause
 
 
 def test_a_kill_comes_before_an_error_that_it_caused() -> None:

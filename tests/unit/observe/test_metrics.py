@@ -234,7 +234,7 @@ def test_trap_T12_a_bias_that_is_not_float32_is_refused() -> None:
 def test_values_for_a_different_number_of_layers_are_rejected() -> None:
     with pytest.raises(ValueError, match="0 histograms of experts per token for 1 loads"):
         step_metrics(progress_sample(), **arguments(k_histogram_L=[]))
-    with pytest.raises(ValueError, match="2 values of MaxVio_computation for 1 loads"):
+    with pytest.raises(ValueError, match="microbatch_vio_L has 2 values for 1 loads"):
         step_metrics(progress_sample(), **arguments(microbatch_vio_L=[(0.0, 0.5)] * 2))
 
 
