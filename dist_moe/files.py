@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 
@@ -113,6 +114,12 @@ def open_no_link(path: str, flags: int) -> int:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a regular file", path)
     return handle
+
+
+def new_private_file(path: Path, mode: int = 0o600) -> TextIO:
+    """Make a file that its owner alone can read, and open it for text. Raises FileExistsError, also for a link."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    return os.fdopen(handle, "w", encoding="utf-8")
 
 
 def matching_paths(pattern: str) -> tuple[Path, list[Path]]:

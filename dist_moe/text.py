@@ -8,16 +8,19 @@ from typing import Any
 
 from rich.filesize import decimal
 
-MAX_VALUE_LENGTH = 80
+MAX_VALUE_LENGTH = 200
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters with which a text could change what a terminal shows: controls, and changes of the direction."""
 
 
 def shown(value: Any) -> str:
-    """Format a value as one line of at most `MAX_VALUE_LENGTH` characters, as YAML would write it."""
+    """Format a value as one line of at most `MAX_VALUE_LENGTH` characters, as YAML would write it.
+
+    Of a longer one the middle is left out: a path is recognized by its end.
+    """
     text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_VALUE_LENGTH else line[: MAX_VALUE_LENGTH - 3] + "..."
+    line, half = " ".join(text.split()), (MAX_VALUE_LENGTH - 3) // 2
+    return line if len(line) <= MAX_VALUE_LENGTH else f"{line[:half]}...{line[-half:]}"
 
 
 def listed(values: Iterable[Any], last: str = "or", most: int | None = None) -> str:

@@ -116,7 +116,8 @@ def _refuse_others(pattern: str, paths: list[Path]) -> None:
         if not found:
             continue
         names = listed([_shown(path) for path in found], last="and", most=3)
-        convertible = found is others and found[0].suffix in {*UNPACKED_WITH, *RECORDS}
+        is_given_by_name = len(paths) == 1 and str(paths[0]) == pattern
+        convertible = found is others and (is_given_by_name or found[0].suffix in {*UNPACKED_WITH, *RECORDS})
         hint = conversion(found[0]) if convertible else remedy
         raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", hint)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dist_moe.config.schema import Config
 from dist_moe.errors import UserError, needs_folder
+from dist_moe.files import new_private_file
 from dist_moe.launch.outer_job import without_outer_job
 from dist_moe.worker.contract import PORT_VARIABLE
 
@@ -149,10 +150,8 @@ def write_private(path: Path, text: str, made: list[Path]) -> None:
         path.parent.mkdir(parents=True, mode=0o700)
         made.append(path.parent)
     path.unlink(missing_ok=True)
-    # Never through a link or into a file that somebody else has put there.
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700 if text.startswith("#!") else 0o600)
-    made.append(path)
-    with open(handle, "w", encoding="utf-8") as file:
+    with new_private_file(path, 0o700 if text.startswith("#!") else 0o600) as file:
+        made.append(path)
         file.write(text)
 
 

@@ -141,7 +141,7 @@ def test_folders_that_others_may_write_are_named(tmp_path: Path) -> None:
 
 
 def test_every_file_is_opened_for_writing_without_following_a_link() -> None:
-    """By `write_atomically`, by `open_no_link`, or as a new file."""
+    """By `write_atomically`, by `open_no_link`, by `new_private_file`, or as a new file."""
     found = [f"{source.path}:{line}" for source in sources("dist_moe") for line in _followed(source)]
     assert found == []
 

@@ -1,5 +1,6 @@
 """Numbers that YAML and Python can hold, and the machine's number formats cannot."""
 
+import math
 from typing import Any
 
 from dist_moe.config.schema import Config
@@ -19,7 +20,9 @@ def _violations(key: str, value: Any) -> list[Violation]:
         return [found for name, inner in value.items() for found in _violations(f"{key}.{name}", inner)]
     if isinstance(value, list | tuple):
         return [found for index, inner in enumerate(value) for found in _violations(f"{key}[{index}]", inner)]
-    if isinstance(value, float) and not abs(value) <= LARGEST_FP32:
+    if isinstance(value, float) and math.isnan(value):
+        return [Violation(key, value, "is not a number", "give a number")]
+    if isinstance(value, float) and abs(value) > LARGEST_FP32:
         return [Violation(key, value, "does not fit in fp32", f"give a number of at most {LARGEST_FP32:g}")]
     if isinstance(value, int) and abs(value) > LARGEST_INT64:
         return [Violation(key, value, "does not fit in 64 bits", f"give an integer of at most {LARGEST_INT64}")]

@@ -182,7 +182,6 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
         "mpich": lambda: mpich_options("1", has_cores=False),
         "slurm": lambda: slurm_options(cluster),
     }
-    selected = [f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts]
     argv = cluster_argv(
         sys.executable,
         _installed_program(),
@@ -192,10 +191,15 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
         address=first.address,
         port=str(settings.port),
         ssh_port=settings.ssh_port,
-        include="@".join(selected) if runner == "pdsh" else None,
+        include=_selection(cluster) if runner == "pdsh" else None,
         runner_options=options[runner]() if runner in options else None,
     )
     return Command("deepspeed", argv, environment, files=files, holders=_holders(cluster, held), held_variables=secret)
+
+
+def _selection(cluster: Cluster) -> str:
+    """Return the hosts and their devices as DeepSpeed's `--include` takes them."""
+    return "@".join(f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts)
 
 
 def cluster_argv(

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import TextIO
 
+from dist_moe.files import open_no_link
 from dist_moe.launch.supervise.pty import CLEAR_LINE, CONTROL, SHOW_CURSOR, TerminalFilter
 from dist_moe.text import plain_text
 from dist_moe.worker.contract import log_file
@@ -137,7 +138,7 @@ class JobOutput:
         with contextlib.suppress(OSError):
             path = log_file(self._run_dir, rank)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8", errors="replace") as log:
+            with open(path, "a", encoding="utf-8", errors="replace", opener=open_no_link) as log:
                 log.write(plain_text(text))
                 size = log.tell()
             if size > LOG_BYTES:
@@ -146,7 +147,8 @@ class JobOutput:
                 note = (
                     f"[continues {older.name}; a log has at most {LOG_BYTES >> 20} MiB, and older lines are removed]\n"
                 )
-                path.write_text(note, encoding="utf-8")
+                with open(path, "x", encoding="utf-8") as log:
+                    log.write(note)
 
     def close(self) -> None:
         """Restore the terminal, and wait a moment for what is not written yet."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.errors import UserError
+from dist_moe.files import new_private_file
 from dist_moe.launch.supervise.remote_exec import READ_BYTES, read_variables
 from dist_moe.worker.contract import LAUNCH_FILE_VARIABLE, LAUNCH_VARIABLE
 
@@ -72,8 +73,7 @@ def keep(path: Path) -> None:
     if not stat.S_ISDIR(folder.st_mode) or folder.st_uid != os.geteuid() or folder.st_mode & 0o077:
         sys.exit(f"{path.parent} is not a folder of this user alone; remove it")
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "w", encoding="utf-8") as file:
+        with new_private_file(path) as file:
             file.write(text)
         os.write(sys.stdout.fileno(), READY)
         while os.read(sys.stdin.fileno(), READ_BYTES):

@@ -242,9 +242,11 @@ def test_a_complete_run_is_only_evaluated_again(text: Path, run: Path) -> None:
 
 
 def test_a_path_without_checkpoint_is_reported(text: Path, tmp_path: Path) -> None:
-    done = train(text, tmp_path / "run", f"checkpoint.resume={tmp_path}/nowhere")
-    assert done.returncode == 2
-    assert f"{tmp_path}/nowhere has no manifest.json" in done.stderr and "Traceback" not in done.stderr
+    for folder, rule in (("nowhere", "is not a folder"), ("empty", "has no manifest.json")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        done = train(text, tmp_path / "run", f"checkpoint.resume={tmp_path}/{folder}")
+        assert done.returncode == 2
+        assert f"{tmp_path}/{folder} {rule}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_run_on_all_ranks_reports_the_rank_that_failed() -> None:

@@ -75,7 +75,10 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("run.qqqqqq=1", "run.qqqqqq=1 is not a key of run; the known keys are dir, seed and threads"),
         ("checkpoint={true: x}", "checkpoint.true=x is not a key of checkpoint; did you mean balance.rule?"),
         ("checkpoint={2024-01-01: x}", "checkpoint.2024-01-01=x is not a key of checkpoint; the known keys are "),
-        ("checkpoint={3: x}", "checkpoint.3=x is not a key of checkpoint; the known keys are interval, interval_minutes, "),
+        (
+            "checkpoint={3: x}",
+            "checkpoint.3=x is not a key of checkpoint; the known keys are interval, interval_minutes, ",
+        ),
         ("foo", "override=foo is not of the form key=value; write for example train.steps=20"),
         ("a..b=1", "override=a..b=1 is not of the form key=value; write for example train.steps=20"),
         (

@@ -59,7 +59,7 @@ def test_the_folder_defines_the_model(folder: Path, settings: dict[str, Any]) ->
         ("router.top_k=3", "router.top_k=3 differs from model.pretrained's num_experts_per_tok=2; set one of the two"),
         ("model.config={hiden_size: 48}", "model.config.hiden_size=48 is not a key of Qwen3MoeConfig"),
         ("model.architecture=deepseek_v3", "holds a qwen3_moe; set model.architecture to it"),
-        ("data={tokenizer: bpe, sequence_length: 32}", "model.config.vocab_size=400 is smaller than the 8192 tokens"),
+        ("data={tokenizer: bpe, sequence_length: 32}", "model.config.vocab_size=400 is smaller than the 8,192 tokens"),
     ],
 )
 def test_what_contradicts_the_folder_is_refused(folder: Path, override: str, line: str) -> None:

@@ -135,7 +135,7 @@ def test_a_terminal_keeps_the_logged_steps_above_a_bar_with_the_remaining_time(c
 
 def test_the_results_come_last_and_the_bar_is_gone() -> None:
     _, lines = on_terminal(80, "end")
-    assert lines[3] == "Load over the validation text"
+    assert lines[3] == "Load over the validation text (100 target tokens)"
     assert lines[-1] == "checkpoint       here"
     assert not any("━" in line or "evaluating" in line for line in lines)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dist_moe.config import load_config
+from dist_moe.data.files import RECORDS, UNPACKED_WITH
 from dist_moe.data.files import TO_JSONL as CONVERT
 from dist_moe.data.tokenizer import byte_tokenizer
 from dist_moe.train.data_check import OPENED_FILES, data_violations
@@ -101,9 +102,11 @@ def test_several_sources_are_reported_at_once(tmp_path: Path) -> None:
 def test_other_formats_get_a_hint(name: str, remedy: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("x")
-    for source in (path, tmp_path / "*"):
-        (line,) = found(sources(source))
-        assert line == f"data.sources={source} matches {name}, and no .txt or .jsonl file; {remedy}"
+    (line,) = found(sources(path))
+    assert line == f"data.sources={path} matches {path}, which is not .txt or .jsonl; {remedy}"
+    (line,) = found(sources(tmp_path / "*"))
+    remedy = remedy if path.suffix in RECORDS or path.suffix in UNPACKED_WITH else "leave it out, for example by a glob"
+    assert line.startswith(f"data.sources={tmp_path}/* matches {path}, which is not .txt or .jsonl; {remedy}")
 
 
 def pretrained(folder: Path, tokenizer: bool = True, weights: bool = True) -> list[str]:
