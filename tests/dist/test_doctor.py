@@ -129,6 +129,7 @@ def test_workers_of_an_external_launcher_leave_no_files(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_invalid_configuration_starts_no_workers(tmp_path: Path) -> None:
     done = doctor(write_text(tmp_path), tmp_path / "run", "parallel.expert_parallel=5")
     assert done.returncode == 2 and "parallel.expert_parallel=5" in done.stderr

@@ -46,6 +46,7 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_checkpoints_by_time_agree_over_the_ranks_and_change_no_loss(
     text: Path, tmp_path: Path, undisturbed: Path
 ) -> None:

@@ -61,6 +61,7 @@ def set_up(target: Path, index: str, path: str | None = None) -> tuple[str, floa
     return done.stdout, time.monotonic() - began_s
 
 
+@pytest.mark.slow
 def test_the_build_of_the_index_is_installed(tmp_path: Path) -> None:
     write_index(tmp_path / "index")
     with served(tmp_path / "index") as url:

@@ -16,7 +16,7 @@ from dist_moe.train.checkpoint_evaluation import refuse_unread
 from tests.dist.loaded import run_loaded
 from tests.unit.train.runs import STATE, WEIGHTS, step
 
-OTHER = ("To be, or not to be: 日本. " * 40, "Whether 'tis nobler in the mind to suffer\n" * 30, "the slings " * 50)
+OTHER = ("To be, or not to be: 日本. " * 12, "Whether 'tis nobler in the mind to suffer\n" * 9, "the slings " * 15)
 
 
 def evaluate(folder: Path, *words: str) -> str:
