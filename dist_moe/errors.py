@@ -12,7 +12,8 @@ from dist_moe.text import shown
 class Absent(Enum):
     """The value of a key that is missing, where None is a value of its own."""
 
-    ABSENT = "absent"
+    # Also its JSON where ranks exchange it; no text of a configuration holds a NUL.
+    ABSENT = "\0absent"
 
 
 ABSENT = Absent.ABSENT

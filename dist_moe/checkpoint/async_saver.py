@@ -179,14 +179,16 @@ class AsyncSaver:
         self._pending = None
         completing: Future[list[str]] | None = None
         try:
-            results = run_on_all_ranks(mesh, _failure_of(final), lambda: (pending.writing.result(), pending.stall_s))
+            results = run_on_all_ranks(
+                mesh, _failure_of(final), lambda: (pending.writing.result(), pending.stall_s), tuple[Written, float]
+            )
             fetched = self._fetch_remote_files(pending.partial, final, [written.files for written, _ in results])
             files = {name: entry for written, _ in results for name, entry in written.files.items()}
             completing = run_in_thread(
                 f"complete step {pending.step}", lambda: self._complete(pending, final, files, fetched)
             )
             self._wait_for_all_ranks(completing, final, "completed it")
-            warnings = run_on_all_ranks(mesh, _failure_of(final), completing.result)[0]
+            warnings = run_on_all_ranks(mesh, _failure_of(final), completing.result, list[str])[0]
         finally:
             # The folder is left after a failure, and on hosts other than rank 0's. A thread may still complete it.
             if self._hosts.is_host_leader(mesh.rank) and (completing is None or completing.done()):

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.config import Config, load_stored_config
-from dist_moe.errors import ABSENT, UserError
+from dist_moe.errors import ABSENT, Absent, UserError
 from dist_moe.text import listed, shown
 
 # A config that differs in one of these fields is that of another run; every other field may change on resume. The path
@@ -27,6 +29,10 @@ OPEN_FIELDS = ("run.seed", "train.global_batch_size", "data.sequence_length")
 PLACE_FIELDS = ("run.dir", "checkpoint.resume", "model.pretrained", "cluster", "slurm", "kubernetes")
 
 
+Value = Annotated[Absent | Any, Field(union_mode="left_to_right")]
+"""A value of a configuration, as JSON can hold it, or ABSENT."""
+
+
 class Change(NamedTuple):
     """A field that differs between a checkpoint and the run.
 
@@ -37,8 +43,8 @@ class Change(NamedTuple):
     """
 
     key: str
-    before: Any
-    now: Any
+    before: Value
+    now: Value
 
     def __str__(self) -> str:
         before, now = ("not set" if value is ABSENT else shown(value) for value in (self.before, self.now))

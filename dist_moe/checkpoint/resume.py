@@ -19,6 +19,7 @@ from dist_moe.checkpoint.format.hf_weights import fill_weights
 from dist_moe.checkpoint.format.layout import PARTIAL, archive_newer, checkpoints_root, recover, step_folders, step_of
 from dist_moe.checkpoint.format.manifest import (
     MANIFEST_NAME,
+    Manifest,
     digest_if_readable,
     find_damage,
     find_unlisted,
@@ -62,6 +63,20 @@ class Checkpoint:
     changes: tuple[Change, ...] = ()
 
 
+class Candidates(NamedTuple):
+    """The checkpoints to try.
+
+    Attributes:
+        resume: `checkpoint.resume`, or `auto` in a restarted job.
+        folders: In this order.
+        messages: About incomplete checkpoints.
+    """
+
+    resume: str
+    folders: list[Path]
+    messages: list[str]
+
+
 class Accepted(NamedTuple):
     """What rank 0 tells the others of a checkpoint that the run may resume from."""
 
@@ -82,9 +97,8 @@ def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device
             none of them is intact, or if the newest belongs to another run.
     """
     # Rank 0 decides for all: another host may see other files.
-    results = run_on_all_ranks(
-        mesh, f"{config.run.dir} cannot be used", lambda: candidates(config) if mesh.rank == 0 else None
-    )
+    what = f"{config.run.dir} cannot be used"
+    results = run_on_all_ranks(mesh, what, lambda: candidates(config) if mesh.rank == 0 else None, Candidates | None)
     assert results[0] is not None
     resume, folders, passed_over = results[0]
     hosts = find_hosts(mesh, config.cluster.shared_storage)
@@ -92,7 +106,7 @@ def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device
         damage = check_checkpoint(folder, mesh, hosts)
         if damage is None:
             accept = partial(_accept, config, tokenized, folder, resume) if mesh.rank == 0 else no_op
-            accepted = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept)[0]
+            accepted = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept, Accepted | str | None)[0]
             if isinstance(accepted, str):
                 raise RunChangedError(accepted)
             assert accepted is not None
@@ -146,7 +160,8 @@ def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts,
     """
     what = f"{checkpoint.folder} cannot be copied to every host"
     copy = Path(config.run.dir) / COPIES_FOLDER / checkpoint.folder.name
-    manifest = run_on_all_ranks(mesh, what, lambda: read_manifest(checkpoint.folder) if mesh.rank == 0 else None)[0]
+    read = partial(read_manifest, checkpoint.folder) if mesh.rank == 0 else no_op
+    manifest = run_on_all_ranks(mesh, what, read, Manifest | None)[0]
     assert manifest is not None
     transfers = [FileTransfer(name, entry.bytes, 0) for name, entry in manifest.files.items()]
     receives = hosts.is_remote(mesh.rank) and hosts.is_host_leader(mesh.rank)
@@ -154,7 +169,9 @@ def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts,
         shutil.rmtree(copy, ignore_errors=True)
     target = copy if receives else None
     run_on_all_ranks(mesh, what, lambda: broadcast_files(transfers, mesh, device, checkpoint.folder, target))
-    damage = run_on_all_ranks(mesh, what, lambda: find_damage(copy, manifest, manifest.files) if receives else [])
+    damage = run_on_all_ranks(
+        mesh, what, lambda: find_damage(copy, manifest, manifest.files) if receives else [], list[str]
+    )
     if first := next((message for messages in damage for message in messages), None):
         raise CheckpointError(f"{what}: {first}")
     return replace(checkpoint, folder=copy) if hosts.is_remote(mesh.rank) else checkpoint
@@ -170,26 +187,21 @@ def delete_copy(checkpoint: Checkpoint, mesh: Mesh) -> None:
         run_on_all_ranks(mesh, f"{checkpoint.folder} cannot be removed", work)
 
 
-def candidates(config: Config) -> tuple[str, list[Path], list[str]]:
-    """The checkpoints to try.
-
-    Returns:
-        (`checkpoint.resume`, or `auto` in a restarted job; the folders to try, in this order; messages about
-        incomplete checkpoints, which are removed).
-    """
+def candidates(config: Config) -> Candidates:
+    """Return the checkpoints to try; incomplete ones are removed."""
     root = checkpoints_root(config)
     recover(root)
     restarted = any(int(os.environ.get(name) or 0) for name in RESTART_COUNT_VARS)
     resume = AUTO if restarted and is_same_job(config) and step_folders(root) else config.checkpoint.resume
     if resume == NEVER:
-        return resume, [], []
+        return Candidates(resume, [], [])
     if resume != AUTO:
-        return resume, [Path(resume)], []
+        return Candidates(resume, [Path(resume)], [])
     incomplete = [path for path in sorted(root.glob(f"step-*{PARTIAL}")) if path.is_dir()]
     for path in incomplete:
         shutil.rmtree(path, ignore_errors=True)
     messages = [f"{path} was incomplete and has been removed" for path in incomplete]
-    return resume, [path for _, path in reversed(step_folders(root))], messages
+    return Candidates(resume, [path for _, path in reversed(step_folders(root))], messages)
 
 
 def is_same_job(config: Config) -> bool:
@@ -218,9 +230,10 @@ def check_checkpoint(folder: Path, mesh: Mesh, hosts: Hosts) -> str | None:
     readers = [rank for rank in range(mesh.world_size) if not hosts.is_remote(rank)]
     work = partial(_check_part, folder, readers.index(mesh.rank), len(readers)) if mesh.rank in readers else no_op
     try:
-        parts = [part for part in run_on_all_ranks(mesh, f"{folder} is damaged", work) if part is not None]
+        results = run_on_all_ranks(mesh, f"{folder} is damaged", work, tuple[str | None, list[str]] | None)
     except CheckpointError as error:
         return str(error)
+    parts = [part for part in results if part is not None]
     if any(digest != parts[0][0] for digest, _ in parts):
         return f"{folder} differs between hosts; share run.dir, or set cluster.shared_storage=false"
     damage = [message for _, messages in parts for message in messages]

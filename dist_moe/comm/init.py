@@ -185,11 +185,11 @@ def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None, local_rank: in
         os.environ["MASTER_PORT"] = os.environ[PORT_VARIABLE]
     if rank_info.world_size == 1 and (rank_info.launcher == "none" or _lacks_rendezvous()):
         os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(free_port()))
-    elif mpi and mpi.all_gather_objects(_lacks_rendezvous())[0]:
-        hosts = mpi.all_gather_objects(socket.gethostname())
+    elif mpi and mpi.all_gather_objects(_lacks_rendezvous(), bool)[0]:
+        hosts = mpi.all_gather_objects(socket.gethostname(), str)
         target = next((host for host in hosts if host != hosts[0]), LOOPBACK)
-        endpoint = (source_address(target), str(free_port())) if rank_info.rank == 0 else None
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.all_gather_objects(endpoint)[0]
+        endpoint = (source_address(target), str(free_port())) if rank_info.rank == 0 else ("", "")
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.all_gather_objects(endpoint, tuple[str, str])[0]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         remedy = EXPORT_RENDEZVOUS.get(rank_info.launcher, EXPORT_RENDEZVOUS["env"])

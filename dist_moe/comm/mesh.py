@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.errors import UserError
 from dist_moe.text import counted, divisors
 
@@ -138,7 +138,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
 
 def hosts_of_ranks() -> list[str]:
     """Return the host name of each rank; a collective call."""
-    return all_gather_objects(socket.gethostname())
+    return all_gather_objects(socket.gethostname(), str)
 
 
 def consecutive_ranks_per_host(hosts: Sequence[str], expert_parallel: int) -> int:

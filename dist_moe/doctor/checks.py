@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.mesh import make_mesh, ranks_per_node
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Resolved
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.doctor.context import DoctorContext
@@ -124,7 +124,7 @@ def run_checks(
         mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.all_to_all, resolved.expert_parallel))
         set_pg_timeouts(limit_s)
         context = DoctorContext(resolved, dist_context, mesh, folder, tokenized, limit_s)
-        text_error = next(filter(None, all_gather_objects(text_error)), "")
+        text_error = next(filter(None, all_gather_objects(text_error, str)), "")
         with temporary_folder(folder):
             findings, group_broken = _run_in_order(context, text_error)
             # No rank may remove files that another one still reads.

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.doctor.context import DoctorContext, experts_per_token
 from dist_moe.doctor.finding import Finding, Outcome
@@ -165,7 +165,7 @@ def check_memory(context: DoctorContext, shape: ModelShape, bf16: bool) -> Findi
         device_need = estimate.total - estimate.checkpoint_copy
         on_device = MemoryNeed(f"{host.owner} {device}", device_need, torch.cuda.mem_get_info(device)[0])
         own = [replace(host, needed=estimate.checkpoint_copy), on_device]
-    return compare_memory(estimate, [need for needs in all_gather_objects(own) for need in needs])
+    return compare_memory(estimate, [need for needs in all_gather_objects(own, list[MemoryNeed]) for need in needs])
 
 
 def compare_memory(estimate: MemoryEstimate, needs: Sequence[MemoryNeed]) -> Finding:

@@ -14,7 +14,7 @@ from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, 
 from dist_moe.checkpoint.training_state import seed_rng
 from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
@@ -138,7 +138,7 @@ def check_same_data(config: Config, data: TokenizedData) -> None:
     Raises:
         DataError: Ranks hold different tokens; raised on every rank.
     """
-    fingerprints = all_gather_objects(data.fingerprint)
+    fingerprints = all_gather_objects(data.fingerprint, str)
     other = next((rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]), None)
     if other is not None:
         raise DataError(
