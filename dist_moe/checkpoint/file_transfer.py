@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.manifest import is_safe_path
 from dist_moe.comm.mesh import Mesh, hosts_of_ranks
 from dist_moe.files import open_no_link
 
@@ -60,8 +62,13 @@ def broadcast_files(
         target: The folder that this rank writes; None where it needs no copy.
 
     Raises:
+        CheckpointError: On every rank, if a name leads out of the folder. Names come from other ranks.
         OSError: On the rank that could not read or write, after the last file.
     """
+    if outside := [transfer.name for transfer in transfers if not is_safe_path(transfer.name)]:
+        raise CheckpointError(
+            f"a rank names files outside of the checkpoint's folder: {outside}; do not trust its host"
+        )
     failures = [_broadcast_file(transfer, mesh, device, source, target) for transfer in transfers]
     if failure := next(filter(None, failures), None):
         raise failure

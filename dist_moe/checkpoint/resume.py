@@ -159,7 +159,8 @@ def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts,
         CheckpointError: On every rank, if a copy failed.
     """
     what = f"{checkpoint.folder} cannot be copied to every host"
-    copy = Path(config.run.dir) / COPIES_FOLDER / checkpoint.folder.name
+    # Its last part may be `..`, and the copy is deleted.
+    copy = Path(config.run.dir, COPIES_FOLDER, Path(os.path.normpath(checkpoint.folder)).name)
     read = partial(read_manifest, checkpoint.folder) if mesh.rank == 0 else no_op
     manifest = run_on_all_ranks(mesh, what, read, Manifest | None)[0]
     assert manifest is not None

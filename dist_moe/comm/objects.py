@@ -90,7 +90,7 @@ def _decode(content: bytes, adapter: TypeAdapter[Any], kind: Any, rank: int) -> 
         reason = f"it is not JSON: {error}"
     name = kind.__name__ if type(kind) is type else str(kind)
     raise ExchangeError(
-        f"rank {rank} sent a value that is not a {name} ({printable(reason[:MOST_REASON])}); {SAME_VERSION}"
+        f"rank {rank} sent a value that is not of type {name} ({printable(reason[:MOST_REASON])}); {SAME_VERSION}"
     )
 
 
