@@ -54,6 +54,7 @@ class Checkpoint:
         passed_over: For each newer checkpoint that was not used, the reason.
         fetched: Whether hosts without the checkpoint hold a copy until it is restored; `folder` differs by host then.
         changes: The fields of the configuration that have changed since it was written.
+        is_copy: Whether `folder` is such a copy.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Checkpoint:
     passed_over: tuple[str, ...] = ()
     fetched: bool = False
     changes: tuple[Change, ...] = ()
+    is_copy: bool = False
 
 
 class Candidates(NamedTuple):
@@ -175,14 +177,13 @@ def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts,
     )
     if first := next((message for messages in damage for message in messages), None):
         raise CheckpointError(f"{what}: {first}")
-    return replace(checkpoint, folder=copy) if hosts.is_remote(mesh.rank) else checkpoint
+    return replace(checkpoint, folder=copy, is_copy=True) if hosts.is_remote(mesh.rank) else checkpoint
 
 
 def delete_copy(checkpoint: Checkpoint, mesh: Mesh) -> None:
     """Delete the copies of `fetch_copy` when every rank has read them. A collective call."""
     if checkpoint.fetched:
-        is_copy = checkpoint.folder.parent.name == COPIES_FOLDER
-        work = partial(shutil.rmtree, checkpoint.folder, ignore_errors=True) if is_copy else no_op
+        work = partial(shutil.rmtree, checkpoint.folder, ignore_errors=True) if checkpoint.is_copy else no_op
         # A barrier: a rank that is still reading would lose its files.
         run_on_all_ranks(mesh, "the run cannot start", no_op)
         run_on_all_ranks(mesh, f"{checkpoint.folder} cannot be removed", work)
