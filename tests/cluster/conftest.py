@@ -61,8 +61,8 @@ class Images:
     engine: Engine
     cpu: str
 
-    def build(self, target: str) -> str:
-        return self.engine.build(target, BASE)
+    def build(self, target: str, context: Path = ROOT) -> str:
+        return self.engine.build(target, BASE, context)
 
 
 @pytest.fixture(scope="session")
