@@ -1,37 +1,44 @@
 """Every function of the package that reads input, with valid input to start from."""
 
 import json
-import socket
 import struct
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from safetensors.numpy import save
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.checkpoint.format.hf_folder import read_headers, read_raw_config
+from dist_moe.checkpoint.format.hf_folder import read_raw_config
 from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, read_manifest
-from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.training_state import COUNTERS_FILE, read_counters
-from dist_moe.config import load_config, resolve
-from dist_moe.data.files import local_files, read_local
-from dist_moe.data.load_tokenizer import load_tokenizer
-from dist_moe.data.tokenizer import byte_alphabet
 from dist_moe.errors import UserError
-from dist_moe.launch.hostfile import filter_hosts, read_hostfile
-from dist_moe.launch.supervise.monitor import WorkerMonitor
+from dist_moe.launch.hostfile import read_hostfile
 from dist_moe.study.load import read_histories
 from dist_moe.worker.launcher_variables import LAUNCHERS, SLURM_STEP
-from dist_moe.worker.rank_info import rank_info_from_env
 from tests.fuzz.inputs import SNIPPETS, VALUES, edited, edited_json
+from tests.fuzz.readers import (
+    ROOT,
+    WEIGHT_MAP,
+    by_file,
+    encode,
+    field_names,
+    read_argument,
+    read_checkpoint,
+    read_config,
+    read_deepspeed_file,
+    read_documents,
+    read_environment,
+    read_override,
+    read_selection,
+    read_shards,
+    read_text,
+    read_tokenizer,
+    read_weights,
+    send_to_launch,
+    tokenizer_json,
+)
 from tests.fuzz.surface import Surface
 
-ROOT = Path(__file__).resolve().parents[2]
-QUICK_START = ROOT / "configs" / "quickstart.yaml"
 HOSTFILES = (
     b"host0 slots=2\nhost1 slots=2\n",
     b"# two hosts\n10.0.0.1:2\n10.0.0.2:2\n",
@@ -55,7 +62,23 @@ COUNTERS = {
     "bf16": False,
 }
 HF_CONFIG = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "hidden_size": 8}
-WEIGHT_MAP = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+ARGUMENTS = (
+    b"train.steps=40",
+    b"data.sources=[/etc/hostname, texts/*.txt]",
+    b"model.config.rope_parameters={rope_type: yarn, factor: 4.0}",
+    b"cluster.hosts=[{name: a, slots: 0x2}]",
+    b"run.dir=~/runs",
+    b"checkpoint.resume=/etc",
+)
+DEEPSPEED = {
+    "train_batch_size": 32,
+    "gradient_accumulation_steps": "auto",
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+    "wandb": {"enabled": False},
+}
+PIECES = st.sampled_from(SNIPPETS) | st.binary(max_size=8)
+TEXTS = (b"To be, or not to be.\n\n" * 40, "日本語".encode() * 600, b"a" * 5000)
 INDEX = {"metadata": {"total_size": 32}, "weight_map": WEIGHT_MAP}
 STEP = {
     "event": "step",
@@ -66,7 +89,6 @@ STEP = {
     "max_vio_per_layer": [0.5],
     "load": [[4, 2]],
 }
-GREETING = {"token": "", "rank": 0, "size": 2, "host": "here", "agent_pid": 17}
 MESSAGES = (
     {"output": 1, "text": "step 1"},
     {"output": 2, "text": "a warning\nof two lines"},
@@ -75,109 +97,6 @@ MESSAGES = (
     {"wait_status": 256, "state": "running", "time": 1.0},
     {"wait_status": 9, "state": "finished", "time": 2.0},
 )
-
-
-def encode(value: object) -> bytes:
-    """Return the value as JSON."""
-    return json.dumps(value).encode()
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write a file of the folder in which an input is tried."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def by_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Path], object]:
-    """Return a reader that writes its input to a file first; `read` gets the folder."""
-
-    def read_file(content: bytes, folder: Path) -> object:
-        write(folder / name, content)
-        return read(folder)
-
-    return read_file
-
-
-def read_config(content: bytes, folder: Path) -> object:
-    """Read a configuration, and check whether it fits two workers."""
-    return resolve(load_config(write(folder / "run.yaml", content), workers=2), workers=2)
-
-
-def read_override(override: tuple[str, Any], folder: Path) -> object:
-    """Set one field of the quick start to any value."""
-    key, value = override
-    text = value if isinstance(value, str) else json.dumps(value)
-    return resolve(load_config(QUICK_START, [f"{key}={text}"], workers=2), workers=2)
-
-
-def field_names() -> list[str]:
-    """Return every field of the quick start by its dotted name."""
-    sections = load_config(QUICK_START).model_dump()
-    return [f"{name}.{key}" for name, fields in sections.items() for key in fields]
-
-
-def read_selection(selection: tuple[str, str], folder: Path) -> object:
-    """Select hosts as by cluster.include or cluster.exclude."""
-    include, exclude = selection
-    return filter_hosts({"host0": [0, 1], "host1": [0, 1]}, include or None, exclude or None)
-
-
-def read_weights(content: bytes, folder: Path) -> object:
-    """Read the names of a Hugging Face folder's tensors by its index."""
-    for name in ("a", "b"):
-        write(folder / WEIGHT_MAP[name], save({name: np.zeros(4, np.float32)}))
-    write(folder / "model.safetensors.index.json", content)
-    return read_headers(folder)
-
-
-def read_tokenizer(content: bytes, folder: Path) -> object:
-    """Load a tokenizer, and use it."""
-    write(folder / "tokenizer_config.json", b'{"eos_token": "<end>"}')
-    write(folder / "tokenizer.json", content)
-    tokenizer = load_tokenizer(folder)
-    return tokenizer.decode(tokenizer.encode("the end"))
-
-
-def read_shards(folder: Path) -> object:
-    """Open the shards of an optimizer, and read a tensor."""
-    with ShardReader(folder) as reader:
-        return reader.read("exp_avg", "weight", 0, 4)
-
-
-def read_documents(folder: Path) -> object:
-    """Read all documents of the folder."""
-    return list(read_local(local_files(str(folder / "*.jsonl"))))
-
-
-def read_environment(variables: dict[str, str], folder: Path) -> object:
-    """Read the rank from variables of several launchers."""
-    return rank_info_from_env(variables)
-
-
-def send_to_launch(stream: tuple[bool, bytes], folder: Path) -> object:
-    """Connect to a launch that waits for two workers, with or without its token, and send anything."""
-    knows_token, content = stream
-    with WorkerMonitor("127.0.0.1", 2, folder, multi_host=False) as monitor:
-        with socket.create_connection((monitor.rendezvous.address, monitor.rendezvous.port)) as connection:
-            if knows_token:
-                greeting = GREETING | {"token": monitor.rendezvous.token}
-                connection.sendall(encode(greeting) + b"\n")
-            connection.sendall(content)
-        for _ in range(4):
-            monitor.wait(0.01)
-            monitor.poll()
-        assert monitor.size == 2
-        return monitor.failures()
-
-
-def tokenizer_json() -> bytes:
-    """Return a small byte-level BPE, as its library writes it."""
-    vocabulary = {symbol: number for number, symbol in enumerate([*sorted(byte_alphabet()), "he", "<end>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return str(tokenizer.to_str()).encode()
 
 
 def all_surfaces() -> list[Surface]:
@@ -202,6 +121,20 @@ def launch_surfaces() -> list[Surface]:
             st.tuples(st.sampled_from(field_names()), VALUES),
             read_override,
             [("train.steps", 40), ("run.seed", 7)],
+            (UserError,),
+        ),
+        Surface(
+            "argument",
+            edited(ARGUMENTS),
+            read_argument,
+            [b"train.steps=40", b"run.dir=runs/\xff"],
+            (UserError,),
+        ),
+        Surface(
+            "DeepSpeed file",
+            edited([encode(DEEPSPEED)]) | edited_json([DEEPSPEED]),
+            by_file("ds.json", read_deepspeed_file),
+            [encode(DEEPSPEED)],
             (UserError,),
         ),
         Surface(
@@ -239,6 +172,7 @@ def checkpoint_surfaces() -> list[Surface]:
     """Return the files of a checkpoint and of a Hugging Face folder, and of a run."""
     shard = save({"exp_avg:weight:0": np.zeros(4, np.float32), "random:cpu/0:0": np.zeros(8, np.uint8)})
     header = json.loads(shard[8 : 8 + struct.unpack("<Q", shard[:8])[0]])
+
     headers = edited_json([header]).map(lambda text: struct.pack("<Q", len(text)) + text + bytes(24))
     return [
         Surface(
@@ -277,6 +211,22 @@ def checkpoint_surfaces() -> list[Surface]:
             (UserError,),
         ),
         Surface(
+            "checkpoint",
+            st.tuples(
+                st.integers(0, 99),
+                st.sampled_from(["edited"] * 5 + ["folder", "pipe", "device", "dead link"]),
+                st.lists(
+                    st.tuples(st.floats(0, 1), st.sampled_from(SNIPPETS) | st.binary(max_size=8)),
+                    min_size=1,
+                    max_size=3,
+                ),
+                st.booleans(),
+            ),
+            read_checkpoint,
+            [(0, "edited", [], True)],
+            (UserError,),
+        ),
+        Surface(
             "metrics",
             edited_json([STEP]).map(lambda line: line + b"\n") | edited([encode(STEP) + b"\n"]),
             by_file("metrics.jsonl", lambda folder: read_histories([folder])),
@@ -292,6 +242,7 @@ def data_surfaces() -> list[Surface]:
     bpe = tokenizer_json()
     return [
         Surface("tokenizer", edited([bpe]) | edited_json([json.loads(bpe)]), read_tokenizer, [bpe], (UserError,)),
+        Surface("text", edited(TEXTS), by_file("a.txt", read_text), TEXTS, (UserError,)),
         Surface(
             "jsonl",
             edited(lines) | edited_json([{"text": "a", "name": "b"}]),

@@ -11,17 +11,21 @@ from tests.fuzz import surface as limits
 from tests.fuzz.surface import Surface, silence, try_surface
 from tests.fuzz.surfaces import all_surfaces
 
-SURFACES = all_surfaces()
+# The checkpoint is that of a run.
+SURFACES = [
+    pytest.param(surface, marks=[pytest.mark.slow] if surface.name == "checkpoint" else [], id=surface.name)
+    for surface in all_surfaces()
+]
 
 
-@pytest.mark.parametrize("surface", SURFACES, ids=[surface.name for surface in SURFACES])
+@pytest.mark.parametrize("surface", SURFACES)
 def test_valid_input_is_accepted(surface: Surface, tmp_path: Path) -> None:
     for value in surface.valid:
         with silence():
             surface.read(value, tmp_path)
 
 
-@pytest.mark.parametrize("surface", SURFACES, ids=[surface.name for surface in SURFACES])
+@pytest.mark.parametrize("surface", SURFACES)
 def test_damaged_input_is_refused_with_a_message(surface: Surface, tmp_path: Path) -> None:
     result = try_surface(surface, 40, 1, tmp_path)
     assert result.failure == ""
