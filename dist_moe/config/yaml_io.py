@@ -25,7 +25,8 @@ LARGEST_FILE = 1 << 17
 MAX_VALUES = 20_000
 MAX_DEPTH = 50
 LINE_WIDTH = 110
-
+# What Python makes of bytes on the command line that are not UTF-8.
+NOT_UTF8 = re.compile("[\\udc80-\\udcff]")
 
 # A number such as .5e1, which ruamel.yaml takes for text.
 BARE_FLOAT = re.compile(r"[-+]?\.[0-9]+[eE][-+]?[0-9]+")
@@ -171,8 +172,11 @@ def _apply_override(settings: dict[Any, Any], override: str) -> Violation | None
         return Violation("override", override, rule, "write for example train.steps=20")
     try:
         value = parse(text)
-    except ValueError:
-        return Violation(".".join(names), text, "is not valid YAML", "quote the value: key='\"text\"'")
+    except ValueError as error:
+        if NOT_UTF8.search(text):
+            remedy = "rename the file, or give a pattern such as texts/*.txt that matches its name"
+            return Violation(".".join(names), text, "has bytes that are not UTF-8", remedy)
+        return Violation(".".join(names), text, f"is not valid YAML ({error})", "quote the value: key='\"text\"'")
     mapping = settings
     for depth, name in enumerate(names[:-1], start=1):
         inner = mapping.get(name)

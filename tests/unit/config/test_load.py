@@ -1,5 +1,6 @@
 """Loading: YAML, overrides, and everything that can be wrong with them, reported at once."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,21 @@ def test_an_override_may_hold_an_equals_sign() -> None:
             "run.dir.x=1",
             "run.dir=runs/debug has no keys below it, so run.dir.x cannot be set; give the key of a value",
         ),
-        ("run.dir=[", "run.dir=[ is not valid YAML; quote the value: key='\"text\"'"),
+        (
+            "run.dir=[",
+            "run.dir=[ is not valid YAML (while parsing a flow node, expected the node content, but found "
+            "'<stream end>', line 1, column 2); quote the value: key='\"text\"'",
+        ),
+        (
+            "run.dir=07",
+            "run.dir=07 is not valid YAML (07 is octal in YAML 1.1 and decimal in YAML 1.2, so write it without the "
+            "leading zero, line 1, column 1); quote the value: key='\"text\"'",
+        ),
+        (
+            os.fsdecode(b"data.sources=[caf\xe9.txt]"),
+            "data.sources=[caf\udce9.txt] has bytes that are not UTF-8; rename the file, or give a pattern such as "
+            "texts/*.txt that matches its name",
+        ),
         ("model=3", "model=3 is not a mapping; write its keys below it"),
     ],
 )
