@@ -10,7 +10,7 @@ import os
 import pwd
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TextIO
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # What flock and fcntl answer where a file system (or its mount options) has no locks.
 NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
 HELD = frozenset({errno.EACCES, errno.EAGAIN})
+NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 POLL_S = 0.05
 
 
@@ -129,18 +130,52 @@ def matching_paths(pattern: str) -> tuple[Path, list[Path]]:
 
     Returns:
         The fixed folder of the pattern, and the paths below it.
+
+    Raises:
+        OSError: a folder that the pattern looks into cannot be read.
     """
     whole = Path(pattern)
     parts, folder = whole.parts[bool(whole.anchor) :], Path(whole.anchor)
     for index, part in enumerate(parts[:-1]):
-        if glob.has_magic(part) and not os.path.lexists(folder / part):
-            rest = os.path.join(*parts[index:])
-            return folder, [folder / name for name in glob.iglob(rest, root_dir=folder, recursive=True)]
+        if glob.has_magic(part) and not _exists(folder / part):
+            return folder, _matches(folder, parts[index:])
         folder /= part
     last = parts[-1] if parts else "."
-    if os.path.lexists(folder / last):
-        return folder, [folder / last]
-    return folder, [folder / name for name in glob.iglob(last, root_dir=folder, recursive=True)]
+    return folder, [folder / last] if _exists(folder / last) else _matches(folder, (last,))
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something at a path, a link to nothing too. Raises OSError where that cannot be known."""
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno not in NOTHING_THERE:
+            raise
+        return False
+    except ValueError:  # a NUL in the path
+        return False
+    return True
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> list[Path]:
+    """Return what a pattern matches below a folder. Raises OSError for a folder that `glob` would leave out."""
+    for index, part in enumerate(parts):
+        if index and parts[index - 1] == "**":
+            continue  # these folders are already looked at
+        look = os.listdir if glob.has_magic(part) else os.lstat
+        _look_into(folder, parts[: index + 1] if part == "**" else parts[:index], look)
+    return [folder / name for name in glob.iglob(os.path.join(*parts), root_dir=folder, recursive=True)]
+
+
+def _look_into(folder: Path, parts: Sequence[str], look: Callable[[str], object]) -> None:
+    """Look into each folder that a pattern matches, as `glob` does later. Raises OSError where one is not readable."""
+    names = glob.iglob(os.path.join(*parts, ""), root_dir=folder, recursive=True) if parts else [""]
+    for name in names:
+        try:
+            look(os.path.join(folder, name, "."))  # the dot needs the permission to look at files
+        except OSError as error:
+            if error.errno not in NOTHING_THERE:
+                raise
 
 
 def others_may_write(folder: Path) -> str:

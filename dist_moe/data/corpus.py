@@ -4,7 +4,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,12 +15,11 @@ import numpy as np
 import tokenizers
 
 from dist_moe.data.cache import file_sha256, needs_cache
-from dist_moe.data.files import Document
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.mmap_files import MmapFile, content_digest, same_content
 from dist_moe.data.source_manifest import write_source_manifest
-from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
-from dist_moe.data.split import SALT, Part, Split, choose_split
+from dist_moe.data.sources import SourceRecord, fetch_sources, read_sources
+from dist_moe.data.split import SALT, Documents, Part, Split, choose_split
 from dist_moe.data.tokenizer import (
     PIECE_CHARACTERS,
     TRAINING_CHARACTERS,
@@ -34,6 +35,7 @@ from dist_moe.files import file_lock, write_atomically
 # Part of the fingerprint: increase it when the files, or how they are made, change.
 FORMAT = 1
 SPLITS = ("train", "validation")
+UNDIVIDED = ("all",)
 # Documents are tokenized in groups of about this many characters, so that short ones use all cores too.
 GROUP_CHARACTERS = 1 << 20
 
@@ -65,8 +67,8 @@ class TokenizedData:
 
     Attributes:
         tokenizer: what the tokens were made with.
-        train: the split for training.
-        validation: the split for validation.
+        train: the split for training; all of the text where it is not divided.
+        validation: the split for validation; all of the text where it is not divided.
         records: the sources, as they were when they were read.
         fingerprint: equal fingerprints mean equal tokens.
         folder: where the files are; `open_tokenized` opens it again.
@@ -88,7 +90,7 @@ def prepare(
     sources: Sequence[str],
     tokenizer: Literal["bytes", "bpe", "pretrained"],
     vocabulary: int,
-    validation_fraction: float,
+    validation_fraction: float | None,
     cache: Path,
     pretrained: Path | None = None,
 ) -> TokenizedData:
@@ -101,14 +103,15 @@ def prepare(
         sources: names of sources, or paths and globs of local files.
         tokenizer: which tokenizer; bpe is trained on the training split.
         vocabulary: tokens of the bpe vocabulary; for pretrained, the most that its tokenizer may have.
-        validation_fraction: the probability that a document belongs to the validation split, 0 < f < 1.
+        validation_fraction: the probability that a document belongs to the validation split, 0 < f < 1; None: the
+            text is not divided.
         cache: the folder for fetched sources and tokens.
         pretrained: the folder of the pretrained tokenizer.
 
     Raises:
         DataError: a source or the tokenizer cannot be used, or a split would be empty.
     """
-    if not 0 < validation_fraction < 1:
+    if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise DataError(f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1")
     records = fetch_sources(sources, cache)
     settings: dict[str, Any] = {
@@ -157,10 +160,10 @@ def _open(folder: Path) -> TokenizedData:
     manifest = json.loads((folder / "manifest.json").read_text())
     tokenizer = load_tokenizer(folder / "tokenizer")
     files: list[MmapFile] = []
-    train, validation = (_open_split(folder, split, manifest, tokenizer.end_id, files) for split in SPLITS)
+    corpora = [_open_split(folder, split, manifest, tokenizer.end_id, files) for split in manifest["splits"]]
     records = tuple(SourceRecord(**record) for record in manifest["records"])
     return TokenizedData(
-        *(tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder),
+        *(tokenizer, corpora[0], corpora[-1], records, manifest["settings"]["fingerprint"], folder),
         files=tuple(files),
         notes=tuple(manifest.get("notes", ())),
     )
@@ -225,25 +228,28 @@ def _write(
 
     given: the tokenizer, where it is not made here.
     """
-    split = choose_split(lambda: _documents(records, cache), settings["validation_fraction"])
+    documents = partial(read_sources, [record.name for record in records], cache)
+    split = choose_split(documents, settings["validation_fraction"])
     if given is not None:
         tokenizer = given
     elif settings["tokenizer"] == "bpe":
-        tokenizer = train_bpe(_training_pieces(split, records, cache), settings["vocabulary"])
+        tokenizer = train_bpe(_training_pieces(split, documents, records), settings["vocabulary"])
     else:
         tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
     domains: dict[str, int] = {}
-    with SplitWriter(folder, "train", dtype) as train, SplitWriter(folder, "validation", dtype) as validation:
-        for piece, ids in _encoded(split.parts(_documents(records, cache)), tokenizer):
-            writer = validation if piece.part.held_out else train
+    names = UNDIVIDED if settings["validation_fraction"] is None else SPLITS
+    with ExitStack() as stack:
+        writers = [stack.enter_context(SplitWriter(folder, name, dtype)) for name in names]
+        for piece, ids in _encoded(split.parts(documents()), tokenizer):
+            writer = writers[piece.part.held_out]
             writer.add(ids, piece.text)
             if piece.is_last:
                 document = piece.part.document
                 domain = domains.setdefault(document.domain, len(domains))
                 writer.end(document.name, document.domain, domain, tokenizer.end_id)
-    for writer in (train, validation):
+    for writer in writers:
         _refuse_short(writer)
     write_source_manifest(folder, records)
     paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
@@ -254,7 +260,7 @@ def _write(
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
         "domains": list(domains),
-        "splits": {writer.split: writer.totals() for writer in (train, validation)},
+        "splits": {writer.split: writer.totals() for writer in writers},
         "files": {path.name: path.stat().st_size for path in paths},
         "digests": {path.name: content_digest(path) for path in paths},
     }
@@ -263,27 +269,10 @@ def _write(
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _documents(records: Sequence[SourceRecord], cache: Path) -> Iterator[Document]:
-    """Yield the documents of all sources, without empty ones, which have nothing to predict.
-
-    Raises:
-        DataError: a source has none.
-    """
-    for record in records:
-        is_empty = True
-        for document in read_documents(record.name, cache):
-            if any(document.pieces):
-                is_empty = False
-                yield document
-        if is_empty:
-            rule = "has no text" if record.bytes else "is empty"
-            raise DataError(f"data source {record.name!r}", rule, "give a source with text, or leave this one out")
-
-
-def _training_pieces(split: Split, records: Sequence[SourceRecord], cache: Path) -> Iterator[str]:
+def _training_pieces(split: Split, documents: Documents, records: Sequence[SourceRecord]) -> Iterator[str]:
     """Yield the training split in pieces, or evenly spread pieces of a large one."""
     every = -(-sum(record.bytes for record in records) // TRAINING_CHARACTERS)
-    parts = (part for part in split.parts(_documents(records, cache)) if not part.held_out)
+    parts = (part for part in split.parts(documents()) if not part.held_out)
     pieces = (piece for part in parts for piece in cut_pieces(part.document.pieces, PIECE_CHARACTERS))
     return islice(pieces, 0, None, max(1, every))
 
@@ -322,5 +311,6 @@ def _grouped(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 def _refuse_short(writer: SplitWriter) -> None:
     if writer.predicted <= 0:
-        rule = f"leave the {writer.split} split without a token to predict: each of its documents is a single token"
+        what = f"the {writer.split} split" if writer.split in SPLITS else "the text"
+        rule = f"leave {what} without a token to predict: each of its documents is a single token"
         raise DataError("data.sources", rule, "give longer documents")

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import json
 import re
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ UNPACKED_WITH = {
     **{".zip": "unzip", ".tar": "tar -xf", ".tgz": "tar -xzf"},
 }
 RECORDS = (".parquet", ".arrow", ".json", ".csv", ".tsv")
+READ_FOLDER = "give this user permission to read it, or a pattern without it"
 TO_JSONL = 'write its texts as one JSON object per line, {"text": "..."}, in a .jsonl file'
 # JSON can hold half of a surrogate pair (\ud800), UTF-8 cannot.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
@@ -94,10 +94,15 @@ def local_files(pattern: str) -> list[tuple[str, Path]]:
     The name is the path below the fixed folder of the pattern, so moving that folder changes no name.
 
     Raises:
-        DataError: the pattern matches something else, a link to nothing, or a file twice under two names.
+        DataError: the pattern matches something else, a link to nothing, or a file twice under two names, or it looks
+            into a folder that cannot be read.
     """
-    folder, paths = matching_paths(pattern)
-    paths = [path for path in paths if not path.is_dir()]
+    try:
+        folder, paths = matching_paths(pattern)
+        paths = [path for path in paths if not path.is_dir()]
+    except OSError as error:
+        rule = f"has a folder that cannot be read ({error.strerror or error}: {printable(str(error.filename))})"
+        raise DataError(f"data source {printable(pattern)!r}", rule, READ_FOLDER) from error
     _refuse_others(pattern, paths)
     _refuse_twice(paths)
     return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
@@ -105,9 +110,16 @@ def local_files(pattern: str) -> list[tuple[str, Path]]:
 
 def _refuse_others(pattern: str, paths: list[Path]) -> None:
     """Refuse files that would not be read: nothing is left out without a word."""
-    others = [path for path in sorted(paths) if path.suffix not in SUFFIXES]
-    missing = [path for path in sorted(paths) if path not in others and not path.exists()]
-    special = [path for path in sorted(paths) if path not in others + missing and not _is_regular(path)]
+    others: list[Path] = []
+    missing: list[Path] = []
+    special: list[Path] = []
+    for path in sorted(paths):
+        if path.suffix not in SUFFIXES:
+            others.append(path)
+        elif not path.exists():
+            missing.append(path)
+        elif not path.is_file():
+            special.append(path)
     for found, rule, remedy in (
         (others, "which is not .txt or .jsonl", "leave it out, for example by a glob that ends in .txt or .jsonl"),
         (missing, "a link to a file that does not exist", "remove the link, or restore the file"),
@@ -120,10 +132,6 @@ def _refuse_others(pattern: str, paths: list[Path]) -> None:
         convertible = found is others and (is_given_by_name or found[0].suffix in {*UNPACKED_WITH, *RECORDS})
         hint = conversion(found[0]) if convertible else remedy
         raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", hint)
-
-
-def _is_regular(path: Path) -> bool:
-    return stat.S_ISREG(path.stat().st_mode)
 
 
 def _refuse_twice(paths: Iterable[Path]) -> None:

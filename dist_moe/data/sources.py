@@ -6,7 +6,8 @@ import os
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +54,21 @@ def fetch_sources(names: Sequence[str], cache: Path) -> list[SourceRecord]:
     """
     if not names:
         raise DataError("data.sources=[]", "has no source", f"give at least one, for example {BUILT_IN[0]}")
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
-    if repeated:
+    if repeated := repeated_names(names):
         raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "give each source once")
+    refuse_shared_files(names)
+    return [_record(name, cache) for name in names]
+
+
+def repeated_names(names: Iterable[str]) -> list[str]:
+    """Return the names that are given more than once, sorted."""
+    return sorted(name for name, times in Counter(names).items() if times > 1)
+
+
+def refuse_shared_files(names: Iterable[str]) -> None:
+    """Refuse local sources that have a file in common. Raises DataError."""
     local = [name for name in names if name not in BUILT_IN]
     refuse_same_files((f"{name} ({path})", path) for name in local for _, path in _matched_files(name))
-    return [_record(name, cache) for name in names]
 
 
 def read_documents(name: str, cache: Path) -> Iterator[Document]:
@@ -77,6 +87,22 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
             yield Document("drama", work, _pieces(text))
     else:
         yield from read_local(_matched_files(name))
+
+
+def read_sources(names: Iterable[str], cache: Path) -> Iterator[Document]:
+    """Yield the documents of all sources, without empty ones, which have nothing to predict.
+
+    Raises:
+        DataError: as `read_documents`, or a source has no text.
+    """
+    for name in names:
+        is_empty = True
+        for document in read_documents(name, cache):
+            if any(document.pieces):
+                is_empty = False
+                yield document
+        if is_empty:
+            raise DataError(f"data source {name!r}", "has no text", "give a source with text, or leave this one out")
 
 
 def _pieces(text: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, count, groupby
+from itertools import chain, count, groupby, islice
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ class Split:
     """How text is assigned.
 
     Attributes:
-        fraction: of the text that is held out.
+        fraction: of the text that is held out; 0 where none is.
         documents: how many there are, where text is held out by blocks.
         size: the least characters of a block; 0 where whole documents are held out.
         blocks: how many there are, numbered through all documents.
@@ -74,7 +74,7 @@ class Split:
             return
         numbers = count()
         for document in documents:
-            blocks = ((next(numbers), text) for text in cut_pieces(document.pieces, self.size))
+            blocks = ((next(numbers), text) for text in _blocks(document, self.size))
             for held_out, run in groupby(blocks, key=lambda block: self._is_held_out(block[0])):
                 number, text = next(run)
                 pieces = chain([text], map(itemgetter(1), run))  # noqa: B031 (continues where next stopped)
@@ -85,28 +85,47 @@ class Split:
         return (block + 1) * self.held_out // self.blocks > block * self.held_out // self.blocks
 
 
-def choose_split(documents: Documents, fraction: float) -> Split:
+def choose_split(documents: Documents, fraction: float | None) -> Split:
     """Hold out whole documents, or blocks of text where that would leave a split empty.
 
     Args:
         documents: yields the documents anew each time that it is called.
-        fraction: what to hold out.
+        fraction: what to hold out; None: nothing.
 
     Raises:
         DataError: the text is too short for two blocks.
     """
+    if fraction is None:
+        return Split(0.0)
     found: set[bool] = set()
     for document in documents():
-        if any(document.pieces):
+        if _has_two_bytes(document):
             found.add(in_validation(document.name, fraction))
         if len(found) == 2:
             return Split(fraction)
     lengths = [sum(map(len, document.pieces)) for document in documents()]
     size = max(SMALLEST_BLOCK, min(LARGEST_BLOCK, sum(lengths) // BLOCKS))
-    blocks = sum(1 for document in documents() for _ in cut_pieces(document.pieces, size))
+    blocks = sum(1 for document in documents() for _ in _blocks(document, size))
     if blocks < 2:
         split, change = ("train", "lower") if found == {True} else ("validation", "raise")
-        rule = f"leaves the {split} split empty, and {sum(lengths)} characters are too few to be divided"
+        text = f"the text of {counted(sum(lengths), 'character')}"
+        rule = f"leaves the {split} split empty, and {text} is too short to be divided"
         remedy = f"{change} data.validation_fraction, or give more text"
         raise DataError(f"data.validation_fraction={fraction}", rule, remedy)
     return Split(fraction, sum(map(bool, lengths)), size, blocks)
+
+
+def _has_two_bytes(document: Document) -> bool:
+    """Whether the text may have a token to predict; that of a single byte is one token, which nothing precedes."""
+    head = "".join(piece[:2] for piece in islice(filter(None, document.pieces), 2))
+    return len(head.encode()) > 1
+
+
+def _blocks(document: Document, size: int) -> Iterator[str]:
+    """Cut the text after white space; where there is none within twice the size, at every `size` characters."""
+    for text in cut_pieces(document.pieces, size):
+        start = 0
+        while len(text) - start > 2 * size:
+            yield text[start : start + size]
+            start += size
+        yield text[start:]

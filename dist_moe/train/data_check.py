@@ -1,13 +1,16 @@
-"""Looks at the text, the tokenizer and the weights that a configuration names, without reading them whole."""
+"""Looks at the text, the tokenizer and the weights that a configuration names; of these only a small text is read whole."""
 
 import codecs
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dist_moe.config import Config, ConfigError, Violation
 from dist_moe.config.pretrained import is_model_folder, own_checkpoints, text_vocabulary, tokenizer_folder
+from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data.files import TO_JSONL, conversion
-from dist_moe.data.sources import source_files
+from dist_moe.data.sources import read_sources, refuse_shared_files, repeated_names, source_files
 from dist_moe.errors import DataError
 from dist_moe.text import counted, listed
 
@@ -16,17 +19,22 @@ OPENED_FILES = 100
 HEAD_BYTES = 4096
 MAX_NAMED = 3
 # The first bytes of other formats -> their suffix.
-FORMATS = {b"\x1f\x8b": ".gz", b"PAR1": ".parquet", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip"}
+FORMATS = {
+    **{b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"},
+    **{b"PK\x03\x04": ".zip", b"PAR1": ".parquet"},
+}
+# A text up to this size is read whole and split, in a fraction of a second.
+SPLIT_FILES, SPLIT_BYTES = 100, 4 << 20
 
 
 def data_violations(config: Config) -> list[Violation]:
     """Return what is wrong with the files and folders that the configuration names, on this host."""
     found = _folder_violations(config)
-    found += [violation for name in dict.fromkeys(config.data.sources) for violation in _source_violations(name)]
-    repeated = sorted({name for name in config.data.sources if config.data.sources.count(name) > 1})
-    if repeated:
+    in_sources = [violation for name in dict.fromkeys(config.data.sources) for violation in _source_violations(name)]
+    if repeated := repeated_names(config.data.sources):
         rule = f"repeats {listed(repeated, last='and')}"
-        found.append(Violation("data.sources", config.data.sources, rule, "give each source once"))
+        in_sources.append(Violation("data.sources", config.data.sources, rule, "give each source once"))
+    found += in_sources or _split_violations(config)
     return [*found, *_tokenizer_violations(config), *_weights_violations(config)]
 
 
@@ -61,6 +69,30 @@ def _source_violations(name: str) -> list[Violation]:
         what = "is an empty file" if len(files) == 1 else f"matches {counted(len(files), 'file')}, all of them empty"
         return [Violation("data.sources", name, what, "give files with text")]
     return []
+
+
+def _split_violations(config: Config) -> list[Violation]:
+    """Return why the text as a whole cannot be divided; of a large or built-in one, only where sources share a file."""
+    sources, fraction = config.data.sources, config.data.validation_fraction
+    try:
+        refuse_shared_files(sources)
+        if _is_small(sources):
+            from dist_moe.data.split import choose_split  # imports numpy and tokenizers
+
+            choose_split(partial(read_sources, sources, Path()), fraction)
+    except DataError as error:
+        if error.value.startswith("data.validation_fraction="):
+            return [Violation("data.validation_fraction", fraction, error.rule, error.remedy)]
+        rule = f"cannot be used: {error.value.removeprefix('data.sources: ')} {error.rule}"
+        return [Violation("data.sources", sources, rule, error.remedy)]
+    return []
+
+
+def _is_small(sources: Sequence[str]) -> bool:
+    if any(name in BUILT_IN for name in sources):
+        return False
+    paths = [path for name in sources for _, path in source_files(name) or []]
+    return len(paths) <= SPLIT_FILES and sum(path.stat().st_size for path in paths) <= SPLIT_BYTES
 
 
 def _fault(path: Path, opened: bool) -> tuple[str, str] | None:

@@ -122,7 +122,7 @@ def test_paths_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_path_with_brackets_is_found(tmp_path: Path) -> None:
     (tmp_path / "data[1]").mkdir()
-    (tmp_path / "data[1]" / "a.txt").write_text("text")
+    (tmp_path / "data[1]" / "a.txt").write_text("some text " * 100)
     for name in ("a.txt", "*.txt", "**/a.*"):
         assert data_violations(debug(f"data.sources=['{tmp_path}/data[1]/{name}']")) == []
 

@@ -57,6 +57,28 @@ def test_every_document_is_in_its_split_once(source: str, tmp_path: Path, tokeni
     assert {json.loads(line)["name"] for line in listed} == validation_set
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_text_that_is_not_divided_is_whole_and_in_order(source: str, tmp_path: Path, tokenizer: str) -> None:
+    tokenized = prepare([source], tokenizer, 300, None, tmp_path)  # type: ignore[arg-type]
+    assert tokenized.train is tokenized.validation or tokenized.train.starts_N1 is tokenized.validation.starts_N1
+    assert _texts(tokenized.validation, tokenized.tokenizer.decode) == list(TEXTS.values())
+    assert tokenized.validation.text_bytes == sum(len(text) for text in TEXTS.values())
+    assert isinstance(tokenized.validation.tokens, np.memmap) and len(tokenized.files) == 3
+    again = prepare([source], tokenizer, 300, None, tmp_path)  # type: ignore[arg-type]
+    assert again.fingerprint == tokenized.fingerprint != prepare([source], "bytes", 300, 0.3, tmp_path).fingerprint
+
+
+def test_one_document_that_is_not_divided_stays_one(tmp_path: Path) -> None:
+    for text in ("abc", "some words " * 20_000):
+        (tmp_path / "a.txt").write_text(text)
+        tokenized = prepare([str(tmp_path / "a.txt")], "bytes", 0, None, tmp_path)
+        assert _texts(tokenized.validation, tokenized.tokenizer.decode) == [text]
+        assert tokenized.notes == ()
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match="leave the text without a token to predict"):
+        prepare([str(tmp_path / "a.txt")], "bytes", 0, None, tmp_path)
+
+
 def test_split_does_not_depend_on_order_or_other_documents(source: str, tmp_path: Path) -> None:
     whole = {name for name in TEXTS if in_validation(name, 0.1)}
     wider = {name for name in TEXTS if in_validation(name, 0.3)}

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from dist_moe.data.corpus import TokenizedData, prepare
-from dist_moe.data.files import READ_BYTES, FileText, local_files
-from dist_moe.data.sources import fetch_sources, read_documents
-from dist_moe.data.split import choose_split
+from dist_moe.data.files import READ_BYTES, Document, FileText, local_files
+from dist_moe.data.sources import fetch_sources, read_documents, repeated_names
+from dist_moe.data.split import LARGEST_BLOCK, SMALLEST_BLOCK, choose_split, in_validation
 from dist_moe.data.tokenizer import LONGEST_PIECE, cut, cut_pieces, train_bpe
 from dist_moe.errors import DataError
 
@@ -48,6 +48,57 @@ def test_one_long_document_is_held_out_by_blocks(tmp_path: Path, tokenizer: str,
     names = [json.loads(line)["name"] for line in listed]
     assert names[0] in ("input.txt#0", "input.txt#1") and len(names) == len(set(names))
     assert prepare([str(tmp_path / "input.txt")], tokenizer, 300, fraction, tmp_path).notes == (note,)  # type: ignore[arg-type]
+
+
+def _unspaced(letters: str, length: int) -> str:
+    return "".join(random.Random(0).choices(letters, k=length))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (_unspaced("天地玄黃宇宙洪荒", 200_000), 4_000),
+        (_unspaced("ACGT", 20_000), 400),
+        (_unspaced(string.ascii_letters, 1_500_000), LARGEST_BLOCK),
+        (_words(9_000) + " " + _unspaced("ACGT", 46_000) + " " + _words(1_000), 2_120),
+    ],
+)
+def test_a_text_without_white_space_is_held_out_by_blocks_of_a_fixed_length(
+    tmp_path: Path, text: str, size: int
+) -> None:
+    document = Document("domain", "name", (text,))
+    split = choose_split(lambda: iter([document]), 0.1)
+    assert split.size == size
+    parts = [(part.held_out, part.document.text) for part in split.parts(iter([document]))]
+    assert "".join(part for _, part in parts) == text
+    held_out = [len(part) for is_held_out, part in parts if is_held_out]
+    assert max(held_out) <= 2 * size
+    assert sum(held_out) / len(text) == pytest.approx(0.1, abs=0.05)
+    assert split.blocks >= len(text) // (2 * size)
+
+
+def test_the_least_text_that_can_be_divided() -> None:
+    def split_of(length: int) -> int:
+        return choose_split(lambda: iter([Document("domain", "name", ("a" * length,))]), 0.1).blocks
+
+    assert split_of(2 * SMALLEST_BLOCK + 1) == 2
+    with pytest.raises(DataError, match=r"split empty, and the text of 512 characters is too short to be divided"):
+        split_of(2 * SMALLEST_BLOCK)
+    with pytest.raises(DataError, match=r"split empty, and the text of 1 character is too short to be divided"):
+        split_of(1)
+
+
+def test_documents_of_one_byte_do_not_fill_a_split(tmp_path: Path) -> None:
+    names = [str(number) for number in range(200)]
+    held_out = [name for name in names if in_validation(name, 0.1)]
+    lines = [{"name": name, "text": "a" if name in held_out else _words(60)} for name in names]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = prepare([str(tmp_path / "a.jsonl")], "bytes", 0, 0.1, tmp_path)
+    assert len(data.notes) == 1
+    assert data.validation.text_bytes == pytest.approx(0.1 * data.train.text_bytes, rel=0.3)
+    (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace('"a"', '"\u00e9"'))
+    two_bytes = prepare([str(tmp_path / "b.jsonl")], "bytes", 0, 0.1, tmp_path)
+    assert (two_bytes.notes, len(two_bytes.validation.domains_N)) == ((), len(held_out)), "two tokens, one predicted"
 
 
 def test_whole_documents_are_held_out_where_both_splits_get_one(tmp_path: Path) -> None:
@@ -162,12 +213,66 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert told == "a.txt cannot be read (Permission denied); make it readable for this user, or leave it out\n"
 
 
+CLOSED = """if True:
+    import os, sys
+    from dist_moe.data.files import local_files
+    from dist_moe.errors import DataError
+    for name, mode in (("closed", 0), ("listed", 0o444), (".", 0o755)):
+        os.chmod(name, mode)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    for pattern in sys.argv[1:]:
+        try:
+            print(pattern, [name for name, _ in local_files(pattern)])
+        except DataError as error:
+            print(error)
+"""
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    """By a user without permission, since root has it."""
+    for folder in ("open/inner", "closed", "listed"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text("text")
+    refused = {
+        **{"**/*.txt": "./closed/.", "*/*.txt": "closed/.", "*/a.txt": "closed/a.txt", "**": "closed/."},
+        **{"closed/*.txt": "closed/.", "closed/a.txt": "closed/a.txt", "closed/**/*.txt": "closed/."},
+        **{"l*/*.txt": "listed/.", "listed/*.txt": "listed/.", "listed/a.txt": "listed/a.txt"},
+    }
+    accepted = {"open/**/*.txt": ["inner/a.txt"], "open/inner/[a]*.txt": ["a.txt"], "o*/none/*.txt": [], "no/*.txt": []}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", CLOSED, *refused, *accepted]
+    try:
+        told = subprocess.check_output(argv, cwd=tmp_path, text=True, env=environment).splitlines()
+    finally:
+        for name in ("closed", "listed"):
+            (tmp_path / name).chmod(0o755)
+    assert told[len(refused) :] == [f"{pattern} {names}" for pattern, names in accepted.items()]
+    for pattern, line in zip(refused, told, strict=False):
+        assert line.startswith(f"data source '{pattern}' has a folder that cannot be read (Permission denied: "), line
+        assert line.endswith("; give this user permission to read it, or a pattern without it")
+        assert "closed" in line or "listed" in line
+
+
+def test_many_files_are_looked_at_in_linear_time(tmp_path: Path) -> None:
+    """Minutes where each file is looked up in a list of the others."""
+    for number in range(12_000):
+        (tmp_path / f"{number}.csv").touch()
+    (tmp_path / "a.txt").write_text("text")
+    names = [str(number) for number in range(20_000)]
+    start = time.process_time()
+    with pytest.raises(DataError, match=r"0\.csv, .* and 11997 more, which is not \.txt or \.jsonl"):
+        local_files(str(tmp_path / "*"))
+    assert repeated_names([*names, "5", "5", "2"]) == ["2", "5"]
+    assert time.process_time() - start < 15
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("b.jsonl.gz", r"matches .*b\.jsonl\.gz, which is not \.txt or \.jsonl; unpack it with gunzip"),
         ("b.parquet", r"b\.parquet, which is not .*; write its texts as one JSON object per line"),
-        ("README.md", r"README\.md, which is not .*; leave it out"),
+        ("README.md", r"README\.md, which is not .*; (leave it out|rename a text to \.txt)"),
     ],
 )
 @pytest.mark.parametrize("pattern", ["*", "name itself"])

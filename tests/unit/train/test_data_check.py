@@ -1,7 +1,11 @@
 """What a configuration names is looked at before a process starts: text, tokenizer and weights."""
 
+import bz2
 import gzip
 import json
+import lzma
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,8 @@ def test_text_is_accepted(tmp_path: Path) -> None:
         ("a.txt", b"", "{path} is an empty file; give files with text"),
         ("a.txt", b"caf\xe9 ", "{path} has a file that is not UTF-8 ({path}: byte 3); convert the file to UTF-8"),
         ("a.txt", gzip.compress(b"x"), "{path} has a file that is not text ({path}); unpack it with gunzip"),
+        ("a.txt", bz2.compress(b"x"), "{path} has a file that is not text ({path}); unpack it with bunzip2"),
+        ("a.txt", lzma.compress(b"x"), "{path} has a file that is not text ({path}); unpack it with unxz"),
         ("a.jsonl", b"PAR1", f"{{path}} has a file that is not text ({{path}}); {CONVERT}"),
         (
             "a.jsonl",
@@ -70,6 +76,49 @@ def test_many_bad_files_are_counted(tmp_path: Path) -> None:
         (tmp_path / f"{number:03}.txt").write_bytes(b"\xff")
     (line,) = found(sources(tmp_path / "*.txt"))
     assert f"and {OPENED_FILES - 3} more; convert the file to UTF-8" in line
+
+
+def test_a_small_text_that_cannot_be_divided(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("three words only")
+    (line,) = found(sources(tmp_path / "a.txt"), "data.validation_fraction=0.2")
+    assert line == (
+        "data.validation_fraction=0.2 leaves the validation split empty, and the text of 16 characters is too short to "
+        "be divided; raise data.validation_fraction, or give more text"
+    )
+    (tmp_path / "a.txt").write_text("enough words " * 50)
+    assert found(sources(tmp_path / "a.txt"), "data.validation_fraction=0.2") == []
+
+
+def test_a_small_text_is_read_whole(tmp_path: Path) -> None:
+    lines = ['{"text": "some words"}'] * 300 + ['{"txt": ""}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (line,) = found(sources(tmp_path / "a.jsonl"))
+    assert f"cannot be used: {tmp_path}/a.jsonl:301 is not an object with the field 'text'; write one JSON" in line
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    (line,) = found(sources(tmp_path / "a.jsonl"))
+    assert line.endswith(
+        f"data source '{tmp_path}/a.jsonl' has no text; give a source with text, or leave this one out"
+    )
+
+
+def test_sources_that_share_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("enough words " * 50)
+    (line,) = found(sources(tmp_path / "a.txt", tmp_path / "*.txt", "stdlib-code"))
+    assert "are one file, whose text would count twice; give it once" in line
+
+
+def test_the_text_is_divided_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short")
+    program = """if True:
+        import sys
+        from dist_moe.config import load_config
+        from dist_moe.train.data_check import data_violations
+        (violation,) = data_violations(load_config(sys.argv[1], sys.argv[2:]))
+        print(violation.key, "torch" in sys.modules)
+    """
+    argv = [sys.executable, "-c", program, str(DEBUG), sources(tmp_path / "a.txt")]
+    root = Path(__file__).parents[3]
+    assert subprocess.check_output(argv, cwd=root, text=True) == "data.validation_fraction False\n"
 
 
 def test_several_sources_are_reported_at_once(tmp_path: Path) -> None:
