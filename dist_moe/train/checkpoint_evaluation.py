@@ -1,23 +1,25 @@
 """Evaluates the model of a checkpoint or a Hugging Face folder, with its own tokenizer, on any text."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PretrainedConfig
 
+from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.checkpoint.format.layout import resolve_path, step_of, weights_folder
+from dist_moe.checkpoint.training_state import read_counters
 from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Config, load_stored_config
 from dist_moe.config.messages import validate
 from dist_moe.config.yaml_io import apply_overrides
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.corpus import Corpus, TokenizedData, prepare
+from dist_moe.data.corpus import TokenizedData, prepare
+from dist_moe.data.source_manifest import compare_sources
 from dist_moe.errors import ConfigError, Violation
 from dist_moe.families.registry import family_of
 from dist_moe.model.task import LanguageModelTask
@@ -32,6 +34,7 @@ READ_FIELDS = (
 )
 """The fields that an evaluation reads; everything else is given by the checkpoint."""
 LONGEST_BY_DEFAULT = 512
+HELD_OUT = "the held-out part"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     """Evaluate the model of a checkpoint or of a Hugging Face folder, with its tokenizer.
 
     The text is that of the checkpoint's configuration, of which the validation split is evaluated; or that of an
-    override of `data.sources`, of which all is evaluated where the model was trained on none of these sources, and
+    override of `data.sources`, of which all is evaluated where the model was trained on none of these files, and
     `data.validation_fraction` and `observe.validation_sequences` do not ask for less.
     Works in a single process or as one worker of a launcher.
 
@@ -79,13 +82,10 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     refuse_too_long(given, model_config)
     rank_info = rank_info_from_env(os.environ, alone_in_batch=True)
     set_threads(given.run.threads, rank_info)
-    fraction = given.data.validation_fraction
-    data = prepare(given.data.sources, "pretrained", model_config.vocab_size, fraction, cache_folder(), folder)
     asked = {override.partition("=")[0].strip() for override in overrides}
-    whole = not set(given.data.sources) & set(trained_on) and "data.validation_fraction" not in asked
-    if whole:
-        data = replace(data, validation=joined(data))
-    if whole and "observe.validation_sequences" not in asked:
+    part = choose_part(given, trained_on, checkpoint, asked)
+    data = prepare(part.sources, "pretrained", model_config.vocab_size, part.fraction, cache_folder(), folder)
+    if part.fraction is None and "observe.validation_sequences" not in asked:
         given = given.model_copy(update={"observe": given.observe.model_copy(update={"validation_sequences": 0})})
     with init_distributed(rank_info, given.parallel.backend, given.parallel.timeout_s) as dist_context:
         experts: int = getattr(model_config, family_of(model_config.model_type).experts_key)
@@ -93,7 +93,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
         task = LanguageModelTask(load_weights(folder, mesh)).to(dist_context.device)
         text = validation_set(given, data)
         metrics = evaluate(task, text, mesh, dist_context.device, step_of(checkpoint) or 0)
-    return CheckpointEvaluation(checkpoint, describe_text(given, data, text, whole), metrics)
+    return CheckpointEvaluation(checkpoint, describe_text(given, data, text, part), metrics)
 
 
 def refuse_unread(overrides: Sequence[str]) -> None:
@@ -137,21 +137,51 @@ def refuse_too_long(config: Config, model_config: PretrainedConfig) -> None:
         raise ConfigError([Violation(key, value, rule, f"give at most {longest}")])
 
 
-def joined(data: TokenizedData) -> Corpus:
-    """Return both splits as one corpus, in memory."""
-    first, second = data.train, data.validation
-    return replace(
-        first,
-        tokens=np.concatenate([first.tokens, second.tokens]),
-        starts_N1=np.concatenate([first.starts_N1, second.starts_N1[1:] + len(first.tokens)]),
-        domains_N=np.concatenate([first.domains_N, second.domains_N]),
-        text_bytes=first.text_bytes + second.text_bytes,
-    )
+class Part(NamedTuple):
+    """What of a text is evaluated: what is held out of these sources, or all where `fraction` is None."""
+
+    sources: Sequence[str]
+    fraction: float | None
+    words: str
 
 
-def describe_text(config: Config, data: TokenizedData, text: ValidationSet, whole: bool) -> str:
+def choose_part(given: Config, trained_on: Sequence[str], checkpoint: Path, asked: Collection[str]) -> Part:
+    """Choose all of a text that the model was not trained on, or else what was held out in training.
+
+    Args:
+        given: The configuration with the text.
+        trained_on: The sources that the model was trained on.
+        checkpoint: The folder of the checkpoint.
+        asked: The keys of the overrides.
+
+    Raises:
+        DataError: The sources match no files, or a file cannot be read.
+    """
+    sources, fraction = given.data.sources, given.data.validation_fraction
+    if sources == trained_on:
+        return Part(sources, fraction, HELD_OUT)
+    overlap = compare_sources(sources, trained_on, corpus_folder(checkpoint))
+    if not overlap.shared:
+        whole = "data.validation_fraction" not in asked
+        return Part(sources, None, "all") if whole else Part(sources, fraction, HELD_OUT)
+    if overlap.same is not None:
+        return Part(overlap.same, fraction, HELD_OUT)
+    known = f"{overlap.shared} of {counted(overlap.files, 'file')} were read in training"
+    return Part(sources, fraction, f"a newly held-out part, which may hold training text ({known})")
+
+
+def corpus_folder(checkpoint: Path) -> Path:
+    """Return the folder of the tokens that a checkpoint was trained on, which may be gone; else one without files."""
+    try:
+        corpus = read_counters(checkpoint / "state").corpus
+    except CheckpointError:
+        corpus = "unknown"
+    return cache_folder() / "tokens" / Path(corpus).name
+
+
+def describe_text(config: Config, data: TokenizedData, text: ValidationSet, evaluated: Part) -> str:
     """Say which text was evaluated."""
-    part = "all" if whole else "the held-out part"
+    part = evaluated.words
     if text.rows < text.stream.rows_per_epoch:
         part = f"the first {counted(text.rows, 'sequence')} of {part}"
     sources = listed(config.data.sources, last="and", most=3)

@@ -1,4 +1,4 @@
-"""Looks at the text, the tokenizer and the weights that a configuration names; of these only a small text is read whole."""
+"""Looks at the text, the tokenizer and the weights that a configuration names; only a small text is read whole."""
 
 import codecs
 import os

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.layout import resolve_path
 from dist_moe.cli.main import app
+from dist_moe.config import load_stored_config
 from dist_moe.errors import ConfigError
-from dist_moe.train.checkpoint_evaluation import refuse_unread
+from dist_moe.train.checkpoint_evaluation import Part, choose_part, refuse_unread
 from tests.dist.loaded import run_loaded
 from tests.unit.train.runs import STATE, WEIGHTS, step
 
@@ -41,12 +42,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.sources=[{folder}/*.txt]"
 
 
-def test_evaluate_gives_a_table_or_the_record_of_the_run(made: Path, tmp_path: Path) -> None:
+def test_evaluate_gives_a_table_or_the_record_of_the_run(made: Path, text: Path, tmp_path: Path) -> None:
     expected = json.loads((made / "metrics.jsonl").read_text().splitlines()[-1])
     found = json.loads(evaluate(tmp_path, str(made), "--json"))
     assert found["load"] == expected["load"] and found["step"] == expected["step"] == 6
     assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
-    table = evaluate(tmp_path, str(made))
+    (tmp_path / "linked.jsonl").symlink_to(text)
+    table = evaluate(tmp_path, str(made), f"data.sources=[{tmp_path}/./*.jsonl]")
     assert f"validation loss  {found['validation_loss']:.4f} nats/token after 6 steps\n" in table
     assert f"checkpoint       {step(made, 6)}\n" in table
     assert "the held-out part" in table and "MaxVio_global" in table
@@ -56,9 +58,42 @@ def test_evaluate_takes_any_text_and_a_hugging_face_folder(made: Path, other: st
     folder = shutil.copytree(step(made, 6) / "model", tmp_path / "model")
     length = "data.sequence_length=32"
     trained, copied = (json.loads(evaluate(tmp_path, str(path), other, length, "--json")) for path in (made, folder))
-    assert trained["bytes"] > 8 * sum(len(text.encode()) for text in OTHER) * 0.95, "all of the text"
+    documents = [f"{number} {text}".encode() for number in range(8) for text in OTHER]
+    assert sum(map(len, documents)) >= trained["bytes"] > 0.95 * sum(map(len, documents)), "all of the text"
     assert trained["validation_loss"] == pytest.approx(copied["validation_loss"], rel=1e-6)
     assert (trained["load"], copied["step"]) == (copied["load"], 0)
+
+
+def chosen(run: Path, *overrides: str) -> Part:
+    """What of the text of these overrides is evaluated, by the newest checkpoint of a run."""
+    stored = step(run, 6) / "config.yaml"
+    asked = {override.partition("=")[0] for override in overrides}
+    trained_on = load_stored_config(stored).data.sources
+    return choose_part(load_stored_config(stored, overrides), trained_on, step(run, 6), asked)
+
+
+def test_text_of_the_training_is_known_under_any_name(
+    made: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Part([str(text)], 0.1, "the held-out part")
+    assert chosen(made) == expected
+    monkeypatch.chdir(text.parent)
+    (tmp_path / "linked.jsonl").symlink_to(text)
+    for source in (f"./{text.name}", f"{text.parent}/tex?.jsonl", f"{tmp_path}/linked.jsonl"):
+        assert chosen(made, f"data.sources=[{source}]") == expected
+    shutil.copy(text, tmp_path / text.name)
+    copied = f"{tmp_path}/{text.name}"
+    assert chosen(made, f"data.sources=[{copied}]") == Part([copied], 0.1, "the held-out part")
+
+
+def test_text_that_is_partly_or_not_of_the_training(made: Path, text: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new.txt"
+    new.write_text("abc")
+    assert chosen(made, f"data.sources=[{new}]") == Part([str(new)], None, "all")
+    asked = chosen(made, f"data.sources=[{new}]", "data.validation_fraction=0.2")
+    assert asked == Part([str(new)], 0.2, "the held-out part")
+    words = "a newly held-out part, which may hold training text (1 of 2 files were read in training)"
+    assert chosen(made, f"data.sources=[{new}, {text}]") == Part([str(new), str(text)], 0.1, words)
 
 
 def test_evaluate_refuses_what_the_checkpoint_gives() -> None:
