@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data import shakespeare
@@ -79,7 +80,8 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
     """
     if name == "stdlib-code":
         for path_name, path in _stdlib_files():
-            content = path.read_bytes()
+            with readable(path):
+                content = path.read_bytes()
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
             yield Document("python", path_name, _pieces(content.decode(encoding)))
     elif name == "shakespeare":
@@ -143,7 +145,7 @@ def _files_record(name: str, version: str, files: Sequence[tuple[str, Path]]) ->
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for folder, inner, names in os.walk(root):
+    for folder, inner, names in os.walk(root, onerror=_refuse_folder):
         inner[:] = [each for each in inner if each not in SKIPPED_FOLDERS and not each.startswith(SKIPPED_PREFIXES)]
         for file_name in names:
             if file_name.endswith(".py") and not file_name.startswith(SKIPPED_PREFIXES):
@@ -156,6 +158,11 @@ def _stdlib_files() -> list[tuple[str, Path]]:
             "use an interpreter with its standard library as files, or another source",
         )
     return sorted(files)
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    rule = f"has a folder that cannot be read ({error.strerror or error}: {error.filename})"
+    raise DataError("data source 'stdlib-code'", rule, "make it readable for this user, or use another source")
 
 
 def _matched_files(name: str) -> list[tuple[str, Path]]:

@@ -254,6 +254,31 @@ def test_a_folder_that_cannot_be_read_is_not_left_out_in_silence(tmp_path: Path)
         assert "closed" in line or "listed" in line
 
 
+def test_a_folder_of_the_standard_library_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.py").write_text("a = 1\n")
+    program = """if True:
+        import os, sysconfig
+        from dist_moe.data.sources import source_files
+        from dist_moe.errors import DataError
+        sysconfig.get_paths = lambda: {"stdlib": "."}
+        for name, mode in (("closed", 0), (".", 0o755)):
+            os.chmod(name, mode)
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            source_files("stdlib-code")
+        except DataError as error:
+            print(error)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, text=True, env=environment)
+    (tmp_path / "closed").chmod(0o755)
+    assert told.startswith(
+        "data source 'stdlib-code' has a folder that cannot be read (Permission denied: ./closed); make"
+    )
+
+
 def test_many_files_are_looked_at_in_linear_time(tmp_path: Path) -> None:
     """Minutes where each file is looked up in a list of the others."""
     for number in range(12_000):
