@@ -340,6 +340,7 @@ def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path: Path) -> None
     (folder / "a.txt").write_text("text")
     assert local_files(str(folder / "*.txt")) == [("a.txt", folder / "a.txt")]
     assert local_files(str(tmp_path / "data[1]" / "**" / "*.txt")) == [("[x]/a.txt", folder / "a.txt")]
+    assert local_files(f"{'x' * 300}/*.txt") == local_files(f"{tmp_path}/*/{'x' * 300}") == []
     (tmp_path / "d1").mkdir()
     (tmp_path / "d1" / "b.txt").write_text("text")
     assert local_files(str(tmp_path / "d[12]" / "*.txt")) == [("d1/b.txt", tmp_path / "d1" / "b.txt")]
