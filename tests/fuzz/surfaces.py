@@ -127,7 +127,7 @@ def launch_surfaces() -> list[Surface]:
             "argument",
             edited(ARGUMENTS),
             read_argument,
-            [b"train.steps=40", b"run.dir=runs/\xff"],
+            [b"train.steps=40", b"run.dir=runs/another"],
             (UserError,),
         ),
         Surface(
