@@ -54,6 +54,11 @@ class ConfigError(UserError, ValueError):
         return "\n".join(str(violation) for violation in self.violations)
 
 
+def reason_of(error: Exception) -> str:
+    """Return the words of the system for an OSError, without its number and path, or else the text of the error."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class RunFolderError(UserError):
     """run.dir cannot be written when a run begins."""
 

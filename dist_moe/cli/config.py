@@ -11,7 +11,7 @@ from dist_moe.cli.messages import report_user_errors
 from dist_moe.cli.options import ConfigFile, Overrides, Verbose
 
 if TYPE_CHECKING:
-    from dist_moe.config import Config, Resolved
+    from dist_moe.config import Config, Resolved, Violation
 
 
 def print_reference(asked: bool) -> None:
@@ -75,9 +75,8 @@ def check_config(
         ConfigError: With every rule that it breaks for this number of workers.
     """
     from dist_moe.config import load_config, resolve
-    from dist_moe.train.data_check import data_violations
 
-    look_at = data_violations if look else None
+    look_at = files_violations if look else None
     resolved = resolve(load_config(config, overrides or (), workers, look_at), workers, look_at)
     if notices:
         print_notices(resolved)
@@ -93,10 +92,17 @@ def check_before_start(config: "Config", workers: int) -> None:
         ConfigError: With every rule that it breaks for this number of workers.
     """
     from dist_moe.config.resolve import plain_violations, resolve
+
+    if plain_violations(config, workers) or files_violations(config):
+        resolve(config, workers, files_violations)
+
+
+def files_violations(config: "Config") -> "list[Violation]":
+    """Return what is wrong with the files, folders and hosts that the configuration names, on this host."""
+    from dist_moe.launch.cluster import cluster_violations
     from dist_moe.train.data_check import data_violations
 
-    if plain_violations(config, workers) or data_violations(config):
-        resolve(config, workers, data_violations)
+    return [*data_violations(config), *cluster_violations(config.cluster)]
 
 
 def print_notices(resolved: "Resolved") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dist_moe.cli.config import check_before_start, check_config, print_notices
+from dist_moe.cli.config import check_before_start, check_config, files_violations, print_notices
 from dist_moe.cli.doctor import run_doctor_worker, set_accelerator
 from dist_moe.cli.messages import is_verbose, report_user_errors, styled_error
 from dist_moe.cli.options import (
@@ -57,11 +57,10 @@ def launch(
     from dist_moe.launch.launcher import LaunchRequest, Scheduler, load_launcher
     from dist_moe.launch.scripts import all_files, write_files
     from dist_moe.launch.supervise.output import print_within
-    from dist_moe.train.data_check import data_violations
 
     with report_user_errors():
         reads_here = not isinstance(load_launcher(launcher), Scheduler)
-        settings = load_config(config, overrides or (), workers, data_violations if reads_here else None)
+        settings = load_config(config, overrides or (), workers, files_violations if reads_here else None)
         worker_overrides = [*(["--verbose"] if is_verbose() else []), *(overrides or ())]
         cluster = read_cluster(settings.cluster, None if write else os.environ)
         request = LaunchRequest(settings, config, worker_overrides, cluster, workers, runner, max_restarts, min_hosts)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.cluster import ClusterConfig
+from dist_moe.errors import ABSENT, Violation
 from dist_moe.launch.command import SHELL_SAFE, LaunchError, clean_env, has_devices, threads_per_worker
-from dist_moe.launch.hostfile import allocated_hosts, filter_hosts, read_hostfile
+from dist_moe.launch.hostfile import Slots, allocated_hosts, filter_hosts, read_hostfile
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import is_local_address
 
@@ -109,21 +110,9 @@ def read_cluster(settings: ClusterConfig, environment: Mapping[str, str] | None 
             several hosts has a loopback address.
     """
     addresses = {host.name: host.address for host in settings.hosts}
-    if settings.hosts and settings.hostfile:
-        raise LaunchError(f"cluster.hostfile={settings.hostfile} and cluster.hosts are both set; set one of the two")
-    if len(addresses) < len(settings.hosts):
-        raise LaunchError("cluster.hosts lists a name twice; give each host one entry with all its slots")
-    if settings.hostfile:
-        listed = read_hostfile(settings.hostfile)
-    elif settings.hosts:
-        listed = {host.name: list(range(host.slots)) for host in settings.hosts}
-    else:
-        source, listed = allocated_hosts(environment or {})
-        if len(listed) < 2:
-            return None
-        shown = ", ".join(f"{name} slots={len(devices)}" for name, devices in listed.items())
-        logger.warning("the hosts are those of %s: %s (set cluster.hosts for others)", source, shown)
-    selected = filter_hosts(listed, settings.include, settings.exclude)
+    selected = _selected(settings, environment or {})
+    if selected is None:
+        return None
     hosts = [Host(name, tuple(devices), addresses.get(name) or _address(name)) for name, devices in selected.items()]
     if len(hosts) > 1 and (hosts[0].address.startswith("127.") or hosts[0].address == "::1"):
         raise LaunchError(
@@ -131,6 +120,36 @@ def read_cluster(settings: ClusterConfig, environment: Mapping[str, str] | None 
             "cluster.hosts[0].address to the first host's own address, or fix /etc/hosts"
         )
     return Cluster(tuple(hosts), settings, settings.folder or os.getcwd(), settings.python or sys.executable)
+
+
+def cluster_violations(settings: ClusterConfig) -> list[Violation]:
+    """Return what is wrong with the hosts that a configuration names. Reads its hostfile, and resolves no name."""
+    try:
+        _selected(settings, {})
+    except LaunchError as error:
+        statement, _, remedy = str(error).rpartition("; ")
+        subject, _, rule = statement.partition(" ")
+        return [Violation(subject, ABSENT, rule, remedy)]
+    return []
+
+
+def _selected(settings: ClusterConfig, environment: Mapping[str, str]) -> Slots | None:
+    """Return the hosts and devices that a configuration selects; None if there is no host but this one."""
+    if settings.hosts and settings.hostfile:
+        raise LaunchError(f"cluster.hostfile={settings.hostfile} and cluster.hosts are both set; set one of the two")
+    if len({host.name for host in settings.hosts}) < len(settings.hosts):
+        raise LaunchError("cluster.hosts lists a name twice; give each host one entry with all its slots")
+    if settings.hostfile:
+        listed = read_hostfile(settings.hostfile)
+    elif settings.hosts:
+        listed = {host.name: list(range(host.slots)) for host in settings.hosts}
+    else:
+        source, listed = allocated_hosts(environment)
+        if len(listed) < 2:
+            return None
+        shown = ", ".join(f"{name} slots={len(devices)}" for name, devices in listed.items())
+        logger.warning("the hosts are those of %s: %s (set cluster.hosts for others)", source, shown)
+    return filter_hosts(listed, settings.include, settings.exclude)
 
 
 def _address(name: str) -> str:

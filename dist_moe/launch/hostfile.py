@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dist_moe.config.sections.cluster import NAME, ipv6_of
+from dist_moe.errors import reason_of
 from dist_moe.launch.command import LaunchError
 from dist_moe.untrusted import read_text
 
@@ -39,7 +40,7 @@ def read_hostfile(path: str, key: str = "cluster.hostfile") -> Slots:
     try:
         text = read_text(Path(path), follow=True, largest=LARGEST_HOSTFILE).removeprefix("\ufeff")
     except (OSError, ValueError) as error:
-        raise LaunchError(f"{key}={path} cannot be read ({error}); give the path of a hostfile") from None
+        raise LaunchError(f"{key}={path} cannot be read ({reason_of(error)}); give the path of a hostfile") from None
     lines = enumerate(LINE_END.split(text), start=1)
     return _slots_of_lines([(f"{path}, line {number}", line) for number, line in lines], path)
 

@@ -240,3 +240,19 @@ def test_restore_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_MOE_VISIBLE_DEVICES", "2,3")
     restore_visible_devices()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+@pytest.mark.parametrize("command", [("config",), ("launch", "--dry-run")])
+@pytest.mark.parametrize(
+    ("hosts", "line"),
+    [
+        ("hostfile=/nonexistent/h", "cluster.hostfile=/nonexistent/h cannot be read (No such file or directory); give"),
+        ("hostfile=/dev/zero", "cluster.hostfile=/dev/zero cannot be read (it is not a regular file); give"),
+        ("hosts=[{name: a}, {name: a}]", "cluster.hosts lists a name twice; give each host one entry"),
+    ],
+)
+def test_hosts_are_checked_with_the_rest(command: tuple[str, ...], hosts: str, line: str) -> None:
+    result = invoke(*command, DEBUG, f"cluster.{hosts}")
+    assert result.exit_code == 2 and result.output.startswith(line) and result.output.count("\n") == 1
+    both = invoke(*command, DEBUG, f"cluster.{hosts}", "train.steps=-1").output.splitlines()
+    assert len(both) == 2 and both[0].startswith("train.steps=-1 ") and both[1].startswith(line)
