@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LARGEST_TEXT = 1 << 26
+# Of an integer, in any base up to 16. The largest fields have 64 bits, and Python prints no integer of 4,300 digits.
+MAX_DIGITS = 1000
 
 
 class UnreadableTextError(ValueError):
@@ -51,10 +53,12 @@ def parse_json(text: str) -> dict[str, Any]:
 
     Raises:
         ValueError: the text is not valid JSON or not an object, gives a key twice, nests too deeply, or has a number
-            that is not finite.
+            that is not finite or has too many digits.
     """
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_short
+        )
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     if not isinstance(value, dict):
@@ -80,6 +84,12 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_constant(word: str) -> NoReturn:
     # Python accepts NaN and Infinity, which are not JSON.
     raise ValueError(f"{word} is not a JSON number")
+
+
+def _short(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer has more than {MAX_DIGITS} characters")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -17,7 +17,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from dist_moe.errors import ABSENT, ConfigError, Violation
-from dist_moe.untrusted import UnreadableTextError, read_text
+from dist_moe.untrusted import MAX_DIGITS, UnreadableTextError, read_text
 
 # A configuration has some hundred values in a few kB, and nests six deep. ruamel.yaml takes seconds for a file of the
 # largest size, and aliases let a few lines expand to any number of values.
@@ -60,6 +60,9 @@ class _Constructor(SafeConstructor):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: Any) -> Any:
+        if len(node.value) > MAX_DIGITS:
+            problem = f"an integer has more than {MAX_DIGITS} characters"
+            raise ConstructorError(None, None, problem, node.start_mark)
         if LEADING_ZERO.fullmatch(node.value):
             problem = f"{node.value} is octal in YAML 1.1 and decimal in YAML 1.2, so write it without the leading zero"
             raise ConstructorError(None, None, problem, node.start_mark)
@@ -109,6 +112,9 @@ def parse(text: str) -> Any:
     except TypeError as error:
         # A list or mapping as a key.
         raise ValueError(f"a key is not a plain value, {error}") from None
+    except (LookupError, ArithmeticError) as error:
+        # A text below a tag such as !!bool, of which ruamel.yaml checks nothing.
+        raise ValueError(f"a value is not of its type, {error}") from None
     return value
 
 
@@ -169,6 +175,9 @@ def _apply_override(settings: dict[Any, Any], override: str) -> Violation | None
     names = dotted.strip().split(".")
     if not equals or not all(names):
         rule = "is not of the form key=value"
+        return Violation("override", override, rule, "write for example train.steps=20")
+    if len(names) > MAX_DEPTH:
+        rule = f"is a key of more than {MAX_DEPTH} names"
         return Violation("override", override, rule, "write for example train.steps=20")
     try:
         value = parse(text)
