@@ -40,7 +40,9 @@ def validation_set(config: Config, data: TokenizedData) -> ValidationSet:
     stream = Stream(data.validation, config.data.sequence_length, seed=0)
     limit = config.observe.validation_sequences
     rows = min(limit, stream.rows_per_epoch) if limit else stream.rows_per_epoch
-    return ValidationSet(stream, data.tokenizer.token_bytes_V, rows, config.train.sequences_per_forward)
+    # Further rows of a forward would be padding alone.
+    size = max(1, min(config.train.sequences_per_forward, rows))
+    return ValidationSet(stream, data.tokenizer.token_bytes_V, rows, size)
 
 
 @torch.no_grad()
