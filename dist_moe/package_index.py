@@ -2,16 +2,21 @@
 
 import ast
 import base64
+import functools
 import html.parser
+import http.client
 import netrc
 import os
+import queue
+import re
 import ssl
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +24,10 @@ PUBLIC_INDEX = "https://pypi.org/simple"
 LARGEST_PAGE = 1 << 24
 # A network that is down should be reported within minutes.
 TIME_LIMIT_S = 60.0
+# Of one place in all: each read has the limit above, and a server that sends a byte a minute would never reach it.
+DEADLINE_S = 600.0
+LONGEST_FAULT = 200
+PASSWORD = re.compile(r"[^\s/'\"]*@")
 FALSE = ("", "0", "false", "no", "off", "n", "f")
 
 
@@ -51,15 +60,39 @@ def fetch_candidates(package: str, name: str, size: int) -> Iterator[Candidate]:
         places += [f"{index.rstrip('/')}/{package}/" for index in indexes]
     # Folders first: an index that cannot be reached costs its time limit.
     for place in sorted(map(_as_url, places), key=lambda url: not url.startswith("file:")):
-        content, fault = b"", ""
+        found = _in_time(functools.partial(_fetch, place, name, size, options))
+        content, fault = (found, "") if isinstance(found, bytes) else (b"", _fault(found))
+        yield Candidate(PASSWORD.sub("", place), content, fault)
+
+
+def _in_time(fetch: Callable[[], bytes]) -> bytes | Exception:
+    """Return what the call returns or raises, or a TimeoutError after `DEADLINE_S`."""
+    answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def answer() -> None:
         try:
-            content = _fetch(place, name, size, options)
-        except urllib.error.HTTPError as error:
-            fault = str(error)
-            error.close()
-        except (OSError, ValueError) as error:
-            fault = str(error.reason if isinstance(error, urllib.error.URLError) else error)
-        yield Candidate(_without_password(place), content, fault)
+            answers.put(fetch())
+        except Exception as error:  # urllib, http, html and pathlib share no narrower one for what a place can do
+            answers.put(error)
+
+    # A thread, because nothing else ends a connection in every phase; it does not keep the process from ending.
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        return answers.get(timeout=DEADLINE_S)
+    except queue.Empty:
+        return TimeoutError(f"it did not send the whole file within {DEADLINE_S:g} s")
+
+
+def _fault(error: Exception) -> str:
+    """Return why a place could not be read, in one line without passwords."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+    elif isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    text = str(error)
+    if isinstance(error, http.client.HTTPException):
+        text = f"its answer is not that of a web server, {type(error).__name__}: {text}"
+    return PASSWORD.sub("", " ".join(text.split()) or type(error).__name__)[:LONGEST_FAULT]
 
 
 def pip_options() -> dict[str, str]:
@@ -171,9 +204,7 @@ def _tls(parts: urllib.parse.SplitResult, options: Mapping[str, str]) -> ssl.SSL
 
 
 def _as_url(place: str) -> str:
-    return place if "://" in place or place.startswith("file:") else Path(place).expanduser().absolute().as_uri()
-
-
-def _without_password(address: str) -> str:
-    parts = urllib.parse.urlsplit(address)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """Return the address of a folder; a home folder that is not known is left as a folder named `~USER`."""
+    if "://" in place or place.startswith("file:"):
+        return place
+    return Path(os.path.expanduser(place)).absolute().as_uri()

@@ -1,6 +1,7 @@
 """The commands that use the model of a checkpoint."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,21 @@ import typer
 
 from dist_moe.cli.messages import report_user_errors
 from dist_moe.cli.options import CheckpointFolder, Overrides, Verbose
+
+LARGEST_SEED = 2**32 - 1
+COLDEST, HOTTEST = 0.01, 100.0
+"""Temperatures other than 0 by which logits in fp32 can be divided without an overflow, or losing their order."""
+
+
+def temperature_of(text: str | float) -> float:
+    """Parse the temperature of `generate`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value == 0 or COLDEST <= value <= HOTTEST:
+        return value
+    raise typer.BadParameter(f"{text} is not 0, or {COLDEST:g} to {HOTTEST:g}; give one of these")
 
 
 def evaluate(
@@ -38,8 +54,10 @@ def generate(
     checkpoint: CheckpointFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to add, at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 selects the most likely token each time.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random choices.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(parser=temperature_of, help="0 selects the most likely token each time; or 0.01 to 100.")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random choices.")] = 0,
     verbose: Verbose = False,
 ) -> None:
     """Generate text from the checkpoint."""

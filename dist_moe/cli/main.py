@@ -12,7 +12,7 @@ from dist_moe.cli.config import print_config
 from dist_moe.cli.data import data_app
 from dist_moe.cli.doctor import doctor
 from dist_moe.cli.evaluate import evaluate, generate
-from dist_moe.cli.messages import set_up_terminal
+from dist_moe.cli.messages import open_missing_streams, report_lost_output, set_up_terminal
 from dist_moe.cli.options import Verbose
 from dist_moe.cli.run import launch, train
 from dist_moe.cli.study import study_app
@@ -49,13 +49,18 @@ def options(
 
 
 def main() -> None:
-    """Run the command line, or exit with code 2 and a remedy if another distribution has replaced `dist_moe`."""
+    """Run the command line, or exit with code 2 and a remedy if another distribution has replaced `dist_moe`.
+
+    Exits with code 1 where the output cannot be written.
+    """
+    open_missing_streams()
     write_any_character()
     if foreign := foreign_package():
         print(foreign, file=sys.stderr)
         raise SystemExit(2)
     set_up_terminal(os.environ, sys.stdout, sys.stderr)
-    app(prog_name="dist-moe")
+    with report_lost_output():
+        app(prog_name="dist-moe")
 
 
 def foreign_package() -> str | None:

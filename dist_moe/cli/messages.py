@@ -1,6 +1,7 @@
 """What commands write to stderr: errors of the user, and with --verbose the messages of the modules' loggers."""
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -14,6 +15,8 @@ from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE
 
 FORCED_COLOR = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE")
 """Variables by which rich and Typer write control codes to what is not a terminal."""
+LOST_OUTPUT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE})
+"""Errors of writing to a stream: no space, a quota, a limit of the size, a disk or terminal that is gone, no reader."""
 
 
 def set_up_terminal(environment: MutableMapping[str, str], stdout: TextIO, stderr: TextIO) -> None:
@@ -38,6 +41,17 @@ def set_up_terminal(environment: MutableMapping[str, str], stdout: TextIO, stder
     if of_mpirun or not stdout.isatty():
         # Typer writes control codes where GITHUB_ACTIONS is set.
         environment["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
+
+
+def open_missing_streams() -> None:
+    """Give a process that was started with closed standard streams ones to nowhere."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 class _StderrHandler(logging.Handler):
@@ -78,6 +92,30 @@ def report_user_errors() -> Iterator[None]:
     except UserError as error:
         print_error(str(error))
         raise typer.Exit(2) from None
+
+
+@contextlib.contextmanager
+def report_lost_output() -> Iterator[None]:
+    """Exit with code 1 where the output cannot be written: with one line, or with none if its reader has ended."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # An error of a file that a command opens has its name.
+        if error.filename is not None or error.errno not in LOST_OUTPUT:
+            raise
+        # What remains in the buffers would be tried again when the interpreter ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            with contextlib.suppress(OSError):
+                print_error(f"the output cannot be written ({error.strerror}); write it to a disk with free space")
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, sys.stderr.fileno())
+        raise SystemExit(1) from None
 
 
 def print_error(message: str) -> None:

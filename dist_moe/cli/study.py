@@ -12,6 +12,14 @@ from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, 
 study_app = typer.Typer(help="Reproduce the measurements of the documentation.", no_args_is_help=True)
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder for the results, before the minutes or hours that these take."""
+    from dist_moe.errors import needs_folder
+
+    with needs_folder(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
+
+
 @study_app.command()
 def controllers(
     out: OutFolder = Path("runs/study/controllers"),
@@ -25,6 +33,7 @@ def controllers(
     """Measure how fast and how steadily each policy balances random, drifting scores; takes minutes on a CPU."""
     from time import perf_counter
 
+    from dist_moe.errors import needs_folder
     from dist_moe.study.controllers.results import write_results
     from dist_moe.study.controllers.simulation import make_plan, run_plan
     from dist_moe.study.controllers.table import notes, terminal_tables
@@ -32,9 +41,11 @@ def controllers(
     console = Console()
     with report_user_errors():
         plan = make_plan(experts or (), seeds, quick)
+        make_folder(out)
     began = perf_counter()
     runs = run_plan(plan, lambda line: console.print(line, highlight=False))
-    write_results(out, plan, runs, perf_counter() - began)
+    with report_user_errors(), needs_folder(out, "--out"):
+        write_results(out, plan, runs, perf_counter() - began)
     for table in terminal_tables(plan, runs):
         console.print(table)
     for line in (*notes(plan), f"Results: {out}"):
@@ -51,14 +62,17 @@ def policies(
     verbose: Verbose = False,
 ) -> None:
     """Train CONFIG under every policy with every seed, and compare loss and load; continues an interrupted study."""
+    from dist_moe.errors import needs_folder
     from dist_moe.study.comparison import findings, terminal_table, write_comparison
     from dist_moe.study.policies import plan_runs, train_all
 
     console = Console()
     with report_user_errors():
         runs = plan_runs(config, out, seeds, overrides or [])
+        make_folder(out)
         results = train_all(runs, jobs, lambda line: console.print(line, highlight=False, markup=False))
-    write_comparison(out, runs, results)
+        with needs_folder(out, "--out"):
+            write_comparison(out, runs, results)
     console.print(terminal_table(results))
     for line in (*findings(results), f"Results: {out}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

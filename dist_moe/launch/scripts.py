@@ -127,7 +127,7 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
     Raises:
         UserError: The folder cannot be written.
     """
-    with needs_folder(folder):
+    with needs_folder(folder, "--write"):
         for name, text in texts.items():
             path = folder / name
             write_atomically(path, text)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, MeshError, consecutive_ranks_per_host, hosts_of_ranks, make_mesh
+from dist_moe.errors import needs_folder
 from dist_moe.files import write_atomically
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
@@ -84,8 +85,13 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table
     Raises:
         RankInfoError: the launcher's environment is incomplete.
         MeshError: the ranks are not on several hosts, with equally many on each.
+        RunFolderError: `out` cannot be written.
     """
     rank_info = rank_info_from_env(os.environ)
+    if out is not None and rank_info.rank == 0:
+        # Before minutes of measurements, and again when it is written.
+        with needs_folder(out, "--out", "file"):
+            out.parent.mkdir(parents=True, exist_ok=True)
     set_threads(1, rank_info)
     with init_distributed(rank_info, "auto", TIMEOUT_S) as dist_context:
         mesh = make_mesh(rank_info.world_size, _ranks_per_host(rank_info.world_size))
@@ -94,7 +100,8 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table
         return []
     if out is not None:
         records = [asdict(timing) | {"ratio": timing.ratio} for timing in timings]
-        write_atomically(out, json.dumps(records, indent=1) + "\n")
+        with needs_folder(out, "--out", "file"):
+            write_atomically(out, json.dumps(records, indent=1) + "\n")
     experts = EXPERTS_PER_RANK * rank_info.world_size
     ranks = f"{rank_info.world_size} ranks on several hosts by {dist_context.backend}"
     return [terminal_table(f"{ranks}, {experts} experts, medians of {repetitions}", HEADINGS, rows(timings))]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, needs_folder, reason_of
 from dist_moe.observe.heatmap import MAX_RATIO, colors
 from dist_moe.text import listed
 from dist_moe.untrusted import parse_json, read_json, read_text
@@ -109,7 +109,7 @@ def _read_history(folder: Path, label: str) -> LoadHistory:
         # A run that is writing may have begun a line.
         lines = read_text(path, follow=True, largest=LARGEST_METRICS).split("\n")[:-1]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name the run.dir of a run") from None
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); name the run.dir of a run") from None
     # A resumed run may have logged a step twice; the last record is valid.
     steps: dict[int, LoggedStep] = {}
     for number, line in enumerate(lines, start=1):
@@ -161,7 +161,7 @@ def draw_load_figure(
         theme: colors for a light or a dark page.
 
     Raises:
-        UserError: there is no such layer.
+        UserError: there is no such layer, or the file cannot be written.
     """
     layers = len(histories[0].load[0])
     if layer is not None and not 0 <= layer < layers:
@@ -191,8 +191,9 @@ def draw_load_figure(
     bar.set_label("load / mean (black: no tokens)", color=text, fontsize=10)
     bar.ax.tick_params(colors=text, labelsize=10)
     bar.outline.set_edgecolor(grid)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor=background)
+    with needs_folder(path, "--out", "file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI, facecolor=background, format="png")
 
 
 def _draw_curves(axes: Axes, histories: Sequence[LoadHistory], text: str, grid: str) -> None:

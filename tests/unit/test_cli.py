@@ -256,3 +256,22 @@ def test_hosts_are_checked_with_the_rest(command: tuple[str, ...], hosts: str, l
     assert result.exit_code == 2 and result.output.startswith(line) and result.output.count("\n") == 1
     both = invoke(*command, DEBUG, f"cluster.{hosts}", "train.steps=-1").output.splitlines()
     assert len(both) == 2 and both[0].startswith("train.steps=-1 ") and both[1].startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        *((f"--temperature={value}", "is not 0, or 0.01 to 100") for value in ("1e-40", "0.009", "101", "nan", "x")),
+        (f"--seed={10**30}", "less than or equal to 4294967295"),
+        ("--seed=-1", "greater than or equal to 0"),
+    ],
+)
+def test_generate_refuses_what_sampling_cannot_use(option: str, words: str) -> None:
+    result = invoke("generate", "gone", "--prompt", "a", option)
+    assert result.exit_code == 2 and words in one_line(result.stderr.replace("│", ""))
+
+
+@pytest.mark.parametrize("option", ["--temperature=0", "--temperature=0.01", "--temperature=100", "--seed=4294967295"])
+def test_generate_takes_the_ends_of_its_ranges(option: str) -> None:
+    result = invoke("generate", "gone", "--prompt", "a", option)
+    assert result.stderr.startswith("gone does not exist")

@@ -1,14 +1,18 @@
 """Downloads by pip's configuration: folders, pages, passwords, redirections, and what is not there."""
 
 import base64
+import contextlib
 import http.server
 import os
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from dist_moe import package_index
 from dist_moe.package_index import fetch_candidates, parse_options
 
 NAME, CONTENT = "thing-1.0.tar.gz", b"an archive"
@@ -105,3 +109,75 @@ def test_the_environment_is_above_the_section_of_downloads_and_that_above_the_gl
     listed = "download.index-url='https://a'\nglobal.index-url='https://b'\nglobal.find-links='\\n/x\\n/y'\nnoise\n"
     assert parse_options(listed, {}) == {"index-url": "https://a", "find-links": "\n/x\n/y"}
     assert parse_options(listed, {"PIP_INDEX_URL": "https://c", "PIP_PROXY": ""})["index-url"] == "https://c"
+
+
+def test_an_address_that_cannot_be_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the folder below a home that is not known."""
+    others = ["http://user:secret@[bad/simple", "http://user:secret@a\u2100b/simple", "nosuchscheme://host/simple"]
+    found = _found(
+        monkeypatch,
+        INDEX_URL="http://exa mple/simple",
+        EXTRA_INDEX_URL=" ".join(others),
+        FIND_LINKS="~nosuchuser/x",
+    )
+    told = ["http://exa mple/simple", "http://[bad/simple", "http://a\u2100b/simple", "nosuchscheme://host/simple"]
+    assert [place for place, _, _ in found][1:] == [f"{place}/thing/" for place in told]
+    assert found[0][0].endswith("/~nosuchuser/x")
+    faults = [
+        "No such file",
+        "URL can't contain control characters",
+        "Invalid IPv6 URL",
+        "invalid characters under NFKC",
+        "unknown url type",
+    ]
+    for (_, content, why), fault in zip(found, faults, strict=True):
+        assert content == b"" and fault in why and "secret" not in why
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[list[bytes]], str]]:
+    """Return an index that sends pieces to each connection, each a tenth of a second after the one before."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(pieces: list[bytes]) -> str:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def send() -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        with listener.accept()[0] as connection:
+                            connection.recv(1 << 16)
+                            for piece in pieces:
+                                connection.sendall(piece)
+                                time.sleep(0.1)
+
+            threading.Thread(target=send, daemon=True).start()
+            return f"http://127.0.0.1:{listener.getsockname()[1]}/simple"
+
+        yield serve
+
+
+def test_an_answer_that_cannot_be_used_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, answering: Callable[[list[bytes]], str]
+) -> None:
+    faults = {
+        b"garbage\r\n\r\n": "its answer is not that of a web server, BadStatusLine: garbage",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n": "IncompleteRead",
+        b"": "Remote end closed connection without response",
+        b"HTTP/1.1 200 OK\r\n\r\n<![foo[bar]]>": "unknown status keyword",
+    }
+    found = _found(monkeypatch, NO_INDEX="1", FIND_LINKS=" ".join(answering([answer]) for answer in faults))
+    for (_, content, why), fault in zip(found, faults.values(), strict=True):
+        assert content == b"" and fault in why
+
+
+def test_a_slow_server_has_a_deadline_for_the_whole(
+    monkeypatch: pytest.MonkeyPatch, answering: Callable[[list[bytes]], str]
+) -> None:
+    monkeypatch.setattr(package_index, "DEADLINE_S", 0.5)
+    starts = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "
+    places = " ".join(answering([start, *[b"x"] * 100]) for start in starts)
+    began_s = time.monotonic()
+    found = _found(monkeypatch, NO_INDEX="1", FIND_LINKS=places)
+    assert [each[1:] for each in found] == [(b"", "it did not send the whole file within 0.5 s")] * 2
+    assert time.monotonic() - began_s < 9, "each server sends for 10 s"

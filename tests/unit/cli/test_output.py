@@ -1,5 +1,6 @@
 """What commands print: at once, before the imports that take seconds, and in any encoding of the terminal."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dist_moe.cli.main import app
+from dist_moe.cli.messages import report_lost_output
 from dist_moe.cli.run import starting_line
 from dist_moe.config import dump_config, load_config
 from dist_moe.launch.job import Job
@@ -107,3 +109,46 @@ def test_config_says_where_transformers_will_not_open_the_weights(policy: str, o
     assert ("dist_moe_qwen3_moe" in shown.stdout) == own
     page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     assert "\n## A model type of its own\n" in page
+
+
+PROGRAM = "from dist_moe.cli.main import main; main()"
+FULL = "the output cannot be written (No space left on device); write it to a disk with free space\n"
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("config", "--reference"), ("--help",)])
+def test_output_to_a_full_disk_ends_in_one_line(arguments: tuple[str, ...]) -> None:
+    argv = [sys.executable, "-c", PROGRAM, *arguments]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stderr) == (1, FULL)
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("config", "--reference")])
+def test_output_that_nobody_reads_ends_quietly(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, timeout=LIMIT_S)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_errors_to_a_full_disk_keep_the_command_from_nothing_else() -> None:
+    with open("/dev/full", "wb") as full:
+        argv = [sys.executable, "-c", PROGRAM, "config", "gone.yaml"]
+        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=full, timeout=LIMIT_S)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), (">&- 2>&- <&-", 0), ("2>&-", 0)])
+def test_closed_streams_are_as_good_as_none(closed: str, code: int) -> None:
+    line = f'exec "$0" -c "$1" --version {closed}'
+    done = subprocess.run(["sh", "-c", line, sys.executable, PROGRAM], capture_output=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_an_error_of_a_file_is_not_taken_for_lost_output(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (OSError(errno.ENOSPC, "No space left", "file"), OSError(errno.ECONNRESET, "reset")):
+        with pytest.raises(OSError, match=error.strerror), report_lost_output():
+            raise error
+    assert capsys.readouterr().err == ""
