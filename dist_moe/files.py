@@ -26,10 +26,70 @@ NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLC
 HELD = frozenset({errno.EACCES, errno.EAGAIN})
 NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 POLL_S = 0.05
+# With these, nothing is at a path; with others that is not known.
+NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP})
+UNSEEN_REMEDY = "give a path whose folders this user may enter, of names that the file system can hold"
 
 
 class FileLockedError(UserError):
     """Another process holds the lock."""
+
+
+class UnseenPathError(UserError, OSError):
+    """A path that cannot be looked at, where it is not known whether anything is there."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be looked at ({self.strerror}); {UNSEEN_REMEDY}"
+
+
+def look(path: str | Path) -> os.stat_result | None:
+    """Return the status of what is at a path, links followed; None if nothing is.
+
+    Raises:
+        UnseenPathError: a folder of the path may not be entered, a name is too long, or its file system fails.
+    """
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in NOTHING_THERE:
+            return None
+        raise UnseenPathError(error.errno, error.strerror, str(path)) from None
+
+
+def exists(path: str | Path) -> bool:
+    """Whether something is at a path. Raises UnseenPathError, where the method of Path raises any OSError."""
+    return look(path) is not None
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a regular file is at a path; as `exists`."""
+    status = look(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is at a path; as `exists`."""
+    status = look(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, and nothing if there is no folder. Raises UnseenPathError."""
+    if not is_folder(folder):
+        return []
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UnseenPathError(error.errno, error.strerror, str(folder)) from None
+
+
+def why_unseen(path: str | Path) -> str:
+    """Return why a path cannot be looked at, worded to follow it; "" if it can."""
+    try:
+        look(path)
+    except UnseenPathError as error:
+        return f"cannot be looked at ({error.strerror})"
+    return ""
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
 from dist_moe.checkpoint.training_state import read_balance, read_counters
 from dist_moe.config.pretrained import OWN_PREFIX
+from dist_moe.files import exists
 from dist_moe.text import counted, format_bytes
 from dist_moe.untrusted import printable
 
@@ -44,7 +45,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError, WeightsError: The path is neither a checkpoint nor a Hugging Face folder, or is damaged.
     """
     folder = resolve_path(path)
-    if not (folder / MANIFEST_NAME).exists():
+    if not exists(folder / MANIFEST_NAME):
         stored = read_headers(folder)
         sources = {match[1]: TensorSource(stored[name]) for name in stored if (match := BIAS_PATTERN.fullmatch(name))}
         biases = {layer: {"selection_bias": bias.float()} for layer, bias in read_sources(sources)}

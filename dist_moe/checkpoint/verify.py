@@ -27,6 +27,7 @@ from dist_moe.config import Config, load_stored_config
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, moment_names
 from dist_moe.errors import UserError
+from dist_moe.files import exists
 from dist_moe.model.convert import find_layers
 from dist_moe.text import counted
 from dist_moe.untrusted import printable
@@ -65,7 +66,7 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
     Raises:
         CheckpointError: There is none.
     """
-    folders = [] if (path / MANIFEST_NAME).exists() else list_checkpoints(path)
+    folders = [] if exists(path / MANIFEST_NAME) else list_checkpoints(path)
     if not folders:
         path = resolve_path(path)
         return [verify(path, read_manifest(path))]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,14 +12,16 @@ from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.checkpoint import CheckpointConfig
 from dist_moe.config.sections.run import RunConfig
-from dist_moe.errors import ConfigError, Violation
+from dist_moe.errors import ConfigError, Violation, reason_of
 from dist_moe.families.registry import FAMILIES
+from dist_moe.files import UNSEEN_REMEDY, entries, why_unseen
 from dist_moe.text import listed
 from dist_moe.untrusted import read_json
 
 OWN_PREFIX = "dist_moe_"
 """Prefix of the model_type of a weights folder whose routing the architecture cannot express."""
 SETTINGS = "config.json"
+STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A name on the Hugging Face Hub, `owner/model` or `model`; a relative path may be spelled the same."""
 
@@ -55,7 +58,7 @@ def text_vocabulary(config: Config) -> int:
 
 def is_model_folder(folder: Path) -> bool:
     """Whether it has the config.json of a Hugging Face model."""
-    return (folder / SETTINGS).is_file()
+    return os.path.isfile(folder / SETTINGS)
 
 
 def own_checkpoints(config: Config) -> Iterator[Path]:
@@ -69,11 +72,11 @@ def _checkpoints(run_dir: str, resume: str) -> Iterator[Path]:
     if resume != "auto":
         checkpoints = [Path(resume)]
     else:
-        candidates = (
-            path for path in Path(run_dir).glob("checkpoints/step-*") if re.fullmatch(r"[0-9]{6,}", path.name[5:])
-        )
+        candidates: list[Path] = []
+        with contextlib.suppress(OSError):  # the check of run.dir reports it
+            candidates += (path for path in entries(Path(run_dir, "checkpoints")) if STEP_FOLDER.fullmatch(path.name))
         checkpoints = sorted(candidates, key=lambda path: int(path.name[5:]), reverse=True)
-    yield from (path for path in checkpoints if (path / "config.yaml").is_file())
+    yield from (path for path in checkpoints if os.path.isfile(path / "config.yaml"))
 
 
 def stated_model(config: Config, cls: Any, known: set[str]) -> tuple[dict[str, Any], list[Violation]]:
@@ -137,6 +140,8 @@ def _architectures(settings: Mapping[Any, Any]) -> Iterator[str]:
 def _no_folder(pretrained: str) -> Violation:
     """Return why a value is not the folder of a model."""
     folder, supported = Path(pretrained), listed(FAMILIES)
+    if reason := why_unseen(folder / SETTINGS):
+        return Violation("model.pretrained", pretrained, reason, UNSEEN_REMEDY)
     if not folder.exists() and HUB_NAME.fullmatch(pretrained):
         rule = "is no folder here, and models are not fetched from the Hugging Face Hub"
         name = pretrained.rpartition("/")[2]
@@ -150,7 +155,7 @@ def _no_folder(pretrained: str) -> Violation:
 
 def unreadable(folder: str, error: Exception) -> Violation:
     """Return the violation of a folder whose config.json cannot be read."""
-    rule = f"has a {SETTINGS} that cannot be read ({getattr(error, 'strerror', None) or error})"
+    rule = f"has a {SETTINGS} that cannot be read ({reason_of(error)})"
     return Violation("model.pretrained", folder, rule, "give another folder")
 
 

@@ -12,6 +12,7 @@ from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data.files import TO_JSONL, conversion
 from dist_moe.data.sources import read_sources, refuse_shared_files, repeated_names, source_files
 from dist_moe.errors import DataError
+from dist_moe.files import UNSEEN_REMEDY, why_unseen
 from dist_moe.text import counted, listed
 
 OPENED_FILES = 100
@@ -40,15 +41,20 @@ def data_violations(config: Config) -> list[Violation]:
 
 def _folder_violations(config: Config) -> list[Violation]:
     found, run_dir, resume = [], Path(config.run.dir), config.checkpoint.resume
-    if run_dir.is_symlink() and not run_dir.exists():
+    if reason := why_unseen(run_dir / "checkpoints"):
+        found.append(Violation("run.dir", str(run_dir), reason, UNSEEN_REMEDY))
+    elif run_dir.is_symlink() and not run_dir.exists():
         rule = f"is a link to {os.readlink(run_dir)}, which does not exist"
         found.append(Violation("run.dir", str(run_dir), rule, "make that folder, or remove the link"))
     elif run_dir.exists() and not run_dir.is_dir():
         found.append(Violation("run.dir", str(run_dir), "is not a folder", "give the path of a folder"))
     on_hosts = config.cluster.hosts or config.cluster.hostfile  # a copy may be fetched from another host
-    if resume not in ("auto", "never") and not on_hosts and not Path(resume).is_dir():
-        remedy = "give auto, never, or the path of a step-NNNNNN folder"
-        found.append(Violation("checkpoint.resume", resume, "is not a folder", remedy))
+    if resume not in ("auto", "never") and not on_hosts:
+        if reason := why_unseen(Path(resume) / "config.yaml"):
+            found.append(Violation("checkpoint.resume", resume, reason, UNSEEN_REMEDY))
+        elif not Path(resume).is_dir():
+            remedy = "give auto, never, or the path of a step-NNNNNN folder"
+            found.append(Violation("checkpoint.resume", resume, "is not a folder", remedy))
     return found
 
 
@@ -120,7 +126,7 @@ def _fault(path: Path, opened: bool) -> tuple[str, str] | None:
 
 def _tokenizer_violations(config: Config) -> list[Violation]:
     folder = tokenizer_folder(config)
-    if folder is None or not folder.is_dir():
+    if folder is None or not os.path.isdir(folder):
         return []  # the rules of model.pretrained report it
     from dist_moe.data.corpus import pretrained_tokenizer  # imports torch
 

@@ -25,7 +25,8 @@ from dist_moe.checkpoint.format.manifest import (
     write_manifest,
 )
 from dist_moe.config import Config
-from dist_moe.files import write_atomically
+from dist_moe.errors import reason_of
+from dist_moe.files import entries, exists, is_folder, write_atomically
 from dist_moe.text import listed
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,12 @@ def step_of(folder: Path) -> int | None:
 
 def step_folders(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each checkpoint in run.dir/checkpoints, in order; whether they are intact is not checked."""
-    paths = root.iterdir() if root.is_dir() else ()
-    return sorted((step, path) for path in paths if (step := step_of(path)) is not None and path.is_dir())
+    return sorted((step, path) for path in entries(root) if (step := step_of(path)) is not None and is_folder(path))
 
 
 def list_checkpoints(path: Path) -> list[Path]:
     """The checkpoints in a run.dir, or in its `checkpoints` folder, in the order of their steps."""
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    root = path / "checkpoints" if is_folder(path / "checkpoints") else path
     return [folder for _, folder in step_folders(root)]
 
 
@@ -72,14 +72,15 @@ def resolve_path(path: Path, read: tuple[str, ...] = ()) -> Path:
 
     Raises:
         CheckpointError: There is none.
+        UnseenPathError: The path cannot be looked at.
     """
-    if (path / MANIFEST_NAME).exists() or (path / "config.json").exists():
+    if exists(path / MANIFEST_NAME) or exists(path / "config.json"):
         return path
     folders = list_checkpoints(path)
     if not folders:
-        exists = "holds no checkpoint" if path.exists() else "does not exist, and nothing is fetched from a hub"
+        rule = "holds no checkpoint" if exists(path) else "does not exist, and nothing is fetched from a hub"
         raise CheckpointError(
-            f"{path} {exists}; use a run.dir, a step-NNNNNN folder of it, or the folder of a Hugging Face model"
+            f"{path} {rule}; use a run.dir, a step-NNNNNN folder of it, or the folder of a Hugging Face model"
         )
     damaged: list[str] = []
     for folder in reversed(folders):
@@ -105,7 +106,7 @@ def _damage(folder: Path, read: tuple[str, ...]) -> str | None:
 
 def weights_folder(checkpoint: Path) -> Path:
     """The Hugging Face folder of a checkpoint: its folder `model`, or itself."""
-    return checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
+    return checkpoint / "model" if is_folder(checkpoint / "model") else checkpoint
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def complete(partial: Path, final: Path, files: dict[str, FileEntry], keep_last:
     try:
         _update_latest(final)
     except OSError as error:
-        warnings.append(f"{final.with_name(LATEST)} could not be written ({error})")
+        warnings.append(f"{final.with_name(LATEST)} could not be written ({reason_of(error)})")
     with contextlib.suppress(OSError):
         for deleted in _apply_retention(final, keep_last, keep_every):
             to_delete.append(deleted)

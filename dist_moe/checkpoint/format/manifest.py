@@ -12,7 +12,7 @@ import xxhash
 from pydantic import Field
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.files import sync_folder, write_atomically
+from dist_moe.files import is_folder, sync_folder, write_atomically
 from dist_moe.section import Section
 from dist_moe.untrusted import parse_json, printable, read_text
 
@@ -99,7 +99,7 @@ def read_strict_json(path: Path) -> str:
 
 def find_unlisted(folder: Path, manifest: Manifest) -> list[str]:
     """A message for each file in the folder that its manifest does not list."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
     unlisted = sorted(present - {MANIFEST_NAME} - set(manifest.files))
@@ -118,7 +118,7 @@ def find_damage(folder: Path, manifest: Manifest, names: Iterable[str], digests:
     damage = []
     for name in names:
         path, expected = folder / name, manifest.files[name]
-        if path.is_symlink() or not path.is_file():
+        if os.path.islink(path) or not os.path.isfile(path):
             damage.append(f"{name} is missing")
         elif path.stat().st_size != expected.bytes:
             damage.append(f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}")

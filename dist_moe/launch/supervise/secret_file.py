@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, reason_of
 from dist_moe.files import new_private_file
 from dist_moe.launch.supervise.remote_exec import READ_BYTES, read_variables
 from dist_moe.worker.contract import LAUNCH_FILE_VARIABLE, LAUNCH_VARIABLE
@@ -99,7 +99,7 @@ def restart_with_variables(environment: Mapping[str, str]) -> None:
         variables: dict[str, Any] = json.loads(file_here(Path(launch.removeprefix(SCHEME))).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{LAUNCH_VARIABLE}={launch} cannot be read ({error}); start the job again by `dist-moe launch`"
+            f"{LAUNCH_VARIABLE}={launch} cannot be read ({reason_of(error)}); start the job again by `dist-moe launch`"
         ) from None
     own = {**environment, **variables, LAUNCH_FILE_VARIABLE: launch}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], own)

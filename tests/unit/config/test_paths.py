@@ -1,21 +1,27 @@
 """Paths of the configuration and of the command line: `~` in each of them, and what is not there."""
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import typer
 from pydantic import AfterValidator, BaseModel
+from typer.testing import CliRunner
 
+from dist_moe.checkpoint.format.layout import resolve_path
+from dist_moe.cli.main import app
 from dist_moe.cli.options import user_path
 from dist_moe.config import Config, ConfigError, load_config, resolve
 from dist_moe.errors import RunFolderError, needs_folder
+from dist_moe.files import UNSEEN_REMEDY, UnseenPathError, entries, exists, is_file, is_folder, why_unseen
 from dist_moe.section import expand_home
 from dist_moe.train.data_check import data_violations
 from tests.selection import only_first
@@ -170,3 +176,91 @@ def test_output_of_any_script_on_a_pipe_of_any_encoding(encoding: str) -> None:
     done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"dir: \u65e5\u672c" in done.stdout
+
+
+@contextlib.contextmanager
+def _without_access(folder: Path) -> Iterator[None]:
+    """Close a folder to this user, who becomes another one if it is root."""
+    before = os.geteuid()
+    folder.chmod(0)
+    if before == 0:
+        os.seteuid(54321)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+        folder.chmod(0o700)
+
+
+LONG = "z" * 300
+TOO_LONG = f"cannot be looked at (File name too long); {UNSEEN_REMEDY}"
+
+
+def test_a_path_that_cannot_be_looked_at_is_not_taken_for_absent(tmp_path: Path) -> None:
+    looks: list[Callable[[Path], object]] = [exists, is_file, is_folder, entries]
+    for each in looks:
+        assert not each(tmp_path / "gone") and not each(DEBUG / "below a file")
+        with pytest.raises(UnseenPathError) as caught:
+            each(tmp_path / LONG)
+        assert str(caught.value) == f"{tmp_path / LONG} {TOO_LONG}"
+    assert exists(tmp_path) and is_folder(tmp_path) and not is_file(tmp_path) and is_file(DEBUG)
+
+
+def test_a_path_in_a_closed_folder_is_not_taken_for_absent() -> None:
+    # Below pytest's own folder, another user than its owner would see nothing at all.
+    with tempfile.TemporaryDirectory() as name:
+        closed = Path(name, "closed")
+        closed.parent.chmod(0o755)
+        (closed / "inner").mkdir(parents=True)
+        config = debug(f"run.dir={closed}/x", f"checkpoint.resume={closed}/inner")
+        with _without_access(closed):
+            assert why_unseen(closed / "inner") == "cannot be looked at (Permission denied)"
+            assert why_unseen(closed) == ""
+            with pytest.raises(UnseenPathError, match=r"closed cannot be looked at \(Permission denied\)"):
+                entries(closed)
+            with pytest.raises(
+                UnseenPathError, match=r"closed/manifest.json cannot be looked at \(Permission denied\)"
+            ):
+                resolve_path(closed)
+            found = [(each.key, each.rule) for each in data_violations(config)]
+            assert found[:2] == [
+                ("run.dir", "cannot be looked at (Permission denied)"),
+                ("checkpoint.resume", "cannot be looked at (Permission denied)"),
+            ]
+
+
+def test_every_path_with_a_name_that_is_too_long_is_refused_at_once() -> None:
+    paths = [f"run.dir={LONG}", f"checkpoint.resume={LONG}", f"model.pretrained={LONG}"]
+    found = {each.key: each.rule for each in data_violations(debug(*paths))}
+    assert found == dict.fromkeys(["run.dir", "checkpoint.resume"], "cannot be looked at (File name too long)")
+    with pytest.raises(ConfigError) as caught:
+        resolve(debug(*paths), 1, data_violations)
+    keys = [each.key for each in caught.value.violations if each.rule == "cannot be looked at (File name too long)"]
+    assert sorted(keys) == ["checkpoint.resume", "model.pretrained", "run.dir"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", LONG, "--prompt", "a"),
+        ("evaluate", LONG),
+        *(("checkpoint", command, LONG) for command in ("inspect", "verify")),
+        ("checkpoint", "export", LONG, "out"),
+    ],
+)
+def test_every_command_names_a_checkpoint_that_cannot_be_looked_at(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, list(arguments))
+    assert (result.exit_code, result.stderr) == (2, f"{LONG}/manifest.json {TOO_LONG}\n")
+
+
+def test_an_export_names_the_path_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for out, line in {
+        Path("/proc/gone/x"): "/proc/gone/x cannot be written (No such file or directory: /proc/gone); use a",
+        Path(LONG): f"{LONG} {TOO_LONG}",
+        tmp_path / "a" / "x": f"{tmp_path}/a/x is inside the checkpoint; use another folder",
+    }.items():
+        result = CliRunner().invoke(app, ["checkpoint", "export", str(tmp_path), str(out)])
+        assert result.exit_code == 2 and result.stderr.startswith(line), result.output
