@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +40,8 @@ def listed(values: Iterable[Any], last: str = "or", most: int | None = None) -> 
 
 def divisors(number: int) -> list[int]:
     """Return all divisors of a positive number, ascending."""
-    return [count for count in range(1, number + 1) if number % count == 0]
+    small = [count for count in range(1, math.isqrt(number) + 1) if number % count == 0]
+    return small + [number // count for count in reversed(small) if count * count != number]
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:

@@ -77,3 +77,7 @@ def foreign_package() -> str | None:
         "dist-moe-train. Run `pip uninstall dist-moe`, then in the checkout of dist-moe-train `pip install "
         "--force-reinstall --no-deps -e .`; if a folder on PYTHONPATH holds another dist_moe, remove it from there"
     )
+
+
+if __name__ == "__main__":
+    main()

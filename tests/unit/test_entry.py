@@ -41,8 +41,9 @@ def test_our_dist_moe_runs_its_command_line() -> None:
     assert "launch" in done.stdout and "train" in done.stdout
 
 
-def test_python_m_runs_the_same_command_line() -> None:
-    argv = [sys.executable, "-m", "dist_moe", "--help"]
+@pytest.mark.parametrize("module", ["dist_moe", "dist_moe.cli.main"])
+def test_python_m_runs_the_same_command_line(module: str) -> None:
+    argv = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "launch" in done.stdout and "train" in done.stdout

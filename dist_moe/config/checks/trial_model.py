@@ -14,6 +14,8 @@ from dist_moe.families.registry import family_of
 from dist_moe.text import shown
 
 LONGEST_REASON = 200
+# Bytes in fp32, of few layers: a thousand times those of the largest published models.
+LARGEST_MODEL = 10**15
 ROPE_LOGGER = "transformers.modeling_rope_utils"
 # How transformers begins its warnings of rotary parameters that it ignores, misses or does not know.
 ROPE_COMPLAINTS = ("Unrecognized keys", "Missing", "`rope_parameters`'s")
@@ -139,6 +141,8 @@ def _run(settings: Any, family: Family) -> None:
     with torch.no_grad():
         with meta:
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        if (needed := sum(4 * parameter.numel() for parameter in model.parameters())) > LARGEST_MODEL:
+            raise ValueError(f"a few layers of it have {needed:,} bytes of weights, and no machine {LARGEST_MODEL:,}")
         _replace(model, settings, family)
         # Initial values depend on the settings too; the meta device would draw none.
         model._init_weights(torch.nn.Linear(1, 1))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from dist_moe.config import ConfigError, resolve
 from dist_moe.config.checks.trial_model import ROPE_LOGGER, failure, trial_violations
 from dist_moe.families.registry import FAMILIES
 from tests.unit.config.files import debug, qwen, violations
@@ -104,3 +105,9 @@ def test_the_trial_changes_no_configuration() -> None:
     before = config.model_dump()
     assert not violations(config)
     assert config.model_dump() == before
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size"])
+def test_a_model_that_no_machine_holds_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.config\.{key}=100000000000000 .*bytes of weights, and no machine"):
+        resolve(debug(f"model.config.{key}=100000000000000"), 1)
