@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,8 @@ from typing import Any, NoReturn
 LARGEST_TEXT = 1 << 26
 # Of an integer, in any base up to 16. The largest fields have 64 bits, and Python prints no integer of 4,300 digits.
 MAX_DIGITS = 1000
+# JSON and YAML can hold half of a surrogate pair (\ud800), UTF-8 cannot.
+HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
 
 class UnreadableTextError(ValueError):

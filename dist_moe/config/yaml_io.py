@@ -17,7 +17,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from dist_moe.errors import ABSENT, ConfigError, Violation
-from dist_moe.untrusted import MAX_DIGITS, UnreadableTextError, read_text
+from dist_moe.untrusted import HALF_PAIR, MAX_DIGITS, UnreadableTextError, read_text
 
 # A configuration has some hundred values in a few kB, and nests six deep. ruamel.yaml takes seconds for a file of the
 # largest size, and aliases let a few lines expand to any number of values.
@@ -59,6 +59,11 @@ class _Constructor(SafeConstructor):
             keys.append(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_str(self, node: Any) -> Any:
+        if HALF_PAIR.search(node.value):
+            raise ConstructorError(None, None, "a text has half of a surrogate pair", node.start_mark)
+        return super().construct_yaml_str(node)
+
     def construct_yaml_int(self, node: Any) -> Any:
         if len(node.value) > MAX_DIGITS:
             problem = f"an integer has more than {MAX_DIGITS} characters"
@@ -73,6 +78,7 @@ class _Constructor(SafeConstructor):
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
+_Constructor.add_constructor("tag:yaml.org,2002:str", _Constructor.construct_yaml_str)
 
 
 class _Representer(SafeRepresenter):
@@ -179,12 +185,12 @@ def _apply_override(settings: dict[Any, Any], override: str) -> Violation | None
     if len(names) > MAX_DEPTH:
         rule = f"is a key of more than {MAX_DEPTH} names"
         return Violation("override", override, rule, "write for example train.steps=20")
+    if NOT_UTF8.search(override):
+        remedy = "rename the file, or give a pattern such as texts/*.txt that matches its name"
+        return Violation(dotted.strip(), text, "has bytes that are not UTF-8", remedy)
     try:
         value = parse(text)
     except ValueError as error:
-        if NOT_UTF8.search(text):
-            remedy = "rename the file, or give a pattern such as texts/*.txt that matches its name"
-            return Violation(".".join(names), text, "has bytes that are not UTF-8", remedy)
         return Violation(".".join(names), text, f"is not valid YAML ({error})", "quote the value: key='\"text\"'")
     mapping = settings
     for depth, name in enumerate(names[:-1], start=1):

@@ -4,7 +4,6 @@ import codecs
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from dist_moe.errors import DataError
 from dist_moe.files import matching_paths
 from dist_moe.text import format_bytes, listed
-from dist_moe.untrusted import printable, unique_keys
+from dist_moe.untrusted import HALF_PAIR, printable, unique_keys
 
 SUFFIXES = (".txt", ".jsonl")
 UNPACKED_WITH = {
@@ -23,8 +22,6 @@ UNPACKED_WITH = {
 RECORDS = (".parquet", ".arrow", ".json", ".csv", ".tsv")
 READ_FOLDER = "give this user permission to read it, or a pattern without it"
 TO_JSONL = 'write its texts as one JSON object per line, {"text": "..."}, in a .jsonl file'
-# JSON can hold half of a surrogate pair (\ud800), UTF-8 cannot.
-HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 READ_BYTES = 1 << 20
 # A line is parsed as a whole, at several times its size in memory.
 LONGEST_LINE = 1 << 26

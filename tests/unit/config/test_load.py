@@ -101,6 +101,11 @@ def test_an_override_may_hold_an_equals_sign() -> None:
             "data.sources=[caf\udce9.txt] has bytes that are not UTF-8; rename the file, or give a pattern such as "
             "texts/*.txt that matches its name",
         ),
+        (
+            os.fsdecode(b"run.d\xefr=x"),
+            "run.d\udcefr=x has bytes that are not UTF-8; rename the file, or give a pattern such as "
+            "texts/*.txt that matches its name",
+        ),
         ("model=3", "model=3 is not a mapping; write its keys below it"),
     ],
 )

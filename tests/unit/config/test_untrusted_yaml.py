@@ -29,6 +29,7 @@ HOSTILE = {
         "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, MAX_DEPTH + 1)),
         "nests too deeply",
     ),
+    "half a surrogate pair": ('"a\\ud800": 1', "a text has half of a surrogate pair, line 1, column 1"),
     "alias of itself": ("a: &a [*a]", r"has the alias \*a inside of the value that it names"),
     "values": ("a:\n" + "- 1\n" * (MAX_VALUES + 1), f"holds more than {MAX_VALUES:,} values"),
     "list as a key": ("? [a, [b]]\n: 1\n", "a key is not a plain value"),
