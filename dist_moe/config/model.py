@@ -5,8 +5,15 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
+from dist_moe.config.checks.rotary import KEY as ROPE_KEY
+from dist_moe.config.checks.rotary import rotary_violations
 from dist_moe.config.checks.trial_model import complaints_about_rope, trial_violations
-from dist_moe.config.model_checks import shape_violations, unsupported_notices, unsupported_violations
+from dist_moe.config.model_checks import (
+    shape_violations,
+    size_violations,
+    unsupported_notices,
+    unsupported_violations,
+)
 from dist_moe.config.pretrained import agreement, stated_model
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.model import ModelConfig
@@ -76,7 +83,8 @@ def read_model(config: Config) -> Reading:
     if reading.arguments is None or "model.config" in refused:
         return reading
     arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
-    failed = trial_violations(config.model.architecture, arguments, refused, set(config.model.config))
+    own, length = set(config.model.config), config.data.sequence_length
+    failed = trial_violations(config.model.architecture, arguments, refused, own, length)
     return reading._replace(violations=[*reading.violations, *failed])
 
 
@@ -102,13 +110,19 @@ def _read(config: Config) -> Reading:
         # The family's values are for K experts. Null means the paper's: the probabilities themselves.
         fields |= {"normalize": None, "scaling_factor": None}
     violations += _write_routing(config, arguments, fields, own)
+    rotary = rotary_violations(family, arguments, stated)
+    violations += rotary
+    oversized = size_violations(arguments)
+    if oversized:
+        return Reading(None, None, [*violations, *oversized], arguments)
+    tried = {key: value for key, value in arguments.items() if key != ROPE_KEY or not rotary}
     try:
         with complaints_about_rope():  # the trial of the model reports them
-            settings = cls(**{"vocab_size": vocabulary_bound(config), **arguments, **_no_special_tokens()})
+            settings = cls(**{"vocab_size": vocabulary_bound(config), **tried, **_no_special_tokens()})
     except Exception as error:
         experts = arguments.get(family.experts_key)
         known_experts = experts if type(experts) is int and experts > 0 else None
-        return Reading(None, known_experts, [*violations, *_refusals(cls, arguments, error)], arguments)
+        return Reading(None, known_experts, [*violations, *_refusals(cls, tried, error)], arguments)
     filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
     experts = getattr(settings, family.experts_key)
     violations += shape_violations(config, settings) + unsupported_violations(config, settings, own, stated)
@@ -263,7 +277,7 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
         violations.append(violation("groups", rule, f"use {listed(possible)}"))
     elif not 1 <= topk_groups <= groups:
         rule = f"is not within the {counted(groups, 'group')}"
-        violations.append(violation("topk_groups", rule, f"use {listed(range(1, groups + 1))}"))
+        violations.append(violation("topk_groups", rule, "use 1" if groups == 1 else f"use 1 to {groups}"))
     elif not violations and topk_groups * (experts // groups) < top_k:
         rule = f"leaves {counted(topk_groups * (experts // groups), 'expert')} for a token that takes {top_k}"
         violations.append(violation("topk_groups", rule, f"use {-(-top_k * groups // experts)} or more"))

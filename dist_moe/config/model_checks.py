@@ -7,7 +7,7 @@ from typing import Any
 from dist_moe.config.schema import Config
 from dist_moe.errors import Violation
 from dist_moe.families.registry import family_of
-from dist_moe.text import listed, nearest, shown
+from dist_moe.text import shown
 
 POSITIVE_EVERYWHERE = (
     "vocab_size",
@@ -24,6 +24,15 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "rms_norm_eps": (lambda value: 0 < value < math.inf, "above 0"),
     "attention_dropout": (lambda value: 0 <= value < 1, "0 to below 1"),
 }
+# Key -> the largest value, for those whose integers may be larger, or have to be smaller, than the others'. Each bound
+# is beyond any model that exists, and keeps the time of the check below seconds.
+LARGEST: Mapping[str, int] = {
+    "vocab_size": 100_000_000,
+    "num_hidden_layers": 10_000,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+}
+LARGEST_SIZE = 1_000_000
 ROW_BYTES = 16  # torch.nn.functional.grouped_mm takes rows that start at multiples of this
 
 
@@ -37,7 +46,7 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
         settings: the Hugging Face config built from it.
     """
     family = family_of(config.model.architecture)
-    violations = [*_ranges(settings), *_rotary(settings)]
+    violations = _ranges(settings)
     sizes = len(violations)
     for key in (*POSITIVE_EVERYWHERE, *family.positive_keys):
         value = getattr(settings, key)
@@ -51,6 +60,15 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
         rule = f"leaves no MoE layer among the {settings.num_hidden_layers} layers"
         violations.append(Violation(f"model.config.{key}", getattr(settings, key), rule, remedy))
     return [*violations, *_widths(config, settings), *_length(config, settings)]
+
+
+def size_violations(arguments: Mapping[str, Any]) -> list[Violation]:
+    """Which integers are larger than those of any model: building it would take minutes, even without memory."""
+    return [
+        Violation(f"model.config.{key}", value, f"is above {largest:,}", "give a smaller number")
+        for key, value in arguments.items()
+        if type(value) is int and value > (largest := LARGEST.get(key, LARGEST_SIZE))
+    ]
 
 
 def unsupported_violations(
@@ -94,21 +112,6 @@ def _ranges(settings: Any) -> list[Violation]:
         for key, (fits, words) in RANGES.items()
         if (value := getattr(settings, key, None)) is not None and not fits(value)
     ]
-
-
-def _rotary(settings: Any) -> list[Violation]:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = getattr(settings, "rope_parameters", None)
-    if not isinstance(parameters, dict):
-        return []
-    kind, known = parameters.get("rope_type"), sorted({"default", *ROPE_INIT_FUNCTIONS})
-    if kind in known:
-        return []
-    close = nearest(str(kind), known)
-    rule = f"has the rope_type {shown(kind)}, which transformers does not know"
-    remedy = f"did you mean {close}?" if close else f"use {listed(known)}"
-    return [Violation("model.config.rope_parameters", parameters, rule, remedy)]
 
 
 def _widths(config: Config, settings: Any) -> list[Violation]:

@@ -52,6 +52,7 @@ FAMILY = Family(
         "num_mtp_layers": ((0,), "asks for multi-token prediction, which is not trained here"),
         "pretraining_tp": ((None, 1), "asks for the tensor parallelism of another program, which the model ignores"),
     },
+    rotary_keys_of_attention=("mscale_all_dim",),
     few_layers={"num_hidden_layers": 3, "first_k_dense_replace": 1},
     moe_layers=moe_layers,
     layers_remedy=layers_remedy,

@@ -21,6 +21,10 @@ from dist_moe.text import counted
 LIVE_TEXT_WIDTH = 44
 """Columns for the step and the remaining time of a long run, with a margin."""
 REDRAW_S = 0.2
+NOT_FINITE = (
+    "the validation loss is nan: on this text the model has a value that is not finite; look for skipped steps above, "
+    "and start again with a smaller train.learning_rate, or with train.precision=fp32"
+)
 
 
 class RunConsole:
@@ -125,6 +129,8 @@ class RunConsole:
         trained = f" after {counted(metrics.step, 'step')}" if metrics.step else ""
         self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token{trained}")
         self.log(f"bits per byte    {metrics.bits_per_byte:.4f}")
+        if math.isnan(metrics.validation_loss):
+            self.warn(NOT_FINITE)
         for name, path in paths.items():
             self.log(f"{name:<16} {path}")
         if tensorboard is not None:

@@ -21,6 +21,9 @@ def test_lists_are_joined_and_cut() -> None:
 
 def test_divisors_ascend() -> None:
     assert [divisors(number) for number in (1, 7, 12)] == [[1], [1, 7], [1, 2, 3, 4, 6, 12]]
+    for number in range(1, 200):
+        assert divisors(number) == [count for count in range(1, number + 1) if number % count == 0]
+    assert len(divisors(10**12)) == 169
 
 
 def test_the_nearest_word_is_close_or_none() -> None:

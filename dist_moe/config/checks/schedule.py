@@ -5,6 +5,9 @@ from dist_moe.config.sections.train import TrainConfig
 from dist_moe.errors import Violation
 from dist_moe.text import divisors, listed, shown
 
+MOST_LISTED = 40
+"""Of many values that would do, a message has those nearest to what was given."""
+
 
 def batch_violations(train: TrainConfig, workers: int) -> list[Violation]:
     """Whether the global batch divides among the workers, in whole micro-batches."""
@@ -14,14 +17,16 @@ def batch_violations(train: TrainConfig, workers: int) -> list[Violation]:
         return []
     if batch % workers == 0:
         rule = f"does not divide the {batch // workers} sequences of each of {workers} workers"
-        remedy = f"use {listed([*divisors(batch // workers), 'auto'])}"
+        near = sorted(divisors(batch // workers), key=lambda count: abs(count - smallest))[:MOST_LISTED]
+        remedy = f"use {listed([*sorted(near), 'auto'])}"
         return [Violation("train.micro_batch_size", micro, rule, remedy)]
     with_micro = "" if micro == "auto" else f" with micro-batches of {micro}"
     rule = f"does not divide among {workers} workers{with_micro}"
     step = workers * smallest
     multiples = [count for count in (batch // step * step, (batch // step + 1) * step) if count]
     fitting = [count for count in divisors(batch) if batch % (count * smallest) == 0]
-    remedy = f"use {listed(multiples)}" + (f", or {listed(fitting)} workers" if fitting else "")
+    near = sorted(sorted(fitting, key=lambda count: abs(count - workers))[:MOST_LISTED])
+    remedy = f"use {listed(multiples)}" + (f", or {listed(near)} workers" if near else "")
     return [Violation("train.global_batch_size", batch, rule, remedy)]
 
 

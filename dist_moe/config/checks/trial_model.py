@@ -5,7 +5,7 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from dist_moe.errors import ABSENT, Violation
@@ -24,7 +24,7 @@ Trial = Callable[[Mapping[str, Any]], str | None]
 
 
 def trial_violations(
-    architecture: str, arguments: Mapping[str, Any], refused: Set[str], own: Set[str]
+    architecture: str, arguments: Mapping[str, Any], refused: Set[str], own: Set[str], length: int
 ) -> list[Violation]:
     """Return one violation for each key with which the model cannot be built, initialized or run.
 
@@ -35,11 +35,12 @@ def trial_violations(
         arguments: keyword arguments of the config class, vocab_size included.
         refused: keys that other rules refuse already; the model is tried with the defaults of the class for them.
         own: keys of model.config; the others are those of model.pretrained.
+        length: tokens of a sequence.
     """
     remaining = {key: value for key, value in arguments.items() if key not in refused}
     found: list[Violation] = []
     with_defaults = bool(refused)
-    trial = functools.partial(failure, architecture)
+    trial = functools.partial(failure, architecture, length=length)
     while (reason := trial(remaining)) is not None:
         if with_defaults and reason.startswith("RuntimeError"):
             break  # shapes that do not fit may be due to a default that took the place of a refused value
@@ -87,13 +88,13 @@ def _default(architecture: str, key: str) -> Any:
     return getattr(CONFIG_MAPPING[architecture](), key, None)
 
 
-def failure(architecture: str, arguments: Mapping[str, Any]) -> str | None:
-    """Return why the model with these arguments, and few layers, fails; None if it works."""
-    return _failure_of(architecture, json.dumps(arguments, sort_keys=True, default=str))
+def failure(architecture: str, arguments: Mapping[str, Any], length: int) -> str | None:
+    """Return why the model with these arguments, and few layers, fails at this many positions; None if it works."""
+    return _failure_of(architecture, json.dumps(arguments, sort_keys=True, default=str), length)
 
 
 @functools.lru_cache(maxsize=128)
-def _failure_of(architecture: str, arguments_json: str) -> str | None:
+def _failure_of(architecture: str, arguments_json: str, length: int) -> str | None:
     from transformers import CONFIG_MAPPING
 
     family = family_of(architecture)
@@ -104,7 +105,7 @@ def _failure_of(architecture: str, arguments_json: str) -> str | None:
             settings = CONFIG_MAPPING[architecture](**arguments)
         if complaints:
             return f"{ROPE_KEY}: {' '.join(' '.join(complaints).split())}"[:LONGEST_REASON]
-        _run(settings, family)
+        _run(settings, family, length)
     except Exception as error:  # the class of another library may raise anything
         return " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:LONGEST_REASON]
     return None
@@ -131,7 +132,7 @@ def complaints_about_rope() -> Iterator[list[str]]:
         logger.removeFilter(collect)
 
 
-def _run(settings: Any, family: Family) -> None:
+def _run(settings: Any, family: Family, length: int) -> None:
     """Build the model on the meta device, and run it on two tokens, with stand-ins for what this package replaces."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -143,7 +144,8 @@ def _run(settings: Any, family: Family) -> None:
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         if (needed := sum(4 * parameter.numel() for parameter in model.parameters())) > LARGEST_MODEL:
             raise ValueError(f"a few layers of it have {needed:,} bytes of weights, and no machine {LARGEST_MODEL:,}")
-        _replace(model, settings, family)
+        _check_state(model, family)
+        _replace(model, settings, family, (1, length - 1, settings.max_position_embeddings - 1))
         # Initial values depend on the settings too; the meta device would draw none.
         model._init_weights(torch.nn.Linear(1, 1))
         model._init_weights(torch.nn.Embedding(1, 1))
@@ -157,8 +159,28 @@ def _run(settings: Any, family: Family) -> None:
             )
 
 
-def _replace(model: Any, settings: Any, family: Family) -> None:
-    """Replace the router, the experts and the rotary embeddings of a model on the meta device, in place."""
+def _check_state(model: Any, family: Family) -> None:
+    """Raise ValueError where routers or experts have a state that those of this package do not have, or save."""
+    known: dict[str, set[str | None]] = {
+        family.router: {"weight", family.bias_name},
+        family.experts: {"gate_up_proj", "down_proj"},
+    }
+    for block in model.modules():
+        if type(block).__name__ != family.block:
+            continue
+        for name, state in known.items():
+            part = block.get_submodule(name)
+            extra = sorted({key for key, _ in (*part.named_parameters(), *part.named_buffers())} - state)
+            if extra:
+                raise ValueError(f"the {name} of its MoE layers have the state {', '.join(extra)}, which is not saved")
+
+
+def _replace(model: Any, settings: Any, family: Family, last: Iterable[int]) -> None:
+    """Replace the router, the experts and the rotary embeddings of a model on the meta device, in place.
+
+    The tables of the rotary embeddings are computed for the positions 0 and each of `last`: at the end of a sequence
+    they may be others than at its beginning.
+    """
     import torch
 
     class Router(torch.nn.Module):
@@ -177,10 +199,11 @@ def _replace(model: Any, settings: Any, family: Family) -> None:
             self.rotary = rotary
 
         def forward(self, hidden_BSD: Any, position_ids: Any, *rest: Any) -> tuple[Any, ...]:
-            with torch.device("cpu"):
-                tables = self.rotary(torch.zeros(1, 2, 1), torch.arange(2)[None], *rest)
-            if not all(torch.isfinite(table).all() for table in tables):
-                raise ValueError("the rotary embeddings are not finite")
+            for position in last:
+                with torch.device("cpu"):
+                    tables = self.rotary(torch.zeros(1, 2, 1), torch.tensor([[0, position]]), *rest)
+                if not all(torch.isfinite(table).all() for table in tables):
+                    raise ValueError(f"the rotary embeddings are not finite at position {position}")
             return tuple(table.to("meta") for table in tables)
 
     for module in list(model.modules()):

@@ -25,7 +25,9 @@ class TrainConfig(Section):
     )
     global_batch_size: int = Field(
         ge=1,
-        description="the sequences of one optimizer step over all workers, a multiple of workers * micro_batch_size",
+        le=1_000_000_000_000,
+        description="the sequences of one optimizer step over all workers, a multiple of workers * micro_batch_size "
+        "(1 to 1e12)",
     )
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
         default="auto",
@@ -63,7 +65,9 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(
         default=1.0,
         ge=0,
-        description="the maximum global 2-norm of the gradient, to which a larger one is scaled down (0: off)",
+        le=1e30,
+        description="the maximum global 2-norm of the gradient, to which a larger one is scaled down (0 to 1e30; 0: "
+        "off)",
     )
     activation_checkpointing: bool = Field(
         default=False,

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, family_of, resolve
+from dist_moe.config.checks.rotary import RULES
 from dist_moe.config.model import OWNED_MODEL_KEYS, _known_keys
 from dist_moe.families.registry import FAMILIES
 from dist_moe.model.build import build_model, routing_rule
@@ -152,6 +153,69 @@ def test_each_field_changes_the_model_or_is_refused_or_has_no_effect(architectur
             as_expected = list(found) == [f"model.config.{key}"] and found[f"model.config.{key}"].rule == REFUSED[key]
         else:
             as_expected = differs(before, outcome(config)) != (key in NO_EFFECT)
+        if not as_expected:
+            wrong.append((key, [str(violation) for violation in found.values()]))
+    assert wrong == []
+
+
+# Each kind of rotary embeddings, and a variant of yarn, with the keys that it needs; heads have 8 or 12 elements.
+ROTARY: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn with scales": {
+        **{"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.5},
+    },
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+ROTARY_CHANGES: dict[str, Any] = {
+    "rope_theta": 1000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 20,
+    "attention_factor": 1.5,
+    "beta_fast": 3.0,
+    "beta_slow": 0.1,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+    "truncate": False,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 8.0,
+    "partial_rotary_factor": 0.25,
+}
+ROTARY_WITHOUT_EFFECT = {
+    ("dynamic", "factor"): "of sequences that are longer than max_position_embeddings, as in generation",
+    ("longrope", "short_factor"): "of sequences up to original_max_position_embeddings",
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_each_rotary_key_changes_the_model_or_is_refused_or_is_listed(architecture: str, kind: str) -> None:
+    # With a small theta the few elements of a head have frequencies on both sides of each bound.
+    parameters = {"rope_type": kind.partition(" ")[0], "rope_theta": 10.0, **ROTARY[kind]}
+    changes = dict(ROTARY_CHANGES)
+    for name in ("short_factor", "long_factor"):
+        pairs = 4 if architecture == "deepseek_v3" else 6
+        changes[name] = [2.0] * pairs
+        parameters |= {name: [1.0] * pairs} if kind == "longrope" else {}
+    assert set(changes) == set(RULES)
+    config = with_keys(architecture, {"rope_parameters": parameters})
+    if violations(config):
+        # DeepSeek-V3's attention reads a factor, which transformers refuses for this kind.
+        assert (architecture, kind) == ("deepseek_v3", "proportional")
+        return
+    before, wrong = outcome(config), []
+    for key, value in changes.items():
+        config = with_keys(architecture, {"rope_parameters": {**parameters, key: value}})
+        if found := violations(config):
+            as_expected = list(found) == ["model.config.rope_parameters"]
+        else:
+            as_expected = differs(before, outcome(config)) != ((kind, key) in ROTARY_WITHOUT_EFFECT)
         if not as_expected:
             wrong.append((key, [str(violation) for violation in found.values()]))
     assert wrong == []

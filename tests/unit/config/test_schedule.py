@@ -1,5 +1,7 @@
 """The batch and the schedule: what auto and a fraction are, and what a number of workers needs."""
 
+import time
+
 import pytest
 
 from dist_moe.config import ConfigError, load_config, resolve
@@ -116,11 +118,28 @@ def test_numbers_that_the_machine_cannot_hold(override: str, line: str) -> None:
     assert any(str(found).startswith(line) for found in violations(debug(override)).values())
 
 
+def test_a_number_that_reaches_no_tensor_may_be_large() -> None:
+    assert not violations(debug("checkpoint.interval_minutes=1e300"))
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+@pytest.mark.parametrize("micro", ["auto", "1", "37"])
+def test_a_large_batch_is_checked_in_a_moment(micro: str, workers: int) -> None:
+    """963,761,198,400 has more divisors than any smaller number."""
+    config = debug("train.global_batch_size=963761198400", f"train.micro_batch_size={micro}")
+    begun = time.monotonic()
+    lines = [str(found) for found in violations(config, workers).values()]
+    assert time.monotonic() - begun < 20
+    assert all(len(line) < 1000 for line in lines)
+
+
 @pytest.mark.parametrize(
     ("override", "bound"),
     [
         ("train.learning_rate=1e31", "1" + "0" * 30),
         ("train.weight_decay=1e7", "1000000"),
+        ("train.gradient_clipping=1e31", "1" + "0" * 30),
+        ("train.global_batch_size=1000000000001", "1000000000000"),
         ("parallel.timeout_s=1e12", "2000000"),
         ("run.threads=100000", "4096"),
         ("data.vocabulary=1000000000000", "4000000"),

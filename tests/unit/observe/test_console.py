@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import math
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,15 @@ def test_the_summary_shows_loss_load_and_paths(tmp_path: Path) -> None:
     assert "bits per byte    1.1542" in text
     assert f"metrics          {tmp_path}/metrics.jsonl\n" in text
     assert f"curves           tensorboard --logdir {tmp_path}/tb\n" in text
+
+
+def test_the_summary_says_so_where_the_loss_is_not_a_number() -> None:
+    buffer = io.StringIO()
+    shown = RunConsole(steps=20, console=Console(file=buffer, width=80))
+    shown.summary(evaluation_sample(), {}, None)
+    assert "warning" not in buffer.getvalue()
+    shown.summary(replace(evaluation_sample(), validation_loss=math.nan), {}, None)
+    assert "warning: the validation loss is nan: on this text the model has a value that is not" in buffer.getvalue()
 
 
 def test_the_summary_shows_experts_per_token_where_they_vary() -> None:
