@@ -13,7 +13,7 @@ OF_TENSORS = ("model", "router", "balance")
 
 
 def number_violations(config: Config) -> list[Violation]:
-    """Return a violation for each integer that does not fit in 64 bits, and each number of tensors that fp32 cannot hold."""
+    """Return a violation for each integer that does not fit in 64 bits, and each of a tensor that fp32 cannot hold."""
     return [
         violation
         for section, values in config.model_dump().items()

@@ -1,21 +1,24 @@
 """The entries of the keys for output, profiling, checkpoints, data and parallelism, which are mostly refused."""
 
 from dist_moe.config.deepspeed_keys.convert import choice, whole
-from dist_moe.config.deepspeed_keys.entries import Allowed, Entry, OneOf, Ours, Refused
+from dist_moe.config.deepspeed_keys.entries import BOOLEAN, Allowed, Entry, Ours, Refused
 
-BOOLEAN = OneOf((True, False))
 OFF = "remove it, or set it to false"
 DISABLE = "remove it, or set enabled to false"
-ENABLED = ("enabled", False)
 OUTPUT = "prints what DeepSpeed measures, whose messages are turned off here"
 REMOVED = "is of a feature that DeepSpeed has removed"
 UNUSED = "is read by DeepSpeed and then used nowhere"
 CHECKPOINTS = "is of DeepSpeed's own checkpoints, which are not written here"
 SAVE = "remove it; checkpoint.* sets how this project saves"
-EVENTS = "names a place of event files, which are written below run.dir"
 MONITOR = "is a monitor of DeepSpeed, which logs nothing of a run here"
 PARALLELISM = "splits the model or the sequence over ranks, which is not supported here"
 DATA = "is of DeepSpeed's data loader, and a run here has its own"
+
+
+def _block(key: str, reason: str, inner: tuple[str, ...], remedy: str = DISABLE) -> Refused:
+    """Return the entry of a mapping that has no effect while its key `enabled` is false."""
+    return Refused(key, reason, remedy, switch=("enabled", False), inner=inner)
+
 
 OBSERVED: tuple[Entry, ...] = (
     Ours("steps_per_print", "observe.interval", whole),
@@ -25,52 +28,30 @@ OBSERVED: tuple[Entry, ...] = (
     Refused(
         "tensorboard.job_name", "has no place here: events are written below run.dir", unless=("DeepSpeedJobName",)
     ),
-    Refused(
-        "wandb",
-        MONITOR,
-        f"{DISABLE}; observe.* sets the monitoring",
-        (),
-        ENABLED,
-        ("enabled", "group", "team", "project"),
+    _block(
+        "wandb", MONITOR, ("enabled", "group", "team", "project"), remedy=f"{DISABLE}; observe.* sets the monitoring"
     ),
-    Refused(
-        "csv_monitor",
-        MONITOR,
-        f"{DISABLE}; run.dir has metrics.jsonl",
-        (),
-        ENABLED,
-        ("enabled", "output_path", "job_name"),
+    _block(
+        "csv_monitor", MONITOR, ("enabled", "output_path", "job_name"), remedy=f"{DISABLE}; run.dir has metrics.jsonl"
     ),
-    Refused(
+    _block(
         "comet",
         MONITOR,
-        f"{DISABLE}; observe.* sets the monitoring",
-        (),
-        ENABLED,
         (
             *("enabled", "samples_log_interval", "project", "workspace", "api_key", "experiment_name"),
             *("experiment_key", "online", "mode"),
         ),
+        remedy=f"{DISABLE}; observe.* sets the monitoring",
     ),
-    Refused("wall_clock_breakdown", OUTPUT, f"{OFF}; the log of a run has the times of its steps", (False,)),
-    Refused("memory_breakdown", OUTPUT, OFF, (False,)),
-    Refused("dump_state", OUTPUT, f"{OFF}; dist-moe config prints the configuration", (False,)),
-    Refused("log_level", OUTPUT, "remove it; --verbose reports what is decided", (None,)),
-    Refused("vocabulary_size", OUTPUT, "remove it; the tokenizer sets it", (None,)),
-    Refused(
-        "comms_logger",
-        OUTPUT,
-        DISABLE,
-        (),
-        ENABLED,
-        ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
-    ),
-    Refused(
+    Refused("wall_clock_breakdown", OUTPUT, f"{OFF}; the log of a run has the times of its steps", unless=(False,)),
+    Refused("memory_breakdown", OUTPUT, OFF, unless=(False,)),
+    Refused("dump_state", OUTPUT, f"{OFF}; dist-moe config prints the configuration", unless=(False,)),
+    Refused("log_level", OUTPUT, "remove it; --verbose reports what is decided", unless=(None,)),
+    Refused("vocabulary_size", OUTPUT, "remove it; the tokenizer sets it", unless=(None,)),
+    _block("comms_logger", OUTPUT, ("enabled", "prof_all", "prof_ops", "verbose", "debug")),
+    _block(
         "flops_profiler",
         "runs the model under hooks in the middle of a run",
-        DISABLE,
-        (),
-        ENABLED,
         (
             *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed"),
             "output_file",
@@ -78,7 +59,7 @@ OBSERVED: tuple[Entry, ...] = (
     ),
     Allowed("timers.throughput.enabled", BOOLEAN, "whether DeepSpeed times the steps (its result is not shown)"),
     Allowed("timers.throughput.synchronized", BOOLEAN, "whether the device is synchronized for that"),
-    Refused("disable_python_gc", "turns off the garbage collector of the whole process", OFF, (False,)),
+    Refused("disable_python_gc", "turns off the garbage collector of the whole process", OFF, unless=(False,)),
 )
 
 SAVED: tuple[Entry, ...] = (
@@ -87,7 +68,7 @@ SAVED: tuple[Entry, ...] = (
             f"activation_checkpointing.{name}",
             "is read by models that call DeepSpeed's own checkpointing, and the models here do not",
             "remove it; train.activation_checkpointing saves activations",
-            (off,),
+            unless=(off,),
         )
         for name, off in (
             ("partition_activations", False),
@@ -102,14 +83,13 @@ SAVED: tuple[Entry, ...] = (
         "checkpoint",
         CHECKPOINTS,
         SAVE,
-        (),
-        ("load_universal", False),
-        (
+        switch=("load_universal", False),
+        inner=(
             *("tag_validation", "checkpoint_serialization", "writer", "load_universal", "use_node_local_storage"),
             "parallel_write",
         ),
     ),
-    Refused("datastates_ckpt", CHECKPOINTS, SAVE, (False, None)),
+    Refused("datastates_ckpt", CHECKPOINTS, SAVE, unless=(False, None)),
     Refused(
         "aio",
         "is of offloading to a disk, which is refused",
@@ -122,24 +102,19 @@ SAVED: tuple[Entry, ...] = (
 )
 
 FED: tuple[Entry, ...] = (
-    Refused("dataloader_drop_last", DATA, OFF, (False,)),
-    Refused(
+    Refused("dataloader_drop_last", DATA, OFF, unless=(False,)),
+    _block(
         "data_efficiency",
         DATA,
-        f"{DISABLE}; data.* sets the data",
-        (),
-        ENABLED,
         ("enabled", "seed", "data_sampling", "data_routing"),
+        remedy=f"{DISABLE}; data.* sets the data",
     ),
 )
 
 SPLIT: tuple[Entry, ...] = (
-    Refused(
+    _block(
         "expert_parallel",
         "replaces the experts by those of DeepSpeed, which balance and routing here do not know",
-        f"{DISABLE}; parallel.expert_parallel spreads the experts",
-        (),
-        ENABLED,
         (
             *("enabled", "autoep_size", "expert_tensor_parallel_size", "validate_folding_routing", "async_split_plan"),
             *("preset_model", "moe_layer_pattern", "expert_pattern", "router_pattern", "use_grouped_mm"),
@@ -150,26 +125,26 @@ SPLIT: tuple[Entry, ...] = (
             *("num_experts_attr", "top_k_attr", "has_shared_experts", "shared_experts_pattern"),
             *("shared_experts_gate_pattern", "expert_activation"),
         ),
+        remedy=f"{DISABLE}; parallel.expert_parallel spreads the experts",
     ),
     Refused(
         "use_data_before_expert_parallelism",
         "numbers the ranks in another order than the expert groups here",
         f"{OFF}; parallel.expert_parallel sets the groups",
-        (False,),
+        unless=(False,),
     ),
     Refused(
         "tensor_parallel",
         PARALLELISM,
         "remove it, or set autotp_size to 0",
-        (),
-        ("autotp_size", 0),
-        (
+        switch=("autotp_size", 0),
+        inner=(
             *("dtype", "autotp_size", "tp_overlap_comm", "vocab_parallel_lm_head", "vocab_parallel_ce_backend"),
             *("tensor_parallel", "tp", "injection_policy_tuple", "partition_config", "preset_model"),
             *("keep_module_on_host", "replace_with_kernel_inject", "kernel_inject"),
         ),
     ),
-    Refused("sequence_parallel_size", PARALLELISM, "remove it, or set it to 1", (1,)),
+    Refused("sequence_parallel_size", PARALLELISM, "remove it, or set it to 1", unless=(1,)),
     Refused("data_parallel_size", PARALLELISM, "remove it; the number of workers follows from the launch"),
     Refused(
         "pipeline",
@@ -183,9 +158,8 @@ SPLIT: tuple[Entry, ...] = (
         "compile",
         "compiles the model, whose dispatch of tokens to experts has sizes that change with each step",
         "remove it, or set deepcompile to false",
-        (),
-        ("deepcompile", False),
-        (
+        switch=("deepcompile", False),
+        inner=(
             *("deepcompile", "autoep_non_moe", "free_activation", "free_activation_threshold", "offload_activation"),
             *("offload_activation_pin_memory", "offload_opt_states", "double_buffer", "symmetric_memory"),
             *("debug_log", "offload_parameters", "sync_before_reduce", "sync_after_reduce", "sync_before_allgather"),
@@ -195,23 +169,17 @@ SPLIT: tuple[Entry, ...] = (
 )
 
 OTHERS: tuple[Entry, ...] = (
-    Refused(
+    _block(
         "hybrid_engine",
         "replaces the engine by one for inference between steps",
-        DISABLE,
-        (),
-        ENABLED,
         (
             *("enabled", "max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters"),
             *("tp_gather_partition_size", "enable_cuda_graph"),
         ),
     ),
-    Refused(
+    _block(
         "autotuning",
         "starts many runs of DeepSpeed's own launcher",
-        DISABLE,
-        (),
-        ENABLED,
         (
             *("enabled", "fast", "results_dir", "exps_dir", "overwrite", "start_profile_step", "end_profile_step"),
             *("metric", "metric_path", "tuner_type", "tuner_early_stopping", "tuner_num_trials", "arg_mappings"),
@@ -225,7 +193,7 @@ OTHERS: tuple[Entry, ...] = (
         "rounds the weights to few bits",
         inner=("enabled", "num_bits", "q_type", "q_groups", "quantized_initialization", "post_init_quant"),
     ),
-    Refused("disable_allgather", UNUSED, OFF, (False,)),
+    Refused("disable_allgather", UNUSED, OFF, unless=(False,)),
     Refused("allgather_size", "is of an old form of zero_optimization", "set zero_optimization.allgather_bucket_size"),
     *(
         Refused(name, REMOVED)

@@ -22,12 +22,14 @@ class Found(NamedTuple):
         value: Its value.
         entry: Its entry in the table; None for a mapping without one of its own, and for a key that is not known.
         known: Whether DeepSpeed has the key.
+        flat: Whether a name has dots, in place of mappings.
     """
 
     key: str
     value: Any
     entry: Entry | None
     known: bool
+    flat: bool = False
 
 
 def find_keys(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[Found]:
@@ -39,6 +41,9 @@ def find_keys(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[Found]:
     """
     for name, value in settings.items():
         key = f"{prefix}{printable(str(name))[:LONGEST_KEY]}"
+        if "." in str(name):
+            yield Found(key, value, None, False, flat=True)
+            continue
         entry = TABLE.get(key)
         nested = any(known.startswith(f"{key}.") for known in TABLE)
         if nested and isinstance(value, Mapping):
@@ -60,7 +65,7 @@ def deepspeed_violations(settings: Mapping[Any, Any], where: str = f"{FIELD}.") 
     found = []
     for one in find_keys(settings):
         if isinstance(one.entry, Ours):
-            rule, remedy = "is not set here", f"remove it; {one.entry.field} sets it in DeepSpeed"
+            rule, remedy = "is not set here", f"remove it; {one.entry.sets} in DeepSpeed"
             found.append(Violation(f"{where}{one.key}", one.value, rule, remedy))
         elif (violation := key_violation(one, where)) is not None:
             found.append(violation)
@@ -75,6 +80,9 @@ def key_violation(found: Found, where: str) -> Violation | None:
         where: What to write before it.
     """
     entry, key = found.entry, f"{where}{found.key}"
+    if found.flat and found.key in set(known_keys()):
+        remedy = f"write {' in the mapping '.join(reversed(found.key.split('.')))}"
+        return Violation(key, found.value, "is not a key of DeepSpeed, whose names have no dots", remedy)
     if not found.known:
         return Violation(key, found.value, "is not a key of DeepSpeed", _similar(found.key, where))
     if entry is None:
@@ -113,9 +121,12 @@ def _similar(key: str, where: str) -> str:
     close = nearest(name, siblings)
     if close is not None:
         return f"did you mean {_named(siblings[close], where)}?"
-    namesake = name if name in known.values() else nearest(name, known.values())
+    if isinstance(TABLE.get(section), Refused):
+        return f"the keys of {section} are {listed(siblings, last='and')}"
+    usable = {dotted: known[dotted] for dotted in known if isinstance(TABLE.get(dotted), Allowed | Ours)}
+    namesake = name if name in usable.values() else nearest(name, usable.values())
     if namesake is not None:
-        return f"did you mean {listed(_named(dotted, where) for dotted, last in known.items() if last == namesake)}?"
+        return f"did you mean {listed(_named(dotted, where) for dotted, last in usable.items() if last == namesake)}?"
     allowed = listed((entry.key for entry in TABLE.values() if isinstance(entry, Allowed)), last="and")
     return f"the keys that may be set are {allowed}"
 
@@ -124,7 +135,7 @@ def _named(key: str, where: str) -> str:
     """Return a known key for a question, with what becomes of it."""
     entry = TABLE.get(key)
     if isinstance(entry, Ours):
-        return f"{key}, which {entry.field} sets"
+        return f"{key}, which {entry.sets.removesuffix(' it')}"
     if isinstance(entry, Refused):
         return f"{key}, which is refused"
     return f"{where}{key}" if where.endswith(".") else key

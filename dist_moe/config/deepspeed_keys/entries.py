@@ -45,6 +45,9 @@ class OneOf(NamedTuple):
         return " or ".join(written(value) for value in self.values)
 
 
+BOOLEAN = OneOf((True, False))
+
+
 class Ours(NamedTuple):
     """A key that fields of this project set.
 
@@ -53,13 +56,16 @@ class Ours(NamedTuple):
         field: The field that sets it, or several.
         convert: Returns the value of the field that means the same; raises ValueError with the rule where none does.
             None where no single value does.
-        unless: Values that say the same as every value of the field.
     """
 
     key: str
     field: str
     convert: Callable[[Any], Any] | None = None
-    unless: tuple[Any, ...] = ()
+
+    @property
+    def sets(self) -> str:
+        """That the field, or the fields, set the key, in words."""
+        return f"{self.field} {'set' if ' and ' in self.field else 'sets'} it"
 
 
 class Allowed(NamedTuple):
@@ -107,7 +113,9 @@ Entry = Ours | Allowed | Refused
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values of JSON are equal; true is not 1, and 5e8 is 500000000."""
+    """Whether two values of JSON are equal; true is not 1, 5e8 is 500000000, and a tuple is a list."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 

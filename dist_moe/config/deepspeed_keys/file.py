@@ -14,6 +14,7 @@ from dist_moe.errors import ABSENT, ConfigError, Violation
 from dist_moe.text import counted, shown
 from dist_moe.untrusted import read_json
 
+MICRO_FIELD = "train.micro_batch_size"
 REMEDY = "give the path of a JSON file of DeepSpeed, or a mapping of its keys"
 
 
@@ -59,8 +60,51 @@ class DeepSpeedFile(NamedTuple):
             broken: Dotted fields whose intended value is not known, with which nothing is compared.
         """
         values = config.model_dump()
-        values["train"]["schedule_steps"] = values["train"]["schedule_steps"] or values["train"]["steps"]
-        return file_violations(self.path, self.settings, values, workers, broken)
+        train: Any = values["train"]
+        train["schedule_steps"] = train["schedule_steps"] or train["steps"]
+        micro = train["micro_batch_size"]
+        if micro == AUTO:
+            micro = _auto_micro_batch(config, workers, broken)
+        run = Run(values, workers, micro, broken)
+        return [violation for one in find_keys(self.settings) if (violation := self._violation(one, run)) is not None]
+
+    def _violation(self, found: Found, run: "Run") -> Violation | None:
+        where = f"{self.path}: "
+        if not isinstance(found.entry, Ours):
+            return key_violation(found, where)
+        if found.entry.field in run.broken:
+            return None
+        return _disagreement(found, where, run, self.settings.get(MICRO_BATCH))
+
+
+class Run(NamedTuple):
+    """What a file of DeepSpeed is compared with.
+
+    Attributes:
+        values: The sections of the run and their fields.
+        workers: The processes of the run; None where they are not known.
+        micro: The sequences of a micro-batch, also where the field is auto; None where they are not known.
+        broken: Dotted fields whose intended value is not known, with which nothing is compared.
+    """
+
+    values: Mapping[str, Mapping[str, Any]]
+    workers: int | None
+    micro: int | None
+    broken: Collection[str]
+
+    def shown(self, field: str) -> str:
+        """Return a field with its value, and with what auto is."""
+        section, _, name = field.partition(".")
+        value = self.values[section][name]
+        text = f"{field}={shown(value)}"
+        return f"{text} ({self.micro})" if value == AUTO and field == MICRO_FIELD and self.micro is not None else text
+
+
+def _auto_micro_batch(config: Any, workers: int | None, broken: Collection[str]) -> int | None:
+    if workers is None or not {"train.global_batch_size", "data.sequence_length", MICRO_FIELD}.isdisjoint(broken):
+        return None
+    micro: int = config.train.micro_batch_for(workers, config.data.sequence_length)
+    return micro
 
 
 def take_deepspeed_file(settings: dict[Any, Any]) -> DeepSpeedFile:
@@ -94,36 +138,6 @@ def is_deepspeed_json(settings: Mapping[Any, Any], sections: Iterable[str]) -> b
     return bool(top.intersection(settings)) and not (set(sections) - both).intersection(settings)
 
 
-def file_violations(
-    path: str,
-    settings: Mapping[Any, Any],
-    values: Mapping[str, Mapping[str, Any]],
-    workers: int | None,
-    broken: Collection[str] = (),
-) -> list[Violation]:
-    """Return a violation for each key of a file that may not be passed on, or that says other than the run.
-
-    Args:
-        path: The file, as it is named in messages.
-        settings: Its content.
-        values: The sections of the run and their fields.
-        workers: The processes of the run; None where they are not known.
-        broken: Dotted fields whose intended value is not known, with which nothing is compared.
-    """
-    where = f"{path}: "
-    found = []
-    for one in find_keys(settings):
-        if isinstance(one.entry, Ours):
-            if one.entry.field in broken:
-                continue
-            violation = _disagreement(one, where, values, workers, settings.get(MICRO_BATCH))
-        else:
-            violation = key_violation(one, where)
-        if violation is not None:
-            found.append(violation)
-    return found
-
-
 def describe_keys(path: str, settings: Mapping[Any, Any]) -> list[Violation]:
     """Return one line for each key of a file of DeepSpeed that was given in place of the YAML file of a run.
 
@@ -150,7 +164,7 @@ def _description(found: Found) -> Violation:
     if isinstance(entry, Refused):
         return Violation(key, value, "has no effect", "leave it out")
     if not isinstance(entry, Ours) or value == AUTO:
-        field = f"; {entry.field} sets it" if isinstance(entry, Ours) else ""
+        field = f"; {entry.sets}" if isinstance(entry, Ours) else ""
         return Violation(key, value, "leaves the value open", f"leave it out{field}")
     if key == ACCUMULATION:
         remedy = "write train.global_batch_size = workers * train.micro_batch_size * this number"
@@ -162,44 +176,52 @@ def _description(found: Found) -> Violation:
     return Violation(key, value, f"is set by {entry.field} here", remedy)
 
 
-def _disagreement(
-    found: Found, where: str, values: Mapping[str, Mapping[str, Any]], workers: int | None, micro_batch: Any
-) -> Violation | None:
+def _disagreement(found: Found, where: str, run: Run, micro_batch: Any) -> Violation | None:
+    """Return how a key that a field here sets differs from the run.
+
+    Args:
+        found: The key.
+        where: What to write before it.
+        run: The run.
+        micro_batch: The micro-batch of the file, if it has one.
+    """
     entry, value = found.entry, found.value
     assert isinstance(entry, Ours)
     key = f"{where}{found.key}"
     if value == AUTO:
         return None
     if entry.convert is None:
-        return Violation(key, value, "should be a mapping", f"remove it; {entry.field} sets it")
+        return Violation(key, value, "should be a mapping", f"remove it; {entry.sets}")
     try:
         wanted = entry.convert(value)
     except ValueError as error:
-        return Violation(key, value, str(error), f"remove it; {entry.field} sets it")
+        return Violation(key, value, str(error), f"remove it; {entry.sets}")
     if found.key == ACCUMULATION:
-        micro = micro_batch if isinstance(micro_batch, int) else values["train"]["micro_batch_size"]
-        return _other_accumulation(key, wanted, values["train"]["global_batch_size"], micro, workers)
+        return _other_accumulation(key, wanted, run, micro_batch)
     section, _, name = entry.field.partition(".")
-    has = values[section][name]
-    if _equal(wanted, has):
+    has = run.micro if entry.field == MICRO_FIELD else run.values[section][name]
+    if same(wanted, has) or (entry.field == MICRO_FIELD and has is None):
         return None
-    rule = f"is not what {entry.field}={shown(has)} sets"
+    rule = f"is not what {run.shown(entry.field)} sets"
     return Violation(key, value, rule, f"set {entry.field}={shown(wanted)}, or remove it from the file")
 
 
-def _other_accumulation(key: str, wanted: int, batch: int, micro: int, workers: int | None) -> Violation | None:
-    fields = f"train.global_batch_size={batch} and train.micro_batch_size={micro}"
-    if workers is None:
-        fits = wanted > 0 and micro > 0 and batch % (micro * wanted) == 0
-        return None if fits else Violation(key, wanted, f"does not fit {fields}", "remove it from the file")
-    if batch == wanted * micro * workers:
+def _other_accumulation(key: str, wanted: int, run: Run, micro_batch: Any) -> Violation | None:
+    """Return how a number of micro-batches differs from that of the run; the file's own micro-batch is preferred."""
+    batch, given = run.values["train"]["global_batch_size"], type(micro_batch) is int and micro_batch > 0
+    micro = micro_batch if given else run.micro
+    fields = f"train.global_batch_size={batch} and "
+    fields += f"{MICRO_FIELD}={micro}" if given else run.shown(MICRO_FIELD)
+    remove = "remove it from the file"
+    if run.workers is None or micro is None:
+        fits = wanted > 0 and batch % (wanted * (micro or 1)) == 0
+        return None if fits else Violation(key, wanted, f"does not fit {fields}", remove)
+    if batch == wanted * micro * run.workers:
         return None
-    rule = f"is not what {fields} set for {counted(workers, 'worker')}"
-    remedy = f"set train.global_batch_size={max(wanted, 1) * micro * workers}, or remove it from the file"
-    return Violation(key, wanted, rule, remedy)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return same(one, other)
+    rule = f"is not what {fields} set for {counted(run.workers, 'worker')}"
+    steps = max(wanted, 1) * run.workers
+    remedy = f"set train.global_batch_size={steps * micro}"
+    if not given and run.values["train"]["micro_batch_size"] == AUTO:
+        # Another global batch would have another automatic micro-batch.
+        remedy = f"set {MICRO_FIELD}={batch // steps}" if batch % steps == 0 else ""
+    return Violation(key, wanted, rule, f"{remedy}, or {remove}" if remedy else remove)

@@ -4,11 +4,10 @@ import sys
 from typing import Any
 
 from dist_moe.config.deepspeed_keys.convert import choice
-from dist_moe.config.deepspeed_keys.entries import Allowed, Entry, OneOf, Ours, Refused, Whole
+from dist_moe.config.deepspeed_keys.entries import BOOLEAN, Allowed, Entry, Ours, Refused, Whole
 
 LARGEST_BUCKET = 1_000_000_000
 """In elements: DeepSpeed allocates a reduce bucket whole when it starts."""
-BOOLEAN = OneOf((True, False))
 STAGE_3 = "is read at ZeRO 3 alone, and parallel.zero_stage is at most 2"
 OFFLOAD = "moves the optimizer to the CPU or to a disk, which needs an optimizer of DeepSpeed's own"
 MICS = "is a key of MiCS, which DeepSpeed has removed"

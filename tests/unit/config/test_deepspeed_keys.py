@@ -8,7 +8,7 @@ import pytest
 
 from dist_moe.config import ConfigError, load_config
 from dist_moe.config.deepspeed_keys.check import allowed_settings, deepspeed_violations, find_keys, known_keys
-from dist_moe.config.deepspeed_keys.entries import Allowed, Ours, Refused
+from dist_moe.config.deepspeed_keys.entries import Allowed, Refused
 from dist_moe.config.deepspeed_keys.page import markdown
 from dist_moe.config.deepspeed_keys.table import ENTRIES, TABLE
 from dist_moe.config.messages import field_paths
@@ -124,6 +124,26 @@ def test_the_page_of_the_documentation_is_the_table() -> None:
         ({"zero_optimization": {"allgather_bucket_size": 3}}, "is not a multiple of 2 from 2"),
         ({"zero_optimization": {"use_multi_rank_bucket_allreduce": 1}}, "is not true or false"),
         ({"timers": {"throughput": True}}, "train.deepspeed.timers.throughput=true should be a mapping"),
+        (
+            {"wandb": {"nope": 1}},
+            "train.deepspeed.wandb.nope=1 is not a key of DeepSpeed; the keys of wandb are enabled, group, team and "
+            "project",
+        ),
+        ({"wandb": {"enable": True}}, "did you mean train.deepspeed.wandb.enabled?"),
+        ({"seed": 1}, "train.deepspeed.seed=1 is not a key of DeepSpeed; the keys that may be set are "),
+        (
+            {"zero_optimization.reduce_bucket_size": 100},
+            "train.deepspeed.zero_optimization.reduce_bucket_size=100 is not a key of DeepSpeed, whose names have no "
+            "dots; write reduce_bucket_size in the mapping zero_optimization",
+        ),
+        (
+            {"timers": {"throughput.enabled": True}},
+            "timers.throughput.enabled=true is not a key of DeepSpeed, whose names have no dots; write enabled in the "
+            "mapping throughput in the mapping timers",
+        ),
+        ({"optimizer.type": "Adam"}, "write type in the mapping optimizer"),
+        ({"a.b": 1}, "train.deepspeed.a.b=1 is not a key of DeepSpeed; the keys that may be set are "),
+        ({"scheduler": None}, "train.schedule_steps and train.final_learning_rate_ratio set it in DeepSpeed"),
         ({"\x1b[2Jx": 3}, "train.deepspeed.\\x1b[2Jx=3 is not a key of DeepSpeed"),
         ({7: 3}, "train.deepspeed.7=3 is not a key of DeepSpeed"),
     ],
@@ -210,6 +230,68 @@ def test_the_accumulation_of_a_file_is_that_of_the_run(
     assert (of_file(tmp_path, {"gradient_accumulation_steps": accumulation}, workers=workers) == []) == fits
 
 
+AUTO = "train.micro_batch_size=auto"
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "workers", "line"),
+    [
+        (1, 1, None),
+        (1, 2, None),
+        (2, None, None),
+        (
+            2,
+            2,
+            "gradient_accumulation_steps=2 is not what train.global_batch_size=12 and train.micro_batch_size=auto (6) "
+            "set for 2 workers; set train.micro_batch_size=3, or remove it from the file",
+        ),
+        (
+            5,
+            2,
+            "gradient_accumulation_steps=5 is not what train.global_batch_size=12 and train.micro_batch_size=auto (6) "
+            "set for 2 workers; remove it from the file",
+        ),
+        (
+            1_000_000_000_000,
+            None,
+            "gradient_accumulation_steps=1000000000000 does not fit train.global_batch_size=12 and "
+            "train.micro_batch_size=auto; remove it from the file",
+        ),
+        (
+            1_000_000_000_000,
+            2,
+            "gradient_accumulation_steps=1000000000000 is not what train.global_batch_size=12 and "
+            "train.micro_batch_size=auto (6) set for 2 workers; remove it from the file",
+        ),
+    ],
+)
+def test_the_accumulation_of_a_file_is_that_of_an_automatic_micro_batch(
+    tmp_path: Path, accumulation: int, workers: int | None, line: str | None
+) -> None:
+    lines = of_file(tmp_path, {"gradient_accumulation_steps": accumulation}, AUTO, workers=workers)
+    assert lines == ([] if line is None else [line])
+
+
+def test_the_micro_batch_of_a_file_is_that_of_auto(tmp_path: Path) -> None:
+    file = {"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 1}
+    assert of_file(tmp_path, file, AUTO, workers=2) == []
+    assert of_file(tmp_path, file, AUTO) == [], "without a number of workers auto is not known"
+    (line,) = of_file(tmp_path, {"train_micro_batch_size_per_gpu": 4}, AUTO, workers=2)
+    assert line == (
+        "train_micro_batch_size_per_gpu=4 is not what train.micro_batch_size=auto (6) sets; set "
+        "train.micro_batch_size=4, or remove it from the file"
+    )
+    broken = of_file(tmp_path, file, AUTO, "train.global_batch_size=x", workers=2)
+    assert len(broken) == 1 and broken[0].startswith("train.global_batch_size=x should be")
+
+
+def test_a_file_without_mappings_is_refused(tmp_path: Path) -> None:
+    lines = of_file(tmp_path, {"zero_optimization.reduce_bucket_size": 100, "scheduler": None})
+    assert lines[0].endswith("whose names have no dots; write reduce_bucket_size in the mapping zero_optimization")
+    assert lines[1].endswith("train.schedule_steps and train.final_learning_rate_ratio set it")
+    assert len(lines) == 2
+
+
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
@@ -267,8 +349,3 @@ def test_a_run_with_the_section_that_deepspeed_has_too_is_a_run(tmp_path: Path) 
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert "is a configuration of DeepSpeed" not in str(caught.value)
-
-
-def test_ours_and_refused_keys_cover_those_that_change_what_is_computed() -> None:
-    for key in ("zero_optimization.stage", "gradient_clipping", "train_batch_size", "bf16.enabled"):
-        assert isinstance(TABLE[key], Ours)
