@@ -110,8 +110,10 @@ def _violations(detail: ErrorDetails) -> list[Violation]:
     if detail["type"] in UNKNOWN_KEY:
         return [_unknown(section, path, rest, detail["input"])]
     field = section.model_fields.get(str(path[-1])) if path else None
-    if detail["type"] == "missing" and field is not None:
+    if detail["type"] == "missing" and field is not None and not rest:
         return [Violation(_dotted(path), ABSENT, "is missing", f"give {field.description}")]
+    if detail["type"] == "missing" and field is not None and rest:
+        return [Violation(_dotted(path), detail["input"], "has too few values", f"give {field.description}")]
     key = _dotted([*path, *(part for part in rest if isinstance(part, int))])
     if detail["type"].startswith("union_tag") and isinstance(detail["input"], Mapping):
         names = listed(f"'{name}'" for name in POLICIES)

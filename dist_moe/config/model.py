@@ -1,5 +1,6 @@
 """The model of a configuration, validated with its Hugging Face config class: its keys and routing values."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dist_moe.config.checks.rotary import KEY as ROPE_KEY
 from dist_moe.config.checks.rotary import rotary_violations
-from dist_moe.config.checks.trial_model import complaints_about_rope, trial_violations
+from dist_moe.config.checks.trial_model import blamed, complaints_about_rope, trial_violations
 from dist_moe.config.model_checks import (
     shape_violations,
     size_violations,
@@ -94,8 +95,8 @@ def _read(config: Config) -> Reading:
     family = family_of(config.model.architecture)
     cls: Any = CONFIG_MAPPING[family.architecture]
     known = _known_keys(cls, family)
-    stated, violations = stated_model(config, cls, known)
-    violations += agreement(config, stated)
+    stated, violations, file_notices = stated_model(config, cls, known)
+    violations = [*violations, *agreement(config, stated)]
     if not config.model.config and not stated:
         if not violations:
             rule = f"give {ModelConfig.model_fields['config'].description}, or set model.pretrained"
@@ -119,10 +120,10 @@ def _read(config: Config) -> Reading:
     try:
         with complaints_about_rope():  # the trial of the model reports them
             settings = cls(**{"vocab_size": vocabulary_bound(config), **tried, **_no_special_tokens()})
-    except Exception as error:
+    except Exception:  # the class of another library may raise anything
         experts = arguments.get(family.experts_key)
         known_experts = experts if type(experts) is int and experts > 0 else None
-        return Reading(None, known_experts, [*violations, *_refusals(cls, tried, error)], arguments)
+        return Reading(None, known_experts, [*violations, *_refusals(config, cls, tried)], arguments)
     filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
     experts = getattr(settings, family.experts_key)
     violations += shape_violations(config, settings) + unsupported_violations(config, settings, own, stated)
@@ -138,7 +139,7 @@ def _read(config: Config) -> Reading:
         filled["max_experts"] = config.router.max_experts or experts
     router = config.router.model_copy(update=filled)
     complete = {**arguments, **written, **_no_special_tokens()}
-    notices = unsupported_notices(config, own, stated)
+    notices = (*unsupported_notices(config, own, stated), *file_notices)
     return Reading(ModelFacts(complete, experts, router, model, notices), experts, violations, arguments)
 
 
@@ -229,24 +230,27 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
     return violations
 
 
-def _refusals(cls: Any, arguments: dict[str, Any], error: Exception) -> list[Violation]:
-    """Why the class refused its arguments: the keys that it also refuses alone, or else the error itself."""
-    violations = []
-    for key, value in arguments.items():
+def _refusals(config: Config, cls: Any, arguments: Mapping[str, Any]) -> list[Violation]:
+    """Why the class refuses its arguments: each key without which it does not, or else the reason alone."""
+
+    def refusal(given: Mapping[str, Any]) -> str | None:
         try:
-            cls(**{key: value})
-        except type(error) as alone:
-            if key in str(alone):
-                violations.append(_refusal(cls, f"model.config.{key}", value, alone))
-        except Exception:  # another error than the one to explain
-            continue
-    return violations or [_refusal(cls, "model.config", ABSENT, error)]
+            with complaints_about_rope():
+                # The class writes into the dictionaries that it is given.
+                cls(**copy.deepcopy({"vocab_size": vocabulary_bound(config), **given, **_no_special_tokens()}))
+        except Exception as error:  # the class of another library may raise anything
+            return " ".join(str(error.__cause__ or error).split())
+        return None
 
-
-def _refusal(cls: Any, key: str, value: Any, error: Exception) -> Violation:
-    reason = str(error.__cause__ or error).strip()
-    rule = f"is refused by {cls.__name__} ({' '.join(reason.split())})"
-    return Violation(key, value, rule, "give a value that the class accepts")
+    return [
+        Violation(
+            "model.config" if key is None else f"model.config.{key}",
+            ABSENT if key is None else arguments[key],
+            f"is refused by {cls.__name__} ({reason})",
+            "give a value that the class accepts",
+        )
+        for key, reason in blamed(refusal, arguments)
+    ]
 
 
 def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:

@@ -1,27 +1,39 @@
 """The Hugging Face folder of model.pretrained: where it is, and the model that its config.json describes."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dist_moe.config.deepspeed_keys.entries import same
 from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.checkpoint import CheckpointConfig
 from dist_moe.config.sections.run import RunConfig
 from dist_moe.errors import ConfigError, Violation, reason_of
+from dist_moe.families.record import Family
 from dist_moe.families.registry import FAMILIES
 from dist_moe.files import UNSEEN_REMEDY, entries, why_unseen
-from dist_moe.text import listed
-from dist_moe.untrusted import read_json
+from dist_moe.section import expand_home
+from dist_moe.text import listed, nearest, shown
+from dist_moe.untrusted import printable, read_json
 
 OWN_PREFIX = "dist_moe_"
 """Prefix of the model_type of a weights folder whose routing the architecture cannot express."""
 SETTINGS = "config.json"
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
+BASE_KEYS = (
+    *("model_type", "torch_dtype", "dtype", "auto_map", "name_or_path", "_name_or_path", "_commit_hash", "num_labels"),
+    *("rope_theta", "rope_scaling", "attn_implementation", "_attn_implementation", "experts_implementation"),
+    *("_experts_implementation", "output_attentions", "quantization_config", "per_layer_config"),
+)
+"""Keys of every model's config.json that the base of the config classes reads without declaring them."""
+MOST_NAMED = 10
+LONGEST_KEY = 80
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A name on the Hugging Face Hub, `owner/model` or `model`; a relative path may be spelled the same."""
 
@@ -79,7 +91,21 @@ def _checkpoints(run_dir: str, resume: str) -> Iterator[Path]:
     yield from (path for path in checkpoints if os.path.isfile(path / "config.yaml"))
 
 
-def stated_model(config: Config, cls: Any, known: set[str]) -> tuple[dict[str, Any], list[Violation]]:
+class Stated(NamedTuple):
+    """What model.pretrained says of the model.
+
+    Attributes:
+        keys: Every known key as a plain value.
+        violations: What is wrong.
+        notices: What is not used, one line each.
+    """
+
+    keys: dict[str, Any]
+    violations: list[Violation]
+    notices: tuple[str, ...] = ()
+
+
+def stated_model(config: Config, cls: Any, known: set[str]) -> Stated:
     """Read the keys of the model from the folder of model.pretrained.
 
     If the folder does not exist any more and the run may resume from a checkpoint, they are read from that.
@@ -88,12 +114,9 @@ def stated_model(config: Config, cls: Any, known: set[str]) -> tuple[dict[str, A
         config: the configuration.
         cls: the Hugging Face config class.
         known: its keys that define the model.
-
-    Returns:
-        Every known key as a plain value, and what is wrong.
     """
     if config.model.pretrained is None:
-        return {}, []
+        return Stated({}, [])
     folder = Path(config.model.pretrained)
     if is_model_folder(folder):
         return _stated(folder, config.model.architecture, cls, known)
@@ -103,8 +126,8 @@ def stated_model(config: Config, cls: Any, known: set[str]) -> tuple[dict[str, A
         except ConfigError:
             continue
         if previous.pretrained is not None and previous.architecture == config.model.architecture:
-            return previous.config, []
-    return {}, [_no_folder(config.model.pretrained)]
+            return Stated(previous.config, [])
+    return Stated({}, [_no_folder(config.model.pretrained)])
 
 
 def fill_architecture(settings: Mapping[Any, Any]) -> None:
@@ -121,7 +144,7 @@ def fill_architecture(settings: Mapping[Any, Any]) -> None:
 
 def _architectures(settings: Mapping[Any, Any]) -> Iterator[str]:
     try:
-        found = read_json(Path(settings["model"]["pretrained"]) / SETTINGS, follow=True).get("model_type")
+        found = read_json(Path(expand_home(settings["model"]["pretrained"])) / SETTINGS, follow=True).get("model_type")
         yield str(found).removeprefix(OWN_PREFIX)
         return
     except (OSError, ValueError):
@@ -131,7 +154,8 @@ def _architectures(settings: Mapping[Any, Any]) -> Iterator[str]:
         section, _, name = dotted.partition(".")
         values = settings.get(section)
         if isinstance(values, dict) and isinstance(values.get(name), str):
-            places[dotted] = values[name]
+            with contextlib.suppress(ValueError):  # the field refuses it
+                places[dotted] = expand_home(values[name])
     for checkpoint in _checkpoints(*places.values()):
         with contextlib.suppress(ConfigError):
             yield load_stored_config(checkpoint / "config.yaml").model.architecture
@@ -159,16 +183,18 @@ def unreadable(folder: str, error: Exception) -> Violation:
     return Violation("model.pretrained", folder, rule, "give another folder")
 
 
-def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> tuple[dict[str, Any], list[Violation]]:
-    def refuse(rule: str, remedy: str) -> tuple[dict[str, Any], list[Violation]]:
-        return {}, [Violation("model.pretrained", str(folder), rule, remedy)]
+def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> Stated:
+    def refuse(rule: str, remedy: str) -> Stated:
+        return Stated({}, [Violation("model.pretrained", str(folder), rule, remedy)])
 
     try:
         raw = read_json(folder / SETTINGS, follow=True)
     except (OSError, ValueError) as error:
-        return {}, [unreadable(str(folder), error)]
+        return Stated({}, [unreadable(str(folder), error)])
     model_type = raw.get("model_type")
-    if isinstance(model_type, str) and model_type.startswith(OWN_PREFIX):
+    if model_type is not None and not isinstance(model_type, str):
+        return refuse(f"has the model_type {shown(model_type)}, which is not a text", "correct its config.json")
+    if model_type is not None and model_type.startswith(OWN_PREFIX):
         rule = f"has routing that {model_type.removeprefix(OWN_PREFIX)} cannot express"
         return refuse(rule, "resume from its checkpoint, with checkpoint.resume=PATH/step-NNNNNN")
     if model_type not in FAMILIES:
@@ -186,7 +212,38 @@ def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> tuple
     except Exception as error:  # the class of another library may raise anything for unexpected values
         reason = " ".join(str(error.__cause__ or error).split())
         return refuse(f"is refused by {cls.__name__} ({reason})", "give another folder")
-    return values, []
+    violations = _file_violations(folder, raw, FAMILIES[architecture])
+    return Stated(values, violations, _unused_keys(raw, cls, FAMILIES[architecture]))
+
+
+def _file_violations(folder: Path, raw: Mapping[str, Any], family: Family) -> list[Violation]:
+    """What config.json asks for in keys that the config class does not have, and the architecture is not."""
+    asked = {**family.file_keys, "per_layer_config": ((None, {}), "gives layers different shapes")}
+    return [
+        Violation("model.pretrained", str(folder), f"has {key}={shown(raw[key])}, which {rule}", "give another folder")
+        for key, (accepted, rule) in asked.items()
+        if key in raw and accepted and not any(same(raw[key], value) for value in accepted)
+    ]
+
+
+def _unused_keys(raw: Mapping[str, Any], cls: Any, family: Family) -> tuple[str, ...]:
+    """Return a notice of the keys of config.json that neither the class nor the base of all classes has."""
+    from transformers import GenerationConfig
+
+    declared = {field.name for field in dataclasses.fields(cls)} | {*cls.attribute_map, *cls.attribute_map.values()}
+    declared |= {*family.undeclared_keys, *family.file_keys, *BASE_KEYS}
+    declared |= GenerationConfig._get_default_generation_params().keys()
+    computed = cls()  # a file of transformers has the values that its class computes, too
+    unused = [key for key in raw if key not in declared and not hasattr(computed, key)]
+    if not unused:
+        return ()
+    names = listed((_with_nearest(key, declared) for key in unused), last="and", most=MOST_NAMED)
+    return (f"the {SETTINGS} of model.pretrained has {names}, which {cls.__name__} does not have, and is not used",)
+
+
+def _with_nearest(key: str, declared: set[str]) -> str:
+    name, close = printable(key)[:LONGEST_KEY], nearest(key, declared)
+    return f"{name} (did you mean {close}?)" if close else name
 
 
 def agreement(config: Config, stated: dict[str, Any]) -> list[Violation]:

@@ -33,6 +33,7 @@ FAMILY = Family(
     undeclared_keys=("head_dim",),
     positive_keys=("num_key_value_heads", "decoder_sparse_step"),
     switched_keys={"sliding_window": "use_sliding_window"},
+    file_keys={"max_window_layers": ((), "")},
     few_layers={"num_hidden_layers": 2, "mlp_only_layers": [], "decoder_sparse_step": 1},
     moe_layers=sparse_step_layers,
     layers_remedy=sparse_step_remedy,

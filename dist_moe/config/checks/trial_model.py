@@ -37,22 +37,34 @@ def trial_violations(
         own: keys of model.config; the others are those of model.pretrained.
         length: tokens of a sequence.
     """
-    remaining = {key: value for key, value in arguments.items() if key not in refused}
+    tried = {key: value for key, value in arguments.items() if key not in refused}
     found: list[Violation] = []
-    with_defaults = bool(refused)
-    trial = functools.partial(failure, architecture, length=length)
-    while (reason := trial(remaining)) is not None:
-        if with_defaults and reason.startswith("RuntimeError"):
+    for key, reason in blamed(functools.partial(failure, architecture, length=length), tried):
+        with_defaults = bool(refused or found)
+        if with_defaults and (key is None or reason.startswith("RuntimeError")):
             break  # shapes that do not fit may be due to a default that took the place of a refused value
-        key = _cause(trial, remaining, reason)
         if key is None:
-            if not with_defaults:
-                rule = f"makes a {architecture} that fails ({reason})"
-                found.append(Violation("model.config", ABSENT, rule, "compare it with that of a published model"))
-            break
-        found.append(_violation(architecture, key, remaining.pop(key), reason, key in own))
-        with_defaults = True
+            rule = f"makes a {architecture} that fails ({reason})"
+            found.append(Violation("model.config", ABSENT, rule, "compare it with that of a published model"))
+        else:
+            found.append(_violation(architecture, key, tried[key], reason, key in own))
     return found
+
+
+def blamed(trial: Trial, arguments: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+    """Yield each key that makes a trial fail, and why, until it succeeds without them; None where no key is found.
+
+    Args:
+        trial: returns why it fails with some of the arguments, or None.
+        arguments: all of them.
+    """
+    remaining = dict(arguments)
+    while (reason := trial(remaining)) is not None:
+        key = _cause(trial, remaining, reason)
+        yield key, reason
+        if key is None:
+            return
+        del remaining[key]
 
 
 def _violation(architecture: str, key: str, value: Any, reason: str, own: bool) -> Violation:

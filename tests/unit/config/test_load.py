@@ -357,3 +357,13 @@ def test_the_policy_of_a_complete_configuration_can_be_replaced(tmp_path: Path, 
     path.write_text(dump_config(debug()))
     assert load_config(path, [f"balance.policy={policy}"]).balance.policy == policy
     assert load_stored_config(path, [f"balance.policy={policy}"]).balance.policy == policy
+
+
+@pytest.mark.parametrize("value", ["[]", "[0.9]"])
+def test_a_list_with_too_few_values_says_so(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        debug(f"train.betas={value}")
+    assert str(caught.value) == (
+        f"train.betas={value} has too few values; give the decay rates of the two moments of adamw, a list of two "
+        "numbers (0 to below 1)"
+    )

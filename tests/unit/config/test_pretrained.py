@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from dist_moe.config import Config, ConfigError, dump_config, load_config, resolve
 from dist_moe.config.pretrained import own_checkpoints, text_vocabulary, tokenizer_folder
@@ -172,6 +173,104 @@ def test_what_a_pretrained_model_has_and_is_not_trained_is_a_notice(tmp_path: Pa
     )
     written = load_config(path, ["model.config.num_mtp_layers=1"])
     assert not violations(written), "the value of the folder may be written out"
+
+
+# The config.json of DeepSeek-V3, whose weights are published in fp8, without its quantization_config.
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    **{"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1},
+    **{"first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02},
+    **{"intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_layer_freq": 1},
+    **{"model_type": "deepseek_v3", "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256},
+    **{"n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8},
+    **{"num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000},
+    "rope_scaling": {
+        **{"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0},
+        **{"original_max_position_embeddings": 4096, "type": "yarn"},
+    },
+    **{"routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4},
+    **{"topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True},
+    **{"v_head_dim": 128, "vocab_size": 129280},
+}
+QWEN3_30B_A3B: dict[str, Any] = {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
+    **{"bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128},
+    **{"hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144},
+    **{"max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe"},
+    **{"moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128},
+    **{"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False},
+    **{"rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001},
+    **{"sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16"},
+    **{"transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936},
+}
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["published", "saved"])
+@pytest.mark.parametrize("settings", [DEEPSEEK_V3, QWEN3_30B_A3B], ids=["DeepSeek-V3", "Qwen3-30B-A3B"])
+def test_the_published_files_are_accepted_without_a_word(tmp_path: Path, settings: dict[str, Any], saved: bool) -> None:
+    folder = write(tmp_path / "model", settings)
+    if saved:
+        CONFIG_MAPPING[settings["model_type"]].from_pretrained(folder).save_pretrained(folder)
+    notices = resolve(load_config(write_run(tmp_path, folder)), 1).notices
+    assert [line for line in notices if "num_mtp_layers=1, which asks for multi-token prediction" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "rule"),
+    [
+        (
+            DEEPSEEK_V3,
+            {"scoring_func": "softmax"},
+            "has scoring_func=softmax, which asks for another gate function than",
+        ),
+        (DEEPSEEK_V3, {"topk_method": "greedy"}, "has topk_method=greedy, which asks for another selection than top-K"),
+        (DEEPSEEK_V3, {"moe_layer_freq": 2}, "has moe_layer_freq=2, which asks for dense layers among the MoE layers"),
+        (DEEPSEEK_V3, {"model_type": ["deepseek_v3"]}, 'has the model_type ["deepseek_v3"], which is not a text'),
+        (QWEN3_30B_A3B, {"model_type": {}}, "has the model_type {}, which is not a text; correct its config.json"),
+        (
+            QWEN3_30B_A3B,
+            {"per_layer_config": {"1": {"num_experts": 4}}},
+            'has per_layer_config={"1": {"num_experts": 4}}, which gives layers different shapes',
+        ),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["", "stated"])
+def test_keys_of_a_file_that_ask_for_another_model_are_refused(
+    tmp_path: Path, settings: dict[str, Any], change: dict[str, Any], rule: str, architecture: str
+) -> None:
+    folder = write(tmp_path / "model", settings | change)
+    path = write_run(tmp_path, folder, architecture and settings["model_type"])
+    (found,) = violations(load_config(path)).values()
+    assert str(found).startswith(f"model.pretrained={shown(str(folder))} {rule}")
+
+
+def test_keys_of_a_file_that_are_not_used_are_a_notice(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", QWEN3_30B_A3B | {"hidden_sizee": 5, "qqqqq\n": 1})
+    assert resolve(load_config(write_run(tmp_path, folder)), 1).notices == (
+        "the config.json of model.pretrained has hidden_sizee (did you mean hidden_size?) and qqqqq\\n, which "
+        "Qwen3MoeConfig does not have, and is not used",
+    )
+    write(folder, QWEN3_30B_A3B | {f"zz{index}": 1 for index in range(1000)})
+    (line,) = resolve(load_config(write_run(tmp_path, folder)), 1).notices
+    assert "zz9 and 990 more, which" in line
+
+
+def test_the_home_folder_is_expanded_where_the_architecture_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "q3", QWEN)
+    config = load_config(write_run(tmp_path, "~/q3"))
+    assert (config.model.architecture, config.model.pretrained) == ("qwen3_moe", str(tmp_path / "q3"))
+    assert not violations(config)
+    checkpoint = tmp_path / "run/checkpoints/step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "q3").rename(tmp_path / "elsewhere")
+    for override in ("run.dir=~/run", "checkpoint.resume=~/run/checkpoints/step-000001"):
+        assert load_config(write_run(tmp_path, "~/q3"), [override]).model.architecture == "qwen3_moe"
 
 
 def test_the_vocabulary_of_a_configuration_that_is_not_resolved(folder: Path) -> None:
