@@ -110,10 +110,10 @@ def _read(config: Config) -> Reading:
     if config.router.selection == "threshold":
         # The family's values are for K experts. Null means the paper's: the probabilities themselves.
         fields |= {"normalize": None, "scaling_factor": None}
+    oversized = size_violations(arguments)
     violations += _write_routing(config, arguments, fields, own)
     rotary = rotary_violations(family, arguments, stated)
     violations += rotary
-    oversized = size_violations(arguments)
     if oversized:
         return Reading(None, None, [*violations, *oversized], arguments)
     tried = {key: value for key, value in arguments.items() if key != ROPE_KEY or not rotary}

@@ -62,18 +62,26 @@ def rotary_violations(family: Family, arguments: Mapping[str, Any], stated: Mapp
     parameters = arguments.get(KEY)
     if not isinstance(parameters, Mapping):
         return []
+    found = _violation(family, parameters, stated.get(KEY))
+    if found is not None and parameters == stated.get(KEY):
+        rule, remedy = f"{found.rule}, and is the value of model.pretrained", "correct the config.json of that folder"
+        found = found._replace(rule=rule, remedy=remedy)
+    return [found] if found is not None else []
+
+
+def _violation(family: Family, parameters: Mapping[str, Any], stated: Any) -> Violation | None:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if (violation := _unknown_kind(parameters, kind)) is not None:
-        return [violation]
+        return violation
     wrong = [(key, value, RULES[key]) for key, value in parameters.items() if key in RULES]
     rules = [
         f"has {key}={shown(value)}, which is not {words}" for key, value, (fits, words) in wrong if not fits(value)
     ]
     remedy = f"leave {KEY} out, or correct its values"
-    if not rules and parameters != stated.get(KEY):
+    if not rules and parameters != stated:
         rules = [f"has {key}, which has no effect {reason}" for key, reason in _unused(family, parameters, kind)]
         remedy = "leave it out"
-    return [Violation(f"model.config.{KEY}", parameters, listed(rules, last="and"), remedy)] if rules else []
+    return Violation(f"model.config.{KEY}", parameters, listed(rules, last="and"), remedy) if rules else None
 
 
 def _unknown_kind(parameters: Mapping[str, Any], kind: Any) -> Violation | None:

@@ -186,6 +186,13 @@ def test_set_in_both_places_and_different(name: str) -> None:
     assert found.rule.startswith("differs from model.config.")
 
 
+def test_a_large_routing_value_is_blamed_by_its_own_name() -> None:
+    assert list(violations(debug("router.groups=1000000000000", "model.config.n_group=null"))) == ["router.groups"]
+    assert list(violations(debug("router.top_k=1000000000000", "model.config.num_experts_per_tok=null"))) == [
+        "router.top_k"
+    ]
+
+
 def test_too_few_experts_in_the_groups() -> None:
     few = ("model.config.n_group=6", "model.config.topk_group=1", "model.config.num_experts_per_tok=3")
     assert violations(debug(*few))["model.config.topk_group"].remedy == "use 2 or more"

@@ -246,6 +246,18 @@ def test_keys_of_a_file_that_ask_for_another_model_are_refused(
     assert str(found).startswith(f"model.pretrained={shown(str(folder))} {rule}")
 
 
+def test_rotary_parameters_of_a_file_are_corrected_there(tmp_path: Path) -> None:
+    wrong = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": None}
+    folder = write(tmp_path / "model", QWEN3_30B_A3B | {"rope_scaling": wrong})
+    (found,) = violations(load_config(write_run(tmp_path, folder))).values()
+    assert found.key == "model.config.rope_parameters"
+    assert found.rule == "has truncate=null, which is not true or false, and is the value of model.pretrained"
+    assert found.remedy == "correct the config.json of that folder"
+    # What transformers ignores, too, is no reason to refuse the folder.
+    write(folder, QWEN3_30B_A3B | {"rope_scaling": {**wrong, "truncate": True, "mscale": 0.5}})
+    assert not violations(load_config(write_run(tmp_path, folder)))
+
+
 def test_keys_of_a_file_that_are_not_used_are_a_notice(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", QWEN3_30B_A3B | {"hidden_sizee": 5, "qqqqq\n": 1})
     assert resolve(load_config(write_run(tmp_path, folder)), 1).notices == (
