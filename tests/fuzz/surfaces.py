@@ -101,19 +101,12 @@ MESSAGES = (
 
 def all_surfaces() -> list[Surface]:
     """Return every surface."""
-    return [*launch_surfaces(), *checkpoint_surfaces(), *data_surfaces()]
+    return [*config_surfaces(), *launch_surfaces(), *checkpoint_surfaces(), *folder_surfaces(), *data_surfaces()]
 
 
-def launch_surfaces() -> list[Surface]:
-    """Return what is read before workers run, and while they do."""
+def config_surfaces() -> list[Surface]:
+    """Return what a run is configured by."""
     yaml = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml")) if "gpu-8" not in path.name]
-    names = {*SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"}
-    for each in LAUNCHERS:
-        names |= {each.rank, each.local_rank, *each.world_size, *each.local_world_size}
-    numbers = st.sampled_from(["0", "1", "2", "-1", "", "1(x2)", "\u0663", "9" * 30]) | st.text(max_size=5)
-    messages = b"".join(encode(message) + b"\n" for message in MESSAGES)
-    lines = st.lists(edited_json(MESSAGES), max_size=4).map(lambda parts: b"\n".join([*parts, b""]))
-    hosts = st.text("host01:,@ x", max_size=20)
     return [
         Surface("config file", edited(yaml), read_config, yaml, (UserError,)),
         Surface(
@@ -137,6 +130,19 @@ def launch_surfaces() -> list[Surface]:
             [encode(DEEPSPEED)],
             (UserError,),
         ),
+    ]
+
+
+def launch_surfaces() -> list[Surface]:
+    """Return what tells a launch and its workers about hosts and each other."""
+    names = {*SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"}
+    for each in LAUNCHERS:
+        names |= {each.rank, each.local_rank, *each.world_size, *each.local_world_size}
+    numbers = st.sampled_from(["0", "1", "2", "-1", "", "1(x2)", "\u0663", "9" * 30]) | st.text(max_size=5)
+    messages = b"".join(encode(message) + b"\n" for message in MESSAGES)
+    lines = st.lists(edited_json(MESSAGES), max_size=4).map(lambda parts: b"\n".join([*parts, b""]))
+    hosts = st.text("host01:,@ x", max_size=20)
+    return [
         Surface(
             "hostfile",
             edited(HOSTFILES),
@@ -169,10 +175,9 @@ def launch_surfaces() -> list[Surface]:
 
 
 def checkpoint_surfaces() -> list[Surface]:
-    """Return the files of a checkpoint and of a Hugging Face folder, and of a run."""
+    """Return the files of a checkpoint, and a whole one."""
     shard = save({"exp_avg:weight:0": np.zeros(4, np.float32), "random:cpu/0:0": np.zeros(8, np.uint8)})
     header = json.loads(shard[8 : 8 + struct.unpack("<Q", shard[:8])[0]])
-
     headers = edited_json([header]).map(lambda text: struct.pack("<Q", len(text)) + text + bytes(24))
     return [
         Surface(
@@ -197,6 +202,24 @@ def checkpoint_surfaces() -> list[Surface]:
             (CheckpointError,),
         ),
         Surface(
+            "checkpoint",
+            st.tuples(
+                st.integers(0, 99),
+                st.sampled_from(["edited"] * 5 + ["folder", "pipe", "device", "dead link"]),
+                st.lists(st.tuples(st.floats(0, 1), PIECES), min_size=1, max_size=3),
+                st.booleans(),
+            ),
+            read_checkpoint,
+            [(0, "edited", [], True)],
+            (UserError,),
+        ),
+    ]
+
+
+def folder_surfaces() -> list[Surface]:
+    """Return the files of a Hugging Face folder and of a run."""
+    return [
+        Surface(
             "model config",
             edited_json([HF_CONFIG]) | edited([encode(HF_CONFIG)]),
             by_file("config.json", read_raw_config),
@@ -208,22 +231,6 @@ def checkpoint_surfaces() -> list[Surface]:
             edited_json([INDEX]) | edited([encode(INDEX)]),
             read_weights,
             [encode(INDEX)],
-            (UserError,),
-        ),
-        Surface(
-            "checkpoint",
-            st.tuples(
-                st.integers(0, 99),
-                st.sampled_from(["edited"] * 5 + ["folder", "pipe", "device", "dead link"]),
-                st.lists(
-                    st.tuples(st.floats(0, 1), st.sampled_from(SNIPPETS) | st.binary(max_size=8)),
-                    min_size=1,
-                    max_size=3,
-                ),
-                st.booleans(),
-            ),
-            read_checkpoint,
-            [(0, "edited", [], True)],
             (UserError,),
         ),
         Surface(
