@@ -19,7 +19,7 @@ ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # a control sequence
     r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # a string: title, clipboard, link, device control
     r"|\x1b[ -/]*[0-~]"  # any other escape
-    r"|[\x00-\x07\x0b-\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
+    r"|[\x00-\x07\x0b-\x0c\x0e-\x1f\x7f-\x9f]"  # with a lone ESC, which would join what follows a removed escape
 )
 PENDING = re.compile(r"\x9b[0-?]*[ -/]*\Z|\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)\Z")
 MAX_PENDING = 4096
