@@ -38,6 +38,9 @@ from dist_moe.worker.contract import (
 from dist_moe.worker.shared_storage import try_again
 
 CONNECT_TIMEOUT_S = 10.0
+# Strangers who connect to the launch without end may keep it from a connection for some time.
+CONNECT_LIMIT_S = 60.0
+RETRY_S = 0.2
 POLL_S = 0.1
 # After SIGTERM, a worker has this long until SIGKILL.
 GRACE_S = 1.0
@@ -66,20 +69,19 @@ def fork_worker(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Pat
         # be written, the worker itself reports it.
         with contextlib.suppress(OSError):
             try_again(functools.partial(stale.unlink, missing_ok=True))
+    greeting = {"rank": rank, "size": world_size, "host": socket.gethostname(), "agent_pid": os.getpid()}
     try:
-        connection = socket.create_connection(rendezvous[:2], timeout=CONNECT_TIMEOUT_S)
+        launch = connect(rendezvous, greeting)
     except OSError as error:
         endpoint = f"{rendezvous.address}, port {rendezvous.port}"
         sys.stderr.write(f"rank {rank} on {socket.gethostname()} cannot reach the launch at {endpoint}: {error}\n")
         sys.stderr.flush()
         os._exit(UNREACHABLE_CODE)
-    connection.settimeout(None)
-    launch = MessageSocket(connection)
     terminal_size = os.environ.pop(TERMINAL_VARIABLE, None)
     terminal = open_terminal(terminal_size) if terminal_size and rank == 0 else None
     pipes = [terminal or os.pipe(), os.pipe()]
     notice, notify = os.pipe()
-    agent_pid, agent_identity = os.getpid(), process_identity(os.getpid())
+    agent_identity = process_identity(os.getpid())
     # What is still buffered would be written by both processes.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -96,11 +98,39 @@ def fork_worker(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Pat
         return
     for writing in (*(writing for _, writing in pipes), notify):
         os.close(writing)
-    greeting = {"rank": rank, "size": world_size, "host": socket.gethostname(), "agent_pid": agent_pid}
-    launch.send({"token": rendezvous.token, **greeting})
     outputs = [reading for reading, _ in pipes]
     with adopt_orphans():
         Agent(launch, worker_pid, rank, run_dir, outputs, notice, launcher, terminal is not None).run()
+
+
+def connect(rendezvous: Rendezvous, greeting: dict[str, Any], limit_s: float = CONNECT_LIMIT_S) -> MessageSocket:
+    """Connect to the launch and send the greeting, and try again where that fails, as long as the launch may be there.
+
+    Nothing happens between the two: a launch with too many connections closes those that have been silent longest.
+
+    Args:
+        rendezvous: Where the launch listens.
+        greeting: Its fields, without the token.
+        limit_s: How long to try. Where nothing listens, or no route leads there, it tries once.
+
+    Raises:
+        OSError: It cannot be reached.
+    """
+    began = time.monotonic()
+    line = {"token": rendezvous.token, **greeting}
+    while True:
+        try:
+            connection = socket.create_connection(rendezvous[:2], timeout=CONNECT_TIMEOUT_S)
+            connection.settimeout(None)
+            launch = MessageSocket(connection)
+            if launch.send(line):
+                return launch
+            raise ConnectionResetError("it closed the connection")
+        except OSError as error:
+            listens = isinstance(error, (TimeoutError, ConnectionResetError))
+            if time.monotonic() - began > (limit_s if listens else 0.0):
+                raise
+            time.sleep(RETRY_S)
 
 
 def launcher_process(pid: int) -> psutil.Process | None:

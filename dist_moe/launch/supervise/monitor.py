@@ -1,11 +1,13 @@
 """Monitors a job's workers through the connections that their agents, on any host, hold to this process."""
 
 import contextlib
+import itertools
 import os
 import secrets
 import signal
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,8 @@ class WorkerMonitor:
 
     def unfinished(self) -> list[int]:
         """Return the ranks that have neither finished nor stopped on request."""
-        return [rank for rank in range(self.size) if rank not in self._finished | self._stopped]
+        ended = self._finished | self._stopped
+        return [rank for rank in range(self.size) if rank not in ended]
 
     def stopped(self) -> bool:
         """Return whether the job stopped on request: each rank stopped or finished, and at least one stopped."""
@@ -218,21 +221,33 @@ class WorkerMonitor:
     def _handle(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
         if messages is None:
             self._agents.pop(rank).close()
-            if rank not in self._finished | self._stopped:
+            if rank not in self._finished and rank not in self._stopped:
                 text = f"{self.describe_rank(rank)} was lost: its host ended, or the network to it was cut"
                 self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, text))
             return
+        valid = list(itertools.takewhile(lambda message: not check_record(message), messages))
+        logged = [f"{message['text']}\n" for message in valid if "output" in message]
+        # Lines of one stream are written together: a worker may send thousands of short ones at a time.
+        for stream, group in itertools.groupby(valid, lambda message: message.get("output")):
+            if stream is None:
+                self._handle_records(rank, group)
+            elif stream != LOG_ONLY:
+                self.output.lines(stream, self._prefix(rank), "\n".join(message["text"] for message in group))
+        if logged:
+            self.output.log(rank, "".join(logged))
+        if len(valid) < len(messages):
+            fault = printable(check_record(messages[len(valid)]))
+            text = f"{self.describe_rank(rank)} sent {fault}; install the same dist-moe on every host"
+            self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, text))
+            self._agents.pop(rank).close()
+
+    def _handle_records(self, rank: int, messages: Iterable[dict[str, Any]]) -> None:
+        """Handle valid records that are no lines of output."""
+        messages = list(messages)
+        if rank == 0 and (shown := "".join(message.get("terminal", "") for message in messages)):
+            self.output.terminal(shown)
         for message in messages:
-            if fault := check_record(message):
-                text = f"{self.describe_rank(rank)} sent {printable(fault)}; install the same dist-moe on every host"
-                self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, text))
-                self._agents.pop(rank).close()
-                return
-            if "output" in message:
-                self._print_output(rank, message["output"], message["text"])
-            elif "terminal" in message and rank == 0:
-                self.output.terminal(message["terminal"])
-            elif "report" in message:
+            if "report" in message:
                 self._failures[rank] = self._failure_from_report(rank, message["report"])
             elif "wait_status" in message:
                 self._handle_exit(rank, message)
@@ -249,11 +264,8 @@ class WorkerMonitor:
         failure = failure._replace(text=failure.text.replace(f"rank {rank}", self.describe_rank(rank), 1))
         return failure._replace(time=time.time()) if self.multi_host else failure
 
-    def _print_output(self, rank: int, stream: int, text: str) -> None:
-        prefix = f"[{rank}@{self._greetings[rank].host}] " if self.multi_host else f"[rank {rank}] "
-        if stream != LOG_ONLY:
-            self.output.lines(stream, prefix, text)
-        self.output.log(rank, text + "\n")
+    def _prefix(self, rank: int) -> str:
+        return f"[{rank}@{self._greetings[rank].host}] " if self.multi_host else f"[rank {rank}] "
 
     def _handle_exit(self, rank: int, message: dict[str, Any]) -> None:
         """Record how a worker ended, from its own record and its wait status."""

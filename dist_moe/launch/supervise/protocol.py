@@ -6,7 +6,6 @@ What arrives is checked field by field before anything of it is used: `Greeting.
 """
 
 import json
-import math
 import os
 import secrets
 import selectors
@@ -21,6 +20,9 @@ MAX_MESSAGE_BYTES = 1 << 20
 MAX_GREETING_BYTES = 1 << 12
 MAX_HOST_CHARACTERS = 255
 MAX_WORKERS = 1 << 20
+MAX_TIME_S = 1 << 40
+RECORDS = {"output", "terminal", "report", "wait_status"}
+"""The fields by which records differ; each has exactly one of them."""
 RECEIVE_BYTES = 1 << 16
 SCHEME = "tcp://"
 LOG_ONLY = 0
@@ -90,6 +92,8 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 def check_record(message: dict[str, Any]) -> str:
     """Return what is wrong with a message that follows a greeting, or ""."""
+    if len(RECORDS & message.keys()) > 1:
+        return "a record of two kinds"
     match message:
         case {"output": int(stream), "text": str()} if stream in (LOG_ONLY, 1, 2):
             return ""
@@ -107,8 +111,9 @@ def _check_end(status: int, state: Any, ended_s: Any) -> str:
         return "an exit status that no process has"
     if state not in (None, *WorkerState):
         return "an unknown state"
-    is_time = isinstance(ended_s, (int, float)) and math.isfinite(ended_s)
-    return "" if is_time else "a time that is not a number"
+    # A comparison never raises: math.isfinite and float do for an integer beyond the largest float.
+    is_time = isinstance(ended_s, (int, float)) and 0 <= ended_s <= MAX_TIME_S
+    return "" if is_time else "a time that is none"
 
 
 class MessageSocket:

@@ -1,12 +1,15 @@
 """What strangers, a thief of the token, and a worker gone wild can do to a launch: real sockets and processes."""
 
+import contextlib
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from dist_moe.launch.supervise import listener, output
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.protocol import MessageSocket, wait_readable
 from dist_moe.launch.supervise.pty import TerminalFilter
+from dist_moe.launch.supervise.run_job import JobEnd, wait_for_end
 from dist_moe.worker.contract import log_file
 from tests.unit.launch.monitored import LIMIT_S, greet, until
 
@@ -45,7 +49,6 @@ def test_strangers_are_bounded_in_number_and_time_and_a_worker_still_gets_in(
     monitor: WorkerMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener, "MAX_STRANGERS", 16)
-    monkeypatch.setattr(listener, "EVICTION_AGE_S", 0.2)
     monkeypatch.setattr(listener, "GREETING_LIMIT_S", 0.5)
     strangers = connections(100, monitor)
     agent = greet(monitor, 0, 1)
@@ -99,22 +102,79 @@ def test_a_launch_without_a_free_file_descriptor_goes_on(tmp_path: Path) -> None
         agent.send({"token": rendezvous.token, "rank": 0, "size": 1, "host": "a"})
         assert launch.stdout.readline() == "connected\n"
         assert launch.wait(LIMIT_S) == 0
-        assert "ulimit -n 40 is few for 1 workers" in launch.stderr.read()
+        assert "ulimit -n 40 is few for 1 worker, which needs about 258; raise the hard limit" in launch.stderr.read()
     for stranger in strangers:
         stranger.close()
     agent.close()
 
 
-def test_the_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize(("soft", "workers", "expected"), [(64, 2, 260), (64, 100, 456), (700, 100, 700)])
+def test_the_soft_limit_of_open_files_is_raised_to_what_is_needed(soft: int, workers: int, expected: int) -> None:
+    """Not to the hard limit, which is 10^9 in some containers: a child may close every descriptor below it."""
+    code = f"""
 import resource
-soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, hard))
 from dist_moe.launch.supervise.listener import raise_file_limit
-raise_file_limit(2)
-assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+assert raise_file_limit({workers}) == ""
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == ({expected}, hard)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
+
+
+STRANGER = """
+import socket, sys, time
+held = []
+print("started", flush=True)
+while True:
+    stranger = socket.socket()
+    stranger.setblocking(False)
+    stranger.connect_ex(("127.0.0.1", int(sys.argv[1])))
+    held.append(stranger)
+    if len(held) > 800:
+        held.pop(0).close()
+    time.sleep(0.0005)
+"""
+AGENTS = 64
+CONNECTING = """
+import sys, threading
+from dist_moe.launch.supervise.agent import connect
+from dist_moe.launch.supervise.protocol import Rendezvous
+rendezvous, agents, count = Rendezvous.parse(sys.argv[1]), [], int(sys.argv[2])
+def work(rank):
+    agents.append(connect(rendezvous, {"rank": rank, "size": count, "host": "a"}))
+threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+threading.Event().wait()
+"""
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Kill a process at the end of the block."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("monitor", [AGENTS], indirect=True)
+def test_strangers_who_connect_without_end_keep_no_agent_out(monitor: WorkerMonitor) -> None:
+    attack = [sys.executable, "-c", STRANGER, str(monitor.rendezvous.port)]
+    connecting = [sys.executable, "-c", CONNECTING, str(monitor.rendezvous), str(AGENTS)]
+    with ended(subprocess.Popen(attack, stdout=subprocess.PIPE)) as stranger:
+        assert stranger.stdout and stranger.stdout.readline() == b"started\n"
+        until(monitor, lambda: len(monitor._listener._strangers) == listener.MAX_STRANGERS)
+        with ended(subprocess.Popen(connecting)) as agents:
+            until(monitor, monitor.all_connected)
+            poll_for(monitor, 0.5)
+            assert (len(monitor._agents), monitor.failures()) == (AGENTS, [])
+            assert (stranger.poll(), agents.poll()) == (None, None)
+    assert len(monitor._listener._strangers) <= listener.MAX_STRANGERS
 
 
 @pytest.mark.parametrize("monitor", [2], indirect=True)
@@ -163,6 +223,12 @@ def test_who_has_the_token_cannot_resize_the_job_or_take_a_rank(
         {"wait_status": 0, "state": "happy"},
         {"wait_status": 0, "time": "now"},
         {"wait_status": 0, "time": float("nan")},
+        {"wait_status": 0, "time": 10**400},
+        {"wait_status": 0, "time": -(10**400)},
+        {"wait_status": 10**400},
+        {"output": 10**400, "text": "x"},
+        {"output": "1", "terminal": "x"},
+        {"output": 1, "text": "x", "wait_status": 10**400},
         {"unknown": 1},
         {},
     ],
@@ -319,9 +385,48 @@ def test_a_thousand_workers(monitor: WorkerMonitor) -> None:
     for agent in agents:
         assert agent.receive() == [{"signal": signal.SIGTERM}]
         agent.send({"wait_status": 75 << 8, "state": "stopped"})
+    began = time.monotonic()
     until(monitor, monitor.stopped)
+    assert time.monotonic() - began < LIMIT_S / 2
+    with subprocess.Popen(["sleep", "600"]) as launcher:
+        began = time.monotonic()
+        ended = threading.Timer(SECOND, launcher.kill)
+        ended.start()
+        assert wait_for_end([launcher], monitor, [], restarts=False) == JobEnd(-signal.SIGKILL)
+        assert time.monotonic() - began < 5 * SECOND
     for agent in agents:
         agent.close()
+
+
+@pytest.mark.parametrize("monitor", [4000], indirect=True)
+def test_the_ranks_that_have_not_ended_are_found_in_linear_time(monitor: WorkerMonitor) -> None:
+    monitor._finished, monitor._stopped = set(range(2000)), set(range(2000, 3999))
+    began = time.process_time()
+    assert monitor.unfinished() == [3999]
+    assert time.process_time() - began < 0.05, "400 ms where the sets are joined for each rank"
+
+
+def test_thousands_of_short_lines_are_one_write_to_the_log(
+    monitor: WorkerMonitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log may be on shared storage, where each opening of a file takes a millisecond."""
+    agent = greet(monitor, 0, 1)
+    until(monitor, monitor.all_connected)
+    writes: list[str] = []
+    log = monitor.output.log
+
+    def counting(rank: int, text: str) -> None:
+        writes.append(text)
+        log(rank, text)
+
+    monkeypatch.setattr(monitor.output, "log", counting)
+    agent.connection.sendall(b'{"output":1,"text":"x"}\n' * 20_000 + b'{"output":2,"text":"end"}\n')
+    until(monitor, lambda: bool(writes) and writes[-1].endswith("end\n"))
+    assert "".join(writes) == log_file(tmp_path, 0).read_text() == "x\n" * 20_000 + "end\n"
+    assert len(writes) < 100
+    printed = capsys.readouterr()
+    assert (printed.out.count("\n"), printed.err) == (20_000, "[0@host of 0 in 1] end\n")
+    agent.close()
 
 
 HIDDEN = """
