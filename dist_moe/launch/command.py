@@ -62,7 +62,8 @@ class Command:
         restarts: Whether the launcher restarts failed workers.
         replaces_workers: Whether the launcher may start a worker of a rank again, or continue with fewer workers.
         files: Files that the command reads, path -> text, which `written` makes for the length of the job.
-        holders: For each host, the command that keeps `held_variables` in a file there (`supervise/secret_file.py`).
+        holders: For each host, by its name, the command that keeps `held_variables` in a file there
+            (`supervise/secret_file.py`).
         held_variables: Variables of the workers that must not reach an argument list.
     """
 
@@ -74,7 +75,7 @@ class Command:
     restarts: bool = False
     replaces_workers: bool = False
     files: Mapping[Path, str] = field(default_factory=dict)
-    holders: tuple[tuple[str, ...], ...] = ()
+    holders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     held_variables: Mapping[str, str] = field(default_factory=dict)
 
     def processes(self) -> list[tuple[tuple[str, ...], Mapping[str, str] | None]]:
@@ -155,9 +156,14 @@ def write_private(path: Path, text: str, made: list[Path]) -> None:
         file.write(text)
 
 
-def private_path(name: str) -> Path:
-    """Return a path, in a folder that does not exist yet, which nobody can guess: `Command.written` makes it."""
-    return Path(tempfile.gettempdir()) / f"dist-moe-{secrets.token_hex(8)}" / name
+def private_path(name: str, place: str | None = None) -> Path:
+    """Return a path in a folder that does not exist yet, for its maker alone: nobody else can make it before.
+
+    Args:
+        name: The name of the file.
+        place: Where the folder is to be; None for the folder for temporary files of this host.
+    """
+    return Path(place or tempfile.gettempdir()) / f"dist-moe-{secrets.token_hex(8)}" / name
 
 
 def worker_environment(config: Config, workers: int, base: Mapping[str, str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ class LauncherVariables(NamedTuple):
         local_rank: That of the rank among the workers of this host.
         local_world_size: Those of the number of workers of this host.
         mark: A variable without which the others are not this launcher's, or None.
+        starts_daemons: It may start daemons by srun: the numbers of Slurm are theirs then, not those of the workers.
     """
 
     launcher: str
@@ -28,6 +29,7 @@ class LauncherVariables(NamedTuple):
     local_rank: str
     local_world_size: tuple[str, ...] = ()
     mark: str | None = None
+    starts_daemons: bool = False
 
 
 # An inner launcher comes before the one that may have started it. Where several are complete, `rank_info_from_env`
@@ -41,6 +43,7 @@ LAUNCHERS = (
         ("OMPI_COMM_WORLD_SIZE",),
         "OMPI_COMM_WORLD_LOCAL_RANK",
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        starts_daemons=True,
     ),
     LauncherVariables(
         "mvapich",
@@ -48,6 +51,7 @@ LAUNCHERS = (
         ("MV2_COMM_WORLD_SIZE",),
         "MV2_COMM_WORLD_LOCAL_RANK",
         ("MV2_COMM_WORLD_LOCAL_SIZE",),
+        starts_daemons=True,
     ),
     LauncherVariables(
         "jsrun",
@@ -55,14 +59,22 @@ LAUNCHERS = (
         ("JSM_NAMESPACE_SIZE",),
         "JSM_NAMESPACE_LOCAL_RANK",
         ("JSM_NAMESPACE_LOCAL_SIZE",),
+        starts_daemons=True,
     ),
     # Hydra, the mpiexec of MPICH and of Intel MPI: it alone sets MPI_LOCALRANKID. Under Slurm it starts its proxies by
     # srun, so that its workers see the numbers of the proxies' step too.
-    LauncherVariables("mpich", "PMI_RANK", ("PMI_SIZE",), "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), "MPI_LOCALRANKID"),
-    LauncherVariables("flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), "FLUX_TASK_LOCAL_ID"),
+    LauncherVariables(
+        "mpich", "PMI_RANK", ("PMI_SIZE",), "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), "MPI_LOCALRANKID", True
+    ),
+    LauncherVariables("flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), "FLUX_TASK_LOCAL_ID", starts_daemons=True),
     # The mpiexec of HPE Cray systems with PBS.
     LauncherVariables(
-        "pals", "PALS_RANKID", ("PALS_SIZE", "PMI_SIZE"), "PALS_LOCAL_RANKID", ("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE")
+        "pals",
+        "PALS_RANKID",
+        ("PALS_SIZE", "PMI_SIZE"),
+        "PALS_LOCAL_RANKID",
+        ("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+        starts_daemons=True,
     ),
     # The number of the step is that of this srun; the number of the job may be larger.
     LauncherVariables("slurm", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_LOCALID"),

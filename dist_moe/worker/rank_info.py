@@ -11,8 +11,6 @@ from dist_moe.worker.launcher_variables import LAUNCHERS, Place, read_number, re
 
 UNSET = "unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
 BY_TORCHRUN = "start the workers by torchrun, which reads these variables, as `torchrun -m dist_moe train CONFIG`"
-# Launchers below which the numbers of Slurm are those of the daemons that they start by srun, not of the workers.
-STARTS_DAEMONS_BY_SRUN = ("openmpi", "mvapich", "jsrun", "mpich", "flux", "pals")
 
 
 class RankInfoError(UserError, ValueError):
@@ -111,7 +109,7 @@ def _started_by(environment: Mapping[str, str], inner: Place, outer: Place) -> b
         # torchrun's number of hosts, and DeepSpeed's: each is one task of the outer launcher.
         hosts = [read_number(environment, name, []) for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE")]
         return any((number or 0) > 1 for number in hosts)
-    return inner.names.launcher in STARTS_DAEMONS_BY_SRUN and outer.names.launcher in ("slurm", "pmi")
+    return inner.names.starts_daemons and outer.names.launcher in ("slurm", "pmi")
 
 
 def _checked(

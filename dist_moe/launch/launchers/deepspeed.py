@@ -155,7 +155,8 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
     # DeepSpeed writes the variables of its environment file into argument lists, which everybody on the host can read.
     secret = forwarded_env(request.config, cluster, base)
     public = {name: secret.pop(name) for name in list(secret) if name not in secret_names(settings)}
-    held = private_path("variables")
+    # The folder for temporary files of this host (TMPDIR) need not exist on the others.
+    held = private_path("variables", "/tmp")
     public |= {LAUNCH_VARIABLE: f"{SCHEME}{held}"} if secret else {}
     if runner != "pdsh":
         require_first_devices(cluster, f"--runner {runner}", same_count=runner in ("mpich", "slurm"))
@@ -248,13 +249,15 @@ def pdsh_variables(settings: ClusterConfig) -> dict[str, str]:
     return {"PDSH_SSH_ARGS_APPEND": " ".join(options), "PDSH_RCMD_TYPE": "ssh"}
 
 
-def _holders(cluster: Cluster, path: Path) -> tuple[tuple[str, ...], ...]:
+def _holders(cluster: Cluster, path: Path) -> dict[str, tuple[str, ...]]:
     """Return the command for each host that keeps the secret variables of its workers in the file `path`."""
     keep = (cluster.python, "-m", "dist_moe.launch.supervise.secret_file", str(path))
-    return tuple(
-        ("env", "-C", cluster.folder, *keep) if host.is_here else cluster.ssh(host, keep, {"PYTHONSAFEPATH": "1"})
+    return {
+        host.name: ("env", "-C", cluster.folder, *keep)
+        if host.is_here
+        else cluster.ssh(host, keep, {"PYTHONSAFEPATH": "1"})
         for host in cluster.hosts
-    )
+    }
 
 
 def secret_names(settings: ClusterConfig) -> set[str]:

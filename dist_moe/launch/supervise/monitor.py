@@ -2,12 +2,13 @@
 
 import contextlib
 import itertools
+import math
 import os
 import secrets
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class WorkerMonitor:
     Attributes:
         replaces_workers: The launcher may start a rank again, or continue with fewer workers. Under any other one, a
             second worker of a rank, or one of a job of another size, is refused.
+        ends_by: Returns when the end of the job no longer waits, in seconds of the monotonic clock.
 
     Args:
         address: An address of this host that the workers can reach.
@@ -61,6 +63,7 @@ class WorkerMonitor:
         self.size = self._largest_size = size
         self.multi_host = multi_host
         self.replaces_workers = False
+        self.ends_by: Callable[[], float] = lambda: math.inf
         self._run_dir = run_dir
         # Connections of workers whose rank another worker has by now.
         self._replaced: list[MessageSocket] = []
@@ -99,8 +102,9 @@ class WorkerMonitor:
                 # The other direction stays open for the agent's last message.
                 agent.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + limit_s
-        while (self._agents or self._replaced) and time.monotonic() < deadline:
-            self.wait(deadline - time.monotonic())
+        while (self._agents or self._replaced) and time.monotonic() < min(deadline, self.ends_by()):
+            # A signal is seen after this time: the system call is begun again after it.
+            self.wait(min(deadline - time.monotonic(), ROUND_S))
             self.poll()
 
     def close(self) -> None:
@@ -110,7 +114,7 @@ class WorkerMonitor:
         self._replaced.clear()
         self._agents.clear()
         self._listener.close()
-        self.output.close()
+        self.output.close(self.ends_by() - time.monotonic())
 
     def clear_records(self) -> None:
         """Remove the records and error reports of an earlier run."""
@@ -147,7 +151,7 @@ class WorkerMonitor:
     def drain(self, limit_s: float = DRAIN_S) -> None:
         """Handle the last messages of the agents, for at most about `limit_s`."""
         deadline = time.monotonic() + limit_s
-        while self.poll() and time.monotonic() < deadline:
+        while self.poll() and time.monotonic() < min(deadline, self.ends_by()):
             pass
 
     def _receive(self, readable: set[Any]) -> bool:

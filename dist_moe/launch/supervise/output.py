@@ -4,15 +4,20 @@ import contextlib
 import io
 import os
 import queue
+import select
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from dist_moe.files import open_no_link
 from dist_moe.launch.supervise.pty import CLEAR_LINE, CONTROL, SHOW_CURSOR, TerminalFilter
-from dist_moe.text import plain_text
+from dist_moe.text import counted, plain_text
 from dist_moe.worker.contract import log_file
+
+T = TypeVar("T")
 
 LOG_BYTES = 64 << 20
 """A log that grows beyond this is renamed to rank-N.log.1, in place of the one before, and begun anew."""
@@ -60,17 +65,24 @@ class StreamWriter:
             if self._waiting > BUFFER_BYTES:
                 self._dropped += text.count("\n")
                 return
-            if self._dropped:
-                note = f"{self._dropped} lines are not shown: nothing read the output in time; see logs/ in run.dir"
-                text, self._dropped = f"[{note}]\n{text}", 0
-            self._waiting += len(text)
-            self._queue.put((self.stream, text))
+            self._put(text)
             self._wait(0.0 if self._stuck else PATIENCE_S)
 
     def finish(self, limit_s: float = LAST_WORDS_S) -> None:
-        """Wait until everything is written, or the time is over."""
+        """Wait until everything is written, with the number of lines that were dropped, or the time is over."""
         with self._lock:
+            if self._dropped:
+                self._put("")
             self._wait(limit_s)
+
+    def _put(self, text: str) -> None:
+        """Hand a text to the thread, after a note where lines were dropped before it."""
+        if self._dropped:
+            what = f"{counted(self._dropped, 'line')} {'is' if self._dropped == 1 else 'are'} not shown"
+            text = f"[{what}: nothing read the output in time; see logs/ in run.dir]\n{text}"
+            self._dropped = 0
+        self._waiting += len(text)
+        self._queue.put((self.stream, text))
 
     def _wait(self, limit_s: float) -> None:
         self._stuck = not self._lock.wait_for(lambda: self._waiting == 0, limit_s)
@@ -93,10 +105,22 @@ def _write_through(stream: TextIO, text: str) -> None:
         stream.write(text)
         stream.flush()
         return
-    stream.flush()
+    _until_taken(descriptor, stream.flush)
     content = memoryview(text.encode(stream.encoding or "utf-8", "backslashreplace"))
     while content:
-        content = content[os.write(descriptor, content) :]
+        content = content[_until_taken(descriptor, partial(os.write, descriptor, content)) :]
+
+
+def _until_taken(descriptor: int, write: Callable[[], T]) -> T:
+    """Call `write`, again and again as long as the stream does not block and takes nothing."""
+    while True:
+        try:
+            return write()
+        except BlockingIOError:
+            # Another program that has the same pipe or terminal open may have made it so.
+            waiting = select.poll()
+            waiting.register(descriptor, select.POLLOUT)
+            waiting.poll()
 
 
 class JobOutput:
@@ -150,13 +174,13 @@ class JobOutput:
                 with open(path, "x", encoding="utf-8") as log:
                     log.write(note)
 
-    def close(self) -> None:
-        """Restore the terminal, and wait a moment for what is not written yet."""
+    def close(self, limit_s: float = LAST_WORDS_S) -> None:
+        """Restore the terminal, and wait a moment, at most `limit_s`, for what is not written yet."""
         if self._line_is_live:
             self._writers[1].write(f"{SHOW_CURSOR}\n")
             self._line_is_live = False
         for writer in self._writers.values():
-            writer.finish()
+            writer.finish(max(0.0, min(limit_s, LAST_WORDS_S)))
 
 
 def print_within(stream_name: str, text: str, limit_s: float = LAST_WORDS_S) -> None:

@@ -7,6 +7,7 @@ An ssh server lets a command run on when its connection ends. A launcher may the
 will not reach; the workers of one that got further are ended by their agents.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
+from dist_moe.errors import UserError
 from dist_moe.launch.supervise.process_tree import adopt_orphans, descendants, send_signal
 
 GRACE_S = 3.0
@@ -25,6 +27,34 @@ POLL_S = 0.02
 READ_BYTES = 1 << 16
 MAX_VARIABLES_BYTES = 1 << 20
 CLOSED_CODE = 1
+
+
+def variables_line(variables: Mapping[str, str]) -> bytes:
+    """Return the line by which variables are sent to a process on another host: argument lists are public.
+
+    Raises:
+        UserError: There are more than `read_variables` takes.
+    """
+    line = json.dumps(dict(variables)).encode() + b"\n"
+    if len(line) > MAX_VARIABLES_BYTES:
+        raise UserError(
+            f"the variables of the workers have {len(line):,} bytes, of at most {MAX_VARIABLES_BYTES:,}; shorten "
+            f"cluster.environment ({', '.join(sorted(variables, key=lambda name: -len(variables[name]))[:3])})"
+        )
+    return line
+
+
+def pipe_size(line: bytes) -> int:
+    """Return the `pipesize` of a process with which sending the line does not wait until it is read; -1: as it is."""
+    return -1 if len(line) <= select.PIPE_BUF else MAX_VARIABLES_BYTES
+
+
+def send_line(process: subprocess.Popen[bytes], line: bytes) -> None:
+    """Send the first line of stdin; where the process has ended, its exit code is reported later."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.write(line)
+        process.stdin.flush()
 
 
 def read_variables() -> dict[str, str]:

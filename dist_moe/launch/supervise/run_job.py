@@ -1,26 +1,26 @@
 """Runs a launcher's command, monitors its workers, and ends every process of the job when one fails or stops."""
 
 import contextlib
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from dist_moe.launch.command import Command, LaunchError
+from dist_moe.launch.command import Command
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.process_tree import Descendant, adopt_orphans, descendants, send_signal
 from dist_moe.launch.supervise.pty import terminal_environment
+from dist_moe.launch.supervise.remote_exec import pipe_size, send_line, variables_line
 from dist_moe.launch.supervise.secret_file import kept_on_hosts
 from dist_moe.worker.contract import LAUNCH_VARIABLE, STOP_SIGNALS, STOPPED_CODE
-from dist_moe.worker.run_lock import RunInUseError, lock_for_launch
+from dist_moe.worker.run_lock import lock_for_launch
 from dist_moe.worker.signals import capture_signals
 
 POLL_S = 0.1
@@ -32,8 +32,8 @@ FINISHED_GRACE_S = 30.0
 WORKER_GRACE_S = 1.0
 # After the launchers have ended, what their workers have sent is read for this time.
 LAST_MESSAGES_S = 5.0
-# After the second request to end the job, the workers of other hosts have this long to say that they have ended.
-HURRIED_RELEASE_S = 1.0
+# After the signal that ends the job at once, nothing waits any longer than this, all together.
+HURRIED_END_S = 1.4
 # After a request to stop, the workers have this long to finish their step and save a checkpoint.
 STOP_TIMEOUT_S = 1800.0
 # Ctrl-C asks for a stop as SIGTERM does, which workers that do not train yet die from at once.
@@ -85,29 +85,53 @@ def run(command: Command, run_dir: str | Path, monitor: WorkerMonitor) -> JobOut
         or the first worker that failed, otherwise that worker's own exit code.
 
     Raises:
-        LaunchError: Another job uses the folder.
+        RunInUseError: Another job uses the folder.
         RunFolderError: The folder cannot be written.
+        UserError: A host does not keep the variables of its workers.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(run_dir_lock(Path(run_dir)))
+        stack.enter_context(lock_for_launch(Path(run_dir)))
         monitor.replaces_workers = command.replaces_workers
         received = stack.enter_context(capture_signals(captured_signals()))
+        monitor.ends_by = ends_by = HurriedEnd(received).ends_by
         stack.enter_context(adopt_orphans())
         monitor.clear_records()
         launchers: list[subprocess.Popen[bytes]] = []
         stack.enter_context(command.written())
         if command.held_variables:
-            stack.enter_context(kept_on_hosts(command.holders, command.held_variables))
+            kept = kept_on_hosts(command.holders, command.held_variables, lambda: bool(received), ends_by)
+            stack.enter_context(kept)
+        if received:
+            # No worker exists yet.
+            return outcome_of(command, JobEnd(None, received[0]), monitor, received)
         unrelated = set(descendants(os.getpid()))
         # Called from the last to the first, each of them also after an exception in another.
         stack.callback(monitor.drain)
         stack.callback(end_processes, launchers, monitor, unrelated, received)
         stack.callback(close_inputs, launchers)
-        stack.callback(lambda: monitor.release_workers(*release_limit(received)))
+        stack.callback(monitor.release_workers)
         for launcher in start_launchers(command, monitor):
             launchers.append(launcher)
         end = wait_for_end(launchers, monitor, received, command.restarts)
     return outcome_of(command, end, monitor, received)
+
+
+class HurriedEnd:
+    """When the waits at the end of a job are over, once a signal ends it at once: one deadline for all of them.
+
+    Args:
+        received: The signals that this process has received; it grows.
+    """
+
+    def __init__(self, received: Sequence[int]) -> None:
+        self._received = received
+        self._deadline = math.inf
+
+    def ends_by(self) -> float:
+        """Return the time, in seconds of the monotonic clock; infinite without such a signal."""
+        if self._deadline == math.inf and ending_signal(self._received) is not None:
+            self._deadline = time.monotonic() + HURRIED_END_S
+        return self._deadline
 
 
 def captured_signals() -> list[signal.Signals]:
@@ -125,18 +149,13 @@ def start_launchers(command: Command, monitor: WorkerMonitor) -> Iterator[subpro
     environment = {**command.environment, **terminal, LAUNCH_VARIABLE: str(monitor.rendezvous)}
     for argv, variables in command.processes():
         stdin = subprocess.DEVNULL if variables is None else subprocess.PIPE
-        launcher = subprocess.Popen(argv, env=environment, stdin=stdin, start_new_session=True)
+        line = b"" if variables is None else variables_line(variables)
+        launcher = subprocess.Popen(
+            argv, env=environment, stdin=stdin, start_new_session=True, pipesize=pipe_size(line)
+        )
         yield launcher
-        if variables is not None:
-            send_variables(launcher, variables)
-
-
-def send_variables(process: subprocess.Popen[bytes], variables: Mapping[str, str]) -> None:
-    """Send variables to a process that `ssh` runs elsewhere, over its stdin: argument lists are public."""
-    assert process.stdin is not None
-    with contextlib.suppress(OSError):  # it has ended, and its exit code is reported
-        process.stdin.write(json.dumps(dict(variables)).encode() + b"\n")
-        process.stdin.flush()
+        if line:
+            send_line(launcher, line)
 
 
 def close_inputs(launchers: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -184,11 +203,6 @@ def acknowledgement(signum: int) -> str:
     """Return the line that says what a request to stop does."""
     name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
     return f"{name}: the workers finish their step, save a checkpoint and stop; Ctrl-C again ends them at once"
-
-
-def release_limit(received: Sequence[int]) -> tuple[float, ...]:
-    """Return the argument of `release_workers` after these signals."""
-    return () if ending_signal(received) is None else (HURRIED_RELEASE_S,)
 
 
 def grace_period_s(monitor: WorkerMonitor, launcher_failed: bool, restarts: bool, stop_requested: bool) -> float:
@@ -242,7 +256,7 @@ def end_processes(
         unrelated: Pids of children from before the job.
         received: The signals that this process has received; it grows.
     """
-    deadline, received_before = time.monotonic() + WORKER_GRACE_S, len(received)
+    deadline, received_before = min(time.monotonic() + WORKER_GRACE_S, monitor.ends_by()), len(received)
     terminated: set[psutil.Process] = set()
     # Processes of another user, as a program with the setuid bit starts them.
     out_of_reach: set[psutil.Process] = set()
@@ -316,19 +330,3 @@ def outcome_of(command: Command, end: JobEnd, monitor: WorkerMonitor, received: 
     # A launcher that continued without a host that it lost exits with an error for that host.
     message = f"every rank finished, but {name} {how}; see the output above" if job_code else ""
     return JobOutcome(0 if command.restarts else job_code, message)
-
-
-@contextlib.contextmanager
-def run_dir_lock(run_dir: Path) -> Iterator[None]:
-    """Lock the run's folder against other jobs; the kernel releases the lock when this process ends in any way.
-
-    Raises:
-        LaunchError: Another job has locked it.
-        RunFolderError: The folder cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock_for_launch(run_dir))
-        except RunInUseError as error:
-            raise LaunchError(str(error)) from None
-        yield

@@ -323,6 +323,57 @@ def test_a_log_is_bounded_and_says_so(monitor: WorkerMonitor, tmp_path: Path, mo
     assert "line 0099" in path.read_text() + path.with_name("rank-0.log.1").read_text()
 
 
+NON_BLOCKING = """
+import fcntl, os, sys
+from dist_moe.launch.supervise.output import StreamWriter
+fcntl.fcntl(1, fcntl.F_SETFL, os.O_NONBLOCK)
+writer = StreamWriter("stdout")
+print("begin")
+writer.write("".join(f"line {number:06}\\n" for number in range(100_000)))
+writer.finish(30)
+writer.write("last\\n")
+writer.finish(30)
+"""
+
+
+def test_a_stdout_that_does_not_block_gets_every_line() -> None:
+    """Another program that shares the pipe or terminal may have made it so."""
+    argv = [sys.executable, "-c", NON_BLOCKING]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as writing:
+        assert writing.stdout
+        time.sleep(0.5)
+        lines = writing.stdout.read().splitlines()
+    assert (writing.returncode, lines[0], lines[-1]) == (0, "begin", "last")
+    assert lines[1:-1] == [f"line {number:06}" for number in range(100_000)]
+
+
+def test_lines_that_are_dropped_last_are_counted_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "BUFFER_BYTES", 100_000)
+    monkeypatch.setattr(output, "PATIENCE_S", 0.05)
+    reading, writing = os.pipe()
+    got: list[bytes] = []
+
+    def read() -> None:
+        while part := os.read(reading, 1 << 16):
+            got.append(part)
+
+    with os.fdopen(writing, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        writer = output.StreamWriter("stdout")
+        for _ in range(300):
+            writer.write("x" * 999 + "\n")
+        dropped = writer._dropped
+        assert dropped > 100
+        reader = threading.Thread(target=read)
+        reader.start()
+        writer.finish(LIMIT_S)
+    reader.join()
+    os.close(reading)
+    lines = b"".join(got).decode().splitlines()
+    note = f"[{dropped} lines are not shown: nothing read the output in time; see logs/ in run.dir]"
+    assert (len(lines), lines[-1]) == (300 - dropped + 1, note)
+
+
 UNREAD = """
 import sys, time
 from pathlib import Path
@@ -348,6 +399,14 @@ sys.exit(outcome.code)
 """
 
 
+def busy_s() -> float:
+    """Seconds that half a second of work takes longer now than on cores that nothing else uses."""
+    began, used = time.monotonic(), time.process_time()
+    while time.process_time() - used < 0.5:
+        pass
+    return max(0.0, time.monotonic() - began - 0.5)
+
+
 def test_a_launch_whose_output_nobody_reads_obeys_ctrl_c(tmp_path: Path) -> None:
     """The first one asks the workers, of which this one ignores it; the second one ends them."""
     argv = [sys.executable, "-c", UNREAD, str(tmp_path)]
@@ -365,7 +424,8 @@ def test_a_launch_whose_output_nobody_reads_obeys_ctrl_c(tmp_path: Path) -> None
         began = time.monotonic()
         launch.send_signal(signal.SIGINT)
         assert launch.wait(LIMIT_S) == 130
-        assert time.monotonic() - began < 4, "2 s on a host that does nothing else"
+        # All waits have one deadline; what is left is work, which takes longer where other tests use the cores.
+        assert time.monotonic() - began < 2 + busy_s(), "2 s on a host that does nothing else"
 
 
 @pytest.mark.parametrize("monitor", [1000], indirect=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_pdsh_is_given_nothing_that_a_shell_would_change(tmp_path: Path, path: s
         command_of("deepspeed", config, cluster, path)
 
 
-def test_deepspeed_hostfile_and_environment_file(tmp_path: Path) -> None:
+def test_deepspeed_hostfile_and_environment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "of this host"))
     config, cluster = job(tmp_path, "cluster.exclude=a:0", "cluster.environment=[TOKEN]")
     base = {"PATH": "/usr/bin", "TOKEN": "t0", "PYTHONPATH": "/x", "NCCL_DEBUG": "INFO", "RANK": "7"}
     command = command_of("deepspeed", config, cluster, base=base)
@@ -134,7 +136,10 @@ def test_deepspeed_hostfile_and_environment_file(tmp_path: Path) -> None:
         forwarded = dict(line.split("=", 1) for line in (tmp_path / "launch" / "environment").read_text().splitlines())
     assert not {"TOKEN", "PYTHONPATH", "NCCL_DEBUG", "RANK", "PATH"} & forwarded.keys()
     assert forwarded["DIST_MOE_LAUNCH"].startswith("file:") and command.held_variables == {"TOKEN": "t0"}
-    assert len(command.holders) == 2 and not any("t0" in word for holder in command.holders for word in holder)
+    assert list(command.holders) == ["a", "b"]
+    assert not any("t0" in word for holder in command.holders.values() for word in holder)
+    # The folder of TMPDIR need not exist on other hosts.
+    assert Path(forwarded["DIST_MOE_LAUNCH"].removeprefix("file:")).parts[:2] == ("/", "tmp")
     assert not {"PYTHONPATH", "NCCL_DEBUG", "RANK"} & command.environment.keys()
 
 
