@@ -12,11 +12,11 @@ from dist_moe.cli.config import print_config
 from dist_moe.cli.data import data_app
 from dist_moe.cli.doctor import doctor
 from dist_moe.cli.evaluate import evaluate, generate
-from dist_moe.cli.messages import open_missing_streams, report_lost_output, set_up_terminal
+from dist_moe.cli.messages import report_lost_output, set_up_terminal
 from dist_moe.cli.options import Verbose
 from dist_moe.cli.run import launch, train
 from dist_moe.cli.study import study_app
-from dist_moe.status import write_any_character
+from dist_moe.status import open_closed_streams, write_any_character
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(launch)
@@ -53,7 +53,7 @@ def main() -> None:
 
     Exits with code 1 where the output cannot be written.
     """
-    open_missing_streams()
+    open_closed_streams()
     write_any_character()
     if foreign := foreign_package():
         print(foreign, file=sys.stderr)

@@ -43,17 +43,6 @@ def set_up_terminal(environment: MutableMapping[str, str], stdout: TextIO, stder
         environment["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 
 
-def open_missing_streams() -> None:
-    """Give a process that was started with closed standard streams ones to nowhere."""
-    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(handle, True)
-    os.close(handle)
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
-
-
 class _StderrHandler(logging.Handler):
     """Writes to the sys.stderr of the moment, which a worker and a test replace."""
 

@@ -117,7 +117,7 @@ def train(
     with report_user_errors():
         rank_info = rank_info_from_env(os.environ)
         # The launch has looked already.
-        look = None if LAUNCH_VARIABLE in os.environ else data_violations
+        look = None if os.environ.get(LAUNCH_VARIABLE) else data_violations
         settings = load_config(config, overrides or (), rank_info.world_size, look)
         launched = fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
         lock = ExitStack()
@@ -146,13 +146,16 @@ def restore_visible_devices() -> None:
 
 def fork_agent(rank: int, world_size: int, run_dir: str) -> bool:
     """Continue in a child process that an agent watches, and return True, if a launch has started this worker."""
-    from dist_moe.launch.supervise.protocol import SCHEME, Rendezvous
+    from dist_moe.launch.supervise.protocol import Rendezvous
     from dist_moe.launch.supervise.secret_file import restart_with_variables
-    from dist_moe.worker.contract import LAUNCH_VARIABLE
+    from dist_moe.worker.contract import LAUNCH_VARIABLE, PROCESS_IDENTITY
 
-    restart_with_variables(os.environ)
     launch = os.environ.get(LAUNCH_VARIABLE, "")
-    if not launch.startswith(SCHEME):
+    if not launch:
+        os.environ.pop(LAUNCH_VARIABLE, None)
+        return False
+    restart_with_variables(os.environ)
+    if PROCESS_IDENTITY.fullmatch(launch):
         return False
     from dist_moe.launch.supervise.agent import fork_worker
 

@@ -25,12 +25,20 @@ from dist_moe.comm.devices import (
 )
 from dist_moe.comm.store import open_store
 from dist_moe.worker.contract import PORT_VARIABLE
-from dist_moe.worker.network import LOOPBACK, free_port, interface_of, is_loopback, source_address
+from dist_moe.worker.launcher_variables import read_port
+from dist_moe.worker.network import (
+    INTERFACE_VARIABLES,
+    LOOPBACK,
+    LOOPBACK_INTERFACE,
+    free_port,
+    interface_of,
+    is_loopback,
+    source_address,
+)
 from dist_moe.worker.rank_info import RankInfo, RankInfoError
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK_INTERFACE = "lo"
 # Launcher -> how its workers are given the address of rank 0.
 EXPORT_RENDEZVOUS = {
     "slurm": 'write `export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
@@ -181,8 +189,11 @@ def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None, local_rank: in
     if rank_info.launcher != "env":
         # Left by another job of torchrun, whose store this one would wait for.
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    if PORT_VARIABLE in os.environ:
-        os.environ["MASTER_PORT"] = os.environ[PORT_VARIABLE]
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    if os.environ.get(PORT_VARIABLE, "").strip():
+        os.environ["MASTER_PORT"] = str(_port(PORT_VARIABLE))
     if rank_info.world_size == 1 and (rank_info.launcher == "none" or _lacks_rendezvous()):
         os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(free_port()))
     elif mpi and mpi.all_gather_objects(_lacks_rendezvous(), bool)[0]:
@@ -197,9 +208,10 @@ def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None, local_rank: in
             f"{' and '.join(missing)} not set: {rank_info.world_size} workers ({rank_info.launcher}) need the address "
             f"of rank 0; {remedy}"
         )
+    os.environ["MASTER_PORT"] = str(_port("MASTER_PORT"))
     if is_loopback(os.environ["MASTER_ADDR"]):
-        # All ranks are on this host; by default gloo would listen on the interface of its name.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
+        # All ranks are on this host; by default gloo listens on the interface of its name, and NCCL on any other one.
+        _set_interface(LOOPBACK_INTERFACE)
     elif rank_info.world_size > rank_info.local_world_size:
         _choose_interface(os.environ["MASTER_ADDR"])
     os.environ.update(
@@ -221,9 +233,26 @@ def _choose_interface(target: str) -> None:
     interface = interface_of(source_address(target))
     if interface is not None and interface != LOOPBACK_INTERFACE:
         logger.info("the interface to rank 0 (%s) is %s", target, interface)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        _set_interface(interface)
+
+
+def _set_interface(interface: str) -> None:
+    for name in INTERFACE_VARIABLES:
+        os.environ.setdefault(name, interface)
 
 
 def _lacks_rendezvous() -> bool:
-    return "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
+    return not all(os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
+def _port(name: str) -> int:
+    """Return the port that a variable holds.
+
+    Raises:
+        RankInfoError: It holds none.
+    """
+    faults: list[str] = []
+    port = read_port(os.environ, name, faults)
+    if port is None:
+        raise RankInfoError("\n".join(faults))
+    return port

@@ -14,7 +14,7 @@ from dist_moe.errors import ABSENT, Violation
 from dist_moe.launch.command import SHELL_SAFE, LaunchError, clean_env, has_devices, threads_per_worker
 from dist_moe.launch.hostfile import Slots, allocated_hosts, filter_hosts, read_hostfile
 from dist_moe.worker.contract import LAUNCH_VARIABLE
-from dist_moe.worker.network import is_local_address
+from dist_moe.worker.network import INTERFACE_VARIABLES, is_local_address
 
 logger = logging.getLogger(__name__)
 CONNECT_LIMIT_S = 10
@@ -195,7 +195,7 @@ def forwarded_env(config: Config, cluster: Cluster, base: Mapping[str, str]) -> 
         # Where the hosts' addresses have no names, torch would warn of every connection.
         "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         **({} if has_devices() or config.parallel.backend == "nccl" else {"DS_ACCELERATOR": "cpu"}),
-        **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}),
+        **({} if interface is None else dict.fromkeys(INTERFACE_VARIABLES, interface)),
         **({LAUNCH_VARIABLE: base[LAUNCH_VARIABLE]} if LAUNCH_VARIABLE in base else {}),
         **{name: base[name] for name in cluster.settings.environment},
     }

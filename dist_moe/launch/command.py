@@ -17,6 +17,7 @@ from dist_moe.errors import UserError, needs_folder
 from dist_moe.files import new_private_file
 from dist_moe.launch.outer_job import without_outer_job
 from dist_moe.worker.contract import PORT_VARIABLE
+from dist_moe.worker.network import INTERFACE_VARIABLES, LOOPBACK_INTERFACE
 
 DEFAULT_PORT = 29500
 # Variables that an outer launcher may have set, with which the workers would join its job.
@@ -178,8 +179,8 @@ def worker_environment(config: Config, workers: int, base: Mapping[str, str]) ->
         base: The environment to start from.
     """
     threads = threads_per_worker(config.run.threads, workers)
-    interface = {"GLOO_SOCKET_IFNAME": base["GLOO_SOCKET_IFNAME"]} if "GLOO_SOCKET_IFNAME" in base else {}
-    return clean_env(base) | worker_variables(str(threads)) | interface
+    interfaces = {name: base[name] for name in INTERFACE_VARIABLES if name in base}
+    return clean_env(base) | worker_variables(str(threads)) | interfaces
 
 
 def worker_variables(threads: str) -> dict[str, str]:
@@ -189,8 +190,9 @@ def worker_variables(threads: str) -> dict[str, str]:
         threads: The value of OMP_NUM_THREADS.
     """
     return {
-        # By default gloo resolves the host's name, which on some hosts gives an address that does not answer.
-        "GLOO_SOCKET_IFNAME": "lo",
+        # By default gloo resolves the host's name, which on some hosts gives an address that does not answer, and NCCL
+        # takes any interface: both would listen where other hosts reach them.
+        **dict.fromkeys(INTERFACE_VARIABLES, LOOPBACK_INTERFACE),
         "OMP_NUM_THREADS": threads,
         # `python -m dist_moe` must not import a folder of that name in the working folder.
         "PYTHONSAFEPATH": "1",

@@ -10,6 +10,7 @@ from dist_moe.launch.cluster import require_shell_safe
 from dist_moe.launch.command import DEFAULT_PORT, OUTER_JOB_VARIABLES, LaunchError
 from dist_moe.launch.launcher import LaunchRequest, load_launchers
 from dist_moe.launch.template import fill_template
+from dist_moe.worker.network import INTERFACE_VARIABLES
 
 # The words of `template.shell_variable`.
 RESERVED = re.compile(r"__[A-Z]+(_[A-Z]+)*__")
@@ -117,7 +118,7 @@ def host_variables(request: LaunchRequest) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads) if isinstance(threads, int) else "1",
         "PYTHONSAFEPATH": "1",
-        **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}),
+        **({} if interface is None else dict.fromkeys(INTERFACE_VARIABLES, interface)),
     }
 
 

@@ -1,6 +1,7 @@
 """What a launch and its workers agree on: exit codes, signals, variables, file names and formats. Imports no torch."""
 
 import json
+import re
 import signal
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -34,6 +35,10 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Requests to save a checkpoint and stop; Slurm sends SIGUSR1 before a time limit."""
 MAX_MESSAGE_CHARACTERS = 8000
 """Of an exception's message in an error report; the traceback below it has all of it."""
+
+
+PROCESS_IDENTITY = re.compile("[0-9]{1,9}:[0-9]{1,18}")
+"""What `process_identity` returns."""
 
 
 class WorkerState(StrEnum):

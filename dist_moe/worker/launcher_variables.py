@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dist_moe.text import shown
+
 
 class LauncherVariables(NamedTuple):
     """The variables of one launcher; where there are several names for one number, the first that is set counts.
@@ -81,6 +83,7 @@ LAUNCHERS = (
     # Whatever else speaks PMI. srun --mpi=pmi2 does, and Slurm's own numbers come before these.
     LauncherVariables("pmi", "PMI_RANK", ("PMI_SIZE",), "PMI_LOCAL_RANK", ("PMI_LOCAL_SIZE",)),
 )
+MAX_DIGITS = 18
 TASKS_OF_NODES = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 # Slurm's numbers of the steps that are not made by an srun of the user: the batch script, and the shell of salloc.
 BATCH_STEP, INTERACTIVE_STEP = "4294967291", "4294967290"
@@ -125,7 +128,17 @@ def read_number(environment: Mapping[str, str], name: str, faults: list[str]) ->
             "variable, or unset it"
         )
         return None
-    return int(text)
+    # Python refuses to read thousands of digits.
+    return int(text) if len(text) <= MAX_DIGITS else 10**MAX_DIGITS
+
+
+def read_port(environment: Mapping[str, str], name: str, faults: list[str]) -> int | None:
+    """Return the TCP port in a variable; None where it is not set or empty, or, with an entry in `faults`, none."""
+    port = read_number(environment, name, faults)
+    if port is None or 0 < port < 1 << 16:
+        return port
+    faults.append(f"{name}={shown(environment[name])} is no port from 1 to 65535; set it to that of rank 0's store")
+    return None
 
 
 def first_set(environment: Mapping[str, str], names: tuple[str, ...]) -> str:

@@ -11,6 +11,9 @@ import psutil
 from dist_moe.errors import UserError
 
 LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo"
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""By these gloo and NCCL are told the interface on which they listen and connect."""
 EPHEMERAL_RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FIRST_PORT = 10_000
 FIRST_EPHEMERAL_PORT = 32_768

@@ -14,7 +14,8 @@ unset PET_NODE_RANK PET_RDZV_BACKEND PET_RDZV_ENDPOINT PET_RDZV_CONF PET_STANDAL
 # OpenMPI 4 gives its workers a terminal even where the output goes to a file.
 if [ ! -t 1 ]; then export TTY_COMPATIBLE=0; fi
 PATH="${PYTHON%/*}:$PATH"
-export GLOO_SOCKET_IFNAME=lo
+export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
 export OMP_NUM_THREADS="$THREADS"
 export PYTHONSAFEPATH=1
 export MASTER_ADDR=127.0.0.1

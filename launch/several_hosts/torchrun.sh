@@ -40,4 +40,5 @@ exec "$PYTHON" -m torch.distributed.run \
     --master-port "$PORT" \
     --local-addr "$HOST" \
     --max-restarts 0 \
+    --log-dir /dev/null \
     --module dist_moe train "$CONFIG" "$@"

@@ -94,7 +94,8 @@ def manifest(config: Config) -> str:
         ),
     ]
     if wanted.tensorboard:
-        parts.append(fill_template("kubernetes/tensorboard.yaml", **common, **pod))
+        option = "" if wanted.namespace is None else f" --namespace {wanted.namespace}"
+        parts.append(fill_template("kubernetes/tensorboard.yaml", **common, **pod, option=option))
     return "---\n".join(parts)
 
 

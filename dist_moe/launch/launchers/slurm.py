@@ -20,6 +20,7 @@ from dist_moe.launch.template import (
     shell_text,
     shell_variable,
 )
+from dist_moe.worker.network import INTERFACE_VARIABLES
 
 SUBMIT_LIMIT_S = 60.0
 FORWARDED = ("HOME", "LANG", "PATH", "USER")
@@ -114,7 +115,7 @@ def batch_script(
         threads = slurm.cpus_per_task or threads_per_worker(config.run.threads, slurm.tasks_per_node)
         variables["OMP_NUM_THREADS"] = str(threads)
     if interface := config.cluster.interface:
-        variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        variables |= dict.fromkeys(INTERFACE_VARIABLES, interface)
     return fill_template(
         "slurm.sbatch",
         config=str(request.config_path).replace("\n", " "),

@@ -1,5 +1,6 @@
 """The launcher of PyTorch, `torchrun`: one command for this host, or one for each of several."""
 
+import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,12 @@ from dist_moe.worker.network import LOOPBACK, free_port
 # Workers have a store of their own, on one address (dist_moe/comm/store.py): that of torchrun listens on every
 # interface, and after a restart still has the addresses of the failed workers.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-PRIVATE_FOLDER_SCRIPT = """\
-# Nothing of torchrun listens: its rendezvous is a file that only you can read.
-RENDEZVOUS=$(mktemp -d)/rendezvous"""
+PRIVATE_FILE_SCRIPT = """\
+# Nothing of torchrun listens: its rendezvous is a file without a name, which only you can read.
+RENDEZVOUS=$(mktemp)
+exec 3<>"$RENDEZVOUS"
+rm "$RENDEZVOUS"
+RENDEZVOUS=/proc/self/fd/3"""
 OWN_ENTRY_SCRIPT = """\
 # The entry of this host.
 HOST=${HOST:-$(hostname)}
@@ -119,7 +123,7 @@ class TorchrunLauncher(ProcessLauncher):
                     worker_variables(shell_variable("THREADS")) | OWN_STORE | {PORT_VARIABLE: shell_variable("PORT")}
                 ),
                 shell_command(one),
-                prepare=PRIVATE_FOLDER_SCRIPT,
+                prepare=PRIVATE_FILE_SCRIPT,
             ),
             "several_hosts/torchrun.sh": several_hosts_script(
                 request,
@@ -214,8 +218,7 @@ def host_argv(
 
 def _common_arguments(module: str, restarts: int, log_dir: Path | None) -> tuple[str, ...]:
     # By default every job leaves a folder in the system's place for temporary files.
-    logs = () if log_dir is None else ("--log-dir", str(log_dir))
-    return ("--max-restarts", str(restarts), *logs, "--module", module)
+    return ("--max-restarts", str(restarts), "--log-dir", str(log_dir or os.devnull), "--module", module)
 
 
 LAUNCHER = TorchrunLauncher()

@@ -7,14 +7,16 @@ What arrives is checked field by field before anything of it is used: `Greeting.
 
 import json
 import os
+import re
 import secrets
 import selectors
 import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+from dist_moe.errors import UserError
 from dist_moe.untrusted import printable
-from dist_moe.worker.contract import WorkerState
+from dist_moe.worker.contract import LAUNCH_VARIABLE, WorkerState
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_GREETING_BYTES = 1 << 12
@@ -49,9 +51,24 @@ class Rendezvous(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Rendezvous":
-        """Read what `str` writes."""
+        """Read what `str` writes.
+
+        Raises:
+            UserError: It is something else.
+        """
         token, _, endpoint = text.removeprefix(SCHEME).partition("@")
         address, _, port = endpoint.rpartition(":")
+        if not (
+            text.startswith(SCHEME)
+            and token
+            and address
+            and re.fullmatch("[0-9]{1,5}", port)
+            and 0 < int(port) < 1 << 16
+        ):
+            raise UserError(
+                f"{LAUNCH_VARIABLE} is set by `dist-moe launch` to {SCHEME}TOKEN@ADDRESS:PORT, and what it holds is "
+                "not of this form; unset it, or start the job by `dist-moe launch`"
+            )
         return cls(address, int(port), token)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
+from dist_moe.comm.init import _fill_rendezvous, init_distributed, set_pg_timeouts, set_threads
 from dist_moe.worker.network import free_port
 from dist_moe.worker.rank_info import RankInfo, RankInfoError, rank_info_from_env
 from tests.dist.pool import RankPool
@@ -88,6 +88,54 @@ def test_workers_without_a_rendezvous_get_an_error_with_what_to_export(ranks: Ra
     (message,) = ranks.run(without_rendezvous, 1)
     assert "MASTER_ADDR and MASTER_PORT not set: 2 workers (slurm)" in message
     assert "write `export MASTER_ADDR=$(scontrol show hostnames" in message
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_PORT": ""}, "MASTER_PORT not set: 2 workers (env) need the address of rank 0"),
+        ({"MASTER_PORT": " ", "MASTER_ADDR": ""}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is not an integer >= 0"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT='-1' is not an integer >= 0"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port from 1 to 65535; set it to that of rank 0's store"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
+        ({"MASTER_PORT": "9" * 5000}, "is no port from 1 to 65535"),
+        ({"DIST_MOE_PORT": "65536"}, "DIST_MOE_PORT=65536 is no port"),
+        ({"DIST_MOE_PORT": "x"}, "DIST_MOE_PORT='x' is not an integer >= 0"),
+        ({"DIST_MOE_PORT": "", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+    ],
+)
+def test_an_invalid_port_is_an_error_with_its_rule(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankInfoError) as error:
+        _fill_rendezvous(RankInfo(0, 2, 0, 2, "env"), None, 0)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "expected"),
+    [
+        ("127.0.0.1", {}, ("lo", "lo")),
+        ("localhost", {}, ("lo", "lo")),
+        ("::1", {}, ("lo", "lo")),
+        ("127.0.0.1", {"NCCL_SOCKET_IFNAME": "ib0"}, ("lo", "ib0")),
+        ("127.0.0.1", {"GLOO_SOCKET_IFNAME": "eth7"}, ("eth7", "lo")),
+    ],
+)
+def test_gloo_and_nccl_of_one_host_use_the_loopback_unless_the_user_says_another(
+    monkeypatch: pytest.MonkeyPatch, address: str, given: dict[str, str], expected: tuple[str, str]
+) -> None:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DIST_MOE_PORT", *names):
+        monkeypatch.setenv(name, "")  # so that it is restored after what the function sets
+        monkeypatch.delenv(name)
+    for name, value in {"MASTER_ADDR": address, "MASTER_PORT": "29500", **given}.items():
+        monkeypatch.setenv(name, value)
+    _fill_rendezvous(RankInfo(0, 2, 0, 2, "env"), None, 0)
+    assert tuple(os.environ[name] for name in names) == expected
 
 
 def with_debug_level(rank: int, world_size: int, level: str, port: int) -> list[tuple[bool, float]]:

@@ -78,11 +78,13 @@ def test_worker_environment_without_the_variables_of_an_outer_job(config: Config
     assert environment == {
         "HOME": "/h",
         "GLOO_SOCKET_IFNAME": "eth7",
+        "NCCL_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "3",
         "PYTHONSAFEPATH": "1",
         "PATH": f"{Path(sys.executable).parent}:/bin",
     }
     assert worker_environment(config, 2, {})["GLOO_SOCKET_IFNAME"] == "lo"
+    assert worker_environment(config, 2, {"NCCL_SOCKET_IFNAME": "ib0"})["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,21 @@ def test_manifest_is_valid(tmp_path: Path, overrides: list[str]) -> None:
     subprocess.run([BIN / "kubernetes-validate", "--strict", path], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        ([], "kubectl port-forward deployment/dist-moe-tensorboard 6006"),
+        (
+            ["kubernetes.namespace=team"],
+            "kubectl port-forward --namespace team deployment/dist-moe-tensorboard 6006",
+        ),
+    ],
+)
+def test_manifest_says_how_to_reach_its_tensorboard(overrides: list[str], command: str) -> None:
+    text = manifest(config(*overrides))
+    assert f"so it listens in its pod alone:\n#   {command}\napiVersion" in text
+
+
 def test_manifest_pods_meet_at_the_first_and_read_the_whole_configuration() -> None:
     objects = {each["kind"]: each for each in objects_of(config("run.dir=runs/x"))}
     spec = objects["Job"]["spec"]
