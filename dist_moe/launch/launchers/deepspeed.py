@@ -155,8 +155,7 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
     # DeepSpeed writes the variables of its environment file into argument lists, which everybody on the host can read.
     secret = forwarded_env(request.config, cluster, base)
     public = {name: secret.pop(name) for name in list(secret) if name not in secret_names(settings)}
-    # The folder for temporary files of this host (TMPDIR) need not exist on the others.
-    held = private_path("variables", "/tmp")
+    held = private_path("variables", "/tmp")  # the TMPDIR of this host need not exist on the others
     public |= {LAUNCH_VARIABLE: f"{SCHEME}{held}"} if secret else {}
     if runner != "pdsh":
         require_first_devices(cluster, f"--runner {runner}", same_count=runner in ("mpich", "slurm"))

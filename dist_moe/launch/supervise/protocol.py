@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 from dist_moe.errors import UserError
 from dist_moe.untrusted import printable
 from dist_moe.worker.contract import LAUNCH_VARIABLE, WorkerState
+from dist_moe.worker.network import is_loopback
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_GREETING_BYTES = 1 << 12
@@ -29,7 +30,8 @@ RECEIVE_BYTES = 1 << 16
 SCHEME = "tcp://"
 LOG_ONLY = 0
 """In place of the number of a worker's stream (1 stdout, 2 stderr): the text is on the terminal already."""
-# A peer that is cut off, or whose host died, is given up after 30 s.
+# A peer that is cut off, or whose host died, is given up after 30 s. So is one that takes nothing for that time, as a
+# launch that is suspended: on this host, where none of the first two can happen, there is no limit.
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 
 
@@ -139,15 +141,19 @@ class MessageSocket:
     Args:
         connection: The socket. On one that does not block, `send` fails where the peer does not read.
         max_bytes: The size of the largest message that is received next; a larger one closes the connection.
+
+    Raises:
+        OSError: The peer is gone already.
     """
 
     def __init__(self, connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self.connection = connection
         self.max_bytes = max_bytes
         self._received = b""
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEP_ALIVE.items():
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        if not is_loopback(connection.getpeername()[0]):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEP_ALIVE.items():
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def fileno(self) -> int:
         """Return the file descriptor, for `select`."""

@@ -88,11 +88,10 @@ def _wait_until_ready(holders: Mapping[str, subprocess.Popen[bytes]], interrupte
             host = waiting[output]
             part = os.read(output.fileno(), READ_BYTES)
             answers[host] += part
-            if READY.startswith(answers[host]) and part:
-                if answers[host] == READY:
-                    del waiting[output]
-                continue
-            raise UserError(f"{host} cannot keep the variables of its workers; see its message above")
+            if not (part and READY.startswith(answers[host])):
+                raise UserError(f"{host} cannot keep the variables of its workers; see its message above")
+            if answers[host] == READY:
+                del waiting[output]
 
 
 def _end(holders: Iterable[subprocess.Popen[bytes]], ends_by: Callable[[], float]) -> None:

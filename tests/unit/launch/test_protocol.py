@@ -2,6 +2,7 @@
 
 import socket
 
+import psutil
 import pytest
 
 from dist_moe.errors import UserError
@@ -31,3 +32,24 @@ def test_message_socket_joins_messages_that_arrive_in_parts() -> None:
         sender.sendall(b": 2}\n")
         assert receiver.receive() == [{"b": 2}]
         receiver.close()
+
+
+@pytest.mark.parametrize("loopback", [True, False])
+def test_a_peer_on_this_host_is_not_given_up_while_it_is_suspended(loopback: bool) -> None:
+    """TCP_USER_TIMEOUT ends a connection whose peer takes nothing for that time, also where its host answers."""
+    address = "127.0.0.1" if loopback else own_address()
+    with socket.create_server((address, 0)) as server, socket.create_connection(server.getsockname()) as connection:
+        message_socket = MessageSocket(connection)
+        limit_ms = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        alive = connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert (limit_ms, bool(alive)) == ((0, False) if loopback else (30_000, True))
+        message_socket.close()
+
+
+def own_address() -> str:
+    """An address of this host other than the loopback's."""
+    for addresses in psutil.net_if_addrs().values():
+        for each in addresses:
+            if each.family == socket.AF_INET and not each.address.startswith("127."):
+                return each.address
+    pytest.skip("this host has the loopback alone")
