@@ -46,6 +46,7 @@ def doctor(
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
     from dist_moe.doctor.temporary import temporary_folder
+    from dist_moe.errors import UserError
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
@@ -73,7 +74,7 @@ def doctor(
         try:
             outcome = job.run()
             fault = "" if outcome.code == 0 else outcome.message or f"exit code {outcome.code}"
-        except LaunchError as error:
+        except UserError as error:
             fault = str(error)
         written = (folder / FINDINGS).is_file()
         if written and not fault:
