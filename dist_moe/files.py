@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 # What flock and fcntl answer where a file system (or its mount options) has no locks.
 NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
 HELD = frozenset({errno.EACCES, errno.EAGAIN})
-NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 POLL_S = 0.05
 # With these, nothing is at a path; with others that is not known.
 NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP})
+NO_MATCH = NOTHING_THERE | {errno.ENAMETOOLONG}
 UNSEEN_REMEDY = "give a path whose folders this user may enter, of names that the file system can hold"
 
 
@@ -209,7 +209,7 @@ def _exists(path: Path) -> bool:
     try:
         path.lstat()
     except OSError as error:
-        if error.errno not in NOTHING_THERE:
+        if error.errno not in NO_MATCH:
             raise
         return False
     except ValueError:  # a NUL in the path
@@ -234,7 +234,7 @@ def _look_into(folder: Path, parts: Sequence[str], look: Callable[[str], object]
         try:
             look(os.path.join(folder, name, "."))  # the dot needs the permission to look at files
         except OSError as error:
-            if error.errno not in NOTHING_THERE:
+            if error.errno not in NO_MATCH:
                 raise
 
 

@@ -40,6 +40,10 @@ from dist_moe.worker.rank_info import RankInfo, RankInfoError
 logger = logging.getLogger(__name__)
 
 # Launcher -> how its workers are given the address of rank 0.
+RENDEZVOUS_VARIABLES = (
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "OMPI_COMM_WORLD_LOCAL_RANK", *INTERFACE_VARIABLES),
+)
 EXPORT_RENDEZVOUS = {
     "slurm": 'write `export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
     "MASTER_PORT=29500` in the batch script above srun (`dist-moe launch --launcher slurm` writes such a script)",
@@ -108,17 +112,31 @@ def init_distributed(rank_info: RankInfo, backend: str, timeout_s: float) -> Ite
     if dist.is_initialized():
         yield DistContext(rank_info, device, backend)
         return
-    mpi = _load_mpi(rank_info) if backend == "mpi" or _needs_mpi_rendezvous(rank_info) else None
-    _fill_rendezvous(rank_info, mpi, rank_info.local_rank if choice.index is None else choice.index)
-    name = mpi.register() if mpi and backend == "mpi" else backend
-    rank, world_size, timeout = rank_info.rank, rank_info.world_size, timedelta(seconds=timeout_s)
-    store = open_store(rank, world_size, timeout_s) or _rendezvous(rank, world_size, timeout)
-    claim(store, rank, backend, device_identity(device))
-    dist.init_process_group(name, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    with _variables_restored():
+        mpi = _load_mpi(rank_info) if backend == "mpi" or _needs_mpi_rendezvous(rank_info) else None
+        _fill_rendezvous(rank_info, mpi, rank_info.local_rank if choice.index is None else choice.index)
+        name = mpi.register() if mpi and backend == "mpi" else backend
+        rank, world_size, timeout = rank_info.rank, rank_info.world_size, timedelta(seconds=timeout_s)
+        store = open_store(rank, world_size, timeout_s) or _rendezvous(rank, world_size, timeout)
+        claim(store, rank, backend, device_identity(device))
+        dist.init_process_group(name, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            yield DistContext(rank_info, device, backend)
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _variables_restored() -> Iterator[None]:
+    """Restore the variables that `_fill_rendezvous` sets: processes started later are of other jobs."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS_VARIABLES}
     try:
-        yield DistContext(rank_info, device, backend)
+        yield
     finally:
-        dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def set_pg_timeouts(timeout_s: float) -> None:

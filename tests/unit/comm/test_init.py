@@ -12,18 +12,19 @@ from dist_moe.worker.rank_info import RankInfo, RankInfoError, rank_info_from_en
 from tests.dist.pool import RankPool
 
 
-def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool]:
+def alone(rank: int, world_size: int) -> tuple[int, str, dict[str, str], bool, bool]:
     """Join as a single process without a launcher, in a process that has no group."""
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name)
     # Left over by another job.
     os.environ.update(MASTER_ADDR="203.0.113.1", MASTER_PORT="9", TORCHELASTIC_USE_AGENT_STORE="True")
+    before = dict(os.environ)
     with init_distributed(rank_info_from_env(os.environ), "gloo", 30) as dist_context:
         dist.all_reduce(torch.ones(1))
         size = dist.get_world_size()
         names = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    return size, dist_context.backend, names, dist.is_initialized()
+    return size, dist_context.backend, names, dist.is_initialized(), os.environ == before
 
 
 def test_set_threads_divides_cores_except_for_workers_that_mpirun_bound(
@@ -45,7 +46,7 @@ def test_set_threads_divides_cores_except_for_workers_that_mpirun_bound(
 
 def test_a_single_process_needs_no_launcher_and_its_group_ends_with_the_context(ranks: RankPool) -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    assert ranks.run(alone, 1) == [(1, "gloo", variables, False)]
+    assert ranks.run(alone, 1) == [(1, "gloo", variables, False, True)]
 
 
 def joined_twice(rank: int, world_size: int) -> tuple[int, bool]:
