@@ -75,6 +75,7 @@ def endless_in_detail(rank: int, world_size: int, port: int) -> tuple[str, float
         dist.set_debug_level(dist.DebugLevel.OFF)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_arrive_is_named_at_torchs_debug_level_detail(ranks: RankPool) -> None:
     (first, waited_s), (second, _) = ranks.run(endless_in_detail, 2, free_port())
     assert second == "done" and waited_s < 10 * LIMIT_S

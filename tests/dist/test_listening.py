@@ -51,6 +51,7 @@ def test_every_socket_of_a_job_on_one_host_listens_on_loopback(start: Start, lau
     assert not any(open_to_others.values()), open_to_others
 
 
+@pytest.mark.slow
 def test_tokens_and_variables_are_in_no_argument_list(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor in a file of the run."""
     secret = "the-value-of-a-users-variable"

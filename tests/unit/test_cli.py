@@ -218,6 +218,7 @@ def test_train_reports_a_config_that_does_not_fit_the_workers(tmp_path: Path) ->
     assert "ConfigError" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
 
 
+@pytest.mark.slow
 def test_train_tries_the_model_and_the_text_first(tmp_path: Path) -> None:
     rope, text = "model.config.rope_parameters={factor: 4.0}", f"data.sources={tmp_path}/none.txt"
     done = worker(tmp_path, str(DEBUG), rope, text)

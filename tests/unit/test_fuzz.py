@@ -26,6 +26,7 @@ def test_valid_input_is_accepted(surface: Surface, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.slow
 def test_damaged_input_is_refused_with_a_message(surface: Surface, tmp_path: Path) -> None:
     result = try_surface(surface, 40, 1, tmp_path)
     assert result.failure == ""

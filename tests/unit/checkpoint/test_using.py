@@ -54,6 +54,7 @@ def test_evaluate_gives_a_table_or_the_record_of_the_run(made: Path, text: Path,
     assert "the held-out part" in table and "MaxVio_global" in table
 
 
+@pytest.mark.slow
 def test_evaluate_takes_any_text_and_a_hugging_face_folder(made: Path, other: str, tmp_path: Path) -> None:
     folder = shutil.copytree(step(made, 6) / "model", tmp_path / "model")
     length = "data.sequence_length=32"

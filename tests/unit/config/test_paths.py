@@ -24,7 +24,6 @@ from dist_moe.errors import RunFolderError, needs_folder
 from dist_moe.files import UNSEEN_REMEDY, UnseenPathError, entries, exists, is_file, is_folder, why_unseen
 from dist_moe.section import expand_home
 from dist_moe.train.data_check import data_violations
-from tests.selection import only_first
 from tests.unit.config.files import DEBUG, debug
 from tests.unit.source import Source, sources
 
@@ -169,7 +168,8 @@ def test_a_run_folder_that_is_a_dead_link_is_named(tmp_path: Path) -> None:
         (tmp_path / "dead").mkdir(parents=True, exist_ok=True)
 
 
-@pytest.mark.parametrize("encoding", only_first(["latin-1", "ascii"]))
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.slow
 def test_output_of_any_script_on_a_pipe_of_any_encoding(encoding: str) -> None:
     command = [sys.executable, "-m", "dist_moe", "config", str(DEBUG), "run.dir=日本"]
     root = Path(__file__).parents[3]
