@@ -20,7 +20,7 @@ from dist_moe.config.yaml_io import apply_overrides
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import TokenizedData, prepare
 from dist_moe.data.source_manifest import compare_sources
-from dist_moe.errors import ConfigError, Violation
+from dist_moe.errors import ABSENT, ConfigError, Violation
 from dist_moe.families.registry import family_of
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.observe.evaluation import EvaluationMetrics
@@ -66,7 +66,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
 
     Raises:
         CheckpointError, WeightsError: The path is not a checkpoint, or it is damaged.
-        ConfigError: An override is wrong, or has no meaning here.
+        ConfigError: An override is wrong, or has no meaning here; or nothing names a text.
     """
     checkpoint = resolve_path(path, read=("model/",))
     if checkpoint.name == "model" and (checkpoint.parent / "config.yaml").is_file():
@@ -75,7 +75,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     model_config, _ = read_config(folder)
     refuse_unread(overrides)
     stored = checkpoint / "config.yaml"
-    if stored.is_file():
+    if os.path.lexists(stored):
         given, trained_on = load_stored_config(stored, overrides), load_stored_config(stored).data.sources
     else:
         given, trained_on = folder_config(folder, model_config, overrides), []
@@ -119,7 +119,11 @@ def folder_config(folder: Path, model_config: PretrainedConfig, overrides: Seque
         },
         "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8, "learning_rate": 0.0},
     }
-    if violations := apply_overrides(settings, overrides):
+    violations = apply_overrides(settings, overrides)
+    if not settings["data"].get("sources"):
+        rule = "is missing, and the folder of a Hugging Face model names no text"
+        violations.append(Violation("data.sources", ABSENT, rule, "add for example data.sources=[texts/*.txt]"))
+    if violations:
         raise ConfigError(violations)
     return validate(settings)
 

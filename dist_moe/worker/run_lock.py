@@ -55,7 +55,7 @@ def lock_for_worker(run_dir: Path, rank: int, launched: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if rank == 0 and not launched:
             stack.enter_context(_locked(run_dir, run_dir / LAUNCH_LOCK))
-        stack.enter_context(_locked(run_dir, rank_lock(run_dir, rank), SUCCESSION_S if launched else 0.0))
+        stack.enter_context(_locked(run_dir, rank_lock(run_dir, rank), SUCCESSION_S if launched else ORPHAN_S))
         yield
 
 

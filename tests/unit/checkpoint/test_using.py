@@ -104,6 +104,13 @@ def test_evaluate_refuses_what_the_checkpoint_gives() -> None:
     assert [violation.value for violation in refused.value.violations] == ["data.tokenizer", "model.config.hidden_size"]
 
 
+def test_a_hugging_face_folder_needs_a_text(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(step(made, 6) / "model", tmp_path / "model")
+    result = CliRunner().invoke(app, ["evaluate", str(folder)])
+    assert result.exit_code == 2
+    assert "data.sources is missing, and the folder of a Hugging Face model names no text; add" in result.output
+
+
 def test_generate_takes_a_run_a_checkpoint_and_a_model(made: Path) -> None:
     folders = (made, made / "checkpoints", step(made, 6), step(made, 6) / "model")
     texts = {generate(folder, "--prompt", "import", "--tokens", 3)[0] for folder in folders}
