@@ -16,6 +16,7 @@ from dist_moe.cli.run import starting_line
 from dist_moe.config import dump_config, load_config
 from dist_moe.launch.job import Job
 from dist_moe.launch.launcher import LaunchRequest
+from tests.selection import cross
 
 ROOT = Path(__file__).resolve().parents[3]
 DEBUG = ROOT / "configs" / "debug.yaml"
@@ -66,8 +67,9 @@ def dist_moe(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     return python("from dist_moe.cli.main import main; main()", *arguments, **environment)
 
 
-@pytest.mark.parametrize("environment", ENCODINGS)
-@pytest.mark.parametrize("command", [("launch", "日本.yaml"), ("data", "fetch", "日本"), ("日本",)])
+@cross(
+    ("environment", ENCODINGS), ("command", [("launch", "日本.yaml"), ("data", "fetch", "日本"), ("日本",)]), strength=1
+)
 def test_every_character_is_written_in_every_encoding(command: tuple[str, ...], environment: dict[str, str]) -> None:
     done = dist_moe(*command, **environment)
     assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr

@@ -13,7 +13,7 @@ from dist_moe.config.checks.rotary import RULES
 from dist_moe.config.model import OWNED_MODEL_KEYS, _known_keys
 from dist_moe.families.registry import FAMILIES
 from dist_moe.model.build import build_model, routing_rule
-from tests.selection import only_first
+from tests.selection import cross, only_first
 from tests.unit.config.files import debug, qwen, violations
 
 LENGTH = 24
@@ -194,8 +194,7 @@ ROTARY_WITHOUT_EFFECT = {
 }
 
 
-@pytest.mark.parametrize("kind", ROTARY)
-@pytest.mark.parametrize("architecture", FAMILIES)
+@cross(("kind", list(ROTARY)), ("architecture", sorted(FAMILIES)), strength=1)
 def test_each_rotary_key_changes_the_model_or_is_refused_or_is_listed(architecture: str, kind: str) -> None:
     # With a small theta the few elements of a head have frequencies on both sides of each bound.
     parameters = {"rope_type": kind.partition(" ")[0], "rope_theta": 10.0, **ROTARY[kind]}
