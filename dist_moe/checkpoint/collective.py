@@ -1,19 +1,19 @@
 """Runs work on every rank, and raises on all ranks if it fails on one."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import JobCheckpointError
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.errors import UserError
 
 Result = TypeVar("Result")
 
 
-def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result]) -> list[Result]:
+def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result], kind: Any = None) -> list[Result]:
     """Run `work` on every rank. A collective call.
 
     Args:
@@ -21,12 +21,13 @@ def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result]) -> list[
         what: The beginning of the error message, such as "step-000020 could not be saved".
         work: Runs on this rank; if it calls collectives, it must take part in all of them on
             every rank, also after a failure, as `broadcast_files` does.
+        kind: The type of its result, as `all_gather_objects` takes it; None where it has none.
 
     Returns:
         The result of each rank, in rank order.
 
     Raises:
-        CheckpointError: On every rank, if `work` failed on one.
+        JobCheckpointError: On every rank, if `work` failed on one.
     """
     result: Result | None = None
     failure = None
@@ -35,8 +36,10 @@ def run_on_all_ranks(mesh: Mesh, what: str, work: Callable[[], Result]) -> list[
         result = work()
     except (OSError, SafetensorError, UserError, RuntimeError, ValueError, MemoryError) as error:
         failure = str(error) or type(error).__name__
-    outcomes = all_gather_objects((failure, result)) if mesh.world_size > 1 else [(failure, result)]
+    own: Any = (failure, result)
+    either: Any = tuple[str, None] | tuple[None, kind]
+    outcomes = all_gather_objects(own, either) if mesh.world_size > 1 else [own]
     for rank, (message, _) in enumerate(outcomes):
         if message is not None:
-            raise CheckpointError(f"{what}: {message} (rank {rank})")
-    return [value for _, value in outcomes]  # type: ignore[misc]  # None only where `work` returns it
+            raise JobCheckpointError(f"{what}: {message} (rank {rank})")
+    return [value for _, value in outcomes]

@@ -7,5 +7,13 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written or read; the message has the checkpoint, the reason and the remedy."""
 
 
+class JobCheckpointError(CheckpointError):
+    """A failure on one rank that every rank reports, with the same message."""
+
+
+class RunChangedError(CheckpointError):
+    """The configuration or the text of a run is not that of the checkpoint; every rank reports the same."""
+
+
 class WeightsError(UserError, ValueError):
     """A weights folder does not match the model; the message lists every missing and unexpected tensor."""

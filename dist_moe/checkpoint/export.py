@@ -22,7 +22,7 @@ from dist_moe.checkpoint.format.tensor_header import DTYPE_BYTES, FLOAT_DTYPES, 
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
 from dist_moe.data.cache import file_sha256
 from dist_moe.engine.optimizer_shards import MASTER
-from dist_moe.files import sync_folder
+from dist_moe.files import entries, exists, is_folder, sync_folder, write_atomically
 from dist_moe.text import listed
 from dist_moe.untrusted import read_text
 
@@ -48,7 +48,7 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
         CheckpointError, WeightsError: The path is not a checkpoint, it is damaged, or `out` is not empty.
     """
     source = resolve_path(path)
-    is_checkpoint = (source / MANIFEST_NAME).exists()
+    is_checkpoint = exists(source / MANIFEST_NAME)
     model = source / "model" if is_checkpoint else source
     partial = out.with_name(out.name + PARTIAL)
     _check_free(source, out, partial)
@@ -66,16 +66,19 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error})") from None
+        reason = f"{error.strerror or error}: {error.filename or out}"
+        remedy = "use a folder on a disk with free space and write permission"
+        raise CheckpointError(f"{out} cannot be written ({reason}); {remedy}") from None
     return source
 
 
 def _check_free(source: Path, out: Path, partial: Path) -> None:
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    if os.path.islink(out) or (exists(out) and (not is_folder(out) or entries(out))):
         raise CheckpointError(f"{out} exists and is not an empty folder; use another name, or remove it")
-    if partial.is_symlink() or partial.exists():
+    if os.path.islink(partial) or exists(partial):
         raise CheckpointError(f"{partial} exists, from another export that runs or was interrupted; remove it")
-    if out.resolve().is_relative_to(source.resolve()):
+    # Path.resolve raises RuntimeError for links in a circle.
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise CheckpointError(f"{out} is inside the checkpoint; use another folder")
 
 
@@ -102,10 +105,10 @@ def _write_folder(source: Path, model: Path, partial: Path, dtype: Dtype) -> Non
     if dtype != "keep":
         raw_config["dtype"] = TORCH_NAMES[dtype]
         raw_config.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(raw_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(partial / "config.json", json.dumps(raw_config, indent=2, sort_keys=True) + "\n")
     for name in COPIED_FILES:
-        if (model / name).exists():
-            (partial / name).write_text(read_text(model / name, follow=True), encoding="utf-8")
+        if exists(model / name):
+            write_atomically(partial / name, read_text(model / name, follow=True))
 
 
 def _target_dtype(stored: StoredTensor, dtype: Dtype) -> str:

@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.manifest import is_safe_path
 from dist_moe.comm.mesh import Mesh, hosts_of_ranks
+from dist_moe.files import open_no_link
 
 CHUNK_BYTES = 1 << 24
 
@@ -59,8 +62,13 @@ def broadcast_files(
         target: The folder that this rank writes; None where it needs no copy.
 
     Raises:
+        CheckpointError: On every rank, if a name leads out of the folder. Names come from other ranks.
         OSError: On the rank that could not read or write, after the last file.
     """
+    if outside := [transfer.name for transfer in transfers if not is_safe_path(transfer.name)]:
+        raise CheckpointError(
+            f"a rank names files outside of the checkpoint's folder: {outside}; do not trust its host"
+        )
     failures = [_broadcast_file(transfer, mesh, device, source, target) for transfer in transfers]
     if failure := next(filter(None, failures), None):
         raise failure
@@ -77,7 +85,7 @@ def _broadcast_file(
                 reader = stack.enter_context((source / transfer.name).open("rb"))
             elif target is not None:
                 (target / transfer.name).parent.mkdir(parents=True, exist_ok=True)
-                writer = stack.enter_context((target / transfer.name).open("wb"))
+                writer = stack.enter_context(open(target / transfer.name, "wb", opener=open_no_link))
         except OSError as error:
             failure = error
         for offset in range(0, transfer.bytes, CHUNK_BYTES):

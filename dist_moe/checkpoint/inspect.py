@@ -24,7 +24,8 @@ from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
 from dist_moe.checkpoint.training_state import read_balance, read_counters
 from dist_moe.config.pretrained import OWN_PREFIX
-from dist_moe.text import format_bytes
+from dist_moe.files import exists
+from dist_moe.text import counted, format_bytes
 from dist_moe.untrusted import printable
 
 BIAS_PATTERN = re.compile(r"(.+)\.gate\.(?:e_score_correction_bias|selection_bias)")
@@ -44,7 +45,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError, WeightsError: The path is neither a checkpoint nor a Hugging Face folder, or is damaged.
     """
     folder = resolve_path(path)
-    if not (folder / MANIFEST_NAME).exists():
+    if not exists(folder / MANIFEST_NAME):
         stored = read_headers(folder)
         sources = {match[1]: TensorSource(stored[name]) for name in stored if (match := BIAS_PATTERN.fullmatch(name))}
         biases = {layer: {"selection_bias": bias.float()} for layer, bias in read_sources(sources)}
@@ -140,15 +141,16 @@ def format_lines(description: Mapping[str, Any]) -> Iterator[str]:
     if layout is not None:
         yield f"step {description['step']}, {description['step'] - description['steps_taken']} skipped"
         yield (
-            f"written by {layout['workers']} workers, expert parallel {layout['expert_parallel']}, ZeRO "
+            f"written by {counted(layout['workers'], 'worker')}, expert parallel {layout['expert_parallel']}, ZeRO "
             f"{layout['zero_stage']}, {'bf16' if layout['bf16'] else 'fp32'}"
         )
     yield "size: " + ", ".join(f"{part} {format_bytes(size)}" for part, size in sizes.items())
-    experts = " or ".join(map(str, model["experts"])) or "no"
+    *others, last = model["experts"] or [0]
+    experts = " or ".join([*map(str, others), counted(last, "expert")])
     dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in model["dtypes"].items())
     yield f"model type {model['model_type']}, loads with {model['opens_with']}"
-    yield f"{model['moe_layers']} MoE layers of {experts} experts"
-    yield f"{model['tensors']} tensors ({dtypes}), {model['numbers']:,} numbers"
+    yield f"{counted(model['moe_layers'], 'MoE layer')} of {experts}"
+    yield f"{counted(model['tensors'], 'tensor')} ({dtypes}), {model['numbers']:,} numbers"
     if description["optimizer"] is not None:
         numels = ", ".join(f"{kind} {numel:,}" for kind, numel in description["optimizer"].items())
         yield f"optimizer: {numels or 'empty'}"

@@ -1,6 +1,5 @@
 """Finds the checkpoint that a run resumes from (the newest intact one, the configured one, or none) and loads it."""
 
-import json
 import logging
 import os
 import shutil
@@ -8,17 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
+from dist_moe.checkpoint.changes import Change, defines_run, find_changes, other_model, refusal
 from dist_moe.checkpoint.collective import run_on_all_ranks
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import CheckpointError, RunChangedError, WeightsError
 from dist_moe.checkpoint.file_transfer import FileTransfer, Hosts, broadcast_files, find_hosts
 from dist_moe.checkpoint.format.hf_weights import fill_weights
 from dist_moe.checkpoint.format.layout import PARTIAL, archive_newer, checkpoints_root, recover, step_folders, step_of
 from dist_moe.checkpoint.format.manifest import (
     MANIFEST_NAME,
+    Manifest,
     digest_if_readable,
     find_damage,
     find_unlisted,
@@ -27,13 +28,13 @@ from dist_moe.checkpoint.format.manifest import (
 from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.training_state import COUNTERS_FILE, Counters, read_counters, restore_state
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config import Config, load_stored_config
+from dist_moe.config import Config
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.data.source_manifest import describe_changes
 from dist_moe.engine.train_state import TrainState
-from dist_moe.errors import UserError
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.text import listed
+from dist_moe.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,6 @@ AUTO, NEVER = "auto", "never"
 COPIES_FOLDER = "fetched"
 RESTART_COUNT_VARS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """How often Slurm has requeued this job, and how often torchrun has restarted its workers."""
-# A config that differs in one of these fields is that of another run; every other field may change on resume. The path
-# of model.pretrained is not among them: the folder may be moved, and model.config already describes its model.
-RUN_IDENTITY_FIELDS = (
-    "run.seed",
-    "model.architecture",
-    "model.config",
-    "router",
-    "data",
-    "train.global_batch_size",
-    "train.optimizer",
-    "balance.policy",
-)
 
 
 @dataclass(frozen=True)
@@ -64,12 +53,37 @@ class Checkpoint:
         counters: The content of its state/training.json.
         passed_over: For each newer checkpoint that was not used, the reason.
         fetched: Whether hosts without the checkpoint hold a copy until it is restored; `folder` differs by host then.
+        changes: The fields of the configuration that have changed since it was written.
+        is_copy: Whether `folder` is such a copy.
     """
 
     folder: Path
     counters: Counters
     passed_over: tuple[str, ...] = ()
     fetched: bool = False
+    changes: tuple[Change, ...] = ()
+    is_copy: bool = False
+
+
+class Candidates(NamedTuple):
+    """The checkpoints to try.
+
+    Attributes:
+        resume: `checkpoint.resume`, or `auto` in a restarted job.
+        folders: In this order.
+        messages: About incomplete checkpoints.
+    """
+
+    resume: str
+    folders: list[Path]
+    messages: list[str]
+
+
+class Accepted(NamedTuple):
+    """What rank 0 tells the others of a checkpoint that the run may resume from."""
+
+    counters: Counters
+    changes: list[Change]
 
 
 def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device: torch.device) -> Checkpoint | None:
@@ -85,9 +99,8 @@ def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device
             none of them is intact, or if the newest belongs to another run.
     """
     # Rank 0 decides for all: another host may see other files.
-    results = run_on_all_ranks(
-        mesh, f"{config.run.dir} cannot be used", lambda: candidates(config) if mesh.rank == 0 else None
-    )
+    what = f"{config.run.dir} cannot be used"
+    results = run_on_all_ranks(mesh, what, lambda: candidates(config) if mesh.rank == 0 else None, Candidates | None)
     assert results[0] is not None
     resume, folders, passed_over = results[0]
     hosts = find_hosts(mesh, config.cluster.shared_storage)
@@ -95,10 +108,12 @@ def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device
         damage = check_checkpoint(folder, mesh, hosts)
         if damage is None:
             accept = partial(_accept, config, tokenized, folder, resume) if mesh.rank == 0 else no_op
-            counters = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept)[0]
-            assert counters is not None
+            accepted = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept, Accepted | str | None)[0]
+            if isinstance(accepted, str):
+                raise RunChangedError(accepted)
+            assert accepted is not None
             fetched = any(map(hosts.is_remote, range(mesh.world_size)))
-            checkpoint = Checkpoint(folder, counters, tuple(passed_over), fetched)
+            checkpoint = Checkpoint(folder, accepted.counters, tuple(passed_over), fetched, tuple(accepted.changes))
             logger.info("resuming from %s (checkpoint.resume=%s, fetched=%s)", folder, resume, fetched)
             return fetch_copy(checkpoint, config, mesh, hosts, device) if fetched else checkpoint
         passed_over.append(damage)
@@ -118,14 +133,22 @@ def no_op() -> None:
     """Do nothing, while other ranks work."""
 
 
-def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> Counters:
-    """Check that the checkpoint belongs to this run, and archive newer ones -> its counters. On rank 0."""
+def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> Accepted | str:
+    """Check that the checkpoint belongs to this run, and archive newer ones. On rank 0.
+
+    Returns:
+        The checkpoint's counters and what has changed since, or why the checkpoint is refused.
+    """
     counters = read_counters(folder / "state")
-    if resume == AUTO:
-        check_same_run(config, tokenized, folder, counters)
+    try:
+        changes = (
+            check_same_run(config, tokenized, folder, counters) if resume == AUTO else find_changes(config, folder)
+        )
+    except RunChangedError as error:
+        return str(error)
     if folder.resolve().parent == checkpoints_root(config).resolve():
         archive_newer(folder)
-    return counters
+    return Accepted(counters, changes)
 
 
 def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts, device: torch.device) -> Checkpoint:
@@ -138,8 +161,10 @@ def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts,
         CheckpointError: On every rank, if a copy failed.
     """
     what = f"{checkpoint.folder} cannot be copied to every host"
-    copy = Path(config.run.dir) / COPIES_FOLDER / checkpoint.folder.name
-    manifest = run_on_all_ranks(mesh, what, lambda: read_manifest(checkpoint.folder) if mesh.rank == 0 else None)[0]
+    # Its last part may be `..`, and the copy is deleted.
+    copy = Path(config.run.dir, COPIES_FOLDER, Path(os.path.normpath(checkpoint.folder)).name)
+    read = partial(read_manifest, checkpoint.folder) if mesh.rank == 0 else no_op
+    manifest = run_on_all_ranks(mesh, what, read, Manifest | None)[0]
     assert manifest is not None
     transfers = [FileTransfer(name, entry.bytes, 0) for name, entry in manifest.files.items()]
     receives = hosts.is_remote(mesh.rank) and hosts.is_host_leader(mesh.rank)
@@ -147,48 +172,44 @@ def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts,
         shutil.rmtree(copy, ignore_errors=True)
     target = copy if receives else None
     run_on_all_ranks(mesh, what, lambda: broadcast_files(transfers, mesh, device, checkpoint.folder, target))
-    damage = run_on_all_ranks(mesh, what, lambda: find_damage(copy, manifest, manifest.files) if receives else [])
+    damage = run_on_all_ranks(
+        mesh, what, lambda: find_damage(copy, manifest, manifest.files) if receives else [], list[str]
+    )
     if first := next((message for messages in damage for message in messages), None):
         raise CheckpointError(f"{what}: {first}")
-    return replace(checkpoint, folder=copy) if hosts.is_remote(mesh.rank) else checkpoint
+    return replace(checkpoint, folder=copy, is_copy=True) if hosts.is_remote(mesh.rank) else checkpoint
 
 
 def delete_copy(checkpoint: Checkpoint, mesh: Mesh) -> None:
     """Delete the copies of `fetch_copy` when every rank has read them. A collective call."""
     if checkpoint.fetched:
-        is_copy = checkpoint.folder.parent.name == COPIES_FOLDER
-        work = partial(shutil.rmtree, checkpoint.folder, ignore_errors=True) if is_copy else no_op
+        work = partial(shutil.rmtree, checkpoint.folder, ignore_errors=True) if checkpoint.is_copy else no_op
         # A barrier: a rank that is still reading would lose its files.
         run_on_all_ranks(mesh, "the run cannot start", no_op)
         run_on_all_ranks(mesh, f"{checkpoint.folder} cannot be removed", work)
 
 
-def candidates(config: Config) -> tuple[str, list[Path], list[str]]:
-    """The checkpoints to try.
-
-    Returns:
-        (`checkpoint.resume`, or `auto` in a restarted job; the folders to try, in this order; messages about
-        incomplete checkpoints, which are removed).
-    """
+def candidates(config: Config) -> Candidates:
+    """Return the checkpoints to try; incomplete ones are removed."""
     root = checkpoints_root(config)
     recover(root)
     restarted = any(int(os.environ.get(name) or 0) for name in RESTART_COUNT_VARS)
     resume = AUTO if restarted and is_same_job(config) and step_folders(root) else config.checkpoint.resume
     if resume == NEVER:
-        return resume, [], []
+        return Candidates(resume, [], [])
     if resume != AUTO:
-        return resume, [Path(resume)], []
+        return Candidates(resume, [Path(resume)], [])
     incomplete = [path for path in sorted(root.glob(f"step-*{PARTIAL}")) if path.is_dir()]
     for path in incomplete:
         shutil.rmtree(path, ignore_errors=True)
     messages = [f"{path} was incomplete and has been removed" for path in incomplete]
-    return resume, [path for _, path in reversed(step_folders(root))], messages
+    return Candidates(resume, [path for _, path in reversed(step_folders(root))], messages)
 
 
 def is_same_job(config: Config) -> bool:
     """Whether the files in run.dir were written by this job, before its launcher restarted it."""
     try:
-        world = json.loads((Path(config.run.dir) / "run.json").read_text(encoding="utf-8"))["world"]
+        world = read_json(Path(config.run.dir) / "run.json")["world"]
         return world["job"] is not None and world["job"] == job_id(os.environ)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -211,9 +232,10 @@ def check_checkpoint(folder: Path, mesh: Mesh, hosts: Hosts) -> str | None:
     readers = [rank for rank in range(mesh.world_size) if not hosts.is_remote(rank)]
     work = partial(_check_part, folder, readers.index(mesh.rank), len(readers)) if mesh.rank in readers else no_op
     try:
-        parts = [part for part in run_on_all_ranks(mesh, f"{folder} is damaged", work) if part is not None]
+        results = run_on_all_ranks(mesh, f"{folder} is damaged", work, tuple[str | None, list[str]] | None)
     except CheckpointError as error:
         return str(error)
+    parts = [part for part in results if part is not None]
     if any(digest != parts[0][0] for digest, _ in parts):
         return f"{folder} differs between hosts; share run.dir, or set cluster.shared_storage=false"
     damage = [message for _, messages in parts for message in messages]
@@ -236,45 +258,38 @@ def _check_part(folder: Path, index: int, count: int) -> tuple[str | None, list[
     return digest, unlisted + find_damage(folder, manifest, names[index::count])
 
 
-def check_same_run(config: Config, tokenized: TokenizedData, folder: Path, counters: Counters) -> None:
+def check_same_run(config: Config, tokenized: TokenizedData, folder: Path, counters: Counters) -> list[Change]:
     """Check that the newest checkpoint in run.dir belongs to the configured run; a checkpoint given by path need not.
 
+    Returns:
+        The fields that changed and may.
+
     Raises:
-        CheckpointError: A field of RUN_IDENTITY_FIELDS differs, or the text.
+        RunChangedError: A field of RUN_IDENTITY_FIELDS differs, or the text; with every field that does.
     """
-    try:
-        before = load_stored_config(folder / "config.yaml").model_dump()
-    except UserError as error:
-        raise CheckpointError(f"{folder / 'config.yaml'} cannot be used ({error})") from None
-    now = config.model_dump()
-    different = [name for name in RUN_IDENTITY_FIELDS if _lookup(before, name) != _lookup(now, name)]
-    if (before["model"]["pretrained"] is None) != (now["model"]["pretrained"] is None):
-        different.append("model.pretrained")
-    if different:
-        raise CheckpointError(
-            f"{folder} belongs to a run with another {', '.join(different)}; set another run.dir, or start again with "
-            "checkpoint.resume=never (existing files are kept), or resume from it regardless with "
-            f"checkpoint.resume={folder}"
-        )
+    changes = find_changes(config, folder)
+    if different := [change for change in changes if defines_run(change)]:
+        raise RunChangedError(refusal(folder, different))
     if counters.corpus != tokenized.fingerprint:
-        changes = describe_changes(tokenized.folder.with_name(counters.corpus), tokenized.folder)
-        raise CheckpointError(
+        files = describe_changes(tokenized.folder.with_name(counters.corpus), tokenized.folder)
+        raise RunChangedError(
             f"the text of data.sources={config.data.sources} is not the one that {folder} was trained on"
-            f"{f' ({changes})' if changes else ''}; restore the files, or start again with checkpoint.resume=never"
+            f"{f' ({files})' if files else ''}; restore the files, or start again with checkpoint.resume=never"
         )
-
-
-def _lookup(values: dict[str, Any], dotted: str) -> Any:
-    value: Any = values
-    for name in dotted.split("."):
-        value = value[name]
-    return value
+    return changes
 
 
 def load_model(checkpoint: Checkpoint, task: LanguageModelTask, mesh: Mesh) -> None:
-    """Copy the checkpoint's weights, fp32 masters where stored, into a model that no engine wraps yet."""
-    with ShardReader(checkpoint.folder / "state") as reader:
-        fill_weights(task.model, mesh, checkpoint.folder / "model", reader)
+    """Copy the checkpoint's weights, fp32 masters where stored, into a model that no engine wraps yet.
+
+    Raises:
+        RunChangedError: The checkpoint holds another model, in any tensor.
+    """
+    try:
+        with ShardReader(checkpoint.folder / "state") as reader:
+            fill_weights(task.model, mesh, checkpoint.folder / "model", reader)
+    except WeightsError as error:
+        raise RunChangedError(other_model(checkpoint.folder, checkpoint.changes, str(error))) from None
 
 
 def restore(checkpoint: Checkpoint, train_state: TrainState) -> None:

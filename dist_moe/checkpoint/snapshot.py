@@ -14,6 +14,7 @@ from dist_moe.checkpoint.training_state import COUNTERS_FILE, counters_of, state
 from dist_moe.config import dump_config
 from dist_moe.data.tokenizer import Tokenizer
 from dist_moe.engine.train_state import TrainState
+from dist_moe.files import write_atomically
 
 MODEL_FOLDER, STATE_FOLDER, CONFIG_FILE = "model", "state", "config.yaml"
 
@@ -52,7 +53,7 @@ class Snapshot:
             (folder / subfolder).mkdir(parents=True, exist_ok=True)
         written = [write_tensors(folder / name, tensors) for name, tensors in self.tensors.items()]
         for name, text in self.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_atomically(folder / name, text)
             written.append(folder / name)
         if self.tokenizer is not None:
             written += self.tokenizer.save(folder / MODEL_FOLDER)

@@ -236,7 +236,7 @@ def read_balance(folder: Path) -> dict[str, dict[str, Tensor]]:
 
     Raises:
         CheckpointError: The file is invalid.
-        ValueError: A tensor has another dtype or more dimensions, or is not finite.
+        ValueError: A tensor has another dtype or more dimensions, is not finite, or is a load below 0.
     """
     read_header(folder / BALANCE_FILE)
     layers: dict[str, dict[str, Tensor]] = {}
@@ -245,6 +245,8 @@ def read_balance(folder: Path) -> dict[str, dict[str, Tensor]]:
         valid = value.dtype == (torch.int64 if kind == "last_load" else torch.float32) and value.dim() == 1
         if not valid or not bool(value.isfinite().all()):
             raise ValueError(f"{name[:200]!a} is {value.dtype} {list(value.shape)}, or not finite")
+        if value.dtype == torch.int64 and value.numel() and int(value.min()) < 0:
+            raise ValueError(f"{name[:200]!a} holds {int(value.min())}, and a load is never negative")
         layers.setdefault(layer, {})[kind] = value
     return layers
 

@@ -17,7 +17,7 @@ from dist_moe.checkpoint.format.hf_weights import (
     parameter_slices,
     read_config,
 )
-from dist_moe.checkpoint.format.layout import list_checkpoints, step_of
+from dist_moe.checkpoint.format.layout import list_checkpoints, resolve_path, step_of
 from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, Manifest, find_damage, find_unlisted, read_manifest
 from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, read_header
@@ -27,7 +27,9 @@ from dist_moe.config import Config, load_stored_config
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, moment_names
 from dist_moe.errors import UserError
+from dist_moe.files import exists
 from dist_moe.model.convert import find_layers
+from dist_moe.text import counted
 from dist_moe.untrusted import printable
 
 SINGLE_RANK = Mesh(world_size=1, rank=0, expert_parallel=1)
@@ -64,8 +66,9 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
     Raises:
         CheckpointError: There is none.
     """
-    folders = [] if (path / MANIFEST_NAME).exists() else list_checkpoints(path)
+    folders = [] if exists(path / MANIFEST_NAME) else list_checkpoints(path)
     if not folders:
+        path = resolve_path(path)
         return [verify(path, read_manifest(path))]
     verdicts = []
     for folder in folders:
@@ -81,7 +84,8 @@ def verify(folder: Path, manifest: Manifest) -> Verdict:
     verdict, model, state = Verdict(folder), folder / "model", folder / "state"
     total = sum(entry.bytes for entry in manifest.files.values())
     verdict.check(
-        f"{len(manifest.files)} files, {total:,} bytes: size and digest as in {MANIFEST_NAME}, no further files",
+        f"{counted(len(manifest.files), 'file')}, {total:,} bytes: size and digest as in {MANIFEST_NAME}, "
+        "no further files",
         lambda: iter([*find_unlisted(folder, manifest), *find_damage(folder, manifest, manifest.files)]),
     )
     verdict.check("the step in folder name, manifest and counters", lambda: _check_steps(folder, manifest))
@@ -138,7 +142,7 @@ def _check_optimizer(folder: Path) -> Iterator[str]:
         for name in sorted(set(stored_ranges) - set(numels)):
             yield f"{kind} of {name!a}, which the model does not have"
         if absent := sorted(set(numels) - set(stored_ranges)):
-            yield f"{kind} is missing for {len(absent)} tensors, such as {absent[0]}"
+            yield f"{kind} is missing for {counted(len(absent), 'tensor')}, such as {absent[0]}"
         for name in sorted(set(numels) & set(stored_ranges)):
             yield from _check_coverage(f"{kind} of {name}", stored_ranges[name], 1 if kind == STEPS else numels[name])
 
@@ -176,7 +180,7 @@ def _check_balance(model: Path, state: Path) -> Iterator[str]:
         values: Mapping[str, Tensor] = layers.pop(layer.name, {})
         bias_E = values.get("selection_bias")
         if bias_E is None or any(len(value) != layer.experts.num_experts for value in values.values()):
-            yield f"the balance state of {layer.name} is not for {layer.experts.num_experts} experts"
+            yield f"the balance state of {layer.name} is not for {counted(layer.experts.num_experts, 'expert')}"
         elif layer.name in names and not torch.equal(biases[names[layer.name]].float(), bias_E):
             yield f"the bias of {layer.name} in the weights differs from the balance state"
     yield from (f"balance state of {name!a}, which is not an MoE layer of the model" for name in layers)
@@ -201,4 +205,4 @@ def _is_finite(tensor: Tensor) -> bool:
 def _check_tokenizer(model: Path) -> Iterator[str]:
     tokens, (config, _) = load_tokenizer(model).vocab_size, read_config(model)
     if tokens > config.vocab_size:
-        yield f"the tokenizer has {tokens} tokens, and the model {config.vocab_size}"
+        yield f"the tokenizer has {counted(tokens, 'token')}, and the model {config.vocab_size}"

@@ -8,15 +8,9 @@ from typing import Annotated
 import typer
 
 from dist_moe.cli.messages import print_error, report_user_errors
-from dist_moe.cli.options import Verbose
+from dist_moe.cli.options import CheckpointFolder, Verbose, path_argument
 
 checkpoint_app = typer.Typer(help="Show, verify and export checkpoints.", no_args_is_help=True)
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CHECKPOINT", help="A step-NNNNNN folder, a run.dir (its latest checkpoint), or a Hugging Face folder."
-    ),
-]
 
 
 class Dtype(StrEnum):
@@ -29,7 +23,7 @@ class Dtype(StrEnum):
 
 @checkpoint_app.command()
 def inspect(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -44,7 +38,8 @@ def inspect(
 @checkpoint_app.command()
 def verify(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A step-NNNNNN folder, or a run.dir (all of its checkpoints).")
+        Path,
+        path_argument("CHECKPOINT", "A step-NNNNNN folder, or a run.dir (all of its checkpoints)."),
     ],
     verbose: Verbose = False,
 ) -> None:
@@ -63,8 +58,8 @@ def verify(
 
 @checkpoint_app.command()
 def export(
-    checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; must not exist, or be empty.")],
+    checkpoint: CheckpointFolder,
+    out: Annotated[Path, path_argument("OUT", "Folder to create; must not exist, or be empty.")],
     dtype: Annotated[
         Dtype, typer.Option(help="Number format of the weights; fp32 uses the optimizer's copy, if there is one.")
     ] = Dtype.keep,
@@ -72,6 +67,12 @@ def export(
 ) -> None:
     """Write a checkpoint's weights into one model.safetensors, with its config and tokenizer."""
     from dist_moe.checkpoint.export import export as write
+    from dist_moe.checkpoint.format.hf_folder import read_raw_config
+    from dist_moe.checkpoint.format.hf_weights import own_type_line
+    from dist_moe.config.pretrained import OWN_PREFIX
 
     with report_user_errors():
         print(f"{write(checkpoint, out, dtype.value)} is exported to {out}")
+        model_type: str = read_raw_config(out)["model_type"]
+    if model_type.startswith(OWN_PREFIX):
+        print(own_type_line(model_type.removeprefix(OWN_PREFIX)))

@@ -9,14 +9,24 @@ import typer
 from rich.console import Console
 
 from dist_moe.cli.messages import is_verbose, report_user_errors
-from dist_moe.cli.options import DEFAULT_LAUNCHER, AskedWorkers, ConfigFile, LauncherName, Overrides, Runner, Verbose
+from dist_moe.cli.options import (
+    DEFAULT_LAUNCHER,
+    AskedWorkers,
+    ConfigFile,
+    LauncherName,
+    Overrides,
+    Runner,
+    Verbose,
+    path_option,
+)
+from dist_moe.text import counted
 
 if TYPE_CHECKING:
     from dist_moe.config import Resolved
     from dist_moe.doctor.finding import Finding
     from dist_moe.worker.rank_info import RankInfo
 
-Json = Annotated[Path | None, typer.Option("--json", help="File for the findings.")]
+Json = Annotated[Path | None, path_option("FILE", "File for the findings.", "--json")]
 FINDINGS = "findings.json"
 
 
@@ -36,17 +46,21 @@ def doctor(
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
     from dist_moe.doctor.temporary import temporary_folder
+    from dist_moe.errors import UserError
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
     from dist_moe.launch.launcher import LaunchRequest
+    from dist_moe.train.data_check import data_violations
     from dist_moe.worker.rank_info import rank_info_from_env
 
-    if rank_info_from_env(os.environ).world_size > 1:
+    with report_user_errors():
+        within = rank_info_from_env(os.environ, alone_in_batch=True).world_size > 1
+    if within:
         raise typer.Exit(within_a_job(config, overrides, as_json))
     with report_user_errors():
-        settings = load_config(config, overrides or (), workers)
-        cluster = read_cluster(settings.cluster)
+        settings = load_config(config, overrides or (), workers, data_violations)
+        cluster = read_cluster(settings.cluster, os.environ)
         folder = Path(settings.run.dir) / f"doctor-{os.getpid()}"
         arguments = [*(overrides or ()), f"run.dir={folder}", f"--doctor={folder / FINDINGS}"]
         arguments += ["--verbose"] if is_verbose() else []
@@ -54,17 +68,17 @@ def doctor(
         job = Job(launcher, LaunchRequest(in_folder, config, arguments, cluster, workers, runner))
         if job.submits:
             raise LaunchError(f"--launcher {launcher} queues jobs; run `dist-moe doctor` by torchrun inside of a job")
-        resolve(settings, job.workers)
-    findings = [Finding("configuration", Outcome.passed, f"every rule holds for {job.workers} workers")]
+        resolve(settings, job.workers, data_violations if job.runs_here else None)
+    findings = [Finding("configuration", Outcome.passed, f"every rule holds for {counted(job.workers, 'worker')}")]
     with temporary_folder(folder):
         try:
             outcome = job.run()
             fault = "" if outcome.code == 0 else outcome.message or f"exit code {outcome.code}"
-        except LaunchError as error:
+        except UserError as error:
             fault = str(error)
         written = (folder / FINDINGS).is_file()
         if written and not fault:
-            findings.append(Finding("launch", Outcome.passed, f"{job.workers} workers by {launcher}"))
+            findings.append(Finding("launch", Outcome.passed, f"{counted(job.workers, 'worker')} by {launcher}"))
         else:
             fault = fault or f"rank 0 wrote no findings to {folder}; share run.dir among the hosts"
             findings.append(Finding("launch", Outcome.failed, fault, "fix this fault, and run the doctor again"))
@@ -83,12 +97,14 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.checks import run_checks
     from dist_moe.doctor.finding import table, write_json
+    from dist_moe.train.data_check import data_violations
     from dist_moe.worker.exit import flush_output
     from dist_moe.worker.rank_info import rank_info_from_env
 
-    rank_info = rank_info_from_env(os.environ)
+    rank_info = rank_info_from_env(os.environ, alone_in_batch=True)
     with report_user_errors():
-        resolved = resolve(load_config(config, overrides or (), rank_info.world_size), rank_info.world_size)
+        settings = load_config(config, overrides or (), rank_info.world_size, data_violations)
+        resolved = resolve(settings, rank_info.world_size, data_violations)
         set_accelerator(resolved.config.parallel.backend, rank_info)
     folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
 
@@ -113,7 +129,7 @@ def failed(findings: Sequence["Finding"]) -> int:
 
 def set_accelerator(backend: str, rank_info: "RankInfo") -> None:
     """Set the device of DeepSpeed before it is imported; by default it selects one that may not fit the backend."""
-    from dist_moe.comm.init import choose_backend
+    from dist_moe.comm.devices import choose_backend
 
     os.environ["DS_ACCELERATOR"] = "cuda" if choose_backend(backend, rank_info) == "nccl" else "cpu"
 

@@ -1,7 +1,10 @@
 """The commands that use the model of a checkpoint."""
 
 import json
+import math
 import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,28 +12,61 @@ import typer
 from dist_moe.cli.messages import report_user_errors
 from dist_moe.cli.options import CheckpointFolder, Overrides, Verbose
 
+LARGEST_SEED = 2**32 - 1
+COLDEST, HOTTEST = 0.01, 100.0
+"""Temperatures other than 0 by which logits in fp32 can be divided without an overflow, or losing their order."""
 
-def evaluate(checkpoint: CheckpointFolder, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Evaluate a checkpoint on the validation text, and print the result as one JSON object."""
-    from dist_moe.train.evaluate import evaluate_checkpoint
+
+def temperature_of(text: str | float) -> float:
+    """Parse the temperature of `generate`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value == 0 or COLDEST <= value <= HOTTEST:
+        return value
+    raise typer.BadParameter(f"{text} is not 0, or {COLDEST:g} to {HOTTEST:g}; give one of these")
+
+
+def evaluate(
+    checkpoint: CheckpointFolder,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Evaluate a model, with its tokenizer, on its validation text, or on any text by data.sources=[my.txt]."""
+    from dist_moe.observe.console import RunConsole
+    from dist_moe.train.checkpoint_evaluation import evaluate_checkpoint
     from dist_moe.worker.rank_info import rank_info_from_env
 
     with report_user_errors():
         result = evaluate_checkpoint(checkpoint, overrides or ())
-        if rank_info_from_env(os.environ).rank == 0:
-            print(json.dumps(result))
+    if rank_info_from_env(os.environ, alone_in_batch=True).rank != 0:
+        return
+    if as_json:
+        print(json.dumps(result.metrics.as_dict()))
+        return
+    shown: dict[str, Path | str] = {"checkpoint": result.checkpoint, "text": result.text}
+    RunConsole(result.metrics.step).summary(result.metrics, shown, None)
 
 
 def generate(
     checkpoint: CheckpointFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to add, at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 selects the most likely token each time.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random choices.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(parser=temperature_of, help="0 selects the most likely token each time; or 0.01 to 100.")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random choices.")] = 0,
     verbose: Verbose = False,
 ) -> None:
     """Generate text from the checkpoint."""
     from dist_moe.train.generate import generate as continue_text
 
+    # Bytes that the encoding of the environment lacks arrive as surrogates, which no tokenizer takes.
+    text = os.fsencode(prompt).decode("utf-8", errors="replace")
     with report_user_errors():
-        print(continue_text(checkpoint, prompt, tokens, temperature, seed))
+        made = continue_text(checkpoint, text, tokens, temperature, seed)
+    print(made.text)
+    if made.cut_short:
+        print(made.cut_short, file=sys.stderr)

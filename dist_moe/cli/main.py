@@ -1,6 +1,7 @@
 """The entry point of the command line: the app, with the commands of the other modules."""
 
 import importlib
+import os
 import sys
 from typing import Annotated
 
@@ -11,9 +12,11 @@ from dist_moe.cli.config import print_config
 from dist_moe.cli.data import data_app
 from dist_moe.cli.doctor import doctor
 from dist_moe.cli.evaluate import evaluate, generate
+from dist_moe.cli.messages import report_lost_output, set_up_terminal
 from dist_moe.cli.options import Verbose
 from dist_moe.cli.run import launch, train
 from dist_moe.cli.study import study_app
+from dist_moe.status import open_closed_streams, write_any_character
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(launch)
@@ -46,11 +49,18 @@ def options(
 
 
 def main() -> None:
-    """Run the command line, or exit with code 2 and a remedy if another distribution has replaced `dist_moe`."""
+    """Run the command line, or exit with code 2 and a remedy if another distribution has replaced `dist_moe`.
+
+    Exits with code 1 where the output cannot be written.
+    """
+    open_closed_streams()
+    write_any_character()
     if foreign := foreign_package():
         print(foreign, file=sys.stderr)
         raise SystemExit(2)
-    app(prog_name="dist-moe")
+    set_up_terminal(os.environ, sys.stdout, sys.stderr)
+    with report_lost_output():
+        app(prog_name="dist-moe")
 
 
 def foreign_package() -> str | None:
@@ -67,3 +77,7 @@ def foreign_package() -> str | None:
         "dist-moe-train. Run `pip uninstall dist-moe`, then in the checkout of dist-moe-train `pip install "
         "--force-reinstall --no-deps -e .`; if a folder on PYTHONPATH holds another dist_moe, remove it from there"
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,15 +23,37 @@ def _enable_messages(verbose: bool) -> bool:
     return verbose
 
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-CheckpointFolder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of the checkpoint.")]
+def user_path(text: str | Path) -> Path:
+    """Parse a path of the command line, or a default; a shell does not expand the `~` of `--out=~/x`."""
+    from dist_moe.section import expand_home
+
+    try:
+        return Path(expand_home(str(text)))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text} {error}") from None
+
+
+def path_argument(metavar: str, meaning: str) -> Any:
+    """Declare an argument that is a path."""
+    return typer.Argument(metavar=metavar, parser=user_path, help=meaning)
+
+
+def path_option(metavar: str, meaning: str, *names: str, hidden: bool = False) -> Any:
+    """Declare an option that is a path; without names it has that of its parameter."""
+    return typer.Option(*names, metavar=metavar, parser=user_path, help=meaning, hidden=hidden)
+
+
+ConfigFile = Annotated[Path, path_argument("CONFIG", "YAML file of the run.")]
+CheckpointFolder = Annotated[
+    Path,
+    path_argument("CHECKPOINT", "A step-NNNNNN folder, a run.dir (its newest checkpoint), or a Hugging Face folder."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the file, such as train.steps=20."),
 ]
-OutFolder = Annotated[Path, typer.Option(help="Folder for the results; created if needed.")]
+OutFolder = Annotated[Path, path_option("FOLDER", "Folder for the results; created if needed.")]
 Repetitions = Annotated[int, typer.Option(min=1, help="Measurements of each kind and size.")]
-Workers = Annotated[int, typer.Option(min=1, help="Number of workers (processes, one per device).")]
 AskedWorkers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Workers on this host (default: 2); a cluster in CONFIG has its own number."),

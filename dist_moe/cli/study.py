@@ -7,9 +7,17 @@ import typer
 from rich.console import Console
 
 from dist_moe.cli.messages import report_user_errors
-from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, Verbose
+from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, Verbose, path_argument, path_option
 
 study_app = typer.Typer(help="Reproduce the measurements of the documentation.", no_args_is_help=True)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder for the results, before the minutes or hours that these take."""
+    from dist_moe.errors import needs_folder
+
+    with needs_folder(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
 
 
 @study_app.command()
@@ -25,6 +33,7 @@ def controllers(
     """Measure how fast and how steadily each policy balances random, drifting scores; takes minutes on a CPU."""
     from time import perf_counter
 
+    from dist_moe.errors import needs_folder
     from dist_moe.study.controllers.results import write_results
     from dist_moe.study.controllers.simulation import make_plan, run_plan
     from dist_moe.study.controllers.table import notes, terminal_tables
@@ -32,9 +41,11 @@ def controllers(
     console = Console()
     with report_user_errors():
         plan = make_plan(experts or (), seeds, quick)
+        make_folder(out)
     began = perf_counter()
     runs = run_plan(plan, lambda line: console.print(line, highlight=False))
-    write_results(out, plan, runs, perf_counter() - began)
+    with report_user_errors(), needs_folder(out, "--out"):
+        write_results(out, plan, runs, perf_counter() - began)
     for table in terminal_tables(plan, runs):
         console.print(table)
     for line in (*notes(plan), f"Results: {out}"):
@@ -51,14 +62,17 @@ def policies(
     verbose: Verbose = False,
 ) -> None:
     """Train CONFIG under every policy with every seed, and compare loss and load; continues an interrupted study."""
+    from dist_moe.errors import needs_folder
     from dist_moe.study.comparison import findings, terminal_table, write_comparison
     from dist_moe.study.policies import plan_runs, train_all
 
     console = Console()
     with report_user_errors():
         runs = plan_runs(config, out, seeds, overrides or [])
+        make_folder(out)
         results = train_all(runs, jobs, lambda line: console.print(line, highlight=False, markup=False))
-    write_comparison(out, runs, results)
+        with needs_folder(out, "--out"):
+            write_comparison(out, runs, results)
     console.print(terminal_table(results))
     for line in (*findings(results), f"Results: {out}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -82,7 +96,7 @@ def hops(
     top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
     width: Annotated[int, typer.Option(min=1, help="Elements of a token's row, in fp32.")] = 1024,
     repetitions: Repetitions = 10,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
+    out: Annotated[Path | None, path_option("FILE", "File for the results, as JSON.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Time an MoE layer between hosts, flat and hierarchical, on the ranks of the launcher that starts this command."""
@@ -95,8 +109,8 @@ def hops(
 
 @study_app.command()
 def load(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs of one model.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("load.png"),
+    run_dirs: Annotated[list[Path], path_argument("RUN_DIR...", "Folders of runs of one model.")],
+    out: Annotated[Path, path_option("FILE", "PNG file to write.")] = Path("load.png"),
     layer: Annotated[
         int | None, typer.Option(min=0, help="MoE layer of the heat maps; the least balanced one by default.")
     ] = None,

@@ -15,13 +15,46 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dist_moe.worker.network import LOOPBACK, free_port, interface_of, source_address
+from dist_moe.comm.devices import (
+    MPI_LAUNCHERS,
+    choose_device,
+    claim,
+    device_identity,
+    find_devices,
+    log_choice,
+)
+from dist_moe.comm.store import open_store
+from dist_moe.worker.contract import PORT_VARIABLE
+from dist_moe.worker.launcher_variables import read_port
+from dist_moe.worker.network import (
+    INTERFACE_VARIABLES,
+    LOOPBACK,
+    LOOPBACK_INTERFACE,
+    free_port,
+    interface_of,
+    is_loopback,
+    source_address,
+)
 from dist_moe.worker.rank_info import RankInfo, RankInfoError
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK_INTERFACE = "lo"
-MPI_LAUNCHERS = ("openmpi", "mpich")
+# Launcher -> how its workers are given the address of rank 0.
+RENDEZVOUS_VARIABLES = (
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "OMPI_COMM_WORLD_LOCAL_RANK", *INTERFACE_VARIABLES),
+)
+EXPORT_RENDEZVOUS = {
+    "slurm": 'write `export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+    "MASTER_PORT=29500` in the batch script above srun (`dist-moe launch --launcher slurm` writes such a script)",
+    "openmpi": "add `-x MASTER_ADDR=host0 -x MASTER_PORT=29500` to mpirun, or install mpi4py (dist-moe-train[mpi])",
+    "mpich": "add `-genv MASTER_ADDR host0 -genv MASTER_PORT 29500` to mpiexec, or install mpi4py "
+    "(dist-moe-train[mpi])",
+    "flux": "add `--env=MASTER_ADDR=host0 --env=MASTER_PORT=29500` to flux run",
+    "pals": "add `--env MASTER_ADDR=host0 --env MASTER_PORT=29500` to mpiexec",
+    "env": "export both before the launcher starts the workers, for example MASTER_ADDR=host0 MASTER_PORT=29500, or "
+    "start them with torchrun or `dist-moe launch`",
+}
 
 
 @dataclass(frozen=True)
@@ -37,37 +70,6 @@ class DistContext:
     rank_info: RankInfo
     device: torch.device
     backend: str
-
-
-def choose_backend(requested: str, rank_info: RankInfo) -> str:
-    """Return the backend for `parallel.backend`: nccl with one CUDA device per worker, gloo and mpi on the CPU.
-
-    "auto" is nccl where this host has a CUDA device for each of its workers; otherwise mpi where MPI started the job
-    and mpi4py is installed; otherwise gloo.
-
-    Args:
-        requested: auto, nccl, gloo or mpi.
-        rank_info: The rank of this worker.
-
-    Raises:
-        RankInfoError: nccl with fewer devices than workers, or mpi without mpi4py.
-    """
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if requested == "auto":
-        if devices >= rank_info.local_world_size:
-            return "nccl"
-        return "mpi" if rank_info.launcher in MPI_LAUNCHERS and _has_mpi4py() else "gloo"
-    if requested == "nccl" and devices < rank_info.local_world_size:
-        raise RankInfoError(
-            f"parallel.backend=nccl needs a CUDA device for each of this host's {rank_info.local_world_size} workers, "
-            f"and torch finds {devices}; start fewer workers, or use parallel.backend=auto or gloo"
-        )
-    if requested == "mpi" and not _has_mpi4py():
-        raise RankInfoError(
-            "parallel.backend=mpi needs mpi4py, which is not installed; install dist-moe-train[mpi], or use "
-            "parallel.backend=gloo"
-        )
-    return requested
 
 
 def set_threads(threads: int | str, rank_info: RankInfo) -> None:
@@ -96,11 +98,12 @@ def init_distributed(rank_info: RankInfo, backend: str, timeout_s: float) -> Ite
     Raises:
         RankInfoError: The backend cannot be used, or the launcher set no address of rank 0.
     """
-    requested, backend = backend, choose_backend(backend, rank_info)
-    device = torch.device("cpu")
-    if backend == "nccl":
-        device = torch.device("cuda", rank_info.local_rank)
+    requested, choice = backend, choose_device(backend, rank_info, find_devices(), os.environ)
+    backend, device = choice.backend, torch.device("cpu")
+    if choice.index is not None:
+        device = torch.device("cuda", choice.index)
         torch.cuda.set_device(device)
+    log_choice(choice, rank_info)
     logger.info(
         "backend %s (parallel.backend=%s) on %s: rank %d of %d, %d on this host, started by %s",
         *(backend, requested, device, rank_info.rank, rank_info.world_size),
@@ -109,16 +112,31 @@ def init_distributed(rank_info: RankInfo, backend: str, timeout_s: float) -> Ite
     if dist.is_initialized():
         yield DistContext(rank_info, device, backend)
         return
-    mpi = _load_mpi(rank_info) if backend == "mpi" or _needs_mpi_rendezvous(rank_info) else None
-    _fill_rendezvous(rank_info, mpi)
-    name = mpi.register() if mpi and backend == "mpi" else backend
-    dist.init_process_group(
-        name, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timedelta(seconds=timeout_s)
-    )
+    with _variables_restored():
+        mpi = _load_mpi(rank_info) if backend == "mpi" or _needs_mpi_rendezvous(rank_info) else None
+        _fill_rendezvous(rank_info, mpi, rank_info.local_rank if choice.index is None else choice.index)
+        name = mpi.register() if mpi and backend == "mpi" else backend
+        rank, world_size, timeout = rank_info.rank, rank_info.world_size, timedelta(seconds=timeout_s)
+        store = open_store(rank, world_size, timeout_s) or _rendezvous(rank, world_size, timeout)
+        claim(store, rank, backend, device_identity(device))
+        dist.init_process_group(name, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            yield DistContext(rank_info, device, backend)
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _variables_restored() -> Iterator[None]:
+    """Restore the variables that `_fill_rendezvous` sets: processes started later are of other jobs."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS_VARIABLES}
     try:
-        yield DistContext(rank_info, device, backend)
+        yield
     finally:
-        dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def set_pg_timeouts(timeout_s: float) -> None:
@@ -130,7 +148,14 @@ def set_pg_timeouts(timeout_s: float) -> None:
         # A backend that is itself a process group, as the one over MPI, lists no device types.
         backends: list[Any] = [group._get_backend(device) for device in group._device_types]
         for backend in backends or [group]:
-            backend._set_default_timeout(timedelta(seconds=timeout_s))
+            _unwrapped(backend)._set_default_timeout(timedelta(seconds=timeout_s))
+
+
+def _unwrapped(backend: Any) -> Any:
+    """Return the backend itself, which TORCH_DISTRIBUTED_DEBUG=DETAIL wraps in one that has no time-out to set."""
+    while hasattr(backend, "wrapped_pg"):
+        backend = backend.wrapped_pg
+    return backend
 
 
 def _has_mpi4py() -> bool:
@@ -164,29 +189,58 @@ def _load_mpi(rank_info: RankInfo) -> ModuleType:
     return backend
 
 
-def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None) -> None:
-    """Set the variables from which torch and DeepSpeed read their rendezvous, where the launcher did not."""
-    if rank_info.world_size == 1 and "MASTER_PORT" not in os.environ:
+def _rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Return the store of the job, as `dist.init_process_group` makes it from the environment."""
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore("default_pg", store)
+
+
+def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None, local_rank: int) -> None:
+    """Set the variables from which torch and DeepSpeed read their rendezvous, where the launcher did not.
+
+    Args:
+        rank_info: The rank of this worker.
+        mpi: The MPI backend, or None.
+        local_rank: The number of its device, which DeepSpeed takes from LOCAL_RANK.
+    """
+    if rank_info.launcher != "env":
+        # Left by another job of torchrun, whose store this one would wait for.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    if os.environ.get(PORT_VARIABLE, "").strip():
+        os.environ["MASTER_PORT"] = str(_port(PORT_VARIABLE))
+    if rank_info.world_size == 1 and (rank_info.launcher == "none" or _lacks_rendezvous()):
         os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(free_port()))
-    elif mpi and mpi.all_gather_objects(_lacks_rendezvous())[0]:
-        hosts = mpi.all_gather_objects(socket.gethostname())
+    elif mpi and mpi.all_gather_objects(_lacks_rendezvous(), bool)[0]:
+        hosts = mpi.all_gather_objects(socket.gethostname(), str)
         target = next((host for host in hosts if host != hosts[0]), LOOPBACK)
-        endpoint = (source_address(target), str(free_port())) if rank_info.rank == 0 else None
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.all_gather_objects(endpoint)[0]
+        endpoint = (source_address(target), str(free_port())) if rank_info.rank == 0 else ("", "")
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.all_gather_objects(endpoint, tuple[str, str])[0]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
+        remedy = EXPORT_RENDEZVOUS.get(rank_info.launcher, EXPORT_RENDEZVOUS["env"])
         raise RankInfoError(
             f"{' and '.join(missing)} not set: {rank_info.world_size} workers ({rank_info.launcher}) need the address "
-            "of rank 0; export both in the launcher's command, for example -x MASTER_ADDR=host0 -x MASTER_PORT=29500"
+            f"of rank 0; {remedy}"
         )
-    if rank_info.world_size > rank_info.local_world_size:
+    os.environ["MASTER_PORT"] = str(_port("MASTER_PORT"))
+    if is_loopback(os.environ["MASTER_ADDR"]):
+        # All ranks are on this host; by default gloo listens on the interface of its name, and NCCL on any other one.
+        _set_interface(LOOPBACK_INTERFACE)
+    elif rank_info.world_size > rank_info.local_world_size:
         _choose_interface(os.environ["MASTER_ADDR"])
     os.environ.update(
         RANK=str(rank_info.rank),
         WORLD_SIZE=str(rank_info.world_size),
-        LOCAL_RANK=str(rank_info.local_rank),
+        LOCAL_RANK=str(local_rank),
         LOCAL_WORLD_SIZE=str(rank_info.local_world_size),
     )
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        # DeepSpeed requires both to be equal.
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
 
 
 def _choose_interface(target: str) -> None:
@@ -197,9 +251,26 @@ def _choose_interface(target: str) -> None:
     interface = interface_of(source_address(target))
     if interface is not None and interface != LOOPBACK_INTERFACE:
         logger.info("the interface to rank 0 (%s) is %s", target, interface)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        _set_interface(interface)
+
+
+def _set_interface(interface: str) -> None:
+    for name in INTERFACE_VARIABLES:
+        os.environ.setdefault(name, interface)
 
 
 def _lacks_rendezvous() -> bool:
-    return "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ
+    return not all(os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
+def _port(name: str) -> int:
+    """Return the port that a variable holds.
+
+    Raises:
+        RankInfoError: It holds none.
+    """
+    faults: list[str] = []
+    port = read_port(os.environ, name, faults)
+    if port is None:
+        raise RankInfoError("\n".join(faults))
+    return port

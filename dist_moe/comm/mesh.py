@@ -5,12 +5,13 @@ import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.errors import UserError
-from dist_moe.text import divisors
+from dist_moe.text import counted, divisors
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ class Mesh:
     def __post_init__(self) -> None:
         if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
             raise MeshError(
-                f"parallel.expert_parallel={self.expert_parallel} does not divide the {self.world_size} workers; "
-                f"use one of {divisors(self.world_size)}"
+                f"parallel.expert_parallel={self.expert_parallel} does not divide the "
+                f"{counted(self.world_size, 'worker')}; use one of {divisors(self.world_size)}"
             )
 
     @property
@@ -72,8 +73,8 @@ class Mesh:
         if experts % self.expert_parallel:
             fitting = [n for n in divisors(self.world_size) if experts % n == 0]
             raise MeshError(
-                f"parallel.expert_parallel={self.expert_parallel} does not divide the model's {experts} experts; "
-                f"use one of {fitting}"
+                f"parallel.expert_parallel={self.expert_parallel} does not divide the model's "
+                f"{counted(experts, 'expert')}; use one of {fitting}"
             )
         local = experts // self.expert_parallel
         return range(self.ep_rank * local, (self.ep_rank + 1) * local)
@@ -105,7 +106,7 @@ def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
     if expert_parallel == 1:
         return mesh
     rows = [range(start, start + expert_parallel) for start in range(0, world_size, expert_parallel)]
-    groups = [dist.new_group(list(row)) for row in rows]
+    groups = [_new_group(row) for row in rows]
     nodes = None
     if ranks_per_node:
         nodes = [_make_node_groups(row, ranks_per_node, rank) for row in rows][mesh.edp_rank]
@@ -137,7 +138,7 @@ def ranks_per_node(exchange: str, expert_parallel: int) -> int:
 
 def hosts_of_ranks() -> list[str]:
     """Return the host name of each rank; a collective call."""
-    return all_gather_objects(socket.gethostname())
+    return all_gather_objects(socket.gethostname(), str)
 
 
 def consecutive_ranks_per_host(hosts: Sequence[str], expert_parallel: int) -> int:
@@ -155,14 +156,28 @@ def consecutive_ranks_per_host(hosts: Sequence[str], expert_parallel: int) -> in
     return size if not sizes and hosts_once and size < expert_parallel else 0
 
 
+def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """Create a group with the time-out of the default group; a collective call of all ranks.
+
+    `set_pg_timeouts` cannot reach the group that TORCH_DISTRIBUTED_DEBUG=DETAIL makes beside it, which would wait
+    30 minutes.
+    """
+    default: Any = dist.group.WORLD
+    device = next(iter(getattr(default, "_device_types", [])), None)  # none for the backend over MPI
+    backend = default if device is None else default._get_backend(device)
+    options = getattr(getattr(backend, "wrapped_pg", backend), "options", None)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=getattr(options, "_timeout", None))
+    return group
+
+
 def _make_node_groups(row: range, per_node: int, rank: int) -> NodeGroups | None:
     """Create the node groups of a row; None for a rank of another row.
 
     Every rank creates the groups of all rows in the same order, as `dist.new_group` requires.
     """
     count = len(row) // per_node
-    inter = [dist.new_group(list(row[index::per_node])) for index in range(per_node)]
-    intra = [dist.new_group(list(row[node * per_node : (node + 1) * per_node])) for node in range(count)]
+    inter = [_new_group(row[index::per_node]) for index in range(per_node)]
+    intra = [_new_group(row[node * per_node : (node + 1) * per_node]) for node in range(count)]
     if rank not in row:
         return None
     node, index = divmod(rank - row.start, per_node)

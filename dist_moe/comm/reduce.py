@@ -1,13 +1,10 @@
-"""Values combined over ranks: exact sums of integer counts, named scalars in one collective, and objects."""
+"""Numbers summed over ranks: exact sums of integer counts, and named scalars in one collective."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-Object = TypeVar("Object")
 
 
 def all_reduce_counts(
@@ -51,12 +48,3 @@ def all_reduce_scalars(scalars: Mapping[str, float], device: torch.device) -> di
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(packed)
     return dict(zip(scalars, packed.tolist(), strict=True))
-
-
-def all_gather_objects(own: Object) -> list[Object]:
-    """Return the object of each rank, by rank; for small objects that pickle supports, outside of the training step."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own]
-    gathered = [own] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered

@@ -2,16 +2,26 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from dist_moe.config.deepspeed_keys.file import (
+    describe_keys,
+    is_deepspeed_json,
+    read_deepspeed_json,
+    take_deepspeed_file,
+)
 from dist_moe.config.messages import validate, validate_rest
+from dist_moe.config.pretrained import fill_architecture
 from dist_moe.config.renamed_keys import drop_defaults_of_other_policies, upgrade_keys
-from dist_moe.config.resolve import cross_field_violations, independent_of
+from dist_moe.config.resolve import Look, cross_field_violations, independent_of
 from dist_moe.config.schema import Config
 from dist_moe.config.yaml_io import apply_overrides, read_mapping, render
 from dist_moe.errors import ConfigError, Violation
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), workers: int | None = None) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), workers: int | None = None, look: Look | None = None
+) -> Config:
     """Read the YAML file, apply the overrides, and validate the whole.
 
     Rules that join several fields are those of `resolve`. Where something else is wrong already, they are checked here
@@ -21,16 +31,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), workers: int | 
         path: the YAML file of a run.
         overrides: texts like `train.steps=20`; the value is parsed as YAML, and a later one wins.
         workers: the processes of the run, all hosts together, where they are known: rules that depend on them.
+        look: as `resolve` takes it; called here only where something else is wrong.
 
     Raises:
         ConfigError: with everything that is wrong: a file that cannot be read, invalid YAML, an override without `=`,
             an unknown key (with the nearest known one), a key of an earlier version (with the new one), or a value of
             the wrong type or out of range.
     """
-    settings = read_mapping(Path(path))
+    settings = _read_run(Path(path))
     violations = apply_overrides(settings, overrides)
+    file = take_deepspeed_file(settings)
+    violations += file.violations
     violations += [change.violation() for change in upgrade_keys(settings)]
     drop_defaults_of_other_policies(settings)
+    fill_architecture(settings)
     broken = {violation.key for violation in violations}
     later: list[Violation] = []
     try:
@@ -39,12 +53,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), workers: int | 
         violations += error.violations
         config, invalid, later = validate_rest(settings)
         broken |= invalid
+    violations += file.disagreements(config, workers, broken)
     if not violations:
         return config
     if workers is None:
         broken.add("workers")
-    later += cross_field_violations(config, workers or 1)
+    later += cross_field_violations(config, workers or 1) + (look(config) if look is not None else [])
     raise ConfigError([*violations, *independent_of(broken, config, later)])
+
+
+def _read_run(path: Path) -> dict[Any, Any]:
+    """Read the YAML file of a run; a JSON file of DeepSpeed in its place is explained key by key."""
+    try:
+        settings = read_mapping(path)
+    except ConfigError:
+        # JSON may have tabs, which YAML refuses.
+        if path.suffix != ".json":
+            raise
+        settings = read_deepspeed_json(str(path))
+    if is_deepspeed_json(settings, Config.model_fields):
+        raise ConfigError(describe_keys(str(path), settings))
+    return settings
 
 
 def dump_config(config: Config) -> str:

@@ -11,14 +11,14 @@ from dist_moe.config.sections.balance import balance_fields
 from dist_moe.errors import ABSENT, ConfigError, Violation
 from dist_moe.policies.registry import POLICIES, policies_with
 from dist_moe.section import BROKEN_RULES
-from dist_moe.text import listed, nearest
+from dist_moe.text import listed, nearest, shown
 
 BALANCE = "balance"
 # Values for required fields whose own value is invalid, so that the rest can be checked.
 PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {
     "model": {"architecture": "deepseek_v3"},
     "data": {"sequence_length": 2},
-    "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "learning_rate": 0.0},
+    "train": {"steps": 1, "global_batch_size": 1, "learning_rate": 0.0},
 }
 UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 
@@ -70,14 +70,21 @@ def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
 
 
 def _without_empty_sections(settings: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Copy the settings and their sections; one whose keys are all commented out (None) becomes an empty one."""
+    """Copy the settings and their sections; one whose keys are all commented out (None) becomes an empty one.
+
+    Keys become texts, since pydantic names those of other types in its own way.
+    """
     sections: dict[Any, Any] = {}
-    for name, values in settings.items():
+    for name, values in ((_key(key), values) for key, values in settings.items()):
         if isinstance(values, dict):
-            sections[name] = dict(values)
+            sections[name] = {_key(key): value for key, value in values.items()}
         else:
             sections[name] = {} if values is None and name in Config.model_fields else values
     return sections
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else shown(key).strip('"')
 
 
 def _explain(error: ValidationError) -> list[Violation]:
@@ -97,14 +104,16 @@ def _explain(error: ValidationError) -> list[Violation]:
 
 
 def _violations(detail: ErrorDetails) -> list[Violation]:
-    section, path, rest = _follow(detail["loc"])
+    section, path, rest = _follow(_location(detail))
     if detail["type"] == BROKEN_RULES:
         return list(detail["ctx"]["violations"])
     if detail["type"] in UNKNOWN_KEY:
         return [_unknown(section, path, rest, detail["input"])]
     field = section.model_fields.get(str(path[-1])) if path else None
-    if detail["type"] == "missing" and field is not None:
+    if detail["type"] == "missing" and field is not None and not rest:
         return [Violation(_dotted(path), ABSENT, "is missing", f"give {field.description}")]
+    if detail["type"] == "missing" and field is not None and rest:
+        return [Violation(_dotted(path), detail["input"], "has too few values", f"give {field.description}")]
     key = _dotted([*path, *(part for part in rest if isinstance(part, int))])
     if detail["type"].startswith("union_tag") and isinstance(detail["input"], Mapping):
         names = listed(f"'{name}'" for name in POLICIES)
@@ -142,7 +151,7 @@ def _similar_keys(section: type[BaseModel], path: list[int | str], name: str) ->
 
 def _drop(settings: dict[Any, Any], detail: ErrorDetails) -> set[str]:
     """Remove from the settings what an error is about -> the fields whose intended value is not known."""
-    section, path, rest = _follow(detail["loc"])
+    section, path, rest = _follow(_location(detail))
     similar: set[str] = set()
     if detail["type"] in UNKNOWN_KEY:
         similar = set(_similar_keys(section, path, str(rest[0])))
@@ -160,6 +169,12 @@ def _drop(settings: dict[Any, Any], detail: ErrorDetails) -> set[str]:
         settings[name].pop(below[0], None)
         settings[name] |= {key: value for key, value in placeholders.items() if key == below[0]}
     return {_dotted(path[:2]), *similar}
+
+
+def _location(detail: ErrorDetails) -> tuple[int | str, ...]:
+    """The location of an error; the last part of that of an unknown key is a text, also where the key is a number."""
+    *path, last = detail["loc"]
+    return (*path, str(last) if detail["type"] in UNKNOWN_KEY else last)
 
 
 def _follow(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[int | str], list[int | str]]:

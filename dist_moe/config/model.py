@@ -1,10 +1,20 @@
 """The model of a configuration, validated with its Hugging Face config class: its keys and routing values."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from dist_moe.config.model_checks import shape_violations
+from dist_moe.config.checks.rotary import KEY as ROPE_KEY
+from dist_moe.config.checks.rotary import rotary_violations
+from dist_moe.config.checks.trial_model import blamed, complaints_about_rope, trial_violations
+from dist_moe.config.model_checks import (
+    shape_violations,
+    size_violations,
+    unsupported_notices,
+    unsupported_violations,
+)
 from dist_moe.config.pretrained import agreement, stated_model
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.model import ModelConfig
@@ -12,7 +22,7 @@ from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import ABSENT, Violation
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
-from dist_moe.text import divisors, listed, nearest
+from dist_moe.text import counted, divisors, listed, nearest
 
 # Keys of the config class that are set elsewhere -> where.
 OWNED_MODEL_KEYS: dict[str, str] = {
@@ -24,6 +34,7 @@ OWNED_MODEL_KEYS: dict[str, str] = {
 }
 # Keys of older published files -> their present key.
 RENAMED_KEYS = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+KEY = "model.config."
 BYTES_VOCABULARY = 257  # 256 bytes and the end token
 # The routing values where neither the configuration nor the family has one.
 DEFAULT_ROUTING: dict[str, Any] = {"normalize": False, "scaling_factor": 1.0, "groups": 1, "topk_groups": 1}
@@ -40,12 +51,14 @@ class ModelFacts:
         router: `config.router` with every field filled.
         model: `config.model` with the keys of model.pretrained written out, so that a checkpoint does not need that
             folder.
+        notices: what of model.pretrained is not used, one line each.
     """
 
     arguments: dict[str, Any]
     experts: int
     router: RouterConfig
     model: ModelConfig
+    notices: tuple[str, ...] = ()
 
 
 class Reading(NamedTuple):
@@ -55,71 +68,101 @@ class Reading(NamedTuple):
         facts: None where the config class refuses its arguments, or the routing values are invalid.
         experts: routed experts of a layer; None where it is not known.
         violations: what is wrong.
+        arguments: the known keys of the config class, without routing values; None where there is no model.
     """
 
     facts: ModelFacts | None
     experts: int | None
     violations: list[Violation]
+    arguments: dict[str, Any] | None = None
 
 
 def read_model(config: Config) -> Reading:
-    """Build the Hugging Face config of `config.model` and `config.router`; imports transformers."""
+    """Build the Hugging Face config of `config.model` and `config.router`, and try its model; imports transformers."""
+    reading = _read(config)
+    refused = {found.key.removeprefix(KEY) for found in reading.violations}
+    if reading.arguments is None or "model.config" in refused:
+        return reading
+    arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
+    own, length = set(config.model.config), config.data.sequence_length
+    failed = trial_violations(config.model.architecture, arguments, refused, own, length)
+    return reading._replace(violations=[*reading.violations, *failed])
+
+
+def _read(config: Config) -> Reading:
     from transformers import CONFIG_MAPPING
 
     family = family_of(config.model.architecture)
     cls: Any = CONFIG_MAPPING[family.architecture]
     known = _known_keys(cls, family)
-    stated, violations = stated_model(config, cls, known)
-    violations += agreement(config, stated)
+    stated, violations, file_notices = stated_model(config, cls, known)
+    violations = [*violations, *agreement(config, stated)]
     if not config.model.config and not stated:
         if not violations:
             rule = f"give {ModelConfig.model_fields['config'].description}, or set model.pretrained"
             violations.append(Violation("model.config", ABSENT, "is missing", rule))
         return Reading(None, None, violations)
-    model = config.model.model_copy(update={"config": {**stated, **config.model.config}})
-    config, own_keys = config.model_copy(update={"model": model}), set(config.model.config)
+    own, model = config.model.config, config.model.model_copy(update={"config": {**stated, **config.model.config}})
+    config = config.model_copy(update={"model": model})
     violations += _key_violations(config, cls, known)
-    arguments = {key: value for key, value in config.model.config.items() if key in known}
+    arguments = {key: value for key, value in model.config.items() if key in known}
     fields = routing_fields(family)
     if config.router.selection == "threshold":
         # The family's values are for K experts. Null means the paper's: the probabilities themselves.
         fields |= {"normalize": None, "scaling_factor": None}
+    oversized = size_violations(arguments)
+    violations += _write_routing(config, arguments, fields, own)
+    rotary = rotary_violations(family, arguments, stated)
+    violations += rotary
+    if oversized:
+        return Reading(None, None, [*violations, *oversized], arguments)
+    tried = {key: value for key, value in arguments.items() if key != ROPE_KEY or not rotary}
+    try:
+        with complaints_about_rope():  # the trial of the model reports them
+            settings = cls(**{"vocab_size": vocabulary_bound(config), **tried, **_no_special_tokens()})
+    except Exception:  # the class of another library may raise anything
+        experts = arguments.get(family.experts_key)
+        known_experts = experts if type(experts) is int and experts > 0 else None
+        return Reading(None, known_experts, [*violations, *_refusals(config, cls, tried)], arguments)
+    filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
+    experts = getattr(settings, family.experts_key)
+    violations += shape_violations(config, settings) + unsupported_violations(config, settings, own, stated)
+    if experts < 1:
+        rule = "leaves the model without experts"
+        violations.append(Violation(f"model.config.{family.experts_key}", experts, rule, "give 1 or more"))
+        return Reading(None, None, violations, arguments)
+    if routing := _routing_violations(config, experts, filled):
+        return Reading(None, experts, [*violations, *routing], arguments)
+    written = {field: filled[name] for name, field in fields.items() if field is not None}
+    filled["score"] = config.router.score or family.score
+    if config.router.selection == "threshold":
+        filled["max_experts"] = config.router.max_experts or experts
+    router = config.router.model_copy(update=filled)
+    complete = {**arguments, **written, **_no_special_tokens()}
+    notices = (*unsupported_notices(config, own, stated), *file_notices)
+    return Reading(ModelFacts(complete, experts, router, model, notices), experts, violations, arguments)
+
+
+def _write_routing(
+    config: Config, arguments: dict[str, Any], fields: Mapping[str, str | None], own: Mapping[str, Any]
+) -> list[Violation]:
+    """Write the values of `router` into the arguments of the config class, in place; return what contradicts them."""
+    violations = []
     for name, field in fields.items():
         value = getattr(config.router, name)
         if value is None:
             continue
         given = arguments.get(field) if field is not None else None
         if field is None and name in ("groups", "topk_groups") and value != 1:
-            rule = f"asks for expert groups, which {family.architecture} does not have"
+            rule = f"asks for expert groups, which {config.model.architecture} does not have"
             violations.append(Violation(f"router.{name}", value, rule, "leave it null"))
         elif given is not None and given != value:
-            owner = "model.config." if field in own_keys else "model.pretrained's "
+            owner = "model.config." if field in own else "model.pretrained's "
             rule = f"differs from {owner}{field}={given}"
             violations.append(Violation(f"router.{name}", value, rule, "set one of the two"))
         elif field is not None:
             arguments[field] = value
-    try:
-        settings = cls(**{"vocab_size": vocabulary_bound(config), **arguments, **_no_special_tokens()})
-    except Exception as error:
-        experts = arguments.get(family.experts_key)
-        known_experts = experts if type(experts) is int and experts > 0 else None
-        return Reading(None, known_experts, [*violations, *_refusals(cls, arguments, error)])
-    filled = {name: _value(config, settings, name, field) for name, field in fields.items()}
-    experts = getattr(settings, family.experts_key)
-    violations += shape_violations(config, settings)
-    if experts < 1:
-        rule = "leaves the model without experts"
-        violations.append(Violation(f"model.config.{family.experts_key}", experts, rule, "give 1 or more"))
-        return Reading(None, None, violations)
-    if routing := _routing_violations(config, experts, filled):
-        return Reading(None, experts, [*violations, *routing])
-    written = {field: filled[name] for name, field in fields.items() if field is not None}
-    filled["score"] = config.router.score or family.score
-    if config.router.selection == "threshold":
-        filled["max_experts"] = config.router.max_experts or experts
-    router = config.router.model_copy(update=filled)
-    arguments = {**arguments, **written, **_no_special_tokens()}
-    return Reading(ModelFacts(arguments, experts, router, config.model), experts, violations)
+    return violations
 
 
 def vocabulary_bound(config: Config) -> int:
@@ -179,7 +222,7 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
     size = config.model.config.get("vocab_size")
     bound = vocabulary_bound(config)
     if isinstance(size, int) and size < bound:
-        rule = f"is smaller than the {bound} tokens of the {config.data.tokenizer} tokenizer"
+        rule = f"is smaller than the {counted(bound, 'token')} of the {config.data.tokenizer} tokenizer"
         remedy = f"leave it out, or give {bound} or more"
         if config.model.pretrained is not None:
             remedy = "use data.tokenizer=pretrained"
@@ -187,24 +230,27 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
     return violations
 
 
-def _refusals(cls: Any, arguments: dict[str, Any], error: Exception) -> list[Violation]:
-    """Why the class refused its arguments: the keys that it also refuses alone, or else the error itself."""
-    violations = []
-    for key, value in arguments.items():
+def _refusals(config: Config, cls: Any, arguments: Mapping[str, Any]) -> list[Violation]:
+    """Why the class refuses its arguments: each key without which it does not, or else the reason alone."""
+
+    def refusal(given: Mapping[str, Any]) -> str | None:
         try:
-            cls(**{key: value})
-        except type(error) as alone:
-            if key in str(alone):
-                violations.append(_refusal(cls, f"model.config.{key}", value, alone))
-        except Exception:  # another error than the one to explain
-            continue
-    return violations or [_refusal(cls, "model.config", ABSENT, error)]
+            with complaints_about_rope():
+                # The class writes into the dictionaries that it is given.
+                cls(**copy.deepcopy({"vocab_size": vocabulary_bound(config), **given, **_no_special_tokens()}))
+        except Exception as error:  # the class of another library may raise anything
+            return " ".join(str(error.__cause__ or error).split())
+        return None
 
-
-def _refusal(cls: Any, key: str, value: Any, error: Exception) -> Violation:
-    reason = str(error.__cause__ or error).strip()
-    rule = f"is refused by {cls.__name__} ({' '.join(reason.split())})"
-    return Violation(key, value, rule, "give a value that the class accepts")
+    return [
+        Violation(
+            "model.config" if key is None else f"model.config.{key}",
+            ABSENT if key is None else arguments[key],
+            f"is refused by {cls.__name__} ({reason})",
+            "give a value that the class accepts",
+        )
+        for key, reason in blamed(refusal, arguments)
+    ]
 
 
 def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
@@ -221,7 +267,7 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
     top_k, groups, topk_groups = filled["top_k"], filled["groups"], filled["topk_groups"]
     violations = []
     if top_k is None or not 1 <= top_k <= experts:
-        rule = f"is not within the model's {experts} experts"
+        rule = f"is not within the model's {counted(experts, 'expert')}"
         violations.append(violation("top_k", rule, f"use 1 to {experts}"))
     elif top_k == 1 and filled["normalize"] and config.router.selection != "threshold":
         rule = "makes the weight of a token's one expert 1 for any score, so the router cannot learn"
@@ -231,12 +277,12 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
     # The score of a group is that of its two best experts (arXiv 2412.19437, section 2.1.2), so it needs two.
     possible = [count for count in divisors(experts) if count == 1 or experts // count >= 2]
     if groups not in possible:
-        rule = f"does not divide the model's {experts} experts into groups of 2 or more"
+        rule = f"does not divide the model's {counted(experts, 'expert')} into groups of 2 or more"
         violations.append(violation("groups", rule, f"use {listed(possible)}"))
     elif not 1 <= topk_groups <= groups:
-        rule = f"is not within the {groups} groups"
-        violations.append(violation("topk_groups", rule, f"use {listed(range(1, groups + 1))}"))
+        rule = f"is not within the {counted(groups, 'group')}"
+        violations.append(violation("topk_groups", rule, "use 1" if groups == 1 else f"use 1 to {groups}"))
     elif not violations and topk_groups * (experts // groups) < top_k:
-        rule = f"leaves {topk_groups * (experts // groups)} experts for a token that takes {top_k}"
+        rule = f"leaves {counted(topk_groups * (experts // groups), 'expert')} for a token that takes {top_k}"
         violations.append(violation("topk_groups", rule, f"use {-(-top_k * groups // experts)} or more"))
     return violations

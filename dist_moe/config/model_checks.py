@@ -1,10 +1,13 @@
 """What the Hugging Face config classes accept although the model cannot run with it."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dist_moe.config.schema import Config
 from dist_moe.errors import Violation
 from dist_moe.families.registry import family_of
+from dist_moe.text import shown
 
 POSITIVE_EVERYWHERE = (
     "vocab_size",
@@ -15,6 +18,21 @@ POSITIVE_EVERYWHERE = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+# Key -> whether a value is in range, and the range.
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "initializer_range": (lambda value: 0 < value < math.inf, "above 0"),
+    "rms_norm_eps": (lambda value: 0 < value < math.inf, "above 0"),
+    "attention_dropout": (lambda value: 0 <= value < 1, "0 to below 1"),
+}
+# Key -> the largest value, for those whose integers may be larger, or have to be smaller, than the others'. Each bound
+# is beyond any model that exists, and keeps the time of the check below seconds.
+LARGEST: Mapping[str, int] = {
+    "vocab_size": 100_000_000,
+    "num_hidden_layers": 10_000,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+}
+LARGEST_SIZE = 1_000_000
 ROW_BYTES = 16  # torch.nn.functional.grouped_mm takes rows that start at multiples of this
 
 
@@ -28,12 +46,13 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
         settings: the Hugging Face config built from it.
     """
     family = family_of(config.model.architecture)
-    violations = []
+    violations = _ranges(settings)
+    sizes = len(violations)
     for key in (*POSITIVE_EVERYWHERE, *family.positive_keys):
         value = getattr(settings, key)
         if value is None or value < 1:
             violations.append(Violation(f"model.config.{key}", value, "is not positive", "give 1 or more"))
-    if violations:
+    if len(violations) > sizes:
         return violations  # the rules below divide by these
     violations += family.shape_violations(settings)
     if not family.moe_layers(settings):
@@ -41,6 +60,58 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
         rule = f"leaves no MoE layer among the {settings.num_hidden_layers} layers"
         violations.append(Violation(f"model.config.{key}", getattr(settings, key), rule, remedy))
     return [*violations, *_widths(config, settings), *_length(config, settings)]
+
+
+def size_violations(arguments: Mapping[str, Any]) -> list[Violation]:
+    """Which integers are larger than those of any model: building it would take minutes, even without memory."""
+    return [
+        Violation(f"model.config.{key}", value, f"is above {largest:,}", "give a smaller number")
+        for key, value in arguments.items()
+        if type(value) is int and value > (largest := LARGEST.get(key, LARGEST_SIZE))
+    ]
+
+
+def unsupported_violations(
+    config: Config, settings: Any, own: Mapping[str, Any], stated: Mapping[str, Any]
+) -> list[Violation]:
+    """What asks for something that is not built, or has no effect.
+
+    Args:
+        config: the configuration.
+        settings: the Hugging Face config built from it.
+        own: the keys of model.config.
+        stated: the keys of model.pretrained, which need not be asked for.
+    """
+    family, default = family_of(config.model.architecture), type(settings)()
+    violations = []
+    for key, (accepted, rule) in family.unsupported_keys.items():
+        if key in own and own[key] not in accepted and own[key] != stated.get(key):
+            remedy = f"set it to {shown(accepted[-1])}, or leave it out"
+            violations.append(Violation(f"model.config.{key}", own[key], rule, remedy))
+    for key, switch in family.switched_keys.items():
+        unused = (None, getattr(default, key), type(settings).__dataclass_fields__[key].default, stated.get(key))
+        if key in own and not getattr(settings, switch) and own[key] not in unused:
+            rule, remedy = f"has no effect while model.config.{switch} is false", f"leave it out, or set {switch}: true"
+            violations.append(Violation(f"model.config.{key}", own[key], rule, remedy))
+    return violations
+
+
+def unsupported_notices(config: Config, own: Mapping[str, Any], stated: Mapping[str, Any]) -> tuple[str, ...]:
+    """What model.pretrained has that is not built; arguments are those of `unsupported_violations`."""
+    unsupported = family_of(config.model.architecture).unsupported_keys
+    return tuple(
+        f"model.pretrained has {key}={shown(stated[key])}, which {rule}; its other weights are used"
+        for key, (accepted, rule) in unsupported.items()
+        if key in stated and key not in own and stated[key] not in accepted
+    )
+
+
+def _ranges(settings: Any) -> list[Violation]:
+    return [
+        Violation(f"model.config.{key}", value, f"is not in the range {words}", f"give a number ({words})")
+        for key, (fits, words) in RANGES.items()
+        if (value := getattr(settings, key, None)) is not None and not fits(value)
+    ]
 
 
 def _widths(config: Config, settings: Any) -> list[Violation]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_moe.config.deepspeed_keys.check import allowed_settings, deepspeed_violations
+from dist_moe.config.deepspeed_keys.file import take_deepspeed_file
 from dist_moe.config.messages import validate
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.balance import policy_name
@@ -99,6 +101,16 @@ def drop_defaults_of_other_policies(settings: Mapping[Any, Any]) -> None:
             del values[field]
 
 
+def _drop_refused_deepspeed_keys(settings: Mapping[Any, Any]) -> list[str]:
+    """Remove from train.deepspeed, in place, what earlier versions accepted; return the dotted keys."""
+    train = settings.get("train")
+    keys = train.get("deepspeed") if isinstance(train, dict) else None
+    if not isinstance(train, dict) or not isinstance(keys, dict):
+        return []
+    train["deepspeed"] = allowed_settings(keys)
+    return [violation.key for violation in deepspeed_violations(keys, where="")]
+
+
 def load_stored_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Load the config.yaml of a checkpoint, which an earlier version may have written.
 
@@ -112,13 +124,18 @@ def load_stored_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     settings = read_mapping(path)
     if changes := upgrade_keys(settings):
         logger.warning("%s has keys of an earlier version: %s", path, listed(changes, last="and"))
+    if refused := _drop_refused_deepspeed_keys(settings):
+        logger.warning("%s has keys of train.deepspeed that are ignored: %s", path, listed(refused, last="and"))
     violations = apply_overrides(settings, overrides)
     violations += [change.violation() for change in upgrade_keys(settings)]
     drop_defaults_of_other_policies(settings)
+    file = take_deepspeed_file(settings)
+    violations += file.violations
     try:
         config = validate(settings)
     except ConfigError as error:
         raise ConfigError([*violations, *error.violations]) from None
+    violations += file.disagreements(config)
     if violations:
         raise ConfigError(violations)
     return config

@@ -1,27 +1,28 @@
 """Checks whether the parts of a configuration fit together, and fit a number of workers."""
 
-from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
 from dist_moe.config.balancing import balancing_violations
+from dist_moe.config.checks.numbers import number_violations
+from dist_moe.config.checks.schedule import batch_violations, schedule_notices, schedule_violations
 from dist_moe.config.model import Reading, read_model, routing_fields
 from dist_moe.config.schema import Config
-from dist_moe.config.sections.train import TrainConfig
 from dist_moe.errors import ConfigError, Violation
 from dist_moe.families.registry import family_of
-from dist_moe.text import divisors, listed
+from dist_moe.text import counted, divisors, listed
 
 # Key of a violation, or the beginning of one -> the fields that its rule reads in addition to its own.
 READS: Mapping[str, tuple[str, ...]] = {
     "train.global_batch_size": ("train.micro_batch_size", "workers"),
     "train.micro_batch_size": ("train.global_batch_size", "workers"),
     "train.schedule_steps": ("train.steps",),
-    "train.warmup_steps": ("train.steps", "train.schedule_steps"),
     "train.momentum": ("train.optimizer",),
     "parallel.expert_parallel": ("model.architecture", "model.config", "model.pretrained", "workers"),
     "data.sequence_length": ("model.architecture", "model.config", "model.pretrained"),
+    "data.sources": (),
     "data.tokenizer": ("model.pretrained",),
     "balance.": ("balance.policy", "router.selection", "router.score", "model.architecture"),
     "router.": (
@@ -34,19 +35,24 @@ READS: Mapping[str, tuple[str, ...]] = {
     "slurm.signal_s": ("slurm.minutes",),
 }
 
+Look = Callable[[Config], list[Violation]]
+"""A further check, of what a configuration names: what is wrong."""
+
 
 @dataclass(frozen=True)
 class Resolved:
     """A configuration that can run on a given number of workers, with what follows from it.
 
     Attributes:
-        config: with router.*, train.schedule_steps and, after model.pretrained, model.config filled in.
+        config: with router.*, train.schedule_steps, train.warmup_steps, train.micro_batch_size and, after
+            model.pretrained, model.config filled in.
         workers: processes, all hosts together.
         expert_parallel: workers that share one set of experts.
         accumulation: micro-batches of each worker in an optimizer step.
         experts: routed experts of an MoE layer.
         model_config: keyword arguments of the Hugging Face config class, routing values written in. vocab_size is there
             only where the file gives it, and bos_, eos_ and pad_token_id are None: they come from the tokenizer.
+        notices: what is valid and not used as it is written, one line each.
     """
 
     config: Config
@@ -55,12 +61,19 @@ class Resolved:
     accumulation: int
     experts: int
     model_config: dict[str, Any]
+    notices: tuple[str, ...] = field(default=(), compare=False)
 
 
-def resolve(config: Config, workers: int) -> Resolved:
+def resolve(config: Config, workers: int, look: Look | None = None) -> Resolved:
     """Check every rule that joins fields or depends on the number of workers, and fill in what follows.
 
-    Needs neither a GPU nor a process group, but imports transformers.
+    Builds the model on the meta device and runs it on two tokens. Needs neither a GPU nor a process group, but imports
+    transformers.
+
+    Args:
+        config: the configuration.
+        workers: processes, all hosts together.
+        look: a further check, whose violations are reported with the others.
 
     Raises:
         ConfigError: with all violations at once.
@@ -68,25 +81,34 @@ def resolve(config: Config, workers: int) -> Resolved:
     if workers < 1:
         raise ConfigError([Violation("workers", workers, "is not positive", "give 1 or more")])
     reading = read_model(config)
-    violations = _violations(config, workers, reading)
+    violations = _violations(config, workers, reading) + (look(config) if look is not None else [])
     facts = reading.facts
     if violations or facts is None:
         raise ConfigError(violations)
     train, asked = config.train, config.parallel.expert_parallel
-    filled = train.model_copy(update={"schedule_steps": train.schedule_steps or train.steps})
+    micro = train.micro_batch_for(workers, config.data.sequence_length)
+    lengths = {"schedule_steps": train.schedule_length, "warmup_steps": train.warmup_length}
+    filled = train.model_copy(update={**lengths, "micro_batch_size": micro})
     return Resolved(
         config=config.model_copy(update={"router": facts.router, "train": filled, "model": facts.model}),
         workers=workers,
         expert_parallel=gcd(workers, facts.experts) if asked == "auto" else asked,
-        accumulation=max(1, train.global_batch_size // (workers * train.micro_batch_size)),
+        accumulation=max(1, train.global_batch_size // (workers * micro)),
         experts=facts.experts,
         model_config=facts.arguments,
+        notices=(*schedule_notices(config), *facts.notices),
     )
 
 
 def cross_field_violations(config: Config, workers: int) -> list[Violation]:
     """Return what `resolve` would raise; imports transformers."""
     return _violations(config, workers, read_model(config))
+
+
+def plain_violations(config: Config, workers: int) -> list[Violation]:
+    """Return those violations that `resolve` finds without the model, and so without importing transformers."""
+    found = [*number_violations(config), *batch_violations(config.train, workers)]
+    return [*found, *schedule_violations(config.train)]
 
 
 def independent_of(broken: Set[str], config: Config, violations: Iterable[Violation]) -> list[Violation]:
@@ -118,7 +140,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _violations(config: Config, workers: int, reading: Reading) -> list[Violation]:
-    found = [*reading.violations, *_batch_violations(config.train, workers), *_schedule_violations(config.train)]
+    found = [*reading.violations, *plain_violations(config, workers)]
     if reading.experts is not None:
         found += _expert_parallel_violations(config, workers, reading.experts)
     if reading.facts is not None:
@@ -126,44 +148,12 @@ def _violations(config: Config, workers: int, reading: Reading) -> list[Violatio
     return found
 
 
-def _batch_violations(train: TrainConfig, workers: int) -> list[Violation]:
-    batch, micro = train.global_batch_size, train.micro_batch_size
-    if batch % (workers * micro) == 0:
-        return []
-    if batch % workers == 0:
-        rule = f"does not divide the {batch // workers} sequences of each of {workers} workers"
-        remedy = f"use {listed(divisors(batch // workers))}"
-        return [Violation("train.micro_batch_size", micro, rule, remedy)]
-    rule = f"does not divide among {workers} workers with micro-batches of {micro}"
-    step = workers * micro
-    multiples = [count for count in (batch // step * step, (batch // step + 1) * step) if count]
-    fitting = [count for count in divisors(batch) if count % micro == 0 and batch % (count * micro) == 0]
-    remedy = f"use {listed(multiples)}" + (f", or {listed(fitting)} workers" if fitting else "")
-    return [Violation("train.global_batch_size", batch, rule, remedy)]
-
-
-def _schedule_violations(train: TrainConfig) -> list[Violation]:
-    found = []
-    length = train.schedule_steps or train.steps
-    if length < train.steps:
-        rule = f"is shorter than train.steps={train.steps}"
-        remedy = f"give {train.steps} or more, or null"
-        found.append(Violation("train.schedule_steps", train.schedule_steps, rule, remedy))
-    if train.warmup_steps > length:
-        rule = f"is longer than the schedule of {length} steps"
-        found.append(Violation("train.warmup_steps", train.warmup_steps, rule, f"give at most {length}"))
-    if train.momentum and train.optimizer != "sgd":
-        rule = f"has no meaning with train.optimizer={train.optimizer}"
-        found.append(Violation("train.momentum", train.momentum, rule, "set it to 0, or use sgd"))
-    return found
-
-
 def _expert_parallel_violations(config: Config, workers: int, experts: int) -> list[Violation]:
     asked = config.parallel.expert_parallel
     if asked == "auto":
         return []
-    parts = [f"the {workers} workers"] if workers % asked else []
-    parts += [f"the model's {experts} experts"] if experts % asked else []
+    parts = [f"the {counted(workers, 'worker')}"] if workers % asked else []
+    parts += [f"the model's {counted(experts, 'expert')}"] if experts % asked else []
     if not parts:
         return []
     rule = f"does not divide {listed(parts, last='or')}"

@@ -2,24 +2,31 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from dist_moe.errors import ABSENT, ConfigError, Violation
+from dist_moe.untrusted import HALF_PAIR, MAX_DIGITS, UnreadableTextError, read_text
 
-# Aliases let a few lines expand to any size; a configuration has some hundred values.
-MAX_VALUES = 100_000
+# A configuration has some hundred values in a few kB, and nests six deep. ruamel.yaml takes seconds for a file of the
+# largest size, and aliases let a few lines expand to any number of values.
+LARGEST_FILE = 1 << 17
+MAX_VALUES = 20_000
+MAX_DEPTH = 50
 LINE_WIDTH = 110
-
+# What Python makes of bytes on the command line that are not UTF-8.
+NOT_UTF8 = re.compile("[\\udc80-\\udcff]")
 
 # A number such as .5e1, which ruamel.yaml takes for text.
 BARE_FLOAT = re.compile(r"[-+]?\.[0-9]+[eE][-+]?[0-9]+")
@@ -52,7 +59,15 @@ class _Constructor(SafeConstructor):
             keys.append(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_str(self, node: Any) -> Any:
+        if HALF_PAIR.search(node.value):
+            raise ConstructorError(None, None, "a text has half of a surrogate pair", node.start_mark)
+        return super().construct_yaml_str(node)
+
     def construct_yaml_int(self, node: Any) -> Any:
+        if len(node.value) > MAX_DIGITS:
+            problem = f"an integer has more than {MAX_DIGITS} characters"
+            raise ConstructorError(None, None, problem, node.start_mark)
         if LEADING_ZERO.fullmatch(node.value):
             problem = f"{node.value} is octal in YAML 1.1 and decimal in YAML 1.2, so write it without the leading zero"
             raise ConstructorError(None, None, problem, node.start_mark)
@@ -63,6 +78,7 @@ class _Constructor(SafeConstructor):
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
+_Constructor.add_constructor("tag:yaml.org,2002:str", _Constructor.construct_yaml_str)
 
 
 class _Representer(SafeRepresenter):
@@ -91,12 +107,20 @@ def parse(text: str) -> Any:
     try:
         yaml = YAML(typ="safe", pure=True)
         yaml.Resolver, yaml.Constructor = _Resolver, _Constructor
+        # Each list or mapping takes two characters, so most overrides are too short to nest or to expand.
+        if len(text) > 2 * MAX_DEPTH or "*" in text:
+            _require_bounded(yaml.parse(text))
         value = yaml.load(text)
-        _require_bounded(value)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     except YAMLError as error:
         raise ValueError(_reason(error)) from None
+    except TypeError as error:
+        # A list or mapping as a key.
+        raise ValueError(f"a key is not a plain value, {error}") from None
+    except (LookupError, ArithmeticError) as error:
+        # A text below a tag such as !!bool, of which ruamel.yaml checks nothing.
+        raise ValueError(f"a value is not of its type, {error}") from None
     return value
 
 
@@ -121,7 +145,9 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     """
     key = str(path)
     try:
-        value = parse(path.read_text(encoding="utf-8"))
+        value = parse(read_text(path, follow=True, largest=LARGEST_FILE))
+    except UnreadableTextError as error:
+        raise ConfigError([Violation(key, ABSENT, f"cannot be used ({error})", "give a YAML file of a run")]) from None
     except OSError as error:
         rule = f"cannot be read ({error.strerror})"
         raise ConfigError([Violation(key, ABSENT, rule, "give the path of a YAML file")]) from error
@@ -156,10 +182,16 @@ def _apply_override(settings: dict[Any, Any], override: str) -> Violation | None
     if not equals or not all(names):
         rule = "is not of the form key=value"
         return Violation("override", override, rule, "write for example train.steps=20")
+    if len(names) > MAX_DEPTH:
+        rule = f"is a key of more than {MAX_DEPTH} names"
+        return Violation("override", override, rule, "write for example train.steps=20")
+    if NOT_UTF8.search(override):
+        remedy = "rename the file, or give a pattern such as texts/*.txt that matches its name"
+        return Violation(dotted.strip(), text, "has bytes that are not UTF-8", remedy)
     try:
         value = parse(text)
-    except ValueError:
-        return Violation(".".join(names), text, "is not valid YAML", "quote the value: key='\"text\"'")
+    except ValueError as error:
+        return Violation(".".join(names), text, f"is not valid YAML ({error})", "quote the value: key='\"text\"'")
     mapping = settings
     for depth, name in enumerate(names[:-1], start=1):
         inner = mapping.get(name)
@@ -186,15 +218,42 @@ def _reason(error: YAMLError) -> str:
     return f"{context}{problem}{where}"
 
 
-def _require_bounded(value: Any) -> None:
-    """Raise ValueError where following all aliases gives more than `MAX_VALUES` values, or never ends."""
-    pending, count = [value], 0
-    while pending:
-        count += 1
-        if count > MAX_VALUES:
+@dataclass
+class _Open:
+    """A list or mapping that is being read: its name for aliases, its values so far, and how deep they nest."""
+
+    anchor: str | None
+    values: int = 1
+    height: int = 0
+
+
+def _require_bounded(events: Iterable[Any]) -> None:
+    """Raise ValueError where a text nests or expands too far, before anything is built of it.
+
+    Args:
+        events: what the parser reads, piece by piece.
+    """
+    anchors: dict[str, tuple[int, int]] = {}
+    opened = [_Open(None)]
+    for event in events:
+        values, height = 1, 0
+        if isinstance(event, CollectionStartEvent):
+            opened.append(_Open(event.anchor))
+        elif isinstance(event, CollectionEndEvent):
+            ended = opened.pop()
+            values, height = ended.values, ended.height + 1
+            if ended.anchor is not None:
+                anchors[ended.anchor] = (values, height)
+        elif isinstance(event, AliasEvent):
+            if any(each.anchor == event.anchor for each in opened):
+                raise ValueError(f"it has the alias *{event.anchor} inside of the value that it names")
+            values, height = anchors.get(event.anchor, (1, 0))
+        elif not isinstance(event, ScalarEvent):
+            continue
+        if len(opened) + height > MAX_DEPTH:
+            raise ValueError(f"it nests too deeply, in more than {MAX_DEPTH} lists and mappings")
+        if not isinstance(event, CollectionStartEvent):
+            opened[-1].values += values
+            opened[-1].height = max(opened[-1].height, height)
+        if opened[-1].values > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES:,} values")
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, list | tuple | set):
-            pending.extend(item)

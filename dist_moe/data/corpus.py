@@ -4,28 +4,38 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tokenizers
 
-from dist_moe.data.cache import file_sha256
-from dist_moe.data.files import Document
+from dist_moe.data.cache import file_sha256, needs_cache
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.mmap_files import MmapFile, content_digest, same_content
 from dist_moe.data.source_manifest import write_source_manifest
-from dist_moe.data.sources import SourceRecord, fetch_sources, read_documents
-from dist_moe.data.split import SALT, in_validation
-from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from dist_moe.data.sources import SourceRecord, fetch_sources, read_sources
+from dist_moe.data.split import SALT, Documents, Part, Split, choose_split
+from dist_moe.data.tokenizer import (
+    PIECE_CHARACTERS,
+    TRAINING_CHARACTERS,
+    Tokenizer,
+    byte_tokenizer,
+    cut_pieces,
+    train_bpe,
+)
 from dist_moe.data.writer import SplitWriter
 from dist_moe.errors import DataError
-from dist_moe.files import file_lock
+from dist_moe.files import file_lock, write_atomically
 
 # Part of the fingerprint: increase it when the files, or how they are made, change.
 FORMAT = 1
 SPLITS = ("train", "validation")
+UNDIVIDED = ("all",)
 # Documents are tokenized in groups of about this many characters, so that short ones use all cores too.
 GROUP_CHARACTERS = 1 << 20
 
@@ -57,12 +67,13 @@ class TokenizedData:
 
     Attributes:
         tokenizer: what the tokens were made with.
-        train: the split for training.
-        validation: the split for validation.
+        train: the split for training; all of the text where it is not divided.
+        validation: the split for validation; all of the text where it is not divided.
         records: the sources, as they were when they were read.
         fingerprint: equal fingerprints mean equal tokens.
         folder: where the files are; `open_tokenized` opens it again.
         files: the mapped files of both splits.
+        notes: what the user should know about the text.
     """
 
     tokenizer: Tokenizer
@@ -72,13 +83,14 @@ class TokenizedData:
     fingerprint: str
     folder: Path
     files: tuple[MmapFile, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
     sources: Sequence[str],
     tokenizer: Literal["bytes", "bpe", "pretrained"],
     vocabulary: int,
-    validation_fraction: float,
+    validation_fraction: float | None,
     cache: Path,
     pretrained: Path | None = None,
 ) -> TokenizedData:
@@ -91,14 +103,15 @@ def prepare(
         sources: names of sources, or paths and globs of local files.
         tokenizer: which tokenizer; bpe is trained on the training split.
         vocabulary: tokens of the bpe vocabulary; for pretrained, the most that its tokenizer may have.
-        validation_fraction: the probability that a document belongs to the validation split, 0 < f < 1.
+        validation_fraction: the probability that a document belongs to the validation split, 0 < f < 1; None: the
+            text is not divided.
         cache: the folder for fetched sources and tokens.
         pretrained: the folder of the pretrained tokenizer.
 
     Raises:
         DataError: a source or the tokenizer cannot be used, or a split would be empty.
     """
-    if not 0 < validation_fraction < 1:
+    if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise DataError(f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1")
     records = fetch_sources(sources, cache)
     settings: dict[str, Any] = {
@@ -112,18 +125,20 @@ def prepare(
         settings |= {"vocabulary": vocabulary, "tokenizers": tokenizers.__version__}
     given = None
     if tokenizer == "pretrained":
-        given = _pretrained_tokenizer(pretrained, vocabulary)
+        given = pretrained_tokenizer(pretrained, vocabulary)
         digest = hashlib.sha256(given.files["tokenizer.json"].encode()).hexdigest()
         settings |= {"tokenizer_sha256": digest, "end": given.end_id, "tokenizers": tokenizers.__version__}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / "tokens" / fingerprint
-    with file_lock(folder.with_name(fingerprint + ".lock")):
-        if not _is_whole(folder):
-            _make(folder, records, settings | {"fingerprint": fingerprint}, cache, given)
+    # Without the lock, which a cache on a read-only disk does not allow.
+    if not _is_whole(folder):
+        with needs_cache(cache), file_lock(folder.with_name(fingerprint + ".lock")):
+            if not _is_whole(folder):
+                _make(folder, records, settings | {"fingerprint": fingerprint}, cache, given)
     return _open(folder)
 
 
-def _pretrained_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer:
+def pretrained_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer:
     """Load the tokenizer of a pretrained model, and check that the model has an embedding for each of its ids."""
     if folder is None:
         raise DataError("data.tokenizer=pretrained", "needs a pretrained model", "set model.pretrained")
@@ -145,10 +160,12 @@ def _open(folder: Path) -> TokenizedData:
     manifest = json.loads((folder / "manifest.json").read_text())
     tokenizer = load_tokenizer(folder / "tokenizer")
     files: list[MmapFile] = []
-    train, validation = (_open_split(folder, split, manifest, tokenizer.end_id, files) for split in SPLITS)
+    corpora = [_open_split(folder, split, manifest, tokenizer.end_id, files) for split in manifest["splits"]]
     records = tuple(SourceRecord(**record) for record in manifest["records"])
     return TokenizedData(
-        tokenizer, train, validation, records, manifest["settings"]["fingerprint"], folder, tuple(files)
+        *(tokenizer, corpora[0], corpora[-1], records, manifest["settings"]["fingerprint"], folder),
+        files=tuple(files),
+        notes=tuple(manifest.get("notes", ())),
     )
 
 
@@ -211,25 +228,29 @@ def _write(
 
     given: the tokenizer, where it is not made here.
     """
-    fraction = settings["validation_fraction"]
+    documents = partial(read_sources, [record.name for record in records], cache)
+    split = choose_split(documents, settings["validation_fraction"])
     if given is not None:
         tokenizer = given
     elif settings["tokenizer"] == "bpe":
-        documents = _documents(records, cache)
-        texts = (each.text for each in documents if not in_validation(each.name, fraction))
-        tokenizer = train_bpe(texts, settings["vocabulary"])
+        tokenizer = train_bpe(_training_pieces(split, documents, records), settings["vocabulary"])
     else:
         tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
     domains: dict[str, int] = {}
-    with SplitWriter(folder, "train", dtype) as train, SplitWriter(folder, "validation", dtype) as validation:
-        for document, ids in _encoded(_documents(records, cache), tokenizer):
-            writer = validation if in_validation(document.name, fraction) else train
-            domain = domains.setdefault(document.domain, len(domains))
-            writer.add(document, domain, np.append(ids, tokenizer.end_id))
-    for writer in (train, validation):
-        _refuse_empty(writer, train.documents + validation.documents, fraction)
+    names = UNDIVIDED if settings["validation_fraction"] is None else SPLITS
+    with ExitStack() as stack:
+        writers = [stack.enter_context(SplitWriter(folder, name, dtype)) for name in names]
+        for piece, ids in _encoded(split.parts(documents()), tokenizer):
+            writer = writers[piece.part.held_out]
+            writer.add(ids, piece.text)
+            if piece.is_last:
+                document = piece.part.document
+                domain = domains.setdefault(document.domain, len(domains))
+                writer.end(document.name, document.domain, domain, tokenizer.end_id)
+    for writer in writers:
+        _refuse_short(writer)
     write_source_manifest(folder, records)
     paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     manifest = {
@@ -239,30 +260,48 @@ def _write(
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
         "domains": list(domains),
-        "splits": {writer.split: writer.totals() for writer in (train, validation)},
+        "splits": {writer.split: writer.totals() for writer in writers},
         "files": {path.name: path.stat().st_size for path in paths},
         "digests": {path.name: content_digest(path) for path in paths},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    if split.note:
+        manifest["notes"] = [split.note]
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _documents(records: Sequence[SourceRecord], cache: Path) -> Iterator[Document]:
-    """Yield the documents of all sources, without empty ones, which have nothing to predict."""
-    for record in records:
-        yield from (document for document in read_documents(record.name, cache) if document.text)
+def _training_pieces(split: Split, documents: Documents, records: Sequence[SourceRecord]) -> Iterator[str]:
+    """Yield the training split in pieces, or evenly spread pieces of a large one."""
+    every = -(-sum(record.bytes for record in records) // TRAINING_CHARACTERS)
+    parts = (part for part in split.parts(documents()) if not part.held_out)
+    pieces = (piece for part in parts for piece in cut_pieces(part.document.pieces, PIECE_CHARACTERS))
+    return islice(pieces, 0, None, max(1, every))
 
 
-def _encoded(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    for group in _grouped(documents):
+class Piece(NamedTuple):
+    """A piece of a part's text."""
+
+    part: Part
+    text: str
+    is_last: bool
+
+
+def _encoded(parts: Iterator[Part], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
+    for group in _grouped(_pieces(parts, tokenizer)):
         yield from zip(group, tokenizer.encode_batch([each.text for each in group]), strict=True)
 
 
-def _grouped(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
+def _pieces(parts: Iterator[Part], tokenizer: Tokenizer) -> Iterator[Piece]:
+    for part in parts:
+        texts = cut_pieces(part.document.pieces, PIECE_CHARACTERS, tokenizer.cut)
+        yield from (Piece(part, text, following is None) for text, following in pairwise(chain(texts, [None])) if text)
+
+
+def _grouped(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    group: list[Piece] = []
     characters = 0
-    for document in documents:
-        group.append(document)
-        characters += len(document.text)
+    for piece in pieces:
+        group.append(piece)
+        characters += len(piece.text)
         if characters >= GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
@@ -270,11 +309,8 @@ def _grouped(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _refuse_empty(writer: SplitWriter, documents: int, fraction: float) -> None:
-    if writer.documents == 0:
-        change = "raise" if writer.split == "validation" else "lower"
-        raise DataError(
-            f"data.validation_fraction={fraction}",
-            f"leaves the {writer.split} split empty: each of {documents} documents is assigned by a hash of its name",
-            f"{change} data.validation_fraction, or give more documents (for example a long text in parts)",
-        )
+def _refuse_short(writer: SplitWriter) -> None:
+    if writer.predicted <= 0:
+        what = f"the {writer.split} split" if writer.split in SPLITS else "the text"
+        rule = f"leave {what} without a token to predict: each of its documents is a single token"
+        raise DataError("data.sources", rule, "give longer documents")

@@ -1,20 +1,30 @@
 """Reads documents from local files: one per .txt file, one per line of a .jsonl file."""
 
-import glob
+import codecs
+import contextlib
 import hashlib
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from dist_moe.errors import DataError
+from dist_moe.files import matching_paths
+from dist_moe.text import format_bytes, listed
+from dist_moe.untrusted import HALF_PAIR, printable, unique_keys
 
 SUFFIXES = (".txt", ".jsonl")
-# JSON can hold half of a surrogate pair (\ud800), UTF-8 cannot.
-HALF_PAIR = re.compile("[\\ud800-\\udfff]")
+UNPACKED_WITH = {
+    **{".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz"},
+    **{".zip": "unzip", ".tar": "tar -xf", ".tgz": "tar -xzf"},
+}
+RECORDS = (".parquet", ".arrow", ".json", ".csv", ".tsv")
+READ_FOLDER = "give this user permission to read it, or a pattern without it"
+TO_JSONL = 'write its texts as one JSON object per line, {"text": "..."}, in a .jsonl file'
+READ_BYTES = 1 << 20
+# A line is parsed as a whole, at several times its size in memory.
+LONGEST_LINE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -24,31 +34,131 @@ class Document:
     Attributes:
         domain: what it belongs to; metrics may be kept for each domain.
         name: decides its split, by a hash, so it should not depend on the position of the text.
-        text: the content.
+        pieces: the content, in pieces of bounded size.
     """
 
     domain: str
     name: str
-    text: str
+    pieces: Iterable[str]
+
+    @property
+    def text(self) -> str:
+        """The whole content, in memory."""
+        return "".join(self.pieces)
+
+
+@dataclass(frozen=True)
+class FileText:
+    """The text of a UTF-8 file, read in pieces each time that it is iterated.
+
+    Raises:
+        DataError: on iteration, the file cannot be read or is not UTF-8.
+    """
+
+    path: Path
+
+    def __iter__(self) -> Iterator[str]:
+        decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+        with readable(self.path), self.path.open("rb") as file:
+            while True:
+                content = file.read(READ_BYTES)
+                held = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(content, final=not content)
+                except UnicodeDecodeError as error:
+                    where = f"{_shown(self.path)}: byte {read - held + error.start}"
+                    raise DataError(where, "is not UTF-8", "convert the file to UTF-8") from error
+                if text := text.removeprefix("\ufeff") if not read else text:
+                    yield text
+                if not content:
+                    return
+                read += len(content)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror or error})"
+        raise DataError(_shown(path), rule, "make it readable for this user, or leave it out") from error
 
 
 def local_files(pattern: str) -> list[tuple[str, Path]]:
     """Return (name, path) of the .txt and .jsonl files that a path or glob (with `**` too) matches, sorted by name.
 
     The name is the path below the fixed folder of the pattern, so moving that folder changes no name.
+
+    Raises:
+        DataError: the pattern matches something else, a link to nothing, or a file twice under two names, or it looks
+            into a folder that cannot be read.
     """
-    expanded = Path(pattern).expanduser()
-    if expanded.is_file():
-        root, paths = expanded.parent, [expanded]
-    else:
-        root = Path(*takewhile(lambda part: not glob.has_magic(part), expanded.parts))
-        paths = [Path(path) for path in glob.iglob(str(expanded), recursive=True)]
-    kept = (path for path in paths if path.suffix in SUFFIXES and path.is_file())
-    return sorted((path.relative_to(root).as_posix(), path) for path in kept)
+    try:
+        folder, paths = matching_paths(pattern)
+        paths = [path for path in paths if not path.is_dir()]
+    except OSError as error:
+        rule = f"has a folder that cannot be read ({error.strerror or error}: {printable(str(error.filename))})"
+        raise DataError(f"data source {printable(pattern)!r}", rule, READ_FOLDER) from error
+    _refuse_others(pattern, paths)
+    _refuse_twice(paths)
+    return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+
+
+def _refuse_others(pattern: str, paths: list[Path]) -> None:
+    """Refuse files that would not be read: nothing is left out without a word."""
+    others: list[Path] = []
+    missing: list[Path] = []
+    special: list[Path] = []
+    for path in sorted(paths):
+        if path.suffix not in SUFFIXES:
+            others.append(path)
+        elif not path.exists():
+            missing.append(path)
+        elif not path.is_file():
+            special.append(path)
+    for found, rule, remedy in (
+        (others, "which is not .txt or .jsonl", "leave it out, for example by a glob that ends in .txt or .jsonl"),
+        (missing, "a link to a file that does not exist", "remove the link, or restore the file"),
+        (special, "which is not a regular file", "leave it out, or write its content to a file"),
+    ):
+        if not found:
+            continue
+        names = listed([_shown(path) for path in found], last="and", most=3)
+        is_given_by_name = len(paths) == 1 and str(paths[0]) == pattern
+        convertible = found is others and (is_given_by_name or found[0].suffix in {*UNPACKED_WITH, *RECORDS})
+        hint = conversion(found[0]) if convertible else remedy
+        raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", hint)
+
+
+def _refuse_twice(paths: Iterable[Path]) -> None:
+    refuse_same_files((str(path), path) for path in sorted(paths))
+
+
+def refuse_same_files(files: Iterable[tuple[str, Path]]) -> None:
+    """Refuse a file that is given twice, under one name or two. Raises DataError."""
+    seen: dict[tuple[int, int], str] = {}
+    for name, path in files:
+        with readable(path):
+            status = path.stat()
+        key = (status.st_dev, status.st_ino)
+        if key in seen:
+            both = f"{printable(seen[key])} and {printable(name)}"
+            raise DataError(f"data.sources: {both}", "are one file, whose text would count twice", "give it once")
+        seen[key] = name
+
+
+def conversion(path: Path) -> str:
+    """Return how to make a .txt or .jsonl file of a file with another suffix."""
+    if path.suffix in UNPACKED_WITH:
+        return f"unpack it with {UNPACKED_WITH[path.suffix]}"
+    if path.suffix in RECORDS:
+        return TO_JSONL
+    return f"rename a text to .txt, or {TO_JSONL}"
 
 
 def read_local(files: list[tuple[str, Path]]) -> Iterator[Document]:
-    """Yield the documents of `local_files`, one in memory at a time.
+    """Yield the documents of `local_files`; of a text file, one piece is in memory at a time.
 
     A .txt file is one document, whose domain is the name of its folder. A .jsonl line has the field `text`, and may
     have `name` (else a hash of the text, so that equal texts are in one split) and `domain` (else the file's stem).
@@ -60,27 +170,27 @@ def read_local(files: list[tuple[str, Path]]) -> Iterator[Document]:
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         else:
-            yield Document(path.resolve().parent.name, name, _read_text(path))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start}", "is not UTF-8", "convert the file to UTF-8") from error
+            yield Document(path.resolve().parent.name, name, FileText(path))
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with readable(path), path.open("rb") as lines:
+        number = 0
+        while line := lines.readline(LONGEST_LINE + 1):
+            number += 1
             if line.strip():
-                yield _parse(line, path, f"{path}:{number}")
+                yield _parse(line, path, f"{_shown(path)}:{number}")
 
 
 def _parse(line: bytes, path: Path, location: str) -> Document:
     remedy = 'write one JSON object per line, {"text": "..."}, with "name" and "domain" if you have them'
+    if len(line) > LONGEST_LINE:
+        rule = f"is longer than {format_bytes(LONGEST_LINE)}"
+        raise DataError(location, rule, "divide the text into several lines, or give it as a .txt file")
     try:
-        entry: Any = json.loads(line.decode("utf-8-sig"))
+        entry: Any = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise DataError(location, "is JSON that nests too deeply", remedy) from None
     except ValueError as error:
         raise DataError(location, f"is not valid JSON in UTF-8 ({error})", remedy) from error
     if not isinstance(entry, dict) or "text" not in entry:
@@ -92,4 +202,9 @@ def _parse(line: bytes, path: Path, location: str) -> Document:
         if HALF_PAIR.search(value):
             raise DataError(location, f"has a field {key!r} with half of a surrogate pair", "write whole characters")
     content_hash = hashlib.sha256(entry["text"].encode()).hexdigest()[:16]
-    return Document(entry.get("domain", path.stem), entry.get("name", content_hash), entry["text"])
+    pieces = (entry["text"],) if entry["text"] else ()
+    return Document(entry.get("domain", path.stem), entry.get("name", content_hash), pieces)
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))

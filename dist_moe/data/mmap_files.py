@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.errors import DataError
 
 # Files up to this size are read whole: 0.2 s, since XXH3 reads 5 GB/s on one core (SHA-256: 0.3 to 2 GB/s).
@@ -65,7 +65,7 @@ def reject_change(change: str) -> None:
     Raises:
         DataError: the same on all ranks.
     """
-    for rank, seen in enumerate(all_gather_objects(change)):
+    for rank, seen in enumerate(all_gather_objects(change, str)):
         if seen:
             remedy = "start the run again: it tokenizes the sources again, and resumes"
             raise DataError(seen, f"while the run was reading it (rank {rank})", remedy)

@@ -6,17 +6,25 @@ import os
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data import shakespeare
 from dist_moe.data.cache import file_sha256
-from dist_moe.data.files import Document, local_files, read_local
+from dist_moe.data.files import (
+    Document,
+    local_files,
+    read_local,
+    readable,
+    refuse_same_files,
+)
 from dist_moe.errors import DataError
 from dist_moe.text import listed, nearest
 
-BUILT_IN = ("stdlib-code", "shakespeare")
 # Tests repeat one another, installed packages are no part of it, and files of the build differ between hosts.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")
@@ -47,10 +55,21 @@ def fetch_sources(names: Sequence[str], cache: Path) -> list[SourceRecord]:
     """
     if not names:
         raise DataError("data.sources=[]", "has no source", f"give at least one, for example {BUILT_IN[0]}")
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
-    if repeated:
+    if repeated := repeated_names(names):
         raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "give each source once")
+    refuse_shared_files(names)
     return [_record(name, cache) for name in names]
+
+
+def repeated_names(names: Iterable[str]) -> list[str]:
+    """Return the names that are given more than once, sorted."""
+    return sorted(name for name, times in Counter(names).items() if times > 1)
+
+
+def refuse_shared_files(names: Iterable[str]) -> None:
+    """Refuse local sources that have a file in common. Raises DataError."""
+    local = [name for name in names if name not in BUILT_IN]
+    refuse_same_files((f"{name} ({path})", path) for name in local for _, path in _matched_files(name))
 
 
 def read_documents(name: str, cache: Path) -> Iterator[Document]:
@@ -61,14 +80,35 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
     """
     if name == "stdlib-code":
         for path_name, path in _stdlib_files():
-            content = path.read_bytes()
+            with readable(path):
+                content = path.read_bytes()
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-            yield Document("python", path_name, content.decode(encoding))
+            yield Document("python", path_name, _pieces(content.decode(encoding)))
     elif name == "shakespeare":
         for work, text in shakespeare.read_shakespeare(shakespeare.shakespeare_archive(cache)):
-            yield Document("drama", work, text)
+            yield Document("drama", work, _pieces(text))
     else:
         yield from read_local(_matched_files(name))
+
+
+def read_sources(names: Iterable[str], cache: Path) -> Iterator[Document]:
+    """Yield the documents of all sources, without empty ones, which have nothing to predict.
+
+    Raises:
+        DataError: as `read_documents`, or a source has no text.
+    """
+    for name in names:
+        is_empty = True
+        for document in read_documents(name, cache):
+            if any(document.pieces):
+                is_empty = False
+                yield document
+        if is_empty:
+            raise DataError(f"data source {name!r}", "has no text", "give a source with text, or leave this one out")
+
+
+def _pieces(text: str) -> tuple[str, ...]:
+    return (text,) if text else ()
 
 
 def source_files(name: str) -> list[tuple[str, Path]] | None:
@@ -81,7 +121,7 @@ def source_files(name: str) -> list[tuple[str, Path]] | None:
 def combined_sha256(digests: Mapping[str, str]) -> str:
     """Return the SHA-256 of a source, given those of its files by name, in their order."""
     lines = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _record(name: str, cache: Path) -> SourceRecord:
@@ -94,14 +134,18 @@ def _record(name: str, cache: Path) -> SourceRecord:
 
 
 def _files_record(name: str, version: str, files: Sequence[tuple[str, Path]]) -> SourceRecord:
-    sha256 = combined_sha256({path_name: file_sha256(path) for path_name, path in files})
-    return SourceRecord(name, version, sha256, sum(path.stat().st_size for _, path in files))
+    digests, total = {}, 0
+    for path_name, path in files:
+        with readable(path):
+            digests[path_name] = file_sha256(path)
+            total += path.stat().st_size
+    return SourceRecord(name, version, combined_sha256(digests), total)
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for folder, inner, names in os.walk(root):
+    for folder, inner, names in os.walk(root, onerror=_refuse_folder):
         inner[:] = [each for each in inner if each not in SKIPPED_FOLDERS and not each.startswith(SKIPPED_PREFIXES)]
         for file_name in names:
             if file_name.endswith(".py") and not file_name.startswith(SKIPPED_PREFIXES):
@@ -116,13 +160,18 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     return sorted(files)
 
 
+def _refuse_folder(error: OSError) -> NoReturn:
+    rule = f"has a folder that cannot be read ({error.strerror or error}: {error.filename})"
+    raise DataError("data source 'stdlib-code'", rule, "make it readable for this user, or use another source")
+
+
 def _matched_files(name: str) -> list[tuple[str, Path]]:
     files = local_files(name)
     if files:
         return files
     if close := nearest(name, BUILT_IN):
         remedy = f"did you mean {close!r}?"
-    elif Path(name).expanduser().is_dir():
+    elif Path(name).is_dir():
         remedy = f"give the files in the folder by a glob, such as {Path(name) / '**' / '*.txt'}"
     else:
         remedy = "give a built-in source, or a path or glob that matches at least one such file"

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from dist_moe.errors import DataError
+from dist_moe.files import write_atomically
 
 END = "<|endoftext|>"
 BYTES = 256
@@ -20,9 +21,18 @@ MINIMUM_VOCABULARY = BYTES + 1
 # Encoding takes about a hundred bytes of memory per token, so long texts are encoded in pieces.
 PIECE_CHARACTERS = 65_536
 PIECES_AT_ONCE = 16
+# A text without a place to cut is cut anyway after so many characters; two tokens of such a text may then differ.
+LONGEST_PIECE = 4 * PIECE_CHARACTERS
 # The pre-tokenizer (GPT-2's pattern) never joins a visible character to the white space after it, and looks ahead only
-# from white space, so a cut between the two changes no token.
-CUT = re.compile(r"[!-~](?=[ \n])")
+# from white space, so a cut between the two changes no token. Beyond ASCII: characters that are no white space.
+CUT = re.compile("[!-~\u00a1-\u167f\u1681-\u1fff\u2030-\u205e\u2070-\u2fff\u3001-\ud7ff\U00010000-\U0010ffff](?=[ \n])")
+# Training takes time quadratic in the length of a word, so longer ones (95 is the longest in the built-in sources) are
+# trained on in parts. Encoding does not change.
+LONGEST_WORD = 128
+KINDS = (r"\p{L}", r"\p{N}", r"\s", r"[^\s\p{L}\p{N}]")
+LONG_RUNS = tokenizers.Regex("|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in KINDS))
+# Training takes up to 150 bytes of memory per character; of a larger text, evenly spread pieces are trained on.
+TRAINING_CHARACTERS = 24 << 20
 SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": END,
@@ -95,7 +105,7 @@ class Tokenizer:
         tokenizer with the same ids."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            (folder / name).write_text(content, encoding="utf-8")
+            write_atomically(folder / name, content)
         return [folder / name for name in self.files]
 
 
@@ -108,7 +118,7 @@ def byte_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; over bytes as in GPT-2).
 
-    The same texts give the same tokenizer.
+    The same texts give the same tokenizer. Time is linear in the text, whatever the length of its words.
 
     Args:
         texts: what to train on.
@@ -124,7 +134,8 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
             f"use {MINIMUM_VOCABULARY} or more",
         )
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bounded = pre_tokenizers.Split(LONG_RUNS, "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([bounded, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 1, min_frequency=2, initial_alphabet=byte_alphabet(), show_progress=False
     )
@@ -133,13 +144,35 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
 
 
 def cut(text: str, size: int, where: re.Pattern[str] = CUT) -> Iterator[str]:
-    """Yield the text in pieces of at least `size` characters (the last may be shorter) that no token spans."""
+    """Yield the text in pieces of `size` to `LONGEST_PIECE` characters (the last may be shorter).
+
+    No token spans two of them, unless the text has no place for a cut within the longest piece.
+    """
     start = 0
     while start < len(text):
-        match = where.search(text, start + size - 1)
-        end = match.end() if match else len(text)
+        end = _end(text, start, size, where)
         yield text[start:end]
         start = end
+
+
+def cut_pieces(pieces: Iterable[str], size: int, where: re.Pattern[str] = CUT) -> Iterator[str]:
+    """Yield what `cut` yields for the whole of a text that comes in pieces, with one of them in memory at a time."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        start = 0
+        while len(held) - start > LONGEST_PIECE:
+            end = _end(held, start, size, where)
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    yield from cut(held, size, where)
+
+
+def _end(text: str, start: int, size: int, where: re.Pattern[str]) -> int:
+    # The pattern looks one character ahead.
+    match = where.search(text, start + size - 1, start + LONGEST_PIECE + 1)
+    return match.end() if match else min(len(text), start + LONGEST_PIECE)
 
 
 def byte_alphabet() -> list[str]:

@@ -7,8 +7,6 @@ from types import TracebackType
 
 import numpy as np
 
-from dist_moe.data.files import Document
-
 
 class SplitWriter:
     """Context manager over the files `SPLIT.tokens`, `.starts`, `.domains` (raw arrays) and `.documents.jsonl`.
@@ -22,9 +20,10 @@ class SplitWriter:
         self._dtype = dtype
         self._tokens = 0
         self._text_bytes = 0
+        self._begun = (0, 0)
         with ExitStack() as stack:
             self._token_file, self._start_file, self._domain_file, self._list_file = (
-                stack.enter_context((folder / f"{split}.{kind}").open("wb"))
+                stack.enter_context((folder / f"{split}.{kind}").open("xb"))
                 for kind in ("tokens", "starts", "domains", "documents.jsonl")
             )
             self._files = stack.pop_all()
@@ -38,22 +37,38 @@ class SplitWriter:
     ) -> None:
         self._files.close()
 
-    def add(self, document: Document, domain: int, ids: np.ndarray) -> None:
-        """Append one document.
+    @property
+    def predicted(self) -> int:
+        """The tokens that are predicted from text: all but the first of each document, and its end token."""
+        return self._tokens - 2 * self.documents
+
+    def add(self, ids: np.ndarray, text: str) -> None:
+        """Append a piece of the document that `end` will complete.
 
         Args:
-            document: its name, domain and text.
-            domain: the index of its domain.
-            ids: int64 [tokens], with the end token.
+            ids: int64 [tokens].
+            text: the text of these tokens.
         """
-        text_bytes = len(document.text.encode())
         self._token_file.write(ids.astype(self._dtype).tobytes())
-        self.documents += 1
         self._tokens += len(ids)
-        self._text_bytes += text_bytes
+        self._text_bytes += len(text.encode())
+
+    def end(self, name: str, domain_name: str, domain: int, end_id: int) -> None:
+        """Complete a document by the end token.
+
+        Args:
+            name: of the document.
+            domain_name: of its domain.
+            domain: the index of its domain.
+            end_id: the end token.
+        """
+        self.add(np.array([end_id]), "")
+        self.documents += 1
         self._start_file.write(np.int64(self._tokens).tobytes())
         self._domain_file.write(np.int64(domain).tobytes())
-        entry = {"name": document.name, "domain": document.domain, "tokens": len(ids), "bytes": text_bytes}
+        tokens, text_bytes = self._tokens - self._begun[0], self._text_bytes - self._begun[1]
+        self._begun = (self._tokens, self._text_bytes)
+        entry = {"name": name, "domain": domain_name, "tokens": tokens, "bytes": text_bytes}
         self._list_file.write(json.dumps(entry).encode() + b"\n")
 
     def totals(self) -> dict[str, int]:

@@ -2,20 +2,22 @@
 
 import contextlib
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.mesh import make_mesh, ranks_per_node
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Resolved
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.doctor.context import DoctorContext
@@ -40,6 +42,10 @@ LINGER_S = 2.0
 """How long rank 0 stays after its report: it may host the store that the other ranks wait on."""
 BY_SEVERITY = (Outcome.failed, Outcome.warned, Outcome.passed, Outcome.not_applicable)
 
+STORE_LIMIT_S = 5.0
+"""How much longer than its own limit an operation of the store may take."""
+
+Result = TypeVar("Result")
 Check = Callable[[DoctorContext], Finding]
 
 
@@ -124,7 +130,7 @@ def run_checks(
         mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.all_to_all, resolved.expert_parallel))
         set_pg_timeouts(limit_s)
         context = DoctorContext(resolved, dist_context, mesh, folder, tokenized, limit_s)
-        text_error = next(filter(None, all_gather_objects(text_error)), "")
+        text_error = next(filter(None, all_gather_objects(text_error, str)), "")
         with temporary_folder(folder):
             findings, group_broken = _run_in_order(context, text_error)
             # No rank may remove files that another one still reads.
@@ -153,7 +159,8 @@ def _wait_for_report(rank: int, limit_s: float) -> None:
             store.set(REPORTED_KEY, "1")
             time.sleep(LINGER_S)
         else:
-            store.wait([REPORTED_KEY], timedelta(seconds=3 * limit_s))
+            waited = timedelta(seconds=3 * limit_s)
+            _from_store(lambda: store.wait([REPORTED_KEY], waited), 3 * limit_s + STORE_LIMIT_S)
 
 
 def _run_in_order(context: DoctorContext, text_error: str) -> tuple[list[Finding], bool]:
@@ -208,17 +215,48 @@ def run_on_all_ranks(name: str, check: Check, context: DoctorContext) -> tuple[F
 
 
 def _publish(name: str, rank: int, finding: Finding, role: Role) -> None:
+    content = json.dumps([asdict(finding), role])
     with contextlib.suppress(RuntimeError):  # without a store there are no ranks left that could read it
         store = distributed_c10d._get_default_store()
-        store.set(f"doctor/{name}/{rank}", json.dumps([asdict(finding), role]))
+        _from_store(lambda: store.set(f"doctor/{name}/{rank}", content), STORE_LIMIT_S)
+
+
+def _from_store(work: Callable[[], Result], limit_s: float) -> Result:
+    """Return what an operation of the store returns. It is run in a thread: if rank 0 is stopped, it has no end.
+
+    Raises:
+        RuntimeError: The store does not answer in time, or what it raises.
+    """
+    answers: queue.SimpleQueue[Result | RuntimeError] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            answers.put(work())
+        except RuntimeError as error:
+            answers.put(error)
+
+    threading.Thread(target=call, name="store", daemon=True).start()
+    try:
+        answer = answers.get(timeout=limit_s)
+    except queue.Empty:
+        raise RuntimeError(f"the store did not answer within {limit_s:.0f} s") from None
+    if isinstance(answer, RuntimeError):
+        raise answer
+    return answer
 
 
 def _result_of(name: str, rank: int, deadline_s: float) -> tuple[Finding, Role]:
     """Read another rank's finding from the store, waiting until the deadline (time.monotonic)."""
     store, key = distributed_c10d._get_default_store(), f"doctor/{name}/{rank}"
+    limit_s = max(0.1, deadline_s - time.monotonic())
+
+    def read() -> bytes:
+        store.wait([key], timedelta(seconds=limit_s))
+        content: bytes = store.get(key)
+        return content
+
     try:
-        store.wait([key], timedelta(seconds=max(0.1, deadline_s - time.monotonic())))
-        finding, role = json.loads(store.get(key))
+        finding, role = json.loads(_from_store(read, limit_s + STORE_LIMIT_S))
     except RuntimeError:
         silent = Finding(
             name, Outcome.failed, f"rank {rank} does not answer", "check its host, and run the doctor again"

@@ -53,7 +53,7 @@ class DoctorContext:
     @cached_property
     def message_bytes(self) -> int:
         """Bytes that a rank sends in one all-to-all of a micro-batch, approximately."""
-        tokens = self.config.train.micro_batch_size * self.config.data.sequence_length
+        tokens = self.config.train.sequences_per_forward * self.config.data.sequence_length
         width = int(self.resolved.model_config.get("hidden_size", 1024))
         return tokens * experts_per_token(self.config) * width * (2 if self.bf16 else 4)
 

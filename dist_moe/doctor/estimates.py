@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.doctor.context import DoctorContext, experts_per_token
 from dist_moe.doctor.finding import Finding, Outcome
@@ -119,7 +119,7 @@ def _activation_bytes(config: Config, shape: ModelShape, item: int) -> int:
     model and 4 of the expert. With activation checkpointing each layer keeps its input, and one layer at a time keeps
     everything. Logits are held three times, once in fp32.
     """
-    tokens = config.train.micro_batch_size * config.data.sequence_length
+    tokens = config.train.sequences_per_forward * config.data.sequence_length
     layer = 16 * shape.hidden_size + shape.experts_per_token * (2 * shape.hidden_size + 4 * shape.expert_size)
     recomputed = shape.layers * shape.hidden_size + layer
     kept = recomputed if config.train.activation_checkpointing else shape.layers * layer
@@ -165,7 +165,7 @@ def check_memory(context: DoctorContext, shape: ModelShape, bf16: bool) -> Findi
         device_need = estimate.total - estimate.checkpoint_copy
         on_device = MemoryNeed(f"{host.owner} {device}", device_need, torch.cuda.mem_get_info(device)[0])
         own = [replace(host, needed=estimate.checkpoint_copy), on_device]
-    return compare_memory(estimate, [need for needs in all_gather_objects(own) for need in needs])
+    return compare_memory(estimate, [need for needs in all_gather_objects(own, list[MemoryNeed]) for need in needs])
 
 
 def compare_memory(estimate: MemoryEstimate, needs: Sequence[MemoryNeed]) -> Finding:

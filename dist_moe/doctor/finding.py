@@ -9,6 +9,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from dist_moe.files import write_atomically
+from dist_moe.untrusted import read_text
+
 
 class Outcome(StrEnum):
     """How a check ended."""
@@ -57,13 +60,12 @@ def table(findings: Sequence[Finding]) -> Table:
 
 def write_json(findings: Sequence[Finding], path: Path) -> None:
     """Write the findings as one JSON list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
 
 
 def read_json(path: Path) -> list[Finding]:
     """Read the list that `write_json` wrote."""
-    return [finding_from_dict(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    return [finding_from_dict(record) for record in json.loads(read_text(path))]
 
 
 def finding_from_dict(record: dict[str, str]) -> Finding:

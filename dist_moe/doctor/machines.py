@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from dist_moe.comm.exchange import exchange_rows
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.families.registry import family_of
@@ -28,7 +28,7 @@ WIDTH = 8
 def check_versions(context: DoctorContext) -> Finding:
     """Compare Python, the libraries and the sources of this package over all ranks."""
     own = {**versions(), "dist-moe source": source_digest()[:12]}
-    return compare_versions(all_gather_objects(own))
+    return compare_versions(all_gather_objects(own, dict[str, str | None]))
 
 
 def compare_versions(by_rank: Sequence[Mapping[str, str | None]]) -> Finding:
@@ -55,7 +55,8 @@ def check_placement(context: DoctorContext) -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     backend, device = context.dist_context.backend, context.dist_context.device.type
     layout = f"backend {backend}, device {device}; expert parallel {context.mesh.expert_parallel}"
-    return compare_placement(all_gather_objects((socket.gethostname(), cores, torch.get_num_threads())), layout)
+    own = (socket.gethostname(), cores, torch.get_num_threads())
+    return compare_placement(all_gather_objects(own, tuple[str, int, int]), layout)
 
 
 def compare_placement(by_rank: Sequence[tuple[str, int, int]], layout: str) -> Finding:
@@ -69,7 +70,8 @@ def compare_placement(by_rank: Sequence[tuple[str, int, int]], layout: str) -> F
     for host, cores, threads in by_rank:
         hosts.setdefault(host, []).append((cores, threads))
     oversubscribed = [
-        f"{host}: {sum(threads for _, threads in ranks)} threads of {len(ranks)} ranks on {ranks[0][0]} cores"
+        f"{host}: {counted(sum(threads for _, threads in ranks), 'thread')} of {counted(len(ranks), 'rank')} on "
+        f"{counted(ranks[0][0], 'core')}"
         for host, ranks in hosts.items()
         if len({cores for cores, _ in ranks}) == 1 and sum(threads for _, threads in ranks) > ranks[0][0]
     ]

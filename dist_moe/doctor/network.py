@@ -9,7 +9,7 @@ from contextlib import closing
 
 import torch.distributed as dist
 
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.worker.network import source_address
@@ -29,7 +29,7 @@ def check_ports(context: DoctorContext) -> Finding:
     if mesh.world_size == 1:
         return Finding("ports", Outcome.not_applicable, "one worker opens no connections")
     with closing(socket.create_server((reachable_address(), 0), backlog=mesh.world_size)) as server:
-        addresses: list[tuple[str, int]] = all_gather_objects(server.getsockname()[:2])
+        addresses = all_gather_objects(server.getsockname()[:2], tuple[str, int])
         others = (rank for rank in range(mesh.world_size) if rank != mesh.rank)
         attempts = ((rank, connection_error(addresses[rank], context.limit_s / 8)) for rank in others)
         unreachable = list(
@@ -48,7 +48,7 @@ def check_ports(context: DoctorContext) -> Finding:
 
 def reachable_address() -> str:
     """Return the address at which the other hosts reach this one. A collective call."""
-    addresses = all_gather_objects(source_address(os.environ["MASTER_ADDR"]))
+    addresses = all_gather_objects(source_address(os.environ["MASTER_ADDR"]), str)
     # On the host of MASTER_ADDR itself, the route to that name may lead over the loopback interface.
     external = next((address for address in addresses if not address.startswith("127.")), addresses[0])
     return source_address(external)
@@ -68,7 +68,7 @@ def check_clocks(context: DoctorContext) -> Finding:
     if context.mesh.world_size == 1:
         return Finding("clocks", Outcome.not_applicable, "one worker has one clock")
     dist.barrier()
-    return compare_clocks(all_gather_objects((socket.gethostname(), time.time())))
+    return compare_clocks(all_gather_objects((socket.gethostname(), time.time()), tuple[str, float]))
 
 
 def compare_clocks(clocks: Sequence[tuple[str, float]]) -> Finding:

@@ -22,9 +22,12 @@ def shape_violations(settings: Any) -> list[Violation]:
     """What latent attention and the dense layers need."""
     heads, shared, first = settings.num_attention_heads, settings.num_key_value_heads, settings.first_k_dense_replace
     violations = []
-    if first is None:
+    if first is None or first < 0:
         rule = "does not say which layers are dense"
         violations.append(Violation("model.config.first_k_dense_replace", first, rule, "give 0 or more"))
+    if settings.q_lora_rank is not None and settings.q_lora_rank < 1:
+        remedy = "give 1 or more, or null (queries are not compressed)"
+        violations.append(Violation("model.config.q_lora_rank", settings.q_lora_rank, "is not positive", remedy))
     if shared != heads:
         rule = f"differs from the {heads} attention heads (latent attention has equally many)"
         violations.append(Violation("model.config.num_key_value_heads", shared, rule, f"give {heads}"))
@@ -45,6 +48,19 @@ FAMILY = Family(
     groups_key="n_group",
     topk_groups_key="topk_group",
     positive_keys=("n_shared_experts", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    unsupported_keys={
+        "num_mtp_layers": ((0,), "asks for multi-token prediction, which is not trained here"),
+        "pretraining_tp": ((None, 1), "asks for the tensor parallelism of another program, which the model ignores"),
+    },
+    file_keys={
+        "scoring_func": (("sigmoid",), "asks for another gate function than sigmoid"),
+        "topk_method": (("noaux_tc",), "asks for another selection than top-K with a bias, within expert groups"),
+        "moe_layer_freq": ((1,), "asks for dense layers among the MoE layers"),
+        "ep_size": ((), ""),
+        "aux_loss_alpha": ((), ""),
+        "seq_aux": ((), ""),
+    },
+    rotary_keys_of_attention=("mscale_all_dim",),
     few_layers={"num_hidden_layers": 3, "first_k_dense_replace": 1},
     moe_layers=moe_layers,
     layers_remedy=layers_remedy,

@@ -1,7 +1,7 @@
 """What has to be known of a family of Hugging Face MoE models: one record."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_moe.errors import Violation
@@ -34,6 +34,11 @@ class Family:
         undeclared_keys: keys that the model's code reads although the config class does not declare them.
         positive_keys: keys that the model needs to be 1 or more, besides those of every family.
         few_layers: values of keys with which a model has 2 or 3 layers, MoE layers among them, for quick checks.
+        unsupported_keys: keys that ask for what is not built here -> (the accepted values, why others are refused).
+        switched_keys: keys without effect unless another key is true -> that key.
+        file_keys: keys of a published config.json that the config class does not have -> (the accepted values, why
+            others are refused); none where any value is accepted, since the key does not define the model.
+        rotary_keys_of_attention: keys of rope_parameters that the attention reads, too.
         moe_layers: the indices of the MoE layers, from the Hugging Face config.
         layers_remedy: (key, what to do) where `moe_layers` is empty, from the Hugging Face config.
         shape_violations: what the model's code refuses although the config class accepts it, from the Hugging Face
@@ -58,3 +63,7 @@ class Family:
     topk_groups_key: str | None = None
     undeclared_keys: tuple[str, ...] = ()
     positive_keys: tuple[str, ...] = ()
+    unsupported_keys: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    switched_keys: Mapping[str, str] = field(default_factory=dict)
+    file_keys: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    rotary_keys_of_attention: tuple[str, ...] = ()

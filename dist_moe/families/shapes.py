@@ -6,8 +6,10 @@ from dist_moe.errors import Violation
 from dist_moe.text import divisors, listed
 
 
-def rotary_violations(key: str, width: int) -> list[Violation]:
+def rotary_violations(key: str, width: Any) -> list[Violation]:
     """Rotary position embeddings rotate the elements of a head in pairs."""
+    if type(width) is not int:  # a key that the config class does not declare may have any type
+        return [Violation(f"model.config.{key}", width, "is not an integer", "give an even number, or leave it out")]
     if width >= 2 and width % 2 == 0:
         return []
     rule = "cannot be rotated, since rotary embeddings take its elements in pairs"
@@ -36,3 +38,12 @@ def sparse_step_remedy(settings: Any) -> tuple[str, str]:
     """What to do where `sparse_step_layers` leaves no MoE layer."""
     depth = settings.num_hidden_layers
     return "mlp_only_layers", f"remove a layer from it, with decoder_sparse_step at most {depth}"
+
+
+def sparse_step_violations(settings: Any) -> list[Violation]:
+    """`mlp_only_layers` names layers that the model has."""
+    depth, named = settings.num_hidden_layers, settings.mlp_only_layers
+    if all(0 <= layer < depth for layer in named):
+        return []
+    rule = f"names a layer that is not among the {depth} layers"
+    return [Violation("model.config.mlp_only_layers", named, rule, f"give numbers from 0 to {depth - 1}")]

@@ -37,7 +37,8 @@ RANKS_PER_POLL = 256
 """With more ranks each polls less often, so that rank 0's store gets at most this many requests a second."""
 SHOWN_FRAMES = 4
 REQUEST_KEY, POSITION_KEY = "hang/requested", "hang/position"
-TIMED_OUT = re.compile(r"time[ds]?[ -]?out", re.IGNORECASE)
+# The second is what TORCH_DISTRIBUTED_DEBUG=DETAIL checks before each collective.
+TIMED_OUT = re.compile(r"time[ds]?[ -]?out|failed to pass monitoredBarrier", re.IGNORECASE)
 PACKAGE = str(Path(__file__).parents[1])
 
 

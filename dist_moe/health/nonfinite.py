@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.data.corpus import document_names
 from dist_moe.data.stream import Batch, Rows
 from dist_moe.engine.train_state import TrainState
@@ -170,7 +170,7 @@ def _documents(state: TrainState, rows: Rows) -> tuple[str, ...]:
 def _gather_findings(finding: NonFiniteFinding, ranks: int) -> dict[int, NonFiniteFinding]:
     """Return the findings by rank; only this rank's where the process group no longer works."""
     try:
-        return dict(enumerate(all_gather_objects(finding) if ranks > 1 else [finding]))
+        return dict(enumerate(all_gather_objects(finding, NonFiniteFinding) if ranks > 1 else [finding]))
     except RuntimeError:
         return {dist.get_rank(): finding}
 

@@ -13,7 +13,8 @@ import xxhash
 from torch import Tensor
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.comm.reduce import all_gather_objects, all_reduce_counts
+from dist_moe.comm.objects import all_gather_objects
+from dist_moe.comm.reduce import all_reduce_counts
 from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
 from dist_moe.text import listed
@@ -47,7 +48,7 @@ def check_replicas(state: TrainState, step: int, steps_done: int = 0) -> None:
     (combined,) = all_reduce_counts([own], state.engine.device)
     if all(len(set(part)) == 1 for part in _replicas(combined.tolist(), mesh)):
         return
-    answers = all_gather_objects((dense, experts))
+    answers = all_gather_objects((dense, experts), tuple[dict[str, int], dict[str, int]])
     before = (
         f"they were equal after step {step - interval}"
         if step - interval > steps_done

@@ -1,5 +1,6 @@
 """The hosts of a job, read from its configuration, and how a command reaches each of them."""
 
+import logging
 import os
 import shlex
 import socket
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.cluster import ClusterConfig
+from dist_moe.errors import ABSENT, Violation
 from dist_moe.launch.command import SHELL_SAFE, LaunchError, clean_env, has_devices, threads_per_worker
-from dist_moe.launch.hostfile import filter_hosts, read_hostfile
+from dist_moe.launch.hostfile import Slots, allocated_hosts, filter_hosts, read_hostfile
 from dist_moe.worker.contract import LAUNCH_VARIABLE
-from dist_moe.worker.network import is_local_address
+from dist_moe.worker.network import INTERFACE_VARIABLES, is_local_address
 
+logger = logging.getLogger(__name__)
 CONNECT_LIMIT_S = 10
 # DeepSpeed's launcher forwards variables with these prefixes by itself, unquoted.
 FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
@@ -92,25 +95,24 @@ def ssh_options(settings: ClusterConfig) -> tuple[str, ...]:
     )
 
 
-def read_cluster(settings: ClusterConfig) -> Cluster | None:
-    """Return the cluster of a configuration, or None if it names no host.
+def read_cluster(settings: ClusterConfig, environment: Mapping[str, str] | None = None) -> Cluster | None:
+    """Return the cluster of a configuration, or None if there is no host but this one.
+
+    Without hosts in the configuration they are those of the job of PBS or LSF in which this process runs, if these are
+    several.
+
+    Args:
+        settings: The `cluster` section of the configuration.
+        environment: The variables in which a batch system names the hosts of its job; None for none.
 
     Raises:
         LaunchError: The hostfile is invalid, a host is listed twice, a host's name does not resolve, or the first of
             several hosts has a loopback address.
     """
     addresses = {host.name: host.address for host in settings.hosts}
-    if settings.hosts and settings.hostfile:
-        raise LaunchError(f"cluster.hostfile={settings.hostfile} and cluster.hosts are both set; set one of the two")
-    if len(addresses) < len(settings.hosts):
-        raise LaunchError("cluster.hosts lists a name twice; give each host one entry with all its slots")
-    if settings.hostfile:
-        listed = read_hostfile(settings.hostfile)
-    else:
-        listed = {host.name: list(range(host.slots)) for host in settings.hosts}
-    if not listed:
+    selected = _selected(settings, environment or {})
+    if selected is None:
         return None
-    selected = filter_hosts(listed, settings.include, settings.exclude)
     hosts = [Host(name, tuple(devices), addresses.get(name) or _address(name)) for name, devices in selected.items()]
     if len(hosts) > 1 and (hosts[0].address.startswith("127.") or hosts[0].address == "::1"):
         raise LaunchError(
@@ -120,9 +122,46 @@ def read_cluster(settings: ClusterConfig) -> Cluster | None:
     return Cluster(tuple(hosts), settings, settings.folder or os.getcwd(), settings.python or sys.executable)
 
 
-def _address(name: str) -> str:
+def cluster_violations(settings: ClusterConfig) -> list[Violation]:
+    """Return what is wrong with the hosts that a configuration names. Reads its hostfile, and resolves no name."""
     try:
-        return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        _selected(settings, {})
+    except LaunchError as error:
+        statement, _, remedy = str(error).rpartition("; ")
+        subject, _, rule = statement.partition(" ")
+        return [Violation(subject, ABSENT, rule, remedy)]
+    return []
+
+
+def _selected(settings: ClusterConfig, environment: Mapping[str, str]) -> Slots | None:
+    """Return the hosts and devices that a configuration selects; None if there is no host but this one."""
+    if settings.hosts and settings.hostfile:
+        raise LaunchError(f"cluster.hostfile={settings.hostfile} and cluster.hosts are both set; set one of the two")
+    if len({host.name for host in settings.hosts}) < len(settings.hosts):
+        raise LaunchError("cluster.hosts lists a name twice; give each host one entry with all its slots")
+    if settings.hostfile:
+        listed = read_hostfile(settings.hostfile)
+    elif settings.hosts:
+        listed = {host.name: list(range(host.slots)) for host in settings.hosts}
+    else:
+        source, listed = allocated_hosts(environment)
+        if len(listed) < 2:
+            return None
+        shown = ", ".join(f"{name} slots={len(devices)}" for name, devices in listed.items())
+        logger.warning("the hosts are those of %s: %s (set cluster.hosts for others)", source, shown)
+    return filter_hosts(listed, settings.include, settings.exclude)
+
+
+def _address(name: str) -> str:
+    if "%" in name:
+        raise LaunchError(
+            f"{name} is an address of one link ({name.partition('%')[2]} is an interface of this host), by which other "
+            "hosts cannot reach it; use its global address, or set `address` in its entry of cluster.hosts"
+        )
+    try:
+        found = socket.getaddrinfo(name, None, socket.AF_UNSPEC, socket.SOCK_STREAM)
+        # IPv4 where the host has both.
+        return str(sorted(found, key=lambda entry: entry[0] != socket.AF_INET)[0][4][0])
     except OSError as error:
         raise LaunchError(
             f"the name of the host {name} does not resolve ({error.strerror}); fix the name, or set its address in "
@@ -156,7 +195,7 @@ def forwarded_env(config: Config, cluster: Cluster, base: Mapping[str, str]) -> 
         # Where the hosts' addresses have no names, torch would warn of every connection.
         "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         **({} if has_devices() or config.parallel.backend == "nccl" else {"DS_ACCELERATOR": "cpu"}),
-        **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}),
+        **({} if interface is None else dict.fromkeys(INTERFACE_VARIABLES, interface)),
         **({LAUNCH_VARIABLE: base[LAUNCH_VARIABLE]} if LAUNCH_VARIABLE in base else {}),
         **{name: base[name] for name in cluster.settings.environment},
     }
@@ -186,6 +225,24 @@ def require_shell_safe(where: str, texts: Sequence[str]) -> None:
             raise LaunchError(
                 f"{text!r} reaches a shell through {where}, which does not quote it; use only letters, digits and "
                 "@+=:,./-_ (or move the value to the configuration file), or use --launcher torchrun"
+            )
+
+
+def require_ipv4(cluster: Cluster, what: str) -> None:
+    """Check the hosts of a launcher whose notation of hosts has no IPv6 addresses.
+
+    Args:
+        cluster: The hosts.
+        what: The option that selects the launcher, for the message.
+
+    Raises:
+        LaunchError: A host is named by its IPv6 address.
+    """
+    for host in cluster.hosts:
+        if ":" in host.name:
+            raise LaunchError(
+                f"{what} takes no IPv6 address, and a host is {host.name}; give it a name (in /etc/hosts or "
+                "~/.ssh/config) and set `address` in its entry of cluster.hosts, or use --launcher torchrun"
             )
 
 

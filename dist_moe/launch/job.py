@@ -19,10 +19,15 @@ from dist_moe.launch.launcher import (
 from dist_moe.launch.preflight import check_hosts
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import JobOutcome, run
+from dist_moe.text import counted
 from dist_moe.worker.contract import LAUNCH_VARIABLE
 from dist_moe.worker.network import LOOPBACK, source_address
 
 logger = logging.getLogger(__name__)
+NETWORK_NOTE = (
+    "workers exchange data over the network without encryption or a password; whoever joins it can change what the job "
+    "computes and saves, so keep strangers from it (docs/security.md)"
+)
 HIDDEN = "HIDDEN"
 """Replaces the values of the user's variables, which may be secret, in what is printed."""
 
@@ -50,6 +55,12 @@ class Job:
     def submits(self) -> bool:
         """Whether the job is handed to a queue."""
         return isinstance(self.launcher, Scheduler)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether a worker runs on this host, as far as it is known."""
+        cluster = self.request.cluster
+        return not self.submits and (cluster is None or any(host.is_here for host in cluster.hosts))
 
     def _hosts(self) -> str:
         if self.submits:
@@ -107,14 +118,10 @@ class Job:
             with WorkerMonitor(LOOPBACK, self.workers, run_dir, multi_host=False) as monitor:
                 return run(self.command(os.environ), run_dir, monitor)
         with WorkerMonitor(launch_address(cluster), self.workers, run_dir) as monitor:
+            monitor.output.announce(NETWORK_NOTE)
             checked = check_hosts(cluster, self.request.config, Path(self.request.config_path), monitor.rendezvous)
             job = Job(self.name, replace(self.request, cluster=checked))
-            command = job.command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)})
-            try:
-                return run(command, run_dir, monitor)
-            finally:
-                for path in command.secret_files:
-                    path.unlink(missing_ok=True)
+            return run(job.command({**os.environ, LAUNCH_VARIABLE: str(monitor.rendezvous)}), run_dir, monitor)
 
     def _check_options(self) -> None:
         """Refuse each option that the launcher would ignore."""
@@ -143,13 +150,13 @@ class Job:
             raise LaunchError(f"--launcher {self.name} runs on one host; remove the hosts of the cluster section")
         if request.asked_workers not in (None, request.cluster.workers):
             raise LaunchError(
-                f"--workers {request.asked_workers} contradicts the {request.cluster.workers} slots of the cluster; "
-                "remove it, or choose hosts by cluster.include"
+                f"--workers {request.asked_workers} contradicts the {counted(request.cluster.workers, 'slot')} of "
+                "the cluster; remove it, or choose hosts by cluster.include"
             )
         if request.min_hosts and request.min_hosts > len(request.cluster.hosts):
             raise LaunchError(
-                f"--min-hosts {request.min_hosts} is more than the {len(request.cluster.hosts)} hosts of the cluster; "
-                "use a smaller number"
+                f"--min-hosts {request.min_hosts} is more than the {counted(len(request.cluster.hosts), 'host')} of "
+                "the cluster; use a smaller number"
             )
 
     def _refuse_cluster_options(self) -> None:

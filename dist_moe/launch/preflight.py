@@ -1,5 +1,6 @@
 """Checks every host of a cluster before any worker starts, and reports all faults at once."""
 
+import contextlib
 import json
 import secrets
 import subprocess
@@ -13,6 +14,7 @@ from dist_moe.config.schema import Config
 from dist_moe.launch.cluster import Cluster, Host
 from dist_moe.launch.command import LaunchError
 from dist_moe.launch.supervise.protocol import Rendezvous
+from dist_moe.text import counted
 
 LIMIT_S = 60.0
 SSH_FAILED = 255
@@ -38,7 +40,7 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, rendezvous:
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     mark = f".launch-{secrets.token_hex(8)}"
-    (run_dir / mark).touch()
+    (run_dir / mark).touch(exist_ok=False)
     try:
         question: dict[str, Any] = {
             "config": str(config_path),
@@ -52,8 +54,9 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, rendezvous:
             | {"address": host.address, "port": cluster.settings.port if host is cluster.hosts[0] else None}
             for host in cluster.hosts
         }
-        with ThreadPoolExecutor(max_workers=min(64, len(questions))) as pool:
-            found = pool.map(lambda host: _probe(cluster, host, questions[host]), questions)
+        # The pool waits for its threads, and they for ssh, which Ctrl-C ends first.
+        with ThreadPoolExecutor(max_workers=min(64, len(questions))) as pool, _killed_on_interrupt() as running:
+            found = pool.map(lambda host: _probe(cluster, host, questions[host], running), questions)
             answers = dict(zip(questions, found, strict=True))
     finally:
         (run_dir / mark).unlink(missing_ok=True)
@@ -68,32 +71,51 @@ def check_hosts(cluster: Cluster, config: Config, config_path: Path, rendezvous:
     return replace(cluster, hosts=tuple(replace(host, cores=answered[host]["cores"]) for host in cluster.hosts))
 
 
-def _probe(cluster: Cluster, host: Host, question: dict[str, Any]) -> dict[str, Any] | str:
-    """Return the answer of the probe on a host, or why there is none."""
+@contextlib.contextmanager
+def _killed_on_interrupt() -> Iterator[list[subprocess.Popen[str]]]:
+    """Give a list for processes, which Ctrl-C in the block kills."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        yield running
+    except KeyboardInterrupt:
+        for process in running:
+            process.kill()
+        raise
+
+
+def _probe(
+    cluster: Cluster, host: Host, question: dict[str, Any], running: list[subprocess.Popen[str]]
+) -> dict[str, Any] | str:
+    """Return the answer of the probe on a host, or why there is none; add its process to `running`."""
     probe = (cluster.python, "-m", "dist_moe.launch.probe")
     variables = {"PYTHONSAFEPATH": "1"}
     local = ("env", "-C", cluster.folder, *(f"{name}={value}" for name, value in variables.items()), *probe)
     argv = local if host.is_here else cluster.ssh(host, probe, variables)
     try:
-        result = subprocess.run(
-            argv, input=json.dumps(question), capture_output=True, text=True, timeout=LIMIT_S, check=False
+        process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
         )
     except OSError as error:
         return f"the probe cannot be started ({error}); install what is missing on this host"
+    running.append(process)
+    try:
+        output, errors = process.communicate(json.dumps(question), timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
         return f"does not answer within {LIMIT_S:g} s; check whether it is up, or leave it out (cluster.exclude)"
-    last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-    if result.returncode == SSH_FAILED:
+    last = (errors.strip().splitlines() or ["no output"])[-1]
+    if process.returncode == SSH_FAILED:
         return f"ssh cannot log in ({last}); try `ssh {host.name} true` by hand, or leave it out (cluster.exclude)"
-    if result.returncode != 0:
+    if process.returncode != 0:
         return (
             f"{cluster.python} cannot run the probe in {cluster.folder} ({last}); install the same environment at the "
             "same path, or set cluster.python and cluster.folder"
         )
     try:
-        return dict(json.loads(result.stdout))
+        return dict(json.loads(output))
     except ValueError:
-        return f"the probe printed {result.stdout[:80]!r}; make its shell print nothing when it is not interactive"
+        return f"the probe printed {output[:80]!r}; make its shell print nothing when it is not interactive"
 
 
 def _faults(cluster: Cluster, config: Config, config_path: Path, host: Host, answer: dict[str, Any]) -> Iterator[str]:
@@ -124,7 +146,8 @@ def _too_few_devices(backend: str, answers: dict[Host, dict[str, Any]]) -> list[
         return []
     remedy = "set fewer slots" if backend == "nccl" else "set fewer slots, or set parallel.backend=gloo"
     return [
-        f"{host.name}: it has {count} GPUs for devices {list(host.devices)}; {remedy}" for host, count in short.items()
+        f"{host.name}: it has {counted(count, 'GPU')} for devices {list(host.devices)}; {remedy}"
+        for host, count in short.items()
     ]
 
 

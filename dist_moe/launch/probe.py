@@ -64,7 +64,7 @@ def write_error(folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
-        path.touch()
+        path.touch(exist_ok=False)
         path.unlink()
     except OSError as error:
         return str(error.strerror)

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_moe.errors import needs_folder
+from dist_moe.files import write_atomically
 from dist_moe.launch.cluster import require_shell_safe
 from dist_moe.launch.command import DEFAULT_PORT, OUTER_JOB_VARIABLES, LaunchError
 from dist_moe.launch.launcher import LaunchRequest, load_launchers
 from dist_moe.launch.template import fill_template
+from dist_moe.worker.network import INTERFACE_VARIABLES
 
 # The words of `template.shell_variable`.
 RESERVED = re.compile(r"__[A-Z]+(_[A-Z]+)*__")
@@ -116,7 +118,7 @@ def host_variables(request: LaunchRequest) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads) if isinstance(threads, int) else "1",
         "PYTHONSAFEPATH": "1",
-        **({} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}),
+        **({} if interface is None else dict.fromkeys(INTERFACE_VARIABLES, interface)),
     }
 
 
@@ -126,10 +128,9 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
     Raises:
         UserError: The folder cannot be written.
     """
-    with needs_folder(folder):
+    with needs_folder(folder, "--write"):
         for name, text in texts.items():
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text)
             if path.suffix in (".sh", ".sbatch"):
                 path.chmod(0o755)

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 
+from dist_moe.worker.network import INTERFACE_VARIABLES
+
 PLACEHOLDER = re.compile(r"@([A-Z][A-Z_]*)@")
 
 
@@ -61,5 +63,7 @@ def shell_command(argv: Sequence[str]) -> str:
 
 
 def shell_exports(variables: dict[str, str]) -> str:
-    """Return one `export` line for each variable."""
-    return "\n".join(f"export {name}={shell_text(shlex.quote(value))}" for name, value in variables.items())
+    """Return one `export` line for each variable; that of an interface keeps a value that the user has set."""
+    texts = {name: shell_text(shlex.quote(value)) for name, value in variables.items()}
+    kept = {name: f'"${{{name}:-{texts[name]}}}"' for name in INTERFACE_VARIABLES if name in texts}
+    return "\n".join(f"export {name}={text}" for name, text in (texts | kept).items())

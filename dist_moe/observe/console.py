@@ -1,6 +1,7 @@
 """Terminal output of a run: progress, warnings, evaluations and the final summary."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +18,20 @@ from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
 from dist_moe.text import counted
 
+LIVE_TEXT_WIDTH = 44
+"""Columns for the step and the remaining time of a long run, with a margin."""
+REDRAW_S = 0.2
+NOT_FINITE = (
+    "the validation loss is nan: on this text the model has a value that is not finite; look for skipped steps above, "
+    "and start again with a smaller train.learning_rate, or with train.precision=fp32"
+)
+
 
 class RunConsole:
     """Prints the progress of a run. A context manager, for one process of the run.
 
-    On a terminal, one live line is redrawn at each logged step; otherwise each logged step is a line of its own.
+    Each logged step is a line. On a terminal a live line below them has a bar and the remaining time, and moves with
+    each step; it is removed before the results.
 
     Args:
         steps: optimizer steps of the whole run.
@@ -42,17 +52,20 @@ class RunConsole:
         self._console = console or Console()
         self._clock = clock
         self._started_s = clock()
+        self._drawn_s = -math.inf
         self._progress: Progress | None = None
 
     def __enter__(self) -> Self:
         self._started_s = self._clock()
         if self._console.is_terminal:
-            # Redrawn at each logged step rather than by a thread, which would take time from training.
+            # Redrawn by steps rather than by a thread, which would take time from training. The bar takes what the
+            # text leaves of a narrow terminal.
             self._progress = Progress(
-                BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
+                BarColumn(bar_width=max(1, min(40, self._console.width - LIVE_TEXT_WIDTH))),
                 console=self._console,
                 auto_refresh=False,
+                transient=True,
             )
             self._progress.add_task("starting", total=self._steps, completed=self._first_step)
             self._progress.start()
@@ -61,6 +74,9 @@ class RunConsole:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._remove_live_line()
+
+    def _remove_live_line(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -79,19 +95,28 @@ class RunConsole:
         with contextlib.suppress(OSError):
             self._console.print(content, **options)
 
+    def advance(self, step: int) -> None:
+        """Move the live line, if there is one, to a step that is done; redrawn at most every `REDRAW_S` seconds."""
+        if self._progress is None:
+            return
+        last = step >= self._steps
+        if not last and self._clock() - self._drawn_s < REDRAW_S:
+            return
+        self._drawn_s = self._clock()
+        text = f"{counter(step, self._steps)}  left {format_duration(self._remaining_s(step))}"
+        text = f"{text}  evaluating" if last else text
+        with contextlib.suppress(OSError):
+            self._progress.update(self._progress.task_ids[0], completed=step, description=text, refresh=True)
+
     def step(self, metrics: StepMetrics) -> None:
         """Print one logged step."""
-        line = step_line(metrics, self._steps, self._remaining_s(metrics.step))
-        if self._progress is None:
-            self.log(line)
-            return
-        self._progress.update(self._progress.task_ids[0], completed=metrics.step, description=line, refresh=True)
+        self.log(step_line(metrics, self._steps, self._remaining_s(metrics.step)))
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
         """Print one evaluation."""
         self.log(evaluation_line(metrics))
 
-    def summary(self, metrics: EvaluationMetrics, paths: Mapping[str, Path], tensorboard: Path | None) -> None:
+    def summary(self, metrics: EvaluationMetrics, paths: Mapping[str, Path | str], tensorboard: Path | None) -> None:
         """Print the results of the run: loss, load of each layer, and the paths of its files.
 
         Args:
@@ -99,9 +124,13 @@ class RunConsole:
             paths: files and folders, by a short name.
             tensorboard: the folder of event files; None if there are none.
         """
+        self._remove_live_line()
         self._print(summary_table(metrics))
-        self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token after {counted(metrics.step, 'step')}")
+        trained = f" after {counted(metrics.step, 'step')}" if metrics.step else ""
+        self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token{trained}")
         self.log(f"bits per byte    {metrics.bits_per_byte:.4f}")
+        if math.isnan(metrics.validation_loss):
+            self.warn(NOT_FINITE)
         for name, path in paths.items():
             self.log(f"{name:<16} {path}")
         if tensorboard is not None:
@@ -123,7 +152,7 @@ def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> st
         remaining_s: estimated seconds to the end of the run; None if unknown.
     """
     parts = [
-        f"step {metrics.step:>{len(str(steps))}}/{steps}",
+        counter(metrics.step, steps),
         f"loss {metrics.loss:.4f}",
         f"{metrics.tokens_per_s:,.0f} tokens/s",
     ]
@@ -138,6 +167,11 @@ def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> st
         parts.append(f"skipped {metrics.skipped_steps}" + (" (including this step)" if metrics.skipped else ""))
     parts.append(f"left {format_duration(remaining_s)}")
     return "  ".join(parts)
+
+
+def counter(step: int, steps: int) -> str:
+    """Format which step of the run this is, always in the same width."""
+    return f"step {step:>{len(str(steps))}}/{steps}"
 
 
 def evaluation_line(metrics: EvaluationMetrics) -> str:

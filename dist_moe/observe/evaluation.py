@@ -23,7 +23,7 @@ class EvaluationMetrics:
 
     step: int
     validation_loss: float  # nats per label token
-    bits_per_byte: float
+    bits_per_byte: float  # NaN where no text was predicted, of documents of one token
     tokens: int  # label tokens
     bytes: int  # of text that the label tokens cover
     max_vio_global: float
@@ -63,24 +63,21 @@ def evaluation_metrics(
         step: training steps before the evaluation.
         total_nats: cross entropy summed over the label tokens.
         tokens: label tokens, at least 1.
-        text_bytes: bytes of text that the label tokens cover, at least 1.
+        text_bytes: bytes of text that the label tokens cover; 0 where each of them is an end token.
         load_L: L tensors [E] int64, counts of the whole evaluation.
         k_histogram_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
 
     Raises:
         TypeError: a load or the counts of tokens are not int64.
-        ValueError: no token or no byte was evaluated, or counts are malformed.
+        ValueError: no token was evaluated, or counts are malformed.
     """
-    if tokens < 1 or text_bytes < 1:
-        raise ValueError(
-            f"evaluated {tokens} label tokens and {text_bytes} bytes; a loss per token and byte needs at "
-            "least one of each; evaluate more sequences (observe.validation_sequences)"
-        )
+    if tokens < 1:
+        raise ValueError("evaluated no label token; evaluate more sequences (observe.validation_sequences)")
     measures = measure_load(load_L)
     return EvaluationMetrics(
         step=step,
         validation_loss=total_nats / tokens,
-        bits_per_byte=total_nats / math.log(2) / text_bytes,
+        bits_per_byte=total_nats / math.log(2) / text_bytes if text_bytes else math.nan,
         tokens=tokens,
         bytes=text_bytes,
         max_vio_global=mean(measures.max_vio_per_layer),

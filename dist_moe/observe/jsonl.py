@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dist_moe.files import open_no_link
 from dist_moe.text import counted
 
 BLOCK_BYTES = 1 << 16
@@ -32,7 +33,7 @@ class LineFile:
             OSError: the file cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab"):
+        with open(self.path, "ab", opener=open_no_link):
             pass
         _truncate_incomplete_line(self.path)
 
@@ -57,7 +58,7 @@ class LineFile:
 
     def _append(self, content: bytes) -> None:
         # Unbuffered: a full disk may accept a part of the line, which the next `create` cuts off.
-        with self.path.open("ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=open_no_link) as file:
             written = 0
             while written < len(content):
                 written += file.write(content[written:])
@@ -65,7 +66,7 @@ class LineFile:
 
 def _truncate_incomplete_line(path: Path) -> None:
     """Remove what follows the last line break, searching backwards from the end in blocks."""
-    with path.open("rb+") as file:
+    with open(path, "rb+", opener=open_no_link) as file:
         end = file.seek(0, os.SEEK_END)
         position = end
         while position > 0:

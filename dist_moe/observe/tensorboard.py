@@ -239,7 +239,8 @@ def _probe(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".probe-{os.getpid()}"
     try:
-        path.write_bytes(bytes(PROBE_BYTES))
+        with path.open("xb") as file:
+            file.write(bytes(PROBE_BYTES))
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

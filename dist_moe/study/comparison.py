@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dist_moe.files import write_atomically
 from dist_moe.observe.record import host, source_state, versions
 from dist_moe.study import tables
 from dist_moe.study.policies import HEADINGS, VARIANTS, Result, Run, ratio_by_seed, table_rows
@@ -24,8 +25,8 @@ def write_comparison(out: Path, runs: Sequence[Run], results: Sequence[Result]) 
         "commands": [list(run.argv[3:]) for run in runs],
         "results": [asdict(result) for result in results],
     }
-    (out / "results.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown(results), encoding="utf-8")
+    write_atomically(out / "results.json", json.dumps(plain, indent=1) + "\n")
+    write_atomically(out / "table.md", markdown(results))
     draw(out / "policies.png", results)
 
 

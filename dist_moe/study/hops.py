@@ -21,7 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_moe.comm.init import init_distributed, set_threads
-from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
+from dist_moe.comm.mesh import Mesh, MeshError, consecutive_ranks_per_host, hosts_of_ranks, make_mesh
+from dist_moe.errors import needs_folder
+from dist_moe.files import write_atomically
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.study.tables import terminal_table
@@ -83,19 +85,44 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table
     Raises:
         RankInfoError: the launcher's environment is incomplete.
         MeshError: the ranks are not on several hosts, with equally many on each.
+        RunFolderError: `out` cannot be written.
     """
     rank_info = rank_info_from_env(os.environ)
+    if out is not None and rank_info.rank == 0:
+        # Before minutes of measurements, and again when it is written.
+        with needs_folder(out, "--out", "file"):
+            out.parent.mkdir(parents=True, exist_ok=True)
     set_threads(1, rank_info)
     with init_distributed(rank_info, "auto", TIMEOUT_S) as dist_context:
-        mesh = make_mesh(rank_info.world_size, ranks_per_node(HIERARCHICAL, rank_info.world_size))
+        mesh = make_mesh(rank_info.world_size, _ranks_per_host(rank_info.world_size))
         timings = measure(mesh, sizes, repetitions, dist_context.device)
     if rank_info.rank != 0:
         return []
     if out is not None:
-        out.write_text(json.dumps([asdict(timing) | {"ratio": timing.ratio} for timing in timings], indent=1) + "\n")
+        records = [asdict(timing) | {"ratio": timing.ratio} for timing in timings]
+        with needs_folder(out, "--out", "file"):
+            write_atomically(out, json.dumps(records, indent=1) + "\n")
     experts = EXPERTS_PER_RANK * rank_info.world_size
     ranks = f"{rank_info.world_size} ranks on several hosts by {dist_context.backend}"
     return [terminal_table(f"{ranks}, {experts} experts, medians of {repetitions}", HEADINGS, rows(timings))]
+
+
+def _ranks_per_host(world_size: int) -> int:
+    """Return the number of ranks on each host; a collective call.
+
+    Raises:
+        MeshError: The ranks are not on several hosts, with the same number on each.
+    """
+    hosts = hosts_of_ranks()
+    block = consecutive_ranks_per_host(hosts, world_size)
+    if block == 0:
+        raise MeshError(
+            f"`dist-moe study hops` measures between hosts, and needs several with the same number of ranks on each; "
+            f"its {world_size} ranks are on {', '.join(hosts)}: start it on several hosts, for example by `torchrun "
+            "--nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST0:29500 -m dist_moe study hops` on "
+            "each"
+        )
+    return block
 
 
 def measure(mesh: Mesh, sizes: Sequence[Size], repetitions: int, device: torch.device) -> list[HopTiming]:

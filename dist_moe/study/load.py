@@ -3,13 +3,12 @@
 Shapes: S logged steps, E experts of one layer.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,10 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, needs_folder, reason_of
 from dist_moe.observe.heatmap import MAX_RATIO, colors
 from dist_moe.text import listed
+from dist_moe.untrusted import parse_json, read_json, read_text
 
 Theme = Literal["light", "dark"]
 # Background, text and grid of a page on GitHub, so that the image blends in.
@@ -31,6 +32,24 @@ THEMES: dict[Theme, tuple[str, str, str]] = {
 # Okabe and Ito's colors, which are distinct to color-blind readers and on both backgrounds.
 LINE_COLORS = ("#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#E69F00")
 WIDTH_INCHES, DPI = 9.0, 200
+LARGEST_METRICS = 1 << 30
+
+
+class LoggedStep(BaseModel):
+    """What is read of the record of a step in metrics.jsonl."""
+
+    step: PositiveInt
+    skipped: bool
+    max_vio: FiniteFloat
+    max_vio_floor: FiniteFloat
+    max_vio_per_layer: list[FiniteFloat]
+    load: list[Annotated[list[NonNegativeInt], Field(min_length=1)]]
+
+    @model_validator(mode="after")
+    def _has_equal_layers(self) -> "LoggedStep":
+        if len(self.load) != len(self.max_vio_per_layer):
+            raise ValueError(f"{len(self.load)} layers of load, {len(self.max_vio_per_layer)} of MaxVio")
+        return self
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,7 @@ def read_histories(folders: Sequence[Path]) -> list[LoadHistory]:
 
 def _policy(folder: Path) -> str:
     try:
-        policy = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]["balance"]["policy"]
+        policy = read_json(folder / "run.json", follow=True)["config"]["balance"]["policy"]
     except (OSError, ValueError, KeyError, TypeError):
         return folder.name
     return str(policy)
@@ -87,26 +106,41 @@ def _policy(folder: Path) -> str:
 def _read_history(folder: Path, label: str) -> LoadHistory:
     path = folder / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        # A run that is writing may have begun a line.
+        lines = read_text(path, follow=True, largest=LARGEST_METRICS).split("\n")[:-1]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name the run.dir of a run") from None
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); name the run.dir of a run") from None
     # A resumed run may have logged a step twice; the last record is valid.
-    steps: dict[int, dict[str, Any]] = {}
-    for record in records:
-        if record.get("event") == "step" and record["load"] and not record["skipped"]:
-            steps[record["step"]] = record
+    steps: dict[int, LoggedStep] = {}
+    for number, line in enumerate(lines, start=1):
+        if (record := _parse_step(line, f"{path}, line {number}")) and record.load and not record.skipped:
+            steps[record.step] = record
     if not steps:
         raise UserError(f"{path} has no logged step with a load; name a run of an MoE model that has logged a step")
     ordered = [steps[step] for step in sorted(steps)]
+    if len({tuple(map(len, record.load)) for record in ordered}) > 1:
+        raise UserError(f"{path} has steps of models with different layers or experts; name the run.dir of one run")
     return LoadHistory(
         label=label,
-        steps=[record["step"] for record in ordered],
-        max_vio=[record["max_vio"] for record in ordered],
-        floor=[record["max_vio_floor"] for record in ordered],
-        max_vio_per_layer=[record["max_vio_per_layer"] for record in ordered],
-        load=[record["load"] for record in ordered],
+        steps=[record.step for record in ordered],
+        max_vio=[record.max_vio for record in ordered],
+        floor=[record.max_vio_floor for record in ordered],
+        max_vio_per_layer=[record.max_vio_per_layer for record in ordered],
+        load=[record.load for record in ordered],
     )
+
+
+def _parse_step(line: str, where: str) -> LoggedStep | None:
+    """Return the record of a step; None for one of another event."""
+    try:
+        record = parse_json(line)
+        return LoggedStep.model_validate(record, strict=True) if record.get("event") == "step" else None
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        key = ".".join(map(str, found["loc"])) or "step"
+        raise UserError(f"{where} is not the record of a step ({key}: {found['msg']}); name another run.dir") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}); name another run.dir") from None
 
 
 def least_balanced_layer(histories: Sequence[LoadHistory]) -> int:
@@ -127,7 +161,7 @@ def draw_load_figure(
         theme: colors for a light or a dark page.
 
     Raises:
-        UserError: there is no such layer.
+        UserError: there is no such layer, or the file cannot be written.
     """
     layers = len(histories[0].load[0])
     if layer is not None and not 0 <= layer < layers:
@@ -157,8 +191,9 @@ def draw_load_figure(
     bar.set_label("load / mean (black: no tokens)", color=text, fontsize=10)
     bar.ax.tick_params(colors=text, labelsize=10)
     bar.outline.set_edgecolor(grid)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor=background)
+    with needs_folder(path, "--out", "file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI, facecolor=background, format="png")
 
 
 def _draw_curves(axes: Axes, histories: Sequence[LoadHistory], text: str, grid: str) -> None:

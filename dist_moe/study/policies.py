@@ -4,6 +4,7 @@ Each run is `dist-moe train` in a separate process with one worker and one threa
 runs are not repeated, so an interrupted study resumes.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,8 @@ from statistics import fmean
 from typing import Any
 
 from dist_moe.config import load_config, resolve
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, needs_folder
+from dist_moe.files import open_no_link
 from dist_moe.study.tables import format_mean
 from dist_moe.text import counted
 
@@ -161,8 +163,10 @@ def train_all(runs: Sequence[Run], jobs: int, log: Callable[[str], None]) -> lis
 
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "output.txt").open("wb") as output:
+    with contextlib.ExitStack() as stack:
+        with needs_folder(run.folder, "--out"):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(open(run.folder / "output.txt", "wb", opener=open_no_link))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(run.argv, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

@@ -1,10 +1,7 @@
 """Evaluation on held-out text: loss, bits per byte, and the load over the whole set."""
 
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,21 +9,13 @@ import torch
 from torch import nn
 
 from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts
-from dist_moe.checkpoint.errors import WeightsError
-from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
-from dist_moe.comm.init import init_distributed, set_threads
-from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_scalars
-from dist_moe.config import Config, load_stored_config
-from dist_moe.config.pretrained import text_vocabulary
-from dist_moe.data.cache import cache_folder
-from dist_moe.data.corpus import TokenizedData, prepare
-from dist_moe.data.load_tokenizer import load_tokenizer
+from dist_moe.config import Config
+from dist_moe.data.corpus import TokenizedData
 from dist_moe.data.stream import IGNORE_INDEX, Stream
-from dist_moe.families.registry import family_of
-from dist_moe.model.task import LanguageModelTask, Output
+from dist_moe.model.task import Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
-from dist_moe.worker.rank_info import rank_info_from_env
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,9 @@ def validation_set(config: Config, data: TokenizedData) -> ValidationSet:
     stream = Stream(data.validation, config.data.sequence_length, seed=0)
     limit = config.observe.validation_sequences
     rows = min(limit, stream.rows_per_epoch) if limit else stream.rows_per_epoch
-    return ValidationSet(stream, data.tokenizer.token_bytes_V, rows, config.train.micro_batch_size)
+    # Further rows of a forward would be padding alone.
+    size = max(1, min(config.train.sequences_per_forward, rows))
+    return ValidationSet(stream, data.tokenizer.token_bytes_V, rows, size)
 
 
 @torch.no_grad()
@@ -118,51 +109,3 @@ def _forward(
     # The balancer is not involved in an evaluation, so the histograms of margins are neither kept nor summed.
     routing_counts = [layer_counts._replace(margins_EQ=None) for layer_counts in output.routing_counts]
     return nats, labels.size, int(text.token_bytes_V[labels].sum()), routing_counts
-
-
-def model_folder(checkpoint: Path) -> Path:
-    """Return the weights folder of a checkpoint: `checkpoint` itself, or its folder `model`."""
-    return checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
-
-
-def evaluate_checkpoint(checkpoint: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a checkpoint on the validation text of its own configuration.
-
-    Works in a single process or as one worker of a launcher.
-
-    Args:
-        checkpoint: A step-NNNNNN folder.
-        overrides: `key=value` replacements in the configuration that the checkpoint holds.
-
-    Returns:
-        The record that the run itself writes at its end.
-
-    Raises:
-        WeightsError: The folder is not a checkpoint, or its tokenizer differs from the one that the text gives.
-    """
-    config_file = checkpoint / "config.yaml"
-    if not config_file.is_file():
-        raise WeightsError(f"{checkpoint} has no config.yaml; give a step-NNNNNN folder of a run")
-    config = load_stored_config(config_file, overrides)
-    rank_info = rank_info_from_env(os.environ)
-    set_threads(config.run.threads, rank_info)
-    data_config, folder = config.data, model_folder(checkpoint)
-    vocabulary, fraction = text_vocabulary(config), data_config.validation_fraction
-    data = prepare(data_config.sources, data_config.tokenizer, vocabulary, fraction, cache_folder(), folder)
-    stored = load_tokenizer(folder)
-    if not np.array_equal(stored.token_bytes_V, data.tokenizer.token_bytes_V):
-        raise WeightsError(
-            f"the tokenizer of {checkpoint} is not the one that data.sources={data_config.sources} gives now; the text "
-            "has changed since, so evaluate it where the text is unchanged"
-        )
-    with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:
-        mesh = make_mesh(rank_info.world_size if _experts_divide(checkpoint, rank_info.world_size) else 1)
-        task = LanguageModelTask(load_weights(folder, mesh)).to(dist_context.device)
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint.name.startswith("step-") else 0
-        return evaluate(task, validation_set(config, data), mesh, dist_context.device, step).as_dict()
-
-
-def _experts_divide(checkpoint: Path, workers: int) -> bool:
-    config, _ = read_config(model_folder(checkpoint))
-    experts: int = getattr(config, family_of(config.model_type).experts_key)
-    return experts % workers == 0

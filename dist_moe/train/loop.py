@@ -43,14 +43,14 @@ def train(run: Run) -> None:
         for step in range(run.steps_done + 1, steps + 1):
             health.before_step(step)
             try:
-                record, flags = run_step(run, step, RankFlags(bool(requested), checkpoints.shard_written))
+                record, flags = run_step(run, step, rank_flags(bool(requested), checkpoints))
             except DataError:
                 checkpoints.save_before_error(step - 1)
                 raise
             if flags.shard_written:
                 checkpoints.finalize()
             health.after_step(step, record.taken, record.scales, micro_batches(run.resolved, run.mesh, step))
-            checkpoints.after_step(step, record.taken, flags.stop_requested)
+            checkpoints.after_step(step, record.taken, flags.stop_requested, flags.save_due)
             if flags.stop_requested and step < steps:
                 run.report.stopped(step, checkpoints.newest)
                 checkpoints.close()
@@ -60,6 +60,11 @@ def train(run: Run) -> None:
     metrics = evaluate(run.state.task, data, run.mesh, run.state.engine.device, max(run.steps_done, steps))
     run.report.evaluation(metrics, checkpoints.newest)
     checkpoints.close()
+
+
+def rank_flags(stop_requested: bool, checkpoints: CheckpointSchedule) -> RankFlags:
+    """Return this rank's flags before a step."""
+    return RankFlags(stop_requested, checkpoints.shard_written, save_due=checkpoints.due_by_time)
 
 
 def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlags]:
@@ -98,6 +103,6 @@ def micro_batches(resolved: Resolved, mesh: Mesh, step: int) -> list[Rows]:
     The global batch is the same rows of the stream for any number of workers; each worker takes a block of it.
     """
     train = resolved.config.train
-    share = train.global_batch_size // mesh.world_size
+    share, micro = train.global_batch_size // mesh.world_size, train.sequences_per_forward
     first = (step - 1) * train.global_batch_size + mesh.rank * share
-    return [Rows(first + offset, train.micro_batch_size) for offset in range(0, share, train.micro_batch_size)]
+    return [Rows(first + offset, micro) for offset in range(0, share, micro)]

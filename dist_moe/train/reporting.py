@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_moe.checkpoint.async_saver import Saved
+from dist_moe.checkpoint.format.hf_weights import own_type_of_model
 from dist_moe.checkpoint.format.layout import checkpoints_root
 from dist_moe.checkpoint.resume import Checkpoint, job_id
 from dist_moe.comm.init import DistContext
@@ -17,16 +18,20 @@ from dist_moe.comm.reduce import all_reduce_scalars
 from dist_moe.config import Config, Resolved, dump_config
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.errors import needs_folder
+from dist_moe.files import others_may_write
 from dist_moe.model.task import LanguageModelTask
-from dist_moe.observe.alerts import LoadAlerts
+from dist_moe.observe.alerts import EARLY_STEPS, LoadAlerts
 from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, archive_previous_run
 from dist_moe.observe.tensorboard import TensorBoardWriter
+from dist_moe.policies.unbalanced import Unbalanced
 from dist_moe.text import counted
 from dist_moe.train.microbatch_vio import microbatch_max_vio
 from dist_moe.train.step import StepRecord
+
+UNBALANCED = Unbalanced.name()
 
 
 class Report:
@@ -56,7 +61,12 @@ class Report:
         self.dist_context = dist_context
         self.mesh = mesh
         self.recorder, self.console, self.board = recorder, console, board
-        self._alerts = LoadAlerts(config.observe.max_vio_limit, config.observe.max_vio_patience)
+        self._alerts = LoadAlerts(
+            config.observe.max_vio_limit,
+            config.observe.max_vio_patience,
+            early_steps=max(EARLY_STEPS, config.train.warmup_length),
+            balanced=config.balance.policy != UNBALANCED,
+        )
         self._checkpoint = checkpoint
         self._skipped_steps = 0 if checkpoint is None else checkpoint.counters.step - checkpoint.counters.taken
         self._seconds = 0.0
@@ -87,16 +97,26 @@ class Report:
         total = others + experts * self.mesh.expert_parallel
         self.console.log(
             f"{self.config.model.architecture}: {total / 1e6:.1f} M parameters, "
-            f"{counted(len(task.layers), 'MoE layer')} with {resolved.experts} experts each; "
+            f"{counted(len(task.layers), 'MoE layer')} of {counted(resolved.experts, 'expert')}; "
             f"{counted(self.mesh.world_size, 'worker')}, expert parallel {self.mesh.expert_parallel}, "
             f"ZeRO {self.config.parallel.zero_stage}"
         )
+        if own_type := own_type_of_model(task.model, self.config.balance.moves_bias):
+            self.console.log(own_type)
         names = ", ".join(layer.name for layer in task.layers)
-        self.console.log(f"balancing policy {self.config.balance.policy} on layers {names}")
+        if self.config.balance.policy == UNBALANCED:
+            self.console.log(f"balance.policy={UNBALANCED}: the load is measured but not balanced, without warnings")
+        else:
+            plural = "s"[: len(task.layers) > 1]
+            self.console.log(f"balancing policy {self.config.balance.policy} on layer{plural} {names}")
         tokens = [len(corpus.tokens) for corpus in (tokenized.train, tokenized.validation)]
-        self.console.log(f"text: {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        self.console.log(f"text: {counted(tokens[0], 'token')} to train on, {tokens[1]:,} held out")
+        for note in tokenized.notes:
+            self.console.log(f"text: {note}")
         if self._checkpoint is not None:
             self.console.warn(*self._checkpoint.passed_over)
+            for change in self._checkpoint.changes:
+                self.console.log(f"changed since the checkpoint: {change}")
             self.console.log(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
             if self._checkpoint.counters.step >= self.config.train.steps:
                 self.console.log(
@@ -129,6 +149,7 @@ class Report:
         self._seconds += seconds
         self._steps += 1
         self._skipped_steps += not record.taken
+        self._advance(step)
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
         nll, auxiliary, microbatch_vio_L = self._over_ranks(record)
@@ -163,6 +184,11 @@ class Report:
         self.console.warn(*self._alerts.check(metrics))
         if self.board is not None:
             self.board.step(metrics)
+
+    def _advance(self, step: int) -> None:
+        """Move the bar on the terminal, between logged steps too."""
+        if self.console is not None:
+            self.console.advance(step)
 
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
         """Return, over all ranks: sum of -ln p, auxiliary loss, (micro-batch MaxVio, floor) of each layer."""
@@ -245,6 +271,8 @@ def open_report(
         if config.observe.tensorboard:
             board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.warn))
         stack.enter_context(console)
+        if reason := others_may_write(folder):
+            console.warn(f"run.dir={folder} can be changed by others ({reason}); use `chmod go-w`, or another folder")
         if aside is not None:
             console.log(f"the files of an earlier run in {folder} were moved to {aside}")
         yield Report(config, dist_context, mesh, recorder, console, board, checkpoint)

@@ -27,5 +27,4 @@ class Schedule:
 def learning_rate_schedule(config: Config) -> Schedule:
     """Return the schedule of a run."""
     train = config.train
-    steps = train.schedule_steps or train.steps
-    return Schedule(train.learning_rate, train.warmup_steps, steps, train.final_learning_rate_ratio)
+    return Schedule(train.learning_rate, train.warmup_length, train.schedule_length, train.final_learning_rate_ratio)

@@ -14,7 +14,7 @@ from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, 
 from dist_moe.checkpoint.training_state import seed_rng
 from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
-from dist_moe.comm.reduce import all_gather_objects
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.data.cache import cache_folder
@@ -26,6 +26,8 @@ from dist_moe.errors import DataError
 from dist_moe.health.hang_detector import HangDetector, hang_detector
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.task import LanguageModelTask
+from dist_moe.status import print_status
+from dist_moe.text import listed
 from dist_moe.train.reporting import Report, open_report
 from dist_moe.worker.exit import exit_hard
 from dist_moe.worker.rank_info import RankInfo
@@ -77,6 +79,8 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
     """
     config = resolved.config
     set_threads(config.run.threads, rank_info)
+    if rank_info.rank == 0:
+        print_status(f"preparing text: {listed(config.data.sources, last='and', most=3)}")
     data = tokenize(config)
     with contextlib.ExitStack() as stack:
         dist_context = stack.enter_context(
@@ -134,7 +138,7 @@ def check_same_data(config: Config, data: TokenizedData) -> None:
     Raises:
         DataError: Ranks hold different tokens; raised on every rank.
     """
-    fingerprints = all_gather_objects(data.fingerprint)
+    fingerprints = all_gather_objects(data.fingerprint, str)
     other = next((rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]), None)
     if other is not None:
         raise DataError(
@@ -180,7 +184,7 @@ def engine_settings(resolved: Resolved, device: torch.device) -> EngineSettings:
     train = resolved.config.train
     return EngineSettings(
         zero_stage=resolved.config.parallel.zero_stage,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=train.sequences_per_forward,
         accumulation=resolved.accumulation,
         optimizer=train.optimizer,
         gradient_clipping=train.gradient_clipping,

@@ -1,25 +1,44 @@
 """What a launch and its workers agree on: exit codes, signals, variables, file names and formats. Imports no torch."""
 
 import json
+import re
 import signal
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_moe.untrusted import read_json
+
 LAUNCH_VARIABLE = "DIST_MOE_LAUNCH"
 """Set by a launch for its workers: where its agents connect, or, below an agent, the process of the agent."""
+LAUNCH_FILE_VARIABLE = "DIST_MOE_LAUNCH_FILE"
+"""Set by a worker whose DIST_MOE_LAUNCH named a file: the former value, which its launcher still has."""
+NOTICE_VARIABLE = "DIST_MOE_NOTICE"
+"""Set by an agent for its worker: a file descriptor to write to once the error report is in its file."""
 VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 KEPT_DEVICES_VARIABLE = "DIST_MOE_VISIBLE_DEVICES"
 """A copy of the user's CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher overwrites; the worker restores it."""
+PORT_VARIABLE = "DIST_MOE_PORT"
+"""A port for the workers' store in place of MASTER_PORT, which torchrun chooses among those of outgoing connections."""
+SECRET_VARIABLE = "DIST_MOE_RENDEZVOUS_SECRET"
+"""Proves to the torchrun of each host that a state of the rendezvous is of this launch; in hexadecimal digits."""
+BACKEND = "dist-moe"
+"""The name of the rendezvous of `dist_moe/comm/rendezvous.py` for torchrun."""
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 STOPPED_CODE = 75
 """Exit code of a worker that stopped on request after it had saved a checkpoint (EX_TEMPFAIL of sysexits.h)."""
+OF_THE_JOB = ("ConfigError", "JobCheckpointError", "RunChangedError")
+"""Exceptions that every rank raises with the same message, which names no rank or the right one."""
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Requests to save a checkpoint and stop; Slurm sends SIGUSR1 before a time limit."""
 MAX_MESSAGE_CHARACTERS = 8000
 """Of an exception's message in an error report; the traceback below it has all of it."""
+
+
+PROCESS_IDENTITY = re.compile("[0-9]{1,9}:[0-9]{1,18}")
+"""What `process_identity` returns."""
 
 
 class WorkerState(StrEnum):
@@ -93,8 +112,10 @@ class ErrorReport(NamedTuple):
         head = text.split("\n\n", 1)[0]
         fields = dict(line.split(": ", 1) for line in head.splitlines())
         time = datetime.fromisoformat(fields["time"]).timestamp()
-        message = json.loads(fields["message"])
-        return cls(time, int(fields["rank"]), int(fields["code"]), fields["exception"], message)
+        message, code = json.loads(fields["message"]), int(fields["code"])
+        if not (isinstance(message, str) and 0 < code < 256):
+            raise ValueError("a message that is no text, or a code that is no exit code of a failure")
+        return cls(time, int(fields["rank"]), code, fields["exception"], message[:MAX_MESSAGE_CHARACTERS])
 
 
 def error_file(run_dir: Path, rank: int) -> Path:
@@ -115,7 +136,7 @@ def log_file(run_dir: Path, rank: int) -> Path:
 def read_state(run_dir: Path, rank: int) -> str | None:
     """Return the state in a worker's record, or None where there is no record."""
     try:
-        return json.loads(record_file(run_dir, rank).read_text(encoding="utf-8")).get("state")
+        return read_json(record_file(run_dir, rank)).get("state")
     except FileNotFoundError:
         return None
 

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from dist_moe.errors import ConfigError, RunFolderError, UserError, needs_folder
-from dist_moe.files import write_atomically
+from dist_moe.errors import RunFolderError, UserError, needs_folder
+from dist_moe.files import open_no_link, write_atomically
 from dist_moe.worker.contract import (
     INTERRUPTED_CODE,
     LAUNCH_VARIABLE,
+    NOTICE_VARIABLE,
+    OF_THE_JOB,
     STOPPED_CODE,
     USER_ERROR_CODE,
     ErrorReport,
@@ -27,6 +29,7 @@ from dist_moe.worker.contract import (
     record_file,
     start_time,
 )
+from dist_moe.worker.shared_storage import try_again
 
 END_BY_LAUNCH_S = 5.0
 """How long a worker with a user's error waits for the launch to end it."""
@@ -52,8 +55,8 @@ def report_failure(run_dir: str | Path, rank: int) -> Iterator[None]:
     """
     folder = Path(run_dir)
     with exit_hard(folder, rank), needs_folder(folder):
-        error_file(folder, rank).unlink(missing_ok=True)
-        write_record(folder, rank, WorkerState.RUNNING)
+        try_again(lambda: error_file(folder, rank).unlink(missing_ok=True))
+        try_again(lambda: write_record(folder, rank, WorkerState.RUNNING))
     end_with_launch(os.environ.get(LAUNCH_VARIABLE))
     try:
         with exit_hard(folder, rank):
@@ -70,8 +73,8 @@ def exit_hard(run_dir: str | Path, rank: int) -> Iterator[None]:
     The report is `errors/rank-N.txt` (time, rank, exit code, exception type, message, traceback), the same traceback
     on stderr, and the state "failed" in `workers/rank-N.json`. The exit code is 2 for a `UserError`, the code of a
     `SystemExit`, 130 for Ctrl-C (no error, so without a file), 75 for `Stopped` (no error either; the state is
-    "stopped"), and 1 otherwise. A `UserError` is printed without a traceback, and a `ConfigError`, which is the same
-    on every rank, once: by `dist-moe launch` or by rank 0.
+    "stopped"), and 1 otherwise. A `UserError` is printed without a traceback, and one that is the same on every
+    rank (OF_THE_JOB) once: by `dist-moe launch` or by rank 0.
 
     Why the exit is hard (`os._exit`): a rank that raises while the others wait in a collective must end at once, since
     its closed connections are what ends their wait. An ordinary exit first unwinds the context managers around this
@@ -120,11 +123,13 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
         if not isinstance(error, KeyboardInterrupt):
             trace = "".join(traceback.format_exception(error))
             with contextlib.suppress(OSError):  # a full disk must not keep the error from stderr
-                write_atomically(error_file(folder, rank), error_report(rank, error, code, trace))
+                report = error_report(rank, error, code, trace)
+                try_again(lambda: write_atomically(error_file(folder, rank), report))
                 reported = launched
+                notify_agent()
             if not isinstance(error, UserError):
                 sys.stderr.write(f"rank {rank} failed:\n{trace}")
-            elif not reported and (rank == 0 or not isinstance(error, (ConfigError, RunFolderError))):
+            elif not reported and (rank == 0 or not is_of_the_job(error)):
                 sys.stderr.write(f"{error}\n")
         record_final_state(folder, rank, WorkerState.FAILED, code, warn=not isinstance(error, RunFolderError))
         flush_output()
@@ -136,9 +141,22 @@ def end_process(folder: Path, rank: int, error: BaseException, code: int) -> NoR
         os._exit(code)
 
 
+def is_of_the_job(error: BaseException) -> bool:
+    """Return whether every rank raises the same."""
+    return isinstance(error, RunFolderError) or type(error).__name__ in OF_THE_JOB
+
+
 def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:
     """Return the text of the error file for an exception that was caught now."""
     return ErrorReport(time.time(), rank, code, type(error).__name__, str(error)).to_text(trace)
+
+
+def notify_agent() -> None:
+    """Tell the agent of this worker, if it has one, that the error report can be read."""
+    descriptor = os.environ.pop(NOTICE_VARIABLE, "")
+    if descriptor and os.environ.get(LAUNCH_VARIABLE, "").startswith(f"{os.getppid()}:"):
+        with contextlib.suppress(OSError):
+            os.write(int(descriptor), b"\n")
 
 
 def flush_output() -> None:
@@ -160,7 +178,7 @@ def record_final_state(folder: Path, rank: int, state: WorkerState, code: int, w
             not change how the worker ends.
     """
     try:
-        write_record(folder, rank, state, code)
+        try_again(lambda: write_record(folder, rank, state, code))
     except OSError as error:
         text = own_record(rank, state, code).to_json().encode()
         if not overwrite(record_file(folder, rank), text) and warn:
@@ -170,7 +188,7 @@ def record_final_state(folder: Path, rank: int, state: WorkerState, code: int, w
 def overwrite(path: Path, content: bytes) -> bool:
     """Replace a file's bytes in place, which needs no room on the disk, and return whether that succeeded."""
     try:
-        with path.open("r+b") as file:
+        with open(path, "r+b", opener=open_no_link) as file:
             file.write(content.ljust(os.fstat(file.fileno()).st_size))
     except OSError:
         return False

@@ -1,6 +1,7 @@
 """Addresses, interfaces and ports of this host. Imports no torch."""
 
 import contextlib
+import ipaddress
 import random
 import socket
 from pathlib import Path
@@ -10,6 +11,9 @@ import psutil
 from dist_moe.errors import UserError
 
 LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo"
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""By these gloo and NCCL are told the interface on which they listen and connect."""
 EPHEMERAL_RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FIRST_PORT = 10_000
 FIRST_EPHEMERAL_PORT = 32_768
@@ -42,6 +46,15 @@ def is_local_address(address: str) -> bool:
     """Return whether this host has the IP address: a host sends to its own address from that address."""
     with contextlib.suppress(OSError):
         return source_address(address) == address
+    return False
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address, or the name localhost, reaches this host alone."""
+    if address == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
     return False
 
 

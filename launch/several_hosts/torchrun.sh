@@ -12,7 +12,7 @@ HOSTFILE=${HOSTFILE:-$HERE/hostfile}
 ENVIRONMENT=${ENVIRONMENT:-$HERE/environment}
 
 # With the variables of an outer launcher, the workers would join its job.
-unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
+unset PET_NODE_RANK PET_RDZV_BACKEND PET_RDZV_ENDPOINT PET_RDZV_CONF PET_STANDALONE RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT DIST_MOE_PORT
 PATH="${PYTHON%/*}:$PATH"
 # The lines of the environment file are NAME=VALUE.
 set -a
@@ -28,17 +28,17 @@ HOST=${HOST:-$(hostname)}
 NODES=$(hosts | awk 'END { print NR }')
 SLOTS=$(hosts | awk -v host="$HOST" '$1 == host { print ($2 == "" ? 1 : $2) }')
 if [ -z "$SLOTS" ]; then echo "$HOST is not in $HOSTFILE; set HOST to its name there" >&2; exit 2; fi
-IS_FIRST=0
-if [ "$HOST" = "$FIRST" ]; then IS_FIRST=1; fi
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+INDEX=$(hosts | awk -v host="$HOST" '$1 == host { print NR - 1 }')
+# torchrun's store, which holds no pickles, listens on every interface of the first host: keep strangers from $PORT.
+
 
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" \
     --nproc-per-node "$SLOTS" \
-    --rdzv-backend c10d \
-    --rdzv-id dist-moe \
-    --rdzv-endpoint "$FIRST":"$PORT" \
-    --rdzv-conf is_host="$IS_FIRST" \
+    --node-rank "$INDEX" \
+    --master-addr "$FIRST" \
+    --master-port "$PORT" \
     --local-addr "$HOST" \
     --max-restarts 0 \
+    --log-dir /dev/null \
     --module dist_moe train "$CONFIG" "$@"

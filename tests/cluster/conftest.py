@@ -61,8 +61,8 @@ class Images:
     engine: Engine
     cpu: str
 
-    def build(self, target: str) -> str:
-        return self.engine.build(target, BASE)
+    def build(self, target: str, context: Path = ROOT) -> str:
+        return self.engine.build(target, BASE, context)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,9 @@ def start(three: list[Host], tmp_path: Path) -> Iterator[Start]:
     yield launch
     for started in launches:
         if started.process.poll() is None:
-            os.kill(started.pid, signal.SIGINT)
+            for _ in range(2):  # the first one asks for a checkpoint
+                os.kill(started.pid, signal.SIGINT)
+                time.sleep(0.2)
             started.process.wait(timeout=30)
     left = until_gone(three)
     assert not left, left

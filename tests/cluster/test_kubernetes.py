@@ -6,6 +6,7 @@ Options of podman do what Kubernetes does for a pod; tests/unit validates the ob
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)
 NETWORK = "cluster"
 UNITS = {"Ki": "k", "Mi": "m", "Gi": "g"}
 END_LIMIT_S = 300.0
+READY_LIMIT_S = 60.0
 
 Objects = dict[str, dict[str, Any]]
 
@@ -62,6 +64,7 @@ def start(engine: Engine, pod: dict[str, Any], node: Path, name: str, annotation
     command = [expanded(word, variables) for word in container["command"]]
     security = container["securityContext"]
     assert security == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] != 0
     group = pod["securityContext"]["fsGroup"]
     claim_of(node, group)
@@ -141,9 +144,12 @@ def test_the_pods_of_the_job_train_together_to_the_end(
 def test_tensorboard_gets_ready_and_reads_the_claimed_volume(images: Images, objects: Objects, node: Path) -> None:
     pod = objects["Deployment"]["spec"]["template"]["spec"]
     number = start(images.engine, pod, node, "tensorboard", {})
-    format_of_address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
-    address = images.engine.podman("inspect", "--format", format_of_address, number)
-    probe = pod["containers"][0]["readinessProbe"]["httpGet"]
-    assert "<title>TensorBoard</title>" in images.engine.fetch(f"http://{address}:{probe['port']}{probe['path']}")
-    tags = json.loads(images.engine.fetch(f"http://{address}:{probe['port']}/data/plugin/scalars/tags"))
+    probe = pod["containers"][0]["readinessProbe"]["exec"]["command"]
+    deadline = time.monotonic() + READY_LIMIT_S
+    while images.engine.run("podman", "exec", number, *probe).code != 0:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    url = "http://127.0.0.1:6006/data/plugin/scalars/tags"
+    read = f"import urllib.request; print(urllib.request.urlopen({url!r}).read().decode())"
+    tags = json.loads(images.engine.podman("exec", number, "python", "-c", read))
     assert "train/loss" in tags["debug/tensorboard"]

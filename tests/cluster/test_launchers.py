@@ -67,9 +67,7 @@ def test_the_losses_are_those_of_one_host(
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == [
         f"rank-{rank}.log" for rank in range(workers)
     ]
-    assert (
-        f"[0@node0] deepseek_v3: 0.2 M parameters, 2 MoE layers with 12 experts each; {workers} workers" in ended.output
-    )
+    assert f"[0@node0] deepseek_v3: 0.2 M parameters, 2 MoE layers of 12 experts; {workers} workers" in ended.output
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     assert described["world"]["backend"] == ("mpi" if "mpi" in launcher else "gloo")
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dist_moe.config import load_config
-from dist_moe.launch.command import LaunchError
+from dist_moe.errors import UserError
 from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher, load_launcher
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.run_job import run
@@ -28,7 +28,7 @@ def main(launcher: str, workers: int, path: str, restarts: int) -> None:
     try:
         with WorkerMonitor(LOOPBACK, workers, Path(config.run.dir), multi_host=False) as monitor:
             outcome = run(command, config.run.dir, monitor)
-    except LaunchError as error:
+    except UserError as error:
         sys.exit(f"outcome: {error}")
     sys.stderr.write(f"outcome: {outcome.message}\n")
     sys.exit(outcome.code)

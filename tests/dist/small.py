@@ -70,6 +70,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=lambda: dict(DEEPSEEK))
     rule: Rule | None = None  # None: the family's own
     losses: RoutingLosses = NO_LOSSES
+    user_keys: dict[str, Any] = field(default_factory=dict)  # of DeepSpeed's JSON
 
 
 def ragged_batch(seed: int = 0, rows: int = ROWS) -> Batch:
@@ -147,6 +148,7 @@ def run_case(rank: int, world_size: int, case: Case) -> Trace:
         optimizer=case.optimizer,
         gradient_clipping=case.clipping,
         bf16=case.bf16,
+        user_keys=case.user_keys,
     )
     with start_engine(task, parameter_groups(task.model, 0.1), settings, mesh) as engine:
         balancer = make_balancer(task, case)

@@ -74,6 +74,7 @@ def test_launchers_without_a_launch_give_the_same_losses(run_by: Callable[[str],
     assert deepspeed[-1]["event"] == "validation"
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_result_of_the_run_and_generate_is_deterministic(
     run_by: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -83,7 +84,7 @@ def test_evaluate_gives_the_result_of_the_run_and_generate_is_deterministic(
         return done.stdout
 
     checkpoint = run_by("torchrun") / "checkpoints" / "step-000002"
-    result = json.loads(dist_moe("evaluate", str(checkpoint)))
+    result = json.loads(dist_moe("evaluate", str(checkpoint), "--json"))
     expected = lines(run_by("torchrun"))[-1]
     assert result["load"] == expected["load"]
     assert result["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)

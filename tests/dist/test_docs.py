@@ -32,6 +32,9 @@ def working_folder(folder: Path) -> None:
     pages = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
     documents = [part for page in pages for part in page.split("\n\n") if len(part) > 400]
     (folder / "short.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
+    for text in ("my.txt", "texts/one.txt"):
+        (folder / text).parent.mkdir(exist_ok=True)
+        (folder / text).write_text("\n\n".join(documents[:20]), encoding="utf-8")
     programs = folder / PROGRAM_FOLDER
     programs.mkdir(parents=True)
     for name, script in {"make": MAKE, **dict.fromkeys(PROGRAMS, PROGRAM)}.items():

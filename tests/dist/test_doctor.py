@@ -69,11 +69,16 @@ def test_the_debug_run_passes_and_leaves_no_files(tmp_path: Path, launcher: str)
 
 
 @pytest.mark.slow
-def test_a_missing_text_fails_one_check_and_the_others_run(tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_fetched_fails_one_check_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIST_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     run = tmp_path / "run"
     run.mkdir()
     (run / "mine").write_text("mine")
-    done = doctor(tmp_path / "nowhere.jsonl", run, "--launcher", "torchrun", "--json", str(tmp_path / "found.json"))
+    done = doctor(Path("shakespeare"), run, "--launcher", "torchrun", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 1, done.stdout + done.stderr
     outcomes = {one["check"]: one["outcome"] for one in json.loads((tmp_path / "found.json").read_text())}
     assert outcomes["text"] == "fail" and outcomes["EP 1 = EP N"] == "n/a" and outcomes["all-to-all"] == "pass"
@@ -129,6 +134,7 @@ def test_workers_of_an_external_launcher_leave_no_files(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_invalid_configuration_starts_no_workers(tmp_path: Path) -> None:
     done = doctor(write_text(tmp_path), tmp_path / "run", "parallel.expert_parallel=5")
     assert done.returncode == 2 and "parallel.expert_parallel=5" in done.stderr

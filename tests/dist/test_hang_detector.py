@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.comm.exchange import exchange_rows
-from dist_moe.comm.init import set_pg_timeouts
+from dist_moe.comm.init import init_distributed, set_pg_timeouts
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.health.hang_detector import HangError, Position, format_report, hang_detector
+from dist_moe.worker.network import free_port
+from dist_moe.worker.rank_info import rank_info_from_env
 from tests.dist.pool import RankError, RankPool
 from tests.dist.resumable import ROOT, command, overrides_of, steps, write_text
 from tests.dist.workers import direct
@@ -59,6 +61,27 @@ def test_trap_T30_a_rank_that_does_not_arrive_is_named_with_its_line_also_in_a_s
     assert "arrived: rank 0; not arrived: rank 1; rank 1 is in no collective, step 7, for " in first
     assert "at busy_loop:" in first
     assert "rank 0 is in all_to_all_single number 2, step 7, for " in first and "_all_to_all:" in first
+
+
+def endless_in_detail(rank: int, world_size: int, port: int) -> tuple[str, float]:
+    """The same where torch compares the arguments of every collective, by groups of its own."""
+    dist.destroy_process_group()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    os.environ["MASTER_PORT"] = str(port)
+    try:
+        with init_distributed(rank_info_from_env(os.environ), "gloo", LIMIT_S):
+            return endless(rank, world_size)
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_arrive_is_named_at_torchs_debug_level_detail(ranks: RankPool) -> None:
+    (first, waited_s), (second, _) = ranks.run(endless_in_detail, 2, free_port())
+    assert second == "done" and waited_s < 10 * LIMIT_S
+    # The comparison comes before the collective is counted.
+    assert first.startswith("all_to_all_single number 1 of ranks 0, 1 timed out (parallel.timeout_s=3)")
+    assert "not arrived: rank 1; rank 1 is in no collective, step 7, for " in first
 
 
 def mismatched(rank: int, world_size: int) -> str:

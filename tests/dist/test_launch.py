@@ -259,6 +259,7 @@ def test_workers_do_not_outlive_a_launch_that_is_killed(start: Start) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_second_job_in_the_same_folder_is_refused(start: Start, tmp_path: Path) -> None:
     first = start("torchrun", "wait")
     second = Job("torchrun", "finish", tmp_path / "run.yaml")

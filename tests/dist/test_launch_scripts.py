@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dist_moe.worker.network import free_port
@@ -45,6 +48,33 @@ def test_one_machine_script_trains(launcher: str, backend: str, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert backend_and_workers(tmp_path / "run") == (backend, 2, 2)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_torchrun_script_stops_the_workers_and_nothing_is_left(signum: int, tmp_path: Path) -> None:
+    """The signal reaches torchrun itself, nothing of which listens, and its rendezvous has no name."""
+    temporary, run_dir = tmp_path / "temporary", tmp_path / "run"
+    temporary.mkdir()
+    variables = {"CONFIG": "configs/debug.yaml", "PYTHON": sys.executable, "PORT": str(free_port()), "THREADS": "1"}
+    argv = ["sh", "launch/one_machine/torchrun.sh", f"run.dir={run_dir}", *SHORT[2:], "train.steps=100000"]
+    environment = {**os.environ, **variables, "TMPDIR": str(temporary)}
+    with subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as script:
+        deadline = time.monotonic() + LIMIT_S / 2
+        while '"step"' not in ((run_dir / "metrics.jsonl").read_text() if (run_dir / "metrics.jsonl").exists() else ""):
+            assert script.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        open_to_others = [
+            each.laddr.ip
+            for process in [psutil.Process(script.pid), *psutil.Process(script.pid).children(recursive=True)]
+            for each in process.net_connections("inet")
+            if each.status == psutil.CONN_LISTEN and each.laddr.ip not in ("127.0.0.1", "::1")
+        ]
+        script.send_signal(signum)
+        script.communicate(timeout=LIMIT_S / 2)
+    assert open_to_others == []
+    states = [json.loads((run_dir / "workers" / f"rank-{rank}.json").read_text())["state"] for rank in range(2)]
+    assert states == ["stopped", "stopped"]
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
 
 
 def test_documented_launcher_trains(tmp_path: Path) -> None:

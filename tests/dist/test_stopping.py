@@ -46,6 +46,23 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
+def test_checkpoints_by_time_agree_over_the_ranks_and_change_no_loss(
+    text: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """By the clock of rank 0 one is due after each step; those of `checkpoint.interval` are kept."""
+    run = tmp_path / "run"
+    workers = start(text, run, "checkpoint.interval_minutes=1e-9", f"checkpoint.interval={STEPS // 2}")
+    assert [worker.wait(LIMIT_S) for worker in workers] == [0, 0]
+    last = f"checkpoints/step-{STEPS:06d}"
+    assert same_bits(undisturbed / last, run / last) == []
+    assert [one["loss"] for one in steps(run).values()] == [one["loss"] for one in steps(undisturbed).values()]
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(event["event"] == "checkpoint" for event in events) > STEPS // 2
+    kept = ["latest", f"step-{STEPS // 2:06d}", f"step-{STEPS:06d}"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGUSR1)])
 def test_trap_T45_a_run_stops_after_the_step_and_resumes_bit_for_bit(
     text: Path, tmp_path: Path, undisturbed: Path, signum: signal.Signals

@@ -1,6 +1,7 @@
 """A program for mpirun: objects, averages, booleans, time-outs and errors, which gloo lacks or handles differently."""
 
 import os
+import pickle
 import sys
 import time
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mpi import backend
+from dist_moe.comm.objects import ExchangeError
 from dist_moe.worker.rank_info import rank_info_from_env
 
 
@@ -20,6 +22,19 @@ def objects(rank: int, size: int) -> None:
     objects = [f"from {rank}"]
     dist.broadcast_object_list(objects, src=size - 1)
     assert objects == [f"from {size - 1}"]
+
+
+def checked_objects(rank: int, size: int) -> None:
+    """Our own exchange, which needs no process group: of different lengths, and a pickle, which is refused."""
+    mine = ("x" * rank * 1000, rank, float("nan"), bytes([rank, 255]))
+    gathered = backend.all_gather_objects(mine, tuple[str, int, float, bytes])
+    assert repr(gathered) == repr([("x" * i * 1000, i, float("nan"), bytes([i, 255])) for i in range(size)])
+    real = backend.encode
+    if rank == 1:
+        backend.encode = lambda value: pickle.dumps(value)
+    with pytest.raises(ExchangeError, match="rank 1 sent a value that is not of type str"):
+        backend.all_gather_objects("own", str)
+    backend.encode = real
 
 
 def averages_and_booleans(rank: int, size: int) -> None:
@@ -146,6 +161,7 @@ def time_out(rank: int, size: int) -> None:
 
 STEPS = (
     objects,
+    checked_objects,
     averages_and_booleans,
     rounded_once,
     futures_and_sources,

@@ -60,7 +60,7 @@ LEARNING_RATE = {"adamw": 3e-3, "sgd": 1.0}
 @functools.cache
 def warmup_steps() -> int:
     """The quick start's; read once, so that nobody who edits the file meanwhile changes half of the runs."""
-    return load_config(CONFIGS / "quickstart.yaml").train.warmup_steps
+    return load_config(CONFIGS / "quickstart.yaml").train.warmup_length
 
 
 def overrides(case: Case, seed: int, folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ Rule = Callable[[Source], Iterator[str]]
 OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests"), *sources("benchmarks")]
 
-GROUND = {"errors", "files", "scores", "section", "text", "untrusted"}
+GROUND = {"errors", "files", "package_index", "scores", "section", "status", "text", "untrusted"}
 # Policies and families are below the configuration, because its fields and checks are made from them.
 TO_CONFIG = GROUND | {"policies", "families", "config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "files": {"errors", "text"},
     "section": {"errors", "text"},
     "scores": set(),
+    "package_index": set(),
+    "status": set(),
     "policies": GROUND,
     "families": GROUND,
     "config": GROUND | {"policies", "families"},
@@ -60,6 +62,26 @@ ONLY_IMPORTER = {
     "tensorboard": "dist_moe/observe/tensorboard.py",
     "torch.utils.tensorboard": "dist_moe/observe/tensorboard.py",
     "mpi4py": "dist_moe/comm/mpi/backend.py dist_moe/comm/mpi/reduce_ops.py",
+    # It unpickles the state of a rendezvous; comm/rendezvous.py first checks that its writer has the launch's secret.
+    "torch.distributed.elastic": "dist_moe/comm/rendezvous.py",
+    **dict.fromkeys(("pickle", "_pickle", "cloudpickle", "dill", "marshal", "multiprocessing", "shelve"), ""),
+    **dict.fromkeys(("torch.multiprocessing", "torch.distributed.rpc", "torch.package"), ""),
+}
+UNPICKLING = re.compile(r"\w+_object(_list)?|_(un)?pickler|_tensor_to_object|allow_pickle|find_class")
+"""Names of what unpickles in torch.distributed (`all_gather_object`, `broadcast_object_list`) and NumPy."""
+MPI_PICKLING = {
+    *("allgather", "allreduce", "alltoall", "bcast", "exscan", "gather", "reduce", "scan", "scatter"),
+    *("irecv", "mrecv", "recv", "sendrecv"),
+}
+"""Methods of an MPI communicator that unpickle; those that exchange memory begin with a capital letter."""
+UNPICKLES = "unpickles what others send; use dist_moe.comm.objects.all_gather_objects"
+CALLS_THAT_UNPICKLE = {
+    "dist.all_gather_object(a, b)": "all_gather_object",
+    "dist.broadcast_object_list(a)": "broadcast_object_list",
+    "MPI.COMM_WORLD.allgather(a)": "allgather",
+    "self._comm.recv()": "recv",
+    "torch.load(a)": "load",
+    "np.load(a, allow_pickle=True)": "allow_pickle",
 }
 LONGEST_FILE, LONGEST_FUNCTION, DEEPEST, MOST_MODULES = 400, 60, 3, 12
 SAY_NOTHING = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}
@@ -120,6 +142,18 @@ def hidden_state(source: Source) -> Iterator[str]:
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Global):
             yield f"global {node.names}; return what a stage makes"
+
+
+def unpickling(source: Source) -> Iterator[str]:
+    """Calls that unpickle what others send: collectives of objects, MPI's methods in lower case, torch.load."""
+    for node in ast.walk(source.tree):
+        name = node.attr if isinstance(node, ast.Attribute) else node.arg if isinstance(node, ast.keyword) else None
+        if name is None or name == "construct_object":  # of PyYAML
+            continue
+        owner = ast.unparse(node.value) if isinstance(node, ast.Attribute) else ""
+        of_mpi = name in MPI_PICKLING and (owner.endswith("_comm") or "COMM" in owner or owner in ("comm", "world"))
+        if of_mpi or UNPICKLING.fullmatch(name) or (owner, name) == ("torch", "load"):
+            yield f"{name} {UNPICKLES}"
 
 
 def violations(files: list[Source], rule: Rule) -> list[str]:
@@ -187,6 +221,10 @@ def test_no_hidden_state() -> None:
     assert violations(OURS, hidden_state) == []
 
 
+def test_nothing_that_another_process_sends_is_unpickled() -> None:
+    assert violations(OURS, unpickling) == []
+
+
 @pytest.mark.parametrize(
     ("rule", "path", "text", "found"),
     [
@@ -204,6 +242,7 @@ def test_no_hidden_state() -> None:
         (unnamed, "tests/x.py", "'Words'", "the first paragraph must be a sentence"),
         (unnamed, "tests/utils.py", "'A sentence.'", "['utils'] says nothing; use a noun of the design"),
         (hidden_state, "dist_moe/x.py", "def f():\n global a", "global ['a']; return what a stage makes"),
+        *((unpickling, "dist_moe/x.py", text, f"{name} {UNPICKLES}") for text, name in CALLS_THAT_UNPICKLE.items()),
     ],
 )
 def test_a_violation_is_found(rule: Rule, path: str, text: str, found: str) -> None:

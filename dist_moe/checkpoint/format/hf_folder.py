@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, StoredTensor, read_header
+from dist_moe.errors import reason_of
+from dist_moe.files import exists
+from dist_moe.text import counted
 from dist_moe.untrusted import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -60,7 +63,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
         WeightsError: It is missing or invalid.
     """
     path = folder / "config.json"
-    if not path.exists():
+    if not exists(path):
         raise WeightsError(f"{folder} has no config.json; use the step-NNNNNN folder of a run, or its model folder")
     try:
         raw = read_json(path, follow=True)
@@ -78,7 +81,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
         WeightsError: There are none, or a name occurs in two files.
         CheckpointError: A file cannot be read.
     """
-    index = read_index(folder) if (folder / INDEX_NAME).exists() else None
+    index = read_index(folder) if exists(folder / INDEX_NAME) else None
     paths = folder.glob("*.safetensors") if index is None else {folder / name for name in index.values()}
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(paths):
@@ -107,7 +110,7 @@ def read_index(folder: Path) -> dict[str, str]:
         if missing := sorted({name for name in index.values() if not (folder / name).is_file()}):
             raise ValueError(f"the files {missing} do not exist")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{folder / INDEX_NAME} cannot be used ({error}); use another folder") from None
+        raise WeightsError(f"{folder / INDEX_NAME} cannot be used ({reason_of(error)}); use another folder") from None
     return dict(index)
 
 
@@ -172,7 +175,7 @@ def _check_shapes(
     for name, source in sorted(sources.items()):
         stored, fused = source.stored, FUSED_PATTERN.fullmatch(source.stored.name)
         if fused is not None and stored.shape[0] != experts[fused[1]]:
-            misshapen.append(f"{stored.name} {list(stored.shape)} instead of {experts[fused[1]]} experts")
+            misshapen.append(f"{stored.name} {list(stored.shape)} instead of {counted(experts[fused[1]], 'expert')}")
         elif source.shape != tuple(wanted[name].shape):
             misshapen.append(f"{name} {list(source.shape)} instead of {list(wanted[name].shape)}")
         if stored.dtype not in FLOAT_DTYPES:
@@ -196,7 +199,7 @@ def read_sources(sources: Mapping[str, TensorSource]) -> Iterator[tuple[str, Ten
         try:
             yield from _read_file(path, {name: sources[name] for name in names})
         except SafetensorError as error:
-            raise WeightsError(f"{path} cannot be read ({error}); use another checkpoint") from None
+            raise WeightsError(f"{path} cannot be read ({reason_of(error)}); use another checkpoint") from None
 
 
 def _read_file(path: Path, sources: Mapping[str, TensorSource]) -> Iterator[tuple[str, Tensor]]:

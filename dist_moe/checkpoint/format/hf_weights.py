@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_folder import (
@@ -30,13 +30,16 @@ from dist_moe.checkpoint.format.hf_folder import (
 )
 from dist_moe.checkpoint.format.shard_reader import ShardReader, write_tensors
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config import Resolved
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER, ParameterSlice
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
-from dist_moe.model.build import empty_model, family_rule, materialize
+from dist_moe.files import write_atomically
+from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.text import counted
 
 # The names of selection rules in config.json; "forced" is random routing, by its name in the first version.
 RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": ThresholdRouting, "forced": RandomRouting}
@@ -73,7 +76,7 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
     _barrier()
     if mesh.rank == 0:
         for name, text in config_files(model, balanced).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_atomically(folder / name, text)
         write_index(folder)
     _barrier()
 
@@ -111,6 +114,28 @@ def _needs_own_type(model: PreTrainedModel, layers: list[MoeLayer], balanced: bo
     """Whether plain `transformers` would compute another function with the family's own `model_type`."""
     biased = balanced or any(bool(layer.router.selection_bias.any()) for layer in layers)
     return not is_expressible(model.config, layers[0].router.rule, biased)
+
+
+def own_type_of_model(model: PreTrainedModel, balanced: bool) -> str:
+    """Say in a line that the model will be saved with a `model_type` of its own; "" if it will not."""
+    own = _needs_own_type(model, find_layers(model), balanced)
+    return own_type_line(model.config.model_type) if own else ""
+
+
+def own_type_of_run(resolved: Resolved) -> str:
+    """As `own_type_of_model`, from the configuration of a run."""
+    config = resolved.config
+    settings = CONFIG_MAPPING[config.model.architecture](**resolved.model_config)
+    expressible = is_expressible(settings, routing_rule(config.router, config.balance), config.balance.moves_bias)
+    return "" if expressible else own_type_line(config.model.architecture)
+
+
+def own_type_line(architecture: str) -> str:
+    """Say in a line what follows from a `model_type` of its own."""
+    return (
+        f"{architecture} cannot express this routing: saved weights have the model_type {OWN_PREFIX}{architecture}, "
+        "which dist-moe opens and transformers does not (docs/checkpoints.md, A model type of its own)"
+    )
 
 
 def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
@@ -185,7 +210,7 @@ def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: 
         # Modules take memory even on the meta device: an untrusted config could ask for billions of layers.
         for name in ("num_hidden_layers", experts):
             if getattr(config, name) > limit:
-                raise ValueError(f"{name}={getattr(config, name)}, with {len(stored)} tensors in the files")
+                raise ValueError(f"{name}={getattr(config, name)}, with {counted(len(stored), 'tensor')} in the files")
         return empty_model(config, rule, mesh)
     except Exception as error:  # transformers' classes raise errors of any type for invalid values
         raise WeightsError(
@@ -300,7 +325,7 @@ def write_index(folder: Path) -> Path:
     total = sum(stored.bytes for stored in stored_by_name.values())
     weight_map = {name: stored.file.name for name, stored in sorted(stored_by_name.items())}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
     return folder / INDEX_NAME
 
 

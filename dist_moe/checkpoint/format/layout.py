@@ -6,6 +6,7 @@ step-NNNNNN/state what resuming needs besides, and manifest.json, written last, 
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -15,10 +16,20 @@ from pathlib import Path
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_weights import write_index
-from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, file_entry, write_manifest
+from dist_moe.checkpoint.format.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    file_entry,
+    find_damage,
+    read_manifest,
+    write_manifest,
+)
 from dist_moe.config import Config
-from dist_moe.files import write_atomically
-from dist_moe.untrusted import read_text
+from dist_moe.errors import reason_of
+from dist_moe.files import entries, exists, is_folder, write_atomically
+from dist_moe.text import listed
+
+logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 PARTIAL, REPLACED, DELETED, ABANDONED = ".partial", ".replaced", ".deleted", ".abandoned-"
@@ -42,41 +53,60 @@ def step_of(folder: Path) -> int | None:
 
 def step_folders(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each checkpoint in run.dir/checkpoints, in order; whether they are intact is not checked."""
-    paths = root.iterdir() if root.is_dir() else ()
-    return sorted((step, path) for path in paths if (step := step_of(path)) is not None and path.is_dir())
+    return sorted((step, path) for path in entries(root) if (step := step_of(path)) is not None and is_folder(path))
 
 
 def list_checkpoints(path: Path) -> list[Path]:
     """The checkpoints in a run.dir, or in its `checkpoints` folder, in the order of their steps."""
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    root = path / "checkpoints" if is_folder(path / "checkpoints") else path
     return [folder for _, folder in step_folders(root)]
 
 
-def resolve_path(path: Path) -> Path:
-    """The folder that a path from the command line means.
+def resolve_path(path: Path, read: tuple[str, ...] = ()) -> Path:
+    """The folder that a path from the command line means: every command that takes a checkpoint calls this.
 
     Args:
         path: A checkpoint or a Hugging Face folder, which is returned as it is; or a run.dir or its `checkpoints`
-            folder, of which the latest checkpoint is returned.
+            folder, of which the newest checkpoint is returned whose files have the sizes of its manifest.
+        read: Beginnings of the names of files that must have the digests of the manifest too.
 
     Raises:
         CheckpointError: There is none.
+        UnseenPathError: The path cannot be looked at.
     """
-    if (path / MANIFEST_NAME).exists() or (path / "config.json").exists():
+    if exists(path / MANIFEST_NAME) or exists(path / "config.json"):
         return path
     folders = list_checkpoints(path)
     if not folders:
+        rule = "holds no checkpoint" if exists(path) else "does not exist, and nothing is fetched from a hub"
         raise CheckpointError(
-            f"{path} is not a checkpoint; use a run.dir, a step-NNNNNN folder of it, or a Hugging Face folder"
+            f"{path} {rule}; use a run.dir, a step-NNNNNN folder of it, or the folder of a Hugging Face model"
         )
-    latest = folders[-1].parent / LATEST
+    damaged: list[str] = []
+    for folder in reversed(folders):
+        damage = _damage(folder, read)
+        if damage is None:
+            for message in damaged:
+                logger.warning("%s; using %s", message, folder.name)
+            return folder
+        damaged.append(damage)
+    raise CheckpointError(f"no checkpoint in {path} can be used: {listed(damaged, last='and', most=3)}; restore one")
+
+
+def _damage(folder: Path, read: tuple[str, ...]) -> str | None:
+    """What is wrong with a checkpoint; None if it can be used."""
     try:
-        name = read_text(latest, largest=100).strip()
-    except (OSError, ValueError):
-        return folders[-1]
-    # The file is untrusted input: its content must be the name of a checkpoint in the same folder, not any path.
-    is_valid = re.fullmatch("step-[0-9]{6,18}", name) is not None and latest.with_name(name).is_dir()
-    return latest.with_name(name) if is_valid else folders[-1]
+        manifest = read_manifest(folder)
+        damage = find_damage(folder, manifest, manifest.files, digests=False)
+        damage = damage or find_damage(folder, manifest, [name for name in manifest.files if name.startswith(read)])
+    except CheckpointError as error:
+        return str(error)
+    return f"{folder} is damaged: {listed(damage, last='and', most=3)}" if damage else None
+
+
+def weights_folder(checkpoint: Path) -> Path:
+    """The Hugging Face folder of a checkpoint: its folder `model`, or itself."""
+    return checkpoint / "model" if is_folder(checkpoint / "model") else checkpoint
 
 
 @dataclass(frozen=True)
@@ -118,7 +148,7 @@ def complete(partial: Path, final: Path, files: dict[str, FileEntry], keep_last:
     try:
         _update_latest(final)
     except OSError as error:
-        warnings.append(f"{final.with_name(LATEST)} could not be written ({error})")
+        warnings.append(f"{final.with_name(LATEST)} could not be written ({reason_of(error)})")
     with contextlib.suppress(OSError):
         for deleted in _apply_retention(final, keep_last, keep_every):
             to_delete.append(deleted)
@@ -151,11 +181,22 @@ def _apply_retention(newest: Path, keep_last: int, keep_every: int) -> Iterator[
     """Rename the checkpoints up to the newest that are not kept -> each folder to delete; as `complete`."""
     folders = [(step, path) for step, path in step_folders(newest.parent) if step <= (step_of(newest) or 0)]
     for step, path in folders[:-keep_last] if keep_last else ():
-        if not (keep_every and step % keep_every == 0):
-            deleted = path.with_name(path.name + DELETED)
-            shutil.rmtree(deleted, ignore_errors=True)
-            os.replace(path, deleted)
+        if not (keep_every and step % keep_every == 0) and (deleted := set_aside(path)):
             yield deleted
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a checkpoint that is to be deleted, which no longer counts as one then -> its new name; None without it.
+
+    Failing leaves it where it is.
+    """
+    deleted = folder.with_name(folder.name + DELETED)
+    try:
+        shutil.rmtree(deleted, ignore_errors=True)
+        os.replace(folder, deleted)
+    except OSError:
+        return None
+    return deleted
 
 
 def recover(root: Path) -> None:

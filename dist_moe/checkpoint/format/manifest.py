@@ -12,7 +12,7 @@ import xxhash
 from pydantic import Field
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.files import sync_folder
+from dist_moe.files import is_folder, sync_folder, write_atomically
 from dist_moe.section import Section
 from dist_moe.untrusted import parse_json, printable, read_text
 
@@ -53,10 +53,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, FileEntry]) -> None
     """Write the manifest, and flush it and the directory entries of all files to disk."""
     path = folder / MANIFEST_NAME
     text = Manifest(format=FORMAT_VERSION, step=step, files=dict(sorted(files.items()))).model_dump_json(indent=1)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(path, text + "\n", durable=True)
     for inner in {folder, *(folder / name for name in files)}:
         sync_folder(inner if inner.is_dir() else inner.parent)
 
@@ -102,7 +99,7 @@ def read_strict_json(path: Path) -> str:
 
 def find_unlisted(folder: Path, manifest: Manifest) -> list[str]:
     """A message for each file in the folder that its manifest does not list."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
     unlisted = sorted(present - {MANIFEST_NAME} - set(manifest.files))
@@ -116,16 +113,16 @@ def is_safe_path(name: str) -> bool:
     return normalized and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """A message for each of the named files that is not as the manifest lists it."""
+def find_damage(folder: Path, manifest: Manifest, names: Iterable[str], digests: bool = True) -> list[str]:
+    """A message for each of the named files that is not as the manifest lists it; reads no file without `digests`."""
     damage = []
     for name in names:
         path, expected = folder / name, manifest.files[name]
-        if path.is_symlink() or not path.is_file():
+        if os.path.islink(path) or not os.path.isfile(path):
             damage.append(f"{name} is missing")
         elif path.stat().st_size != expected.bytes:
             damage.append(f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}")
-        elif digest_if_readable(path) != expected.xxh3_128:
+        elif digests and digest_if_readable(path) != expected.xxh3_128:
             damage.append(f"{name} was changed, or cannot be read")
     return damage
 

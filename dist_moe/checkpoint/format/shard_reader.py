@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
+from dist_moe.errors import reason_of
 
 RANDOM = "random"
 """The kind of random states, stored as bytes; all other kinds are fp32 numbers."""
@@ -112,7 +113,7 @@ class ShardReader:
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint") from None
+            raise CheckpointError(f"{path} cannot be read ({reason_of(error)}); use another checkpoint") from None
         for key, stored in header.items():
             kind, name, start = parse_key(stored)
             self._slices[kind, name].append(StoredSlice(start, stored.numel, file, key))

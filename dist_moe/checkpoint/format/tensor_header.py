@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.errors import reason_of
 
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -49,7 +50,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="pt") as file:
             return {name: _stored_tensor(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({str(error)[:300]}); use another checkpoint") from None
+        raise CheckpointError(f"{path} cannot be read ({reason_of(error)[:300]}); use another checkpoint") from None
 
 
 def _stored_tensor(path: Path, name: str, header: Any) -> StoredTensor:

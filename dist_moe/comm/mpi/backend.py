@@ -7,6 +7,7 @@ operations by the communicator on which they are started, so each process group 
 
 import itertools
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from dist_moe.comm.mpi.reduce_ops import ReduceBuffer, memory
 from dist_moe.comm.mpi.work import ContiguousView, Work, clone_if_overlapping, concat, run_all, scatter_into
+from dist_moe.comm.objects import Object, check_sizes, decode_all, encode
+from dist_moe.text import counted
 
 NAME = "mpi4py"
 """The backend's name in torch; its own "mpi" has to be compiled in."""
@@ -32,9 +35,19 @@ def register() -> str:
     return NAME
 
 
-def all_gather_objects(value: Any) -> list[Any]:
-    """Return the value of every rank of the MPI job, by rank; needs no process group of torch."""
-    return MPI.COMM_WORLD.allgather(value)
+def all_gather_objects(own: Object, kind: type[Object]) -> list[Object]:
+    """Return the value of every rank of the MPI job, by rank; needs no process group of torch.
+
+    Arguments and errors are those of `dist_moe.comm.objects.all_gather_objects`.
+    """
+    content, sizes = encode(own), array("q", [0] * MPI.COMM_WORLD.size)
+    # The methods of mpi4py in lower case exchange pickles.
+    MPI.COMM_WORLD.Allgather(array("q", [len(content)]), sizes)
+    check_sizes(sizes)
+    gathered = bytearray(sum(sizes))
+    MPI.COMM_WORLD.Allgatherv(content, [gathered, list(sizes), MPI.BYTE])
+    ends = list(itertools.accumulate(sizes))
+    return decode_all([bytes(gathered[end - size : end]) for end, size in zip(ends, sizes, strict=True)], kind)
 
 
 def library() -> str:
@@ -246,7 +259,7 @@ class MPIGroup(dist.ProcessGroup):
         self._collectives += kind not in POINT_TO_POINT
         statuses = [MPI.Status() for _ in requests]
         return Work(
-            f"{kind} among {self._comm.size} ranks",
+            f"{kind} among {counted(self._comm.size, 'rank')}",
             lambda: MPI.Request.Testall(requests, statuses),
             tensors,
             self._timeout,

@@ -2,18 +2,27 @@
 
 from pydantic import Field
 
-from dist_moe.section import Section
+from dist_moe.section import Section, UserPath
 
 
 class CheckpointConfig(Section):
     """When checkpoints are saved, and from which one the run resumes."""
 
     interval: int = Field(
-        default=0, ge=0, description="the optimizer steps between checkpoints (0: only one, at the end)"
+        default=0,
+        ge=0,
+        description="the optimizer steps between checkpoints (0: only the one at the end, and those of "
+        "interval_minutes)",
     )
-    resume: str = Field(
+    interval_minutes: float = Field(
+        default=15.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="the minutes after which a checkpoint is saved besides those of interval, so that a crash loses no "
+        "more; the next checkpoint replaces it (0: none)",
+    )
+    resume: UserPath = Field(
         default="auto",
-        min_length=1,
         description="the checkpoint to resume from: auto (the newest valid one in run.dir, if any), never, or the path "
         "of a step-NNNNNN folder",
     )

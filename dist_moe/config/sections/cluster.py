@@ -1,17 +1,34 @@
 """The fields of the hosts, and of how to reach them."""
 
+import ipaddress
 import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from dist_moe.section import Section
+from dist_moe.section import OneOrMore, Section, UserPath
 
 # Safe in the command lines of ssh, pdsh and a shell: it cannot be an option, and needs no quotes.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
+# With the scope of a link-local address, as in fe80::1%eth0.
+IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9_.-]+)?")
+
+
+def ipv6_of(text: str) -> str | None:
+    """Return an IPv6 address without the brackets that it may have, or None for anything else."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if not IPV6.fullmatch(inner):
+        return None
+    try:
+        return inner if ipaddress.IPv6Address(inner) else None
+    except ValueError:
+        return None
+
 
 def _plain_name(text: str) -> str:
+    if address := ipv6_of(text):
+        return address
     if not NAME.fullmatch(text):
         raise ValueError("is not a valid name of a host, user or interface (letters, digits and _ . : -)")
     return text
@@ -38,9 +55,8 @@ class ClusterConfig(Section):
         description="the hosts, each with `name: host0`, `slots: 2` and, where its name has another address for ssh, "
         "`address: 10.0.0.1`; rank 0 runs on the first",
     )
-    hostfile: str | None = Field(
+    hostfile: UserPath | None = Field(
         default=None,
-        min_length=1,
         description="the path of a hostfile in place of hosts, with lines like `host0 slots=2`, or null",
     )
     include: str | None = Field(
@@ -63,16 +79,15 @@ class ClusterConfig(Section):
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, description="the port of the ssh servers, or null (the default of ssh)"
     )
-    environment: list[Name] = Field(
+    environment: Annotated[list[Name], OneOrMore] = Field(
         default_factory=list,
-        description="the names of environment variables to forward to the workers",
+        description="the names of environment variables to forward to the workers; one of them needs no list",
     )
-    folder: str | None = Field(
+    folder: UserPath | None = Field(
         default=None,
-        min_length=1,
         description="the working folder on each host, for relative paths, or null (that of the launcher)",
     )
-    python: str | None = Field(
-        default=None, min_length=1, description="the path of Python on each host, or null (that of the launcher)"
+    python: UserPath | None = Field(
+        default=None, description="the path of Python on each host, or null (that of the launcher)"
     )
     shared_storage: bool = Field(default=True, description="whether run.dir is on storage that all hosts share")

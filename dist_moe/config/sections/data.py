@@ -4,17 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_moe.section import Section
+from dist_moe.section import OneOrMore, Section, UserPath
+
+BUILT_IN = ("stdlib-code", "shakespeare")
 
 
 class DataConfig(Section):
     """The training text and its tokenizer."""
 
-    sources: list[Annotated[str, Field(min_length=1)]] = Field(
+    sources: Annotated[list[UserPath], OneOrMore] = Field(
         default_factory=lambda: ["stdlib-code"],
         min_length=1,
         description="the sources of text, each stdlib-code (the standard library of Python, no download), shakespeare, "
-        "or the path or glob of .txt or .jsonl files",
+        "or the path or glob of .txt or .jsonl files; one of them needs no list",
     )
     sequence_length: int = Field(ge=2, description="the tokens of a sequence (2 or more)")
     tokenizer: Literal["bytes", "bpe", "pretrained"] = Field(
@@ -25,11 +27,13 @@ class DataConfig(Section):
     vocabulary: int = Field(
         default=8192,
         ge=257,
-        description="the size of the bpe vocabulary in tokens, including the end token (257 or more)",
+        le=4_000_000,
+        description="the size of the bpe vocabulary in tokens, including the end token (257 to 4,000,000)",
     )
     validation_fraction: float = Field(
         default=0.1,
         gt=0,
         lt=1,
-        description="the fraction of the documents that is held out for validation (between 0 and 1)",
+        description="the fraction of the documents that is held out for validation, or of blocks of text where whole "
+        "documents would leave a split empty (between 0 and 1)",
     )

@@ -1,12 +1,15 @@
 """The section `model`: the Hugging Face model."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from dist_moe.errors import Violation
 from dist_moe.families.registry import FAMILIES
-from dist_moe.section import Section
-from dist_moe.text import listed
+from dist_moe.section import Section, UserPath, broken_rules
+from dist_moe.text import listed, shown
+from dist_moe.untrusted import printable
 
 if TYPE_CHECKING:
     Architecture = str
@@ -17,10 +20,12 @@ else:
 class ModelConfig(Section):
     """The Hugging Face model."""
 
-    architecture: Architecture = Field(description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}")
-    pretrained: str | None = Field(
+    architecture: Architecture = Field(
+        description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}; with model.pretrained it "
+        "may be left out"
+    )
+    pretrained: UserPath | None = Field(
         default=None,
-        min_length=1,
         description="the folder of a Hugging Face model of this family, whose weights the run starts from, or null "
         "(random initial weights)",
     )
@@ -29,3 +34,24 @@ class ModelConfig(Section):
         description="the keys of the family's Hugging Face config class; a key left out is that of model.pretrained or "
         "the default of the class, and vocab_size comes from the tokenizer",
     )
+
+    @field_validator("config")
+    @classmethod
+    def _named_keys(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Refuse keys that are not texts in the mappings below it; the type of the field checks its own."""
+        if violations := list(_other_keys("model.config", settings)):
+            raise broken_rules(violations)
+        return settings
+
+
+def _other_keys(where: str, value: Any) -> Iterator[Violation]:
+    if isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _other_keys(f"{where}[{index}]", inner)
+    if not isinstance(value, dict):
+        return
+    for name, inner in value.items():
+        key = f"{where}.{printable(name if isinstance(name, str) else shown(name))}"
+        if not isinstance(name, str):
+            yield Violation(key, inner, "has a key that is not a text", "remove it, or quote the key")
+        yield from _other_keys(key, inner)

@@ -21,7 +21,8 @@ class ObserveConfig(Section):
     max_vio_patience: int = Field(
         default=5,
         ge=1,
-        description="the consecutive logged steps above max_vio_limit before a warning (1 or more)",
+        description="the consecutive logged steps above max_vio_limit, or without a token for an expert, before a "
+        "warning (1 or more); the first 100 steps and those of the warm-up do not count",
     )
     replica_check_interval: int = Field(
         default=100,

@@ -30,7 +30,9 @@ class ParallelConfig(Section):
         description="the backend of the collectives: nccl (GPU), gloo (CPU), mpi (CPU, under mpirun), or auto (nccl "
         "where each worker has its own GPU, else mpi under mpirun, else gloo)",
     )
-    timeout_s: float = Field(default=600, gt=0, description="the timeout of each collective in seconds (above 0)")
+    timeout_s: float = Field(
+        default=600, gt=0, le=2e6, description="the timeout of each collective in seconds (above 0, to 2e6, 23 days)"
+    )
 
     @field_validator("zero_stage", mode="before")
     @classmethod

@@ -4,15 +4,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dist_moe.section import Auto, Section
+from dist_moe.section import Auto, Section, UserPath
 
 
 class RunConfig(Section):
     """The run as a whole."""
 
-    dir: str = Field(
+    dir: UserPath = Field(
         default="runs/default",
-        min_length=1,
         description="the folder that the run writes to (created if missing)",
     )
     seed: int = Field(
@@ -21,8 +20,8 @@ class RunConfig(Section):
         lt=2**32,
         description="the seed of the initial weights and of the order of the data (0 or more)",
     )
-    threads: Annotated[int, Field(ge=1)] | Auto = Field(
+    threads: Annotated[int, Field(ge=1, le=4096)] | Auto = Field(
         default="auto",
-        description="the CPU threads of one operation in each worker (1 or more), or auto (the cores of the host "
+        description="the CPU threads of one operation in each worker (1 to 4096), or auto (the cores of the host "
         "divided by its workers)",
     )

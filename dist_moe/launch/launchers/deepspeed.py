@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dist_moe.config.sections.cluster import ClusterConfig
-from dist_moe.errors import needs_folder
 from dist_moe.launch.cluster import (
     CONNECT_LIMIT_S,
     Cluster,
     forwarded_env,
     launcher_environment,
     require_first_devices,
+    require_ipv4,
     require_shell_safe,
 )
 from dist_moe.launch.command import (
     Command,
     LaunchError,
     has_devices,
+    private_path,
     worker_environment,
     worker_variables,
 )
@@ -33,9 +34,11 @@ from dist_moe.launch.launchers.mpirun import (
     openmpi_options,
     root_option,
 )
+from dist_moe.launch.outer_job import without_allocation
 from dist_moe.launch.scripts import one_machine_script, several_hosts_script
+from dist_moe.launch.supervise.secret_file import SCHEME
 from dist_moe.launch.template import ALL_ARGUMENTS, PYTHON, shell_command, shell_exports, shell_variable
-from dist_moe.worker.contract import KEPT_DEVICES_VARIABLE, VISIBLE_DEVICES_VARIABLE
+from dist_moe.worker.contract import KEPT_DEVICES_VARIABLE, LAUNCH_VARIABLE, VISIBLE_DEVICES_VARIABLE
 from dist_moe.worker.network import LOOPBACK, free_port
 
 # DeepSpeed reads the variables that it sets on other hosts from the file that this one names.
@@ -133,7 +136,7 @@ def one_host_argv(
 
 
 def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base: Mapping[str, str]) -> Command:
-    """Return the command for the hosts of a cluster; write its hostfile and environment file to `run.dir/launch`.
+    """Return the command for the hosts of a cluster, which reads a hostfile and more from `run.dir/launch`.
 
     Args:
         request: The job.
@@ -147,34 +150,38 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
             shell unquoted.
     """
     folder = Path(request.config.run.dir).absolute() / "launch"
-    with needs_folder(folder.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    require_ipv4(cluster, f"--runner {runner}")
     first, settings = cluster.hosts[0], cluster.settings
-    forwarded = forwarded_env(request.config, cluster, base)
+    # DeepSpeed writes the variables of its environment file into argument lists, which everybody on the host can read.
+    secret = forwarded_env(request.config, cluster, base)
+    public = {name: secret.pop(name) for name in list(secret) if name not in secret_names(settings)}
+    held = private_path("variables", "/tmp")  # the TMPDIR of this host need not exist on the others
+    public |= {LAUNCH_VARIABLE: f"{SCHEME}{held}"} if secret else {}
     if runner != "pdsh":
         require_first_devices(cluster, f"--runner {runner}", same_count=runner in ("mpich", "slurm"))
-        forwarded |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
+        public |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
     shell_words = [cluster.folder, cluster.python, *request.worker_arguments] if runner == "pdsh" else []
-    require_shell_safe("DeepSpeed's launcher", [*shell_words, *forwarded.values()])
+    require_shell_safe("DeepSpeed's launcher", [*shell_words, *public.values()])
     hostfile, variables = folder / "hostfile", folder / "environment"
-    hostfile.write_text("".join(f"{host.name} slots={max(host.devices) + 1}\n" for host in cluster.hosts))
-    variables.unlink(missing_ok=True)
-    # The variables that the user forwards may be secret.
-    variables.touch(mode=0o600)
-    variables.write_text("".join(f"{name}={value}\n" for name, value in forwarded.items()))
-    environment = launcher_environment(base, forwarded) | {ENVIRONMENT_FILE: str(variables)}
+    files = {
+        hostfile: "".join(f"{host.name} slots={max(host.devices) + 1}\n" for host in cluster.hosts),
+        variables: "".join(f"{name}={value}\n" for name, value in public.items()),
+    }
+    environment = launcher_environment(base, public) | {ENVIRONMENT_FILE: str(variables)}
     if runner == "pdsh":
         environment |= pdsh_variables(settings)
     if runner == "openmpi":
         environment |= openmpi_environment(cluster.ssh_options)
     if runner in MPI_RUNNERS:
-        environment["PATH"] = _path_to_mpirun(MPI_RUNNERS[runner], folder, environment)
+        environment = without_allocation(environment) | public
+        program, wrapper = _mpirun(MPI_RUNNERS[runner], folder, launcher_environment(base, public | secret))
+        environment["PATH"] = f"{program.parent}{os.pathsep}{environment['PATH']}"
+        files |= wrapper
     options: dict[str, Callable[[], Sequence[str]]] = {
         "openmpi": lambda: [*root_option("OpenMPI"), *openmpi_options("1", has_cores=False), *openmpi_network(cluster)],
         "mpich": lambda: mpich_options("1", has_cores=False),
         "slurm": lambda: slurm_options(cluster),
     }
-    selected = [f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts]
     argv = cluster_argv(
         sys.executable,
         _installed_program(),
@@ -184,10 +191,15 @@ def cluster_command(request: LaunchRequest, cluster: Cluster, runner: str, base:
         address=first.address,
         port=str(settings.port),
         ssh_port=settings.ssh_port,
-        include="@".join(selected) if runner == "pdsh" else None,
+        include=_selection(cluster) if runner == "pdsh" else None,
         runner_options=options[runner]() if runner in options else None,
     )
-    return Command("deepspeed", argv, environment, secret_files=(variables,))
+    return Command("deepspeed", argv, environment, files=files, holders=_holders(cluster, held), held_variables=secret)
+
+
+def _selection(cluster: Cluster) -> str:
+    """Return the hosts and their devices as DeepSpeed's `--include` takes them."""
+    return "@".join(f"{host.name}:{','.join(map(str, host.devices))}" for host in cluster.hosts)
 
 
 def cluster_argv(
@@ -236,8 +248,24 @@ def pdsh_variables(settings: ClusterConfig) -> dict[str, str]:
     return {"PDSH_SSH_ARGS_APPEND": " ".join(options), "PDSH_RCMD_TYPE": "ssh"}
 
 
-def _path_to_mpirun(family: str, folder: Path, environment: Mapping[str, str]) -> str:
-    """Return a PATH whose first `mpirun`, which DeepSpeed runs by that name, is of the MPI that the workers load."""
+def _holders(cluster: Cluster, path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the command for each host that keeps the secret variables of its workers in the file `path`."""
+    keep = (cluster.python, "-m", "dist_moe.launch.supervise.secret_file", str(path))
+    return {
+        host.name: ("env", "-C", cluster.folder, *keep)
+        if host.is_here
+        else cluster.ssh(host, keep, {"PYTHONSAFEPATH": "1"})
+        for host in cluster.hosts
+    }
+
+
+def secret_names(settings: ClusterConfig) -> set[str]:
+    """Return the names of the variables that nobody else may read: those of the user, and that with the token."""
+    return {*settings.environment, LAUNCH_VARIABLE}
+
+
+def _mpirun(family: str, folder: Path, environment: Mapping[str, str]) -> tuple[Path, dict[Path, str]]:
+    """Return the `mpirun`, by that name, of the MPI that the workers load, and the file that it needs."""
     library = loaded_mpi(environment)
     if library.family != family:
         raise LaunchError(
@@ -245,14 +273,11 @@ def _path_to_mpirun(family: str, folder: Path, environment: Mapping[str, str]) -
             "(MPI4PY_LIBMPI), or use another runner"
         )
     program = Path(mpirun_of(library, environment))
-    if program.name != "mpirun":
-        # Not a link: MPICH looks for its other programs in the folder by whose path it was called.
-        wrapper = folder / "bin" / "mpirun"
-        wrapper.parent.mkdir(exist_ok=True)
-        wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(str(program))} "$@"\n', encoding="utf-8")
-        wrapper.chmod(0o755)
-        program = wrapper
-    return f"{program.parent}{os.pathsep}{environment['PATH']}"
+    if program.name == "mpirun":
+        return program, {}
+    # Not a link: MPICH looks for its other programs in the folder by whose path it was called.
+    wrapper = folder / "bin" / "mpirun"
+    return wrapper, {wrapper: f'#!/bin/sh\nexec {shlex.quote(str(program))} "$@"\n'}
 
 
 def _worker_program(runner: str, cluster: Cluster) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ def manifest(config: Config) -> str:
             "kubernetes/configmap.yaml", **common, configuration=indent(pod_config(config), " " * 4).rstrip("\n")
         ),
         fill_template("kubernetes/service.yaml", **common, port=config.cluster.port),
+        fill_template("kubernetes/networkpolicy.yaml", **common, port=config.cluster.port),
         fill_template(
             "kubernetes/job.yaml",
             **common,
@@ -93,7 +94,8 @@ def manifest(config: Config) -> str:
         ),
     ]
     if wanted.tensorboard:
-        parts.append(fill_template("kubernetes/tensorboard.yaml", **common, **pod))
+        option = "" if wanted.namespace is None else f" --namespace {wanted.namespace}"
+        parts.append(fill_template("kubernetes/tensorboard.yaml", **common, **pod, option=option))
     return "---\n".join(parts)
 
 

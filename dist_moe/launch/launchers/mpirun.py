@@ -16,6 +16,7 @@ from dist_moe.launch.cluster import (
     forwarded_env,
     launcher_environment,
     require_first_devices,
+    require_ipv4,
     ssh_options,
 )
 from dist_moe.launch.command import (
@@ -26,6 +27,7 @@ from dist_moe.launch.command import (
     worker_variables,
 )
 from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher
+from dist_moe.launch.outer_job import without_allocation
 from dist_moe.launch.scripts import one_machine_script, several_hosts_script
 from dist_moe.launch.template import ALL_ARGUMENTS, PYTHON, shell_command, shell_exports, shell_variable
 from dist_moe.worker.network import LOOPBACK, free_port
@@ -37,6 +39,8 @@ FAMILIES = {
     "MPICH": r"(?:MPICH Version|HYDRA[\s\S]*?Version):\s*(\d+\.\d+[^\s]*)",
 }
 """Family -> the pattern of the version that its library, and its `mpirun --version`, print."""
+OPENMPI_SHARED_MEMORY = {"OMPI_MCA_btl": "^tcp,ofi", "OMPI_MCA_pml": "ob1", "OMPI_MCA_mtl": "^ofi"}
+"""On one host, workers exchange through memory; otherwise each of them listens on every interface too."""
 NO_TERMINAL_SCRIPT = """\
 # OpenMPI 4 gives its workers a terminal even where the output goes to a file.
 if [ ! -t 1 ]; then export TTY_COMPATIBLE=0; fi"""
@@ -75,7 +79,7 @@ class MpirunLauncher(ProcessLauncher):
         """
         if request.cluster is not None:
             return _cluster_command(request, request.cluster, base)
-        environment = worker_environment(request.config, request.workers, base)
+        environment = without_allocation(worker_environment(request.config, request.workers, base))
         library = loaded_mpi(environment)
         program = mpirun_of(library, environment)
         threads = threads_per_worker(request.config.run.threads, request.workers)
@@ -83,6 +87,7 @@ class MpirunLauncher(ProcessLauncher):
         placement = openmpi_options if library.family == "OpenMPI" else mpich_options
         # Without them, only the MPI backend finds the other workers.
         environment |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+        environment |= {name: value for name, value in OPENMPI_SHARED_MEMORY.items() if name not in base}
         if not sys.stdout.isatty():
             # OpenMPI 4 gives its workers a terminal even where the output goes to a file.
             environment["TTY_COMPATIBLE"] = "0"
@@ -116,7 +121,7 @@ class MpirunLauncher(ProcessLauncher):
             "one_machine/mpirun.sh": one_machine_script(
                 request,
                 "mpirun (OpenMPI)",
-                shell_exports(worker_variables(shell_variable("THREADS")) | rendezvous),
+                shell_exports(worker_variables(shell_variable("THREADS")) | rendezvous | OPENMPI_SHARED_MEMORY),
                 shell_command(one),
                 prepare=NO_TERMINAL_SCRIPT,
             ),
@@ -138,11 +143,12 @@ def mpirun_argv(program: str, worker: Sequence[str], *, options: Sequence[str], 
 
 
 def _cluster_command(request: LaunchRequest, cluster: Cluster, base: Mapping[str, str]) -> Command:
+    require_ipv4(cluster, "--launcher mpirun")
     require_first_devices(cluster, "--launcher mpirun")
     first, settings = cluster.hosts[0], cluster.settings
     forwarded = forwarded_env(request.config, cluster, base)
     forwarded |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(settings.port)}
-    environment = launcher_environment(base, forwarded)
+    environment = without_allocation(launcher_environment(base, forwarded)) | forwarded
     library = loaded_mpi(environment)
     program = mpirun_of(library, environment)
     hosts = ",".join(f"{host.name}:{len(host.devices)}" for host in cluster.hosts)
@@ -181,7 +187,12 @@ def openmpi_ssh(ssh_options: Sequence[str]) -> dict[str, str]:
 
 def openmpi_network(cluster: Cluster) -> tuple[str, ...]:
     """Return the options that select the network of the cluster: its interface, or the subnet of its hosts."""
-    return openmpi_interface(cluster.settings.interface or subnet([host.address for host in cluster.hosts]))
+    addresses = [host.address for host in cluster.hosts]
+    if cluster.settings.interface is None and any(":" in address for address in addresses):
+        raise LaunchError(
+            f"OpenMPI needs the interface of the IPv6 addresses {', '.join(addresses)}; set cluster.interface"
+        )
+    return openmpi_interface(cluster.settings.interface or subnet(addresses))
 
 
 def openmpi_interface(network: str) -> tuple[str, ...]:

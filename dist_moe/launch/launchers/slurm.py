@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dist_moe.files import write_atomically
 from dist_moe.launch.cluster import require_shell_safe
 from dist_moe.launch.command import LaunchError, threads_per_worker
 from dist_moe.launch.launcher import LaunchRequest, Scheduler
@@ -19,6 +20,7 @@ from dist_moe.launch.template import (
     shell_text,
     shell_variable,
 )
+from dist_moe.worker.network import INTERFACE_VARIABLES
 
 SUBMIT_LIMIT_S = 60.0
 FORWARDED = ("HOME", "LANG", "PATH", "USER")
@@ -67,7 +69,7 @@ class SlurmLauncher(Scheduler):
         # Slurm does not create the folder of the job's output.
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         path = run_dir / "job.sbatch"
-        path.write_text(script, encoding="utf-8")
+        write_atomically(path, script)
         argv = ["sbatch", str(path)]
         try:
             answer = subprocess.run(argv, capture_output=True, text=True, timeout=SUBMIT_LIMIT_S, check=False)
@@ -113,7 +115,7 @@ def batch_script(
         threads = slurm.cpus_per_task or threads_per_worker(config.run.threads, slurm.tasks_per_node)
         variables["OMP_NUM_THREADS"] = str(threads)
     if interface := config.cluster.interface:
-        variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        variables |= dict.fromkeys(INTERFACE_VARIABLES, interface)
     return fill_template(
         "slurm.sbatch",
         config=str(request.config_path).replace("\n", " "),

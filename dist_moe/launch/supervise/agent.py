@@ -10,6 +10,7 @@ own process on this host, which may wait long for hosts that it cannot reach any
 import codecs
 import contextlib
 import ctypes
+import functools
 import os
 import select
 import signal
@@ -25,9 +26,21 @@ import psutil
 from dist_moe.launch.supervise.process_tree import adopt_orphans, descendants, send_signal
 from dist_moe.launch.supervise.protocol import LOG_ONLY, MessageSocket, Rendezvous
 from dist_moe.launch.supervise.pty import TERMINAL_VARIABLE, Transcript, open_terminal, read_terminal
-from dist_moe.worker.contract import LAUNCH_VARIABLE, error_file, process_identity, read_state, record_file
+from dist_moe.worker.contract import (
+    LAUNCH_FILE_VARIABLE,
+    LAUNCH_VARIABLE,
+    NOTICE_VARIABLE,
+    error_file,
+    process_identity,
+    read_state,
+    record_file,
+)
+from dist_moe.worker.shared_storage import try_again
 
 CONNECT_TIMEOUT_S = 10.0
+# Strangers who connect to the launch without end may keep it from a connection for some time.
+CONNECT_LIMIT_S = 60.0
+RETRY_S = 0.2
 POLL_S = 0.1
 # After SIGTERM, a worker has this long until SIGKILL.
 GRACE_S = 1.0
@@ -55,20 +68,20 @@ def fork_worker(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Pat
         # Files of an earlier worker of this rank, which the agent would take for this worker's. If the folder cannot
         # be written, the worker itself reports it.
         with contextlib.suppress(OSError):
-            stale.unlink(missing_ok=True)
+            try_again(functools.partial(stale.unlink, missing_ok=True))
+    greeting = {"rank": rank, "size": world_size, "host": socket.gethostname(), "agent_pid": os.getpid()}
     try:
-        connection = socket.create_connection(rendezvous[:2], timeout=CONNECT_TIMEOUT_S)
+        launch = connect(rendezvous, greeting)
     except OSError as error:
         endpoint = f"{rendezvous.address}, port {rendezvous.port}"
         sys.stderr.write(f"rank {rank} on {socket.gethostname()} cannot reach the launch at {endpoint}: {error}\n")
         sys.stderr.flush()
         os._exit(UNREACHABLE_CODE)
-    connection.settimeout(None)
-    launch = MessageSocket(connection)
     terminal_size = os.environ.pop(TERMINAL_VARIABLE, None)
     terminal = open_terminal(terminal_size) if terminal_size and rank == 0 else None
     pipes = [terminal or os.pipe(), os.pipe()]
-    agent_pid, agent_identity = os.getpid(), process_identity(os.getpid())
+    notice, notify = os.pipe()
+    agent_identity = process_identity(os.getpid())
     # What is still buffered would be written by both processes.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -80,25 +93,52 @@ def fork_worker(rendezvous: Rendezvous, rank: int, world_size: int, run_dir: Pat
             os.dup2(writing, stream)
             os.close(reading)
             os.close(writing)
-        os.environ[LAUNCH_VARIABLE] = agent_identity
+        os.close(notice)
+        os.environ[LAUNCH_VARIABLE], os.environ[NOTICE_VARIABLE] = agent_identity, str(notify)
         return
-    for _, writing in pipes:
+    for writing in (*(writing for _, writing in pipes), notify):
         os.close(writing)
-    greeting = {"rank": rank, "size": world_size, "host": socket.gethostname(), "agent_pid": agent_pid}
-    launch.send({"token": rendezvous.token, **greeting})
     outputs = [reading for reading, _ in pipes]
     with adopt_orphans():
-        Agent(launch, worker_pid, rank, run_dir, outputs, launcher, terminal is not None).run()
+        Agent(launch, worker_pid, rank, run_dir, outputs, notice, launcher, terminal is not None).run()
+
+
+def connect(rendezvous: Rendezvous, greeting: dict[str, Any], limit_s: float = CONNECT_LIMIT_S) -> MessageSocket:
+    """Connect to the launch and send the greeting, and try again where that fails, as long as the launch may be there.
+
+    Nothing happens between the two: a launch with too many connections closes those that have been silent longest.
+
+    Args:
+        rendezvous: Where the launch listens.
+        greeting: Its fields, without the token.
+        limit_s: How long to try. Where nothing listens, or no route leads there, it tries once.
+
+    Raises:
+        OSError: It cannot be reached.
+    """
+    began = time.monotonic()
+    line = {"token": rendezvous.token, **greeting}
+    while True:
+        try:
+            connection = socket.create_connection(rendezvous[:2], timeout=CONNECT_TIMEOUT_S)
+            connection.settimeout(None)
+            launch = MessageSocket(connection)
+            if launch.send(line):
+                return launch
+            raise ConnectionResetError("it closed the connection")
+        except OSError as error:
+            listens = isinstance(error, (TimeoutError, ConnectionResetError))
+            if time.monotonic() - began > (limit_s if listens else 0.0):
+                raise
+            time.sleep(RETRY_S)
 
 
 def launcher_process(pid: int) -> psutil.Process | None:
     """Return the process if it is a launcher of the same launch, which has the same DIST_MOE_LAUNCH; else None."""
-    launch = os.environ.get(LAUNCH_VARIABLE)
-    if launch is None:
-        return None
+    launch = {os.environ.get(LAUNCH_VARIABLE), os.environ.get(LAUNCH_FILE_VARIABLE)} - {None}
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
-        if process.environ().get(LAUNCH_VARIABLE) == launch:
+        if process.environ().get(LAUNCH_VARIABLE) in launch:
             return process
     return None
 
@@ -112,6 +152,7 @@ class Agent:
         rank: Its rank.
         run_dir: The run's folder.
         outputs: File descriptors with the worker's stdout and stderr.
+        notice: A file descriptor that can be read once the worker has written an error report, or has ended.
         launcher: The launcher's process on this host, if it is the parent.
         has_terminal: The worker's stdout is a pseudo-terminal.
     """
@@ -123,6 +164,7 @@ class Agent:
         rank: int,
         run_dir: Path,
         outputs: list[int],
+        notice: int,
         launcher: psutil.Process | None,
         has_terminal: bool,
     ) -> None:
@@ -134,6 +176,7 @@ class Agent:
         self.partial_lines = {output: b"" for output in outputs}
         self.terminal = outputs[0] if has_terminal else None
         self.decoder, self.transcript = codecs.getincrementaldecoder("utf-8")("replace"), Transcript()
+        self.notice: int | None = notice
         self.report_sent = False
         # When the launch was gone, in seconds of the monotonic clock.
         self.launch_lost_s: float | None = None
@@ -146,16 +189,21 @@ class Agent:
         connected = True
         while not select.select([self.handle], [], [], 0)[0]:
             sources: list[int | MessageSocket] = [self.handle, *self.streams, *([self.launch] if connected else [])]
-            readable = select.select(sources, [], [], POLL_S)[0]
+            sources += [] if self.notice is None else [self.notice]
+            readable = select.select(sources, [], [], None if self.launch_lost_s is None else POLL_S)[0]
             self._copy_output([source for source in readable if isinstance(source, int)])
-            self._send_report()
+            if self.notice is not None and self.notice in readable:
+                os.close(self.notice)
+                self.notice = None
+                self._send_report()
             if self.launch in readable:
                 connected = self._handle(self.launch.receive())
             if self.launch_lost_s is not None:
                 self._end_descendants(kill=time.monotonic() - self.launch_lost_s > GRACE_S)
         status, ended_s = os.waitpid(self.worker_pid, 0)[1], time.time()
         self._drain_output()
-        self._send_report()
+        if not self.report_sent:
+            self._send_report()
         while self._end_descendants(kill=True):
             time.sleep(POLL_S / 5)
         if self.launch_lost_s is not None and self.launcher is not None:
@@ -163,7 +211,7 @@ class Agent:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        self.launch.send({"wait_status": status, "state": read_state(self.run_dir, self.rank), "time": ended_s})
+        self.launch.send({"wait_status": status, "state": self._state(), "time": ended_s})
         self.launch.close()
         code = os.waitstatus_to_exitcode(status)
         os._exit(code if code >= 0 else 128 - code)
@@ -184,12 +232,20 @@ class Agent:
             signal.pidfd_send_signal(self.handle, signum)
 
     def _send_report(self) -> None:
-        """Send the worker's error report as soon as it is written."""
-        path = error_file(self.run_dir, self.rank)
-        if not self.report_sent and path.is_file():
+        """Send the worker's error report, which is written before the worker says so, or before it ends.
+
+        The file may be on shared storage: it is looked for once, not polled.
+        """
+        with contextlib.suppress(OSError):  # there is none, or the storage is gone
+            content = try_again(error_file(self.run_dir, self.rank).read_bytes)
             self.report_sent = True
-            text = path.read_text(encoding="utf-8", errors="replace")[:MAX_REPORT_CHARACTERS]
-            self.launch.send({"report": text})
+            self.launch.send({"report": content.decode(errors="replace")[:MAX_REPORT_CHARACTERS]})
+
+    def _state(self) -> str | None:
+        """Return the state in the worker's record; None where it cannot be read, as after a power failure."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return try_again(lambda: read_state(self.run_dir, self.rank))
+        return None
 
     def _end_descendants(self, kill: bool) -> bool:
         """Send SIGTERM or SIGKILL to every running descendant, and return whether there was one."""

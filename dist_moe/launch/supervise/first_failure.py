@@ -4,7 +4,8 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_moe.worker.contract import ErrorReport
+from dist_moe.text import plain_text
+from dist_moe.worker.contract import OF_THE_JOB, ErrorReport
 
 # Signals after which a worker cannot report an error itself. Errors that this causes on other ranks may be reported up
 # to FATAL_LEAD_S before the launch sees that the worker has ended.
@@ -33,7 +34,7 @@ class Failure(NamedTuple):
         rank: The worker's rank.
         code: Exit code for the job.
         text: The message for the user.
-        of_config: The configuration is invalid; the text is about the job, not about one worker.
+        of_job: Every worker reports the same; the text is about the job, not about one worker.
     """
 
     is_consequence: bool
@@ -41,7 +42,7 @@ class Failure(NamedTuple):
     rank: int
     code: int
     text: str
-    of_config: bool = False
+    of_job: bool = False
 
 
 def failure_from_exit(now: float, rank: int, code: int, finished: bool) -> Failure:
@@ -81,8 +82,9 @@ def failure_from_report(text: str, rank: int, path: Path) -> Failure:
         KeyError: A line is missing.
     """
     report = ErrorReport.parse(text)
-    if report.exception == "ConfigError":
-        return Failure(False, report.time, rank, report.code, report.message, of_config=True)
+    report = report._replace(exception=plain_text(report.exception), message=plain_text(report.message))
+    if report.exception in OF_THE_JOB:
+        return Failure(False, report.time, rank, report.code, report.message, of_job=True)
     message = f"rank {rank} failed with {report.exception}: {report.message}\n(traceback: {path})"
     is_consequence = any(words in report.message for words in LOST_PEER)
     return Failure(is_consequence, report.time, rank, report.code, message)

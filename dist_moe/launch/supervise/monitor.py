@@ -1,22 +1,35 @@
 """Monitors a job's workers through the connections that their agents, on any host, hold to this process."""
 
 import contextlib
+import itertools
+import math
 import os
 import secrets
 import signal
 import socket
-import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from dist_moe.launch.supervise.first_failure import Failure, failure_from_exit, failure_from_report
-from dist_moe.launch.supervise.protocol import LOG_ONLY, MessageSocket, Rendezvous, wait_readable
-from dist_moe.launch.supervise.pty import CLEAR_LINE, CONTROL, SHOW_CURSOR
-from dist_moe.worker.contract import WorkerState, error_file, log_file
+from dist_moe.launch.supervise.listener import Listener, raise_file_limit
+from dist_moe.launch.supervise.output import JobOutput
+from dist_moe.launch.supervise.protocol import (
+    LOG_ONLY,
+    Greeting,
+    MessageSocket,
+    Rendezvous,
+    check_record,
+    wait_readable,
+)
+from dist_moe.untrusted import printable
+from dist_moe.worker.contract import WorkerState, error_file
 
 RELEASE_TIMEOUT_S = 5.0
-BACKLOG = 512
+ROUND_S = 0.1
+"""A round of `poll` ends after this time, also where more has arrived, so that a launch sees its signals."""
+DRAIN_S = 0.5
 REPORT_EXCERPT_CHARACTERS = 200
 # What a launcher sends to the workers that still run when it sees that another has ended.
 LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGKILL)
@@ -28,6 +41,11 @@ class WorkerMonitor:
     The workers' output is printed here, each line with its rank, and appended to a file per rank in `logs/` of the
     run's folder.
 
+    Attributes:
+        replaces_workers: The launcher may start a rank again, or continue with fewer workers. Under any other one, a
+            second worker of a rank, or one of a job of another size, is refused.
+        ends_by: Returns when the end of the job no longer waits, in seconds of the monotonic clock.
+
     Args:
         address: An address of this host that the workers can reach.
         size: Number of workers; a launcher that continues with fewer after it lost a host changes it.
@@ -36,23 +54,27 @@ class WorkerMonitor:
     """
 
     def __init__(self, address: str, size: int, run_dir: Path, multi_host: bool = True) -> None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._server = socket.create_server((address, 0), family=family, backlog=BACKLOG)
-        self.rendezvous = Rendezvous(address, self._server.getsockname()[1], secrets.token_urlsafe(16))
-        self.size = size
+        token = secrets.token_urlsafe(16)
+        self.output = JobOutput(run_dir)
+        if warning := raise_file_limit(size):
+            self.output.announce(warning)
+        self._listener = Listener(address, token)
+        self.rendezvous = Rendezvous(address, self._listener.port, token)
+        self.size = self._largest_size = size
         self.multi_host = multi_host
+        self.replaces_workers = False
+        self.ends_by: Callable[[], float] = lambda: math.inf
         self._run_dir = run_dir
-        # Connections without a greeting yet, and those of workers whose rank another worker has by now.
-        self._unidentified: list[MessageSocket] = []
+        # Connections of workers whose rank another worker has by now.
         self._replaced: list[MessageSocket] = []
         self._agents: dict[int, MessageSocket] = {}
-        self._greetings: dict[int, dict[str, Any]] = {}
+        self._greetings: dict[int, Greeting] = {}
         self._failures: dict[int, Failure] = {}
         self._finished: set[int] = set()
         self._stopped: set[int] = set()
         self._forwarded: int | None = None
         self._released = False
-        self._line_is_live = False
+        self._next_rank = 0
 
     def __enter__(self) -> "WorkerMonitor":
         return self
@@ -66,8 +88,8 @@ class WorkerMonitor:
         for agent in self._agents.values():
             agent.send({"signal": signum})
 
-    def release_workers(self) -> None:
-        """Disconnect from the workers on other hosts, so that their agents end them, and wait at most 5 s for that.
+    def release_workers(self, limit_s: float = RELEASE_TIMEOUT_S) -> None:
+        """Disconnect from the workers on other hosts, so that their agents end them, and wait for that.
 
         Workers on this host alone are ended as descendants of this process. From here on, workers that launchers end
         do not count as failed.
@@ -79,20 +101,20 @@ class WorkerMonitor:
             with contextlib.suppress(OSError):
                 # The other direction stays open for the agent's last message.
                 agent.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + RELEASE_TIMEOUT_S
-        while (self._agents or self._replaced) and time.monotonic() < deadline:
-            self.wait(deadline - time.monotonic())
+        deadline = time.monotonic() + limit_s
+        while (self._agents or self._replaced) and time.monotonic() < min(deadline, self.ends_by()):
+            # A signal is seen after this time: the system call is begun again after it.
+            self.wait(min(deadline - time.monotonic(), ROUND_S))
             self.poll()
 
     def close(self) -> None:
         """Close all connections, and restore the terminal."""
-        if self._line_is_live:
-            self._write_terminal(f"{SHOW_CURSOR}\n")
-        for agent in [*self._unidentified, *self._replaced, *self._agents.values()]:
+        for agent in [*self._replaced, *self._agents.values()]:
             agent.close()
         self._replaced.clear()
         self._agents.clear()
-        self._server.close()
+        self._listener.close()
+        self.output.close(self.ends_by() - time.monotonic())
 
     def clear_records(self) -> None:
         """Remove the records and error reports of an earlier run."""
@@ -105,34 +127,52 @@ class WorkerMonitor:
 
     def agent_pids(self) -> set[int]:
         """Return the agents among this process's descendants; empty with several hosts."""
-        return set() if self.multi_host else {greeting["agent_pid"] for greeting in self._greetings.values()}
+        return set() if self.multi_host else {greeting.agent_pid for greeting in self._greetings.values()}
 
     def wait(self, timeout_s: float) -> None:
         """Return when a message arrives, or after the time-out."""
         wait_readable(self._sources(), timeout_s)
 
-    def poll(self) -> None:
-        """Handle all messages that have arrived."""
-        while readable := wait_readable(self._sources(), 0):
-            for agent in [agent for agent in self._replaced if agent in readable and agent.receive() is None]:
-                self._replaced.remove(agent)
-                agent.close()
-            identified = [(rank, agent) for rank, agent in self._agents.items() if agent in readable]
-            for agent in [agent for agent in self._unidentified if agent in readable]:
-                self._identify(agent)
-            for rank, agent in identified:
-                # A greeting just now may have replaced this agent.
-                if self._agents.get(rank) is agent:
-                    self._handle(rank, agent.receive())
-            if self._server in readable:
-                self._unidentified.append(MessageSocket(self._server.accept()[0]))
+    def poll(self) -> bool:
+        """Handle a part of each agent's messages, for at most about `ROUND_S`; return whether an agent sent any.
+
+        Connections of strangers are polled too, and do not count.
+        """
+        readable = set(wait_readable(self._sources(), 0))
+        for agent in [agent for agent in self._replaced if agent in readable and agent.receive() is None]:
+            self._replaced.remove(agent)
+            agent.close()
+        handled = self._receive(readable)
+        for agent, greeting, rest in self._listener.poll(readable):
+            handled = True
+            self._welcome(agent, greeting, rest)
+        return handled
+
+    def drain(self, limit_s: float = DRAIN_S) -> None:
+        """Handle the last messages of the agents, for at most about `limit_s`."""
+        deadline = time.monotonic() + limit_s
+        while self.poll() and time.monotonic() < min(deadline, self.ends_by()):
+            pass
+
+    def _receive(self, readable: set[Any]) -> bool:
+        """Handle what the agents have sent, in turns: a round that runs out of time is continued by the next one."""
+        turns = sorted(rank for rank, agent in self._agents.items() if agent in readable)
+        turns = [rank for rank in turns if rank >= self._next_rank] + [rank for rank in turns if rank < self._next_rank]
+        deadline = time.monotonic() + ROUND_S
+        for rank in turns:
+            self._handle(rank, self._agents[rank].receive())
+            self._next_rank = rank + 1
+            if time.monotonic() > deadline:
+                break
+        return bool(turns)
 
     def _sources(self) -> list[socket.socket | MessageSocket]:
-        return [self._server, *self._unidentified, *self._replaced, *self._agents.values()]
+        return [*self._listener.sources(), *self._replaced, *self._agents.values()]
 
     def unfinished(self) -> list[int]:
         """Return the ranks that have neither finished nor stopped on request."""
-        return [rank for rank in range(self.size) if rank not in self._finished | self._stopped]
+        ended = self._finished | self._stopped
+        return [rank for rank in range(self.size) if rank not in ended]
 
     def stopped(self) -> bool:
         """Return whether the job stopped on request: each rank stopped or finished, and at least one stopped."""
@@ -144,25 +184,21 @@ class WorkerMonitor:
 
     def describe_rank(self, rank: int) -> str:
         """Name a rank in a message, with its host where there are several."""
-        return f"rank {rank} on {self._greetings[rank]['host']}" if self.multi_host else f"rank {rank}"
+        return f"rank {rank} on {self._greetings[rank].host}" if self.multi_host else f"rank {rank}"
 
-    def _identify(self, agent: MessageSocket) -> None:
-        """Accept a connection whose first message is a valid greeting, and close any other."""
-        messages = agent.receive()
-        if messages == []:
-            return  # the first message is not complete yet
-        self._unidentified.remove(agent)
-        greeting, *rest = messages or [{}]
-        rank, size = greeting.get("rank"), greeting.get("size")
-        token = str(greeting.get("token")).encode(errors="replace")
-        is_worker = secrets.compare_digest(token, self.rendezvous.token.encode())
-        if not (is_worker and isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
-            agent.close()
-            return
+    def _welcome(self, agent: MessageSocket, greeting: Greeting, rest: list[dict[str, Any]]) -> None:
+        """Take an agent that knows the token for that of its rank, if there can be such a worker."""
+        rank, size = greeting.rank, greeting.size
         if self._stopped or (self._forwarded is not None and rank in self._greetings):
             # The launcher mistook the stop, or a failure during it, for a failure that it has to handle, and has
             # started this worker again.
             self._replaced.append(agent)
+            return
+        fits = size <= self._largest_size if self.replaces_workers else size == self.size
+        if not fits or (rank in self._greetings and not self.replaces_workers):
+            what = f"rank {rank} of {size} on {greeting.host}"
+            self.output.announce(f"refused a worker that says it is {what}, in a job of {self.size} workers")
+            agent.close()
             return
         # A launcher that restarts workers gives out their ranks again.
         self._resize(size)
@@ -172,7 +208,7 @@ class WorkerMonitor:
         self._agents[rank], self._greetings[rank] = agent, greeting
         self._failures.pop(rank, None)
         self._finished.discard(rank)
-        self._append_log(rank, "")
+        self.output.log(rank, "")
         if self._forwarded is not None:
             agent.send({"signal": self._forwarded})
         if rest:
@@ -189,17 +225,34 @@ class WorkerMonitor:
     def _handle(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
         if messages is None:
             self._agents.pop(rank).close()
-            if rank not in self._finished | self._stopped:
+            if rank not in self._finished and rank not in self._stopped:
                 text = f"{self.describe_rank(rank)} was lost: its host ended, or the network to it was cut"
                 self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, text))
             return
+        valid = list(itertools.takewhile(lambda message: not check_record(message), messages))
+        logged = [f"{message['text']}\n" for message in valid if "output" in message]
+        # Lines of one stream are written together: a worker may send thousands of short ones at a time.
+        for stream, group in itertools.groupby(valid, lambda message: message.get("output")):
+            if stream is None:
+                self._handle_records(rank, group)
+            elif stream != LOG_ONLY:
+                self.output.lines(stream, self._prefix(rank), "\n".join(message["text"] for message in group))
+        if logged:
+            self.output.log(rank, "".join(logged))
+        if len(valid) < len(messages):
+            fault = printable(check_record(messages[len(valid)]))
+            text = f"{self.describe_rank(rank)} sent {fault}; install the same dist-moe on every host"
+            self._failures.setdefault(rank, Failure(False, time.time(), rank, 1, text))
+            self._agents.pop(rank).close()
+
+    def _handle_records(self, rank: int, messages: Iterable[dict[str, Any]]) -> None:
+        """Handle valid records that are no lines of output."""
+        messages = list(messages)
+        if rank == 0 and (shown := "".join(message.get("terminal", "") for message in messages)):
+            self.output.terminal(shown)
         for message in messages:
-            if "output" in message:
-                self._print_output(rank, int(message["output"]), str(message.get("text", "")))
-            elif "terminal" in message:
-                self._write_terminal(str(message["terminal"]))
-            elif "report" in message:
-                self._failures[rank] = self._failure_from_report(rank, str(message["report"]))
+            if "report" in message:
+                self._failures[rank] = self._failure_from_report(rank, message["report"])
             elif "wait_status" in message:
                 self._handle_exit(rank, message)
 
@@ -208,49 +261,24 @@ class WorkerMonitor:
         run_dir = Path() if self.multi_host else self._run_dir
         try:
             failure = failure_from_report(report, rank, error_file(run_dir, rank))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OverflowError, RecursionError):
             excerpt = report[:REPORT_EXCERPT_CHARACTERS]
             text = f"{self.describe_rank(rank)} failed with an invalid error report: {excerpt!r}"
             return Failure(False, time.time(), rank, 1, text)
         failure = failure._replace(text=failure.text.replace(f"rank {rank}", self.describe_rank(rank), 1))
         return failure._replace(time=time.time()) if self.multi_host else failure
 
-    def _print_output(self, rank: int, stream_number: int, text: str) -> None:
-        """Print and log a worker's output; a closed terminal must not end the job."""
-        prefix = f"[{rank}@{self._greetings[rank]['host']}] " if self.multi_host else f"[rank {rank}] "
-        stream = sys.stderr if stream_number == 2 else sys.stdout
-        if stream_number != LOG_ONLY:
-            with contextlib.suppress(OSError, ValueError):
-                stream.write(CLEAR_LINE if self._line_is_live and stream.isatty() else "")
-                stream.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
-                stream.flush()
-            self._line_is_live = False
-        self._append_log(rank, text + "\n")
-
-    def _write_terminal(self, text: str) -> None:
-        """Write rank 0's terminal output as it is; its last line may be a live one."""
-        visible = CONTROL.sub(b"", text.encode())
-        self._line_is_live = not visible.endswith(b"\n") if visible else self._line_is_live
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def _append_log(self, rank: int, text: str) -> None:
-        """Append to the rank's log, which exists from the worker's start; a full disk must not end the job."""
-        with contextlib.suppress(OSError):
-            path = log_file(self._run_dir, rank)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as log:
-                log.write(text)
+    def _prefix(self, rank: int) -> str:
+        return f"[{rank}@{self._greetings[rank].host}] " if self.multi_host else f"[rank {rank}] "
 
     def _handle_exit(self, rank: int, message: dict[str, Any]) -> None:
         """Record how a worker ended, from its own record and its wait status."""
-        code, state = os.waitstatus_to_exitcode(int(message["wait_status"])), message.get("state")
+        code, state = os.waitstatus_to_exitcode(message["wait_status"]), message.get("state")
         # All ranks save before any exits, so one that its launcher killed after another had stopped has stopped too.
         if state == WorkerState.STOPPED or (self._stopped and -code in LAUNCHER_SIGNALS):
             self._stopped.add(rank)
             return
-        ended_s = time.time() if self.multi_host else float(message["time"])
+        ended_s = time.time() if self.multi_host else float(message.get("time", time.time()))
         failure = failure_from_exit(ended_s, rank, code, finished=state == WorkerState.FINISHED)
         if failure.code == 0:
             self._finished.add(rank)

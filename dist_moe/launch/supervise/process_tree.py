@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -29,40 +30,65 @@ class Descendant(NamedTuple):
 
 
 def descendants(root: int) -> dict[int, Descendant]:
-    """Return the children, grandchildren and so on of the process `root` by pid, zombies included."""
+    """Return the children, grandchildren and so on of the process `root` by pid, zombies included.
+
+    Processes that this user may not read, as those of others where /proc is mounted with hidepid, are none of them.
+    """
     # Not `Process.children`: it omits children that started before their parent by the clock, which may be adjusted.
-    table: list[Descendant] = []
+    children: dict[int, list[int]] = {}
     for pid in psutil.pids():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            with process.oneshot():
-                table.append(Descendant(process, process.ppid(), process.status() in ENDED))
+        children.setdefault(_parent(pid), []).append(pid)
     found: dict[int, Descendant] = {}
-    parents = {root}
-    while parents:
-        children = {
-            entry.process.pid: entry
-            for entry in table
-            if entry.parent in parents and entry.process.pid not in found and entry.process.pid != root
-        }
-        found |= children
-        parents = set(children)
+    pending = [root]
+    while pending:
+        parent = pending.pop()
+        for pid in children.get(parent, []):
+            entry = None if pid in found or pid == root else _child(pid, parent)
+            if entry is not None:
+                found[pid] = entry
+                pending.append(pid)
     return found
 
 
-def send_signal(process: psutil.Process, signum: signal.Signals) -> None:
-    """Send the signal to this process, or to none if it is gone.
+def _child(pid: int, parent: int) -> Descendant | None:
+    """Return the process `pid` if `parent` is still its parent: a pid may have been given to another process."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        with process.oneshot():
+            entry = Descendant(process, process.ppid(), process.status() in ENDED)
+        return entry if entry.parent == parent else None
+    return None
+
+
+def _parent(pid: int) -> int:
+    """Return the pid of a process's parent; -1 where the process has ended, or cannot be read."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return -1
+    return int(stat.rpartition(b")")[2].split()[1])  # the name, in brackets, may contain spaces and brackets
+
+
+def send_signal(process: psutil.Process, signum: signal.Signals) -> bool:
+    """Send the signal to this process, or to none if it is gone; return False if this user may not send it.
 
     `psutil.Process.send_signal` compares the start time and then signals the pid, which may be reused in between; a
     pidfd that is opened before the comparison cannot.
     """
-    with contextlib.suppress(ProcessLookupError):
+    try:
         handle = os.pidfd_open(process.pid)
-        try:
-            if process.is_running():
-                signal.pidfd_send_signal(handle, signum)
-        finally:
-            os.close(handle)
+    except ProcessLookupError:
+        return True
+    try:
+        if process.is_running():
+            signal.pidfd_send_signal(handle, signum)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return True
+    except (PermissionError, psutil.AccessDenied):
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 @contextlib.contextmanager

@@ -13,6 +13,17 @@ TERMINAL_VARIABLE = "DIST_MOE_TERMINAL"
 """Rows and columns of the launch's terminal, as in 24x80."""
 CONTROL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
 """Control sequences of ECMA-48: colors, cursor movements."""
+PASSED = re.compile(r"\x1b\[(?:[0-9;]*[ABCDEFGHJKm]|\?25[hl])")
+"""Control sequences that are shown: movements in the window, erasing, colors, and the cursor's visibility."""
+ESCAPE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # a control sequence
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # a string: title, clipboard, link, device control
+    r"|\x1b[ -/]*[0-~]"  # any other escape
+    r"|[\x00-\x07\x0b-\x0c\x0e-\x1f\x7f-\x9f]"  # with a lone ESC, which would join what follows a removed escape
+)
+PENDING = re.compile(r"\x9b[0-?]*[ -/]*\Z|\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)\Z")
+MAX_PENDING = 4096
+LINE_END = re.compile(rb"(\r*\n|\r(?!\Z))")
 SHOW_CURSOR, CLEAR_LINE = "\x1b[?25h", "\r\x1b[2K"
 READ_BYTES = 1 << 16
 
@@ -49,22 +60,40 @@ def read_terminal(reading: int) -> bytes:
         return b""
 
 
+class TerminalFilter:
+    """Removes from terminal output what does more than move within the window, erase, and color.
+
+    Titles, the clipboard, links, reports that a terminal would type as input, and resets are removed.
+    """
+
+    def __init__(self) -> None:
+        self._pending = ""
+
+    def feed(self, text: str) -> str:
+        """Return what of this part of the output may be shown; an escape that is not complete waits for the next."""
+        text, self._pending = self._pending + text, ""
+        if (incomplete := PENDING.search(text)) is not None:
+            text = text[: incomplete.start()]
+            # A string without an end is dropped as it grows, and what follows it is shown as text.
+            self._pending = incomplete[0][:MAX_PENDING]
+        return ESCAPE.sub(lambda match: match[0] if PASSED.fullmatch(match[0]) else "", text)
+
+
 class Transcript:
-    """Turns terminal output into log lines: no colors, no empty lines, a live line once per change."""
+    """Turns terminal output into log lines: no colors, no empty lines, and none of a live line that is redrawn."""
 
     def __init__(self) -> None:
         self._partial = b""
-        self._live = b""
 
     def feed(self, output: bytes) -> bytes:
         """Return the lines that are complete with this part of the output; pass an empty part at the end."""
-        parts = re.split(rb"([\r\n])", self._partial + (output or b"\n"))
+        # A carriage return at the end of a part may belong to a line feed that follows.
+        parts = LINE_END.split(self._partial + (output or b"\n"))
         self._partial = parts.pop()
         lines = []
         for text, separator in zip(parts[::2], parts[1::2], strict=True):
             line = CONTROL.sub(b"", text).rstrip()
-            if line and line != self._live:
+            # What a carriage return follows is drawn over.
+            if line and separator != b"\r":
                 lines.append(line + b"\n")
-            if line and separator == b"\r":
-                self._live = line
         return b"".join(lines)

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import psutil
 
-from dist_moe.errors import needs_folder
-from dist_moe.files import FileLockedError, file_lock
-from dist_moe.launch.command import Command, LaunchError
+from dist_moe.launch.command import Command
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.process_tree import Descendant, adopt_orphans, descendants, send_signal
 from dist_moe.launch.supervise.pty import terminal_environment
+from dist_moe.launch.supervise.remote_exec import pipe_size, send_line, variables_line
+from dist_moe.launch.supervise.secret_file import kept_on_hosts
 from dist_moe.worker.contract import LAUNCH_VARIABLE, STOP_SIGNALS, STOPPED_CODE
+from dist_moe.worker.run_lock import lock_for_launch
 from dist_moe.worker.signals import capture_signals
 
 POLL_S = 0.1
@@ -29,9 +30,14 @@ LAUNCHER_GRACE_S = 3.0
 FINISHED_GRACE_S = 30.0
 # After SIGTERM, a worker has this long until SIGKILL.
 WORKER_GRACE_S = 1.0
+# After the launchers have ended, what their workers have sent is read for this time.
+LAST_MESSAGES_S = 5.0
+# After the signal that ends the job at once, nothing waits any longer than this, all together.
+HURRIED_END_S = 1.4
 # After a request to stop, the workers have this long to finish their step and save a checkpoint.
 STOP_TIMEOUT_S = 1800.0
-LOCK_FILE = "launch.lock"
+# Ctrl-C asks for a stop as SIGTERM does, which workers that do not train yet die from at once.
+FORWARDED_AS: dict[int, int] = {signal.SIGINT: signal.SIGTERM}
 
 
 class JobOutcome(NamedTuple):
@@ -61,10 +67,11 @@ class JobEnd(NamedTuple):
 def run(command: Command, run_dir: str | Path, monitor: WorkerMonitor) -> JobOutcome:
     """Run a job to its end; when this returns, no process of it is left on any host that can be reached.
 
-    The launcher runs in a session of its own, so Ctrl-C reaches this process alone, which then ends all others:
-    launchers by SIGKILL, as they have nothing to save, and workers by SIGTERM, then SIGKILL. If a worker fails and the
-    launcher does not end the job within 3 s, this process does. SIGUSR1 and the first SIGTERM are forwarded to the
-    workers, which save a checkpoint and stop; before all workers have connected they end the job at once.
+    The launcher runs in a session of its own, so Ctrl-C reaches this process alone. SIGUSR1, the first SIGTERM and the
+    first Ctrl-C are requests to stop: they are forwarded to the workers, which save a checkpoint and exit; before all
+    workers have connected they end the job at once. A second SIGTERM or Ctrl-C, and SIGHUP, end it: launchers by
+    SIGKILL, as they have nothing to save, and workers by SIGTERM, then SIGKILL. If a worker fails and the launcher does
+    not end the job within 3 s, this process does.
 
     Call it from the main thread, which alone receives signals.
 
@@ -78,18 +85,28 @@ def run(command: Command, run_dir: str | Path, monitor: WorkerMonitor) -> JobOut
         or the first worker that failed, otherwise that worker's own exit code.
 
     Raises:
-        LaunchError: Another job uses the folder.
+        RunInUseError: Another job uses the folder.
         RunFolderError: The folder cannot be written.
+        UserError: A host does not keep the variables of its workers.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(run_dir_lock(Path(run_dir)))
+        stack.enter_context(lock_for_launch(Path(run_dir)))
+        monitor.replaces_workers = command.replaces_workers
         received = stack.enter_context(capture_signals(captured_signals()))
+        monitor.ends_by = ends_by = HurriedEnd(received).ends_by
         stack.enter_context(adopt_orphans())
-        unrelated = set(descendants(os.getpid()))
         monitor.clear_records()
         launchers: list[subprocess.Popen[bytes]] = []
+        stack.enter_context(command.written())
+        if command.held_variables:
+            kept = kept_on_hosts(command.holders, command.held_variables, lambda: bool(received), ends_by)
+            stack.enter_context(kept)
+        if received:
+            # No worker exists yet.
+            return outcome_of(command, JobEnd(None, received[0]), monitor, received)
+        unrelated = set(descendants(os.getpid()))
         # Called from the last to the first, each of them also after an exception in another.
-        stack.callback(monitor.poll)  # for the last messages of the agents
+        stack.callback(monitor.drain)
         stack.callback(end_processes, launchers, monitor, unrelated, received)
         stack.callback(close_inputs, launchers)
         stack.callback(monitor.release_workers)
@@ -97,6 +114,24 @@ def run(command: Command, run_dir: str | Path, monitor: WorkerMonitor) -> JobOut
             launchers.append(launcher)
         end = wait_for_end(launchers, monitor, received, command.restarts)
     return outcome_of(command, end, monitor, received)
+
+
+class HurriedEnd:
+    """When the waits at the end of a job are over, once a signal ends it at once: one deadline for all of them.
+
+    Args:
+        received: The signals that this process has received; it grows.
+    """
+
+    def __init__(self, received: Sequence[int]) -> None:
+        self._received = received
+        self._deadline = math.inf
+
+    def ends_by(self) -> float:
+        """Return the time, in seconds of the monotonic clock; infinite without such a signal."""
+        if self._deadline == math.inf and ending_signal(self._received) is not None:
+            self._deadline = time.monotonic() + HURRIED_END_S
+        return self._deadline
 
 
 def captured_signals() -> list[signal.Signals]:
@@ -112,9 +147,15 @@ def start_launchers(command: Command, monitor: WorkerMonitor) -> Iterator[subpro
     """
     terminal = {} if monitor.multi_host else terminal_environment(sys.stdout)
     environment = {**command.environment, **terminal, LAUNCH_VARIABLE: str(monitor.rendezvous)}
-    for argv in (command.argv, *command.remote_commands):
-        stdin = subprocess.PIPE if argv[0] == "ssh" else subprocess.DEVNULL
-        yield subprocess.Popen(argv, env=environment, stdin=stdin, start_new_session=True)
+    for argv, variables in command.processes():
+        stdin = subprocess.DEVNULL if variables is None else subprocess.PIPE
+        line = b"" if variables is None else variables_line(variables)
+        launcher = subprocess.Popen(
+            argv, env=environment, stdin=stdin, start_new_session=True, pipesize=pipe_size(line)
+        )
+        yield launcher
+        if line:
+            send_line(launcher, line)
 
 
 def close_inputs(launchers: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -140,12 +181,14 @@ def wait_for_end(
         codes = [launcher.poll() for launcher in launchers]
         monitor.poll()
         if None not in codes:
+            monitor.drain(LAST_MESSAGES_S)
             return JobEnd(next((code for code in codes if code), 0))
         if len(received) > handled:
             handled = len(received)
             if not monitor.all_connected():
                 break  # no worker has anything to save yet
-            monitor.forward_signal(received[-1])
+            monitor.forward_signal(FORWARDED_AS.get(received[-1], received[-1]))
+            monitor.output.announce(acknowledgement(received[-1]))
             deadline = min(deadline, time.monotonic() + STOP_TIMEOUT_S)
         grace_s = grace_period_s(monitor, any(codes), restarts, stop_requested=bool(received))
         deadline = min(deadline, time.monotonic() + grace_s)
@@ -154,6 +197,12 @@ def wait_for_end(
             return JobEnd(next((code for code in codes if code), None), received[0] if ignored_stop else None)
         monitor.wait(POLL_S)
     return JobEnd(None, received[0] if signum is None else signum)
+
+
+def acknowledgement(signum: int) -> str:
+    """Return the line that says what a request to stop does."""
+    name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+    return f"{name}: the workers finish their step, save a checkpoint and stop; Ctrl-C again ends them at once"
 
 
 def grace_period_s(monitor: WorkerMonitor, launcher_failed: bool, restarts: bool, stop_requested: bool) -> float:
@@ -171,18 +220,24 @@ def grace_period_s(monitor: WorkerMonitor, launcher_failed: bool, restarts: bool
     if restarts and not stop_requested:
         return math.inf
     if failures := monitor.failures():
-        return 0.0 if failures[0].of_config else LAUNCHER_GRACE_S
+        return 0.0 if failures[0].of_job else LAUNCHER_GRACE_S
     if launcher_failed and not restarts:
         return LAUNCHER_GRACE_S
     return math.inf if monitor.unfinished() else FINISHED_GRACE_S
 
 
 def ending_signal(received: Sequence[int]) -> int | None:
-    """Return the signal that ends the job at once, if there is one: SIGINT, SIGHUP or a second SIGTERM."""
-    ending = [signum for signum in received if signum not in STOP_SIGNALS]
-    if ending:
-        return ending[0]
-    return signal.SIGTERM if received.count(signal.SIGTERM) > 1 else None
+    """Return the signal that ends the job at once, if there is one.
+
+    It is SIGHUP, a second SIGTERM, Ctrl-C after any request to stop, or SIGTERM after Ctrl-C.
+    """
+    for place, signum in enumerate(received):
+        before = received[:place]
+        if signum == signal.SIGHUP or (signum == signal.SIGINT and before):
+            return signum
+        if signum == signal.SIGTERM and (signal.SIGTERM in before or signal.SIGINT in before):
+            return signum
+    return None
 
 
 def end_processes(
@@ -201,8 +256,10 @@ def end_processes(
         unrelated: Pids of children from before the job.
         received: The signals that this process has received; it grows.
     """
-    deadline, received_before = time.monotonic() + WORKER_GRACE_S, len(received)
+    deadline, received_before = min(time.monotonic() + WORKER_GRACE_S, monitor.ends_by()), len(received)
     terminated: set[psutil.Process] = set()
+    # Processes of another user, as a program with the setuid bit starts them.
+    out_of_reach: set[psutil.Process] = set()
     launcher_pids = {launcher.pid for launcher in launchers}
     while True:
         for launcher in launchers:
@@ -211,12 +268,15 @@ def end_processes(
         job = [entry for entry in tree.values() if not descends_from(entry, tree, unrelated)]
         # Popen waits for its own children; another wait would take their exit codes away.
         reap([entry for entry in job if entry.process.pid not in launcher_pids])
+        job = [entry for entry in job if entry.process not in out_of_reach]
         if not job:
             return
+        agents = monitor.agent_pids()
         in_grace = time.monotonic() < deadline and len(received) == received_before
         for entry in job:
-            if not (in_grace and descends_from(entry, tree, monitor.agent_pids())):
-                send_signal(entry.process, signal.SIGKILL)
+            if not (in_grace and descends_from(entry, tree, agents)):
+                reached = send_signal(entry.process, signal.SIGKILL)
+                out_of_reach |= set() if reached else {entry.process}
             elif entry.process not in terminated:
                 terminated.add(entry.process)
                 send_signal(entry.process, signal.SIGTERM)
@@ -246,7 +306,8 @@ def outcome_of(command: Command, end: JobEnd, monitor: WorkerMonitor, received: 
     """Conclude how the job ended from the launchers' exit codes, the user's signals and the workers' ends."""
     failures = monitor.failures()
     # A worker that cannot handle a request to stop yet dies from the signal.
-    died_from = next((signum for signum in received if any(one.code == 128 + signum for one in failures)), None)
+    codes = {failure.code for failure in failures}
+    died_from = next((signum for signum in received if 128 + FORWARDED_AS.get(signum, signum) in codes), None)
     signum = died_from if end.signum is None else end.signum
     if signum is not None:
         return JobOutcome(128 + signum, f"stopped by {signal.Signals(signum).name}; every process has ended")
@@ -269,22 +330,3 @@ def outcome_of(command: Command, end: JobEnd, monitor: WorkerMonitor, received: 
     # A launcher that continued without a host that it lost exits with an error for that host.
     message = f"every rank finished, but {name} {how}; see the output above" if job_code else ""
     return JobOutcome(0 if command.restarts else job_code, message)
-
-
-@contextlib.contextmanager
-def run_dir_lock(run_dir: Path) -> Iterator[None]:
-    """Lock the run's folder against other jobs; the kernel releases the lock when this process ends in any way.
-
-    Raises:
-        LaunchError: Another job has locked it.
-        RunFolderError: The folder cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            with needs_folder(run_dir):
-                stack.enter_context(file_lock(run_dir / LOCK_FILE, wait=False))
-        except FileLockedError:
-            raise LaunchError(
-                f"run.dir={run_dir} is in use by a running job; wait for it, end it, or set another run.dir"
-            ) from None
-        yield

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dist_moe.files import write_atomically
 from dist_moe.observe.record import host, source_state, versions
 from dist_moe.study.controllers.figure import draw_figure
 from dist_moe.study.controllers.measures import NEAR, TOLERANCE, WINDOW
@@ -23,12 +24,12 @@ def write_results(folder: Path, plan: Plan, runs: Sequence[Run], seconds: float)
     made = {"versions": versions() | {"matplotlib": version("matplotlib")}, "source": source_state(Path(__file__))}
     made |= {"host": host(), "threads": torch.get_num_threads(), "seconds": round(seconds, 1)}
     text = json.dumps({"made": made, "settings": settings(plan), "runs": runs_as_dicts(runs)}, indent=1)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / "results.json", text + "\n")
     lines = [
         {"experts": run.experts, "seed": run.seed, "policy": run.variant.name, "max_vio": run.max_vio} for run in runs
     ]
-    (folder / "series.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / "table.md").write_text(markdown(plan, runs), encoding="utf-8")
+    write_atomically(folder / "series.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(folder / "table.md", markdown(plan, runs))
     draw_figure(folder / "controllers.png", plan, runs)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.checkpoint.collective import run_on_all_ranks
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import CheckpointError, RunChangedError
 from dist_moe.checkpoint.format.layout import recover, step_folders
 from dist_moe.checkpoint.format.manifest import read_manifest
 from dist_moe.checkpoint.resume import find_checkpoint
@@ -142,19 +142,24 @@ def test_resuming_from_an_older_checkpoint_archives_newer_ones(text: Path, run: 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("run.seed=1", "run.seed"),
-        ("train.global_batch_size=4", "train.global_batch_size"),
-        ("model.config.hidden_size=32", "model.config"),
-        ("balance.policy=none", "balance.policy"),
-        ("train.optimizer=sgd", "train.optimizer"),
-        ("data.sequence_length=8", "data"),
+        ("run.seed=1", "run.seed was 0 and is 1"),
+        ("train.global_batch_size=4", "train.global_batch_size was "),
+        ("model.config.hidden_size=32", "model.config.hidden_size was 48 and is 32"),
+        ("balance.policy=none", "balance.policy was loss_free and is none"),
+        ("train.optimizer=sgd", "train.optimizer was adamw and is sgd"),
+        ("data.sequence_length=8", "data.sequence_length was "),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_unless_given_by_path(
     text: Path, run: Path, change: str, named: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=f"belongs to a run with another {named}; .*checkpoint.resume=never"):
+    with pytest.raises(RunChangedError) as refused:
         find(text, run, change)
+    first, *lines, remedies = str(refused.value).splitlines()
+    assert first == f"{step(run, 6)} belongs to another run:" and lines[0].startswith(f"  {named}")
+    assert "checkpoint.resume=never" in remedies and "(rank" not in remedies
+    opened = change.startswith(("run.seed", "train.global_batch_size", "data.sequence_length"))
+    assert (f"checkpoint.resume={step(run, 6)}" in remedies) == opened, "remedies work"
     assert find(text, run, change, f"checkpoint.resume={step(run, 6)}") is not None
 
 
@@ -166,7 +171,29 @@ def test_fields_outside_the_identity_of_a_run_may_change(text: Path, run: Path) 
         "train.micro_batch_size=2",
         "parallel.zero_stage=2",
     )
-    assert find(text, run, *changes, "train.precision=bf16", "observe.interval=3", "balance.rate=0.1") is not None
+    found = find(text, run, *changes, "train.precision=bf16", "observe.interval=3", "balance.rate=0.1")
+    assert found is not None
+    told = [str(change) for change in found.changes]
+    assert "train.learning_rate was 0.002 and is 0.0001" in told and "train.steps was 6 and is 99" in told
+    assert not any(line.startswith("run.dir") for line in told)
+
+
+def test_every_field_that_differs_is_named(text: Path, run: Path) -> None:
+    changes = ("model.config.hidden_size=32", "model.config.num_mtp_layers=0", "train.optimizer=sgd", "run.seed=3")
+    with pytest.raises(RunChangedError) as refused:
+        find(text, run, *changes)
+    assert [line.split()[0] for line in str(refused.value).splitlines() if line.startswith("  ")] == [
+        *("run.seed", "model.config.hidden_size", "train.optimizer")
+    ]
+
+
+def test_the_weights_of_another_model_are_refused_with_the_fields_before_the_shapes(text: Path, run: Path) -> None:
+    again = ("train.steps=8", "model.config.hidden_size=32", f"checkpoint.resume={step(run, 6)}")
+    done = train(text, run.parent / "again", *again)
+    assert done.returncode == 2
+    told = done.stderr[done.stderr.index(f"{step(run, 6)} holds another model:") :].splitlines()
+    assert told[1] == "  model.config.hidden_size was 48 and is 32"
+    assert told[2].startswith("restore these values") and "tensors of another shape" in told[3]
 
 
 def test_a_checkpoint_of_another_text_is_refused(text: Path, run: Path) -> None:
@@ -215,9 +242,11 @@ def test_a_complete_run_is_only_evaluated_again(text: Path, run: Path) -> None:
 
 
 def test_a_path_without_checkpoint_is_reported(text: Path, tmp_path: Path) -> None:
-    done = train(text, tmp_path / "run", f"checkpoint.resume={tmp_path}/nowhere")
-    assert done.returncode == 2
-    assert f"{tmp_path}/nowhere has no manifest.json" in done.stderr and "Traceback" not in done.stderr
+    for folder, rule in (("nowhere", "is not a folder"), ("empty", "has no manifest.json")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        done = train(text, tmp_path / "run", f"checkpoint.resume={tmp_path}/{folder}")
+        assert done.returncode == 2
+        assert f"{tmp_path}/{folder} {rule}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_run_on_all_ranks_reports_the_rank_that_failed() -> None:

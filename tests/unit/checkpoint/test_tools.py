@@ -123,7 +123,7 @@ def test_verify_finds_damage_with_valid_digests(run: Path, case: str) -> None:
 
 
 def test_verify_exits_differently_for_a_folder_without_checkpoint(tmp_path: Path) -> None:
-    assert "has no manifest.json" in output_of(invoke("verify", tmp_path), 2)
+    assert "holds no checkpoint" in output_of(invoke("verify", tmp_path), 2)
 
 
 @pytest.mark.parametrize("dtype", ["keep", "fp32", "bf16"])

@@ -20,7 +20,6 @@ REQUIRED = {
     "data.sequence_length",
     "train.steps",
     "train.global_batch_size",
-    "train.micro_batch_size",
     "train.learning_rate",
 }
 

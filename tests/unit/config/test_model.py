@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from dist_moe.config import Config, family_of, resolve
+from dist_moe.config import Config, ConfigError, family_of, resolve
 from dist_moe.config.model import vocabulary_bound
 from dist_moe.families.registry import FAMILIES
 from tests.unit.config.files import debug, qwen, violations
@@ -68,7 +68,7 @@ def test_the_resolved_arguments_make_a_model_that_runs(architecture: str) -> Non
             "n_group=12",
             "=12 does not divide the model's 12 experts into groups of 2 or more; use 1, 2, 3, 4 or 6",
         ),
-        ("topk_group=2", "=2 is not within the 1 groups; use 1"),
+        ("topk_group=2", "=2 is not within the 1 group; use 1"),
         ("num_experts_per_tok=13", "=13 is not within the model's 12 experts; use 1 to 12"),
         ("num_experts_per_tok=0", "=0 is not within the model's 12 experts; use 1 to 12"),
         ("num_experts_per_tok=null", "=null is not within the model's 12 experts; use 1 to 12"),
@@ -79,6 +79,69 @@ def test_the_resolved_arguments_make_a_model_that_runs(architecture: str) -> Non
 def test_wrong_keys_and_values_of_the_model(override: str, line: str) -> None:
     key = f"model.config.{override.partition('=')[0]}"
     assert [str(found) for found in violations(debug(f"model.config.{override}")).values()] == [key + line]
+
+
+@pytest.mark.parametrize(
+    ("make", "overrides", "lines"),
+    [
+        (
+            qwen,
+            {"num_experts": "many", "hidden_size": 1.5},
+            [
+                "model.config.num_experts=many is refused by Qwen3MoeConfig (Field 'num_experts' expected int, got str "
+                "(value: 'many')); give a value that the class accepts",
+                "model.config.hidden_size=1.5 is refused by Qwen3MoeConfig (Field 'hidden_size' expected int, got "
+                "float (value: 1.5)); give a value that the class accepts",
+            ],
+        ),
+        (
+            qwen,
+            {
+                "rope_parameters": "{rope_type: llama3, factor: 2.0, original_max_position_embeddings: 64, "
+                "low_freq_factor: 1.0, high_freq_factor: null}"
+            },
+            None,
+        ),
+        (
+            debug,
+            {
+                "rope_parameters": "{rope_type: longrope, factor: 2.0, original_max_position_embeddings: 64, "
+                "short_factor: [1, 1, 1, 1], long_factor: [1, 1, 1, 1]}",
+                "num_attention_heads": 0,
+                "num_key_value_heads": 0,
+            },
+            None,
+        ),
+    ],
+)
+def test_what_the_class_refuses_has_its_key_and_value(
+    make: Maker, overrides: dict[str, object], lines: list[str] | None
+) -> None:
+    found = violations(make(*(f"model.config.{key}={value}" for key, value in overrides.items())))
+    assert "model.config" not in found
+    assert set(found) <= {f"model.config.{key}" for key in overrides}
+    if lines is not None:
+        assert sorted(map(str, found.values())) == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "lines"),
+    [
+        ("{1: 2, rope_type: default}", ["model.config.rope_parameters.1=2 has a key that is not a text"]),
+        (
+            "{a: [{true: {null: 3}}]}",
+            [
+                'model.config.rope_parameters.a[0].true={"null": 3} has a key that is not a text',
+                "model.config.rope_parameters.a[0].true.null=3 has a key that is not a text",
+            ],
+        ),
+    ],
+)
+def test_keys_that_are_not_texts_are_refused(value: str, lines: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        debug(f"model.config.rope_parameters={value}")
+    remedy = "; remove it, or quote the key"
+    assert [str(violation) for violation in caught.value.violations] == [f"{line}{remedy}" for line in lines]
 
 
 def test_keys_that_only_the_modelling_code_reads() -> None:
@@ -121,6 +184,13 @@ def test_set_in_both_places_and_different(name: str) -> None:
     (found,) = violations(debug(f"router.{name}")).values()
     assert found.key == key
     assert found.rule.startswith("differs from model.config.")
+
+
+def test_a_large_routing_value_is_blamed_by_its_own_name() -> None:
+    assert list(violations(debug("router.groups=1000000000000", "model.config.n_group=null"))) == ["router.groups"]
+    assert list(violations(debug("router.top_k=1000000000000", "model.config.num_experts_per_tok=null"))) == [
+        "router.top_k"
+    ]
 
 
 def test_too_few_experts_in_the_groups() -> None:

@@ -46,6 +46,21 @@ def test_a_file_of_this_version_is_loaded_without_a_line(caplog: pytest.LogCaptu
     assert not caplog.records
 
 
+def test_deepspeed_keys_that_an_earlier_version_accepted_are_ignored_with_a_line(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    text = dump_config(debug("train.deepspeed={communication_data_type: fp32}"))
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace("communication_data_type", "dump_state: true\n    communication_data_type"))
+    assert load_stored_config(path).train.deepspeed == {"communication_data_type": "fp32"}
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path} has keys of train.deepspeed that are ignored: dump_state"
+    with pytest.raises(ConfigError, match=r"train.deepspeed.dump_state=true prints what DeepSpeed measures"):
+        load_stored_config(path, ["train.deepspeed={dump_state: true}"])
+    with pytest.raises(ConfigError, match="give the path of a JSON file of DeepSpeed"):
+        load_stored_config(path, [f"train.deepspeed={tmp_path}/none.json"])
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

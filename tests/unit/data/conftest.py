@@ -26,11 +26,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep pip from every index; it finds only what is in the returned folder, which is empty at first."""
+    """Configure pip without an index; only the returned folder is searched, which is empty at first."""
     folder = tmp_path / "links"
     folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads it so: "0" turns the isolation off
     return folder

@@ -14,6 +14,7 @@ import pytest
 from dist_moe.data.corpus import Corpus, open_tokenized, prepare
 from dist_moe.data.split import in_validation
 from dist_moe.errors import DataError
+from tests.disk import run_on_disk
 
 TEXTS = {f"work {number}": f"Work {number}: the quick brown fox. " * (number % 5 + 1) for number in range(60)}
 
@@ -54,6 +55,28 @@ def test_every_document_is_in_its_split_once(source: str, tmp_path: Path, tokeni
         assert all(isinstance(each, np.memmap) for each in (corpus.tokens, corpus.starts_N1, corpus.domains_N))
     listed = (tokenized.folder / "validation.documents.jsonl").read_text().splitlines()
     assert {json.loads(line)["name"] for line in listed} == validation_set
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_text_that_is_not_divided_is_whole_and_in_order(source: str, tmp_path: Path, tokenizer: str) -> None:
+    tokenized = prepare([source], tokenizer, 300, None, tmp_path)  # type: ignore[arg-type]
+    assert tokenized.train is tokenized.validation or tokenized.train.starts_N1 is tokenized.validation.starts_N1
+    assert _texts(tokenized.validation, tokenized.tokenizer.decode) == list(TEXTS.values())
+    assert tokenized.validation.text_bytes == sum(len(text) for text in TEXTS.values())
+    assert isinstance(tokenized.validation.tokens, np.memmap) and len(tokenized.files) == 3
+    again = prepare([source], tokenizer, 300, None, tmp_path)  # type: ignore[arg-type]
+    assert again.fingerprint == tokenized.fingerprint != prepare([source], "bytes", 300, 0.3, tmp_path).fingerprint
+
+
+def test_one_document_that_is_not_divided_stays_one(tmp_path: Path) -> None:
+    for text in ("abc", "some words " * 20_000):
+        (tmp_path / "a.txt").write_text(text)
+        tokenized = prepare([str(tmp_path / "a.txt")], "bytes", 0, None, tmp_path)
+        assert _texts(tokenized.validation, tokenized.tokenizer.decode) == [text]
+        assert tokenized.notes == ()
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match="leave the text without a token to predict"):
+        prepare([str(tmp_path / "a.txt")], "bytes", 0, None, tmp_path)
 
 
 def test_split_does_not_depend_on_order_or_other_documents(source: str, tmp_path: Path) -> None:
@@ -185,3 +208,28 @@ def test_built_in_sources_split_fairly(name: str, tmp_path: Path, request: pytes
     validation_set, trained = tokenized.validation.text_bytes, tokenized.train.text_bytes
     assert 0.03 < validation_set / (validation_set + trained) < 0.25
     assert len(tokenized.validation.starts_N1) - 1 >= 3
+
+
+READ_ONLY = """if True:
+    import sys
+    from pathlib import Path
+    from dist_moe.data.corpus import prepare
+    from dist_moe.errors import DataError
+    from tests.disk import set_read_only
+    cache, source = Path(sys.argv[1]), sys.argv[2]
+    first = prepare([source], "bytes", 0, 0.3, cache)
+    for lock in (cache / "tokens").glob("*.lock"):
+        lock.unlink()
+    assert set_read_only(cache, True)
+    assert prepare([source], "bytes", 0, 0.3, cache).fingerprint == first.fingerprint
+    try:
+        prepare([source], "bytes", 0, 0.4, cache)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_tokens_in_a_read_only_cache_are_opened_and_others_refused_in_one_line(source: str, tmp_path: Path) -> None:
+    told = run_on_disk(tmp_path / "disk", "8m", READ_ONLY, source)
+    assert told.startswith(f"the cache folder {tmp_path}/disk cannot be written (Read-only file system: ")
+    assert told.endswith("; set DIST_MOE_CACHE to a folder that this user can write\n") and told.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from dist_moe.launch.cluster import Cluster, read_cluster
 from dist_moe.launch.command import Command, LaunchError
 from dist_moe.launch.job import Job
 from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher, load_launcher
-from dist_moe.launch.launchers.mpirun import subnet
+from dist_moe.launch.launchers.mpirun import openmpi_network, subnet
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 HOSTS = "cluster.hosts=[{name: a, slots: 2, address: 203.0.113.1}, {name: b, slots: 2, address: 203.0.113.2}]"
@@ -94,19 +95,25 @@ def test_torchrun_quotes_what_another_hosts_shell_reads(tmp_path: Path) -> None:
     assert ssh[0] == "ssh" and ssh[-2] == "b" and ssh[-4:-2] == ("-p", "2222")
     found = remote_words(command)
     assert found[:4] == ["cd", NASTY, "&&", "exec"]
-    assert f"SECRET={NASTY}" in found and found[-2:] == [NASTY, f"run.dir={NASTY}"]
-    assert not any(word.startswith("OTHER=") for word in found), "only named variables are forwarded"
+    assert found[-2:] == [NASTY, f"run.dir={NASTY}"]
+    assert not any("SECRET=" in word for word in found), "an argument list can be read by everybody on the host"
+    for argv, sent in command.processes():
+        assert sent is not None and sent["SECRET"] == NASTY and "OTHER" not in sent, argv
 
 
 def test_torchrun_gives_each_host_its_devices_and_address(tmp_path: Path) -> None:
     config, cluster = job(tmp_path, "cluster.include=a@b:1")
     command = command_of("torchrun", config, cluster, max_restarts=3, min_hosts=1)
     words = remote_words(command)
-    assert "CUDA_VISIBLE_DEVICES=1" in words
+    assert command.sent_variables[1] is not None and command.sent_variables[1]["CUDA_VISIBLE_DEVICES"] == "1"
     for name, value in (("--nnodes", "1:2"), ("--nproc-per-node", "1"), ("--local-addr", "203.0.113.2")):
         assert words[words.index(name) + 1] == value
     assert words[words.index("--rdzv-endpoint") + 1] == "203.0.113.1:29500"
-    assert words[words.index("--max-restarts") + 1] == "3" and command.restarts
+    assert words[words.index("--max-restarts") + 1] == "3" and command.restarts and command.replaces_workers
+    assert "dist_moe.comm.rendezvous" in words and words[words.index("--rdzv-backend") + 1] == "dist-moe"
+    secret = command.sent_variables[1]["DIST_MOE_RENDEZVOUS_SECRET"]
+    assert len(bytes.fromhex(secret)) == 32
+    assert not any(secret in word for argv, _ in command.processes() for word in argv)
 
 
 @pytest.mark.parametrize("path", ["with space.yaml", "a;b.yaml", "$HOME.yaml", "a%n.yaml", "it's.yaml"])
@@ -116,16 +123,23 @@ def test_pdsh_is_given_nothing_that_a_shell_would_change(tmp_path: Path, path: s
         command_of("deepspeed", config, cluster, path)
 
 
-def test_deepspeed_hostfile_and_environment_file(tmp_path: Path) -> None:
+def test_deepspeed_hostfile_and_environment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "of this host"))
     config, cluster = job(tmp_path, "cluster.exclude=a:0", "cluster.environment=[TOKEN]")
     base = {"PATH": "/usr/bin", "TOKEN": "t0", "PYTHONPATH": "/x", "NCCL_DEBUG": "INFO", "RANK": "7"}
     command = command_of("deepspeed", config, cluster, base=base)
     argv = command.argv
     assert argv[argv.index("--include") + 1] == "a:1@b:0,1"
-    assert (tmp_path / "launch" / "hostfile").read_text() == "a slots=2\nb slots=2\n"
-    forwarded = dict(line.split("=", 1) for line in (tmp_path / "launch" / "environment").read_text().splitlines())
-    assert forwarded["TOKEN"] == "t0" and not {"PYTHONPATH", "NCCL_DEBUG", "RANK", "PATH"} & forwarded.keys()
-    assert command.secret_files == (tmp_path / "launch" / "environment",)
+    assert not (tmp_path / "launch").exists(), "nothing is written before the job runs"
+    with command.written():
+        assert (tmp_path / "launch" / "hostfile").read_text() == "a slots=2\nb slots=2\n"
+        forwarded = dict(line.split("=", 1) for line in (tmp_path / "launch" / "environment").read_text().splitlines())
+    assert not {"TOKEN", "PYTHONPATH", "NCCL_DEBUG", "RANK", "PATH"} & forwarded.keys()
+    assert forwarded["DIST_MOE_LAUNCH"].startswith("file:") and command.held_variables == {"TOKEN": "t0"}
+    assert list(command.holders) == ["a", "b"]
+    assert not any("t0" in word for holder in command.holders.values() for word in holder)
+    # The folder of TMPDIR need not exist on other hosts.
+    assert Path(forwarded["DIST_MOE_LAUNCH"].removeprefix("file:")).parts[:2] == ("/", "tmp")
     assert not {"PYTHONPATH", "NCCL_DEBUG", "RANK"} & command.environment.keys()
 
 
@@ -209,11 +223,79 @@ def test_torchrun_of_one_host_restarts_workers_with_a_store_of_their_own(tmp_pat
     config, _ = job(tmp_path)
     command = Job("torchrun", LaunchRequest(config, CONFIG, max_restarts=3)).command({"PATH": "/usr/bin"})
     assert command.argv[command.argv.index("--max-restarts") + 1] == "3" and command.restarts
-    assert "--rdzv-endpoint" in command.argv and "--master-addr" not in command.argv
+    assert "store_type=file" in command.argv and "--master-addr" not in command.argv and command.replaces_workers
     assert command.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_hosts_of_a_pbs_job_are_used_where_the_configuration_has_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = tmp_path / "nodes"
+    nodes.write_text("127.0.0.2\n203.0.113.9\n203.0.113.9\n127.0.0.2\n")
+    inside = {"PBS_JOBID": "7", "PBS_NODEFILE": str(nodes)}
+    settings = load_config(CONFIG, []).cluster
+    assert read_cluster(settings) is None
+    with pytest.raises(LaunchError, match=r"127\.0\.0\.2 resolves to the loopback address"):
+        read_cluster(settings, inside)
+    assert "the hosts are those of PBS_NODEFILE: 127.0.0.2 slots=2, 203.0.113.9 slots=2" in caplog.text
+    named = load_config(CONFIG, [HOSTS]).cluster
+    assert [host.name for host in (read_cluster(named, inside) or job(tmp_path)[1]).hosts] == ["a", "b"]
+    nodes.write_text("127.0.0.2\n127.0.0.2\n")
+    assert read_cluster(settings, inside) is None, "one host: --workers counts"
+
+
+IPV6_HOSTS = "cluster.hosts=[{name: 'fd00::a', slots: 2}, {name: '[fd00::b]', slots: 2}]"
+
+
+def test_hosts_with_ipv6_addresses_meet_by_torchrun(tmp_path: Path) -> None:
+    config, cluster = job(tmp_path, IPV6_HOSTS)
+    assert [(host.name, host.address) for host in cluster.hosts] == [("fd00::a", "fd00::a"), ("fd00::b", "fd00::b")]
+    command = command_of("torchrun", config, cluster)
+    for argv in (command.argv, *command.remote_commands):
+        assert "--rdzv-endpoint [fd00::a]:29500" in " ".join(argv).replace("'", "").replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    "options", [{"launcher": "mpirun"}, {"launcher": "deepspeed"}, {"launcher": "deepspeed", "runner": "openmpi"}]
+)
+def test_launchers_that_take_no_ipv6_address_say_so(tmp_path: Path, options: dict[str, Any]) -> None:
+    config, cluster = job(tmp_path, IPV6_HOSTS)
+    with pytest.raises(LaunchError, match="takes no IPv6 address, and a host is fd00::a; give it a name"):
+        command_of(config=config, cluster=cluster, **options)
+
+
+def test_an_ipv6_address_of_one_link_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="fe80::1%eth0 is an address of one link"):
+        job(tmp_path, "cluster.hosts=[{name: 'fe80::1%eth0'}]")
+    _, cluster = job(tmp_path, "cluster.hosts=[{name: 'fe80::1%eth0', address: 'fd00::a'}]")
+    assert (cluster.hosts[0].name, cluster.hosts[0].address) == ("fe80::1%eth0", "fd00::a")
+    with pytest.raises(ConfigError, match="is not a valid name of a host"):
+        job(tmp_path, "cluster.hosts=[{name: 'fe80::1%$(reboot)'}]")
+
+
+def test_openmpi_needs_the_interface_of_ipv6_addresses(tmp_path: Path) -> None:
+    hosts = "cluster.hosts=[{name: a, address: 'fd00::a'}, {name: b, address: 'fd00::b'}]"
+    _, cluster = job(tmp_path, hosts)
+    with pytest.raises(LaunchError, match="needs the interface of the IPv6 addresses fd00::a, fd00::b"):
+        openmpi_network(cluster)
+    _, cluster = job(tmp_path, hosts, "cluster.interface=eth7")
+    assert openmpi_network(cluster)[2] == "eth7"
 
 
 def test_subnet_contains_every_address() -> None:
     assert subnet(["10.77.0.1", "10.77.0.2"]) == "10.77.0.0/30"
     assert subnet(["10.77.0.1", "10.77.0.2", "10.77.1.9"]) == "10.77.0.0/23"
     assert subnet(["10.77.0.5"]) == "10.77.0.5/32"
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_dry_run_writes_nothing_and_shows_no_value(tmp_path: Path, launcher: str) -> None:
+    """A running job of the same configuration may have files there."""
+    config, cluster = job(tmp_path, "cluster.environment=[TOKEN]")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "hostfile").write_text("of a running job\n")
+    request = LaunchRequest(config, CONFIG, (), cluster)
+    lines = Job(launcher, request).dry_run({"PATH": "/usr/bin", "TOKEN": "t0-secret"})
+    assert "t0-secret" not in "".join(lines)
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {Path("launch/hostfile"): "of a running job\n"}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.checkpoint.errors import CheckpointError, JobCheckpointError, RunChangedError
 from dist_moe.launch.supervise.first_failure import Failure, failure_from_exit, failure_from_report
 from dist_moe.worker import exit as worker_exit
 
@@ -56,3 +57,12 @@ def test_a_worker_that_a_launcher_ended_does_not_come_first() -> None:
 )
 def test_failure_from_exit_has_the_exit_code_of_the_job(code: int, finished: bool, expected: int) -> None:
     assert failure_from_exit(0.0, 3, code, finished).code == expected
+
+
+@pytest.mark.parametrize("kind", [JobCheckpointError, RunChangedError])
+def test_what_every_rank_reports_is_not_attributed_to_one(kind: type[CheckpointError]) -> None:
+    failure = reported(1, kind("step-000002 belongs to another run"), code=2)
+    assert (failure.text, failure.code, failure.of_job) == ("step-000002 belongs to another run", 2, True)
+    assert reported(1, CheckpointError("one file"), code=2).text.startswith(
+        "rank 1 failed with CheckpointError: one file"
+    )

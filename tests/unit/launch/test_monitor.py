@@ -156,8 +156,10 @@ with report_failure(sys.argv[2], 0):
     worker.communicate(timeout=LIMIT_S)
 
 
+@pytest.mark.parametrize("monitor", [2], indirect=True)
 def test_a_job_that_continues_with_fewer_workers_is_monitored(monitor: WorkerMonitor) -> None:
     """Ranks that no longer exist are removed, and a worker whose rank another has now stays connected."""
+    monitor.replaces_workers = True
     before = [greet(monitor, 0, 2), greet(monitor, 1, 2)]
     until(monitor, lambda: monitor.size == 2 and monitor.all_connected())
     before[1].close()
@@ -212,3 +214,18 @@ def test_a_worker_that_cannot_reach_its_launch_exits_with_an_error(tmp_path: Pat
     argv = [sys.executable, "-c", WORKER, str(rendezvous), str(tmp_path), ""]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 1 and f"cannot reach the launch at 127.0.0.1, port {rendezvous.port}" in done.stderr
+
+
+def test_the_report_of_a_running_worker_is_not_polled_for(monitor: WorkerMonitor, tmp_path: Path) -> None:
+    """Shared storage may fail for a moment: a file is looked for once the worker says so, or has ended."""
+    worker = start(monitor, tmp_path, "time.sleep(1.5); os._exit(0)")
+    until(monitor, monitor.all_connected)
+    (tmp_path / "errors").mkdir(exist_ok=True)
+    (tmp_path / "errors" / "rank-0.txt").write_text("not of the worker")
+    deadline = time.monotonic() + 0.7
+    while time.monotonic() < deadline:
+        monitor.wait(0.1)
+        monitor.poll()
+    assert monitor.failures() == []
+    until(monitor, lambda: bool(monitor.failures()))
+    worker.communicate(timeout=LIMIT_S)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dist_moe.launch.supervise.pty import Transcript
+from dist_moe.launch.supervise.pty import PASSED, TerminalFilter, Transcript
 
 LAUNCH = """
 import subprocess, sys
@@ -77,14 +79,43 @@ def test_terminal_output_of_rank_0_is_shown_as_it_is_and_logged_without_control_
     assert "\x1b[31mone\x1b[0m\r\n" in seen, seen
     assert "[rank 1] two\r\n" in seen and "[rank 0]" not in seen
     log = (tmp_path / "logs" / "rank-0.log").read_text()
-    assert "one\n" in log and "live é\n" in log and "\x1b" not in log and "\n\n" not in log
+    assert "one\n" in log and "\x1b" not in log and "\n\n" not in log
     assert (tmp_path / "logs" / "rank-1.log").read_text() == "two\n"
 
 
-def test_transcript_logs_a_live_line_once_per_change() -> None:
-    output = b"\x1b[?25lstep 1\r\x1b[2Ktext\nstep 1\r\x1b[2K\x1b[31mstep 2\x1b[0m\r\x1b[2Kstep 2\n\x1b[?25h\nend"
-    lines = b"step 1\ntext\nstep 2\nend\n"
+def test_transcript_leaves_out_a_live_line_that_is_drawn_over() -> None:
+    output = b"\x1b[?25lstep 1\r\x1b[2Ktext\r\nstep 1\r\x1b[2K\x1b[31mstep 2\x1b[0m\r\x1b[2Kstep 2\n\x1b[?25h\nend"
+    lines = b"text\nstep 2\nend\n"
     whole = Transcript()
     assert whole.feed(output) + whole.feed(b"") == lines
     parts = Transcript()
     assert b"".join(parts.feed(bytes([byte])) for byte in output) + parts.feed(b"") == lines
+
+
+@pytest.mark.parametrize(
+    ("output", "shown"),
+    [
+        ("\x1b\x1b[6n]52;c;ZXZpbA==\x1b\x1b[6n\\", "]52;c;ZXZpbA==\\"),
+        ("\x1b\x1b[6n[6n", "[6n"),
+        ("\x1b\x1b[6nc", "c"),
+        ("\x1b\x07]0;t\x1b\x07\\", "]0;t\\"),
+        ("\x1b\x1b[31mred\x1b\x1b\x1b[0m", "\x1b[31mred\x1b[0m"),
+    ],
+)
+def test_what_is_left_of_removed_escapes_makes_no_new_one(output: str, shown: str) -> None:
+    assert TerminalFilter().feed(output) == shown
+    parts = TerminalFilter()
+    assert "".join(map(parts.feed, output)) == shown
+
+
+PIECES = st.sampled_from(
+    ["\x1b", "\x9b", "[", "]", "P", "\x07", "\\", "6n", "c", "31m", "?25h", ";", "a", "\x18", " ", "\n"]
+)
+
+
+@given(st.lists(st.lists(PIECES, max_size=8).map("".join), max_size=8))
+def test_no_escape_is_shown_but_colors_and_movements(parts: list[str]) -> None:
+    filtered = TerminalFilter()
+    in_parts = "".join(map(filtered.feed, parts))
+    for shown in (in_parts, TerminalFilter().feed("".join(parts))):
+        assert not {"\x1b", "\x9b", "\x07"} & set(PASSED.sub("", shown)), repr(shown)

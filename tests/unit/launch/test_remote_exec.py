@@ -21,7 +21,11 @@ Path(sys.argv[1]).write_text(str(detached.pid))
 def start(*argv: str) -> subprocess.Popen[bytes]:
     """Start a command below `remote_exec`, with stdin open."""
     module = [sys.executable, "-m", "dist_moe.launch.supervise.remote_exec"]
-    return subprocess.Popen([*module, *argv], stdin=subprocess.PIPE)
+    process = subprocess.Popen([*module, *argv], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b'{"SENT": "over stdin"}\n')
+    process.stdin.flush()
+    return process
 
 
 def read_pid(path: Path) -> int:

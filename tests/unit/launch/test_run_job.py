@@ -4,6 +4,7 @@ import math
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,11 @@ def greet(monitor: WorkerMonitor) -> MessageSocket:
         ([signal.SIGTERM], None),
         ([signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1], None),
         ([signal.SIGTERM, signal.SIGTERM], signal.SIGTERM),
+        ([signal.SIGINT], None),
+        ([signal.SIGINT, signal.SIGINT], signal.SIGINT),
+        ([signal.SIGINT, signal.SIGUSR1], None),
+        ([signal.SIGINT, signal.SIGTERM], signal.SIGTERM),
+        ([signal.SIGTERM, signal.SIGINT], signal.SIGINT),
         ([signal.SIGUSR1, signal.SIGINT], signal.SIGINT),
         ([signal.SIGHUP], signal.SIGHUP),
     ],
@@ -74,6 +80,34 @@ def test_a_request_to_stop_before_the_workers_connect_ends_the_job(
     monitor: WorkerMonitor, launcher: subprocess.Popen[bytes]
 ) -> None:
     assert wait_for_end([launcher], monitor, [signal.SIGTERM], restarts=False) == JobEnd(None, signal.SIGTERM)
+
+
+def test_a_second_signal_shortens_every_wait_at_the_end(tmp_path: Path) -> None:
+    """All of them together: the release of workers that do not answer, their last messages, and their output."""
+    received: list[int] = []
+    with WorkerMonitor("127.0.0.1", 1, tmp_path) as monitor:
+        monitor.ends_by = run_job.HurriedEnd(received).ends_by
+        agent = greet(monitor)
+        began = time.monotonic()
+        second = threading.Timer(0.3, received.extend, ([signal.SIGINT, signal.SIGINT],))
+        second.start()
+        monitor.release_workers()
+        released_s = time.monotonic() - began
+        monitor.drain(60.0)
+        second.join()
+    assert 0.3 + run_job.HURRIED_END_S <= released_s < 0.3 + run_job.HURRIED_END_S + 1.0
+    assert time.monotonic() - began < released_s + 1.0
+    agent.close()
+
+
+def test_release_of_workers_is_not_shortened_by_a_first_signal(tmp_path: Path) -> None:
+    with WorkerMonitor("127.0.0.1", 1, tmp_path) as monitor:
+        monitor.ends_by = run_job.HurriedEnd([signal.SIGTERM]).ends_by
+        agent = greet(monitor)
+        began = time.monotonic()
+        monitor.release_workers(0.3)
+        assert time.monotonic() - began >= 0.3
+    agent.close()
 
 
 @pytest.mark.parametrize("restarts", [False, True])

@@ -88,6 +88,21 @@ def test_manifest_is_valid(tmp_path: Path, overrides: list[str]) -> None:
     subprocess.run([BIN / "kubernetes-validate", "--strict", path], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        ([], "kubectl port-forward deployment/dist-moe-tensorboard 6006"),
+        (
+            ["kubernetes.namespace=team"],
+            "kubectl port-forward --namespace team deployment/dist-moe-tensorboard 6006",
+        ),
+    ],
+)
+def test_manifest_says_how_to_reach_its_tensorboard(overrides: list[str], command: str) -> None:
+    text = manifest(config(*overrides))
+    assert f"so it listens in its pod alone:\n#   {command}\napiVersion" in text
+
+
 def test_manifest_pods_meet_at_the_first_and_read_the_whole_configuration() -> None:
     objects = {each["kind"]: each for each in objects_of(config("run.dir=runs/x"))}
     spec = objects["Job"]["spec"]
@@ -96,6 +111,24 @@ def test_manifest_pods_meet_at_the_first_and_read_the_whole_configuration() -> N
     assert "--master-addr=dist-moe-0.dist-moe" in container["command"]
     assert spec["template"]["spec"]["subdomain"] == "dist-moe"
     assert yaml.safe_load(objects["ConfigMap"]["data"]["run.yaml"])["run"]["dir"] == "/runs/x"
+
+
+def test_pods_hold_to_the_restricted_standard_and_policies_keep_strangers_out() -> None:
+    objects = objects_of(config())
+    for each in objects:
+        if each["kind"] not in ("Job", "Deployment"):
+            continue
+        pod = each["spec"]["template"]["spec"]
+        security, (container,) = pod["securityContext"], pod["containers"]
+        assert security["runAsNonRoot"] is True and security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert not pod["automountServiceAccountToken"] and "--bind_all" not in container["command"]
+    policies = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "NetworkPolicy"}
+    of_job = {"podSelector": {"matchLabels": {"job-name": "dist-moe"}}}
+    assert policies["dist-moe"] == {"policyTypes": ["Ingress"], "ingress": [{"from": [of_job]}], **of_job}
+    assert "ingress" not in policies["dist-moe-tensorboard"], "nobody"
+    (service,) = [each for each in objects if each["kind"] == "Service"]
+    assert service["metadata"]["name"] == "dist-moe"
 
 
 @pytest.mark.parametrize(("cpu", "threads"), [("8", 4), ("7.5", 3), ("500m", 1), ("6500m", 3)])

@@ -94,13 +94,14 @@ def test_one_machine_hands_on_configuration_overrides_and_workers(launcher: str,
 def test_several_hosts_by_torchrun(stand_ins: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# ours\na slots=2\n\nb  slots = 3  # big\nc\n")
     variables = {"PYTHON": str(stand_ins), "HOSTFILE": str(tmp_path / "hosts")}
-    for host, slots, first in (("a", "2", "1"), ("b", "3", "0"), ("c", "1", "0")):
+    for host, slots, index in (("a", "2", "0"), ("b", "3", "1"), ("c", "1", "2")):
         words = run(Path("several_hosts/torchrun.sh"), HOST=host, **variables).stdout.splitlines()
         for name, value in {
             "--nnodes": "3",
             "--nproc-per-node": slots,
-            "--rdzv-endpoint": "a:29500",
-            "--rdzv-conf": f"is_host={first}",
+            "--master-addr": "a",
+            "--master-port": "29500",
+            "--node-rank": index,
             "--local-addr": host,
         }.items():
             assert words[words.index(name) + 1] == value

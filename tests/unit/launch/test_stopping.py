@@ -4,6 +4,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from dist_moe.launch.supervise.monitor import WorkerMonitor
 from dist_moe.launch.supervise.protocol import wait_readable
 from tests.unit.launch.monitored import LIMIT_S, greet, start, until
@@ -41,6 +43,7 @@ def test_a_worker_that_connects_after_the_signal_receives_it(monitor: WorkerMoni
     worker.communicate(timeout=LIMIT_S)
 
 
+@pytest.mark.parametrize("monitor", [2], indirect=True)
 def test_workers_that_a_launcher_ends_or_restarts_after_a_stop_are_ignored(monitor: WorkerMonitor) -> None:
     """Launchers take the exit code 75 of the first for a failure."""
     agents = [greet(monitor, 0, 2), greet(monitor, 1, 2)]

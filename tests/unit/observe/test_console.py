@@ -1,7 +1,17 @@
 """Tests of the terminal output, written into a buffer as a terminal and as a file."""
 
+import contextlib
+import fcntl
 import io
+import math
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,16 +65,81 @@ def test_a_resumed_run_estimates_the_remaining_time_from_its_own_steps() -> None
     assert buffer.getvalue().rstrip().endswith("left 0:50")
 
 
-def test_a_terminal_shows_one_live_line_and_lines_above_it() -> None:
-    console, buffer = buffer_console(terminal=True)
-    with RunConsole(steps=200, console=console, clock=Clock()) as shown:
-        shown.step(step_sample(step=10))
-        shown.warn("step 10: layer 0: no tokens for expert 1 [of many]")
-        shown.step(step_sample(step=20, loss=2.25))
-    text = buffer.getvalue()
-    assert "loss 2.5000" in text and "loss 2.2500" in text
-    assert "\x1b[2K" in text, "the live line is redrawn in place"
-    assert "warning: step 10: layer 0: no tokens for expert 1 [of many]" in text
+LIVE_RUN = """
+import sys
+from pathlib import Path
+from dist_moe.observe.console import RunConsole
+from tests.unit.observe.samples import VARYING, evaluation_sample, step_sample
+times = iter(range(1_000_000))
+with RunConsole(steps=100_000, clock=lambda: float(next(times))) as shown:
+    for step in range(1, 31):
+        shown.advance(step)
+        if step % 10 == 0:
+            more = {"k_histograms": VARYING, "threshold": 0.4, "auxiliary_loss": 0.012}
+            shown.step(step_sample(step=step, loss=step / 10, **more))
+    if sys.argv[1] == "live":
+        print(end="", flush=True)
+        import os
+        os._exit(0)
+    shown.advance(100_000)
+    shown.summary(evaluation_sample(), {"checkpoint": Path("here")}, None)
+"""
+
+
+def on_terminal(columns: int, *words: str) -> tuple[str, list[str]]:
+    """Run LIVE_RUN on a real terminal -> what it wrote, and the lines that the terminal shows at the end."""
+    reading, writing = pty.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    hidden = ("COLUMNS", "LINES", "NO_COLOR")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"TERM": "xterm"}
+    argv = [sys.executable, "-c", LIVE_RUN, *words]
+    with subprocess.Popen(argv, stdin=writing, stdout=writing, stderr=writing, env=environment):
+        os.close(writing)
+        output = b""
+        with contextlib.suppress(OSError):
+            while part := os.read(reading, 1 << 16):
+                output += part
+    os.close(reading)
+    return output.decode(), screen(output.decode())
+
+
+def screen(output: str) -> list[str]:
+    """The lines that a terminal shows after `output`; long lines are not folded."""
+    lines, row, column = [""], 0, 0
+    for text in re.findall(r"\x1b\[[0-?]*[ -/]*[@-~]|[\r\n]|[^\x1b\r\n]+", output):
+        if text == "\r":
+            column = 0
+        elif text == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif text.endswith("A") and text.startswith("\x1b["):
+            row -= int(text[2:-1] or 1)
+        elif text == "\x1b[2K":
+            lines[row] = ""
+        elif not text.startswith("\x1b"):
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+def test_a_terminal_keeps_the_logged_steps_above_a_bar_with_the_remaining_time(columns: int) -> None:
+    output, lines = on_terminal(columns, "live")
+    assert [line[:30] for line in lines[:3]] == [
+        f"step {step:>6}/100000  loss {step / 10:.4f}"[:30] for step in (10, 20, 30)
+    ]
+    live = lines[3]
+    assert re.match(r"step     30/100000  left \d+:\d\d:\d\d ", live) and "━" in live, live
+    assert len(live) <= columns
+    assert len(lines) == 4
+    assert "step     13/100000  left" in output, "the bar moves between logged steps"
+
+
+def test_the_results_come_last_and_the_bar_is_gone() -> None:
+    _, lines = on_terminal(80, "end")
+    assert lines[3] == "Load over the validation text (100 target tokens)"
+    assert lines[-1] == "checkpoint       here"
+    assert not any("━" in line or "evaluating" in line for line in lines)
 
 
 def test_warnings_and_evaluations_are_whole_lines_in_a_file() -> None:
@@ -113,6 +188,15 @@ def test_the_summary_shows_loss_load_and_paths(tmp_path: Path) -> None:
     assert "bits per byte    1.1542" in text
     assert f"metrics          {tmp_path}/metrics.jsonl\n" in text
     assert f"curves           tensorboard --logdir {tmp_path}/tb\n" in text
+
+
+def test_the_summary_says_so_where_the_loss_is_not_a_number() -> None:
+    buffer = io.StringIO()
+    shown = RunConsole(steps=20, console=Console(file=buffer, width=80))
+    shown.summary(evaluation_sample(), {}, None)
+    assert "warning" not in buffer.getvalue()
+    shown.summary(replace(evaluation_sample(), validation_loss=math.nan), {}, None)
+    assert "warning: the validation loss is nan: on this text the model has a value that is not" in buffer.getvalue()
 
 
 def test_the_summary_shows_experts_per_token_where_they_vary() -> None:

@@ -57,7 +57,8 @@ def test_the_command_draws_both_themes(tmp_path: Path, options: tuple[str, ...])
 
 def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["study", "load", str(tmp_path / "nowhere")])
-    assert result.exit_code == 2 and "name the run.dir of a run" in result.stderr
+    reason = "nowhere/metrics.jsonl cannot be read (No such file or directory); name the run.dir of a run"
+    assert result.exit_code == 2 and reason in result.stderr
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "validation"}) + "\n")
     with pytest.raises(UserError, match="has no logged step with a load"):
         read_histories([tmp_path])
@@ -71,3 +72,60 @@ def test_different_models_and_missing_layers_are_user_errors(tmp_path: Path) -> 
         read_histories(folders)
     with pytest.raises(UserError, match="layer=2; the model has 2 MoE layers, counted from 0"):
         draw_load_figure(tmp_path / "load.png", read_histories(folders[:1]), layer=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("null", "line 6 is not JSON"),
+        ('{"event": "step", "step": 30}', r"line 6 is not the record of a step \(skipped: Field required\)"),
+        (
+            '{"event": "step", "step": 30, "skipped": false, "max_vio": 0.5, "max_vio_floor": 0.1, ',
+            "line 6 is not JSON",
+        ),
+        (
+            '{"event": "step", "step": 30, "skipped": false, "max_vio": 0.5, "max_vio_floor": 0.1,'
+            ' "max_vio_per_layer": [0.5], "load": [[4, 2]]}',
+            "has steps of models with different layers or experts",
+        ),
+    ],
+)
+def test_a_damaged_file_is_a_user_error(tmp_path: Path, line: str, message: str) -> None:
+    path = write_run(tmp_path, "none") / "metrics.jsonl"
+    assert path.read_text().count("\n") == 4
+    with path.open("a") as file:
+        file.write(f'{{"event": "other"}}\n{line}\n')
+    with pytest.raises(UserError, match=message):
+        read_histories([tmp_path])
+
+
+def test_a_line_that_is_being_written_is_ignored(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "none") / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"event": "step", "st')
+    assert read_histories([tmp_path])[0].steps == [1, 10, 20]
+
+
+def test_an_out_that_cannot_be_written_is_refused_by_every_command_before_it_works(tmp_path: Path) -> None:
+    folder, quickstart = write_run(tmp_path / "run", "none"), Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+    commands = {
+        ("study", "load", str(folder), "--out"): "file",
+        ("study", "hops", "--out"): "file",
+        ("study", "controllers", "--out"): "folder",
+        ("study", "policies", str(quickstart), "--out"): "folder",
+        ("launch", str(quickstart), "--write"): "folder",
+    }
+    for command, kind in commands.items():
+        result = CliRunner().invoke(cli.app, [*command, "/dev/null/x/y"])
+        line = f"{command[-1]}=/dev/null/x/y cannot be written (Not a directory: /dev/null/x"
+        assert result.exit_code == 2 and result.stderr.startswith(line), result.output
+        assert f"; set {command[-1]} to a {kind} on a disk with free space and write permission\n" in result.stderr
+        assert result.stdout == ""
+    result = CliRunner().invoke(cli.app, ["study", "load", str(folder), "--out", str(tmp_path)])
+    assert result.exit_code == 2 and f"--out={tmp_path} cannot be written (Is a directory" in result.stderr
+
+
+def test_the_figure_is_a_png_whatever_its_name(tmp_path: Path) -> None:
+    out = tmp_path / "figure.txt"
+    result = CliRunner().invoke(cli.app, ["study", "load", str(write_run(tmp_path, "none")), "--out", str(out)])
+    assert result.exit_code == 0 and out.read_bytes().startswith(b"\x89PNG")

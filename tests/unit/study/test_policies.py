@@ -54,6 +54,7 @@ def test_complete_runs_are_read_and_not_repeated(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "policies.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_with_its_output(tmp_path: Path) -> None:
     (run, *_) = plan_runs(CONFIGS / "debug.yaml", tmp_path, 1, [])
     failing = dataclasses.replace(run, argv=(*run.argv, "train.steps=none"))

@@ -1,0 +1,210 @@
+"""Downloads one file of a package from where pip's configuration says, as data: nothing of it is installed or run."""
+
+import ast
+import base64
+import functools
+import html.parser
+import http.client
+import netrc
+import os
+import queue
+import re
+import ssl
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+PUBLIC_INDEX = "https://pypi.org/simple"
+LARGEST_PAGE = 1 << 24
+# A network that is down should be reported within minutes.
+TIME_LIMIT_S = 60.0
+# Of one place in all: each read has the limit above, and a server that sends a byte a minute would never reach it.
+DEADLINE_S = 600.0
+LONGEST_FAULT = 200
+PASSWORD = re.compile(r"[^\s/'\"]*@")
+FALSE = ("", "0", "false", "no", "off", "n", "f")
+
+
+class Candidate(NamedTuple):
+    """What was found at one place.
+
+    Attributes:
+        place: the folder or address, without passwords.
+        content: of the file; empty where there is a fault.
+        fault: why it could not be fetched; "" where it was.
+    """
+
+    place: str
+    content: bytes
+    fault: str
+
+
+def fetch_candidates(package: str, name: str, size: int) -> Iterator[Candidate]:
+    """Fetch a file from one place after the other, until the caller has what it wants.
+
+    Args:
+        package: the name of the package in an index.
+        name: the name of the file.
+        size: its size in bytes; of a larger one, only one byte more is read.
+    """
+    options = pip_options()
+    places = options.get("find-links", "").split()
+    if options.get("no-index", "").lower() in FALSE:
+        indexes = [options.get("index-url") or PUBLIC_INDEX, *options.get("extra-index-url", "").split()]
+        places += [f"{index.rstrip('/')}/{package}/" for index in indexes]
+    # Folders first: an index that cannot be reached costs its time limit.
+    for place in sorted(map(_as_url, places), key=lambda url: not url.startswith("file:")):
+        found = _in_time(functools.partial(_fetch, place, name, size, options))
+        content, fault = (found, "") if isinstance(found, bytes) else (b"", _fault(found))
+        yield Candidate(PASSWORD.sub("", place), content, fault)
+
+
+def _in_time(fetch: Callable[[], bytes]) -> bytes | Exception:
+    """Return what the call returns or raises, or a TimeoutError after `DEADLINE_S`."""
+    answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put(fetch())
+        except Exception as error:  # urllib, http, html and pathlib share no narrower one for what a place can do
+            answers.put(error)
+
+    # A thread, because nothing else ends a connection in every phase; it does not keep the process from ending.
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        return answers.get(timeout=DEADLINE_S)
+    except queue.Empty:
+        return TimeoutError(f"it did not send the whole file within {DEADLINE_S:g} s")
+
+
+def _fault(error: Exception) -> str:
+    """Return why a place could not be read, in one line without passwords."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+    elif isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    text = str(error)
+    if isinstance(error, http.client.HTTPException):
+        text = f"its answer is not that of a web server, {type(error).__name__}: {text}"
+    return PASSWORD.sub("", " ".join(text.split()) or type(error).__name__)[:LONGEST_FAULT]
+
+
+def pip_options() -> dict[str, str]:
+    """Return pip's configuration by the name of the option: its files, and above them the environment."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        listed = ""  # an environment without pip
+    return parse_options(listed, os.environ)
+
+
+def parse_options(listed: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Combine the lines of `pip config list` with the variables PIP_*, as pip does for `pip download`."""
+    ranked: dict[str, tuple[int, str]] = {}
+    for line in listed.splitlines():
+        key, equals, text = line.partition("=")
+        section, _, option = key.rpartition(".")
+        if equals and section in ("global", "download"):
+            rank = int(section == "download")
+            try:
+                value = str(ast.literal_eval(text))
+            except (ValueError, SyntaxError):
+                continue
+            if rank >= ranked.get(option, (0, ""))[0]:
+                ranked[option] = (rank, value)
+    options = {option: value for option, (_, value) in ranked.items()}
+    names = {name: name.removeprefix("PIP_").lower().replace("_", "-") for name in environment if name[:4] == "PIP_"}
+    return options | {option: environment[name] for name, option in names.items() if environment[name]}
+
+
+class _Links(html.parser.HTMLParser):
+    """Collects the addresses of the links of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.found = "", list[str]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        address = dict(attrs).get("href")
+        if tag == "base" and address:
+            self.base = address
+        elif tag == "a" and address:
+            self.found.append(address)
+
+
+def _fetch(place: str, name: str, size: int, options: Mapping[str, str]) -> bytes:
+    """Read the file from a folder, or by the link of a page. Raises OSError, also where it is not there."""
+    if place.startswith("file:"):
+        path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(place).path))
+        if path.is_dir() and (path / name).is_file():
+            return _read(_as_url(str(path / name)), size, options)
+        if path.is_dir() and (path / "index.html").is_file():
+            place = _as_url(str(path / "index.html"))
+        elif path.is_dir():
+            raise FileNotFoundError(f"it has no {name}")
+    links = _Links()
+    links.feed(_read(place, LARGEST_PAGE, options).decode("utf-8", "replace"))
+    for link in links.found:
+        address, _ = urllib.parse.urldefrag(urllib.parse.urljoin(urllib.parse.urljoin(place, links.base), link))
+        target = urllib.parse.urlsplit(address)
+        if urllib.parse.unquote(target.path.rpartition("/")[2]) != name:
+            continue
+        if target.scheme in ("http", "https") or (target.scheme == "file" and place.startswith("file:")):
+            return _read(address, size, options)
+    raise FileNotFoundError(f"it has no {name}")
+
+
+def _read(address: str, most: int, options: Mapping[str, str]) -> bytes:
+    """Read at most one byte more than `most`. Raises OSError."""
+    parts = urllib.parse.urlsplit(address)
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    request = urllib.request.Request(urllib.parse.urlunsplit(bare), headers={"Accept": "text/html, */*"})
+    if credentials := _credentials(parts):
+        # Not sent on to where this host may redirect.
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=_tls(parts, options))]
+    if proxy := options.get("proxy"):
+        handlers.append(urllib.request.ProxyHandler({"http": proxy, "https": proxy}))
+    with urllib.request.build_opener(*handlers).open(request, timeout=TIME_LIMIT_S) as answer:
+        content: bytes = answer.read(most + 1)
+    return content
+
+
+def _credentials(parts: urllib.parse.SplitResult) -> str:
+    """Return USER:PASSWORD of an address, or else of the user's netrc; "" where there is neither."""
+    if parts.username is not None:
+        return f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(parts.hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return ""
+    return f"{found[0]}:{found[2]}" if found else ""
+
+
+def _tls(parts: urllib.parse.SplitResult, options: Mapping[str, str]) -> ssl.SSLContext:
+    """Return how a server is verified: by pip's `cert`; a `trusted-host` is not, and the caller checks the content."""
+    certificates = options.get("cert") or os.environ.get("REQUESTS_CA_BUNDLE")
+    is_folder = certificates is not None and Path(certificates).is_dir()
+    context = ssl.create_default_context(
+        cafile=None if is_folder else certificates, capath=certificates if is_folder else None
+    )
+    host = parts.netloc.rpartition("@")[2]
+    if {host, parts.hostname} & set(options.get("trusted-host", "").split()):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if own := options.get("client-cert"):
+        context.load_cert_chain(own)
+    return context
+
+
+def _as_url(place: str) -> str:
+    """Return the address of a folder; a home folder that is not known is left as a folder named `~USER`."""
+    if "://" in place or place.startswith("file:"):
+        return place
+    return Path(os.path.expanduser(place)).absolute().as_uri()
