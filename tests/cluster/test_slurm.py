@@ -29,8 +29,10 @@ def submitted(controlled: Slurm, folder: Path, *overrides: str) -> str:
 
 
 def number_of(ended: Ended) -> str:
-    assert ended.code == 0 and ended.output.startswith("Submitted batch job "), ended.errors
-    return ended.output.split()[-1]
+    assert ended.code == 0, ended.errors
+    line = ended.output.splitlines()[-1]
+    assert line.startswith("Submitted batch job "), ended.output
+    return line.split()[-1]
 
 
 def until(controlled: Slurm, number: str, **wanted: str) -> dict[str, str]:
