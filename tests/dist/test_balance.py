@@ -44,6 +44,7 @@ def one(ranks: RankPool) -> Trace:
     return trace
 
 
+@pytest.mark.slow
 def test_trap_T01_recomputation_counts_once(ranks: RankPool) -> None:
     plain = Case(expert_parallel=2, accumulation=2, steps=2)
     wanted = ranks.run(run_case, 2, plain)

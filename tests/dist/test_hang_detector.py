@@ -102,6 +102,7 @@ def mismatched(rank: int, world_size: int) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_ranks_in_different_collectives_are_distinguished(ranks: RankPool) -> None:
     first, second, _ = ranks.run(mismatched, 3)
     assert first.startswith("all_to_all_single number 1 of ranks 0, 1 timed out")

@@ -88,6 +88,7 @@ def test_what_is_not_a_module_is_refused() -> None:
         LoadedProcess(["sleep", "1"], {})
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them_even_if_it_is_killed(tmp_path: Path) -> None:
     """As after a test that hangs: nobody is left to end them in good order."""
     started = subprocess.Popen([sys.executable, "-m", "tests.dist.sleeping", str(tmp_path / "pid")], cwd=ROOT)

@@ -17,6 +17,7 @@ def test_every_collective_equals_gloos(ranks: int) -> None:
     assert job.stdout.count(" agreed") == ranks, job.stdout
 
 
+@pytest.mark.slow
 def test_what_gloo_lacks_and_errors() -> None:
     job = mpirun(3, ["-m", "tests.mpi.odds", str(free_port())])
     assert job.stdout.count("passed") == 3, job.stdout + job.stderr

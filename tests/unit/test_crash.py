@@ -33,6 +33,7 @@ SETTINGS = "[pytest]\ntimeout = 2\nfaulthandler_timeout = 4\nfaulthandler_exit_o
 
 
 @pytest.mark.parametrize(("library", "processes"), [("PyDLL", 2), full("CDLL", 1)])
+@pytest.mark.slow
 def test_a_hang_in_c_costs_its_test_alone(tmp_path: Path, library: str, processes: int) -> None:
     """PyDLL keeps the GIL, so that no thread of Python could end the process."""
     (tmp_path / "pytest.ini").write_text(SETTINGS)

@@ -28,6 +28,7 @@ def test_every_policy_is_valid_for_the_quick_start(tmp_path: Path) -> None:
     assert len(runs) == 3 * len(VARIANTS) == len({run.folder for run in runs})
 
 
+@pytest.mark.slow
 def test_complete_runs_are_read_and_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be, or not to be: that is the question\n" * 200)
     small = [
