@@ -7,18 +7,18 @@ import html.parser
 import http.client
 import netrc
 import os
-import queue
 import re
 import ssl
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from dist_moe.deadline import call_within
 
 PUBLIC_INDEX = "https://pypi.org/simple"
 LARGEST_PAGE = 1 << 24
@@ -60,27 +60,14 @@ def fetch_candidates(package: str, name: str, size: int) -> Iterator[Candidate]:
         places += [f"{index.rstrip('/')}/{package}/" for index in indexes]
     # Folders first: an index that cannot be reached costs its time limit.
     for place in sorted(map(_as_url, places), key=lambda url: not url.startswith("file:")):
-        found = _in_time(functools.partial(_fetch, place, name, size, options))
-        content, fault = (found, "") if isinstance(found, bytes) else (b"", _fault(found))
-        yield Candidate(PASSWORD.sub("", place), content, fault)
-
-
-def _in_time(fetch: Callable[[], bytes]) -> bytes | Exception:
-    """Return what the call returns or raises, or a TimeoutError after `DEADLINE_S`."""
-    answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-
-    def answer() -> None:
+        fetch = functools.partial(_fetch, place, name, size, options)
+        content, fault = b"", ""
         try:
-            answers.put(fetch())
+            # Nothing but a thread ends a connection in every phase.
+            content = call_within(fetch, DEADLINE_S, "it did not send the whole file")
         except Exception as error:  # urllib, http, html and pathlib share no narrower one for what a place can do
-            answers.put(error)
-
-    # A thread, because nothing else ends a connection in every phase; it does not keep the process from ending.
-    threading.Thread(target=answer, daemon=True).start()
-    try:
-        return answers.get(timeout=DEADLINE_S)
-    except queue.Empty:
-        return TimeoutError(f"it did not send the whole file within {DEADLINE_S:g} s")
+            fault = _fault(error)
+        yield Candidate(PASSWORD.sub("", place), content, fault)
 
 
 def _fault(error: Exception) -> str:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,6 +18,7 @@ from dist_moe.comm.mesh import make_mesh, ranks_per_node
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Resolved
 from dist_moe.data.corpus import TokenizedData
+from dist_moe.deadline import call_within
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.estimates import ModelShape, check_disk, check_memory, model_shape
 from dist_moe.doctor.finding import Finding, Outcome, finding_from_dict
@@ -222,27 +221,15 @@ def _publish(name: str, rank: int, finding: Finding, role: Role) -> None:
 
 
 def _from_store(work: Callable[[], Result], limit_s: float) -> Result:
-    """Return what an operation of the store returns. It is run in a thread: if rank 0 is stopped, it has no end.
+    """Return what an operation of the store returns; if rank 0 is stopped, it has no end.
 
     Raises:
         RuntimeError: The store does not answer in time, or what it raises.
     """
-    answers: queue.SimpleQueue[Result | RuntimeError] = queue.SimpleQueue()
-
-    def call() -> None:
-        try:
-            answers.put(work())
-        except RuntimeError as error:
-            answers.put(error)
-
-    threading.Thread(target=call, name="store", daemon=True).start()
     try:
-        answer = answers.get(timeout=limit_s)
-    except queue.Empty:
-        raise RuntimeError(f"the store did not answer within {limit_s:.0f} s") from None
-    if isinstance(answer, RuntimeError):
-        raise answer
-    return answer
+        return call_within(work, limit_s, "the store did not answer")
+    except TimeoutError as error:
+        raise RuntimeError(str(error)) from None
 
 
 def _result_of(name: str, rank: int, deadline_s: float) -> tuple[Finding, Role]:

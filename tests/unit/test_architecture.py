@@ -19,7 +19,7 @@ Rule = Callable[[Source], Iterator[str]]
 OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests"), *sources("benchmarks")]
 
-GROUND = {"errors", "files", "package_index", "scores", "section", "status", "text", "untrusted"}
+GROUND = {"deadline", "errors", "files", "package_index", "scores", "section", "status", "text", "untrusted"}
 # Policies and families are below the configuration, because its fields and checks are made from them.
 TO_CONFIG = GROUND | {"policies", "families", "config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "files": {"errors", "text"},
     "section": {"errors", "text"},
     "scores": set(),
-    "package_index": set(),
+    "deadline": set(),
+    "package_index": {"deadline"},
     "status": set(),
     "policies": GROUND,
     "families": GROUND,

@@ -1,0 +1,39 @@
+"""Calls what may have no end."""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def call_within(work: Callable[[], Result], limit_s: float, failure: str) -> Result:
+    """Return what a call returns, or raise what it raises.
+
+    It runs in a thread, which goes on after the limit, and does not keep the process from ending.
+
+    Args:
+        work: what to call.
+        limit_s: how long to wait for it, in seconds.
+        failure: what is reported after the limit, to be followed by it.
+
+    Raises:
+        TimeoutError: the call takes longer.
+    """
+    answers: queue.SimpleQueue[tuple[Result] | Exception] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            answers.put((work(),))
+        except Exception as error:  # whatever it is, the caller gets it
+            answers.put(error)
+
+    threading.Thread(target=call, name="call-within", daemon=True).start()
+    try:
+        answer = answers.get(timeout=limit_s)
+    except queue.Empty:
+        raise TimeoutError(f"{failure} within {limit_s:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer[0]
