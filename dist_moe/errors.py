@@ -76,7 +76,7 @@ def needs_folder(folder: Path, name: str = "run.dir", kind: str = "folder") -> I
     try:
         yield
     except OSError as error:
-        rule = f"cannot be written ({error.strerror or error}: {error.filename or folder})"
+        rule = f"cannot be written ({reason_of(error)}: {error.filename or folder})"
         remedy = f"set {name} to a {kind} on a disk with free space and write permission"
         # These two of os.path raise nothing, where those of pathlib do.
         if os.path.islink(folder) and not os.path.exists(folder):

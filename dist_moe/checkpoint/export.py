@@ -22,6 +22,7 @@ from dist_moe.checkpoint.format.tensor_header import DTYPE_BYTES, FLOAT_DTYPES, 
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
 from dist_moe.data.cache import file_sha256
 from dist_moe.engine.optimizer_shards import MASTER
+from dist_moe.errors import reason_of
 from dist_moe.files import entries, exists, is_folder, sync_folder, write_atomically
 from dist_moe.text import listed
 from dist_moe.untrusted import read_text
@@ -66,7 +67,7 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or out}"
+        reason = f"{reason_of(error)}: {error.filename or out}"
         remedy = "use a folder on a disk with free space and write permission"
         raise CheckpointError(f"{out} cannot be written ({reason}); {remedy}") from None
     return source

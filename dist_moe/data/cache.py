@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dist_moe.errors import DataError
+from dist_moe.errors import DataError, reason_of
 
 REMEDY = "set DIST_MOE_CACHE to a folder that this user can write"
 
@@ -31,7 +31,7 @@ def needs_cache(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        rule = f"cannot be written ({error.strerror or error}: {error.filename or cache})"
+        rule = f"cannot be written ({reason_of(error)}: {error.filename or cache})"
         raise DataError(f"the cache folder {cache}", rule, REMEDY) from error
 
 

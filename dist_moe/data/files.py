@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_moe.errors import DataError
+from dist_moe.errors import DataError, reason_of
 from dist_moe.files import matching_paths
 from dist_moe.text import format_bytes, listed
 from dist_moe.untrusted import HALF_PAIR, printable, unique_keys
@@ -81,7 +81,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        rule = f"cannot be read ({error.strerror or error})"
+        rule = f"cannot be read ({reason_of(error)})"
         raise DataError(_shown(path), rule, "make it readable for this user, or leave it out") from error
 
 
@@ -98,7 +98,7 @@ def local_files(pattern: str) -> list[tuple[str, Path]]:
         folder, paths = matching_paths(pattern)
         paths = [path for path in paths if not path.is_dir()]
     except OSError as error:
-        rule = f"has a folder that cannot be read ({error.strerror or error}: {printable(str(error.filename))})"
+        rule = f"has a folder that cannot be read ({reason_of(error)}: {printable(str(error.filename))})"
         raise DataError(f"data source {printable(pattern)!r}", rule, READ_FOLDER) from error
     _refuse_others(pattern, paths)
     _refuse_twice(paths)

@@ -22,7 +22,7 @@ from dist_moe.data.files import (
     readable,
     refuse_same_files,
 )
-from dist_moe.errors import DataError
+from dist_moe.errors import DataError, reason_of
 from dist_moe.text import listed, nearest
 
 # Tests repeat one another, installed packages are no part of it, and files of the build differ between hosts.
@@ -161,7 +161,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
-    rule = f"has a folder that cannot be read ({error.strerror or error}: {error.filename})"
+    rule = f"has a folder that cannot be read ({reason_of(error)}: {error.filename})"
     raise DataError("data source 'stdlib-code'", rule, "make it readable for this user, or use another source")
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dist_moe.errors import reason_of
 from dist_moe.files import open_no_link
 from dist_moe.text import counted
 
@@ -46,7 +47,7 @@ class LineFile:
             self._append(line.encode() + b"\n")
         except OSError as error:
             if not self._lost:
-                reason = error.strerror or error
+                reason = reason_of(error)
                 self._warn(f"cannot write {self.path} ({reason}); training continues, and its lines are lost")
             self._lost += 1
             return

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from dist_moe.errors import needs_folder
+from dist_moe.errors import needs_folder, reason_of
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.heatmap import draw_load
 from dist_moe.observe.metrics import StepMetrics
@@ -141,7 +141,7 @@ class TensorBoardWriter:
             work()
         except OSError as error:
             if not self._failed:
-                reason = error.strerror or error
+                reason = reason_of(error)
                 self._warn(f"cannot write {self.folder} ({reason}); training continues, and its curves have a gap")
             self._failed = True
             return

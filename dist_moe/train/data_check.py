@@ -11,7 +11,7 @@ from dist_moe.config.pretrained import is_model_folder, own_checkpoints, text_vo
 from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data.files import TO_JSONL, conversion
 from dist_moe.data.sources import read_sources, refuse_shared_files, repeated_names, source_files
-from dist_moe.errors import DataError
+from dist_moe.errors import DataError, reason_of
 from dist_moe.files import UNSEEN_REMEDY, why_unseen
 from dist_moe.text import counted, listed
 
@@ -66,7 +66,7 @@ def _source_violations(name: str) -> list[Violation]:
     except DataError as error:
         return [Violation("data.sources", name, error.rule, error.remedy)]
     except OSError as error:
-        rule = f"cannot be read ({error.strerror or error}: {error.filename or name})"
+        rule = f"cannot be read ({reason_of(error)}: {error.filename or name})"
         return [Violation("data.sources", name, rule, "give files that this user can read")]
     if faults:
         reasons = listed((reason for reason, _ in faults), last="and", most=MAX_NAMED)
@@ -111,7 +111,7 @@ def _fault(path: Path, opened: bool) -> tuple[str, str] | None:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
-        return f"has a file that cannot be read ({path}: {error.strerror or error})", "restore it, or leave it out"
+        return f"has a file that cannot be read ({path}: {reason_of(error)})", "restore it, or leave it out"
     for magic, suffix in FORMATS.items():
         if head.startswith(magic):
             return f"has a file that is not text ({path})", conversion(path.with_suffix(suffix))

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from dist_moe.config.deepspeed_keys.check import FIELD, Found, allowed_settings, find_keys, key_violation
 from dist_moe.config.deepspeed_keys.entries import AUTO, Allowed, Ours, Refused, same
 from dist_moe.config.deepspeed_keys.table import ACCUMULATION, MICRO_BATCH, TABLE
-from dist_moe.errors import ABSENT, ConfigError, Violation
+from dist_moe.errors import ABSENT, ConfigError, Violation, reason_of
 from dist_moe.text import counted, shown
 from dist_moe.untrusted import read_json
 
@@ -30,7 +30,7 @@ def read_deepspeed_json(name: str) -> dict[str, Any]:
     try:
         return read_json(Path(os.path.expanduser(name)), follow=True)
     except OSError as error:
-        rule = f"cannot be read ({error.strerror or error})"
+        rule = f"cannot be read ({reason_of(error)})"
     except ValueError as error:
         rule = f"cannot be read as JSON ({error})"
     raise ConfigError([Violation(FIELD, name, rule, REMEDY)])
