@@ -71,7 +71,7 @@ def choose_device(
     "auto" is nccl where each worker of this host has a CUDA device; otherwise mpi where MPI started the job and mpi4py
     is installed; otherwise gloo. Where there is a GPU that is not used, a note says so.
 
-    The workers of a host must choose alike, so that nothing here depends on the values of their local ranks.
+    All workers of a host must choose the same backend, so nothing here depends on the values of their local ranks.
 
     Args:
         requested: auto, nccl, gloo or mpi.

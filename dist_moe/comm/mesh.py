@@ -159,7 +159,7 @@ def consecutive_ranks_per_host(hosts: Sequence[str], expert_parallel: int) -> in
 def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     """Create a group with the time-out of the default group; a collective call of all ranks.
 
-    `set_pg_timeouts` cannot reach the group that TORCH_DISTRIBUTED_DEBUG=DETAIL makes beside it, which would wait
+    `set_pg_timeouts` cannot reach the group that TORCH_DISTRIBUTED_DEBUG=DETAIL creates in addition, which would wait
     30 minutes.
     """
     default: Any = dist.group.WORLD

@@ -1,6 +1,6 @@
 """The store by which the ranks of a job find each other, on the address of rank 0 alone.
 
-torch's own store listens on every interface of rank 0's host, for whoever connects.
+torch's own store listens on every interface of rank 0's host, and accepts every connection.
 """
 
 import logging

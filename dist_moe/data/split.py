@@ -89,7 +89,7 @@ def choose_split(documents: Documents, fraction: float | None) -> Split:
     """Hold out whole documents, or blocks of text where that would leave a split empty.
 
     Args:
-        documents: yields the documents anew each time that it is called.
+        documents: returns a new iterator over the documents each time that it is called.
         fraction: what to hold out; None: nothing.
 
     Raises:

@@ -118,7 +118,7 @@ def byte_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; over bytes as in GPT-2).
 
-    The same texts give the same tokenizer. Time is linear in the text, whatever the length of its words.
+    The same texts give the same tokenizer. Time is linear in the text, for words of any length.
 
     Args:
         texts: what to train on.

@@ -30,7 +30,7 @@ def lock_for_launch(run_dir: Path) -> Iterator[None]:
     """Lock the folder for a launch, whose workers lock it too, each the file of its rank.
 
     Raises:
-        RunInUseError: Another job uses the folder, whatever started it.
+        RunInUseError: Another job uses the folder, however it was started.
         RunFolderError: The folder cannot be written.
     """
     with _locked(run_dir, run_dir / LAUNCH_LOCK):
@@ -49,7 +49,7 @@ def lock_for_worker(run_dir: Path, rank: int, launched: bool) -> Iterator[None]:
         launched: Whether `dist-moe launch` has started it, and has locked the folder.
 
     Raises:
-        RunInUseError: Another job uses the folder, whatever started it.
+        RunInUseError: Another job uses the folder, however it was started.
         RunFolderError: The folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
