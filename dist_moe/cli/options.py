@@ -53,7 +53,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the file, such as train.steps=20."),
 ]
 OutFolder = Annotated[Path, path_option("FOLDER", "Folder for the results; created if needed.")]
-Repetitions = Annotated[int, typer.Option(min=1, help="Measurements of each kind and size.")]
+Repetitions = Annotated[int, typer.Option(min=1, max=1_000_000, help="Measurements of each kind and size.")]
 AskedWorkers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Workers on this host (default: 2); a cluster in CONFIG has its own number."),

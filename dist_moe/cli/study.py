@@ -9,6 +9,8 @@ from rich.console import Console
 from dist_moe.cli.messages import report_user_errors
 from dist_moe.cli.options import ConfigFile, OutFolder, Overrides, Repetitions, Verbose, path_argument, path_option
 
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds.")]
+
 study_app = typer.Typer(help="Reproduce the measurements of the documentation.", no_args_is_help=True)
 
 
@@ -26,7 +28,7 @@ def controllers(
     experts: Annotated[
         list[int] | None, typer.Option(help="Number of experts, 8, 64, 256 or 896; may be repeated; by default all.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    seeds: Seeds = 3,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps, and by default 8 experts: seconds.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -57,7 +59,7 @@ def policies(
     config: ConfigFile,
     overrides: Overrides = None,
     out: OutFolder = Path("runs/study/policies"),
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    seeds: Seeds = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs, of one thread each.")] = 2,
     verbose: Verbose = False,
 ) -> None:

@@ -116,7 +116,7 @@ def step_metrics(
     return StepMetrics(
         **asdict(progress),
         **_balance_fields(measures),
-        **_computation_fields(microbatch_vio_L, layers=len(load_L)),
+        **_microbatch_fields(microbatch_vio_L, layers=len(load_L)),
         **_rank_fields(load_L, expert_parallel),
         **shared_fields(measures, k_histogram_L),
         bias_per_layer=tuple(None if bias_E is None else _bias_range(bias_E) for bias_E in bias_L),
@@ -138,7 +138,7 @@ def _balance_fields(measures: LoadMeasures) -> dict[str, Any]:
     }
 
 
-def _computation_fields(microbatch_vio_L: Sequence[tuple[float, float]], layers: int) -> dict[str, Any]:
+def _microbatch_fields(microbatch_vio_L: Sequence[tuple[float, float]], layers: int) -> dict[str, Any]:
     if len(microbatch_vio_L) != layers:
         raise ValueError(
             f"microbatch_vio_L has {len(microbatch_vio_L)} values for {layers} loads; each layer has one of each; "

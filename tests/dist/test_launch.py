@@ -107,7 +107,7 @@ def test_a_successful_job_exits_with_0_and_without_a_message(start: Start, launc
     assert not list(job.run_dir.glob("errors/*"))
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", slow("torchrun"), slow("mpirun")])
+@pytest.mark.parametrize("launcher", [slow("deepspeed"), slow("torchrun"), "mpirun"])
 def test_the_first_rank_that_raises_is_reported(start: Start, launcher: str) -> None:
     job = start(launcher, "raise")
     report = job.run_dir / "errors" / "rank-1.txt"

@@ -13,7 +13,6 @@ from dist_moe.config import load_config
 from dist_moe.launch.cluster import read_cluster
 from dist_moe.launch.launcher import LaunchRequest, ProcessLauncher, load_launcher
 from tests.dist.test_launch import ROOT, Job, Start, start
-from tests.selection import slow
 
 __all__ = ["start"]
 # mpirun has no setting that closes its own sockets (docs/security.md).
@@ -37,8 +36,9 @@ def workers(job: Job) -> dict[int, int]:
     return {record["rank"]: record["pid"] for record in records}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "restarts"), [("torchrun", 1), slow("deepspeed", 0), slow("torchrun", 0), slow("mpirun", 0)]
+    ("launcher", "restarts"), [("torchrun", 1), ("deepspeed", 0), ("torchrun", 0), ("mpirun", 0)]
 )
 def test_every_socket_of_a_job_on_one_host_listens_on_loopback(start: Start, launcher: str, restarts: int) -> None:
     job = start(launcher, "wait", restarts)

@@ -12,7 +12,6 @@ from dist_moe.worker.contract import STOPPED_CODE
 from dist_moe.worker.network import free_port
 from tests.dist.loaded import LoadedProcess
 from tests.dist.resumable import command, same_bits, steps, write_text
-from tests.selection import slow
 
 LIMIT_S = 200.0
 STEPS = 60
@@ -63,7 +62,8 @@ def test_checkpoints_by_time_agree_over_the_ranks_and_change_no_loss(
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGUSR1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_trap_T45_a_run_stops_after_the_step_and_resumes_bit_for_bit(
     text: Path, tmp_path: Path, undisturbed: Path, signum: signal.Signals
 ) -> None:

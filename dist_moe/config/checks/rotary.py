@@ -110,9 +110,9 @@ def _unused(family: Family, parameters: Mapping[str, Any], kind: str) -> list[tu
         if not parameters.get(key) or key in family.rotary_keys_of_attention:
             continue
         if fixed:
-            unused.append((key, "beside attention_factor"))
+            unused.append((key, "where attention_factor is given"))
         elif not parameters.get(partner):
             unused.append((key, f"without {partner}"))
     if kind == "longrope" and fixed and parameters.get("factor") is not None:
-        unused.append(("factor", "beside attention_factor"))
+        unused.append(("factor", "where attention_factor is given"))
     return unused

@@ -71,7 +71,7 @@ def test_what_would_fail_later_is_a_violation_of_its_key(overrides: tuple[str, .
         (f"{{{YARN}, mscale: 0.5}}", "has mscale, which has no effect without mscale_all_dim"),
         (
             f"{{{YARN}, attention_factor: 1.5, mscale: 0.5, mscale_all_dim: 0.5}}",
-            "has mscale, which has no effect beside attention_factor",
+            "has mscale, which has no effect where attention_factor is given",
         ),
         (
             "{rope_type: default, partial_rotary_factor: 0.5}",

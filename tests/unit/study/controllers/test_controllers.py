@@ -116,9 +116,16 @@ def test_a_plan_has_the_requested_sizes() -> None:
     assert [size.experts for size in quick.sizes] == [8] and quick.before + quick.after < 100
 
 
-def test_an_unknown_size_is_a_user_error(tmp_path: Path) -> None:
-    arguments = ["study", "controllers", "--experts", "12", "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--experts", "12", "experts=12 is no size of this study; use 8, 64, 256 or 896"),
+        ("--seeds", "1001", "Input should be less than or equal to 1000"),
+    ],
+)
+def test_a_plan_that_is_not_possible_is_a_user_error(tmp_path: Path, option: str, value: str, rule: str) -> None:
+    arguments = ["study", "controllers", option, value, "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 2
-    assert "experts=12 is no size of this study; use 8, 64, 256 or 896" in result.stderr
+    assert rule in result.stderr
     assert not (tmp_path / "out").exists()
