@@ -108,6 +108,7 @@ def train(
     """Run one training worker, or a single-process run."""
     restore_visible_devices()
     from dist_moe.config import load_config, resolve
+    from dist_moe.interpreter import without_collections
     from dist_moe.train.data_check import data_violations
     from dist_moe.worker.contract import LAUNCH_VARIABLE
     from dist_moe.worker.exit import report_failure
@@ -125,14 +126,14 @@ def train(
         if rank_info.rank == 0:
             print_status("loading torch and transformers, and checking the model")
     with lock, report_failure(settings.run.dir, rank_info.rank):
-        resolved = resolve(settings, rank_info.world_size, look)
-        print_notices(resolved)
-        set_accelerator(settings.parallel.backend, rank_info)
+        with without_collections():
+            resolved = resolve(settings, rank_info.world_size, look)
+            print_notices(resolved)
+            set_accelerator(settings.parallel.backend, rank_info)
+            from dist_moe.train.loop import run
         if findings is not None:
             run_doctor_worker(resolved, rank_info, findings)
             return
-        from dist_moe.train.loop import run
-
         run(resolved, rank_info)
 
 

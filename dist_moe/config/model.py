@@ -22,6 +22,7 @@ from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import ABSENT, Violation
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
+from dist_moe.interpreter import without_collections
 from dist_moe.text import counted, divisors, listed, nearest
 
 # Keys of the config class that are set elsewhere -> where.
@@ -79,14 +80,15 @@ class Reading(NamedTuple):
 
 def read_model(config: Config) -> Reading:
     """Build the Hugging Face config of `config.model` and `config.router`, and try its model; imports transformers."""
-    reading = _read(config)
-    refused = {found.key.removeprefix(KEY) for found in reading.violations}
-    if reading.arguments is None or "model.config" in refused:
-        return reading
-    arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
-    own, length = set(config.model.config), config.data.sequence_length
-    failed = trial_violations(config.model.architecture, arguments, refused, own, length)
-    return reading._replace(violations=[*reading.violations, *failed])
+    with without_collections():
+        reading = _read(config)
+        refused = {found.key.removeprefix(KEY) for found in reading.violations}
+        if reading.arguments is None or "model.config" in refused:
+            return reading
+        arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
+        own, length = set(config.model.config), config.data.sequence_length
+        failed = trial_violations(config.model.architecture, arguments, refused, own, length)
+        return reading._replace(violations=[*reading.violations, *failed])
 
 
 def _read(config: Config) -> Reading:

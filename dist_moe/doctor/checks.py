@@ -159,6 +159,7 @@ def _wait_for_report(rank: int, limit_s: float) -> None:
             time.sleep(LINGER_S)
         else:
             waited = timedelta(seconds=3 * limit_s)
+            _from_store(lambda: store.check([REPORTED_KEY]), STORE_LIMIT_S)  # ends the wait early if rank 0 is stopped
             _from_store(lambda: store.wait([REPORTED_KEY], waited), 3 * limit_s + STORE_LIMIT_S)
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.cluster.conftest import ROOT, Start, write_config
 from tests.cluster.hosts import Host
 
-LAYOUTS = {"2 hosts x 1": (1, 1), "2 hosts x 2": (2, 2), "3 hosts x 1": (1, 1, 1)}
+LAYOUTS = {"2 hosts x 2": (2, 2), "3 hosts x 1": (1, 1, 1)}
 LAUNCHERS = {
     "deepspeed by pdsh": ("--launcher", "deepspeed"),
     "deepspeed by openmpi": ("--launcher", "deepspeed", "--runner", "openmpi"),

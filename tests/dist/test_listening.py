@@ -37,9 +37,7 @@ def workers(job: Job) -> dict[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "restarts"), [("torchrun", 1), ("deepspeed", 0), ("torchrun", 0), ("mpirun", 0)]
-)
+@pytest.mark.parametrize(("launcher", "restarts"), [("torchrun", 1), ("deepspeed", 0), ("torchrun", 0), ("mpirun", 0)])
 def test_every_socket_of_a_job_on_one_host_listens_on_loopback(start: Start, launcher: str, restarts: int) -> None:
     job = start(launcher, "wait", restarts)
     found, pids = listening(job), workers(job)

@@ -19,7 +19,10 @@ Rule = Callable[[Source], Iterator[str]]
 OURS = sources("dist_moe")
 EVERYTHING = [*OURS, *sources("tests"), *sources("benchmarks")]
 
-GROUND = {"deadline", "errors", "files", "package_index", "scores", "section", "status", "text", "untrusted"}
+GROUND = {
+    *("deadline", "errors", "files", "interpreter", "package_index", "scores", "section", "status", "text"),
+    "untrusted",
+}
 # Policies and families are below the configuration, because its fields and checks are made from them.
 TO_CONFIG = GROUND | {"policies", "families", "config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
@@ -34,6 +37,7 @@ MAY_IMPORT = {
     "section": {"errors", "text"},
     "scores": set(),
     "deadline": set(),
+    "interpreter": set(),
     "package_index": {"deadline"},
     "status": set(),
     "policies": GROUND,
