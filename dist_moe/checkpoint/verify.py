@@ -66,10 +66,7 @@ def verify_checkpoints(path: Path) -> list[Verdict]:
     Raises:
         CheckpointError: There is none.
     """
-    folders = [] if exists(path / MANIFEST_NAME) else list_checkpoints(path)
-    if not folders:
-        path = resolve_path(path)
-        return [verify(path, read_manifest(path))]
+    folders = [path] if exists(path / MANIFEST_NAME) else list_checkpoints(path) or [resolve_path(path)]
     verdicts = []
     for folder in folders:
         try:

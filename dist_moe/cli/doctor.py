@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from dist_moe.cli.messages import is_verbose, report_user_errors
+from dist_moe.cli.messages import is_verbose, report_user_errors, try_file
 from dist_moe.cli.options import (
     DEFAULT_LAUNCHER,
     AskedWorkers,
@@ -46,7 +46,7 @@ def doctor(
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
     from dist_moe.doctor.temporary import temporary_folder
-    from dist_moe.errors import UserError
+    from dist_moe.errors import UserError, needs_folder
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
@@ -55,6 +55,8 @@ def doctor(
     from dist_moe.worker.rank_info import rank_info_from_env
 
     with report_user_errors():
+        if as_json is not None:
+            try_file(as_json, "--json")
         within = rank_info_from_env(os.environ, alone_in_batch=True).world_size > 1
     if within:
         raise typer.Exit(within_a_job(config, overrides, as_json))
@@ -85,7 +87,8 @@ def doctor(
         findings += read_json(folder / FINDINGS) if written else []
     Console().print(table(findings))
     if as_json is not None:
-        write_json(findings, as_json)
+        with report_user_errors(), needs_folder(as_json, "--json", "file"):
+            write_json(findings, as_json)
     raise typer.Exit(failed(findings))
 
 

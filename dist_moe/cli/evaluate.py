@@ -10,8 +10,12 @@ from typing import Annotated
 import typer
 
 from dist_moe.cli.messages import report_user_errors
-from dist_moe.cli.options import CheckpointFolder, Overrides, Verbose
+from dist_moe.cli.options import CheckpointFolder, Verbose
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values of the evaluation, such as data.sources=my.txt."),
+]
 LARGEST_SEED = 2**32 - 1
 COLDEST, HOTTEST = 0.01, 100.0
 """Temperatures other than 0 by which logits in fp32 can be divided without an overflow, or losing their order."""

@@ -53,6 +53,7 @@ def launch(
         print_status(f"checking {config}")
     from dist_moe.config import load_config
     from dist_moe.launch.cluster import read_cluster
+    from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
     from dist_moe.launch.launcher import LaunchRequest, Scheduler, load_launcher
     from dist_moe.launch.scripts import all_files, write_files
@@ -65,7 +66,10 @@ def launch(
         cluster = read_cluster(settings.cluster, None if write else os.environ)
         request = LaunchRequest(settings, config, worker_overrides, cluster, workers, runner, max_restarts, min_hosts)
         if write is not None:
+            if dry_run:
+                raise LaunchError("--dry-run writes nothing, and --write writes files; remove one of them")
             write_files(write, all_files(request))
+            print(f"scripts for every launcher are in {write}; {write / 'README.md'} says which to take")
             return
         job = Job(launcher, request)
         if runs and not job.submits and cluster is None:

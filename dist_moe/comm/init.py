@@ -181,8 +181,9 @@ def _load_mpi(rank_info: RankInfo) -> ModuleType:
             "and start the workers with its mpirun, or use another launcher and parallel.backend=gloo"
         ) from error
     if backend.world_size() != rank_info.world_size:
+        started = "RANK and WORLD_SIZE are of" if rank_info.launcher == "env" else f"{rank_info.launcher} started"
         raise RankInfoError(
-            f"{rank_info.launcher} started {rank_info.world_size} workers, but mpi4py finds {backend.world_size()}: "
+            f"{started} {rank_info.world_size} workers, but mpi4py finds {backend.world_size()}: "
             f"it uses {backend.library()}; start the workers with the mpirun of that MPI, or use another launcher and "
             "parallel.backend=gloo"
         )

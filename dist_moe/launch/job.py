@@ -49,6 +49,7 @@ class Job:
         self.launcher = load_launcher(name)
         self._check_options()
         self.workers = self.launcher.workers(request)
+        self._check_backend()
         logger.info("launcher %s: %d workers on %s", name, self.workers, self._hosts())
 
     @property
@@ -157,6 +158,15 @@ class Job:
             raise LaunchError(
                 f"--min-hosts {request.min_hosts} is more than the {counted(len(request.cluster.hosts), 'host')} of "
                 "the cluster; use a smaller number"
+            )
+
+    def _check_backend(self) -> None:
+        """Refuse the MPI backend where each worker would be an MPI job of its own."""
+        mpi = self.request.config.parallel.backend == "mpi"
+        if mpi and self.workers > 1 and not self.launcher.starts_mpi(self.request.runner):
+            raise LaunchError(
+                f"parallel.backend=mpi needs a launcher of MPI, and --launcher {self.name} starts each of the "
+                f"{self.workers} workers without it; use --launcher mpirun, or parallel.backend=gloo"
             )
 
     def _refuse_cluster_options(self) -> None:

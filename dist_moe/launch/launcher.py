@@ -76,6 +76,14 @@ class Launcher(Protocol):
         """Return the number of workers of the job."""
         return request.workers
 
+    def starts_mpi(self, runner: str | None) -> bool:
+        """Return whether its workers find each other by MPI, as `parallel.backend=mpi` needs.
+
+        Args:
+            runner: The value of --runner, if given.
+        """
+        return False
+
     def files(self, request: LaunchRequest) -> Mapping[str, str]:
         """Return the files for `dist-moe launch --write`, path -> text, which must not depend on this machine."""
         return {}

@@ -97,16 +97,15 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
 
 
 def refuse_unread(overrides: Sequence[str]) -> None:
-    """Refuse overrides of fields that an evaluation does not read.
+    """Refuse overrides of keys that an evaluation does not read.
 
     Raises:
-        ConfigError: With each of them.
+        ConfigError: With all of them.
     """
-    keys = [override.partition("=")[0].strip() for override in overrides if "=" in override]
-    rule, remedy = "has no meaning here: the checkpoint gives its model and tokenizer", f"set {listed(READ_FIELDS)}"
-    unread = [Violation("override", key, rule, remedy) for key in keys if key not in READ_FIELDS]
+    unread = [one for one in overrides if "=" in one and one.partition("=")[0].strip() not in READ_FIELDS]
     if unread:
-        raise ConfigError(unread)
+        rule = f"{'is' if len(unread) == 1 else 'are'} not read: the checkpoint gives its model and tokenizer"
+        raise ConfigError([Violation(listed(unread, last="and"), ABSENT, rule, f"set {listed(READ_FIELDS)}")])
 
 
 def folder_config(folder: Path, model_config: PretrainedConfig, overrides: Sequence[str]) -> Config:

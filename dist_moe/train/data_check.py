@@ -48,6 +48,8 @@ def _folder_violations(config: Config) -> list[Violation]:
         found.append(Violation("run.dir", str(run_dir), rule, "make that folder, or remove the link"))
     elif run_dir.exists() and not run_dir.is_dir():
         found.append(Violation("run.dir", str(run_dir), "is not a folder", "give the path of a folder"))
+    elif rule := _why_not_writable(run_dir):
+        found.append(Violation("run.dir", str(run_dir), rule, "give the path of a folder that this user may write"))
     on_hosts = config.cluster.hosts or config.cluster.hostfile  # a copy may be fetched from another host
     if resume not in ("auto", "never") and not on_hosts:
         if reason := why_unseen(Path(resume) / "config.yaml"):
@@ -56,6 +58,14 @@ def _folder_violations(config: Config) -> list[Violation]:
             remedy = "give auto, never, or the path of a step-NNNNNN folder"
             found.append(Violation("checkpoint.resume", resume, "is not a folder", remedy))
     return found
+
+
+def _why_not_writable(folder: Path) -> str:
+    """Return why nothing can be written into a folder, which may not exist yet, or ""."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return f"is below {nearest}, which is not a folder"
+    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"cannot be written: {nearest} is closed to this user"
 
 
 def _source_violations(name: str) -> list[Violation]:

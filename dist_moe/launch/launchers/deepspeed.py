@@ -58,6 +58,10 @@ class DeepspeedLauncher(ProcessLauncher):
     options = frozenset({"runner"})
     runners = ("pdsh", "openmpi", "mpich", "slurm")
 
+    def starts_mpi(self, runner: str | None) -> bool:
+        """Return whether the runner is one of MPI or Slurm."""
+        return runner not in (None, "pdsh")
+
     def command(self, request: LaunchRequest, base: Mapping[str, str]) -> Command:
         """Return the command.
 

@@ -67,6 +67,10 @@ class MpirunLauncher(ProcessLauncher):
 
     summary = "CPU runs that use MPI for the all-to-all"
 
+    def starts_mpi(self, runner: str | None) -> bool:
+        """Return True."""
+        return True
+
     def command(self, request: LaunchRequest, base: Mapping[str, str]) -> Command:
         """Return the command, with the mpirun of the MPI that mpi4py loads: under another one each worker is alone.
 

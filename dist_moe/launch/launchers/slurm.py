@@ -33,6 +33,10 @@ class SlurmLauncher(Scheduler):
     summary = "a Slurm cluster; the job is queued, and requeued before its time limit"
     workers_fields = "slurm.nodes and slurm.tasks_per_node"
 
+    def starts_mpi(self, runner: str | None) -> bool:
+        """Return True; srun does, with the right MPI type."""
+        return True
+
     def workers(self, request: LaunchRequest) -> int:
         """Return the number of tasks of the job."""
         return request.config.slurm.nodes * request.config.slurm.tasks_per_node

@@ -219,6 +219,33 @@ def test_job_refuses_options_that_would_be_ignored(
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "on_cluster", "runner", "refused"),
+    [
+        ("deepspeed", False, None, True),
+        ("deepspeed", True, "pdsh", True),
+        ("deepspeed", True, "openmpi", False),
+        ("torchrun", True, None, True),
+        ("kubernetes", False, None, True),
+        ("mpirun", False, None, False),
+        ("slurm", False, None, False),
+    ],
+)
+def test_the_mpi_backend_needs_a_launcher_of_mpi(
+    tmp_path: Path, launcher: str, on_cluster: bool, runner: str | None, refused: bool
+) -> None:
+    config, cluster = job(tmp_path)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"backend": "mpi"})})
+    request = LaunchRequest(config, CONFIG, (), cluster if on_cluster else None, runner=runner)
+    found = ""
+    try:
+        Job(launcher, request)
+    except LaunchError as error:
+        found = str(error)
+    assert found.startswith("parallel.backend=mpi needs a launcher of MPI") == refused, found
+    assert found.endswith("use --launcher mpirun, or parallel.backend=gloo" if refused else ""), found
+
+
 def test_torchrun_of_one_host_restarts_workers_with_a_store_of_their_own(tmp_path: Path) -> None:
     config, _ = job(tmp_path)
     command = Job("torchrun", LaunchRequest(config, CONFIG, max_restarts=3)).command({"PATH": "/usr/bin"})

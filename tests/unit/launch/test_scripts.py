@@ -51,7 +51,17 @@ def test_the_folder_is_what_the_code_writes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(app, ["launch", CONFIG, "--write", str(tmp_path / "launch")])
     assert result.exit_code == 0, result.output
+    assert (
+        result.stdout
+        == f"scripts for every launcher are in {tmp_path}/launch; {tmp_path}/launch/README.md says which to take\n"
+    )
     assert tree(FOLDER) == tree(tmp_path / "launch"), f"run `dist-moe launch {CONFIG} --write launch`"
+
+
+def test_a_dry_run_writes_no_scripts(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["launch", CONFIG, "--dry-run", "--write", str(tmp_path / "launch")])
+    assert result.exit_code == 2 and "--dry-run writes nothing, and --write writes files" in result.stderr
+    assert not (tmp_path / "launch").exists()
 
 
 def test_no_file_depends_on_this_machine() -> None:

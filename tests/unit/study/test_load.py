@@ -114,6 +114,7 @@ def test_an_out_that_cannot_be_written_is_refused_by_every_command_before_it_wor
         ("study", "controllers", "--out"): "folder",
         ("study", "policies", str(quickstart), "--out"): "folder",
         ("launch", str(quickstart), "--write"): "folder",
+        ("doctor", str(quickstart), "--json"): "file",
     }
     for command, kind in commands.items():
         result = CliRunner().invoke(cli.app, [*command, "/dev/null/x/y"])
@@ -121,8 +122,9 @@ def test_an_out_that_cannot_be_written_is_refused_by_every_command_before_it_wor
         assert result.exit_code == 2 and result.stderr.startswith(line), result.output
         assert f"; set {command[-1]} to a {kind} on a disk with free space and write permission\n" in result.stderr
         assert result.stdout == ""
-    result = CliRunner().invoke(cli.app, ["study", "load", str(folder), "--out", str(tmp_path)])
-    assert result.exit_code == 2 and f"--out={tmp_path} cannot be written (Is a directory" in result.stderr
+    for command, option in ((("study", "load", str(folder)), "--out"), (("doctor", str(quickstart)), "--json")):
+        result = CliRunner().invoke(cli.app, [*command, option, str(tmp_path)])
+        assert result.exit_code == 2 and f"{option}={tmp_path} cannot be written (Is a directory" in result.stderr
 
 
 def test_the_figure_is_a_png_whatever_its_name(tmp_path: Path) -> None:

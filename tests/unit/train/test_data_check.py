@@ -31,6 +31,14 @@ def sources(*names: str | Path) -> str:
     return f"data.sources={json.dumps([str(name) for name in names])}"
 
 
+def test_a_run_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (line,) = found(f"run.dir={tmp_path}/file/run/7")
+    rule = f"is below {tmp_path}/file, which is not a folder; give the path of a folder that this user may write"
+    assert line == f"run.dir={tmp_path}/file/run/7 {rule}"
+    assert found(f"run.dir={tmp_path}/new/run") == []
+
+
 @pytest.mark.parametrize("name", ["stdlib-code", "shakespeare"])
 def test_built_in_sources_are_not_fetched(name: str) -> None:
     assert found(sources(name)) == []
