@@ -225,7 +225,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(30, func_only=True)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_checkpoint_is_refused_with_a_message(text: Path, run: Path, case: str) -> None:
     """By every command and by a run, although the manifest lists the file; the previous checkpoint is used."""
