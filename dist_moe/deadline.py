@@ -14,12 +14,12 @@ def call_within(work: Callable[[], Result], limit_s: float, failure: str) -> Res
     It runs in a thread, which goes on after the limit, and does not keep the process from ending.
 
     Args:
-        work: what to call.
-        limit_s: how long to wait for it, in seconds.
-        failure: what is reported after the limit, to be followed by it.
+        work: What to call.
+        limit_s: How long to wait for it, in seconds.
+        failure: What is reported after the limit, to be followed by it.
 
     Raises:
-        TimeoutError: the call takes longer.
+        TimeoutError: The call takes longer.
     """
     answers: queue.SimpleQueue[tuple[Result] | Exception] = queue.SimpleQueue()
 

@@ -22,12 +22,12 @@ class Batch(NamedTuple):
     """B rows of S tokens, all int64 [B, S].
 
     Attributes:
-        tokens_BS: token ids; the end token at padding.
-        targets_BS: the next token; -100 (no loss) at padding, and where the input is an end token, since the next token
+        tokens_BS: Token ids; the end token at padding.
+        targets_BS: The next token; -100 (no loss) at padding, and where the input is an end token, since the next token
             belongs to another document.
         documents_BS: 0, 1, ... within the row; -1 at padding.
-        positions_BS: from 0 at the start of the row and of each document in it; 0 at padding.
-        domains_BS: index into Corpus.domains; -1 at padding.
+        positions_BS: From 0 at the start of the row and of each document in it; 0 at padding.
+        domains_BS: Index into Corpus.domains; -1 at padding.
     """
 
     tokens_BS: torch.Tensor
@@ -60,9 +60,9 @@ class Stream:
         """Make the stream of a corpus.
 
         Args:
-            corpus: the documents.
-            sequence_length: tokens of a row (S), 2 or more.
-            seed: of the order, 0 or more.
+            corpus: The documents.
+            sequence_length: Tokens of a row (S), 2 or more.
+            seed: Of the order, 0 or more.
 
         Raises:
             ValueError: sequence_length is below 2, or seed below 0.

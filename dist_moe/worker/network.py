@@ -32,7 +32,7 @@ def source_address(target: str) -> str:
     """Return the address of this host that its routing table uses for packets to `target`.
 
     Args:
-        target: an IPv4 or IPv6 address, or a name that resolves to an IPv4 address.
+        target: An IPv4 or IPv6 address, or a name that resolves to an IPv4 address.
 
     Raises:
         OSError: The name does not resolve, or no route leads to it.
