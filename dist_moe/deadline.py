@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 def call_within(work: Callable[[], Result], limit_s: float, failure: str) -> Result:
     """Return what a call returns, or raise what it raises.
 
-    It runs in a thread, which goes on after the limit, and does not keep the process from ending.
+    It runs in a thread, which continues after the limit, and does not prevent the process from exiting.
 
     Args:
         work: What to call.
@@ -26,7 +26,7 @@ def call_within(work: Callable[[], Result], limit_s: float, failure: str) -> Res
     def call() -> None:
         try:
             answers.put((work(),))
-        except Exception as error:  # whatever it is, the caller gets it
+        except Exception as error:  # of any type: it is raised in the caller's thread
             answers.put(error)
 
     threading.Thread(target=call, name="call-within", daemon=True).start()

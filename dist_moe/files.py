@@ -186,7 +186,7 @@ def new_private_file(path: Path, mode: int = 0o600) -> TextIO:
 def matching_paths(pattern: str) -> tuple[Path, list[Path]]:
     """Find what a path or glob (with `**` too) matches, links to nothing included.
 
-    A part of the path that exists as it is written is not a pattern, whatever its characters.
+    A part of the path that exists as it is written is not a pattern, even if it contains wildcards.
 
     Returns:
         The fixed folder of the pattern, and the paths below it.
@@ -239,7 +239,7 @@ def _look_into(folder: Path, parts: Sequence[str], look: Callable[[str], object]
 
 
 def others_may_write(folder: Path) -> str:
-    """Say who but this user may write to a folder; "" if nobody may. Raises OSError.
+    """Say who but this user may write to a folder; "" if no other user may. Raises OSError.
 
     The group of a user alone (its name and members are those of the user) is not another.
     """

@@ -106,7 +106,7 @@ def _policy(folder: Path) -> str:
 def _read_history(folder: Path, label: str) -> LoadHistory:
     path = folder / "metrics.jsonl"
     try:
-        # A run that is writing may have begun a line.
+        # A run in progress may have written a part of its last line.
         lines = read_text(path, follow=True, largest=LARGEST_METRICS).split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); name the run.dir of a run") from None
