@@ -19,7 +19,7 @@ class Peak:
     Memory-mapped pages of files are not included, since the kernel reclaims them when needed.
 
     Attributes:
-        mib: the peak in MiB, available after the block.
+        mib: The peak in MiB, available after the block.
     """
 
     mib = 0.0

@@ -11,22 +11,22 @@ Result = TypeVar("Result")
 def call_within(work: Callable[[], Result], limit_s: float, failure: str) -> Result:
     """Return what a call returns, or raise what it raises.
 
-    It runs in a thread, which goes on after the limit, and does not keep the process from ending.
+    It runs in a thread, which continues after the limit, and does not prevent the process from exiting.
 
     Args:
-        work: what to call.
-        limit_s: how long to wait for it, in seconds.
-        failure: what is reported after the limit, to be followed by it.
+        work: What to call.
+        limit_s: How long to wait for it, in seconds.
+        failure: What is reported after the limit, to be followed by it.
 
     Raises:
-        TimeoutError: the call takes longer.
+        TimeoutError: The call takes longer.
     """
     answers: queue.SimpleQueue[tuple[Result] | Exception] = queue.SimpleQueue()
 
     def call() -> None:
         try:
             answers.put((work(),))
-        except Exception as error:  # whatever it is, the caller gets it
+        except Exception as error:  # of any type: it is raised in the caller's thread
             answers.put(error)
 
     threading.Thread(target=call, name="call-within", daemon=True).start()

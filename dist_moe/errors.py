@@ -24,10 +24,10 @@ class Violation(NamedTuple):
     """One broken rule.
 
     Attributes:
-        key: dotted path of the key (`parallel.expert_parallel`), or the path of a file.
-        value: the value of the key; `ABSENT` where it has none.
-        rule: the rule that is broken, worded to follow the value.
-        remedy: how to fix it.
+        key: Dotted path of the key (`parallel.expert_parallel`), or the path of a file.
+        value: The value of the key; `ABSENT` where it has none.
+        rule: The rule that is broken, worded to follow the value.
+        remedy: How to fix it.
     """
 
     key: str
@@ -69,9 +69,9 @@ def needs_folder(folder: Path, name: str = "run.dir", kind: str = "folder") -> I
     """Turn an OSError of the block into a RunFolderError.
 
     Args:
-        folder: the path that the user gave.
-        name: the key or option that gives it.
-        kind: what is at the path, a folder or a file.
+        folder: The path that the user gave.
+        name: The key or option that gives it.
+        kind: What is at the path, a folder or a file.
     """
     try:
         yield
@@ -91,9 +91,9 @@ class DataError(UserError):
     """Data that cannot be fetched, read or split.
 
     Attributes:
-        value: what is wrong (the name of a source, `file:line`, a setting).
-        rule: the rule that is broken, worded to follow the value.
-        remedy: how to fix it.
+        value: What is wrong (the name of a source, `file:line`, a setting).
+        rule: The rule that is broken, worded to follow the value.
+        remedy: How to fix it.
     """
 
     def __init__(self, value: str, rule: str, remedy: str) -> None:

@@ -46,7 +46,7 @@ def look(path: str | Path) -> os.stat_result | None:
     """Return the status of what is at a path, links followed; None if nothing is.
 
     Raises:
-        UnseenPathError: a folder of the path may not be entered, a name is too long, or its file system fails.
+        UnseenPathError: A folder of the path may not be entered, a name is too long, or its file system fails.
     """
     try:
         return os.stat(path)
@@ -100,12 +100,12 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     system without flock, a POSIX lock (fcntl) is used, and without that none; the log has one line about either.
 
     Args:
-        path: the lock file. A link is refused, and what a file holds is not changed.
-        wait: whether to wait for another process to release the lock.
+        path: The lock file. A link is refused, and what a file holds is not changed.
+        wait: Whether to wait for another process to release the lock.
 
     Raises:
-        FileLockedError: another process holds the lock, and `wait` is False.
-        OSError: the file cannot be made or opened.
+        FileLockedError: Another process holds the lock, and `wait` is False.
+        OSError: The file cannot be made or opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
@@ -186,13 +186,13 @@ def new_private_file(path: Path, mode: int = 0o600) -> TextIO:
 def matching_paths(pattern: str) -> tuple[Path, list[Path]]:
     """Find what a path or glob (with `**` too) matches, links to nothing included.
 
-    A part of the path that exists as it is written is not a pattern, whatever its characters.
+    A part of the path that exists as it is written is not a pattern, even if it contains wildcards.
 
     Returns:
         The fixed folder of the pattern, and the paths below it.
 
     Raises:
-        OSError: a folder that the pattern looks into cannot be read.
+        OSError: A folder that the pattern looks into cannot be read.
     """
     whole = Path(pattern)
     parts, folder = whole.parts[bool(whole.anchor) :], Path(whole.anchor)
@@ -239,7 +239,7 @@ def _look_into(folder: Path, parts: Sequence[str], look: Callable[[str], object]
 
 
 def others_may_write(folder: Path) -> str:
-    """Say who but this user may write to a folder; "" if nobody may. Raises OSError.
+    """Say who but this user may write to a folder; "" if no other user may. Raises OSError.
 
     The group of a user alone (its name and members are those of the user) is not another.
     """
@@ -274,13 +274,13 @@ def write_atomically(path: Path, text: str, durable: bool = False, mode: int = 0
     A link at this path is replaced, not followed.
 
     Args:
-        path: the file; its folders are made where they are missing.
-        text: its new content.
-        durable: whether to return only after the file and its name have reached the disk.
-        mode: the permissions of the file, before the umask.
+        path: The file; its folders are made where they are missing.
+        text: Its new content.
+        durable: Whether to return only after the file and its name have reached the disk.
+        mode: The permissions of the file, before the umask.
 
     Raises:
-        OSError: the file cannot be written; the previous one is unchanged.
+        OSError: The file cannot be written; the previous one is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two writers of one file from sharing the temporary one.

@@ -35,9 +35,9 @@ class Candidate(NamedTuple):
     """What was found at one place.
 
     Attributes:
-        place: the folder or address, without passwords.
-        content: of the file; empty where there is a fault.
-        fault: why it could not be fetched; "" where it was.
+        place: The folder or address, without passwords.
+        content: Of the file; empty where there is a fault.
+        fault: Why it could not be fetched; "" where it was.
     """
 
     place: str
@@ -49,9 +49,9 @@ def fetch_candidates(package: str, name: str, size: int) -> Iterator[Candidate]:
     """Fetch a file from one place after the other, until the caller has what it wants.
 
     Args:
-        package: the name of the package in an index.
-        name: the name of the file.
-        size: its size in bytes; of a larger one, only one byte more is read.
+        package: The name of the package in an index.
+        name: The name of the file.
+        size: Its size in bytes; of a larger one, only one byte more is read.
     """
     options = pip_options()
     places = options.get("find-links", "").split()

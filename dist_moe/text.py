@@ -28,9 +28,9 @@ def listed(values: Iterable[Any], last: str = "or", most: int | None = None) -> 
     """Join values as in `1, 2, 4 or 8`.
 
     Args:
-        values: what to list, each formatted by `str`.
-        last: the word before the last value.
-        most: how many values to write out; the others are counted, as in `1, 2 and 6 more`. None: all.
+        values: What to list, each formatted by `str`.
+        last: The word before the last value.
+        most: How many values to write out; the others are counted, as in `1, 2 and 6 more`. None: all.
     """
     words = [str(value) for value in values]
     if most is not None and len(words) > most:

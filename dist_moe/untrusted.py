@@ -23,13 +23,13 @@ def read_text(path: Path, follow: bool = False, largest: int = LARGEST_TEXT) -> 
     """Read a text file in UTF-8.
 
     Args:
-        path: a regular file. A pipe or device is refused, and opening it does not block.
-        follow: whether the file may be a symbolic link, as in the cache of the Hugging Face hub.
-        largest: the largest size that is accepted, in bytes.
+        path: A regular file. A pipe or device is refused, and opening it does not block.
+        follow: Whether the file may be a symbolic link, as in the cache of the Hugging Face hub.
+        largest: The largest size that is accepted, in bytes.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8, or, as UnreadableTextError, not a regular file or too large.
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8, or, as UnreadableTextError, not a regular file or too large.
     """
     if not follow and path.is_symlink():
         raise UnreadableTextError("it is a link")
@@ -55,7 +55,7 @@ def parse_json(text: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        ValueError: the text is not valid JSON or not an object, gives a key twice, nests too deeply, or has a number
+        ValueError: The text is not valid JSON or not an object, gives a key twice, nests too deeply, or has a number
             that is not finite or has too many digits.
     """
     try:

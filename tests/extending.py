@@ -20,8 +20,7 @@ def launcher_part() -> str:
 def copy_with_local_launcher(folder: Path) -> Path:
     """Copy the package into a folder and add the example as its text says; return the folder, for PYTHONPATH."""
     part = launcher_part()
-    (example,) = re.findall(r"^```python\n(.*?)^```$", part, re.M | re.S)
-    (path,) = set(re.findall(r"`(dist_moe/launch/launchers/[a-z]+\.py)`", part))
+    ((path, example),) = re.findall(r'^```python title="(.+?)"\n(.*?)^```$', part, re.M | re.S)
     shutil.copytree(ROOT / "dist_moe", folder / "dist_moe", ignore=shutil.ignore_patterns("__pycache__"))
     assert not (folder / path).exists()
     (folder / path).write_text(example)

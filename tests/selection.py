@@ -13,8 +13,8 @@ def cross(*axes: tuple[str, Sequence[Any]], strength: int = 2) -> pytest.MarkDec
     """Parametrize a test with the full cross of the axes; what is beyond a covering subset is marked `full`.
 
     Args:
-        axes: names as for `pytest.mark.parametrize` (one, or several with commas) and their values.
-        strength: in the subset every combination of the values of this many axes occurs that can; 1 for every value.
+        axes: Names as for `pytest.mark.parametrize` (one, or several with commas) and their values.
+        strength: In the subset every combination of the values of this many axes occurs that can; 1 for every value.
     """
     combinations = list(itertools.product(*(range(len(values)) for _, values in axes)))
     chosen = set(covering(combinations, strength))

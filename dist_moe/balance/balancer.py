@@ -45,16 +45,16 @@ class Balancer:
     same update from the same integers.
 
     Args:
-        routers: layer name -> router; layers may differ in E. Their buffers are written in place and looked up for
+        routers: Layer name -> router; layers may differ in E. Their buffers are written in place and looked up for
             each update, so that the buffer which the model uses and saves is the one that is updated.
-        policy: the balancing policy.
-        device: of the counts.
-        schedule_steps: optimizer steps over which the schedule of the policy's rate falls to 0.
-        target_experts_per_token: average that the threshold is controlled to, with threshold routing; None leaves
+        policy: The balancing policy.
+        device: Of the counts.
+        schedule_steps: Optimizer steps over which the schedule of the policy's rate falls to 0.
+        target_experts_per_token: Average that the threshold is controlled to, with threshold routing; None leaves
             the threshold unchanged.
 
     Raises:
-        TypeError: the selection bias of a router is not fp32.
+        TypeError: The selection bias of a router is not fp32.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Balancer:
         """Restore `state_dict`, and begin a new window.
 
         Raises:
-            ValueError: the state has other layers, or a controller where this balancer has none (or the reverse).
+            ValueError: The state has other layers, or a controller where this balancer has none (or the reverse).
         """
         if set(state["layers"]) != set(self.routers) or (state["controller"] is None) != (self.controller is None):
             raise ValueError(

@@ -16,9 +16,9 @@ class RoutingCounts(NamedTuple):
     """Counts of one layer over some tokens, int64.
 
     Attributes:
-        load_E: assignments that each expert received.
-        k_histogram_K: tokens that took 1, 2, .. K experts.
-        margins_EQ: histograms of `margins.count_margins`; None where the policy does not need them.
+        load_E: Assignments that each expert received.
+        k_histogram_K: Tokens that took 1, 2, .. K experts.
+        margins_EQ: Histograms of `margins.count_margins`; None where the policy does not need them.
     """
 
     load_E: Tensor
@@ -30,7 +30,7 @@ def count_routing(ids_TK: Tensor, experts: int, max_experts_per_token: int) -> R
     """Count the assignments of some tokens, without margins.
 
     Args:
-        ids_TK: experts of each token; -1 is an empty slot.
+        ids_TK: Experts of each token; -1 is an empty slot.
         experts: E.
         max_experts_per_token: K of the result, which may be more than the columns of ids_TK.
     """

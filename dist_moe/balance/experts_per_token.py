@@ -16,8 +16,8 @@ def experts_per_token(k_histogram_K: Tensor) -> float:
         k_histogram_K: [K] int64, tokens that took 1, 2, .. K experts.
 
     Raises:
-        TypeError: the counts are not int64.
-        ValueError: the counts have another number of dims, or one is negative.
+        TypeError: The counts are not int64.
+        ValueError: The counts have another number of dims, or one is negative.
     """
     counts = _checked(k_histogram_K).tolist()
     tokens = sum(counts)
@@ -32,7 +32,7 @@ def experts_per_token_percentile(k_histogram_K: Tensor, percent: int) -> int:
         percent: 1 to 100.
 
     Raises:
-        TypeError, ValueError: as `experts_per_token`; ValueError for another `percent`.
+        TypeError, ValueError: As `experts_per_token`; ValueError for another `percent`.
     """
     if not 1 <= percent <= 100:
         raise ValueError(f"percent={percent}; it is 1 to 100; use 50 for the median")
@@ -51,7 +51,7 @@ def sum_k_histograms(k_histogram_L: Sequence[Tensor]) -> Tensor:
         int64, as long as the largest K; [0] without layers.
 
     Raises:
-        TypeError, ValueError: as `experts_per_token`.
+        TypeError, ValueError: As `experts_per_token`.
     """
     total_K = torch.zeros(
         max((len(_checked(k_histogram_K)) for k_histogram_K in k_histogram_L), default=0), dtype=torch.int64

@@ -20,8 +20,8 @@ def max_vio(load_LE: Tensor) -> Tensor:
         [L] or [] float64, dimensionless; 0 for a layer that received no assignment.
 
     Raises:
-        TypeError: the load is not int64.
-        ValueError: the load has another number of dims, no expert, or a negative count.
+        TypeError: The load is not int64.
+        ValueError: The load has another number of dims, no expert, or a negative count.
 
     Source: Wang et al. 2024, arXiv 2408.15664, equation 4.
     """
@@ -40,7 +40,7 @@ def load_cov(load_LE: Tensor) -> Tensor:
         [L] or [] float64, dimensionless; 0 for a layer that received no assignment.
 
     Raises:
-        TypeError, ValueError: as `max_vio`.
+        TypeError, ValueError: As `max_vio`.
     """
     counts_LE = _checked(load_LE).double()
     mean_L = counts_LE.mean(dim=-1)
@@ -58,7 +58,7 @@ def load_deviation_percent(load_LE: Tensor) -> Tensor:
         [L] or [] float64, percent of the layer's assignments; 0 for a layer that received none.
 
     Raises:
-        TypeError, ValueError: as `max_vio`.
+        TypeError, ValueError: As `max_vio`.
     """
     return 100.0 * load_cov(load_LE) / load_LE.shape[-1]
 
@@ -74,7 +74,7 @@ def load_entropy(load_LE: Tensor) -> Tensor:
         1 for a layer of one expert and for a layer that received no assignment.
 
     Raises:
-        TypeError, ValueError: as `max_vio`.
+        TypeError, ValueError: As `max_vio`.
     """
     counts_LE = _checked(load_LE).double()
     total_L = counts_LE.sum(dim=-1)
@@ -95,7 +95,7 @@ def dead_experts(load_LE: Tensor) -> Tensor:
         [L] or [] int64.
 
     Raises:
-        TypeError, ValueError: as `max_vio`.
+        TypeError, ValueError: As `max_vio`.
     """
     return (_checked(load_LE) == 0).sum(dim=-1)
 
@@ -112,7 +112,7 @@ def mean_max_vio(load_ME: Tensor) -> tuple[float, float]:
         The mean MaxVio, and the mean of the floors with each batch's own assignments.
 
     Raises:
-        TypeError, ValueError: as `max_vio`.
+        TypeError, ValueError: As `max_vio`.
     """
     values_M = max_vio(load_ME)
     floors = [max_vio_floor(load_ME.shape[-1], total) for total in load_ME.sum(dim=-1).tolist()]
@@ -124,14 +124,14 @@ def rank_load(load_LE: Tensor, ranks: int) -> Tensor:
 
     Args:
         load_LE: [L, E] or [E] int64, assignments that each expert received.
-        ranks: the expert-parallel degree; rank r holds experts r * E / ranks to (r + 1) * E / ranks - 1.
+        ranks: The expert-parallel degree; rank r holds experts r * E / ranks to (r + 1) * E / ranks - 1.
 
     Returns:
         [L] or [] float64, 1 and above; 1 for one rank and for a layer that received no assignment. Chance alone
         gives 1 + max_vio_floor(ranks, assignments).
 
     Raises:
-        TypeError, ValueError: as `max_vio`; ValueError where `ranks` does not divide the experts.
+        TypeError, ValueError: As `max_vio`; ValueError where `ranks` does not divide the experts.
     """
     experts = _checked(load_LE).shape[-1]
     if ranks < 1 or experts % ranks:

@@ -21,10 +21,10 @@ class RoutingLosses:
     """Coefficients of the losses of each MoE layer; 0 turns a loss off.
 
     Attributes:
-        balance: of `balance_loss` or `sequence_balance_loss`, by `scope`.
-        scope: the tokens over which the load fractions are taken.
-        z: of `z_loss`.
-        entropy: of `entropy_loss`.
+        balance: Of `balance_loss` or `sequence_balance_loss`, by `scope`.
+        scope: The tokens over which the load fractions are taken.
+        z: Of `z_loss`.
+        entropy: Of `entropy_loss`.
     """
 
     balance: float = 0.0
@@ -63,8 +63,8 @@ def sequence_balance_loss(shares_TE: Tensor, ids_TK: Tensor, sequences: int) -> 
     """`balance_loss` with the load fractions of each sequence.
 
     Args:
-        shares_TE: probabilities with the graph, sequence after sequence, equally many tokens in each.
-        ids_TK: the experts by unbiased scores, as in equation 18; with a bias that balances the load, the loss would
+        shares_TE: Probabilities with the graph, sequence after sequence, equally many tokens in each.
+        ids_TK: The experts by unbiased scores, as in equation 18; with a bias that balances the load, the loss would
             vanish. -1 is an empty slot, and a token without any expert is padding.
         sequences: B.
 

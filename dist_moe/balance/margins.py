@@ -16,7 +16,7 @@ def count_margins(scores_TE: Tensor, bias_E: Tensor, top_k: int, mask_T: Tensor 
     close to 0 a bin is 0.002 wide.
 
     Args:
-        scores_TE: what the bias is added to, scores or logits, unbiased.
+        scores_TE: What the bias is added to, scores or logits, unbiased.
         bias_E: [E], the selection bias.
         top_k: K, below E.
         mask_T: bool, the tokens that count; None means all.

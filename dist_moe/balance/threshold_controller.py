@@ -22,10 +22,10 @@ class Controller(NamedTuple):
     """The controller's state.
 
     Attributes:
-        threshold: the current threshold.
-        integral: the integral part of its logit.
-        gain: the factor on both gains.
-        error: the relative error of the last step.
+        threshold: The current threshold.
+        integral: The integral part of its logit.
+        gain: The factor on both gains.
+        error: The relative error of the last step.
     """
 
     threshold: float
@@ -48,9 +48,9 @@ def control(state: Controller, measured: float, target: float) -> Controller:
     not wind up where the target cannot be reached.
 
     Args:
-        state: the state before the step.
-        measured: experts a token took on average in the step.
-        target: experts a token is to take on average.
+        state: The state before the step.
+        measured: Experts a token took on average in the step.
+        target: Experts a token is to take on average.
     """
     error = (target - measured) / target
     gain = state.gain

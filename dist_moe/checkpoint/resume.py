@@ -79,8 +79,8 @@ class Candidates(NamedTuple):
     messages: list[str]
 
 
-class Accepted(NamedTuple):
-    """What rank 0 tells the others of a checkpoint that the run may resume from."""
+class AcceptedCheckpoint(NamedTuple):
+    """What rank 0 sends to the other ranks about a checkpoint from which the run may resume."""
 
     counters: Counters
     changes: list[Change]
@@ -108,7 +108,8 @@ def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device
         damage = check_checkpoint(folder, mesh, hosts)
         if damage is None:
             accept = partial(_accept, config, tokenized, folder, resume) if mesh.rank == 0 else no_op
-            accepted = run_on_all_ranks(mesh, f"cannot resume from {folder}", accept, Accepted | str | None)[0]
+            what = f"cannot resume from {folder}"
+            accepted = run_on_all_ranks(mesh, what, accept, AcceptedCheckpoint | str | None)[0]
             if isinstance(accepted, str):
                 raise RunChangedError(accepted)
             assert accepted is not None
@@ -133,7 +134,7 @@ def no_op() -> None:
     """Do nothing, while other ranks work."""
 
 
-def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> Accepted | str:
+def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> AcceptedCheckpoint | str:
     """Check that the checkpoint belongs to this run, and archive newer ones. On rank 0.
 
     Returns:
@@ -148,7 +149,7 @@ def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str)
         return str(error)
     if folder.resolve().parent == checkpoints_root(config).resolve():
         archive_newer(folder)
-    return Accepted(counters, changes)
+    return AcceptedCheckpoint(counters, changes)
 
 
 def fetch_copy(checkpoint: Checkpoint, config: Config, mesh: Mesh, hosts: Hosts, device: torch.device) -> Checkpoint:

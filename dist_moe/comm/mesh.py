@@ -113,26 +113,26 @@ def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
     return Mesh(world_size, rank, expert_parallel, groups[mesh.edp_rank], nodes)
 
 
-def ranks_per_node(exchange: str, expert_parallel: int) -> int:
+def ranks_per_node(all_to_all: str, expert_parallel: int) -> int:
     """Return the `ranks_per_node` of `make_mesh` for `parallel.all_to_all`; a collective call.
 
     Args:
-        exchange: flat, hierarchical or auto.
+        all_to_all: flat, hierarchical or auto.
         expert_parallel: Ranks of a row.
 
     Raises:
         MeshError: "hierarchical" where rows do not span hosts with the same number of ranks on each.
     """
-    if exchange == "flat" or expert_parallel == 1:
+    if all_to_all == "flat" or expert_parallel == 1:
         return 0
     hosts = hosts_of_ranks()
     block = consecutive_ranks_per_host(hosts, expert_parallel)
-    if block == 0 and exchange == "hierarchical":
+    if block == 0 and all_to_all == "hierarchical":
         raise MeshError(
             f"parallel.all_to_all=hierarchical needs every {expert_parallel} consecutive workers to span several "
             f"hosts, with the same number on each, but their hosts are {', '.join(hosts)}; use auto or flat"
         )
-    logger.info("parallel.all_to_all=%s: %s", exchange, f"two hops, {block} ranks per node" if block else "one hop")
+    logger.info("parallel.all_to_all=%s: %s", all_to_all, f"two hops, {block} ranks per node" if block else "one hop")
     return block
 
 

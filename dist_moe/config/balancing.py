@@ -12,9 +12,9 @@ def balancing_violations(config: Config, router: RouterConfig, experts: int) -> 
     """What is wrong between the router, the balancing policy and the model.
 
     Args:
-        config: the configuration, of which `balance` and the keys of the model are read.
+        config: The configuration, of which `balance` and the keys of the model are read.
         router: `config.router` with every field filled.
-        experts: routed experts of a layer.
+        experts: Routed experts of a layer.
     """
     violations = _combination(config, router)
     violations += _threshold(config, router, experts) if router.selection == "threshold" else _fixed_number(router)

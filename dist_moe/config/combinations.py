@@ -17,9 +17,9 @@ def refusal(selection: str, score: str, policy: str) -> Refusal | None:
     """Why the combination is refused; None where it is possible.
 
     Args:
-        selection: one of `SELECTIONS`.
-        score: one of `SCORES`.
-        policy: the name of a policy.
+        selection: One of `SELECTIONS`.
+        score: One of `SCORES`.
+        policy: The name of a policy.
     """
     if selection == "threshold" and score != "softmax":
         return Refusal(

@@ -28,13 +28,13 @@ def load_config(
     too, as far as they do not depend on it, so that the error lists everything at once; this imports transformers.
 
     Args:
-        path: the YAML file of a run.
-        overrides: texts like `train.steps=20`; the value is parsed as YAML, and a later one wins.
-        workers: the processes of the run, all hosts together, where they are known: rules that depend on them.
-        look: as `resolve` takes it; called here only where something else is wrong.
+        path: The YAML file of a run.
+        overrides: Texts like `train.steps=20`; the value is parsed as YAML, and a later one wins.
+        workers: The processes of the run, all hosts together, where they are known: rules that depend on them.
+        look: As `resolve` takes it; called here only where something else is wrong.
 
     Raises:
-        ConfigError: with everything that is wrong: a file that cannot be read, invalid YAML, an override without `=`,
+        ConfigError: With everything that is wrong: a file that cannot be read, invalid YAML, an override without `=`,
             an unknown key (with the nearest known one), a key of an earlier version (with the new one), or a value of
             the wrong type or out of range.
     """

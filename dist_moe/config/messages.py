@@ -27,7 +27,7 @@ def validate(settings: Mapping[Any, Any]) -> Config:
     """Make a `Config` of nested settings; a section that is None has its defaults.
 
     Raises:
-        ConfigError: with each unknown key, missing field, and value of the wrong type or out of range.
+        ConfigError: With each unknown key, missing field, and value of the wrong type or out of range.
     """
     try:
         return Config.model_validate(_without_empty_sections(settings))

@@ -46,13 +46,13 @@ class ModelFacts:
     """A valid model, with its routing values.
 
     Attributes:
-        arguments: keyword arguments of the Hugging Face config class, routing values included; vocab_size only where
+        arguments: Keyword arguments of the Hugging Face config class, routing values included; vocab_size only where
             the configuration has it, and the ids of the special tokens None until the tokenizer is known.
-        experts: routed experts of a layer.
+        experts: Routed experts of a layer.
         router: `config.router` with every field filled.
         model: `config.model` with the keys of model.pretrained written out, so that a checkpoint does not need that
             folder.
-        notices: what of model.pretrained is not used, one line each.
+        notices: What of model.pretrained is not used, one line each.
     """
 
     arguments: dict[str, Any]
@@ -67,9 +67,9 @@ class Reading(NamedTuple):
 
     Attributes:
         facts: None where the config class refuses its arguments, or the routing values are invalid.
-        experts: routed experts of a layer; None where it is not known.
-        violations: what is wrong.
-        arguments: the known keys of the config class, without routing values; None where there is no model.
+        experts: Routed experts of a layer; None where it is not known.
+        violations: What is wrong.
+        arguments: The known keys of the config class, without routing values; None where there is no model.
     """
 
     facts: ModelFacts | None

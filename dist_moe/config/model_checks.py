@@ -42,8 +42,8 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
     Each rule is one that the family's modeling code needs and its config class does not check.
 
     Args:
-        config: the configuration.
-        settings: the Hugging Face config built from it.
+        config: The configuration.
+        settings: The Hugging Face config built from it.
     """
     family = family_of(config.model.architecture)
     violations = _ranges(settings)
@@ -77,10 +77,10 @@ def unsupported_violations(
     """What asks for something that is not built, or has no effect.
 
     Args:
-        config: the configuration.
-        settings: the Hugging Face config built from it.
-        own: the keys of model.config.
-        stated: the keys of model.pretrained, which need not be asked for.
+        config: The configuration.
+        settings: The Hugging Face config built from it.
+        own: The keys of model.config.
+        stated: The keys of model.pretrained, which need not be asked for.
     """
     family, default = family_of(config.model.architecture), type(settings)()
     violations = []

@@ -111,9 +111,9 @@ def stated_model(config: Config, cls: Any, known: set[str]) -> Stated:
     If the folder does not exist any more and the run may resume from a checkpoint, they are read from that.
 
     Args:
-        config: the configuration.
-        cls: the Hugging Face config class.
-        known: its keys that define the model.
+        config: The configuration.
+        cls: The Hugging Face config class.
+        known: Its keys that define the model.
     """
     if config.model.pretrained is None:
         return Stated({}, [])

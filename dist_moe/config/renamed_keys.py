@@ -42,10 +42,10 @@ class KeyChange(NamedTuple):
     """What became of one old key.
 
     Attributes:
-        old: its dotted path.
-        value: the value that it had.
-        new: the dotted path of the key that replaces it; None where it was removed.
-        new_value: the value of that key with the same meaning.
+        old: Its dotted path.
+        value: The value that it had.
+        new: The dotted path of the key that replaces it; None where it was removed.
+        new_value: The value of that key with the same meaning.
     """
 
     old: str
@@ -115,11 +115,11 @@ def load_stored_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Load the config.yaml of a checkpoint, which an earlier version may have written.
 
     Args:
-        path: the file. Its old keys are mapped, with one line in the log.
-        overrides: a user's texts like `train.steps=20`, in which old keys are refused.
+        path: The file. Its old keys are mapped, with one line in the log.
+        overrides: A user's texts like `train.steps=20`, in which old keys are refused.
 
     Raises:
-        ConfigError: as of `load_config`, but for rules that join several fields.
+        ConfigError: As of `load_config`, but for rules that join several fields.
     """
     settings = read_mapping(path)
     if changes := upgrade_keys(settings):

@@ -44,15 +44,15 @@ class Resolved:
     """A configuration that can run on a given number of workers, with what follows from it.
 
     Attributes:
-        config: with router.*, train.schedule_steps, train.warmup_steps, train.micro_batch_size and, after
+        config: With router.*, train.schedule_steps, train.warmup_steps, train.micro_batch_size and, after
             model.pretrained, model.config filled in.
-        workers: processes, all hosts together.
-        expert_parallel: workers that share one set of experts.
-        accumulation: micro-batches of each worker in an optimizer step.
-        experts: routed experts of an MoE layer.
-        model_config: keyword arguments of the Hugging Face config class, routing values written in. vocab_size is there
+        workers: Processes, all hosts together.
+        expert_parallel: Workers that share one set of experts.
+        accumulation: Micro-batches of each worker in an optimizer step.
+        experts: Routed experts of an MoE layer.
+        model_config: Keyword arguments of the Hugging Face config class, routing values written in. vocab_size is there
             only where the file gives it, and bos_, eos_ and pad_token_id are None: they come from the tokenizer.
-        notices: what is valid and not used as it is written, one line each.
+        notices: What is valid and not used as it is written, one line each.
     """
 
     config: Config
@@ -71,12 +71,12 @@ def resolve(config: Config, workers: int, look: Look | None = None) -> Resolved:
     transformers.
 
     Args:
-        config: the configuration.
-        workers: processes, all hosts together.
-        look: a further check, whose violations are reported with the others.
+        config: The configuration.
+        workers: Processes, all hosts together.
+        look: A further check, whose violations are reported with the others.
 
     Raises:
-        ConfigError: with all violations at once.
+        ConfigError: With all violations at once.
     """
     if workers < 1:
         raise ConfigError([Violation("workers", workers, "is not positive", "give 1 or more")])
@@ -115,9 +115,9 @@ def independent_of(broken: Set[str], config: Config, violations: Iterable[Violat
     """Return the violations whose rules read none of the broken fields.
 
     Args:
-        broken: dotted paths of fields or sections whose intended value is not known, and "workers" where that is not.
-        config: what was checked, with other values for the broken fields.
-        violations: what was found.
+        broken: Dotted paths of fields or sections whose intended value is not known, and "workers" where that is not.
+        config: What was checked, with other values for the broken fields.
+        violations: What was found.
     """
     fields = routing_fields(family_of(config.model.architecture)).values()
     routing_keys = {f"model.config.{field}" for field in fields if field is not None}

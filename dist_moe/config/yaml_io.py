@@ -101,7 +101,7 @@ def parse(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
-        ValueError: it is not valid YAML, has a tag other than those of plain values, gives a key twice, or nests or
+        ValueError: It is not valid YAML, has a tag other than those of plain values, gives a key twice, or nests or
             expands (by aliases) too far. The message has the line and column where there is one.
     """
     try:
@@ -141,7 +141,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     """Read the mapping in a YAML file; an empty file holds an empty one.
 
     Raises:
-        ConfigError: the file cannot be read, is not UTF-8 or not valid YAML, or holds something else.
+        ConfigError: The file cannot be read, is not UTF-8 or not valid YAML, or holds something else.
     """
     key = str(path)
     try:
@@ -231,7 +231,7 @@ def _require_bounded(events: Iterable[Any]) -> None:
     """Raise ValueError where a text nests or expands too far, before anything is built of it.
 
     Args:
-        events: what the parser reads, piece by piece.
+        events: What the parser reads, piece by piece.
     """
     anchors: dict[str, tuple[int, int]] = {}
     opened = [_Open(None)]

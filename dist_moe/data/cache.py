@@ -15,7 +15,7 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder in the variable DIST_MOE_CACHE, or `~/.cache/dist_moe`; it may not exist yet.
 
     Raises:
-        DataError: this user has no home folder.
+        DataError: This user has no home folder.
     """
     named = environ.get("DIST_MOE_CACHE") or "~/.cache/dist_moe"
     try:

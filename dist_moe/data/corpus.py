@@ -48,8 +48,8 @@ class Corpus:
         tokens: uint16 or uint32 [tokens], all documents in the order of their sources.
         starts_N1: int64 [N + 1]; document i is tokens[starts[i]:starts[i+1]].
         domains_N: int64 [N], indices into `domains`.
-        domains: the names of the domains, shared by both splits.
-        end_id: the id of the end token.
+        domains: The names of the domains, shared by both splits.
+        end_id: The id of the end token.
         text_bytes: UTF-8 bytes of all texts.
     """
 
@@ -66,14 +66,14 @@ class TokenizedData:
     """The tokenizer, and the tokens of both splits.
 
     Attributes:
-        tokenizer: what the tokens were made with.
-        train: the split for training; all of the text where it is not divided.
-        validation: the split for validation; all of the text where it is not divided.
-        records: the sources, as they were when they were read.
-        fingerprint: equal fingerprints mean equal tokens.
-        folder: where the files are; `open_tokenized` opens it again.
-        files: the mapped files of both splits.
-        notes: what the user should know about the text.
+        tokenizer: What the tokens were made with.
+        train: The split for training; all of the text where it is not divided.
+        validation: The split for validation; all of the text where it is not divided.
+        records: The sources, as they were when they were read.
+        fingerprint: Equal fingerprints mean equal tokens.
+        folder: Where the files are; `open_tokenized` opens it again.
+        files: The mapped files of both splits.
+        notes: What the user should know about the text.
     """
 
     tokenizer: Tokenizer
@@ -100,16 +100,16 @@ def prepare(
     documents at a time.
 
     Args:
-        sources: names of sources, or paths and globs of local files.
-        tokenizer: which tokenizer; bpe is trained on the training split.
-        vocabulary: tokens of the bpe vocabulary; for pretrained, the most that its tokenizer may have.
-        validation_fraction: the probability that a document belongs to the validation split, 0 < f < 1; None: the
+        sources: Names of sources, or paths and globs of local files.
+        tokenizer: Which tokenizer; bpe is trained on the training split.
+        vocabulary: Tokens of the bpe vocabulary; for pretrained, the most that its tokenizer may have.
+        validation_fraction: The probability that a document belongs to the validation split, 0 < f < 1; None: the
             text is not divided.
-        cache: the folder for fetched sources and tokens.
-        pretrained: the folder of the pretrained tokenizer.
+        cache: The folder for fetched sources and tokens.
+        pretrained: The folder of the pretrained tokenizer.
 
     Raises:
-        DataError: a source or the tokenizer cannot be used, or a split would be empty.
+        DataError: A source or the tokenizer cannot be used, or a split would be empty.
     """
     if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise DataError(f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1")

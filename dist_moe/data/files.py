@@ -32,9 +32,9 @@ class Document:
     """One text.
 
     Attributes:
-        domain: what it belongs to; metrics may be kept for each domain.
-        name: decides its split, by a hash, so it should not depend on the position of the text.
-        pieces: the content, in pieces of bounded size.
+        domain: What it belongs to; metrics may be kept for each domain.
+        name: Decides its split, by a hash, so it should not depend on the position of the text.
+        pieces: The content, in pieces of bounded size.
     """
 
     domain: str
@@ -52,7 +52,7 @@ class FileText:
     """The text of a UTF-8 file, read in pieces each time that it is iterated.
 
     Raises:
-        DataError: on iteration, the file cannot be read or is not UTF-8.
+        DataError: On iteration, the file cannot be read or is not UTF-8.
     """
 
     path: Path
@@ -91,7 +91,7 @@ def local_files(pattern: str) -> list[tuple[str, Path]]:
     The name is the path below the fixed folder of the pattern, so moving that folder changes no name.
 
     Raises:
-        DataError: the pattern matches something else, a link to nothing, or a file twice under two names, or it looks
+        DataError: The pattern matches something else, a link to nothing, or a file twice under two names, or it looks
             into a folder that cannot be read.
     """
     try:
@@ -164,7 +164,7 @@ def read_local(files: list[tuple[str, Path]]) -> Iterator[Document]:
     have `name` (else a hash of the text, so that equal texts are in one split) and `domain` (else the file's stem).
 
     Raises:
-        DataError: with file:line, where a document cannot be read.
+        DataError: With file:line, where a document cannot be read.
     """
     for name, path in files:
         if path.suffix == ".jsonl":

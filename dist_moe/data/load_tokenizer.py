@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a folder, with the end token that its files name.
 
     Raises:
-        DataError: the folder has no tokenizer, it is not a byte-level BPE, or its files name no end token.
+        DataError: The folder has no tokenizer, it is not a byte-level BPE, or its files name no end token.
     """
     path = folder / NAME
     if not path.exists():

@@ -60,10 +60,10 @@ def reject_change(change: str) -> None:
     """Raise on all ranks where any of them has detected a change. A collective call.
 
     Args:
-        change: the result of `detect_change` on this rank.
+        change: The result of `detect_change` on this rank.
 
     Raises:
-        DataError: the same on all ranks.
+        DataError: The same on all ranks.
     """
     for rank, seen in enumerate(all_gather_objects(change, str)):
         if seen:

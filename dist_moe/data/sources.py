@@ -35,10 +35,10 @@ class SourceRecord:
     """A source as it was when it was read, for the manifest.
 
     Attributes:
-        name: as in data.sources.
-        version: that of Python or of the archive, or "local".
-        sha256: of all files (or the archive) together.
-        bytes: the size of all files (or the archive).
+        name: As in data.sources.
+        version: That of Python or of the archive, or "local".
+        sha256: Of all files (or the archive) together.
+        bytes: The size of all files (or the archive).
     """
 
     name: str
@@ -51,7 +51,7 @@ def fetch_sources(names: Sequence[str], cache: Path) -> list[SourceRecord]:
     """Fetch the sources that are not in the cache folder yet, and verify and record all, in the order of `names`.
 
     Raises:
-        DataError: a source is unknown, given twice or cannot be fetched, or there is none.
+        DataError: A source is unknown, given twice or cannot be fetched, or there is none.
     """
     if not names:
         raise DataError("data.sources=[]", "has no source", f"give at least one, for example {BUILT_IN[0]}")
@@ -76,7 +76,7 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
     """Yield the documents of a source in a fixed order, one in memory at a time; texts may be empty.
 
     Raises:
-        DataError: the source is unknown or cannot be fetched, or a file cannot be read as text.
+        DataError: The source is unknown or cannot be fetched, or a file cannot be read as text.
     """
     if name == "stdlib-code":
         for path_name, path in _stdlib_files():
@@ -95,7 +95,7 @@ def read_sources(names: Iterable[str], cache: Path) -> Iterator[Document]:
     """Yield the documents of all sources, without empty ones, which have nothing to predict.
 
     Raises:
-        DataError: as `read_documents`, or a source has no text.
+        DataError: As `read_documents`, or a source has no text.
     """
     for name in names:
         is_empty = True

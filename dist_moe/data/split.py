@@ -41,10 +41,10 @@ class Split:
     """How text is assigned.
 
     Attributes:
-        fraction: of the text that is held out; 0 where none is.
-        documents: how many there are, where text is held out by blocks.
-        size: the least characters of a block; 0 where whole documents are held out.
-        blocks: how many there are, numbered through all documents.
+        fraction: Of the text that is held out; 0 where none is.
+        documents: How many there are, where text is held out by blocks.
+        size: The least characters of a block; 0 where whole documents are held out.
+        blocks: How many there are, numbered through all documents.
     """
 
     fraction: float
@@ -89,11 +89,11 @@ def choose_split(documents: Documents, fraction: float | None) -> Split:
     """Hold out whole documents, or blocks of text where that would leave a split empty.
 
     Args:
-        documents: returns a new iterator over the documents each time that it is called.
-        fraction: what to hold out; None: nothing.
+        documents: Returns a new iterator over the documents each time that it is called.
+        fraction: What to hold out; None: nothing.
 
     Raises:
-        DataError: the text is too short for two blocks.
+        DataError: The text is too short for two blocks.
     """
     if fraction is None:
         return Split(0.0)

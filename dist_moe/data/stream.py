@@ -22,12 +22,12 @@ class Batch(NamedTuple):
     """B rows of S tokens, all int64 [B, S].
 
     Attributes:
-        tokens_BS: token ids; the end token at padding.
-        targets_BS: the next token; -100 (no loss) at padding, and where the input is an end token, since the next token
+        tokens_BS: Token ids; the end token at padding.
+        targets_BS: The next token; -100 (no loss) at padding, and where the input is an end token, since the next token
             belongs to another document.
         documents_BS: 0, 1, ... within the row; -1 at padding.
-        positions_BS: from 0 at the start of the row and of each document in it; 0 at padding.
-        domains_BS: index into Corpus.domains; -1 at padding.
+        positions_BS: From 0 at the start of the row and of each document in it; 0 at padding.
+        domains_BS: Index into Corpus.domains; -1 at padding.
     """
 
     tokens_BS: torch.Tensor
@@ -38,12 +38,12 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochOrder:
     """One pass through the corpus: documents are concatenated in some order, cut into rows, and the rows shuffled.
 
     Attributes:
-        index_N: int64 [N], the document at each place of the concatenation.
-        edges_N1: int64 [N + 1], tokens before each place.
+        index_N: int64 [N], the document in each slot of the concatenation.
+        edges_N1: int64 [N + 1], tokens before each slot.
         rows_R: int64 [R], the number of each row in the concatenation, in the order of the pass.
     """
 
@@ -60,9 +60,9 @@ class Stream:
         """Make the stream of a corpus.
 
         Args:
-            corpus: the documents.
-            sequence_length: tokens of a row (S), 2 or more.
-            seed: of the order, 0 or more.
+            corpus: The documents.
+            sequence_length: Tokens of a row (S), 2 or more.
+            seed: Of the order, 0 or more.
 
         Raises:
             ValueError: sequence_length is below 2, or seed below 0.
@@ -72,7 +72,7 @@ class Stream:
         self._corpus = corpus
         self._length = sequence_length
         self._seed = seed
-        self._orders: dict[int, Order] = {}
+        self._orders: dict[int, EpochOrder] = {}
 
     @property
     def rows_per_epoch(self) -> int:
@@ -94,8 +94,8 @@ class Stream:
         parts: list[Batch] = []
         for epoch in range(int(epochs_B[0]), int(epochs_B[-1]) + 1):
             order = self._order(epoch)
-            turns = numbers_B[epochs_B == epoch] % self.rows_per_epoch
-            parts.append(gather(self._corpus, order, order.rows_R[turns], self._length))
+            numbers_in_epoch = numbers_B[epochs_B == epoch] % self.rows_per_epoch
+            parts.append(gather(self._corpus, order, order.rows_R[numbers_in_epoch], self._length))
         return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def documents(self, rows: "Rows") -> list[int]:
@@ -118,18 +118,18 @@ class Stream:
         return gather(self._corpus, self._file_order, np.arange(first_row, first_row + rows), self._length)
 
     @cached_property
-    def _file_order(self) -> Order:
+    def _file_order(self) -> EpochOrder:
         starts_N1 = self._corpus.starts_N1
-        return Order(np.arange(len(starts_N1) - 1), starts_N1, np.arange(self.rows_per_epoch))
+        return EpochOrder(np.arange(len(starts_N1) - 1), starts_N1, np.arange(self.rows_per_epoch))
 
-    def _order(self, epoch: int) -> Order:
+    def _order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
             starts_N1 = self._corpus.starts_N1
             index_N = permutation(len(starts_N1) - 1, self._seed, epoch, 0)
             edges_N1 = np.concatenate([[0], np.cumsum(np.diff(starts_N1)[index_N])])
             rows_R = permutation(self.rows_per_epoch, self._seed, epoch, 1)
             kept = sorted(self._orders.items())[-(EPOCHS_KEPT - 1) :]
-            self._orders = {**dict(kept), epoch: Order(index_N, edges_N1, rows_R)}
+            self._orders = {**dict(kept), epoch: EpochOrder(index_N, edges_N1, rows_R)}
         return self._orders[epoch]
 
 
@@ -154,24 +154,24 @@ def permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(raw, kind="stable")
 
 
-def gather(corpus: Corpus, order: Order, rows_B: np.ndarray, length: int) -> Batch:
+def gather(corpus: Corpus, order: EpochOrder, rows_B: np.ndarray, length: int) -> Batch:
     """Read the rows with the numbers rows_B (int64 [B]) in the concatenation; only their tokens are read from disk."""
     last = len(corpus.tokens) - 1  # the stream's last end token is no input
     at_BS = rows_B[:, None] * length + np.arange(length)
     padding_BS = at_BS >= last
     at_BS = np.minimum(at_BS, last - 1)
-    place_BS = np.searchsorted(order.edges_N1, at_BS, side="right") - 1
-    index_BS = order.index_N[place_BS]
-    begin_BS = order.edges_N1[place_BS]
+    slot_BS = np.searchsorted(order.edges_N1, at_BS, side="right") - 1
+    index_BS = order.index_N[slot_BS]
+    begin_BS = order.edges_N1[slot_BS]
     file_BS = corpus.starts_N1[index_BS] + at_BS - begin_BS
     tokens_BS = corpus.tokens[file_BS].astype(np.int64)
-    no_loss_BS = padding_BS | (at_BS + 1 == order.edges_N1[place_BS + 1])
+    no_loss_BS = padding_BS | (at_BS + 1 == order.edges_N1[slot_BS + 1])
     next_BS = corpus.tokens[np.where(no_loss_BS, 0, file_BS + 1)].astype(np.int64)
     positions_BS = at_BS - np.maximum(begin_BS, rows_B[:, None] * length)
     columns = (
         np.where(padding_BS, corpus.end_id, tokens_BS),
         np.where(no_loss_BS, IGNORE_INDEX, next_BS),
-        np.where(padding_BS, PADDING, place_BS - place_BS[:, :1]),
+        np.where(padding_BS, PADDING, slot_BS - slot_BS[:, :1]),
         np.where(padding_BS, 0, positions_BS),
         np.where(padding_BS, PADDING, corpus.domains_N[index_BS]),
     )

@@ -46,10 +46,10 @@ class Tokenizer:
     """A byte-level tokenizer; text that spells one of its special tokens is encoded as text.
 
     Attributes:
-        backend: the tokenizer of the `tokenizers` library.
-        end_id: the id of the token that ends a document.
-        files: the contents that `save` writes, by file name.
-        cut: where a long text may be cut, so that no token spans the cut.
+        backend: The tokenizer of the `tokenizers` library.
+        end_id: The id of the token that ends a document.
+        files: The contents that `save` writes, by file name.
+        cut: Where a long text may be cut, so that no token spans the cut.
     """
 
     backend: tokenizers.Tokenizer
@@ -121,8 +121,8 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> Tokenizer:
     The same texts give the same tokenizer. Time is linear in the text, for words of any length.
 
     Args:
-        texts: what to train on.
-        vocabulary: the most tokens, end token included. The result has fewer where too few pairs occur twice.
+        texts: What to train on.
+        vocabulary: The most tokens, end token included. The result has fewer where too few pairs occur twice.
 
     Raises:
         DataError: vocabulary is below 257.

@@ -47,7 +47,7 @@ class SplitWriter:
 
         Args:
             ids: int64 [tokens].
-            text: the text of these tokens.
+            text: The text of these tokens.
         """
         self._token_file.write(ids.astype(self._dtype).tobytes())
         self._tokens += len(ids)
@@ -57,10 +57,10 @@ class SplitWriter:
         """Complete a document by the end token.
 
         Args:
-            name: of the document.
-            domain_name: of its domain.
-            domain: the index of its domain.
-            end_id: the end token.
+            name: Of the document.
+            domain_name: Of its domain.
+            domain: The index of its domain.
+            end_id: The end token.
         """
         self.add(np.array([end_id]), "")
         self.documents += 1

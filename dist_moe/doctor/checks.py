@@ -106,11 +106,11 @@ def run_checks(
     """Run all checks as one of the workers.
 
     Args:
-        resolved: the configuration, resolved for the number of workers.
-        rank_info: this worker's rank.
-        folder: a folder for temporary files, removed afterwards.
-        report: called on rank 0 with the findings.
-        abort: ends this process at once; called after the report if the process group broke, since shutting it down
+        resolved: The configuration, resolved for the number of workers.
+        rank_info: This worker's rank.
+        folder: A folder for temporary files, removed afterwards.
+        report: Called on rank 0 with the findings.
+        abort: Ends this process at once; called after the report if the process group broke, since shutting it down
             could then block forever.
 
     Returns:
@@ -167,8 +167,8 @@ def _run_in_order(context: DoctorContext, text_error: str) -> tuple[list[Finding
     """Run all checks.
 
     Args:
-        context: input of the checks.
-        text_error: why no text is available; empty if it is.
+        context: Input of the checks.
+        text_error: Why no text is available; empty if it is.
 
     Returns:
         The findings, and whether the process group broke.

@@ -30,12 +30,12 @@ class DoctorContext:
     """What a check has to work with.
 
     Attributes:
-        resolved: the configuration, resolved for this number of workers.
-        dist_context: the process group that the workers have joined.
-        mesh: the layout of the run.
-        folder: a temporary folder on the file system of run.dir.
-        tokenized: the tokenized text; None where it is not available.
-        limit_s: timeout of a collective, in seconds.
+        resolved: The configuration, resolved for this number of workers.
+        dist_context: The process group that the workers have joined.
+        mesh: The layout of the run.
+        folder: A temporary folder on the file system of run.dir.
+        tokenized: The tokenized text; None where it is not available.
+        limit_s: Timeout of a collective, in seconds.
     """
 
     resolved: Resolved

@@ -32,13 +32,13 @@ class ModelShape:
     """Parameter counts of the whole model, over all ranks, and the sizes that activations depend on.
 
     Attributes:
-        dense: parameters outside of the routed experts.
-        experts: parameters of the routed experts.
-        layers: decoder layers.
-        hidden_size: width of the model.
-        experts_per_token: experts that a token takes.
-        expert_size: width of an expert's hidden layer.
-        vocabulary: tokens of the vocabulary.
+        dense: Parameters outside of the routed experts.
+        experts: Parameters of the routed experts.
+        layers: Decoder layers.
+        hidden_size: Width of the model.
+        experts_per_token: Experts that a token takes.
+        expert_size: Width of an expert's hidden layer.
+        vocabulary: Tokens of the vocabulary.
     """
 
     dense: int
@@ -73,9 +73,9 @@ class MemoryEstimate:
     """Bytes that one rank needs.
 
     Attributes:
-        fixed: weights, gradients, fp32 master weights and optimizer moments; exact.
-        activations: of one micro-batch, by a formula.
-        checkpoint_copy: the host copy of an asynchronous checkpoint; exact except for random states and biases.
+        fixed: Weights, gradients, fp32 master weights and optimizer moments; exact.
+        activations: Of one micro-batch, by a formula.
+        checkpoint_copy: The host copy of an asynchronous checkpoint; exact except for random states and biases.
     """
 
     fixed: int
@@ -146,9 +146,9 @@ class MemoryNeed:
     """What one rank needs of one memory.
 
     Attributes:
-        owner: the host, or the host and its device.
-        needed: bytes that the rank needs.
-        free: bytes that are free there now.
+        owner: The host, or the host and its device.
+        needed: Bytes that the rank needs.
+        free: Bytes that are free there now.
     """
 
     owner: str
@@ -172,8 +172,8 @@ def compare_memory(estimate: MemoryEstimate, needs: Sequence[MemoryNeed]) -> Fin
     """Compare needed and free memory.
 
     Args:
-        estimate: of rank 0, which has the largest part of the checkpoint copy.
-        needs: of all ranks.
+        estimate: Of rank 0, which has the largest part of the checkpoint copy.
+        needs: Of all ranks.
     """
     text = (
         f"{format_bytes(estimate.total)} for rank 0: {format_bytes(estimate.fixed)} weights, gradients and optimizer "
@@ -231,9 +231,9 @@ def compare_disk(size: int, count: int, free: int) -> Finding:
     """Compare needed and free disk space.
 
     Args:
-        size: bytes of one checkpoint.
-        count: checkpoints on disk at one time, at most.
-        free: free bytes.
+        size: Bytes of one checkpoint.
+        count: Checkpoints on disk at one time, at most.
+        free: Free bytes.
     """
     text = f"{counted(count, 'checkpoint')} of {format_bytes(size)}"
     text += f", {format_bytes(size * count)} in total" if count > 1 else ""

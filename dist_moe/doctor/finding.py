@@ -35,10 +35,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: name of the check.
-        outcome: how it ended.
-        found: what was measured, with units.
-        remedy: what to do about it; empty if there is nothing to do.
+        check: Name of the check.
+        outcome: How it ended.
+        found: What was measured, with units.
+        remedy: What to do about it; empty if there is nothing to do.
     """
 
     check: str

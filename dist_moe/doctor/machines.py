@@ -35,7 +35,7 @@ def compare_versions(by_rank: Sequence[Mapping[str, str | None]]) -> Finding:
     """Compare versions, and name the ranks that differ from the majority.
 
     Args:
-        by_rank: versions of each rank, by name.
+        by_rank: Versions of each rank, by name.
     """
     mismatches = []
     for name in by_rank[0]:
@@ -63,8 +63,8 @@ def compare_placement(by_rank: Sequence[tuple[str, int, int]], layout: str) -> F
     """Compare the threads of each host's ranks with its cores.
 
     Args:
-        by_rank: host, cores and threads of each rank. A rank that is bound to some cores sees only those.
-        layout: text that precedes the finding.
+        by_rank: Host, cores and threads of each rank. A rank that is bound to some cores sees only those.
+        layout: Text that precedes the finding.
     """
     hosts: dict[str, list[tuple[int, int]]] = {}
     for host, cores, threads in by_rank:

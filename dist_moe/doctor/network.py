@@ -75,7 +75,7 @@ def compare_clocks(clocks: Sequence[tuple[str, float]]) -> Finding:
     """Compare clocks.
 
     Args:
-        clocks: host name and seconds since 1970 of each rank.
+        clocks: Host name and seconds since 1970 of each rank.
     """
     (slowest, first_s), (fastest, last_s) = (select(clocks, key=lambda clock: clock[1]) for select in (min, max))
     if last_s - first_s > MAX_CLOCK_OFFSET_S:

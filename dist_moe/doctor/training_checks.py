@@ -44,9 +44,9 @@ class StepChange(NamedTuple):
     """The result of one step.
 
     Attributes:
-        norm: gradient norm before clipping.
-        dense: change of each dense weight, by name.
-        experts: change of each weight of the local experts, by layer, expert and kind.
+        norm: Gradient norm before clipping.
+        dense: Change of each dense weight, by name.
+        experts: Change of each weight of the local experts, by layer, expert and kind.
     """
 
     norm: float
@@ -149,10 +149,10 @@ def small_run(
     """Open the small model in an engine, in the doctor's own folder.
 
     Args:
-        context: input of the check.
-        mesh: layout of the run.
-        settings: of the engine.
-        checkpoint: to resume from; None for a fresh start.
+        context: Input of the check.
+        mesh: Layout of the run.
+        settings: Of the engine.
+        checkpoint: To resume from; None for a fresh start.
     """
     config, (model_config, rule) = doctor_config(context), small_model_config(context, context.mesh.expert_parallel)
     model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)

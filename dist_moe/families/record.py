@@ -18,30 +18,30 @@ class Family:
 
     Attributes:
         architecture: Hugging Face's `model_type`.
-        block: class name of the MoE block.
-        router: name of the router among the block's children.
-        experts: name of the experts among the block's children.
-        score: gate function of the family's own router.
-        bias_name: name of the selection bias in the family's weights, below the router; None where the architecture
+        block: Class name of the MoE block.
+        router: Name of the router among the block's children.
+        experts: Name of the experts among the block's children.
+        score: Gate function of the family's own router.
+        bias_name: Name of the selection bias in the family's weights, below the router; None where the architecture
             cannot express one.
-        experts_key: key of the config class with the number of routed experts of a layer.
-        top_k_key: key with the number of experts a token takes.
-        normalize_key: key that says whether a token's weights are divided by their sum; None if there is none, as in
+        experts_key: Key of the config class with the number of routed experts of a layer.
+        top_k_key: Key with the number of experts a token takes.
+        normalize_key: Key that says whether a token's weights are divided by their sum; None if there is none, as in
             the following.
-        scaling_factor_key: key with the factor on the weights.
-        groups_key: key with the number of expert groups.
-        topk_groups_key: key with the number of groups a token may take experts from.
-        undeclared_keys: keys that the model's code reads although the config class does not declare them.
-        positive_keys: keys that the model needs to be 1 or more, besides those of every family.
-        few_layers: values of keys with which a model has 2 or 3 layers, MoE layers among them, for quick checks.
-        unsupported_keys: keys that ask for what is not built here -> (the accepted values, why others are refused).
-        switched_keys: keys without effect unless another key is true -> that key.
-        file_keys: keys of a published config.json that the config class does not have -> (the accepted values, why
+        scaling_factor_key: Key with the factor on the weights.
+        groups_key: Key with the number of expert groups.
+        topk_groups_key: Key with the number of groups a token may take experts from.
+        undeclared_keys: Keys that the model's code reads although the config class does not declare them.
+        positive_keys: Keys that the model needs to be 1 or more, besides those of every family.
+        few_layers: Values of keys with which a model has 2 or 3 layers, MoE layers among them, for quick checks.
+        unsupported_keys: Keys that ask for what is not built here -> (the accepted values, why others are refused).
+        switched_keys: Keys without effect unless another key is true -> that key.
+        file_keys: Keys of a published config.json that the config class does not have -> (the accepted values, why
             others are refused); none where any value is accepted, since the key does not define the model.
-        rotary_keys_of_attention: keys of rope_parameters that the attention reads, too.
-        moe_layers: the indices of the MoE layers, from the Hugging Face config.
+        rotary_keys_of_attention: Keys of rope_parameters that the attention reads, too.
+        moe_layers: The indices of the MoE layers, from the Hugging Face config.
         layers_remedy: (key, what to do) where `moe_layers` is empty, from the Hugging Face config.
-        shape_violations: what the model's code refuses although the config class accepts it, from the Hugging Face
+        shape_violations: What the model's code refuses although the config class accepts it, from the Hugging Face
             config; called once `positive_keys` are positive.
     """
 

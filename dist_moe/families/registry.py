@@ -21,7 +21,7 @@ def family_of(architecture: str) -> Family:
     """The family with this Hugging Face `model_type`.
 
     Raises:
-        ValueError: the family is unknown.
+        ValueError: The family is unknown.
     """
     if architecture not in FAMILIES:
         raise ValueError(f"architecture={architecture} is not a known family; use {' or '.join(FAMILIES)}")

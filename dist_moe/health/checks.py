@@ -17,7 +17,7 @@ class HealthChecks:
 
     Args:
         state: The run's state.
-        hang_detector: Told the number of each step, for its report.
+        hang_detector: Receives the number of each step, for its report.
         steps_done: Optimizer steps before this process began.
         on_error: Called before an error is raised; completes the checkpoint in progress, which may be the one to
             resume from, and returns the newest complete one. A collective call.

@@ -158,7 +158,7 @@ def write_private(path: Path, text: str, made: list[Path]) -> None:
 
 
 def private_path(name: str, place: str | None = None) -> Path:
-    """Return a path in a folder that does not exist yet, for its maker alone: nobody else can make it before.
+    """Return a path in a folder that does not exist yet, for this user alone: no other user can create it first.
 
     Args:
         name: The name of the file.

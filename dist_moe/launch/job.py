@@ -25,8 +25,8 @@ from dist_moe.worker.network import LOOPBACK, source_address
 
 logger = logging.getLogger(__name__)
 NETWORK_NOTE = (
-    "workers exchange data over the network without encryption or a password; whoever joins it can change what the job "
-    "computes and saves, so keep strangers from it (docs/security.md)"
+    "workers exchange data over the network without encryption or a password; anyone who can join it can change what "
+    "the job computes and saves, so run jobs on a private network (docs/security.md)"
 )
 HIDDEN = "HIDDEN"
 """Replaces the values of the user's variables, which may be secret, in what is printed."""

@@ -20,7 +20,7 @@ OUTER_JOB_PREFIXES = (
 )
 # Of the task of an srun in which the launch runs. What describes the job stays: srun needs it, and so does a resume.
 TASK_PREFIXES = ("SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_GTIDS", "SLURM_TASK_PID")
-# From these mpirun takes hosts, numbers of workers, and how it reaches the hosts, in place of what it is told.
+# mpirun reads hosts, numbers of workers and the way to reach the hosts from these, and ignores its own arguments.
 ALLOCATION_PREFIXES = ("SLURM_", "PBS_", "LSB_", "LSF_", "COBALT_", "FLUX_", "PE_HOSTFILE")
 KEPT_OF_ALLOCATION = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
 """By these a worker knows that its job was requeued; no mpirun reads them (it reads SLURM_JOBID)."""
@@ -46,8 +46,8 @@ def without_outer_job(base: Mapping[str, str], names: Iterable[str]) -> dict[str
 def without_allocation(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without the variables by which mpirun finds the nodes of a batch system's job.
 
-    A launch tells mpirun its hosts and how to reach them. In a job of Slurm, PBS or LSF it would start the workers on
-    other nodes, or refuse to start as many, as the job has.
+    A launch passes the hosts, and how to reach them, to mpirun as arguments. With these variables mpirun would start
+    the workers on the nodes of the batch job instead, or refuse to start more than the job has slots for.
     """
     return {
         name: value

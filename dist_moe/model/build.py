@@ -28,10 +28,10 @@ def build_model(
 
     Args:
         architecture: Hugging Face's `model_type`.
-        model_config: keyword arguments of the Hugging Face config class.
-        rule: how tokens select experts; or the name of a gate function, for the top-K rule of `model_config`.
-        mesh: which rank holds which experts.
-        seed: of the initial values.
+        model_config: Keyword arguments of the Hugging Face config class.
+        rule: How tokens select experts; or the name of a gate function, for the top-K rule of `model_config`.
+        mesh: Which rank holds which experts.
+        seed: Of the initial values.
     """
     config = AutoConfig.for_model(architecture, **model_config)
     model = empty_model(config, family_rule(config, rule) if isinstance(rule, str) else rule, mesh)
@@ -70,11 +70,11 @@ def routing_rule(router: RouterConfig, policy: Policy) -> Rule:
     """The rule of a resolved configuration.
 
     Args:
-        router: with every field filled.
-        policy: the balancing policy, which may apply the bias in its own way.
+        router: With every field filled.
+        policy: The balancing policy, which may apply the bias in its own way.
 
     Raises:
-        RuntimeError: a field of `router` is not filled.
+        RuntimeError: A field of `router` is not filled.
     """
     score, top_k, normalize, routed_scaling_factor = router.score, router.top_k, router.normalize, router.scaling_factor
     if score is None or top_k is None or normalize is None or routed_scaling_factor is None:

@@ -19,9 +19,9 @@ class MoeLayer(NamedTuple):
     """One converted block.
 
     Attributes:
-        name: module name of the block in the model.
-        router: its router.
-        experts: its experts.
+        name: Module name of the block in the model.
+        router: Its router.
+        experts: Its experts.
     """
 
     name: str
@@ -36,16 +36,16 @@ def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> list[Mo
     experts only.
 
     Args:
-        model: a Hugging Face model of the family.
-        family: where its blocks keep router and experts.
-        rule: how tokens select experts.
-        mesh: which rank holds which experts.
+        model: A Hugging Face model of the family.
+        family: Where its blocks keep router and experts.
+        rule: How tokens select experts.
+        mesh: Which rank holds which experts.
 
     Returns:
         The layers in the model's order.
 
     Raises:
-        ValueError: the model has no MoE block, or the mesh does not divide its experts.
+        ValueError: The model has no MoE block, or the mesh does not divide its experts.
     """
     blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ == family.block]
     if not blocks:

@@ -25,9 +25,9 @@ def count_record(router: Router, record: RouterRecord, needs_margins: bool) -> R
     """Count one forward of a router on this rank.
 
     Args:
-        router: the router.
-        record: the record of the forward.
-        needs_margins: whether to count the margins too (docs/glossary.md, Margin).
+        router: The router.
+        record: The record of the forward.
+        needs_margins: Whether to count the margins too (docs/glossary.md, Margin).
     """
     layer_counts = count_routing(record.ids_TK, router.num_experts, router.max_experts_per_token)
     if not needs_margins:
@@ -45,11 +45,11 @@ def routing_loss(
     """Compute the routing losses of one layer, summed over this rank's tokens and weighted by their coefficients.
 
     Args:
-        losses: the coefficients, at least one above 0.
-        router: the router of the layer.
-        record: of the forward.
-        layer_counts: the counts of the same forward.
-        sequences: number of sequences (B) in the micro-batch.
+        losses: The coefficients, at least one above 0.
+        router: The router of the layer.
+        record: Of the forward.
+        layer_counts: The counts of the same forward.
+        sequences: Number of sequences (B) in the micro-batch.
 
     Returns:
         A scalar with the graph.

@@ -23,10 +23,10 @@ class Output(NamedTuple):
     """The result of a forward; a NamedTuple, because DeepSpeed looks for tensors in tuples, lists and dicts only.
 
     Attributes:
-        loss: scalar with the graph.
+        loss: Scalar with the graph.
         nll_sum: fp32 scalar without graph, the sum over the label tokens of -ln p (nats).
         auxiliary: fp32 scalar without graph, the part of `loss` that is due to the routing.
-        routing_counts: the counts of each MoE layer on this rank, in the model's order.
+        routing_counts: The counts of each MoE layer on this rank, in the model's order.
     """
 
     loss: Tensor
@@ -44,9 +44,9 @@ class LanguageModelTask(nn.Module):
     """Next-token prediction over packed sequences.
 
     Args:
-        model: a converted model.
-        losses: coefficients of the routing losses.
-        needs_margins: count the margins in training, for a policy that needs them.
+        model: A converted model.
+        losses: Coefficients of the routing losses.
+        needs_margins: Count the margins in training, for a policy that needs them.
     """
 
     def __init__(self, model: PreTrainedModel, losses: RoutingLosses = NO_LOSSES, needs_margins: bool = False) -> None:
@@ -70,7 +70,7 @@ class LanguageModelTask(nn.Module):
         Args:
             tokens_BS: int64 in [0, V).
             targets_BS: int64, the next token, or -100 for a position without loss.
-            positions_BS: index of each token in its document; a return to 0 begins a new document, and tokens attend
+            positions_BS: Index of each token in its document; a return to 0 begins a new document, and tokens attend
                 within their document only.
             mask_BS: bool, false for padding, which is neither routed nor counted.
             scale: fp32 scalar, n / (label tokens of the GLOBAL batch), with n micro-batches over all ranks, by which

@@ -26,10 +26,10 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dis
     With an expert-parallel size of 1 nothing is communicated.
 
     Args:
-        hidden_TD: the tokens of this rank.
+        hidden_TD: The tokens of this rank.
         ids_TK: int64 in [-1, experts); a slot with -1 (padding) is not sent.
         experts: E, over all ranks of `mesh`.
-        mesh: the expert-parallel group.
+        mesh: The expert-parallel group.
 
     Returns:
         The rows for the experts of this rank, and the handle that `combine` needs.
@@ -52,10 +52,10 @@ def combine(results_QD: Tensor, weights_TK: Tensor, handle: DispatchHandle, mesh
     """Return results to their tokens and sum them by gate weight. Collective, as `dispatch`.
 
     Args:
-        results_QD: the experts' results, in the order of `Dispatched.rows_QD`.
-        weights_TK: gate weights of this rank's tokens.
+        results_QD: The experts' results, in the order of `Dispatched.rows_QD`.
+        weights_TK: Gate weights of this rank's tokens.
         handle: `Dispatched.handle` of what `dispatch` returned.
-        mesh: as of `dispatch`.
+        mesh: As of `dispatch`.
 
     Returns:
         [T, D], zeros for a token without rows.

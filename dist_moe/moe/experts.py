@@ -35,7 +35,7 @@ class GroupedExperts(nn.Module):
         """Apply each expert to its rows.
 
         Args:
-            rows_QD: sorted by local expert.
+            rows_QD: Sorted by local expert.
             counts_e: int64, rows of each expert; 0 is allowed.
 
         Returns:
@@ -53,8 +53,8 @@ def grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tenso
     the loop of the transformers library otherwise (fp64 in tests, odd widths).
 
     Args:
-        rows_QD: sorted by group.
-        weight_eHD: a matrix for each group.
+        rows_QD: Sorted by group.
+        weight_eHD: A matrix for each group.
         ends_e: int32, index after the last row of each group.
 
     Returns:

@@ -30,12 +30,12 @@ def hierarchical_dispatch_combine(
     """Apply experts on all hosts to the tokens of this rank. Collective over the groups of `nodes`.
 
     Args:
-        hidden_TD: the tokens of this rank.
+        hidden_TD: The tokens of this rank.
         ids_TK: int64 in [-1, experts); -1 is an empty slot.
-        weights_TK: gate weights.
+        weights_TK: Gate weights.
         experts: E, over all hosts.
-        nodes: the groups between hosts and within one.
-        apply_experts: applies the experts of one host to the rows it received, over the ranks of `nodes.intra`.
+        nodes: The groups between hosts and within one.
+        apply_experts: Applies the experts of one host to the rows it received, over the ranks of `nodes.intra`.
 
     Returns:
         [T, D], zeros for a token without experts.

@@ -12,9 +12,9 @@ class ExpertParallelLayer(nn.Module):
     """Experts distributed over ranks, called as the experts of a Hugging Face block are.
 
     Args:
-        local: the experts of this rank.
-        num_experts: number of experts over all ranks.
-        mesh: which rank holds which experts.
+        local: The experts of this rank.
+        num_experts: Number of experts over all ranks.
+        mesh: Which rank holds which experts.
     """
 
     def __init__(self, local: GroupedExperts, num_experts: int, mesh: Mesh) -> None:
@@ -27,9 +27,9 @@ class ExpertParallelLayer(nn.Module):
         """Apply each token's experts and sum their results by gate weight. Collective.
 
         Args:
-            hidden_TD: the tokens of this rank.
+            hidden_TD: The tokens of this rank.
             ids_TK: int64, experts of each token; -1 is an empty slot.
-            weights_TK: gate weights.
+            weights_TK: Gate weights.
 
         Returns:
             [T, D] in the dtype of hidden_TD.

@@ -13,7 +13,7 @@ class Routing(NamedTuple):
 
     Attributes:
         ids_TK: int64, the experts of each token; -1 in every column of a token that is not routed (padding).
-        weights_TK: the gate weights, in the scores' dtype; only they carry gradient to the router.
+        weights_TK: The gate weights, in the scores' dtype; only they carry gradient to the router.
     """
 
     ids_TK: Tensor
@@ -25,7 +25,7 @@ class RouterRecord(NamedTuple):
 
     Attributes:
         logits_TE: fp32 or wider, with the graph.
-        ids_TK: as in `Routing`.
+        ids_TK: As in `Routing`.
         mask_T: bool, false for padding; None means no padding.
     """
 
@@ -40,8 +40,8 @@ class DispatchHandle(NamedTuple):
     Attributes:
         slots_R: int64, index of each sent row among the flattened [T * K] slots.
         expert_order_Q: int64, the permutation that sorted the received rows by expert; None if nothing was exchanged.
-        send: rows sent to each rank of the expert-parallel group; empty if nothing was exchanged.
-        receive: rows received from each rank.
+        send: Rows sent to each rank of the expert-parallel group; empty if nothing was exchanged.
+        receive: Rows received from each rank.
     """
 
     slots_R: Tensor
@@ -54,9 +54,9 @@ class Dispatched(NamedTuple):
     """Rows on the rank of their experts.
 
     Attributes:
-        rows_QD: sorted by local expert.
+        rows_QD: Sorted by local expert.
         counts_e: int64 on the CPU, rows of each local expert.
-        handle: for `combine`.
+        handle: For `combine`.
     """
 
     rows_QD: Tensor

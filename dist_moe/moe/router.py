@@ -27,7 +27,7 @@ class Router(nn.Module):
     Args:
         num_experts: E.
         width: D.
-        rule: how tokens select experts.
+        rule: How tokens select experts.
 
     Attributes:
         weight: [E, D].
@@ -94,7 +94,7 @@ class Router(nn.Module):
         """Return the record of the forward since `open_record`.
 
         Raises:
-            RuntimeError: there was no `open_record` or no forward.
+            RuntimeError: There was no `open_record` or no forward.
         """
         # In training the mask is kept, because recomputation in the backward pass needs it.
         record, self._record, self._open = self._record, None, False

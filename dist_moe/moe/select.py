@@ -19,14 +19,14 @@ class TopK:
     """The rule of top-K routing.
 
     Attributes:
-        top_k: experts a token takes.
-        score: the gate function.
-        normalize: divide a token's gate weights by their sum.
-        routed_scaling_factor: factor on the gate weights.
-        groups: number of expert groups of DeepSeek-V3's group-limited selection; 1 means that all experts are eligible.
-        topk_groups: number of groups that a token may take experts from.
-        multiplicative: a bias b multiplies a score by exp(b) rather than being added to it.
-        bias_in_gate_weights: compute the gate weights from the biased scores too.
+        top_k: Experts a token takes.
+        score: The gate function.
+        normalize: Divide a token's gate weights by their sum.
+        routed_scaling_factor: Factor on the gate weights.
+        groups: Number of expert groups of DeepSeek-V3's group-limited selection; 1 means that all experts are eligible.
+        topk_groups: Number of groups that a token may take experts from.
+        multiplicative: A bias b multiplies a score by exp(b) rather than being added to it.
+        bias_in_gate_weights: Compute the gate weights from the biased scores too.
     """
 
     top_k: int
@@ -49,11 +49,11 @@ class ThresholdRouting:
     """The rule of threshold routing over softmax probabilities (Huang et al. 2024, arXiv 2403.07652, section 3.1).
 
     Attributes:
-        threshold: the cumulative probability that a token's experts reach; the router may hold a newer value.
-        max_experts: maximum number of experts a token takes.
-        normalize, routed_scaling_factor, bias_in_gate_weights: as of `TopK`; the gate weights of the paper are the
+        threshold: The cumulative probability that a token's experts reach; the router may hold a newer value.
+        max_experts: Maximum number of experts a token takes.
+        normalize, routed_scaling_factor, bias_in_gate_weights: As of `TopK`; the gate weights of the paper are the
             probabilities themselves.
-        score: the gate function, always softmax.
+        score: The gate function, always softmax.
     """
 
     threshold: float
@@ -74,10 +74,10 @@ class RandomRouting:
     """Experts drawn at random, for benchmarks; the gate weights are those of `TopK` for the drawn experts.
 
     Attributes:
-        top_k: experts a token takes.
-        zipf_exponent: expert i is drawn first with probability proportional to 1 / (i + 1)**zipf_exponent (0 is
+        top_k: Experts a token takes.
+        zipf_exponent: Expert i is drawn first with probability proportional to 1 / (i + 1)**zipf_exponent (0 is
             uniform), and each further expert is drawn in the same way from the remaining ones.
-        score, normalize, routed_scaling_factor: as of `TopK`.
+        score, normalize, routed_scaling_factor: As of `TopK`.
     """
 
     top_k: int
@@ -100,9 +100,9 @@ class BiasInputs(NamedTuple):
     """Where a bias enters the selection; at most one field is set.
 
     Attributes:
-        score_bias_E: added to the scores.
-        logit_bias_E: added to the logits, before the gate function.
-        log_weight_E: its exponential multiplies the scores.
+        score_bias_E: Added to the scores.
+        logit_bias_E: Added to the logits, before the gate function.
+        log_weight_E: Its exponential multiplies the scores.
     """
 
     score_bias_E: Tensor | None = None
@@ -143,9 +143,9 @@ def select(logits_TE: Tensor, rule: Rule, bias_E: Tensor, threshold: Tensor | fl
 
     Args:
         logits_TE: fp32 or wider.
-        rule: the rule.
-        bias_E: the selection bias, fp32.
-        threshold: replaces that of a `ThresholdRouting` rule; None keeps it.
+        rule: The rule.
+        bias_E: The selection bias, fp32.
+        threshold: Replaces that of a `ThresholdRouting` rule; None keeps it.
     """
     inputs = bias_inputs(rule, bias_E)
     if isinstance(rule, ThresholdRouting):
@@ -172,11 +172,11 @@ def select_top_k(
 
     Args:
         logits_TE: fp32 or wider.
-        rule: the rule.
-        score_bias_E: added after the gate function (Loss-Free Balancing on sigmoid scores: Wang et al. 2024,
+        rule: The rule.
+        score_bias_E: Added after the gate function (Loss-Free Balancing on sigmoid scores: Wang et al. 2024,
             arXiv 2408.15664, equation 3).
-        logit_bias_E: added before it (any bias on softmax scores).
-        log_weight_E: its exponential multiplies the scores.
+        logit_bias_E: Added before it (any bias on softmax scores).
+        log_weight_E: Its exponential multiplies the scores.
     """
     with torch.no_grad():
         choice_TE = biased_scores(logits_TE.detach(), rule, BiasInputs(score_bias_E, logit_bias_E, log_weight_E))
@@ -207,9 +207,9 @@ def select_by_threshold(
 
     Args:
         logits_TE: fp32 or wider.
-        rule: the rule.
-        threshold: the cumulative probability.
-        logit_bias_E: added to the logits for the order and the sum (its exponential is a weight on the expert's
+        rule: The rule.
+        threshold: The cumulative probability.
+        logit_bias_E: Added to the logits for the order and the sum (its exponential is a weight on the expert's
             probability), and for the gate weights with `rule.bias_in_gate_weights`.
 
     Returns:

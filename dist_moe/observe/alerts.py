@@ -44,9 +44,9 @@ class LoadAlerts:
     Args:
         limit: MaxVio of one layer above which its load counts as uneven (`observe.max_vio_limit`). Where the sampling
             floor of the layer is higher, the floor is the limit.
-        patience: consecutive logged steps with a problem before a warning (`observe.max_vio_patience`).
-        early_steps: first steps of the run that do not count.
-        balanced: whether the run balances at all; there is no warning if it does not.
+        patience: Consecutive logged steps with a problem before a warning (`observe.max_vio_patience`).
+        early_steps: First steps of the run that do not count.
+        balanced: Whether the run balances at all; there is no warning if it does not.
 
     Raises:
         ValueError: patience is below 1.

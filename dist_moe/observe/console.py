@@ -34,10 +34,10 @@ class RunConsole:
     each step; it is removed before the results.
 
     Args:
-        steps: optimizer steps of the whole run.
-        first_step: steps completed before this process.
-        console: where to write; standard output by default.
-        clock: monotonic clock in seconds, for the estimate of the remaining time.
+        steps: Optimizer steps of the whole run.
+        first_step: Steps completed before this process.
+        console: Where to write; standard output by default.
+        clock: Monotonic clock in seconds, for the estimate of the remaining time.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class RunConsole:
         """Print the results of the run: loss, load of each layer, and the paths of its files.
 
         Args:
-            metrics: the last evaluation.
-            paths: files and folders, by a short name.
-            tensorboard: the folder of event files; None if there are none.
+            metrics: The last evaluation.
+            paths: Files and folders, by a short name.
+            tensorboard: The folder of event files; None if there are none.
         """
         self._remove_live_line()
         self._print(summary_table(metrics))
@@ -147,9 +147,9 @@ def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> st
     """Format one logged step.
 
     Args:
-        metrics: the step.
-        steps: optimizer steps of the whole run.
-        remaining_s: estimated seconds to the end of the run; None if unknown.
+        metrics: The step.
+        steps: Optimizer steps of the whole run.
+        remaining_s: Estimated seconds to the end of the run; None if unknown.
     """
     parts = [
         counter(metrics.step, steps),

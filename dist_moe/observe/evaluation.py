@@ -60,16 +60,16 @@ def evaluation_metrics(
     """Build the record of one evaluation from sums over all its rows and ranks.
 
     Args:
-        step: training steps before the evaluation.
-        total_nats: cross entropy summed over the label tokens.
-        tokens: label tokens, at least 1.
-        text_bytes: bytes of text that the label tokens cover; 0 where each of them is an end token.
+        step: Training steps before the evaluation.
+        total_nats: Cross entropy summed over the label tokens.
+        tokens: Label tokens, at least 1.
+        text_bytes: Bytes of text that the label tokens cover; 0 where each of them is an end token.
         load_L: L tensors [E] int64, counts of the whole evaluation.
         k_histogram_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
 
     Raises:
-        TypeError: a load or the counts of tokens are not int64.
-        ValueError: no token was evaluated, or counts are malformed.
+        TypeError: A load or the counts of tokens are not int64.
+        ValueError: No token was evaluated, or counts are malformed.
     """
     if tokens < 1:
         raise ValueError("evaluated no label token; evaluate more sequences (observe.validation_sequences)")

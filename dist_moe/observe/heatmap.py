@@ -44,7 +44,7 @@ def draw_load(load: Sequence[Sequence[int]]) -> Pixels:
         [H, W, 3] uint8, with a title, numbered axes, and a legend.
 
     Raises:
-        ValueError: there is no layer or no expert to draw.
+        ValueError: There is no layer or no expert to draw.
     """
     experts = max((len(row) for row in load), default=0)
     if experts == 0:

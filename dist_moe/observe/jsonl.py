@@ -18,8 +18,8 @@ class LineFile:
     is replaced. Lines that cannot be written are lost, since training does not wait for a disk.
 
     Args:
-        path: of the file.
-        warn: called once when writing fails, once when it works again, and when the file has been removed.
+        path: Of the file.
+        warn: Called once when writing fails, once when it works again, and when the file has been removed.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
@@ -31,7 +31,7 @@ class LineFile:
         """Create the file and its folders, or cut an incomplete last line off an existing file.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: The file cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", opener=open_no_link):

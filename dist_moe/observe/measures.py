@@ -50,8 +50,8 @@ def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
         load_L: L tensors [E] int64 of global counts, on any device; E may differ from layer to layer.
 
     Raises:
-        TypeError: a load is not int64.
-        ValueError: a load is not one-dimensional, has no expert, or holds a negative count.
+        TypeError: A load is not int64.
+        ValueError: A load is not one-dimensional, has no expert, or holds a negative count.
     """
     for layer, load_E in enumerate(load_L):
         if load_E.dim() != 1:
@@ -79,12 +79,12 @@ def shared_fields(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> di
     """Compute the fields that the records of a step and of an evaluation have in common, by name.
 
     Args:
-        measures: of the load of L layers.
+        measures: Of the load of L layers.
         k_histogram_L: L tensors [K] int64, tokens that took 1, 2, .. K experts, on any device.
 
     Raises:
-        TypeError: counts are not int64.
-        ValueError: counts are not one-dimensional or negative, or their number of layers differs from that of the load.
+        TypeError: Counts are not int64.
+        ValueError: Counts are not one-dimensional or negative, or their number of layers differs from that of the load.
     """
     if len(k_histogram_L) != len(measures.load):
         raise ValueError(

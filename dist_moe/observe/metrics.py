@@ -100,16 +100,16 @@ def step_metrics(
     """Build the record of one training step.
 
     Args:
-        progress: everything but the load.
+        progress: Everything but the load.
         load_L: L tensors [E] int64, counts of this step's global batch.
         k_histogram_L: L tensors [K] int64, tokens of this step's global batch that took 1, 2, .. K experts.
         microbatch_vio_L: MaxVio of each layer's micro-batches and its floor, means over micro-batches and groups.
         bias_L: L tensors [E] float32 after this step's update, or None for a layer without a selection bias.
-        expert_parallel: ranks among which the experts of a layer are divided.
+        expert_parallel: Ranks among which the experts of a layer are divided.
 
     Raises:
-        TypeError: counts are not int64, or a bias is not float32.
-        ValueError: counts and biases differ in number or shape, or are malformed.
+        TypeError: Counts are not int64, or a bias is not float32.
+        ValueError: Counts and biases differ in number or shape, or are malformed.
     """
     measures = measure_load(load_L)
     _check_biases(load_L, bias_L)

@@ -59,7 +59,7 @@ class RunRecorder:
 
     Args:
         folder: run.dir.
-        warn: called when lines are lost, and when writing works again.
+        warn: Called when lines are lost, and when writing works again.
     """
 
     def __init__(self, folder: str | Path, warn: Callable[[str], None] = print) -> None:
@@ -71,7 +71,7 @@ class RunRecorder:
         """Open the file.
 
         Raises:
-            RunFolderError: the folder cannot be written.
+            RunFolderError: The folder cannot be written.
         """
         lines = LineFile(self.metrics_path, self._warn)
         with needs_folder(self.folder):
@@ -93,8 +93,8 @@ class RunRecorder:
         """Append one line immediately. Non-finite floats become null, since JSON cannot express them.
 
         Raises:
-            RuntimeError: the recorder is not open.
-            TypeError: the record holds a value that JSON cannot express.
+            RuntimeError: The recorder is not open.
+            TypeError: The record holds a value that JSON cannot express.
         """
         if self._lines is None:
             raise RuntimeError(f"{self.metrics_path} is not open; write inside `with RunRecorder(...)`")
@@ -105,12 +105,12 @@ class RunRecorder:
         """Write run.json and config.yaml, replacing those of a previous start in the same folder.
 
         Args:
-            config: the resolved configuration as plain values.
-            config_yaml: the same as YAML.
-            layout: plain values of the run's layout (workers, expert_parallel, launcher, ...); the key `world`.
+            config: The resolved configuration as plain values.
+            config_yaml: The same as YAML.
+            layout: Plain values of the run's layout (workers, expert_parallel, launcher, ...); the key `world`.
 
         Raises:
-            RunFolderError: the folder cannot be written.
+            RunFolderError: The folder cannot be written.
         """
         description = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -142,7 +142,7 @@ def source_state(file: Path) -> dict[str, str | bool | None]:
     """Find the git commit of a source file.
 
     Args:
-        file: a file of the running code.
+        file: A file of the running code.
 
     Returns:
         `commit` (hexadecimal) and `dirty` (whether tracked files of the repository differ from it); both None if git

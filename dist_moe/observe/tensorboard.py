@@ -98,10 +98,10 @@ class TensorBoardWriter:
     """Writes event files into a folder. A context manager, for one process of the run.
 
     Args:
-        folder: created if it is missing.
-        resumed_step: the step after which a resumed run continues; TensorBoard then hides later steps of previous
+        folder: Created if it is missing.
+        resumed_step: The step after which a resumed run continues; TensorBoard then hides later steps of previous
             processes. None for a run from the start.
-        warn: called once when the disk fails, and once when it works again; the values in between are lost.
+        warn: Called once when the disk fails, and once when it works again; the values in between are lost.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ class TensorBoardWriter:
         """Write the resolved configuration, for TensorBoard's table of hyperparameters and as text.
 
         Args:
-            config: nested plain values; keys are joined by dots, and lists become text.
-            config_yaml: the same as YAML.
+            config: Nested plain values; keys are joined by dots, and lists become text.
+            config_yaml: The same as YAML.
         """
         # `add_hparams` would open a second run in a subfolder; these records belong in the run's own file.
         self._write(lambda: self._hyper_parameters(config, config_yaml))

@@ -76,17 +76,17 @@ def adaptive_weight_update(
     Args:
         log_weight_E: [E] fp32, log w; 0 is neutral.
         load_E: [E] int64, assignments of one optimizer step over ALL ranks.
-        rate: factor on the error e_i = (mean(c) - c_i) / mean(c).
-        clip: bounds of w, 1 / clip and clip, applied after centering; None is no bound.
-        proportional: use e_i itself; its sign otherwise.
-        center: divide by the geometric mean, which does not change the selection and keeps the weights from
+        rate: Factor on the error e_i = (mean(c) - c_i) / mean(c).
+        clip: Bounds of w, 1 / clip and clip, applied after centering; None is no bound.
+        proportional: Use e_i itself; its sign otherwise.
+        center: Divide by the geometric mean, which does not change the selection and keeps the weights from
             drifting.
 
     Returns:
         [E] fp32, a new tensor.
 
     Raises:
-        TypeError: the load is not int64 or the weights are not fp32.
+        TypeError: The load is not int64 or the weights are not fp32.
         ValueError: `clip` is not above 1.
     """
     check_bias(log_weight_E)

@@ -26,9 +26,9 @@ class RoutingValues(NamedTuple):
     Attributes:
         selection: `router.selection`.
         score: `router.score`.
-        top_k: experts that a token takes.
-        groups: expert groups; 1 is no groups.
-        experts: routed experts of a layer.
+        top_k: Experts that a token takes.
+        groups: Expert groups; 1 is no groups.
+        experts: Routed experts of a layer.
     """
 
     selection: str
@@ -64,9 +64,9 @@ class Policy(Section):
     messages and in the reference, adds its own fields, and overrides what differs.
 
     Attributes:
-        moves_bias: whether the policy updates the selection bias; see `BiasPolicy`.
-        has_rate: whether `rate` and `schedule` mean something to the policy.
-        needs_margins: whether `next_bias` reads `LayerCounts.margins_EQ`, which costs time and communication.
+        moves_bias: Whether the policy updates the selection bias; see `BiasPolicy`.
+        has_rate: Whether `rate` and `schedule` mean something to the policy.
+        needs_margins: Whether `next_bias` reads `LayerCounts.margins_EQ`, which costs time and communication.
     """
 
     policy: str
@@ -133,8 +133,8 @@ class Policy(Section):
         """The rate of the update after `taken` earlier ones; 0 for a policy without a rate, and once it is frozen.
 
         Args:
-            taken: steps before this one that were not skipped.
-            schedule_steps: steps over which a schedule falls to 0.
+            taken: Steps before this one that were not skipped.
+            schedule_steps: Steps over which a schedule falls to 0.
         """
         if not self.has_rate or self.frozen_at(taken):
             return 0.0
@@ -150,7 +150,7 @@ class Policy(Section):
 
         Args:
             bias_E: [E] fp32, the current bias. It is not modified.
-            counts: the counts of the layer in the last optimizer step, over all ranks.
+            counts: The counts of the layer in the last optimizer step, over all ranks.
             rate: `rate_at` of the step.
 
         Returns:
@@ -163,7 +163,7 @@ class BiasPolicy(Policy):
     """A policy that updates a selection bias of each expert after each optimizer step.
 
     Attributes:
-        center_by_default: what `center=None` means.
+        center_by_default: What `center=None` means.
     """
 
     freeze_at: int | None = Field(

@@ -16,7 +16,7 @@ class LoadErrorPolicy(BiasPolicy):
     """A policy that changes each bias by its load error or by the sign of it.
 
     Attributes:
-        proportional_by_default: what `rule=None` means.
+        proportional_by_default: What `rule=None` means.
     """
 
     rule: Literal["sign", "proportional"] | None = Field(
@@ -44,7 +44,7 @@ def load_error(load_E: Tensor) -> Tensor:
         [E] fp32: 1 for an expert that received nothing, 0 everywhere if there is no assignment at all.
 
     Raises:
-        TypeError: the load is not int64.
+        TypeError: The load is not int64.
     """
     import torch
 
@@ -65,7 +65,7 @@ def check_bias(bias_E: Tensor) -> None:
     """Refuse a bias in another dtype than fp32.
 
     Raises:
-        TypeError: the bias is not fp32; in bf16 steps of 0.001 are lost.
+        TypeError: The bias is not fp32; in bf16 steps of 0.001 are lost.
     """
     import torch
 

@@ -49,15 +49,15 @@ def loss_free_update(
         bias_E: [E] fp32, the current bias.
         load_E: [E] int64, assignments of one optimizer step over ALL ranks.
         rate: u, in units of what the bias is added to (score or logit; a logarithm where it multiplies).
-        center: subtract the mean of the result. The sign rule of the paper does not, and its mean drifts when the
+        center: Subtract the mean of the result. The sign rule of the paper does not, and its mean drifts when the
             load is skewed (one hot expert of 8: up by 0.75 u each step).
-        proportional: use the proportional rule.
+        proportional: Use the proportional rule.
 
     Returns:
         [E] fp32, a new tensor.
 
     Raises:
-        TypeError: the load is not int64 or the bias is not fp32.
+        TypeError: The load is not int64 or the bias is not fp32.
     """
     check_bias(bias_E)
     error_E = load_error(load_E)

@@ -79,14 +79,14 @@ def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, center: bo
         bias_E: [E] fp32, the current bias, returned as a copy if nothing was counted.
         margins_EQ: [E, Q] int64, histograms summed over micro-batches and ALL ranks.
         share: K / E, the share of the tokens that each expert is to take.
-        center: subtract the mean, which changes no selection. Without it the mean drifts step by step, to where
+        center: Subtract the mean, which changes no selection. Without it the mean drifts step by step, to where
             the bins are wide.
 
     Returns:
         [E] fp32, a new tensor.
 
     Raises:
-        TypeError: the counts are not int64.
+        TypeError: The counts are not int64.
         ValueError: `share` is not between 0 and 1.
     """
     import torch

@@ -19,7 +19,7 @@ def make_policy(name: str, **fields: Any) -> Policy:
     """A policy by its name, with its other fields at their defaults.
 
     Raises:
-        ValueError: the name is unknown, or a field is unknown or out of range.
+        ValueError: The name is unknown, or a field is unknown or out of range.
     """
     if name not in POLICIES:
         raise ValueError(f"balance.policy={name!r} is unknown; use one of {', '.join(POLICIES)}")

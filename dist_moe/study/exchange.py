@@ -32,8 +32,8 @@ class Timing:
     """The median time of one all-to-all on the slowest rank.
 
     Attributes:
-        size_bytes: what one rank sends in total, including its part to itself.
-        times_us: by backend; "copy" is a copy of as many bytes on every rank at the same time, a lower bound for any
+        size_bytes: What one rank sends in total, including its part to itself.
+        times_us: By backend; "copy" is a copy of as many bytes on every rank at the same time, a lower bound for any
             exchange through the memory of one host.
     """
 
@@ -56,7 +56,7 @@ def run(repetitions: int) -> list[Table]:
         The table on rank 0, nothing on the others.
 
     Raises:
-        RankInfoError: the launcher's environment is incomplete.
+        RankInfoError: The launcher's environment is incomplete.
     """
     rank_info = rank_info_from_env(os.environ)
     set_threads(1, rank_info)

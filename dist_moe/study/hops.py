@@ -52,11 +52,11 @@ class HopTiming:
     """The measurements of one size. Both dictionaries are by the name of the exchange.
 
     Attributes:
-        size: what every rank routes.
-        times_s: median time of a forward and backward pass on the slowest rank.
-        inter_host_bytes: rows and gradients that all ranks together send to other hosts in one pass; counts, indices
+        size: What every rank routes.
+        times_s: Median time of a forward and backward pass on the slowest rank.
+        inter_host_bytes: Rows and gradients that all ranks together send to other hosts in one pass; counts, indices
             and gate weights are not included.
-        difference: largest difference between the outputs and gradients of both, relative to the largest value of each
+        difference: Largest difference between the outputs and gradients of both, relative to the largest value of each
             tensor.
     """
 
@@ -75,16 +75,16 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table
     """Join the job that a launcher started, and measure.
 
     Args:
-        sizes: to measure.
-        repetitions: of each size.
-        out: file for the results as JSON; None for none.
+        sizes: To measure.
+        repetitions: Of each size.
+        out: File for the results as JSON; None for none.
 
     Returns:
         The table on rank 0, nothing on the others.
 
     Raises:
-        RankInfoError: the launcher's environment is incomplete.
-        MeshError: the ranks are not on several hosts, with equally many on each.
+        RankInfoError: The launcher's environment is incomplete.
+        MeshError: The ranks are not on several hosts, with equally many on each.
         RunFolderError: `out` cannot be written.
     """
     rank_info = rank_info_from_env(os.environ)

@@ -57,10 +57,10 @@ class LoadHistory:
     """The load of one run over its logged steps.
 
     Attributes:
-        label: balancing policy, with the folder where two runs have the same policy.
+        label: Balancing policy, with the folder where two runs have the same policy.
         steps: S logged steps, in order.
-        max_vio: mean over layers, of each step.
-        floor: expected MaxVio under uniform random routing, of each step.
+        max_vio: Mean over layers, of each step.
+        floor: Expected MaxVio under uniform random routing, of each step.
         max_vio_per_layer: [S][L].
         load: [S][L][E] assignments.
     """
@@ -80,7 +80,7 @@ def read_histories(folders: Sequence[Path]) -> list[LoadHistory]:
         folders: run.dir of each run.
 
     Raises:
-        UserError: a folder has no logged step of an MoE model, or the runs differ in their layers or experts.
+        UserError: A folder has no logged step of an MoE model, or the runs differ in their layers or experts.
     """
     policies = [_policy(folder) for folder in folders]
     labels = [
@@ -106,7 +106,7 @@ def _policy(folder: Path) -> str:
 def _read_history(folder: Path, label: str) -> LoadHistory:
     path = folder / "metrics.jsonl"
     try:
-        # A run that is writing may have begun a line.
+        # A run in progress may have written a part of its last line.
         lines = read_text(path, follow=True, largest=LARGEST_METRICS).split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); name the run.dir of a run") from None
@@ -155,13 +155,13 @@ def draw_load_figure(
     """Write a PNG: MaxVio over steps with its sampling floor, and a heat map of one layer's experts for each run.
 
     Args:
-        path: of the image; its folder is created.
-        histories: runs of one model.
+        path: Of the image; its folder is created.
+        histories: Runs of one model.
         layer: MoE layer of the heat maps, counted from 0; None for the least balanced one.
-        theme: colors for a light or a dark page.
+        theme: Colors for a light or a dark page.
 
     Raises:
-        UserError: there is no such layer, or the file cannot be written.
+        UserError: There is no such layer, or the file cannot be written.
     """
     layers = len(histories[0].load[0])
     if layer is not None and not 0 <= layer < layers:

@@ -33,8 +33,8 @@ class PolicyVariant:
     """A policy and its routing.
 
     Attributes:
-        name: in tables and figures.
-        overrides: changes to the configuration of the study.
+        name: In tables and figures.
+        overrides: Changes to the configuration of the study.
     """
 
     name: str
@@ -64,18 +64,18 @@ class Result:
     """The results of one run, from its metrics.jsonl. The load is that of the whole held-out text.
 
     Attributes:
-        variant: name of the policy.
-        seed: of the run.
-        validation_loss: nats per token.
+        variant: Name of the policy.
+        seed: Of the run.
+        validation_loss: Nats per token.
         max_vio: MaxVio_global, mean over layers.
-        max_vio_worst: of the worst layer.
-        max_vio_floor: expected value under uniform random routing.
-        deviation_percent: standard deviation of the experts' shares, mean over layers.
-        deviation_percent_worst: of the worst layer.
-        deviation_percent_floor: expected value under uniform random routing.
-        experts_per_token: mean over tokens and layers.
-        tokens_per_s: of the logged steps after the first.
-        commit: of the code that made the run; None outside of a git repository.
+        max_vio_worst: Of the worst layer.
+        max_vio_floor: Expected value under uniform random routing.
+        deviation_percent: Standard deviation of the experts' shares, mean over layers.
+        deviation_percent_worst: Of the worst layer.
+        deviation_percent_floor: Expected value under uniform random routing.
+        experts_per_token: Mean over tokens and layers.
+        tokens_per_s: Of the logged steps after the first.
+        commit: Of the code that made the run; None outside of a git repository.
     """
 
     variant: str
@@ -107,7 +107,7 @@ def plan_runs(config: Path, out: Path, seeds: int, overrides: Sequence[str]) -> 
     """Plan every policy with every seed, seed by seed.
 
     Raises:
-        ConfigError: one of the configurations is invalid.
+        ConfigError: One of the configurations is invalid.
     """
     runs = []
     for seed in range(seeds):
@@ -132,15 +132,15 @@ def train_all(runs: Sequence[Run], jobs: int, log: Callable[[str], None]) -> lis
     """Train the runs that are not complete.
 
     Args:
-        runs: to train.
-        jobs: concurrent processes.
-        log: receives a line for each completed run.
+        runs: To train.
+        jobs: Concurrent processes.
+        log: Receives a line for each completed run.
 
     Returns:
         The results in the order of `runs`.
 
     Raises:
-        UserError: a run failed; the message has the end of its output. The others are terminated, as on Ctrl-C.
+        UserError: A run failed; the message has the end of its output. The others are terminated, as on Ctrl-C.
     """
     waiting = [run for run in runs if read_result(run) is None]
     log(f"{counted(len(runs), 'run')}, {len(runs) - len(waiting)} of them already complete")

@@ -11,8 +11,8 @@ def format_mean(values: Sequence[float | None], digits: int = 0) -> str:
     """Format the mean and the standard deviation over seeds.
 
     Args:
-        values: one value per seed; None where a seed has none.
-        digits: after the decimal point.
+        values: One value per seed; None where a seed has none.
+        digits: After the decimal point.
 
     Returns:
         `4.2358 ±0.0030`, without the deviation if it rounds to 0; `95 ±3 (2 of 3)` if one of three values is None;

@@ -152,7 +152,7 @@ def error_report(rank: int, error: BaseException, code: int, trace: str) -> str:
 
 
 def notify_agent() -> None:
-    """Tell the agent of this worker, if it has one, that the error report can be read."""
+    """Notify the agent of this worker, if it has one, that the error report can be read."""
     descriptor = os.environ.pop(NOTICE_VARIABLE, "")
     if descriptor and os.environ.get(LAUNCH_VARIABLE, "").startswith(f"{os.getppid()}:"):
         with contextlib.suppress(OSError):

@@ -80,7 +80,7 @@ LAUNCHERS = (
     ),
     # The number of the step is that of this srun; the number of the job may be larger.
     LauncherVariables("slurm", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_LOCALID"),
-    # Whatever else speaks PMI. srun --mpi=pmi2 does, and Slurm's own numbers come before these.
+    # Any other launcher that uses PMI. srun --mpi=pmi2 does, and Slurm's own numbers come before these.
     LauncherVariables("pmi", "PMI_RANK", ("PMI_SIZE",), "PMI_LOCAL_RANK", ("PMI_LOCAL_SIZE",)),
 )
 MAX_DIGITS = 18

@@ -13,7 +13,7 @@ from dist_moe.errors import UserError
 LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo"
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""By these gloo and NCCL are told the interface on which they listen and connect."""
+"""These set the network interface on which gloo and NCCL listen and connect."""
 EPHEMERAL_RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FIRST_PORT = 10_000
 FIRST_EPHEMERAL_PORT = 32_768
@@ -32,7 +32,7 @@ def source_address(target: str) -> str:
     """Return the address of this host that its routing table uses for packets to `target`.
 
     Args:
-        target: an IPv4 or IPv6 address, or a name that resolves to an IPv4 address.
+        target: An IPv4 or IPv6 address, or a name that resolves to an IPv4 address.
 
     Raises:
         OSError: The name does not resolve, or no route leads to it.

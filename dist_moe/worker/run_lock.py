@@ -1,4 +1,4 @@
-"""Locks a run's folder, so that whoever comes second is refused before any file of the first is touched."""
+"""Locks a run's folder, so that a second run is refused before it changes a file of the first."""
 
 import contextlib
 import time

@@ -31,8 +31,8 @@ class ReportedSteps:
     """What one rank observed.
 
     Attributes:
-        collectives: all-reduces of a logged step, of a step that is not logged, and of a skipped step.
-        lines: of metrics.jsonl, on rank 0.
+        collectives: All-reduces of a logged step, of a step that is not logged, and of a skipped step.
+        lines: Of metrics.jsonl, on rank 0.
     """
 
     collectives: list[int]

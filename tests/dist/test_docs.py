@@ -40,6 +40,7 @@ def working_folder(folder: Path) -> None:
     for name, script in {"make": MAKE, **dict.fromkeys(PROGRAMS, PROGRAM)}.items():
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
+    (programs / "activate").touch()  # the search path of the test has the folder already
     for stamp in (".installed", ".installed-docs"):
         (folder / ".venv" / stamp).touch()
 

@@ -92,12 +92,15 @@ def test_commands_are_in_blocks_of_sh() -> None:
 
 @pytest.mark.parametrize("path", markdown_files(), ids=str)
 def test_every_command_parses_and_its_targets_paths_and_overrides_exist(path: Path) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    shown = re.findall(r'^```python title="dist_moe/launch/launchers/(\w+)\.py"$', text, re.M)
     found = [
         f"{block}: {' '.join(command)}: {fault}"
         for block in blocks(path)
         if block.language in ("sh", "", "text", "console")
         for command in block.commands()
-        for fault in faults(command)
+        # A launcher that the page adds is not in this tree; one that is stands for it.
+        for fault in faults(["torchrun" if word in shown else word for word in command])
     ]
     assert not found, "\n".join(found)
 

@@ -55,9 +55,9 @@ def rotary_violations(family: Family, arguments: Mapping[str, Any], stated: Mapp
     """What is wrong with rope_parameters, as far as their keys are known; the trial of the model finds the rest.
 
     Args:
-        family: the family of the model.
-        arguments: keyword arguments of the Hugging Face config class.
-        stated: the keys of model.pretrained, which may have what has no effect.
+        family: The family of the model.
+        arguments: Keyword arguments of the Hugging Face config class.
+        stated: The keys of model.pretrained, which may have what has no effect.
     """
     parameters = arguments.get(KEY)
     if not isinstance(parameters, Mapping):

@@ -32,10 +32,10 @@ def trial_violations(
 
     Args:
         architecture: Hugging Face's `model_type`.
-        arguments: keyword arguments of the config class, vocab_size included.
-        refused: keys that other rules refuse already; the model is tried with the defaults of the class for them.
-        own: keys of model.config; the others are those of model.pretrained.
-        length: tokens of a sequence.
+        arguments: Keyword arguments of the config class, vocab_size included.
+        refused: Keys that other rules refuse already; the model is tried with the defaults of the class for them.
+        own: Keys of model.config; the others are those of model.pretrained.
+        length: Tokens of a sequence.
     """
     tried = {key: value for key, value in arguments.items() if key not in refused}
     found: list[Violation] = []
@@ -55,8 +55,8 @@ def blamed(trial: Trial, arguments: Mapping[str, Any]) -> Iterator[tuple[str | N
     """Yield each key that makes a trial fail, and why, until it succeeds without them; None where no key is found.
 
     Args:
-        trial: returns why it fails with some of the arguments, or None.
-        arguments: all of them.
+        trial: Returns why it fails with some of the arguments, or None.
+        arguments: All of them.
     """
     remaining = dict(arguments)
     while (reason := trial(remaining)) is not None:

@@ -118,7 +118,7 @@ class TrainConfig(Section):
         """`micro_batch_size` as a number.
 
         Raises:
-            ConfigError: it is auto, which `dist_moe.config.resolve` replaces for a number of workers.
+            ConfigError: It is auto, which `dist_moe.config.resolve` replaces for a number of workers.
         """
         if isinstance(self.micro_batch_size, int):
             return self.micro_batch_size

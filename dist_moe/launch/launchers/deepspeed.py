@@ -264,7 +264,7 @@ def _holders(cluster: Cluster, path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def secret_names(settings: ClusterConfig) -> set[str]:
-    """Return the names of the variables that nobody else may read: those of the user, and that with the token."""
+    """Return the names of the variables that other users must not read: those of the user, and that with the token."""
     return {*settings.environment, LAUNCH_VARIABLE}
 
 

@@ -103,7 +103,7 @@ class WorkerMonitor:
                 agent.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + limit_s
         while (self._agents or self._replaced) and time.monotonic() < min(deadline, self.ends_by()):
-            # A signal is seen after this time: the system call is begun again after it.
+            # A signal is handled after this time at the latest: the interrupted system call is repeated.
             self.wait(min(deadline - time.monotonic(), ROUND_S))
             self.poll()
 

@@ -1,4 +1,4 @@
-"""What a launch prints and logs of its workers' output: bounded, and without waiting for whoever reads it."""
+"""What a launch prints and logs of its workers' output: bounded, and without waiting until it is read."""
 
 import contextlib
 import io
@@ -20,9 +20,9 @@ from dist_moe.worker.contract import log_file
 T = TypeVar("T")
 
 LOG_BYTES = 64 << 20
-"""A log that grows beyond this is renamed to rank-N.log.1, in place of the one before, and begun anew."""
+"""A log that grows beyond this is renamed to rank-N.log.1, in place of an earlier one, and a new log is started."""
 BUFFER_BYTES = 4 << 20
-"""What waits for a stream that nobody reads; more is dropped, and counted."""
+"""The largest buffer for a stream that is not read; further text is dropped, and counted."""
 PATIENCE_S = 0.2
 """A stream that takes nothing for this time is no longer waited for."""
 LAST_WORDS_S = 0.5
@@ -32,8 +32,8 @@ LAST_WORDS_S = 0.5
 class StreamWriter:
     """Writes to a stream of this process from a thread of its own.
 
-    `write` returns once the stream has taken the text, as long as somebody reads it. Where nobody does, it returns at
-    once: the text waits in a buffer, and what does not fit there is dropped and counted.
+    `write` returns once the stream has taken the text, as long as the stream is read. Otherwise it returns at once:
+    the text waits in a buffer, and what does not fit there is dropped and counted.
 
     Args:
         name: stdout or stderr; the stream is looked up at each write, since tests replace it.
@@ -184,7 +184,7 @@ class JobOutput:
 
 
 def print_within(stream_name: str, text: str, limit_s: float = LAST_WORDS_S) -> None:
-    """Print a text to stdout or stderr, and wait at most `limit_s` for whoever reads it."""
+    """Print a text to stdout or stderr, and wait at most `limit_s` until it is read."""
     writer = StreamWriter(stream_name)
     writer.write(text)
     writer.finish(limit_s)

@@ -1,7 +1,7 @@
 """Runs a command on another host until its stdin closes: called by ssh, it ends when the launch does.
 
 The first line of stdin is a JSON object with variables for the command, among them secrets: unlike the argument lists
-of ssh and of this process, stdin can be read by nobody else.
+of ssh and of this process, stdin cannot be read by other users.
 
 An ssh server lets a command run on when its connection ends. A launcher may then wait for minutes for hosts that it
 will not reach; the workers of one that got further are ended by their agents.

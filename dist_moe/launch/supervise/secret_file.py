@@ -139,7 +139,7 @@ def keep(path: Path) -> None:
 
 
 def restart_with_variables(environment: Mapping[str, str]) -> None:
-    """Run this process anew with the variables of the file that DIST_MOE_LAUNCH names; return where it names none.
+    """Restart this process with the variables of the file that DIST_MOE_LAUNCH names; return if it names none.
 
     Some variables are read when a process starts (LD_LIBRARY_PATH).
 

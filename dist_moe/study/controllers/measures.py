@@ -26,9 +26,9 @@ class Convergence:
     """Steps to convergence, counted from the start or from the shift; None if not reached, or not predicted.
 
     Attributes:
-        near: steps to 1.5 times the floor.
-        at_floor: steps to the floor + 0.02.
-        predicted: steps to equal loads that theory predicts for the sign rule.
+        near: Steps to 1.5 times the floor.
+        at_floor: Steps to the floor + 0.02.
+        predicted: Steps to equal loads that theory predicts for the sign rule.
     """
 
     near: int | None
@@ -42,12 +42,12 @@ class Measures:
 
     Attributes:
         floor: MaxVio of its selection on the same noise without offsets, mean over all steps.
-        start: convergence from the start.
-        shift: convergence from the shift.
-        ripple: mean of MaxVio - floor over the last quarter of the steps before the shift.
-        ripple_std: its standard deviation over the same steps.
-        experts_first: experts per token in the first step.
-        experts_steady: experts per token over the last quarter of the steps before the shift.
+        start: Convergence from the start.
+        shift: Convergence from the shift.
+        ripple: Mean of MaxVio - floor over the last quarter of the steps before the shift.
+        ripple_std: Its standard deviation over the same steps.
+        experts_first: Experts per token in the first step.
+        experts_steady: Experts per token over the last quarter of the steps before the shift.
     """
 
     floor: float
@@ -69,11 +69,11 @@ def measure(
     """Measure one series.
 
     Args:
-        max_vio: of each step.
-        experts_per_token: of each step.
+        max_vio: Of each step.
+        experts_per_token: Of each step.
         floor: MaxVio without offsets.
-        shift_at: step of the shift, counted from 0.
-        predicted: steps that theory predicts from the start and from the shift; None if it does not.
+        shift_at: Step of the shift, counted from 0.
+        predicted: Steps that theory predicts from the start and from the shift; None if it does not.
     """
     before, after = max_vio[:shift_at], max_vio[shift_at:]
     steady = slice(shift_at - max(2, shift_at // 4), shift_at)
@@ -111,9 +111,9 @@ def balancing_bias(batches: Sequence[Tensor], top_k: int, rounds: int = 8) -> Te
     """Find the bias that gives every expert its share of these scores, by repeating the quantile rule.
 
     Args:
-        batches: tensors [T, E], in the space to which the bias is added.
-        top_k: experts per token.
-        rounds: repetitions.
+        batches: Tensors [T, E], in the space to which the bias is added.
+        top_k: Experts per token.
+        rounds: Repetitions.
 
     Returns:
         fp32 [E], with mean 0.

@@ -16,9 +16,9 @@ class Drift:
     """The distribution of the logits, in units of a logit.
 
     Attributes:
-        offset_std: standard deviation of the experts' offsets.
-        walk_std: standard deviation of the change of each offset between two steps.
-        noise_std: standard deviation of a token's logits around the offsets.
+        offset_std: Standard deviation of the experts' offsets.
+        walk_std: Standard deviation of the change of each offset between two steps.
+        noise_std: Standard deviation of a token's logits around the offsets.
     """
 
     offset_std: float = 0.3
@@ -44,12 +44,12 @@ def draw_scores(drift: Drift, experts: int, tokens: int, steps: int, shift_at: i
     Equal arguments give equal scores. The offsets do not depend on `tokens`.
 
     Args:
-        drift: distribution of the logits.
+        drift: Distribution of the logits.
         experts: E.
         tokens: T of each step.
-        steps: number of steps.
-        shift_at: step, counted from 0, at which all offsets are drawn again.
-        seed: of the random numbers.
+        steps: Number of steps.
+        shift_at: Step, counted from 0, at which all offsets are drawn again.
+        seed: Of the random numbers.
     """
     offset_source, noise_source = random_source(seed, experts, 0), random_source(seed, experts, 1)
     offset_E = torch.randn(experts, generator=offset_source) * drift.offset_std

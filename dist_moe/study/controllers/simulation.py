@@ -29,7 +29,7 @@ class LayerSize:
 
     Attributes:
         experts: E.
-        top_k: experts per token.
+        top_k: Experts per token.
         tokens: T of each step.
         threshold_tokens: T of each step under threshold routing, which here takes more experts per token than top-K
             if there are many; chosen for about as many assignments, and thus the same floor.
@@ -59,11 +59,11 @@ class Plan:
     """What the study runs.
 
     Attributes:
-        sizes: of the layers.
-        seeds: number of seeds, from 0.
-        before: steps before the shift.
-        after: steps after the shift.
-        drift: distribution of the scores.
+        sizes: Of the layers.
+        seeds: Number of seeds, from 0.
+        before: Steps before the shift.
+        after: Steps after the shift.
+        drift: Distribution of the scores.
     """
 
     sizes: tuple[LayerSize, ...] = SIZES
@@ -87,12 +87,12 @@ def make_plan(experts: Sequence[int] = (), seeds: int = 3, quick: bool = False) 
     """Plan the study.
 
     Args:
-        experts: numbers of experts to include; empty for all, or for 8 with `quick`.
-        seeds: number of seeds.
-        quick: run few steps of few tokens.
+        experts: Numbers of experts to include; empty for all, or for 8 with `quick`.
+        seeds: Number of seeds.
+        quick: Run few steps of few tokens.
 
     Raises:
-        UserError: there is no layer size with such a number of experts.
+        UserError: There is no layer size with such a number of experts.
     """
     by_experts = {size.experts: size for size in SIZES}
     unknown = [count for count in experts if count not in by_experts]

@@ -28,11 +28,11 @@ class PolicyVariant:
     """A policy with its settings and its routing.
 
     Attributes:
-        name: with the rate if there is one.
-        policy: the policy.
-        score: the gate function.
-        threshold_routing: threshold routing at 0.4 instead of top-K.
-        without_offsets: routes scores whose experts are equal, as the reference for the floor.
+        name: With the rate if there is one.
+        policy: The policy.
+        score: The gate function.
+        threshold_routing: Threshold routing at 0.4 instead of top-K.
+        without_offsets: Routes scores whose experts are equal, as the reference for the floor.
     """
 
     name: str
@@ -81,10 +81,10 @@ class PolicySimulation:
     """Routes a series of scores under one policy, and updates its bias after each step.
 
     Attributes:
-        variant: the policy.
+        variant: The policy.
         bias_E: fp32 [E], the current bias.
-        max_vio: of each step so far.
-        experts_per_token: of each step so far.
+        max_vio: Of each step so far.
+        experts_per_token: Of each step so far.
     """
 
     def __init__(self, variant: PolicyVariant, experts: int, top_k: int) -> None:

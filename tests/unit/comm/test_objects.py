@@ -15,7 +15,7 @@ from hypothesis import strategies as some
 from dist_moe.checkpoint.async_saver import Written
 from dist_moe.checkpoint.changes import Change
 from dist_moe.checkpoint.format.manifest import FileEntry, Manifest
-from dist_moe.checkpoint.resume import Accepted, Candidates
+from dist_moe.checkpoint.resume import AcceptedCheckpoint, Candidates
 from dist_moe.checkpoint.training_state import Counters
 from dist_moe.comm import objects
 from dist_moe.comm.objects import LARGEST_BYTES, ExchangeError, all_gather_objects, check_sizes, decode_all, encode
@@ -56,8 +56,11 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "written": ((Written({NAME: ENTRY}, math.inf), 0.5), tuple[Written, float]),
     "manifest": (Manifest(format=2, step=3, files={NAME: ENTRY}), Manifest | None),
     "candidates": (Candidates("auto", [Path("/", NAME)], [NAME]), Candidates | None),
-    "accepted": (Accepted(COUNTERS, [Change("data", ABSENT, [1, "absent", None])]), Accepted | str | None),
-    "refused": (NAME, Accepted | str | None),
+    "accepted": (
+        AcceptedCheckpoint(COUNTERS, [Change("data", ABSENT, [1, "absent", None])]),
+        AcceptedCheckpoint | str | None,
+    ),
+    "refused": (NAME, AcceptedCheckpoint | str | None),
     "a failure": ((NAME, None), tuple[str, None] | tuple[None, int]),
     "a result": ((None, 3), tuple[str, None] | tuple[None, int]),
 }
