@@ -171,8 +171,8 @@ def _matched_files(name: str) -> list[tuple[str, Path]]:
     files = local_files(name)
     if files:
         return files
-    if address := URL.match(name):
-        rule = f"is a URL ({address[0]}), which is not downloaded"
+    if URL.match(name):
+        rule = "is a URL, which is not downloaded"
         raise DataError(f"data source {name!r}", rule, "download the file first, and give its path")
     if close := nearest(name, BUILT_IN):
         remedy = f"did you mean {close!r}?"
