@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.filesize import decimal
@@ -12,6 +12,16 @@ from rich.filesize import decimal
 MAX_VALUE_LENGTH = 200
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters with which a text could change what a terminal shows: controls, and changes of the direction."""
+TYPES: Mapping[str, str] = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+}
 
 
 def shown(value: Any) -> str:
@@ -38,15 +48,25 @@ def listed(values: Iterable[Any], last: str = "or", most: int | None = None) -> 
     return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
+def type_words(name: str) -> str:
+    """Return what YAML has for a type of Python: `a whole number` for `int`."""
+    return TYPES.get(name, f"a {name}")
+
+
+def up_to(last: int, first: int = 1) -> str:
+    """Return `1 to 4`, or `1` where that is the only number."""
+    return f"{first} to {last}" if last > first else str(first)
+
+
 def divisors(number: int) -> list[int]:
     """Return all divisors of a positive number, ascending."""
     small = [count for count in range(1, math.isqrt(number) + 1) if number % count == 0]
     return small + [number // count for count in reversed(small) if count * count != number]
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """Return the candidate spelled most like `word`; None if none is close."""
-    return next(iter(difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)), None)
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the candidate spelled most like `word`; None if none is as close as `cutoff`, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)), None)
 
 
 def counted(count: int, noun: str) -> str:

@@ -2,6 +2,14 @@
 
 from dist_moe.errors import UserError
 
+USE_ANOTHER = "use another checkpoint"
+
+
+def without_remedy(error: Exception) -> str:
+    """The message of an error about a checkpoint without its last part, for a message with a remedy of its own."""
+    rule, _, remedy = str(error).rpartition("; ")
+    return rule or remedy
+
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written or read; the message has the checkpoint, the reason and the remedy."""

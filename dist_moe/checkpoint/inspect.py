@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import USE_ANOTHER, CheckpointError
 from dist_moe.checkpoint.format.hf_folder import (
     EXPERT_PATTERN,
     FUSED_PATTERN,
@@ -19,10 +19,10 @@ from dist_moe.checkpoint.format.hf_folder import (
     read_sources,
 )
 from dist_moe.checkpoint.format.layout import resolve_path
-from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, first_line, read_manifest
+from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, read_manifest, reason_in_file
 from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import StoredTensor, read_header
-from dist_moe.checkpoint.training_state import read_balance, read_counters
+from dist_moe.checkpoint.training_state import BALANCE_FILE, read_balance, read_counters
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.files import exists
 from dist_moe.text import counted, format_bytes
@@ -63,7 +63,9 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     try:
         layers = read_balance(folder / "state")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'state'} cannot be used ({first_line(error)})") from None
+        raise CheckpointError(
+            f"{folder / 'state' / BALANCE_FILE} cannot be used ({reason_in_file(error)}); {USE_ANOTHER}"
+        ) from None
     return {
         "folder": str(folder),
         "step": manifest.step,

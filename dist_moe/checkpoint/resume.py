@@ -13,7 +13,7 @@ import torch
 
 from dist_moe.checkpoint.changes import Change, defines_run, find_changes, other_model, refusal
 from dist_moe.checkpoint.collective import run_on_all_ranks
-from dist_moe.checkpoint.errors import CheckpointError, RunChangedError, WeightsError
+from dist_moe.checkpoint.errors import USE_ANOTHER, CheckpointError, RunChangedError, WeightsError, without_remedy
 from dist_moe.checkpoint.file_transfer import FileTransfer, Hosts, broadcast_files, find_hosts
 from dist_moe.checkpoint.format.hf_weights import fill_weights
 from dist_moe.checkpoint.format.layout import PARTIAL, archive_newer, checkpoints_root, recover, step_folders, step_of
@@ -127,7 +127,7 @@ def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device
             f"no checkpoint in {checkpoints_root(config)} can be used: {reasons}; restore one, or start again with "
             "checkpoint.resume=never (existing files are kept)"
         )
-    raise CheckpointError(f"checkpoint.resume={resume} cannot be used: {reasons}")
+    raise CheckpointError(f"checkpoint.resume={resume} cannot be used: {reasons}; {USE_ANOTHER}")
 
 
 def no_op() -> None:
@@ -235,7 +235,7 @@ def check_checkpoint(folder: Path, mesh: Mesh, hosts: Hosts) -> str | None:
     try:
         results = run_on_all_ranks(mesh, f"{folder} is damaged", work, tuple[str | None, list[str]] | None)
     except CheckpointError as error:
-        return str(error)
+        return without_remedy(error)
     parts = [part for part in results if part is not None]
     if any(digest != parts[0][0] for digest, _ in parts):
         return f"{folder} differs between hosts; share run.dir, or set cluster.shared_storage=false"

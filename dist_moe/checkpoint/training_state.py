@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_moe.balance.balancer import Balancer
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import USE_ANOTHER, CheckpointError
 from dist_moe.checkpoint.format.hf_folder import read_tensors
 from dist_moe.checkpoint.format.hf_weights import parameter_slices
-from dist_moe.checkpoint.format.manifest import first_line, read_strict_json
+from dist_moe.checkpoint.format.manifest import read_strict_json, reason_in_file
 from dist_moe.checkpoint.format.shard_reader import RANDOM, ShardReader
 from dist_moe.checkpoint.format.tensor_header import read_header
 from dist_moe.comm.mesh import Mesh
@@ -144,7 +144,7 @@ def read_counters(folder: Path) -> Counters:
             raise ValueError(f"taken={counters.taken} is more than step={counters.step}")
         return counters
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
+        raise CheckpointError(f"{path} cannot be used ({reason_in_file(error)}); {USE_ANOTHER}") from None
 
 
 def restore_state(train_state: TrainState, folder: Path, counters: Counters) -> None:
@@ -223,7 +223,7 @@ def _restore_rng(train_state: TrainState, counters: Counters, reader: ShardReade
             torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, engine.device)
         except (TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"the random state of rank {mesh.rank} is invalid for this PyTorch ({first_line(error)}); use the "
+                f"the random state of rank {mesh.rank} is invalid for this PyTorch ({reason_in_file(error)}); use the "
                 "version that wrote it, or another checkpoint"
             ) from None
 
@@ -259,4 +259,5 @@ def _restore_balance(balancer: Balancer, folder: Path, counters: Counters) -> No
                 raise ValueError(f"{layer} has another number of experts")
         balancer.load_state_dict({"taken": counters.taken, "controller": counters.controller, "layers": layers})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / BALANCE_FILE} cannot be used ({first_line(error)})") from None
+        reason = reason_in_file(error)
+        raise CheckpointError(f"{folder / BALANCE_FILE} cannot be used ({reason}); {USE_ANOTHER}") from None

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from dist_moe.config import Config, Resolved
 from dist_moe.config.yaml_io import render
+from dist_moe.text import counted
 
 
 class Meaning(NamedTuple):
@@ -67,7 +68,9 @@ def _of_train(resolved: Resolved, written: Config, workers_are_given: bool) -> d
         value = resolved.config.train.micro_batch_size if workers_are_given else "auto"
         found["train.micro_batch_size"] = Meaning(comment, value)
     if train.warmup_steps != train.warmup_length:
-        found["train.warmup_steps"] = Meaning(f"{train.warmup_steps} of a schedule of {train.schedule_length} steps")
+        found["train.warmup_steps"] = Meaning(
+            f"{train.warmup_steps} of a schedule of {counted(train.schedule_length, 'step')}"
+        )
     if train.schedule_steps is None:
         found["train.schedule_steps"] = Meaning("null: train.steps")
     return found
@@ -78,7 +81,7 @@ def _of_workers(resolved: Resolved, written: Config, workers_are_given: bool) ->
     parallel, found = written.parallel, {}
     here = workers_are_given and not (written.cluster.hosts or written.cluster.hostfile)
     if parallel.expert_parallel == "auto":
-        comment = f"auto: the largest divisor of the workers and the {resolved.experts} experts"
+        comment = f"auto: the largest divisor of the workers and the {counted(resolved.experts, 'expert')}"
         found["parallel.expert_parallel"] = Meaning(comment, resolved.expert_parallel if workers_are_given else None)
     if parallel.all_to_all == "auto":
         comment = "auto: hierarchical where experts span several hosts with equal numbers of workers, else flat"

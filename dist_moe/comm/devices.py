@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dist_moe.text import counted
 from dist_moe.worker.contract import VISIBLE_DEVICES_VARIABLE
 from dist_moe.worker.rank_info import RankInfo, RankInfoError
 
@@ -96,7 +97,8 @@ def choose_device(
     reason = _why_too_few(rank_info.local_world_size, devices, environment)
     if requested == "nccl":
         raise RankInfoError(
-            f"parallel.backend=nccl needs a CUDA device for each of this host's {rank_info.local_world_size} workers, "
+            f"parallel.backend=nccl needs a CUDA device for each of this host's "
+            f"{counted(rank_info.local_world_size, 'worker')}, "
             f"and torch finds {devices.count}{f' ({reason})' if reason else ''}; start fewer workers, or use "
             "parallel.backend=auto or gloo"
         )
@@ -124,7 +126,7 @@ def _why_too_few(workers: int, devices: HostDevices, environment: Mapping[str, s
     if visible is not None and visible.strip() in HIDDEN:
         return ""
     if devices.count:
-        found = f"torch finds {devices.count} CUDA device{'s' if devices.count > 1 else ''} for {workers} workers"
+        found = f"torch finds {counted(devices.count, 'CUDA device')} for {counted(workers, 'worker')}"
         return (
             f"{found} of this host, and nccl needs one for each; start {devices.count} on this host, or set "
             "parallel.backend=gloo if the CPU is meant"

@@ -24,6 +24,7 @@ from dist_moe.comm.devices import (
     log_choice,
 )
 from dist_moe.comm.store import open_store
+from dist_moe.text import counted
 from dist_moe.worker.contract import PORT_VARIABLE
 from dist_moe.worker.launcher_variables import read_port
 from dist_moe.worker.network import (
@@ -183,9 +184,9 @@ def _load_mpi(rank_info: RankInfo) -> ModuleType:
     if backend.world_size() != rank_info.world_size:
         started = "RANK and WORLD_SIZE are of" if rank_info.launcher == "env" else f"{rank_info.launcher} started"
         raise RankInfoError(
-            f"{started} {rank_info.world_size} workers, but mpi4py finds {backend.world_size()}: "
-            f"it uses {backend.library()}; start the workers with the mpirun of that MPI, or use another launcher and "
-            "parallel.backend=gloo"
+            f"{started} {counted(rank_info.world_size, 'worker')}, but mpi4py finds "
+            f"{backend.world_size()}: it uses {backend.library()}; start the workers with the mpirun of that MPI, or "
+            "use another launcher and parallel.backend=gloo"
         )
     return backend
 
@@ -224,8 +225,8 @@ def _fill_rendezvous(rank_info: RankInfo, mpi: ModuleType | None, local_rank: in
     if missing:
         remedy = EXPORT_RENDEZVOUS.get(rank_info.launcher, EXPORT_RENDEZVOUS["env"])
         raise RankInfoError(
-            f"{' and '.join(missing)} not set: {rank_info.world_size} workers ({rank_info.launcher}) need the address "
-            f"of rank 0; {remedy}"
+            f"{' and '.join(missing)} not set: {counted(rank_info.world_size, 'worker')} ({rank_info.launcher}) need "
+            f"the address of rank 0; {remedy}"
         )
     os.environ["MASTER_PORT"] = str(_port("MASTER_PORT"))
     if is_loopback(os.environ["MASTER_ADDR"]):

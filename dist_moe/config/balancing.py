@@ -6,6 +6,7 @@ from dist_moe.config.schema import Config
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import Violation
 from dist_moe.policies.base import RoutingValues
+from dist_moe.text import counted, up_to
 
 
 def balancing_violations(config: Config, router: RouterConfig, experts: int) -> list[Violation]:
@@ -42,8 +43,8 @@ def _threshold(config: Config, router: RouterConfig, experts: int) -> list[Viola
     violations = []
     max_experts = router.max_experts or experts
     if max_experts > experts:
-        rule = f"is more than the model's {experts} experts"
-        violations.append(Violation("router.max_experts", max_experts, rule, f"use 1 to {experts}, or null"))
+        rule = f"is more than the model's {counted(experts, 'expert')}"
+        violations.append(Violation("router.max_experts", max_experts, rule, f"use {up_to(experts)}, or null"))
     if router.normalize and max_experts == 1:
         rule = "makes the weight of a token's one expert 1 for any probability, so the router cannot learn"
         violations.append(Violation("router.normalize", True, rule, "set it to false, or max_experts above 1"))
@@ -52,8 +53,8 @@ def _threshold(config: Config, router: RouterConfig, experts: int) -> list[Viola
         violations.append(Violation(routing_key(config, "groups"), router.groups, rule, "set it to 1"))
     limit, target = min(max_experts, experts), router.target_experts_per_token
     if target is not None and not 1 <= target < limit:
-        rule = f"cannot be reached, since a token takes 1 to {limit} experts"
-        remedy = f"give 1 to below {limit}, or null"
+        rule = f"cannot be reached, since a token takes {up_to(limit)} {'expert' if limit == 1 else 'experts'}"
+        remedy = f"give 1 to below {limit}, or null" if limit > 1 else "set it to null"
         violations.append(Violation("router.target_experts_per_token", target, rule, remedy))
     return violations
 

@@ -10,7 +10,7 @@ from dist_moe.config.schema import Config
 from dist_moe.config.sections.balance import balance_fields
 from dist_moe.errors import ABSENT, ConfigError, Violation
 from dist_moe.policies.registry import POLICIES, policies_with
-from dist_moe.section import BROKEN_RULES
+from dist_moe.section import BROKEN_RULES, RULES, rule_of
 from dist_moe.text import listed, nearest, shown
 
 BALANCE = "balance"
@@ -21,6 +21,9 @@ PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {
     "train": {"steps": 1, "global_batch_size": 1, "learning_rate": 0.0},
 }
 UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+INT, FLOAT = RULES["int_type"], RULES["float_type"]
+CLOSE = 0.8
+"""How like a key of a section a key without a section must be (0 to 1) for the section to be suggested."""
 
 
 def validate(settings: Mapping[Any, Any]) -> Config:
@@ -97,10 +100,16 @@ def _explain(error: ValidationError) -> list[Violation]:
         for violation in _violations(detail):
             earlier = violations.get(violation.key)
             if earlier is not None and violation.rule != earlier.rule:
-                rule = violation.rule.removeprefix("should be ")
-                violation = earlier._replace(rule=f"{earlier.rule} or {rule}")
+                violation = earlier._replace(rule=_either(earlier.rule, violation.rule))
             violations[violation.key] = violation
     return list(violations.values())
+
+
+def _either(first: str, second: str) -> str:
+    """Join the rules of two types of which a value should have one; a whole number is a number, too."""
+    if (first, second) == (INT, FLOAT):
+        return second
+    return f"{first} or {second.removeprefix('should be ')}"
 
 
 def _violations(detail: ErrorDetails) -> list[Violation]:
@@ -119,11 +128,17 @@ def _violations(detail: ErrorDetails) -> list[Violation]:
         names = listed(f"'{name}'" for name in POLICIES)
         remedy = f"give {balance_fields()['policy'].description}"
         return [Violation(f"{key}.policy", detail["input"].get("policy"), f"should be {names}", remedy)]
-    rule = detail["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("Tuple ", "").replace("List ", "")
-    remedy = f"give {field.description}" if field is not None else "write a mapping of its keys"
     if field is not None and (_section(field.annotation) is not None or key == BALANCE):
-        rule, remedy = "is not a mapping", "write its keys below it"
-    return [Violation(key, detail["input"], rule, remedy)]
+        return [Violation(key, detail["input"], "is not a mapping", "write its keys below it")]
+    # A value in place of a section in a list is explained by the field that holds the list.
+    named = section.model_fields.get(next((part for part in reversed(path) if isinstance(part, str)), ""))
+    remedy = _remedy(str(named.description)) if named is not None else "write a mapping of its keys"
+    return [Violation(key, detail["input"], rule_of(detail), remedy)]
+
+
+def _remedy(description: str) -> str:
+    """Return what to do about a wrong value of a field with this description."""
+    return f"say {description}" if description.startswith("whether ") else f"give {description}"
 
 
 def _unknown(section: type[BaseModel], path: list[int | str], rest: list[int | str], value: Any) -> Violation:
@@ -135,17 +150,20 @@ def _unknown(section: type[BaseModel], path: list[int | str], rest: list[int | s
     if similar := _similar_keys(section, path, str(rest[0])):
         remedy = f"did you mean {listed(similar)}?"
     else:
-        remedy = f"the known keys are {listed(section.model_fields, last='and')}"
+        remedy = f"the {'known keys' if where else 'sections'} are {listed(section.model_fields, last='and')}"
     return Violation(_dotted([*path, rest[0]]), value, rule, remedy)
 
 
 def _similar_keys(section: type[BaseModel], path: list[int | str], name: str) -> list[str]:
-    """Return what an unknown key may have been meant for: one spelled like it, here or else elsewhere."""
+    """Return what an unknown key may have been meant for: one spelled like it here, or a namesake elsewhere.
+
+    Of a key that is in no section, one spelled much like it elsewhere, too.
+    """
     close = nearest(name, section.model_fields)
     if close is not None:
         return [_dotted([*path, close])]
     names = {known: known.rpartition(".")[2] for known in field_paths()}
-    namesake = name if name in names.values() else nearest(name, names.values())
+    namesake = name if path or name in names.values() else nearest(name, names.values(), CLOSE)
     return [known for known, last in names.items() if last == namesake]
 
 

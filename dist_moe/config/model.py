@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 from dist_moe.config.checks.rotary import KEY as ROPE_KEY
 from dist_moe.config.checks.rotary import rotary_violations
-from dist_moe.config.checks.trial_model import blamed, complaints_about_rope, trial_violations
+from dist_moe.config.checks.trial_model import (
+    blamed,
+    complaints_about_rope,
+    default_of,
+    expected_types,
+    trial_violations,
+)
 from dist_moe.config.model_checks import (
     shape_violations,
     size_violations,
@@ -23,7 +29,7 @@ from dist_moe.errors import ABSENT, Violation
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
 from dist_moe.interpreter import without_collections
-from dist_moe.text import counted, divisors, listed, nearest
+from dist_moe.text import counted, divisors, listed, nearest, shown, up_to
 
 # Keys of the config class that are set elsewhere -> where.
 OWNED_MODEL_KEYS: dict[str, str] = {
@@ -244,15 +250,17 @@ def _refusals(config: Config, cls: Any, arguments: Mapping[str, Any]) -> list[Vi
             return " ".join(str(error.__cause__ or error).split())
         return None
 
-    return [
-        Violation(
-            "model.config" if key is None else f"model.config.{key}",
-            ABSENT if key is None else arguments[key],
-            f"is refused by {cls.__name__} ({reason})",
-            "give a value that the class accepts",
-        )
-        for key, reason in blamed(refusal, arguments)
-    ]
+    found = []
+    for key, reason in blamed(refusal, arguments):
+        rule, remedy = f"is refused by {cls.__name__} ({reason})", "give a value that the class accepts"
+        if key is None:
+            found.append(Violation("model.config", ABSENT, rule, remedy))
+            continue
+        if expected := expected_types(reason):
+            default = default_of(config.model.architecture, key)
+            rule, remedy = f"should be {expected}", f"correct it, or leave it out (the default is {shown(default)})"
+        found.append(Violation(f"model.config.{key}", arguments[key], rule, remedy))
+    return found
 
 
 def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
@@ -270,7 +278,7 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
     violations = []
     if top_k is None or not 1 <= top_k <= experts:
         rule = f"is not within the model's {counted(experts, 'expert')}"
-        violations.append(violation("top_k", rule, f"use 1 to {experts}"))
+        violations.append(violation("top_k", rule, f"use {up_to(experts)}"))
     elif top_k == 1 and filled["normalize"] and config.router.selection != "threshold":
         rule = "makes the weight of a token's one expert 1 for any score, so the router cannot learn"
         violations.append(violation("normalize", rule, "set it to false, or top_k above 1"))
@@ -283,7 +291,7 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
         violations.append(violation("groups", rule, f"use {listed(possible)}"))
     elif not 1 <= topk_groups <= groups:
         rule = f"is not within the {counted(groups, 'group')}"
-        violations.append(violation("topk_groups", rule, "use 1" if groups == 1 else f"use 1 to {groups}"))
+        violations.append(violation("topk_groups", rule, f"use {up_to(groups)}"))
     elif not violations and topk_groups * (experts // groups) < top_k:
         rule = f"leaves {counted(topk_groups * (experts // groups), 'expert')} for a token that takes {top_k}"
         violations.append(violation("topk_groups", rule, f"use {-(-top_k * groups // experts)} or more"))

@@ -7,7 +7,7 @@ from typing import Any
 from dist_moe.config.schema import Config
 from dist_moe.errors import Violation
 from dist_moe.families.registry import family_of
-from dist_moe.text import shown
+from dist_moe.text import counted, shown
 
 POSITIVE_EVERYWHERE = (
     "vocab_size",
@@ -57,7 +57,7 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
     violations += family.shape_violations(settings)
     if not family.moe_layers(settings):
         key, remedy = family.layers_remedy(settings)
-        rule = f"leaves no MoE layer among the {settings.num_hidden_layers} layers"
+        rule = f"leaves no MoE layer among the {counted(settings.num_hidden_layers, 'layer')}"
         violations.append(Violation(f"model.config.{key}", getattr(settings, key), rule, remedy))
     return [*violations, *_widths(config, settings), *_length(config, settings)]
 

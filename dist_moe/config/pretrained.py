@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_moe.config.checks.trial_model import expected_types
 from dist_moe.config.deepspeed_keys.entries import same
 from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.schema import Config
@@ -211,6 +212,10 @@ def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> State
         values: dict[str, Any] = json.loads(json.dumps(stated))
     except Exception as error:  # the class of another library may raise anything for unexpected values
         reason = " ".join(str(error.__cause__ or error).split())
+        if expected := expected_types(reason):
+            name = reason.partition("'")[2].partition("'")[0]
+            rule = f"has {name}={shown(raw.get(name))} in its {SETTINGS}, which should be {expected}"
+            return refuse(rule, f"correct its {SETTINGS}, or give another folder")
         return refuse(f"is refused by {cls.__name__} ({reason})", "give another folder")
     violations = _file_violations(folder, raw, FAMILIES[architecture])
     return Stated(values, violations, _unused_keys(raw, cls, FAMILIES[architecture]))

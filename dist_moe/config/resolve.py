@@ -8,6 +8,7 @@ from typing import Any
 from dist_moe.config.balancing import balancing_violations
 from dist_moe.config.checks.numbers import number_violations
 from dist_moe.config.checks.schedule import batch_violations, schedule_notices, schedule_violations
+from dist_moe.config.checks.unused import unused_notices
 from dist_moe.config.model import Reading, read_model, routing_fields
 from dist_moe.config.schema import Config
 from dist_moe.errors import ConfigError, Violation
@@ -96,7 +97,7 @@ def resolve(config: Config, workers: int, look: Look | None = None) -> Resolved:
         accumulation=max(1, train.global_batch_size // (workers * micro)),
         experts=facts.experts,
         model_config=facts.arguments,
-        notices=(*schedule_notices(config), *facts.notices),
+        notices=(*schedule_notices(config), *unused_notices(config), *facts.notices),
     )
 
 

@@ -17,6 +17,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from dist_moe.errors import ABSENT, ConfigError, Violation
+from dist_moe.text import type_words
 from dist_moe.untrusted import HALF_PAIR, MAX_DIGITS, UnreadableTextError, read_text
 
 # A configuration has some hundred values in a few kB, and nests six deep. ruamel.yaml takes seconds for a file of the
@@ -160,7 +161,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        rule = f"holds a {type(value).__name__}, not a mapping"
+        rule = f"holds {type_words(type(value).__name__)}, not a mapping"
         remedy = "write sections such as `train:` with their keys below"
         raise ConfigError([Violation(key, ABSENT, rule, remedy)])
     return value

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import platform
+import re
 import sysconfig
 import tokenize
 from collections import Counter
@@ -27,6 +28,7 @@ from dist_moe.text import listed, nearest
 
 # Tests repeat one another, installed packages are no part of it, and files of the build differ between hosts.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")
 
 
@@ -169,6 +171,9 @@ def _matched_files(name: str) -> list[tuple[str, Path]]:
     files = local_files(name)
     if files:
         return files
+    if URL.match(name):
+        rule = "is a URL, which is not downloaded"
+        raise DataError(f"data source {name!r}", rule, "download the file first, and give its path")
     if close := nearest(name, BUILT_IN):
         remedy = f"did you mean {close!r}?"
     elif Path(name).is_dir():

@@ -5,6 +5,7 @@ from typing import Any
 from dist_moe.errors import Violation
 from dist_moe.families.record import Family
 from dist_moe.families.shapes import rotary_violations
+from dist_moe.text import up_to
 
 
 def moe_layers(settings: Any) -> list[int]:
@@ -15,7 +16,7 @@ def moe_layers(settings: Any) -> list[int]:
 
 def layers_remedy(settings: Any) -> tuple[str, str]:
     """What to do where no layer is an MoE layer."""
-    return "first_k_dense_replace", f"give 0 to {settings.num_hidden_layers - 1}"
+    return "first_k_dense_replace", f"give {up_to(settings.num_hidden_layers - 1, first=0)}"
 
 
 def shape_violations(settings: Any) -> list[Violation]:

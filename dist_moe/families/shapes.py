@@ -3,7 +3,7 @@
 from typing import Any
 
 from dist_moe.errors import Violation
-from dist_moe.text import divisors, listed
+from dist_moe.text import counted, divisors, listed, up_to
 
 
 def rotary_violations(key: str, width: Any) -> list[Violation]:
@@ -45,5 +45,7 @@ def sparse_step_violations(settings: Any) -> list[Violation]:
     depth, named = settings.num_hidden_layers, settings.mlp_only_layers
     if all(0 <= layer < depth for layer in named):
         return []
-    rule = f"names a layer that is not among the {depth} layers"
-    return [Violation("model.config.mlp_only_layers", named, rule, f"give numbers from 0 to {depth - 1}")]
+    rule = f"names a layer that is not among the {counted(depth, 'layer')}"
+    return [
+        Violation("model.config.mlp_only_layers", named, rule, f"give numbers of layers, {up_to(depth - 1, first=0)}")
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from dist_moe.config.sections.cluster import NAME, ipv6_of
 from dist_moe.errors import reason_of
 from dist_moe.launch.command import LaunchError
+from dist_moe.text import up_to
 from dist_moe.untrusted import read_text
 
 LARGEST_HOSTFILE = 1 << 22
@@ -154,6 +155,9 @@ def _parse_selection(key: str, text: str, hosts: Mapping[str, list[int]]) -> Slo
         for number in numbers:
             if not number.isdecimal() or int(number) not in hosts[name]:
                 last = len(hosts[name]) - 1
-                raise LaunchError(f"{key}={text} names device {number!r} of {name}, which has 0 to {last}; use those")
+                use = "those" if last else "that"
+                raise LaunchError(
+                    f"{key}={text} names device {number!r} of {name}, which has {up_to(last, first=0)}; use {use}"
+                )
         selected[name] = sorted({*selected.get(name, []), *map(int, numbers)})
     return selected

@@ -20,7 +20,7 @@ from pydantic import Field
 from dist_moe.errors import Violation
 from dist_moe.policies.base import BiasPolicy, LayerCounts, Refusal, RoutingValues
 from dist_moe.policies.load_error import centered
-from dist_moe.text import counted
+from dist_moe.text import counted, up_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class Quantile(BiasPolicy):
         violations = []
         if routing.selection != "threshold" and routing.top_k == routing.experts:
             rule = f"gives each token all {counted(routing.experts, 'expert')}, so there is nothing to balance"
-            remedy = f"use 1 to {routing.experts - 1}, or another balance.policy"
+            remedy = f"use {up_to(routing.experts - 1)}, or another balance.policy"
             violations.append(Violation("router.top_k", routing.top_k, rule, remedy))
         if routing.selection != "threshold" and routing.groups != 1:
             rule = f"excludes groups of experts for a token, which balance.policy={self.policy} does not support"

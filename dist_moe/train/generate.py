@@ -47,8 +47,8 @@ def generate(checkpoint: Path, prompt: str, tokens: int, temperature: float, see
     room = positions - ids.shape[1]
     if room < 1:
         raise WeightsError(
-            f"the prompt of {ids.shape[1]} tokens leaves no room in the model's max_position_embeddings={positions}; "
-            f"give one of at most {positions - 1} tokens"
+            f"the prompt of {counted(ids.shape[1], 'token')} leaves no room in the model's "
+            f"max_position_embeddings={positions}; give one of at most {counted(positions - 1, 'token')}"
         )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}

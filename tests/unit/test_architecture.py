@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "untrusted": set[str](),
     "errors": {"text"},
     "files": {"errors", "text"},
-    "section": {"errors", "text"},
+    "section": {"errors", "text", "untrusted"},
     "scores": set(),
     "deadline": set(),
     "interpreter": set(),

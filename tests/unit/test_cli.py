@@ -161,7 +161,9 @@ def test_text_is_not_looked_at_where_no_worker_runs(tmp_path: Path) -> None:
 def test_the_quick_start_is_checked_for_any_number_of_workers(workers: int, code: int) -> None:
     result = invoke("config", QUICKSTART, "--workers", str(workers))
     assert result.exit_code == code
-    assert ("use 30 or 33, or 1, 2, 4, 8, 16 or 32 workers" in result.stderr) == (code == 2)
+    assert ("set train.global_batch_size to 30 or 33, or use 1, 2, 4, 8, 16 or 32 workers" in result.stderr) == (
+        code == 2
+    )
 
 
 def test_a_notice_is_printed_beside_the_configuration() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_moe.text import counted, divisors, format_bytes, listed, nearest, shown
+from dist_moe.text import counted, divisors, format_bytes, listed, nearest, shown, up_to
 
 
 def test_values_are_one_short_line() -> None:
@@ -42,3 +42,8 @@ def test_format_bytes_uses_decimal_units(size: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 workers"), (1, "1 worker"), (1024, "1,024 workers")])
 def test_counted_agrees_in_number(count: int, text: str) -> None:
     assert counted(count, "worker") == text
+
+
+@pytest.mark.parametrize(("last", "first", "text"), [(4, 1, "1 to 4"), (1, 1, "1"), (3, 0, "0 to 3"), (0, 0, "0")])
+def test_a_range_of_one_number_is_that_number(last: int, first: int, text: str) -> None:
+    assert up_to(last, first) == text

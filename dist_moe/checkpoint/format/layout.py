@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import CheckpointError, without_remedy
 from dist_moe.checkpoint.format.hf_weights import write_index
 from dist_moe.checkpoint.format.manifest import (
     MANIFEST_NAME,
@@ -100,7 +100,7 @@ def _damage(folder: Path, read: tuple[str, ...]) -> str | None:
         damage = find_damage(folder, manifest, manifest.files, digests=False)
         damage = damage or find_damage(folder, manifest, [name for name in manifest.files if name.startswith(read)])
     except CheckpointError as error:
-        return str(error)
+        return without_remedy(error)
     return f"{folder} is damaged: {listed(damage, last='and', most=3)}" if damage else None
 
 

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import USE_ANOTHER, CheckpointError
+from dist_moe.errors import reason_of
 from dist_moe.files import is_folder, sync_folder, write_atomically
-from dist_moe.section import Section
+from dist_moe.section import Section, broken_fields
 from dist_moe.untrusted import parse_json, printable, read_text
 
 MANIFEST_NAME = "manifest.json"
@@ -73,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
             "run"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be used ({first_line(error)}); use another checkpoint") from None
+        raise CheckpointError(f"{path} cannot be used ({reason_in_file(error)}); {USE_ANOTHER}") from None
     if manifest.format != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {manifest.format}, and this dist-moe reads format {FORMAT_VERSION}; use the version "
@@ -148,6 +149,6 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).partition("\n")[0]
+def reason_in_file(error: Exception) -> str:
+    """What is wrong with a file, in one line: the words of the system, the wrong fields, or the first line."""
+    return broken_fields(error) if isinstance(error, ValidationError) else reason_of(error).partition("\n")[0]

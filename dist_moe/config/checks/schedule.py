@@ -3,7 +3,7 @@
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.train import TrainConfig
 from dist_moe.errors import Violation
-from dist_moe.text import divisors, listed, shown
+from dist_moe.text import counted, divisors, listed, shown
 
 MOST_LISTED = 40
 """Of many values that would do, a message has those nearest to what was given."""
@@ -16,17 +16,20 @@ def batch_violations(train: TrainConfig, workers: int) -> list[Violation]:
     if batch % (workers * smallest) == 0:
         return []
     if batch % workers == 0:
-        rule = f"does not divide the {batch // workers} sequences of each of {workers} workers"
+        share = f"the {counted(batch // workers, 'sequence')} of each of {counted(workers, 'worker')}"
+        rule = f"does not divide {share}"
         near = sorted(divisors(batch // workers), key=lambda count: abs(count - smallest))[:MOST_LISTED]
         remedy = f"use {listed([*sorted(near), 'auto'])}"
         return [Violation("train.micro_batch_size", micro, rule, remedy)]
     with_micro = "" if micro == "auto" else f" with micro-batches of {micro}"
-    rule = f"does not divide among {workers} workers{with_micro}"
+    rule = f"does not divide among {counted(workers, 'worker')}{with_micro}"
     step = workers * smallest
     multiples = [count for count in (batch // step * step, (batch // step + 1) * step) if count]
     fitting = [count for count in divisors(batch) if batch % (count * smallest) == 0]
     near = sorted(sorted(fitting, key=lambda count: abs(count - workers))[:MOST_LISTED])
-    remedy = f"use {listed(multiples)}" + (f", or {listed(near)} workers" if near else "")
+    remedy = f"set train.global_batch_size to {listed(multiples)}"
+    if near:
+        remedy += f", or use {counted(near[0], 'worker') if len(near) == 1 else f'{listed(near)} workers'}"
     return [Violation("train.global_batch_size", batch, rule, remedy)]
 
 
@@ -48,7 +51,8 @@ def schedule_notices(config: Config) -> list[str]:
     train = config.train
     if train.warmup_steps <= train.schedule_length:
         return []
+    length = counted(train.schedule_length, "step")
     return [
-        f"train.warmup_steps={shown(train.warmup_steps)} is longer than the schedule of {train.schedule_length} steps, "
+        f"train.warmup_steps={shown(train.warmup_steps)} is longer than the schedule of {length}, "
         "so it is cut to it: the learning rate rises until the last step"
     ]

@@ -5,13 +5,14 @@ import copy
 import functools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from dist_moe.errors import ABSENT, Violation
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
-from dist_moe.text import shown
+from dist_moe.text import TYPES, listed, shown, type_words
 
 LONGEST_REASON = 200
 # Bytes in fp32, of few layers: a thousand times those of the largest published models.
@@ -20,6 +21,7 @@ ROPE_LOGGER = "transformers.modeling_rope_utils"
 # How transformers begins its warnings of rotary parameters that it ignores, misses or does not know.
 ROPE_COMPLAINTS = ("Unrecognized keys", "Missing", "`rope_parameters`'s")
 ROPE_KEY = "rope_parameters"
+WRONG_TYPE = re.compile(r"Field '\w+' expected (\w+), got")
 Trial = Callable[[Mapping[str, Any]], str | None]
 
 
@@ -68,13 +70,22 @@ def blamed(trial: Trial, arguments: Mapping[str, Any]) -> Iterator[tuple[str | N
 
 
 def _violation(architecture: str, key: str, value: Any, reason: str, own: bool) -> Violation:
-    default = _default(architecture, key)
+    default = default_of(architecture, key)
     rule = f"makes a model that fails ({reason})"
     if not own:
         rule = f"{rule}, and is the value of model.pretrained"
         return Violation(f"model.config.{key}", value, rule, "correct the config.json of that folder")
     remedy = "leave it out" if value == default else f"leave it out (the default is {shown(default)})"
     return Violation(f"model.config.{key}", value, rule, f"{remedy}, or give a value that the model accepts")
+
+
+def expected_types(reason: str) -> str | None:
+    """Return the types in a message of transformers about a value of another type, as in `a whole number or null`.
+
+    None where it is another message, or names a type that a configuration does not have.
+    """
+    names = WRONG_TYPE.findall(reason)
+    return listed(dict.fromkeys(map(type_words, names))) if names and TYPES.keys() >= set(names) else None
 
 
 def _cause(trial: Trial, arguments: Mapping[str, Any], reason: str) -> str | None:
@@ -94,7 +105,8 @@ def _is_suspect(key: str, value: Any, reason: str) -> bool:
     return key in reason or value is None or isinstance(value, dict) or f"'{value}'" in reason
 
 
-def _default(architecture: str, key: str) -> Any:
+def default_of(architecture: str, key: str) -> Any:
+    """Return the value of a key of model.config where it is left out."""
     from transformers import CONFIG_MAPPING
 
     return getattr(CONFIG_MAPPING[architecture](), key, None)

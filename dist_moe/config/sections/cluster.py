@@ -11,6 +11,8 @@ from dist_moe.section import OneOrMore, Section, UserPath
 # Safe in the command lines of ssh, pdsh and a shell: it cannot be an option, and needs no quotes.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
 # With the scope of a link-local address, as in fe80::1%eth0.
 IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9_.-]+)?")
 
@@ -34,7 +36,14 @@ def _plain_name(text: str) -> str:
     return text
 
 
+def _variable(text: str) -> str:
+    if not VARIABLE.fullmatch(text):
+        raise ValueError("is not the name of an environment variable (letters, digits and _, not a digit first)")
+    return text
+
+
 Name = Annotated[str, AfterValidator(_plain_name)]
+Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class HostConfig(Section):
@@ -79,7 +88,7 @@ class ClusterConfig(Section):
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, description="the port of the ssh servers, or null (the default of ssh)"
     )
-    environment: Annotated[list[Name], OneOrMore] = Field(
+    environment: Annotated[list[Variable], OneOrMore] = Field(
         default_factory=list,
         description="the names of environment variables to forward to the workers; one of them needs no list",
     )

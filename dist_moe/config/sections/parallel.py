@@ -31,7 +31,7 @@ class ParallelConfig(Section):
         "where each worker has its own GPU, else mpi under mpirun, else gloo)",
     )
     timeout_s: float = Field(
-        default=600, gt=0, le=2e6, description="the timeout of each collective in seconds (above 0, to 2e6, 23 days)"
+        default=600, ge=1, le=2e6, description="the timeout of each collective in seconds (1 to 2e6, 23 days)"
     )
 
     @field_validator("zero_stage", mode="before")

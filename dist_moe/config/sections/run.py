@@ -18,7 +18,7 @@ class RunConfig(Section):
         default=0,
         ge=0,
         lt=2**32,
-        description="the seed of the initial weights and of the order of the data (0 or more)",
+        description="the seed of the initial weights and of the order of the data (0 to 4294967295)",
     )
     threads: Annotated[int, Field(ge=1, le=4096)] | Auto = Field(
         default="auto",

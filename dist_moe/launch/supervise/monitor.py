@@ -23,6 +23,7 @@ from dist_moe.launch.supervise.protocol import (
     check_record,
     wait_readable,
 )
+from dist_moe.text import counted
 from dist_moe.untrusted import printable
 from dist_moe.worker.contract import WorkerState, error_file
 
@@ -197,7 +198,7 @@ class WorkerMonitor:
         fits = size <= self._largest_size if self.replaces_workers else size == self.size
         if not fits or (rank in self._greetings and not self.replaces_workers):
             what = f"rank {rank} of {size} on {greeting.host}"
-            self.output.announce(f"refused a worker that says it is {what}, in a job of {self.size} workers")
+            self.output.announce(f"refused a worker that says it is {what}, in a job of {counted(self.size, 'worker')}")
             agent.close()
             return
         # A launcher that restarts workers gives out their ranks again.

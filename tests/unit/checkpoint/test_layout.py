@@ -10,7 +10,7 @@ import pytest
 
 from dist_moe.checkpoint.collective import run_on_all_ranks
 from dist_moe.checkpoint.errors import CheckpointError, RunChangedError
-from dist_moe.checkpoint.format.layout import recover, step_folders
+from dist_moe.checkpoint.format.layout import recover, resolve_path, step_folders
 from dist_moe.checkpoint.format.manifest import read_manifest
 from dist_moe.checkpoint.resume import find_checkpoint
 from dist_moe.data.corpus import TokenizedData
@@ -208,18 +208,33 @@ def test_a_checkpoint_of_another_text_is_refused(text: Path, run: Path) -> None:
     [
         ({"files": {"../../etc/passwd": {"bytes": 1, "xxh3_128": "0" * 32}}}, "outside of its folder"),
         ({"files": {"/etc/passwd": {"bytes": 1, "xxh3_128": "0" * 32}}}, "outside of its folder"),
-        ({"files": {"model/x": {"bytes": -1, "xxh3_128": "0" * 32}}}, "cannot be used"),
-        ({"files": {"model/x": {"bytes": 1, "xxh3_128": "short"}}}, "cannot be used"),
+        (
+            {"files": {"model/x": {"bytes": -1, "xxh3_128": "0" * 32}}},
+            r"cannot be used \(files.model/x.bytes=-1 should be greater than or equal to 0\); use another checkpoint$",
+        ),
+        ({"files": {"model/x": {"bytes": 1, "xxh3_128": "short"}}}, "xxh3_128=short does not have the required form"),
         ({"format": 1}, "has format 1, and this dist-moe reads format 2"),
-        ({"format": "1"}, "cannot be used"),
-        ({"step": 1.5}, "cannot be used"),
-        ({"more": 1}, "cannot be used"),
+        ({"format": "1"}, "format=1 should be a whole number"),
+        ({"step": 1.5, "files": []}, "step=1.5 should be a whole number and files=\\[\\] should be a mapping"),
+        ({"more": 1}, "more is not a known key"),
     ],
 )
 def test_an_invalid_manifest_is_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 2, "step": 1, "files": {}} | changed))
     with pytest.raises(CheckpointError, match=message):
         read_manifest(tmp_path)
+
+
+def test_a_folder_of_damaged_manifests_has_one_remedy(tmp_path: Path) -> None:
+    folder = step(tmp_path, 2)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "step": "x", "files": {}}))
+    with pytest.raises(CheckpointError) as caught:
+        resolve_path(tmp_path)
+    assert str(caught.value) == (
+        f"no checkpoint in {tmp_path} can be used: {folder}/manifest.json cannot be used (step=x should be a whole "
+        "number); restore one"
+    )
 
 
 def test_keep_last_and_keep_every_decide_what_is_kept(text: Path, made: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_the_cpu_beside_a_gpu_is_said_for_auto_and_refused_for_nccl(
     assert choice.index is None and choice.backend in ("gloo", "mpi") and len(choice.notes) == 1
     for word in words:
         assert word in choice.notes[0]
-    with pytest.raises(RankInfoError, match=f"of this host's {rank_info.local_world_size} workers, and torch finds"):
+    with pytest.raises(RankInfoError, match=rf"of this host's {rank_info.local_world_size} workers?, and torch finds"):
         choose_device("nccl", rank_info, devices, environment)
 
 

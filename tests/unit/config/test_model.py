@@ -88,11 +88,24 @@ def test_wrong_keys_and_values_of_the_model(override: str, line: str) -> None:
             qwen,
             {"num_experts": "many", "hidden_size": 1.5},
             [
-                "model.config.num_experts=many is refused by Qwen3MoeConfig (Field 'num_experts' expected int, got str "
-                "(value: 'many')); give a value that the class accepts",
-                "model.config.hidden_size=1.5 is refused by Qwen3MoeConfig (Field 'hidden_size' expected int, got "
-                "float (value: 1.5)); give a value that the class accepts",
+                "model.config.num_experts=many should be a whole number; correct it, or leave it out (the default is "
+                "128)",
+                "model.config.hidden_size=1.5 should be a whole number; correct it, or leave it out (the default is "
+                "2048)",
             ],
+        ),
+        (
+            debug,
+            {"num_experts_per_tok": 2.5},
+            [
+                "model.config.num_experts_per_tok=2.5 should be a whole number or null; correct it, or leave it out "
+                "(the default is 8)",
+            ],
+        ),
+        (
+            debug,
+            {"num_hidden_layers": 1, "first_k_dense_replace": 1},
+            ["model.config.first_k_dense_replace=1 leaves no MoE layer among the 1 layer; give 0"],
         ),
         (
             qwen,

@@ -73,7 +73,8 @@ def test_what_contradicts_the_folder_is_refused(folder: Path, override: str, lin
     [
         ({"model_type": "dist_moe_qwen3_moe"}, "resume from its checkpoint, with checkpoint.resume="),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized; give its weights in bf16 or fp32"),
-        ({"hidden_size": "wide"}, "is refused by Qwen3MoeConfig"),
+        ({"hidden_size": "wide"}, "has hidden_size=wide in its config.json, which should be a whole number; correct"),
+        ({"rope_parameters": {"rope_type": 3}}, "rope_type"),
         ({"num_hidden_layers": 0}, "model.config.num_hidden_layers=0 is not positive"),
     ],
 )

@@ -25,7 +25,12 @@ def test_the_quick_start_fits_its_workers(workers: int, micro_batch_size: int, a
 def test_the_quick_start_with_3_workers_names_those_that_fit() -> None:
     (found,) = violations(load_config(QUICKSTART), 3).values()
     assert str(found) == (
-        "train.global_batch_size=32 does not divide among 3 workers; use 30 or 33, or 1, 2, 4, 8, 16 or 32 workers"
+        "train.global_batch_size=32 does not divide among 3 workers; set train.global_batch_size to 30 or 33, or "
+        "use 1, 2, 4, 8, 16 or 32 workers"
+    )
+    (found,) = violations(load_config(QUICKSTART), 999_999_999).values()
+    assert "does not divide among 999,999,999 workers; set train.global_batch_size to 999999999, or use 1, " in str(
+        found
     )
 
 
@@ -85,6 +90,43 @@ def test_a_warmup_that_is_cut_says_so() -> None:
         "train.warmup_steps=30 is longer than the schedule of 20 steps, so it is cut to it: the learning rate rises "
         "until the last step"
     )
+
+
+def test_a_schedule_of_one_step_is_one_step() -> None:
+    (notice,) = resolve(load_config(QUICKSTART, ["train.steps=1", "train.warmup_steps=3"]), 2).notices
+    assert "longer than the schedule of 1 step, so" in notice
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notices"),
+    [
+        (
+            ("data.vocabulary=300",),
+            ["data.vocabulary=300 has no effect with data.tokenizer=bytes; it is the size of a bpe vocabulary"],
+        ),
+        (
+            ("balance.policy=none", "balance.rate=0.1", "balance.schedule=constant"),
+            ["balance.rate=0.1 has no effect with balance.policy=none, which has no rate"],
+        ),
+        (("balance.policy=none", "balance.rate=0.001", "balance.schedule=constant"), []),
+        (
+            ("balance.auxiliary_scope=sequence",),
+            ["balance.auxiliary_scope=sequence has no effect with balance.auxiliary_loss=0, which turns that loss off"],
+        ),
+        (("balance.auxiliary_scope=sequence", "balance.auxiliary_loss=0.1"), []),
+        (
+            ("train.optimizer=sgd", "train.betas=[0.9, 0.99]"),
+            ["train.betas=[0.9, 0.99] has no effect with train.optimizer=sgd; they are those of adamw"],
+        ),
+        (
+            ("checkpoint.keep_every=3",),
+            ["checkpoint.keep_every=3 has no effect with checkpoint.keep_last=0, which keeps every checkpoint"],
+        ),
+        (("checkpoint.keep_every=3", "checkpoint.keep_last=2"), []),
+    ],
+)
+def test_a_field_without_effect_says_so(overrides: tuple[str, ...], notices: list[str]) -> None:
+    assert list(resolve(debug(*overrides), 2).notices) == notices
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "1.0", "true", "x"])

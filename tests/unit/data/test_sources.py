@@ -109,6 +109,7 @@ def test_text_that_is_not_utf8_is_named_with_its_byte(tmp_path: Path) -> None:
         (["stdlib-code", "stdlib-code"], "repeats stdlib-code"),
         (["shakespear"], "did you mean 'shakespeare'"),
         (["no/such/*.txt"], "matches no .txt or .jsonl file"),
+        (["http://x.y/z.txt"], "is a URL, which is not downloaded; download the file first, and give its path"),
     ],
 )
 def test_unknown_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
