@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch is imported: two processes of tests on two cores, each with a thread per core, are several times slower.
@@ -12,6 +13,8 @@ from tests.crash import pytest_testnodedown, pytest_xdist_make_scheduler
 from tests.dist.pool import RankPool
 
 __all__ = ["pytest_testnodedown", "pytest_xdist_make_scheduler"]
+# A shell ignores it for what it starts in the background, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -25,6 +25,7 @@ from dist_moe.text import counted
 
 if TYPE_CHECKING:
     from dist_moe.launch.job import Job
+    from dist_moe.launch.launcher import LaunchRequest
 
 
 def launch(
@@ -53,10 +54,8 @@ def launch(
         print_status(f"checking {config}")
     from dist_moe.config import load_config
     from dist_moe.launch.cluster import read_cluster
-    from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
     from dist_moe.launch.launcher import LaunchRequest, Scheduler, load_launcher
-    from dist_moe.launch.scripts import all_files, write_files
     from dist_moe.launch.supervise.output import print_within
 
     with report_user_errors():
@@ -66,10 +65,7 @@ def launch(
         cluster = read_cluster(settings.cluster, None if write else os.environ)
         request = LaunchRequest(settings, config, worker_overrides, cluster, workers, runner, max_restarts, min_hosts)
         if write is not None:
-            if dry_run:
-                raise LaunchError("--dry-run writes nothing, and --write writes files; remove one of them")
-            write_files(write, all_files(request))
-            print(f"scripts for every launcher are in {write}; {write / 'README.md'} says which to take")
+            write_scripts(write, request, dry_run)
             return
         job = Job(launcher, request)
         if runs and not job.submits and cluster is None:
@@ -88,6 +84,21 @@ def launch(
     if outcome.message:
         print_within("stderr", styled_error(outcome.message))
     raise typer.Exit(outcome.code)
+
+
+def write_scripts(folder: Path, request: "LaunchRequest", dry_run: bool) -> None:
+    """Write scripts for every launcher into a folder, and print where they are.
+
+    Raises:
+        LaunchError: A dry run was asked for, too.
+    """
+    from dist_moe.launch.command import LaunchError
+    from dist_moe.launch.scripts import all_files, write_files
+
+    if dry_run:
+        raise LaunchError("--dry-run writes nothing, and --write writes files; remove one of them")
+    write_files(folder, all_files(request))
+    print(f"scripts for every launcher are in {folder}; {folder / 'README.md'} says which to take")
 
 
 def starting_line(job: "Job") -> str:

@@ -20,8 +20,9 @@ def test_launcher_process_has_the_same_launch(
     monkeypatch.setenv(LAUNCH_VARIABLE, own)
     environment = {name: value for name, value in os.environ.items() if name != LAUNCH_VARIABLE}
     environment |= {LAUNCH_VARIABLE: other} if other else {}
-    # It writes once it runs: before, the kernel may show an empty environment.
-    with subprocess.Popen(["sh", "-c", "echo; exec sleep 600"], env=environment, stdout=subprocess.PIPE) as process:
+    # It writes once it runs: before, as during an exec, the kernel may show an empty environment.
+    command, pipe = ["sh", "-c", "echo; read line"], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe) as process:
         try:
             assert process.stdout is not None and process.stdout.readline()
             found = launcher_process(process.pid)
