@@ -23,7 +23,6 @@ from dist_moe.train.rank_flags import RankFlags
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_text
 from tests.dist.steps import one_step
-from tests.selection import only_first
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-@pytest.mark.parametrize("stage", only_first([1, 0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 0])
 def test_asynchronous_and_synchronous_saves_have_equal_bits(
     ranks: RankPool, text: Path, tmp_path: Path, stage: int
 ) -> None:

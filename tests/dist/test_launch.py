@@ -99,7 +99,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         job.process.communicate(timeout=END_LIMIT_S)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun", slow("torchrun")])
+@pytest.mark.parametrize("launcher", ["deepspeed", slow("mpirun"), slow("torchrun")])
 def test_a_successful_job_exits_with_0_and_without_a_message(start: Start, launcher: str) -> None:
     job = start(launcher, "finish")
     assert job.end() == (0, "")
