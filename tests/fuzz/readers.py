@@ -113,8 +113,9 @@ def read_checkpoint(damage: tuple[int, str, Sequence[tuple[float, bytes]], bool]
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkpoint(), copy)
     files = sorted(path for path in copy.rglob("*") if path.is_file())
-    damage_file(files[number % len(files)], kind, edits)
-    if has_digests:
+    damaged = files[number % len(files)]
+    damage_file(damaged, kind, edits)
+    if has_digests and damaged.name != MANIFEST_NAME:
         listed = {str(path.relative_to(copy)): path for path in files if path.is_file() and path.name != MANIFEST_NAME}
         write_manifest(copy, 2, {name: file_entry(path) for name, path in listed.items()})
     verify_checkpoints(copy)
