@@ -188,7 +188,9 @@ def draw_load_figure(
         _draw_experts(axes, history, layer, color_map)
     maps[-1].set_xlabel("step", fontsize=11)
     bar = figure.colorbar(maps[0].collections[0], ax=maps, extend="max", ticks=[0, 1, 2], pad=0.01)
-    bar.set_label("load / mean (black: no tokens)", color=text, fontsize=10)
+    # One line is longer than one heat map is high.
+    between = "\n" if len(maps) == 1 else " "
+    bar.set_label(f"load / mean{between}(black: no tokens)", color=text, fontsize=10)
     bar.ax.tick_params(colors=text, labelsize=10)
     bar.outline.set_edgecolor(grid)
     with needs_folder(path, "--out", "file"):

@@ -55,6 +55,16 @@ def test_the_command_draws_both_themes(tmp_path: Path, options: tuple[str, ...])
     assert pixels.shape[1] == 1800, "twice the width of a README, for screens of high resolution"
 
 
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_no_text_is_cut_off_at_the_edge_of_the_figure(tmp_path: Path, runs: int) -> None:
+    folders = [write_run(tmp_path / str(number), "none") for number in range(runs)]
+    draw_load_figure(tmp_path / "load.png", read_histories(folders))
+    with Image.open(tmp_path / "load.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (edges == pixels[0, 0]).all()
+
+
 def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["study", "load", str(tmp_path / "nowhere")])
     reason = "nowhere/metrics.jsonl cannot be read (No such file or directory); name the run.dir of a run"
