@@ -9,6 +9,7 @@ import logging
 import os
 import pwd
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -17,7 +18,7 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
-from dist_moe.errors import UserError
+from dist_moe.errors import UserError, needs_folder
 
 logger = logging.getLogger(__name__)
 
@@ -266,6 +267,20 @@ def _name_of(user: int) -> str:
         return f"the user {pwd.getpwuid(user).pw_name}"
     except KeyError:
         return f"the user {user}"
+
+
+def try_file(path: Path, option: str) -> None:
+    """Raise a UserError if a file cannot be written, before the work whose results it is to hold.
+
+    Args:
+        path: The file; it is not made or changed.
+        option: The option that names it.
+    """
+    with needs_folder(path, option, "file"):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def write_atomically(path: Path, text: str, durable: bool = False, mode: int = 0o666) -> None:

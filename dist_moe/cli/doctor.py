@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from dist_moe.cli.messages import is_verbose, report_user_errors, try_file
+from dist_moe.cli.messages import is_verbose, report_user_errors
 from dist_moe.cli.options import (
     DEFAULT_LAUNCHER,
     AskedWorkers,
@@ -44,9 +44,10 @@ def doctor(
     Does not change run.dir. Exits with 0, with 1 where a check failed, with 2 where the configuration is wrong.
     """
     from dist_moe.config import load_config, resolve
-    from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
+    from dist_moe.doctor.finding import Finding, Outcome, read_json
     from dist_moe.doctor.temporary import temporary_folder
-    from dist_moe.errors import UserError, needs_folder
+    from dist_moe.errors import UserError
+    from dist_moe.files import try_file
     from dist_moe.launch.cluster import read_cluster
     from dist_moe.launch.command import LaunchError
     from dist_moe.launch.job import Job
@@ -85,11 +86,19 @@ def doctor(
             fault = fault or f"rank 0 wrote no findings to {folder}; share run.dir among the hosts"
             findings.append(Finding("launch", Outcome.failed, fault, "fix this fault, and run the doctor again"))
         findings += read_json(folder / FINDINGS) if written else []
+    show(findings, as_json)
+    raise typer.Exit(failed(findings))
+
+
+def show(findings: Sequence["Finding"], as_json: Path | None) -> None:
+    """Print the table of the findings, and write them to the file of --json, if there is one."""
+    from dist_moe.doctor.finding import table, write_json
+    from dist_moe.errors import needs_folder
+
     Console().print(table(findings))
     if as_json is not None:
         with report_user_errors(), needs_folder(as_json, "--json", "file"):
             write_json(findings, as_json)
-    raise typer.Exit(failed(findings))
 
 
 def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None) -> int:
@@ -99,7 +108,6 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
     """
     from dist_moe.config import load_config, resolve
     from dist_moe.doctor.checks import run_checks
-    from dist_moe.doctor.finding import table, write_json
     from dist_moe.train.data_check import data_violations
     from dist_moe.worker.exit import flush_output
     from dist_moe.worker.rank_info import rank_info_from_env
@@ -112,9 +120,7 @@ def within_a_job(config: Path, overrides: list[str] | None, as_json: Path | None
     folder = Path(resolved.config.run.dir) / f"doctor-{os.environ.get('MASTER_PORT', '')}"
 
     def report(found: Sequence["Finding"]) -> None:
-        Console().print(table(found))
-        if as_json is not None:
-            write_json(found, as_json)
+        show(found, as_json)
 
     def leave(found: Sequence["Finding"]) -> NoReturn:
         flush_output()

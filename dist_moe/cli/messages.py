@@ -5,9 +5,7 @@ import errno
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, MutableMapping
-from pathlib import Path
 from typing import TextIO
 
 import typer
@@ -71,22 +69,6 @@ def set_up_logging() -> None:
 def is_verbose() -> bool:
     """Return whether messages are shown."""
     return any(isinstance(handler, _StderrHandler) for handler in logging.getLogger("dist_moe").handlers)
-
-
-def try_file(path: Path, option: str) -> None:
-    """Raise a UserError if a file cannot be written, before the work whose results it is to hold.
-
-    Args:
-        path: The file; it is not made or changed.
-        option: The option that names it.
-    """
-    from dist_moe.errors import needs_folder
-
-    with needs_folder(path, option, "file"):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
 
 
 @contextlib.contextmanager

@@ -84,17 +84,17 @@ class Reading(NamedTuple):
     arguments: dict[str, Any] | None = None
 
 
+@without_collections()
 def read_model(config: Config) -> Reading:
     """Build the Hugging Face config of `config.model` and `config.router`, and try its model; imports transformers."""
-    with without_collections():
-        reading = _read(config)
-        refused = {found.key.removeprefix(KEY) for found in reading.violations}
-        if reading.arguments is None or "model.config" in refused:
-            return reading
-        arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
-        own, length = set(config.model.config), config.data.sequence_length
-        failed = trial_violations(config.model.architecture, arguments, refused, own, length)
-        return reading._replace(violations=[*reading.violations, *failed])
+    reading = _read(config)
+    refused = {found.key.removeprefix(KEY) for found in reading.violations}
+    if reading.arguments is None or "model.config" in refused:
+        return reading
+    arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
+    own, length = set(config.model.config), config.data.sequence_length
+    failed = trial_violations(config.model.architecture, arguments, refused, own, length)
+    return reading._replace(violations=[*reading.violations, *failed])
 
 
 def _read(config: Config) -> Reading:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import Mesh, MeshError, consecutive_ranks_per_host, hosts_of_ranks, make_mesh
 from dist_moe.errors import needs_folder
-from dist_moe.files import write_atomically
+from dist_moe.files import try_file, write_atomically
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.study.tables import terminal_table
@@ -92,6 +92,7 @@ def run(sizes: Sequence[Size], repetitions: int, out: Path | None) -> list[Table
         # Before minutes of measurements, and again when it is written.
         with needs_folder(out, "--out", "file"):
             out.parent.mkdir(parents=True, exist_ok=True)
+        try_file(out, "--out")
     set_threads(1, rank_info)
     with init_distributed(rank_info, "auto", TIMEOUT_S) as dist_context:
         mesh = make_mesh(rank_info.world_size, _ranks_per_host(rank_info.world_size))

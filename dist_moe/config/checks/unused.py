@@ -1,4 +1,4 @@
-"""Fields that are set to a value of their own, and have no effect beside the value of another field."""
+"""Notices of fields that are not at their defaults and have no effect, because of the value of another field."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -132,8 +132,13 @@ def test_an_out_that_cannot_be_written_is_refused_by_every_command_before_it_wor
         assert result.exit_code == 2 and result.stderr.startswith(line), result.output
         assert f"; set {command[-1]} to a {kind} on a disk with free space and write permission\n" in result.stderr
         assert result.stdout == ""
-    for command, option in ((("study", "load", str(folder)), "--out"), (("doctor", str(quickstart)), "--json")):
-        result = CliRunner().invoke(cli.app, [*command, option, str(tmp_path)])
+    of_files = [
+        ("study", "load", str(folder), "--out"),
+        ("study", "hops", "--out"),
+        ("doctor", str(quickstart), "--json"),
+    ]
+    for *words, option in of_files:
+        result = CliRunner().invoke(cli.app, [*words, option, str(tmp_path)])
         assert result.exit_code == 2 and f"{option}={tmp_path} cannot be written (Is a directory" in result.stderr
 
 
