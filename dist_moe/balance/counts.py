@@ -34,10 +34,17 @@ def count_routing(ids_TK: Tensor, experts: int, max_experts_per_token: int) -> R
         experts: E.
         max_experts_per_token: K of the result, which may be more than the columns of ids_TK.
     """
-    ids = ids_TK.reshape(-1)
-    load_E = torch.bincount(ids[ids >= 0], minlength=experts)
-    k_histogram = torch.bincount((ids_TK >= 0).sum(dim=1), minlength=max_experts_per_token + 1)
+    load_E = count_values(ids_TK.reshape(-1) + 1, experts + 1)[1:]
+    k_histogram = count_values((ids_TK >= 0).sum(dim=1), max_experts_per_token + 1)
     return RoutingCounts(load_E, k_histogram[1:])  # a token without experts is padding
+
+
+def count_values(values: Tensor, size: int) -> Tensor:
+    """Count how often each of 0 to size - 1 occurs in int64 values of these -> [size] int64.
+
+    As `torch.bincount`, which waits for a CUDA device, because the size of its result depends on the values.
+    """
+    return values.new_zeros(size).scatter_add_(0, values, torch.ones_like(values))
 
 
 def add_counts(first: Sequence[RoutingCounts], second: Sequence[RoutingCounts]) -> list[RoutingCounts]:

@@ -6,6 +6,8 @@ Shapes: T tokens, E experts, K experts a token takes.
 import torch
 from torch import Tensor
 
+from dist_moe.balance.counts import count_values
+
 BINS = 1000
 
 
@@ -35,6 +37,7 @@ def count_margins(scores_TE: Tensor, bias_E: Tensor, top_k: int, mask_T: Tensor 
     place_TE = margin_TE / (1 + margin_TE.abs())
     bin_TE = ((place_TE + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
     cell_TE = bin_TE + BINS * torch.arange(experts, device=scores_TE.device)
+    cells = experts * BINS
     if mask_T is not None:
-        cell_TE = cell_TE[mask_T]
-    return torch.bincount(cell_TE.reshape(-1), minlength=experts * BINS).view(experts, BINS)
+        cell_TE = cell_TE.masked_fill(~mask_T.unsqueeze(1), cells)  # one more, which is left out
+    return count_values(cell_TE.reshape(-1), cells + 1)[:cells].view(experts, BINS)

@@ -1,61 +1,133 @@
 """The differentiable all-to-all: rows go to the ranks that hold their experts, and their gradients come back.
 
-Shapes: R rows sent, Q rows received, D width, P ranks in the group, N counts for each rank.
+Shapes: R rows sent, Q rows received, P ranks in the group, N counts for each rank.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def exchange_counts(counts_PN: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchange counts; a collective call without gradient.
+class CountsExchange:
+    """An exchange of row counts in flight, which `start_exchange_counts` began."""
+
+    def __init__(self, sent_PN: Tensor, group: dist.ProcessGroup) -> None:
+        self._sent_PN, self._received_PN, self._group = sent_PN, torch.empty_like(sent_PN), group
+        self._work = dist.all_to_all_single(self._received_PN, sent_PN, group=group, async_op=True)
+        self._totals: HostCopy | None = None
+        if sent_PN.is_cuda:
+            self._totals = HostCopy(self._sum_by_rank, self._received_PN)
+
+    def finish(self) -> tuple[Tensor, list[int], list[int]]:
+        """Wait for the exchange.
+
+        Returns:
+            received_PN, whose row p came from rank p; and the totals by rank of what is sent and of what is received.
+        """
+        wait_for(self._work, "all_to_all_single", self._group)
+        totals_2P = self._sum_by_rank() if self._totals is None else self._totals.wait()
+        send, receive = totals_2P.tolist()
+        return self._received_PN, send, receive
+
+    def _sum_by_rank(self) -> Tensor:
+        self._work.wait()
+        return torch.stack([self._sent_PN, self._received_PN]).sum(dim=2)
+
+
+def start_exchange_counts(counts_PN: Tensor, group: dist.ProcessGroup) -> CountsExchange:
+    """Begin to exchange row counts; a collective call without gradient.
 
     Args:
         counts_PN: int64; row p goes to rank p of the group.
         group: The process group.
-
-    Returns:
-        int64 of the same shape; row p came from rank p.
     """
-    received_PN = torch.empty_like(counts_PN)
-    dist.all_to_all_single(received_PN, counts_PN.contiguous(), group=group)
-    return received_PN
+    return CountsExchange(counts_PN.contiguous(), group)
 
 
-def exchange_rows(rows_RD: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+class HostCopy:
+    """A copy from a CUDA device to the host that waits for nothing else on the device.
+
+    It runs on a stream of its own, beside what is launched meanwhile on the current stream.
+
+    Args:
+        compute: Called on that stream; returns the tensor to copy.
+        used: A tensor of the current stream that `compute` reads.
+    """
+
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
+    def __init__(self, compute: Callable[[], Tensor], used: Tensor) -> None:
+        stream = self._streams.setdefault(used.device, torch.cuda.Stream(used.device))
+        with torch.cuda.stream(stream):
+            source = compute()
+            self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self._copy.copy_(source, non_blocking=True)
+            self._done = stream.record_event()
+        used.record_stream(stream)
+
+    def wait(self) -> Tensor:
+        """Return the copy; the host waits until it is complete."""
+        self._done.synchronize()
+        return self._copy
+
+
+def exchange_rows(
+    tensors: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
     """Exchange consecutive blocks of rows; any block may be empty, in both directions, even all of them.
 
-    The gradient takes the opposite way. Every rank of the group has to call this, forward and backward, in the same
+    The gradients take the opposite way. Every rank of the group has to call this, forward and backward, in the same
     order.
 
     Args:
-        rows_RD: The rows to send, ordered by receiving rank.
+        tensors: Tensors of R rows each, ordered by receiving rank.
         send: send[p] rows go to rank p.
         receive: receive[p] rows come from rank p.
         group: The process group.
 
     Returns:
-        rows_QD, ordered by sending rank.
+        Tensors of Q rows each, ordered by sending rank.
     """
-    return _ExchangeRows.apply(rows_RD, list(send), list(receive), group)
+    exchanged: tuple[Tensor, ...] = _ExchangeRows.apply(list(send), list(receive), group, *tensors)
+    return exchanged
 
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, send: list[int], receive: list[int], group: dist.ProcessGroup, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(rows_RD, send, receive, group)
+        return _all_to_all(tensors, send, receive, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(gradients[0], ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *_all_to_all(gradients, ctx.receive, ctx.send, ctx.group)
 
 
-def _all_to_all(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    received_QD = rows_RD.new_empty(sum(receive), rows_RD.shape[1])
-    dist.all_to_all_single(received_QD, rows_RD.contiguous(), receive, send, group=group)
-    return received_QD
+def _all_to_all(
+    tensors: Sequence[Tensor], send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """Start one all-to-all for each tensor, then wait for all of them."""
+    received = [rows.new_empty(sum(receive), *rows.shape[1:]) for rows in tensors]
+    works = [
+        dist.all_to_all_single(output, rows.contiguous(), receive, send, group=group, async_op=True)
+        for output, rows in zip(received, tensors, strict=True)
+    ]
+    for work in works:
+        wait_for(work, "all_to_all_single", group)
+    return tuple(received)
+
+
+def wait_for(work: dist.Work, collective: str, group: dist.ProcessGroup) -> None:
+    """Wait for a collective that was started with `async_op=True`.
+
+    Args:
+        work: Its handle.
+        collective: The name of its function, which the hang detector reads here when the wait ends by a time-out.
+        group: Its process group, which the hang detector reads too.
+    """
+    work.wait()

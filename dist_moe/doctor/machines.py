@@ -106,7 +106,7 @@ def check_all_to_all(context: DoctorContext) -> Finding:
             values = [_row_value(mesh.ep_rank, p) for p, count in enumerate(send) for _ in range(count)]
             sent = torch.tensor(values, dtype=dtype, device=context.dist_context.device).reshape(-1, 1).repeat(1, WIDTH)
             sent.requires_grad_()
-            received = exchange_rows(sent, send, receive, group)
+            (received,) = exchange_rows([sent], send, receive, group)
             expected = [_row_value(r, mesh.ep_rank) for r, count in enumerate(receive) for _ in range(count)]
             received.sum().backward()
             gradient_ok = sent.grad is not None and bool((sent.grad == 1).all())

@@ -26,6 +26,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from dist_moe.comm.exchange import wait_for
 from dist_moe.errors import UserError
 
 POLL_S = 1.0
@@ -284,6 +285,8 @@ def _is_ours(file: str) -> bool:
 def _collective(frames: Sequence[FrameType]) -> tuple[str, Any]:
     """Return the outermost torch.distributed function among the frames and its group; "" and None without one."""
     for frame in frames[::-1]:
+        if frame.f_code is wait_for.__code__:
+            return frame.f_locals["collective"], frame.f_locals["group"]
         if frame.f_code.co_filename == c10d.__file__ and not frame.f_code.co_name.startswith("_"):
             return frame.f_code.co_name, frame.f_locals.get("group") or c10d._get_default_group()
     return "", None

@@ -2,12 +2,17 @@
 
 How a row is sent, with P ranks in the expert-parallel group:
 1. A token that takes K experts has K slots. Slots are sorted by expert, so that the rows for one rank are contiguous.
-2. The ranks exchange how many rows they send for each expert (int64), and then the rows.
-3. Received rows are ordered by sender, then by expert; one permutation orders them by expert for the grouped matmul.
-4. The inverse permutation and the inverse exchange return each result to the rank and slot it came from, where the
-   results of each token's slots are weighted and summed.
+2. The ranks exchange how many rows they send for each expert (int64) while they gather the rows, and then the rows
+   with their gate weights.
+3. Received rows are ordered by sender, then by expert; one move orders them by expert for the grouped matmul.
+4. The reverse move and the reverse exchange return each result to the rank and slot it came from, where the results of
+   each token's slots are summed.
 
-Nothing is dropped. Shapes: T tokens, D width, K slots a token, R rows sent, Q rows received, E experts, e local ones.
+The experts multiply by the gate weights, between their two matmuls: there a row is often narrower, and no result has to
+be kept for the gradient of its weight.
+
+Nothing is dropped. Shapes: T tokens, D width, K slots a token, R rows sent, Q rows received (padding included), E
+experts, e local ones, P ranks.
 """
 
 from typing import Any
@@ -15,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.comm.exchange import exchange_counts, exchange_rows
+from dist_moe.comm.exchange import exchange_rows, start_exchange_counts
 from dist_moe.comm.mesh import Mesh
-from dist_moe.moe.records import Dispatched, DispatchHandle
+from dist_moe.moe.gather_sum import GatherSum
+from dist_moe.moe.kernels import kernels_for
+from dist_moe.moe.records import Dispatched, DispatchHandle, Exchanged
+from dist_moe.moe.row_order import TokenRows, counts, first_rows, move, place_by_expert, sort_slots
 
 
-def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
+def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
     """Send each token's row to the ranks that hold its experts. Collective over the expert-parallel group.
 
     With an expert-parallel size of 1 nothing is communicated.
@@ -28,140 +36,123 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, experts: int, mesh: Mesh) -> Dis
     Args:
         hidden_TD: The tokens of this rank.
         ids_TK: int64 in [-1, experts); a slot with -1 (padding) is not sent.
+        weights_TK: The gate weights.
         experts: E, over all ranks of `mesh`.
         mesh: The expert-parallel group.
 
     Returns:
-        The rows for the experts of this rank, and the handle that `combine` needs.
+        The rows and gate weights for the experts of this rank, and the handle that `combine` needs.
     """
-    slots_R, counts_E = _sort_slots(ids_TK, experts)
-    rows_RD = take_rows(hidden_TD, slots_R, ids_TK.shape[1])
+    kernels = kernels_for(hidden_TD.device)
+    tile = kernels.tile(hidden_TD.dtype)
+    rows, ends_E = sort_slots(ids_TK, experts, remove_empty=kernels.waits)
     if mesh.ep_group is None:
-        return Dispatched(rows_RD, counts_E.cpu(), DispatchHandle(slots_R, None, [], []))
-    local = experts // mesh.expert_parallel
-    counts_Pe = counts_E.view(mesh.expert_parallel, local)
-    arriving_Pe = exchange_counts(counts_Pe, mesh.ep_group).cpu()
-    send, receive = counts_Pe.sum(1).tolist(), arriving_Pe.sum(1).tolist()
-    arrived_QD = exchange_rows(rows_RD, send, receive, mesh.ep_group)
-    order_Q = _order_by_expert(arriving_Pe).to(arrived_QD.device)
-    rows_QD = _Permute.apply(arrived_QD, order_Q)
-    return Dispatched(rows_QD, arriving_Pe.sum(0), DispatchHandle(slots_R, order_Q, send, receive))
+        ends_e = ends_E.int()
+        if tile > 1:
+            placement = place_by_expert(counts(ends_E).unsqueeze(0), len(rows.slot_R), tile)
+            rows, ends_e = move(rows, placement), placement.ends_e
+        return Dispatched(
+            take_rows(hidden_TD, rows), _TakeWeights.apply(weights_TK, rows), ends_e, DispatchHandle(rows, None)
+        )
+    exchange = start_exchange_counts(counts(ends_E).view(mesh.expert_parallel, -1), mesh.ep_group)
+    rows_RD, weights_R = take_rows(hidden_TD, rows), _TakeWeights.apply(weights_TK, rows)
+    arriving_Pe, send, receive = exchange.finish()
+    if sum(send) < len(rows_RD):  # the last ones are of empty slots
+        rows, rows_RD, weights_R = first_rows(rows, sum(send)), rows_RD[: sum(send)], weights_R[: sum(send)]
+    arrived_QD, arrived_Q = exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group)
+    placement = place_by_expert(arriving_Pe, sum(receive), tile)
+    rows_QD = _Move.apply(arrived_QD, placement.source_Q, placement.place_R)
+    weights_Q = weights_TK.new_zeros(len(rows_QD)).scatter(0, placement.place_R, arrived_Q)
+    return Dispatched(rows_QD, weights_Q, placement.ends_e, DispatchHandle(rows, Exchanged(placement, send, receive)))
 
 
-def combine(results_QD: Tensor, weights_TK: Tensor, handle: DispatchHandle, mesh: Mesh) -> Tensor:
-    """Return results to their tokens and sum them by gate weight. Collective, as `dispatch`.
+def combine(results_QD: Tensor, handle: DispatchHandle, mesh: Mesh) -> Tensor:
+    """Return results to their tokens and sum them. Collective, as `dispatch`.
 
     Args:
-        results_QD: The experts' results, in the order of `Dispatched.rows_QD`.
-        weights_TK: Gate weights of this rank's tokens.
+        results_QD: The experts' results times their gate weights, in the order of `Dispatched.rows_QD`.
         handle: `Dispatched.handle` of what `dispatch` returned.
         mesh: As of `dispatch`.
 
     Returns:
         [T, D], zeros for a token without rows.
     """
-    if handle.expert_order_Q is not None and mesh.ep_group is not None:
-        arrived_QD = _Permute.apply(results_QD, _invert(handle.expert_order_Q))
-        results_QD = exchange_rows(arrived_QD, handle.receive, handle.send, mesh.ep_group)
-    tokens, slots = weights_TK.shape
-    weighted_RD = results_QD * weights_TK.reshape(-1).index_select(0, handle.slots_R).unsqueeze(-1)
-    return sum_rows(weighted_RD, handle.slots_R, tokens, slots)
+    if handle.exchanged is not None and mesh.ep_group is not None:
+        placement, send, receive = handle.exchanged
+        arrived_QD = _Move.apply(results_QD, placement.place_R, placement.source_Q)
+        (results_QD,) = exchange_rows([arrived_QD], receive, send, mesh.ep_group)
+    return sum_rows(results_QD, handle.rows)
 
 
-def take_rows(hidden_TD: Tensor, slots_R: Tensor, slots: int) -> Tensor:
-    """Gather the row of each slot's token, where slot = token * `slots` + column (`slots`: K, slots per token).
-
-    Returns:
-        [R, D].
-    """
-    return _TakeRows.apply(hidden_TD, slots_R, slots)
+def take_rows(hidden_TD: Tensor, rows: TokenRows) -> Tensor:
+    """Gather the row of each slot's token -> [R, D]."""
+    return _TakeRows.apply(hidden_TD, rows, kernels_for(hidden_TD.device).gather_sum)
 
 
-def sum_rows(rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
-    """Sum the rows of each token, in the order of its slots.
-
-    Returns:
-        [T, D].
-    """
-    return _SumRows.apply(rows_RD, slots_R, tokens, slots)
-
-
-def _sort_slots(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Sort the occupied slots by expert (stable) -> slots_R, and the rows of each expert, int64."""
-    ids = ids_TK.reshape(-1)
-    occupied = (ids >= 0).nonzero().squeeze(1)
-    order = torch.argsort(ids[occupied], stable=True)
-    return occupied[order], torch.bincount(ids[occupied], minlength=experts)
-
-
-def _order_by_expert(arriving_Pe: Tensor) -> Tensor:
-    """The permutation of rows from the order (sender, expert) to (expert, sender), from their counts."""
-    counts = arriving_Pe.reshape(-1)
-    senders, local = arriving_Pe.shape
-    expert_of_block = torch.arange(local).repeat(senders)
-    return torch.argsort(expert_of_block.repeat_interleave(counts), stable=True)
-
-
-def _invert(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
-
-
-def _sum_by_token(rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
-    """Sum the rows of each token, in the order of its slots, accumulated in fp32 or wider -> [T, D]."""
-    # One addition per column, in which a token occurs at most once: so the order is fixed on a GPU too, and the cost
-    # is proportional to the rows, for any number of columns.
-    summed_TD = rows_RD.new_zeros(tokens, rows_RD.shape[1], dtype=torch.promote_types(torch.float32, rows_RD.dtype))
-    slot_R = slots_R % slots
-    rows_of_slot = torch.bincount(slot_R, minlength=slots).tolist()
-    for part in torch.argsort(slot_R, stable=True).split(rows_of_slot):
-        summed_TD.index_add_(0, slots_R[part] // slots, rows_RD[part].to(summed_TD.dtype))
-    return summed_TD.to(rows_RD.dtype)
+def sum_rows(rows_RD: Tensor, rows: TokenRows) -> Tensor:
+    """Sum the rows of each token, in the order of its slots -> [T, D]."""
+    return _SumRows.apply(rows_RD, rows, kernels_for(rows_RD.device).gather_sum)
 
 
 class _TakeRows(torch.autograd.Function):
-    """rows = hidden[slot // K]; the gradient of a token is the sum over its slots in fixed order.
-
-    PyTorch's own backward of this indexing adds rows atomically on a GPU, in an order that changes between runs.
-    """
+    """rows = hidden[token]; the gradient of a token is the sum over its slots."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, slots_R: Tensor, slots: int) -> Tensor:
-        ctx.save_for_backward(slots_R)
-        ctx.tokens, ctx.slots = hidden_TD.shape[0], slots
-        return hidden_TD.index_select(0, slots_R // slots)
+    def forward(ctx: Any, hidden_TD: Tensor, rows: TokenRows, gather_sum: GatherSum) -> Tensor:
+        ctx.save_for_backward(rows.row_TK)
+        ctx.gather_sum = gather_sum
+        return hidden_TD.index_select(0, rows.token_R)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (slots_R,) = ctx.saved_tensors
-        return _sum_by_token(gradients[0], slots_R, ctx.tokens, ctx.slots), None, None
+        (row_TK,) = ctx.saved_tensors
+        return ctx.gather_sum(gradients[0].contiguous(), row_TK), None, None
 
 
 class _SumRows(torch.autograd.Function):
-    """The transpose of `_TakeRows`: a sum over the slots of a token, whose gradient is copied to each of them."""
+    """The transpose of `_TakeRows`: the sum of a token's rows, whose gradient is copied to each of them."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, slots_R: Tensor, tokens: int, slots: int) -> Tensor:
-        ctx.save_for_backward(slots_R)
-        ctx.slots = slots
-        return _sum_by_token(rows_RD, slots_R, tokens, slots)
+    def forward(ctx: Any, rows_RD: Tensor, rows: TokenRows, gather_sum: GatherSum) -> Tensor:
+        ctx.save_for_backward(rows.token_R)
+        return gather_sum(rows_RD, rows.row_TK)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (slots_R,) = ctx.saved_tensors
-        return gradients[0].index_select(0, slots_R // ctx.slots), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (token_R,) = ctx.saved_tensors
+        return gradients[0].index_select(0, token_R), None, None
 
 
-class _Permute(torch.autograd.Function):
-    """rows[order] for a permutation, whose gradient is the inverse permutation rather than a scatter-add."""
+class _TakeWeights(torch.autograd.Function):
+    """The gate weight of each row, 0 for padding; the gradient of an empty slot is 0."""
 
     @staticmethod
-    def forward(ctx: Any, rows_QD: Tensor, order_Q: Tensor) -> Tensor:
-        ctx.save_for_backward(order_Q)
-        return rows_QD.index_select(0, order_Q)
+    def forward(ctx: Any, weights_TK: Tensor, rows: TokenRows) -> Tensor:
+        ctx.save_for_backward(rows.row_TK)
+        weights_R = weights_TK.reshape(-1).index_select(0, rows.slot_R)
+        return weights_R if rows.padding is None else weights_R.index_fill_(0, rows.padding, 0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (order_Q,) = ctx.saved_tensors
-        return gradients[0].index_select(0, _invert(order_Q)), None
+        (row_TK,), (gradient_R,) = ctx.saved_tensors, gradients
+        if not len(gradient_R):
+            return gradient_R.new_zeros(row_TK.shape), None
+        return gradient_R[row_TK.clamp_min(0)].masked_fill_(row_TK < 0, 0), None
+
+
+class _Move(torch.autograd.Function):
+    """rows[index], whose gradient is moved back by the inverse index rather than added to where it came from.
+
+    A row that no index names is of padding. Its gradient is that of any other row: its gate weight is 0, and so is all
+    that it adds to the experts' gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_QD: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows_QD.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None

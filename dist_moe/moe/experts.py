@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (registers torch.ops.transformers.grouped_mm_fallback)
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from dist_moe.moe.kernels import kernels_for
 
 
 class GroupedExperts(nn.Module):
@@ -31,19 +34,44 @@ class GroupedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
         self.activation = activation
 
-    def forward(self, rows_QD: Tensor, counts_e: Tensor) -> Tensor:
-        """Apply each expert to its rows.
+    def forward(self, rows_QD: Tensor, weights_Q: Tensor, ends_e: Tensor) -> Tensor:
+        """Apply each expert to its rows, and multiply the results by the gate weights.
+
+        The weights are applied before the last projection, which is linear.
 
         Args:
             rows_QD: Sorted by local expert.
-            counts_e: int64, rows of each expert; 0 is allowed.
+            weights_Q: The gate weight of each row.
+            ends_e: int32, the index after each expert's last row; rows after the last one's belong to none.
 
         Returns:
-            [Q, D].
+            [Q, D] in the dtype of the rows.
         """
-        ends_e = counts_e.cumsum(0).to(device=rows_QD.device, dtype=torch.int32)
-        gate_QF, up_QF = grouped_linear(rows_QD, self.gate_up_proj, ends_e).chunk(2, dim=-1)
-        return grouped_linear(self.activation(gate_QF) * up_QF, self.down_proj, ends_e)
+        gate_up_QF = grouped_linear(rows_QD, self.gate_up_proj, ends_e)
+        gated_QF = gate(gate_up_QF, weights_Q.to(rows_QD.dtype).unsqueeze(1), self.activation)
+        return grouped_linear(gated_QF, self.down_proj, ends_e)
+
+
+def gate(gate_up_QF: Tensor, weights_Q1: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return activation(gate) * up * weights.
+
+    Args:
+        gate_up_QF: [Q, 2F], gate before up.
+        weights_Q1: [Q, 1].
+        activation: Any; SiLU, which makes this SwiGLU, is computed in fewer passes.
+
+    Returns:
+        [Q, F].
+    """
+    if is_silu(activation):
+        return kernels_for(gate_up_QF.device).swiglu(gate_up_QF, weights_Q1)
+    gate_QF, up_QF = gate_up_QF.chunk(2, dim=-1)
+    return activation(gate_QF) * up_QF * weights_Q1
+
+
+def is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether an activation is SiLU, as a function of torch, or a module of torch or transformers."""
+    return activation is F.silu or isinstance(activation, nn.SiLU | SiLUActivation)
 
 
 def grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tensor:

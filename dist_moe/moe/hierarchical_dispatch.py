@@ -19,6 +19,8 @@ from dist_moe.comm.exchange import exchange_rows
 from dist_moe.comm.mesh import Mesh, NodeGroups
 from dist_moe.comm.packed import exchange_packed
 from dist_moe.moe.dispatch import sum_rows, take_rows
+from dist_moe.moe.gather_sum import EMPTY
+from dist_moe.moe.row_order import TokenRows
 
 # (hidden_QD, ids_QK among the experts of a host, weights_QK, the mesh of the host) -> mixed_QD
 ApplyExperts = Callable[[Tensor, Tensor, Tensor, Mesh], Tensor]
@@ -46,16 +48,18 @@ def hierarchical_dispatch_combine(
     experts_of_host = experts // hosts
     host_TK = torch.where(ids_TK >= 0, ids_TK // experts_of_host, -1)
     taken_TNK = host_TK.unsqueeze(1) == torch.arange(hosts, device=ids_TK.device).view(1, -1, 1)
-    # Rows ordered by host, then by token; slot = token * N + host.
+    # Rows ordered by host, then by token; a token has a slot for each host.
     host_R, token_R = taken_TNK.any(dim=2).t().nonzero(as_tuple=True)
     taken_RK = taken_TNK[token_R, host_R]
     counts_R = taken_RK.sum(dim=1)
     taken_N = torch.zeros(hosts, dtype=torch.int64, device=ids_TK.device).index_add_(0, host_R, counts_R)
     send_rows, send_taken = torch.stack([torch.bincount(host_R, minlength=hosts), taken_N]).tolist()
-    slots_R = token_R * hosts + host_R
+    row_TN = torch.full((len(hidden_TD), hosts), EMPTY, device=ids_TK.device)
+    row_TN[token_R, host_R] = torch.arange(len(token_R), device=ids_TK.device)
+    sent = TokenRows(token_R * hosts + host_R, token_R, row_TN)
     (arrived_QD, counts_Q, ids_F, weights_F), (rows, *_) = exchange_packed(
         [
-            take_rows(hidden_TD, slots_R, hosts),
+            take_rows(hidden_TD, sent),
             counts_R.int(),
             (ids_TK % experts_of_host)[token_R][taken_RK].int(),
             weights_TK[token_R][taken_RK],
@@ -65,7 +69,8 @@ def hierarchical_dispatch_combine(
     )
     ids_QK, weights_QK = _as_slots(counts_Q.long(), ids_F.long(), weights_F)
     mixed_QD = apply_experts(arrived_QD, ids_QK, weights_QK, nodes.intra)
-    return sum_rows(exchange_rows(mixed_QD, rows, send_rows, group), slots_R, hidden_TD.shape[0], hosts)
+    (returned_RD,) = exchange_rows([mixed_QD], rows, send_rows, group)
+    return sum_rows(returned_RD, sent)
 
 
 def _as_slots(counts_Q: Tensor, ids_F: Tensor, weights_F: Tensor) -> tuple[Tensor, Tensor]:

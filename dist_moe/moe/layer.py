@@ -45,6 +45,6 @@ class ExpertParallelLayer(nn.Module):
     def _apply_experts(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, mesh: Mesh) -> Tensor:
         """Apply the experts that the ranks of `mesh` hold together."""
         experts = self.num_experts // self.mesh.expert_parallel * mesh.expert_parallel
-        dispatched = dispatch(hidden_TD, ids_TK, experts, mesh)
-        results_QD = self.local(dispatched.rows_QD, dispatched.counts_e)
-        return combine(results_QD, weights_TK, dispatched.handle, mesh).to(hidden_TD.dtype)
+        dispatched = dispatch(hidden_TD, ids_TK, weights_TK, experts, mesh)
+        results_QD = self.local(dispatched.rows_QD, dispatched.weights_Q, dispatched.ends_e)
+        return combine(results_QD, dispatched.handle, mesh)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dist_moe.moe.row_order import Placement, TokenRows
+
 
 class Routing(NamedTuple):
     """Which experts each token takes, and with which weights.
@@ -34,31 +36,44 @@ class RouterRecord(NamedTuple):
     mask_T: Tensor | None
 
 
+class Exchanged(NamedTuple):
+    """How rows were exchanged.
+
+    Attributes:
+        placement: How the received rows were placed by expert.
+        send: Rows sent to each rank of the expert-parallel group.
+        receive: Rows received from each rank.
+    """
+
+    placement: Placement
+    send: list[int]
+    receive: list[int]
+
+
 class DispatchHandle(NamedTuple):
     """What `combine` needs to return rows to their tokens.
 
     Attributes:
-        slots_R: int64, index of each sent row among the flattened [T * K] slots.
-        expert_order_Q: int64, the permutation that sorted the received rows by expert; None if nothing was exchanged.
-        send: Rows sent to each rank of the expert-parallel group; empty if nothing was exchanged.
-        receive: Rows received from each rank.
+        rows: The rows of this rank's tokens, as they were sent, or placed if nothing was exchanged.
+        exchanged: None if nothing was exchanged.
     """
 
-    slots_R: Tensor
-    expert_order_Q: Tensor | None
-    send: list[int]
-    receive: list[int]
+    rows: TokenRows
+    exchanged: Exchanged | None
 
 
 class Dispatched(NamedTuple):
     """Rows on the rank of their experts.
 
     Attributes:
-        rows_QD: Sorted by local expert.
-        counts_e: int64 on the CPU, rows of each local expert.
+        rows_QD: Sorted by local expert. Where each expert's are padded, and after the last one's, there may be rows of
+            any content, whose results nothing reads.
+        weights_Q: The gate weight of each row, 0 for padding.
+        ends_e: int32 on the device, the index after each local expert's last row.
         handle: For `combine`.
     """
 
     rows_QD: Tensor
-    counts_e: Tensor
+    weights_Q: Tensor
+    ends_e: Tensor
     handle: DispatchHandle

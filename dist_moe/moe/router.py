@@ -4,6 +4,7 @@ Shapes: T tokens, D model width, E experts, K columns (the maximum number of exp
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,10 +115,9 @@ class Router(nn.Module):
             logits_TE (fp32), weights_TK (in the dtype of `hidden`) and ids_TK (int64), as Hugging Face blocks expect.
         """
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
-        dtype = torch.promote_types(torch.float32, hidden.dtype)
         # Autocast would compute the matmul in bf16, whose 8 bits make close scores equal or swap them.
         with torch.autocast(hidden.device.type, enabled=False):
-            logits_TE = F.linear(hidden_TD.to(dtype), self.weight.to(dtype))
+            logits_TE = _WideLinear.apply(hidden_TD, self.weight)
             routing = select(logits_TE, self.rule, self.selection_bias, self.threshold)
         ids_TK = routing.ids_TK
         if self._mask_T is not None:
@@ -127,3 +127,21 @@ class Router(nn.Module):
                 raise RuntimeError("a router ran twice in one forward of the model; its record holds one run")
             self._record = RouterRecord(logits_TE, ids_TK, self._mask_T)
         return logits_TE, routing.weights_TK.to(hidden.dtype), ids_TK
+
+
+class _WideLinear(torch.autograd.Function):
+    """A linear map in fp32 or wider that keeps its input for the backward as it is, not a wider copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, weight_ED)
+        dtype = torch.promote_types(torch.float32, hidden_TD.dtype)
+        return F.linear(hidden_TD.to(dtype), weight_ED.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_TD, weight_ED = ctx.saved_tensors
+        gradient_TE = gradients[0]
+        hidden_gradient_TD = gradient_TE @ weight_ED.to(gradient_TE.dtype)
+        weight_gradient_ED = gradient_TE.t() @ hidden_TD.to(gradient_TE.dtype)
+        return hidden_gradient_TD.to(hidden_TD.dtype), weight_gradient_ED.to(weight_ED.dtype)

@@ -4,12 +4,13 @@ Shapes: T tokens, E experts, K columns (the maximum number of experts a token ta
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_moe.moe.kernels import kernels_for
 from dist_moe.moe.records import Routing
 from dist_moe.scores import OVER_LOGITS, Score
 
@@ -213,19 +214,21 @@ def select_by_threshold(
             probability), and for the gate weights with `rule.bias_in_gate_weights`.
 
     Returns:
-        Routing with as many columns as the token with the most experts has experts; an empty slot has id -1, weight 0.
+        Routing with as many columns as the token with the most experts has experts, and on other devices than the CPU
+        `rule.max_experts`; an empty slot has id -1, weight 0.
 
     Source: Huang et al. 2024, arXiv 2403.07652, section 3.1.
     """
     biased_TE = logits_TE if logit_bias_E is None else logits_TE + logit_bias_E
     with torch.no_grad():
-        sorted_TE, order_TE = biased_TE.detach().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        before_TE = F.pad(sorted_TE.cumsum(dim=-1)[:, :-1], (1, 0))
-        taken_TE = before_TE < threshold
-        taken_TE[:, 0] = True
-        taken_TE[:, rule.max_experts :] = False
-        columns = int(taken_TE.sum(dim=1).max()) if len(taken_TE) else 1
-        taken_TK, order_TK = taken_TE[:, :columns], order_TE[:, :columns]
+        probabilities_TE = biased_TE.detach().softmax(dim=-1)
+        order_TK = _highest(probabilities_TE, rule.max_experts)
+        before_TK = F.pad(probabilities_TE.gather(1, order_TK).cumsum(dim=-1)[:, :-1], (1, 0))
+        taken_TK = before_TK < threshold
+        taken_TK[:, 0] = True
+        if kernels_for(order_TK.device).waits:
+            columns = int(taken_TK.sum(dim=1).max()) if len(taken_TK) else 1
+            taken_TK, order_TK = taken_TK[:, :columns], order_TK[:, :columns]
     probabilities_TE = (biased_TE if rule.bias_in_gate_weights else logits_TE).softmax(dim=-1)
     weights_TK = probabilities_TE.gather(1, order_TK) * taken_TK
     return Routing(order_TK.masked_fill(~taken_TK, -1), _scaled(weights_TK, rule))
@@ -242,12 +245,34 @@ def _weigh(logits_TE: Tensor, ids_TK: Tensor, rule: TopK) -> Routing:
 
 def _scaled(weights_TK: Tensor, rule: TopK | ThresholdRouting) -> Tensor:
     if rule.normalize:
-        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights_TK * rule.routed_scaling_factor
+        weights_TK = _Normalize.apply(weights_TK)
+    return weights_TK if rule.routed_scaling_factor == 1 else weights_TK * rule.routed_scaling_factor
+
+
+class _Normalize(torch.autograd.Function):
+    """weights / their sum, with a gradient of four operations, where autograd's of a quotient has nine."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor) -> Tensor:
+        sum_T1 = weights_TK.sum(dim=-1, keepdim=True) + 1e-20
+        normalized_TK = weights_TK / sum_T1
+        ctx.save_for_backward(normalized_TK, sum_T1)
+        return normalized_TK
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        normalized_TK, sum_T1 = ctx.saved_tensors
+        mean_T1 = (gradients[0] * normalized_TK).sum(dim=-1, keepdim=True)
+        return (gradients[0] - mean_T1) / sum_T1
 
 
 def _highest(values_TN: Tensor, count: int) -> Tensor:
     """The indices of the highest values, equal ones in order of index; `torch.topk` may return those in any order."""
+    if kernels_for(values_TN.device).waits:
+        # One value more than asked for, because a tie with the first one left out counts too. NaN is above nothing.
+        best = values_TN.topk(min(count + 1, values_TN.shape[-1]), dim=-1)
+        if bool((best.values[:, :-1] > best.values[:, 1:]).all()):
+            return best.indices[:, :count]
     return values_TN.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 

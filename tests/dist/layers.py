@@ -48,13 +48,13 @@ def bytes_between_hosts(rank: int, world_size: int, case: LayerCase) -> int:
     sent = 0
     whole = dist.all_to_all_single
 
-    def counting(output: Tensor, given: Tensor, receive: Any = None, send: Any = None, group: Any = None) -> Any:
+    def counting(output: Tensor, given: Tensor, receive: Any = None, send: Any = None, **options: Any) -> Any:
         nonlocal sent
-        members = dist.get_process_group_ranks(group)
+        members = dist.get_process_group_ranks(options["group"])
         rows = send or [len(given) // len(members)] * len(members)
         row_bytes = given.element_size() * math.prod(given.shape[1:])
         sent += sum(count * row_bytes for count, one in zip(rows, members, strict=True) if one // 2 != rank // 2)
-        return whole(output, given, receive, send, group=group)
+        return whole(output, given, receive, send, **options)
 
     with mock.patch.object(dist, "all_to_all_single", counting):
         fast_pass(rank, case)

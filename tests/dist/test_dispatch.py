@@ -107,10 +107,11 @@ def multiply_by_expert(rank: int, world_size: int, case: LayerCase) -> list[torc
     """Dispatch, multiply each row by the id of its expert, combine."""
     mesh = make_mesh(case.expert_parallel)
     hidden_TD, ids_TK, weights_TK, _ = case.draw(rank)
-    there = dispatch(hidden_TD, ids_TK, case.experts, mesh)
-    expert_of_row_Q = torch.tensor(mesh.local_experts(case.experts)).repeat_interleave(there.counts_e)
-    results_QD = there.rows_QD * expert_of_row_Q.unsqueeze(1)
-    return [combine(results_QD, weights_TK, there.handle, mesh), hidden_TD, ids_TK, weights_TK]
+    there = dispatch(hidden_TD, ids_TK, weights_TK, case.experts, mesh)
+    counts_e = there.ends_e.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    expert_of_row_Q = torch.tensor(mesh.local_experts(case.experts)).repeat_interleave(counts_e)
+    results_QD = there.rows_QD * (expert_of_row_Q * there.weights_Q).unsqueeze(1)
+    return [combine(results_QD, there.handle, mesh), hidden_TD, ids_TK, weights_TK]
 
 
 @pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 2), (4, 2), (4, 4)])
@@ -124,10 +125,10 @@ def test_trap_T36_with_expert_i_multiplying_by_i_the_output_is_known(
 
 
 def test_between_hosts_rows_that_fit_the_first_message_need_no_second(ranks: RankPool) -> None:
-    """Forward: rows with their ids and weights, three calls within the host, then results; backward the same."""
+    """Forward: rows with their ids and weights, four calls within the host, then results; backward all but counts."""
     few, many = LayerCase(4, (3, 0, 5, 2), 8, 2, ranks_per_node=2), LayerCase(4, (3, 0, 999, 2), 8, 2, ranks_per_node=2)
-    assert ranks.run(count_exchanges, 4, few) == [9, 9, 9, 9]
-    assert ranks.run(count_exchanges, 4, many) == [10, 9, 10, 9], "ranks 0 and 2 have the same place on their hosts"
+    assert ranks.run(count_exchanges, 4, few) == [11, 11, 11, 11]
+    assert ranks.run(count_exchanges, 4, many) == [12, 11, 12, 11], "ranks 0 and 2 have the same place on their hosts"
     check_against_twin(ranks, [many])
 
 
@@ -140,5 +141,5 @@ def count_exchanges(rank: int, world_size: int, case: LayerCase) -> int:
 
 def test_trap_T31_without_expert_parallelism_nothing_is_exchanged(ranks: RankPool) -> None:
     assert ranks.run(count_exchanges, 2, LayerCase(1, (5, 6), 4, 2)) == [0, 0]
-    # Counts, rows, results; and back the gradients of results and of rows.
-    assert ranks.run(count_exchanges, 2, LayerCase(2, (5, 6), 4, 2)) == [5, 5]
+    # Counts, rows, gate weights, results; and back the gradients of results, of rows and of weights.
+    assert ranks.run(count_exchanges, 2, LayerCase(2, (5, 6), 4, 2)) == [7, 7]

@@ -36,11 +36,11 @@ def endless(rank: int, world_size: int) -> tuple[str, float]:
     try:
         with hang_detector(rank, world_size, LIMIT_S) as detector:
             detector.set_step(7)
-            exchange_rows(rows, [1, 1], [1, 1], mesh.ep_group)
+            exchange_rows([rows], [1, 1], [1, 1], mesh.ep_group)
             if rank == 1:
                 return busy_loop(), 0.0
             started_s = time.monotonic()
-            exchange_rows(rows, [1, 1], [1, 1], mesh.ep_group)
+            exchange_rows([rows], [1, 1], [1, 1], mesh.ep_group)
     except HangError as error:
         return str(error), time.monotonic() - started_s
     return "no error", 0.0

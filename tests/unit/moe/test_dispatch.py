@@ -1,16 +1,15 @@
-"""Dispatch on one rank: order of the rows, padding, and the permutations behind the exchange."""
+"""Dispatch on one rank: order of the rows, empty slots, and padding."""
 
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.moe.dispatch import _invert, _order_by_expert, combine, dispatch
+from dist_moe.moe.dispatch import combine, dispatch
+from dist_moe.moe.kernels import TILE_ROWS
 
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
 IDS_TK = torch.tensor([[2, 0], [-1, -1], [0, 3], [2, 3]])
@@ -18,49 +17,53 @@ HIDDEN_TD = torch.arange(8.0).view(4, 2)
 
 
 def test_rows_are_sorted_by_expert_then_by_token() -> None:
-    there = dispatch(HIDDEN_TD, IDS_TK, 5, ALONE)
-    assert there.counts_e.tolist() == [2, 0, 2, 2, 0]
-    assert (there.counts_e.dtype, there.counts_e.device.type) == (torch.int64, "cpu")
+    there = dispatch(HIDDEN_TD, IDS_TK, torch.arange(8.0).view(4, 2), 5, ALONE)
+    assert there.ends_e.tolist() == [2, 2, 4, 6, 6]
+    assert there.ends_e.dtype == torch.int32, "as grouped_mm takes it"
     token_of_row = [0, 2, 0, 3, 2, 3]
     assert torch.equal(there.rows_QD, HIDDEN_TD[token_of_row])
+    assert there.weights_Q.tolist() == [1, 4, 0, 6, 5, 7]
 
 
 def test_an_unrouted_token_gets_zero_and_no_gradient() -> None:
     hidden_TD = HIDDEN_TD.clone().requires_grad_()
     weights_TK = torch.tensor([[1.0, 2.0], [7.0, 7.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
-    there = dispatch(hidden_TD, IDS_TK, 5, ALONE)
-    mixed_TD = combine(there.rows_QD, weights_TK, there.handle, ALONE)
+    there = dispatch(hidden_TD, IDS_TK, weights_TK, 5, ALONE)
+    mixed_TD = combine(there.rows_QD * there.weights_Q.unsqueeze(1), there.handle, ALONE)
     assert torch.equal(mixed_TD, HIDDEN_TD * torch.tensor([3.0, 0.0, 7.0, 11.0]).unsqueeze(1))
     mixed_TD.sum().backward()
     assert hidden_TD.grad is not None and hidden_TD.grad[:, 0].tolist() == [3.0, 0.0, 7.0, 11.0]
     assert weights_TK.grad is not None and weights_TK.grad[1].tolist() == [0.0, 0.0]
 
 
-@settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.data())
-def test_the_order_by_expert_is_a_stable_sort(senders: int, local: int, data: st.DataObject) -> None:
-    table = st.lists(st.integers(0, 3), min_size=local, max_size=local)
-    counts_Pe = torch.tensor(data.draw(st.lists(table, min_size=senders, max_size=senders)))
-    arriving = [(p, e) for p in range(senders) for e in range(local) for _ in range(int(counts_Pe[p, e]))]
-    order_Q = _order_by_expert(counts_Pe)
-    assert [arriving[place] for place in order_Q] == sorted(arriving, key=lambda sender_expert: sender_expert[1])
-    assert torch.equal(order_Q[_invert(order_Q)], torch.arange(len(arriving)))
+def test_trap_T27_rows_of_padding_have_weight_zero() -> None:
+    hidden_TD = HIDDEN_TD.bfloat16()
+    there = dispatch(hidden_TD, IDS_TK, torch.arange(1, 9).bfloat16().view(4, 2), 5, ALONE)
+    assert there.ends_e.tolist() == [16, 16, 32, 48, 48] and len(there.rows_QD) == 3 * TILE_ROWS
+    rows = [0, 1, 16, 17, 32, 33]
+    assert torch.equal(there.rows_QD[rows], hidden_TD[[0, 2, 0, 3, 2, 3]])
+    assert there.weights_Q.nonzero().squeeze(1).tolist() == rows
+    assert there.weights_Q[rows].tolist() == [2, 5, 1, 7, 6, 8]
+    results_QD = torch.full_like(there.rows_QD, float("nan"))
+    results_QD[rows] = there.rows_QD[rows]
+    mixed_TD = combine(results_QD, there.handle, ALONE)
+    assert torch.equal(mixed_TD, hidden_TD * torch.tensor([[2], [0], [2], [2]])), "the results of padding are not read"
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_no_token_passes_through(top_k: int) -> None:
     hidden_TD = torch.zeros(0, 4, requires_grad=True)
-    there = dispatch(hidden_TD, torch.zeros(0, top_k, dtype=torch.int64), 3, ALONE)
-    assert there.counts_e.tolist() == [0, 0, 0]
-    mixed_TD = combine(there.rows_QD, torch.zeros(0, top_k), there.handle, ALONE)
+    there = dispatch(hidden_TD, torch.zeros(0, top_k, dtype=torch.int64), torch.zeros(0, top_k), 3, ALONE)
+    assert there.ends_e.tolist() == [0, 0, 0]
+    mixed_TD = combine(there.rows_QD, there.handle, ALONE)
     mixed_TD.sum().backward()
     assert mixed_TD.shape == (0, 4) and hidden_TD.grad is not None
 
 
 def test_a_token_may_take_the_same_expert_twice() -> None:
-    there = dispatch(HIDDEN_TD, torch.tensor([[1, 1]]).expand(4, 2), 2, ALONE)
-    assert there.counts_e.tolist() == [0, 8]
-    assert torch.equal(combine(there.rows_QD, torch.ones(4, 2), there.handle, ALONE), 2 * HIDDEN_TD)
+    there = dispatch(HIDDEN_TD, torch.tensor([[1, 1]]).expand(4, 2), torch.ones(4, 2), 2, ALONE)
+    assert there.ends_e.tolist() == [0, 8]
+    assert torch.equal(combine(there.rows_QD, there.handle, ALONE), 2 * HIDDEN_TD)
 
 
 class Largest(TorchDispatchMode):
@@ -85,6 +88,6 @@ def test_one_token_with_many_experts_does_not_pad_the_others() -> None:
     hidden_TD = torch.randn(201, 48, requires_grad=True)
     weights_TK = torch.rand(201, 64)
     with Largest() as largest:
-        dispatched = dispatch(hidden_TD, ids_TK, 64, ALONE)
-        combine(dispatched.rows_QD, weights_TK, dispatched.handle, ALONE).sum().backward()
+        dispatched = dispatch(hidden_TD, ids_TK, weights_TK, 64, ALONE)
+        combine(dispatched.rows_QD, dispatched.handle, ALONE).sum().backward()
     assert largest.numel <= max(264 * 48, ids_TK.numel())

@@ -1,13 +1,16 @@
 """The experts of a rank: grouped products against one product per expert, and their backward."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from dist_moe.moe.experts import GroupedExperts, grouped_linear
+from dist_moe.moe.experts import GroupedExperts, gate, grouped_linear, is_silu
 
 
 def slow_grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, counts: list[int]) -> Tensor:
@@ -52,7 +55,7 @@ def test_trap_T38_backward_takes_an_expanded_gradient(dtype: torch.dtype) -> Non
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     rows_QD = torch.ones(5, 16, dtype=dtype, requires_grad=True)
-    results_QD = experts(rows_QD, torch.tensor([2, 3]))
+    results_QD = experts(rows_QD, torch.ones(5, dtype=dtype), ends([2, 3]))
     (wanted_QD,) = torch.autograd.grad(results_QD, rows_QD, torch.ones_like(results_QD), retain_graph=True)
     (found_QD,) = torch.autograd.grad(results_QD.sum(), rows_QD)
     assert found_QD.any() and torch.equal(found_QD, wanted_QD)
@@ -66,15 +69,42 @@ def test_the_weights_are_gate_above_up_and_then_down() -> None:
         experts.down_proj[0] = torch.eye(4).roll(1, dims=0)
     row = torch.tensor([[1.0, -1.0, 2.0, 0.0]])
     # relu(2x) * 5x, each value then moved one place on.
-    assert experts(row, torch.tensor([1])).tolist() == [[0.0, 10.0, 0.0, 40.0]]
+    assert experts(row, torch.ones(1), ends([1])).tolist() == [[0.0, 10.0, 0.0, 40.0]]
 
 
 def test_no_rows_give_no_results_and_zero_gradients() -> None:
     for dtype in (torch.float32, torch.float64):
         experts = GroupedExperts(3, 8, 4, F.silu).to(dtype)
         rows_QD = torch.zeros(0, 8, dtype=dtype, requires_grad=True)
-        results_QD = experts(rows_QD, torch.zeros(3, dtype=torch.int64))
+        results_QD = experts(rows_QD, torch.zeros(0), ends([0, 0, 0]))
         assert results_QD.shape == (0, 8)
         results_QD.sum().backward()
         for parameter in experts.parameters():
             assert parameter.grad is not None and not parameter.grad.any()
+
+
+@pytest.mark.parametrize("activation", [F.silu, nn.SiLU(), F.gelu], ids=["silu", "SiLU", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gate_equals_plain_operations_forward_and_backward(
+    activation: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 17, generator=generator, dtype=torch.float64).to(dtype).double()
+    probe_QF = torch.randn(7, 8, generator=generator, dtype=torch.float64)
+    plain = [values[:, :16].clone().requires_grad_(), values[:, 16:].clone().requires_grad_()]
+    gate_QF, up_QF = plain[0].chunk(2, dim=1)
+    wanted_QF = (F.gelu if activation is F.gelu else F.silu)(gate_QF) * up_QF * plain[1]
+    (wanted_QF * probe_QF).sum().backward()
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in plain]
+    found_QF = gate(leaves[0], leaves[1], activation)
+    (found_QF * probe_QF.to(dtype)).sum().backward()
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    results = [found_QF, *(leaf.grad for leaf in leaves)]
+    for found, wanted in zip(results, [wanted_QF, *(leaf.grad for leaf in plain)], strict=True):
+        assert found is not None and found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_silu_is_recognized_in_every_form_and_nothing_else_is() -> None:
+    assert all(map(is_silu, (F.silu, nn.SiLU(), ACT2FN["silu"], ACT2FN["swish"])))
+    assert not any(map(is_silu, (F.gelu, nn.GELU(), ACT2FN["gelu"], torch.sigmoid)))

@@ -1,0 +1,56 @@
+"""The implementations of the steps of an MoE layer between its matmuls, by device and by what is installed."""
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from dist_moe.moe.gather_sum import GatherSum, by_embedding_bag, by_gather
+from dist_moe.moe.swiglu import Gate, SwiGLU
+
+TILE_ROWS = 16
+"""On a CPU in 16-bit floats, the rows of each expert are padded to a multiple of this.
+
+oneDNN compiles a kernel for each number of rows that it has not met (0.4 ms each; it keeps 1,024), and an expert has
+another number of rows in every step. There are few multiples of 16, which is also the height of oneDNN's tiles."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How the steps of a layer are computed on one kind of device.
+
+    Attributes:
+        gather_sum: The sum of each token's rows.
+        swiglu: The gate of experts whose activation is SiLU.
+        waits: Whether the host may wait for values of a tensor, as for the number of rows.
+        tile_rows: The number of rows of which each expert's is made a multiple in 16-bit floats; only with `waits`.
+    """
+
+    gather_sum: GatherSum
+    swiglu: Gate
+    waits: bool = False
+    tile_rows: int = 1
+
+    def tile(self, dtype: torch.dtype) -> int:
+        """Return the number of rows of which each expert's is made a multiple."""
+        return self.tile_rows if dtype.itemsize == 2 else 1
+
+
+CPU = Kernels(by_embedding_bag, SwiGLU.apply, waits=True, tile_rows=TILE_ROWS)
+ANY_DEVICE = Kernels(by_gather, SwiGLU.apply)
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """Return the implementations for a device: of Triton on a CUDA device where it is installed, else of PyTorch."""
+    if device.type == "cpu":
+        return CPU
+    return triton_kernels() if device.type == "cuda" and importlib.util.find_spec("triton") else ANY_DEVICE
+
+
+@functools.cache
+def triton_kernels() -> Kernels:
+    """Return the implementations that need Triton, which is imported here."""
+    from dist_moe.moe import triton_kernels as module
+
+    return Kernels(module.gather_sum, module.SwiGLU.apply)

@@ -1,0 +1,114 @@
+"""The order of rows by expert, as indices: which row is where, before and after the exchange.
+
+Shapes: T tokens, K slots a token, N = T * K slots, E experts, R rows before a move and Q after it, P ranks that send
+rows, e local experts, B = P * e blocks of rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_moe.moe.gather_sum import EMPTY
+
+
+class TokenRows(NamedTuple):
+    """Which slot each row is of, and which row each slot has.
+
+    Attributes:
+        slot_R: int64, the slot of each row; of padding, that of any row.
+        token_R: int64, the token of that slot.
+        row_TK: int64, the row of each slot, or EMPTY.
+        padding: int64, the rows that are of no slot; None without padding.
+    """
+
+    slot_R: Tensor
+    token_R: Tensor
+    row_TK: Tensor
+    padding: Tensor | None = None
+
+
+class Placement(NamedTuple):
+    """A move of rows from the order (sender, expert) to the order (expert, sender).
+
+    Attributes:
+        place_R: int64, where each row goes.
+        source_Q: int64, which row each place gets; of padding, any.
+        padding: int64, the places that are of no row; None without padding.
+        ends_e: int32, the end of each expert's places, padding included.
+    """
+
+    place_R: Tensor
+    source_Q: Tensor
+    padding: Tensor | None
+    ends_e: Tensor
+
+
+def sort_slots(ids_TK: Tensor, experts: int, *, remove_empty: bool) -> tuple[TokenRows, Tensor]:
+    """Order the slots by expert (stable).
+
+    Args:
+        ids_TK: int64 in [-1, experts); -1 is an empty slot.
+        experts: E.
+        remove_empty: Make no rows for empty slots, which waits for the device; else their rows are the last ones.
+
+    Returns:
+        The rows in this order, and ends_E (int64), the row after each expert's last one.
+    """
+    id_N = ids_TK.reshape(-1)
+    empty_N = id_N < 0
+    sorted_N, slot_R = id_N.masked_fill(empty_N, experts).sort(stable=True)
+    # Not by bincount, which waits for the device to know the size of its result.
+    ends_E = torch.searchsorted(sorted_N, torch.arange(experts, device=id_N.device), right=True)
+    row_N = torch.empty_like(slot_R)
+    row_N[slot_R] = torch.arange(slot_R.shape[0], device=id_N.device)
+    row_TK = row_N.masked_fill_(empty_N, EMPTY).view_as(ids_TK)
+    if remove_empty:
+        slot_R = slot_R[: int(ends_E[-1])]
+    return TokenRows(slot_R, slot_R // ids_TK.shape[1], row_TK), ends_E
+
+
+def counts(ends_E: Tensor) -> Tensor:
+    """Return the number of rows of each expert, from the ends that `sort_slots` returns."""
+    return ends_E.diff(prepend=ends_E.new_zeros(1))
+
+
+def place_by_expert(counts_Pe: Tensor, rows: int, tile: int) -> Placement:
+    """Place rows that are ordered by sender, then by expert, in the order of experts.
+
+    Args:
+        counts_Pe: int64, rows of each sender for each local expert.
+        rows: R, their sum.
+        tile: Pad each expert's places to a multiple of this, which waits for the device; 1 for no padding.
+    """
+    counts_e = counts_Pe.sum(0)
+    padded_e = (counts_e + (tile - 1)) // tile * tile if tile > 1 else counts_e
+    ends_e = padded_e.cumsum(0)
+    # Of each block (sender, expert): its first place, after the rows of earlier senders, minus its first row.
+    counts_B = counts_Pe.reshape(-1)
+    first_place_Pe = ends_e - padded_e + counts_Pe.cumsum(0) - counts_Pe
+    shift_B = first_place_Pe.reshape(-1) - (counts_B.cumsum(0) - counts_B)
+    row_R = torch.arange(rows, device=counts_Pe.device)
+    place_R = row_R + shift_B.repeat_interleave(counts_B, output_size=rows)
+    places = rows if tile == 1 else int(ends_e[-1])
+    source_Q = torch.full((places,), EMPTY, device=counts_Pe.device)
+    source_Q[place_R] = row_R
+    padding = None
+    if tile > 1:
+        padding = (source_Q < 0).nonzero().squeeze(1)
+        source_Q[padding] = 0
+    return Placement(place_R, source_Q, padding, ends_e.int())
+
+
+def move(rows: TokenRows, placement: Placement) -> TokenRows:
+    """Return what `rows` are after a move."""
+    if not len(rows.slot_R):
+        return rows
+    row_TK = placement.place_R[rows.row_TK.clamp_min(0)].masked_fill_(rows.row_TK < 0, EMPTY)
+    source_Q = placement.source_Q
+    return TokenRows(rows.slot_R[source_Q], rows.token_R[source_Q], row_TK, placement.padding)
+
+
+def first_rows(rows: TokenRows, count: int) -> TokenRows:
+    """Return the first `count` rows, where the others are of no slot."""
+    return rows._replace(slot_R=rows.slot_R[:count], token_R=rows.token_R[:count])
