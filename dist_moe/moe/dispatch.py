@@ -25,7 +25,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.gather_sum import GatherSum
 from dist_moe.moe.kernels import kernels_for
 from dist_moe.moe.records import Dispatched, DispatchHandle, Exchanged
-from dist_moe.moe.row_order import TokenRows, counts, first_rows, move, place_by_expert, sort_slots
+from dist_moe.moe.row_order import TokenRows, first_rows, move, place_by_expert, sort_slots
 
 
 def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
@@ -45,16 +45,16 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int
     """
     kernels = kernels_for(hidden_TD.device)
     tile = kernels.tile(hidden_TD.dtype)
-    rows, ends_E = sort_slots(ids_TK, experts, remove_empty=kernels.waits)
+    rows, starts_E = sort_slots(ids_TK, experts, remove_empty=kernels.waits)
     if mesh.ep_group is None:
-        ends_e = ends_E.int()
+        ends_e = starts_E[1:].int()
         if tile > 1:
-            placement = place_by_expert(counts(ends_E).unsqueeze(0), len(rows.slot_R), tile)
+            placement = place_by_expert(starts_E.diff().unsqueeze(0), len(rows.slot_R), tile)
             rows, ends_e = move(rows, placement), placement.ends_e
         return Dispatched(
             take_rows(hidden_TD, rows), _TakeWeights.apply(weights_TK, rows), ends_e, DispatchHandle(rows, None)
         )
-    exchange = start_exchange_counts(counts(ends_E).view(mesh.expert_parallel, -1), mesh.ep_group)
+    exchange = start_exchange_counts(starts_E.diff().view(mesh.expert_parallel, -1), mesh.ep_group)
     rows_RD, weights_R = take_rows(hidden_TD, rows), _TakeWeights.apply(weights_TK, rows)
     arriving_Pe, send, receive = exchange.finish()
     if sum(send) < len(rows_RD):  # the last ones are of empty slots

@@ -53,24 +53,20 @@ def sort_slots(ids_TK: Tensor, experts: int, *, remove_empty: bool) -> tuple[Tok
         remove_empty: Make no rows for empty slots, which waits for the device; else their rows are the last ones.
 
     Returns:
-        The rows in this order, and ends_E (int64), the row after each expert's last one.
+        The rows in this order, and starts_E [E + 1], int64: the first row of each expert, and the
+        number of rows of all.
     """
     id_N = ids_TK.reshape(-1)
     empty_N = id_N < 0
     sorted_N, slot_R = id_N.masked_fill(empty_N, experts).sort(stable=True)
     # Not by bincount, which waits for the device to know the size of its result.
-    ends_E = torch.searchsorted(sorted_N, torch.arange(experts, device=id_N.device), right=True)
+    starts_E = torch.searchsorted(sorted_N, torch.arange(experts + 1, device=id_N.device))
     row_N = torch.empty_like(slot_R)
     row_N[slot_R] = torch.arange(slot_R.shape[0], device=id_N.device)
     row_TK = row_N.masked_fill_(empty_N, EMPTY).view_as(ids_TK)
     if remove_empty:
-        slot_R = slot_R[: int(ends_E[-1])]
-    return TokenRows(slot_R, slot_R // ids_TK.shape[1], row_TK), ends_E
-
-
-def counts(ends_E: Tensor) -> Tensor:
-    """Return the number of rows of each expert, from the ends that `sort_slots` returns."""
-    return ends_E.diff(prepend=ends_E.new_zeros(1))
+        slot_R = slot_R[: int(starts_E[-1])]
+    return TokenRows(slot_R, slot_R // ids_TK.shape[1], row_TK), starts_E
 
 
 def place_by_expert(counts_Pe: Tensor, rows: int, tile: int) -> Placement:
@@ -81,23 +77,26 @@ def place_by_expert(counts_Pe: Tensor, rows: int, tile: int) -> Placement:
         rows: R, their sum.
         tile: Pad each expert's places to a multiple of this, which waits for the device; 1 for no padding.
     """
-    counts_e = counts_Pe.sum(0)
-    padded_e = (counts_e + (tile - 1)) // tile * tile if tile > 1 else counts_e
-    ends_e = padded_e.cumsum(0)
-    # Of each block (sender, expert): its first place, after the rows of earlier senders, minus its first row.
+    senders, local = counts_Pe.shape
+    # The end of each block (sender, expert) in the order of experts, minus that in the order of senders, is how far its
+    # rows move.
+    ends_Pe = counts_Pe.t().reshape(-1).cumsum(0).view(local, senders).t()
     counts_B = counts_Pe.reshape(-1)
-    first_place_Pe = ends_e - padded_e + counts_Pe.cumsum(0) - counts_Pe
-    shift_B = first_place_Pe.reshape(-1) - (counts_B.cumsum(0) - counts_B)
+    if tile > 1:
+        padding_e = -counts_Pe.sum(0) % tile
+        ends_Pe = ends_Pe + padding_e.cumsum(0) - padding_e
+    shift_B = ends_Pe.reshape(-1) - counts_B.cumsum(0)
     row_R = torch.arange(rows, device=counts_Pe.device)
     place_R = row_R + shift_B.repeat_interleave(counts_B, output_size=rows)
-    places = rows if tile == 1 else int(ends_e[-1])
-    source_Q = torch.full((places,), EMPTY, device=counts_Pe.device)
+    if tile == 1:
+        source_Q = torch.empty_like(row_R)
+        source_Q[place_R] = row_R
+        return Placement(place_R, source_Q, None, ends_Pe[-1].int())
+    ends_e = ends_Pe[-1] + padding_e
+    source_Q = torch.full((int(ends_e[-1]),), EMPTY, device=counts_Pe.device)
     source_Q[place_R] = row_R
-    padding = None
-    if tile > 1:
-        padding = (source_Q < 0).nonzero().squeeze(1)
-        source_Q[padding] = 0
-    return Placement(place_R, source_Q, padding, ends_e.int())
+    padding = (source_Q < 0).nonzero().squeeze(1)
+    return Placement(place_R, source_Q.index_fill_(0, padding, 0), padding, ends_e.int())
 
 
 def move(rows: TokenRows, placement: Placement) -> TokenRows:

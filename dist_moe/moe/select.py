@@ -154,9 +154,8 @@ def select(logits_TE: Tensor, rule: Rule, bias_E: Tensor, threshold: Tensor | fl
             logits_TE, rule, rule.threshold if threshold is None else threshold, inputs.logit_bias_E
         )
     if isinstance(rule, RandomRouting):
-        return _weigh(
-            logits_TE, _draw(logits_TE, rule), TopK(rule.top_k, rule.score, rule.normalize, rule.routed_scaling_factor)
-        )
+        weighing = TopK(rule.top_k, rule.score, rule.normalize, rule.routed_scaling_factor)
+        return _weigh(logits_TE, gate_scores(logits_TE, rule.score), _draw(logits_TE, rule), weighing)
     return select_top_k(logits_TE, rule, *inputs)
 
 
@@ -179,21 +178,32 @@ def select_top_k(
         logit_bias_E: Added before it (any bias on softmax scores).
         log_weight_E: Its exponential multiplies the scores.
     """
+    scores_TE = gate_scores(logits_TE, rule.score)
     with torch.no_grad():
-        choice_TE = biased_scores(logits_TE.detach(), rule, BiasInputs(score_bias_E, logit_bias_E, log_weight_E))
+        inputs = BiasInputs(score_bias_E, logit_bias_E, log_weight_E)
+        choice_TE = biased_scores(logits_TE.detach(), rule, inputs, scores_TE.detach())
         if rule.groups > 1:
             choice_TE = _keep_topk_groups(choice_TE, rule.groups, rule.topk_groups)
         ids_TK = _highest(choice_TE, rule.top_k)
     if rule.bias_in_gate_weights and logit_bias_E is not None:
         logits_TE = logits_TE + logit_bias_E
-    return _weigh(logits_TE, ids_TK, rule)
+        scores_TE = gate_scores(logits_TE, rule.score)
+    return _weigh(logits_TE, scores_TE, ids_TK, rule)
 
 
-def biased_scores(logits_TE: Tensor, rule: TopK, inputs: BiasInputs) -> Tensor:
-    """The biased scores [T, E], by which top-K selection orders the experts."""
+def biased_scores(logits_TE: Tensor, rule: TopK, inputs: BiasInputs, scores_TE: Tensor | None = None) -> Tensor:
+    """Return the biased scores [T, E], by which top-K selection orders the experts.
+
+    Args:
+        logits_TE: The logits.
+        rule: The rule.
+        inputs: The bias.
+        scores_TE: `gate_scores` of the logits, where the caller has them.
+    """
     if inputs.logit_bias_E is not None:
-        logits_TE = logits_TE + inputs.logit_bias_E
-    scores_TE = gate_scores(logits_TE, rule.score)
+        scores_TE = gate_scores(logits_TE + inputs.logit_bias_E, rule.score)
+    elif scores_TE is None:
+        scores_TE = gate_scores(logits_TE, rule.score)
     if inputs.log_weight_E is not None:
         scores_TE = scores_TE * inputs.log_weight_E.exp()
     return scores_TE if inputs.score_bias_E is None else scores_TE + inputs.score_bias_E
@@ -234,12 +244,12 @@ def select_by_threshold(
     return Routing(order_TK.masked_fill(~taken_TK, -1), _scaled(weights_TK, rule))
 
 
-def _weigh(logits_TE: Tensor, ids_TK: Tensor, rule: TopK) -> Routing:
-    """Compute the gate weights of the selected experts."""
+def _weigh(logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, rule: TopK) -> Routing:
+    """Compute the gate weights of the selected experts, from the logits and their `gate_scores`."""
     if rule.score == "softmax_selected":
         weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
     else:
-        weights_TK = gate_scores(logits_TE, rule.score).gather(1, ids_TK)
+        weights_TK = scores_TE.gather(1, ids_TK)
     return Routing(ids_TK, _scaled(weights_TK, rule))
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_moe.moe.row_order import counts, move, place_by_expert, sort_slots
+from dist_moe.moe.row_order import move, place_by_expert, sort_slots
 
 
 @settings(deadline=None)
@@ -19,8 +19,8 @@ def test_slots_are_ordered_by_expert_and_then_by_slot(
     flat = ids_TK.reshape(-1).tolist()
     wanted = sorted((slot for slot, expert in enumerate(flat) if expert >= 0), key=lambda slot: flat[slot])
     for remove_empty in (True, False):
-        rows, ends_E = sort_slots(ids_TK, experts, remove_empty=remove_empty)
-        assert counts(ends_E).tolist() == [flat.count(expert) for expert in range(experts)]
+        rows, starts_E = sort_slots(ids_TK, experts, remove_empty=remove_empty)
+        assert starts_E.diff().tolist() == [flat.count(expert) for expert in range(experts)]
         assert rows.slot_R[: len(wanted)].tolist() == wanted
         assert len(rows.slot_R) == (len(wanted) if remove_empty else len(flat))
         assert rows.token_R.tolist() == [slot // slots for slot in rows.slot_R.tolist()]
@@ -55,8 +55,8 @@ def test_rows_are_placed_by_expert_and_then_by_sender(senders: int, local: int, 
 @pytest.mark.parametrize("tile", [1, 4])
 def test_a_move_keeps_rows_and_slots_together(tile: int) -> None:
     ids_TK = torch.tensor([[1, 0], [-1, 1], [2, -1]])
-    before, ends_E = sort_slots(ids_TK, 3, remove_empty=True)
-    after = move(before, place_by_expert(counts(ends_E).unsqueeze(0), len(before.slot_R), tile))
+    before, starts_E = sort_slots(ids_TK, 3, remove_empty=True)
+    after = move(before, place_by_expert(starts_E.diff().unsqueeze(0), len(before.slot_R), tile))
     for slot, row in enumerate(after.row_TK.reshape(-1).tolist()):
         if ids_TK.reshape(-1)[slot] < 0:
             assert row == -1
