@@ -15,8 +15,10 @@ from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.routing import count_record
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
+from dist_moe.moe.kernels import ANY_DEVICE, triton_kernels
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
+from dist_moe.moe.select import ThresholdRouting, TopK
 from dist_moe.train.step import train_step
 from dist_moe.worker.rank_info import RankInfo
 from tests.dist.policies import EXPERTS, POLICIES, logits_of
@@ -62,6 +64,54 @@ def test_the_layer_gives_the_same_gradients_twice_bit_for_bit() -> None:
         layer(leaf, ids, weights).float().square().sum().backward()
         gradients.append([leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())])  # type: ignore
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [40, 256, 3000])
+def test_the_kernels_of_triton_equal_those_of_torch(dtype: torch.dtype, width: int) -> None:
+    fused = triton_kernels()
+    generator = torch.Generator().manual_seed(0)
+    rows_QD = torch.randn(26, width, generator=generator).to(dtype).cuda()
+    rows_QD[24:] = float("nan")
+    row_TK = (
+        torch.randperm(24, generator=generator).view(8, 3).masked_fill(torch.rand(8, 3, generator=generator) < 0.3, -1)
+    )
+    gate_up_QF, weights_Q1, probe_QF = (
+        torch.randn(9, size, generator=generator).to(dtype).cuda() for size in (2 * width, 1, width)
+    )
+    results = []
+    for kernels in (fused, ANY_DEVICE):
+        leaves = [leaf.clone().requires_grad_() for leaf in (gate_up_QF, weights_Q1)]
+        gated_QF = kernels.swiglu(*leaves)
+        gated_QF.backward(probe_QF)
+        results.append([kernels.gather_sum(rows_QD, row_TK.cuda()), gated_QF.detach(), *(leaf.grad for leaf in leaves)])
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance * width**0.5)
+
+
+@pytest.mark.parametrize("rule", [TopK(2, "sigmoid", normalize=True), ThresholdRouting(0.5, 4)])
+def test_trap_T52_the_host_waits_for_nothing_in_a_layer(rule: TopK | ThresholdRouting) -> None:
+    router, experts = Router(8, 64, rule), GroupedExperts(8, 64, 32, torch.nn.functional.silu)
+    layer = ExpertParallelLayer(experts, 8, ALONE).cuda().bfloat16()
+    router.cuda().bfloat16()
+    for parameter in (*router.parameters(), *layer.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    hidden_TD = torch.randn(512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    probe_TD = torch.randn_like(hidden_TD)
+    exists_T = torch.rand(512, device="cuda") > 0.1
+
+    def run() -> None:
+        router.open_record(exists_T)
+        _, weights_TK, ids_TK = router(hidden_TD)
+        layer(hidden_TD, ids_TK, weights_TK).backward(probe_TD)
+        count_record(router, router.close_record(), needs_margins=True)
+
+    run()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
