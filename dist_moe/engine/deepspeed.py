@@ -272,7 +272,7 @@ def _make_optimizer(parameter_groups: list[dict[str, Any]], settings: EngineSett
     split = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
     split = [group for group in split if group["params"]]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(split, lr=0.0, betas=settings.betas)
+        return torch.optim.AdamW(split, lr=0.0, betas=settings.betas, fused=True)
     return torch.optim.SGD(split, lr=0.0, momentum=settings.momentum)
 
 
