@@ -29,7 +29,7 @@ def averaged(rank: int, world_size: int, dtype: torch.dtype) -> tuple[list[Tenso
 
 
 @pytest.mark.parametrize(("workers", "dtype"), [(3, torch.float32), (2, torch.bfloat16), (1, torch.bfloat16)])
-def test_each_rank_gets_its_slice_of_the_average(ranks: RankPool, workers: int, dtype: torch.dtype) -> None:
+def test_trap_T22_each_rank_gets_its_slice_of_the_average(ranks: RankPool, workers: int, dtype: torch.dtype) -> None:
     results = ranks.run(averaged, workers, dtype)
     mean = sum(rank + 11 for rank in range(workers)) / workers
     expected = torch.tensor([mean] * 4 + [0.0] * 3 + [mean] + [0.0] * 4)
@@ -59,7 +59,7 @@ def test_a_step_does_not_hold_the_gradients_of_the_one_before(ranks: RankPool) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("numel", [1, 1024, BLOCK + 1025])
-def test_the_sum_of_squares_is_that_of_fp64(numel: int, dtype: torch.dtype) -> None:
+def test_trap_T24_the_sum_of_squares_is_that_of_fp64(numel: int, dtype: torch.dtype) -> None:
     # Equal values are the worst case: each addition to a large sum is rounded in the same direction.
     tensors = [torch.full((numel,), 1e-4, dtype=dtype), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))]
     expected = sum(float(tensor.double().square().sum()) for tensor in tensors)
