@@ -189,7 +189,8 @@ def _restore_optimizer(engine: Engine, fragments: list[TensorFragment], reader: 
             raise CheckpointError(
                 f"tensors that share one optimizer state have step counts {sorted(counts)}; use another checkpoint"
             )
-        engine.optimizer_state[optimizer_tensor][STEPS] = torch.tensor(counts.pop())
+        # On the device of the moments: a fused optimizer counts there.
+        engine.optimizer_state[optimizer_tensor][STEPS] = torch.tensor(counts.pop(), device=optimizer_tensor.device)
 
 
 def _restore_masters(engine: Engine, fragments: list[TensorFragment], reader: ShardReader, model: Path) -> None:

@@ -1,4 +1,4 @@
-"""The only importer of DeepSpeed: sharding, reduction, clipping and skipping, with DeepSpeed's defects corrected.
+"""DeepSpeed's engine: sharding, reduction, clipping and skipping, with DeepSpeed's defects corrected.
 
 Corrections to DeepSpeed 0.19.8, each covered by a test in tests/dist/test_engine.py:
 - It recognizes only experts of its own class. A child module of that class without parameters (`ExpertMarker`) makes
@@ -6,7 +6,8 @@ Corrections to DeepSpeed 0.19.8, each covered by a test in tests/dist/test_engin
 - At ZeRO 0 it clips by the mean of per-rank norms (fp32) or leaves the experts out of the norm (bf16), and in fp32 it
   applies a non-finite gradient. There its clipping is off, and norm, clipping and skipping are done here.
 - Its bf16 optimizer at ZeRO 0 runs one step when it starts, which AdamW counts. The count is reset to 0.
-- Its first collective compiles an operator for CPUs (up to a minute). The operator is marked as not available.
+- Its first collective compiles an operator for CPUs (up to a minute), after it has started a compiler four times to see
+  which operators could be compiled (0.3 s). It is told that none can.
 - Its ZeRO and bf16 optimizers import its Muon optimizer, which loads torch's compiler (2 s). That is deferred to the
   first use of Muon.
 """
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.engine.flat_gradients import sum_of_squares
 from dist_moe.engine.optimizer_shards import (
     STEPS,
     OptimizerFragment,
@@ -44,6 +46,8 @@ import deepspeed
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups as deepspeed_groups
+
+from dist_moe.engine.zero_optimizer import ZeroOptimizer
 
 
 @dataclass(frozen=True)
@@ -162,27 +166,28 @@ class Engine:
 
     def _step_whole(self) -> StepResult:
         """Step at ZeRO 0, where gradients are reduced and whole on every rank; norm, clipping and skipping are ours."""
-        gradients = [(p.grad, is_moe_param(p)) for p in self.module.parameters() if p.grad is not None]
-        norm = self._global_norm(gradients)
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = self._global_norm(parameters)
         if not math.isfinite(norm):
             self._skip()
             return StepResult(False, math.nan)
         limit = self.settings.gradient_clipping
-        if limit > 0:
-            coefficient = min(1.0, limit / (norm + 1e-6))
-            for gradient, _ in gradients:
-                gradient.mul_(coefficient)
+        coefficient = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        if coefficient < 1.0:
+            for parameter in parameters:
+                parameter.grad.mul_(coefficient)  # type: ignore[union-attr]
         self._engine.step()
         return StepResult(True, norm)
 
-    def _global_norm(self, gradients: list[tuple[Tensor, bool]]) -> float:
+    def _global_norm(self, parameters: list[nn.Parameter]) -> float:
         """Return sqrt(dense^2 + sum over the expert-parallel group of expert^2), equal on all ranks."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for gradient, is_expert in gradients:
-            squares[int(is_expert)] += gradient.double().square().sum()
+        dense, experts = (
+            sum_of_squares([p.grad for p in parameters if p.grad is not None and is_moe_param(p) is of_experts])
+            for of_experts in (False, True)
+        )
         if self.mesh.ep_group is not None:
-            dist.all_reduce(squares[1:], group=self.mesh.ep_group)
-        return float(squares.sum().sqrt())
+            dist.all_reduce(experts, group=self.mesh.ep_group)
+        return float((dense + experts).sqrt())
 
     def _skip(self) -> None:
         """End the accumulation window without a step, with DeepSpeed's counters as after a skip of its own."""
@@ -234,6 +239,8 @@ def start_engine(
         config=deepspeed_json(settings, mesh.world_size),
         dist_init_required=False,
     )
+    if settings.zero_stage > 0:
+        ZeroOptimizer.replace(engine.optimizer, settings.user_keys.get("zero_optimization", {}))
     started = Engine(engine, settings, mesh)
     started.reset_optimizer_steps()
     try:
@@ -272,7 +279,7 @@ def _make_optimizer(parameter_groups: list[dict[str, Any]], settings: EngineSett
     split = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
     split = [group for group in split if group["params"]]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(split, lr=0.0, betas=settings.betas)
+        return torch.optim.AdamW(split, lr=0.0, betas=settings.betas, fused=True)
     return torch.optim.SGD(split, lr=0.0, momentum=settings.momentum)
 
 
@@ -300,9 +307,8 @@ def _quieten() -> None:
 
 
 def _forbid_compilation() -> None:
-    operators = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if isinstance(operators, dict):
-        operators["deepspeed_shm_comm"] = False
+    # Otherwise DeepSpeed makes this table when it first reads it.
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _import_muon() -> None:

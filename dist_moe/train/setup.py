@@ -12,11 +12,12 @@ from dist_moe.balance.losses import RoutingLosses
 from dist_moe.checkpoint.pretrained import load_pretrained
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.checkpoint.training_state import seed_rng
-from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
+from dist_moe.comm.init import DistContext, init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
+from dist_moe.config.sections.run import RunConfig
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import TokenizedData, prepare
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
@@ -29,6 +30,7 @@ from dist_moe.model.task import LanguageModelTask
 from dist_moe.status import print_status
 from dist_moe.text import listed
 from dist_moe.train.reporting import Report, open_report
+from dist_moe.worker.cpu import bound_to_cores, keep_freed_memory
 from dist_moe.worker.exit import exit_hard
 from dist_moe.worker.rank_info import RankInfo
 
@@ -86,6 +88,7 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         dist_context = stack.enter_context(
             init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s)
         )
+        stack.enter_context(use_cpu(config.run, dist_context))
         stack.enter_context(exit_hard(config.run.dir, rank_info.rank))
         detector = stack.enter_context(hang_detector(rank_info.rank, rank_info.world_size, config.parallel.timeout_s))
         mesh = build_mesh(resolved)
@@ -105,6 +108,19 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         if checkpoint is not None:
             restore(checkpoint, state)
         yield Run(resolved, state, report, checkpoint, detector)
+
+
+@contextlib.contextmanager
+def use_cpu(config: RunConfig, dist_context: DistContext) -> Iterator[None]:
+    """Bind a worker on the CPU to its cores for the length of the context, and make it keep freed memory."""
+    if dist_context.device.type != "cpu":
+        yield
+        return
+    if config.keep_memory:
+        keep_freed_memory()
+    bound = bound_to_cores(dist_context.rank_info, torch.get_num_threads())
+    with bound if config.bind_cores else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

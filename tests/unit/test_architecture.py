@@ -63,7 +63,7 @@ MAY_IMPORT = {
 }
 """Imports go one way: each part, and the others that it may import."""
 ONLY_IMPORTER = {
-    "deepspeed": "dist_moe/engine/deepspeed.py",
+    "deepspeed": "dist_moe/engine/deepspeed.py dist_moe/engine/zero_optimizer.py",
     "tensorboard": "dist_moe/observe/tensorboard.py",
     "torch.utils.tensorboard": "dist_moe/observe/tensorboard.py",
     "mpi4py": "dist_moe/comm/mpi/backend.py dist_moe/comm/mpi/reduce_ops.py",

@@ -25,3 +25,13 @@ class RunConfig(Section):
         description="the CPU threads of one operation in each worker (1 to 4096), or auto (the cores of the host "
         "divided by its workers)",
     )
+    bind_cores: bool = Field(
+        default=True,
+        description="whether each worker on the CPU is bound to its own share of the cores of its host, where all "
+        "workers of the host together have at most as many threads as there are cores",
+    )
+    keep_memory: bool = Field(
+        default=True,
+        description="whether a worker on the CPU keeps freed memory for later tensors, which is faster, instead of "
+        "returning it to the system (with glibc)",
+    )

@@ -1,0 +1,102 @@
+"""The CPU of a worker: the cores that it is bound to, and the memory that it keeps. Imports no torch."""
+
+import contextlib
+import ctypes
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dist_moe.text import counted, listed
+from dist_moe.worker.rank_info import RankInfo
+
+logger = logging.getLogger(__name__)
+
+TOPOLOGY = Path("/sys/devices/system/cpu")
+# Parameters of mallopt, from glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT_BYTES = 1 << 30
+"""Larger allocations are still mapped one by one: a heap cannot fill the gap that one of them leaves."""
+
+
+@contextlib.contextmanager
+def bound_to_cores(rank_info: RankInfo, threads: int) -> Iterator[set[int]]:
+    """Bind this thread, and those that it starts, to the worker's share of the cores, for the length of the context.
+
+    The shares of the workers of a host are disjoint and cover all cores that this process may use. Nothing is bound
+    where these are fewer than the workers' threads: then the launcher has bound each worker, or the threads have to
+    share cores, which the kernel balances better. Without binding, the kernel may move two workers to one core for a
+    moment, for which the others wait in the next collective.
+
+    Args:
+        rank_info: The rank of this worker, and the number of workers of this host.
+        threads: The number of torch's threads of each worker.
+
+    Yields:
+        The cores that this thread may use.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield set()
+        return
+    allowed, workers = os.sched_getaffinity(0), rank_info.local_world_size
+    share = cores_of_worker(sort_cores(allowed), rank_info.local_rank, workers)
+    if workers == 1 or len(allowed) < workers * threads:
+        yield allowed
+        return
+    logger.info("bound to %s of %s (run.bind_cores)", _named(share), counted(len(allowed), "core"))
+    os.sched_setaffinity(0, share)
+    try:
+        yield share
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def cores_of_worker(cores: list[int], worker: int, workers: int) -> set[int]:
+    """Return the cores of one of the workers: consecutive ones, with as many for each worker as can be.
+
+    Args:
+        cores: All cores, in the order of `sort_cores`.
+        worker: The number of the worker on its host.
+        workers: The number of workers on the host.
+    """
+    first, end = (len(cores) * bound // workers for bound in (worker, worker + 1))
+    return set(cores[first:end])
+
+
+def sort_cores(cores: Iterable[int], topology: Path = TOPOLOGY) -> list[int]:
+    """Sort logical cores by socket and physical core, so that hyperthreads of one core are neighbors.
+
+    Args:
+        cores: The numbers of logical cores.
+        topology: The folder in which the kernel describes them; they are sorted by number where it does not.
+    """
+
+    def position(core: int) -> tuple[int, ...]:
+        folder = topology / f"cpu{core}" / "topology"
+        try:
+            return (*(int((folder / name).read_text()) for name in ("physical_package_id", "core_id")), core)
+        except (OSError, ValueError):
+            return (0, 0, core)
+
+    return sorted(cores, key=position)
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory for later allocations of this process, instead of returning it to the kernel.
+
+    By default glibc maps each tensor of more than 32 MiB anew, and returns what is free at the end of its heap. The
+    kernel then clears the pages again on their first use: over 100,000 page faults in each step of a small model.
+
+    Returns:
+        Whether it does; False with another C library, as on Alpine and macOS.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    kept = all(mallopt(parameter, LARGEST_KEPT_BYTES) for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    logger.info("freed memory is %s for later allocations (run.keep_memory)", "kept" if kept else "not kept")
+    return kept
+
+
+def _named(cores: set[int]) -> str:
+    return f"{'core' if len(cores) == 1 else 'cores'} {listed(map(str, sorted(cores)), last='and', most=8)}"
