@@ -7,7 +7,9 @@ of every logged step, and half a second to import.
 Shapes: L layers, E experts of the largest layer, H by W pixels.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,14 @@ Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
+class _Frame(NamedTuple):
+    """An image without cells, and where the first cell begins."""
+
+    pixels: Pixels
+    left: int
+    top: int
+
+
 def draw_load(load: Sequence[Sequence[int]]) -> Pixels:
     """Draw the load of every layer.
 
@@ -49,19 +59,31 @@ def draw_load(load: Sequence[Sequence[int]]) -> Pixels:
     experts = max((len(row) for row in load), default=0)
     if experts == 0:
         raise ValueError(f"the load has {len(load)} layers and no expert; a heat map needs an MoE model")
+    frame = _draw_frame(len(load), experts)
+    pixels, width = frame.pixels.copy(), cell_width_px(experts)
+    for layer, row in enumerate(load):
+        y = frame.top + layer * CELL_PX
+        cells = np.repeat(load_colors(row), width, axis=0)
+        cells[width - _GAP_PX :: width] = _BACKGROUND_RGB
+        pixels[y : y + CELL_PX - _GAP_PX, frame.left : frame.left + len(cells)] = cells
+    return pixels
+
+
+@functools.lru_cache(maxsize=4)
+def _draw_frame(layers: int, experts: int) -> _Frame:
+    """Draw what is the same in every step: title, axes and legend."""
     font = ImageFont.load_default(_FONT_PX)
-    left = _PADDING_PX + int(font.getlength(f"layer {len(load) - 1}")) + 6
+    left = _PADDING_PX + int(font.getlength(f"layer {layers - 1}")) + 6
     top = _PADDING_PX + 2 * _LINE_PX
     cell_width = cell_width_px(experts)
     width = max(left + experts * cell_width + _PADDING_PX, _MIN_WIDTH_PX)
-    bottom = top + len(load) * CELL_PX
+    bottom = top + layers * CELL_PX
     image = Image.new("RGB", (width, bottom + 8 + CELL_PX + _LINE_PX + _PADDING_PX), _BACKGROUND_RGB)
     draw = ImageDraw.Draw(image)
     draw.text((_PADDING_PX, _PADDING_PX - 4), _TITLE, _TEXT_RGB, font)
-    _draw_cells(draw, load, cell_width, left, top)
-    _draw_axes(draw, font, len(load), experts, left, top)
+    _draw_axes(draw, font, layers, experts, left, top)
     _draw_legend(draw, font, _PADDING_PX, bottom + 8)
-    return np.array(image)
+    return _Frame(np.array(image), left, top)
 
 
 def cell_width_px(experts: int) -> int:
@@ -90,13 +112,6 @@ def load_colors(load: Sequence[int]) -> Pixels:
     colors_E3 = colors(counts_E / mean if mean > 0 else counts_E)
     colors_E3[counts_E == 0] = _DEAD_RGB
     return colors_E3
-
-
-def _draw_cells(draw: ImageDraw.ImageDraw, load: Sequence[Sequence[int]], cell_width: int, left: int, top: int) -> None:
-    for layer, row in enumerate(load):
-        for expert, color in enumerate(load_colors(row).tolist()):
-            x, y = left + expert * cell_width, top + layer * CELL_PX
-            _fill(draw, x, y, cell_width - _GAP_PX, CELL_PX - _GAP_PX, tuple(color))
 
 
 def _draw_axes(draw: ImageDraw.ImageDraw, font: Font, layers: int, experts: int, left: int, top: int) -> None:

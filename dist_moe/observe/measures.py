@@ -4,11 +4,13 @@ Shapes: L MoE layers, E routed experts of a layer, K the most experts that a tok
 K, so counts are lists of L tensors).
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
@@ -62,17 +64,30 @@ def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
     sizes = [(load_E.numel(), int(load_E.sum())) for load_E in loads]
     return LoadMeasures(
         load=tuple(tuple(load_E.tolist()) for load_E in loads),
-        max_vio_per_layer=tuple(float(max_vio(load_E)) for load_E in loads),
+        max_vio_per_layer=per_layer(max_vio, loads),
         max_vio_floor_per_layer=tuple(max_vio_floor(*size) for size in sizes),
-        load_cov_per_layer=tuple(float(load_cov(load_E)) for load_E in loads),
+        load_cov_per_layer=per_layer(load_cov, loads),
         load_cov_floor_per_layer=tuple(cov_floor(*size) for size in sizes),
-        load_deviation_percent_per_layer=tuple(float(load_deviation_percent(load_E)) for load_E in loads),
+        load_deviation_percent_per_layer=per_layer(load_deviation_percent, loads),
         load_deviation_percent_floor_per_layer=tuple(load_deviation_percent_floor(*size) for size in sizes),
-        load_entropy_per_layer=tuple(float(load_entropy(load_E)) for load_E in loads),
+        load_entropy_per_layer=per_layer(load_entropy, loads),
         load_entropy_floor_per_layer=tuple(load_entropy_floor(*size) for size in sizes),
-        dead_experts_per_layer=tuple(int(dead_experts(load_E)) for load_E in loads),
+        dead_experts_per_layer=per_layer(dead_experts, loads),
         dead_experts_floor_per_layer=tuple(dead_experts_floor(*size) for size in sizes),
     )
+
+
+def per_layer(measure: Callable[[Tensor], Tensor], load_L: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Apply a measure of [L, E] to the loads [E] of all layers, at once to consecutive layers of one shape.
+
+    Returns:
+        The value of each layer, as a plain number.
+    """
+    stacks = [
+        torch.stack(list(layers))
+        for _, layers in itertools.groupby(load_L, key=lambda load_E: (load_E.shape, load_E.dtype))
+    ]
+    return tuple(value for load_LE in stacks for value in measure(load_LE).tolist())
 
 
 def shared_fields(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> dict[str, Any]:

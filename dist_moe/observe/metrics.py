@@ -4,16 +4,17 @@ Shapes: L MoE layers, E routed experts of a layer, K the most experts that a tok
 K, so counts are lists of L tensors).
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio_floor, rank_load
-from dist_moe.observe.measures import LoadMeasures, mean, measure_load, shared_fields
+from dist_moe.observe.measures import LoadMeasures, mean, measure_load, per_layer, shared_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,8 @@ class Progress:
     learning_rate: float  # of this step
     grad_norm: float  # global 2-norm before clipping
     tokens: int  # processed since step 0, over all ranks
-    tokens_per_s: float  # over all ranks
-    step_ms: float
+    tokens_per_s: float  # over all ranks; by the wall time since the previous logged step, whatever it was spent on
+    step_ms: float  # that time for each step
     skipped: bool  # no update was made, since a loss or gradient was not finite
     skipped_steps: int  # since step 0
     balance_rate: float  # step size of the bias update
@@ -85,7 +86,10 @@ class StepMetrics(Progress):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record of metrics.jsonl: `"event": "step"` and all fields, nested records as dicts."""
-        return {"event": "step", **asdict(self)}
+        # `asdict` copies each number of the load.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        ranges = tuple(None if bias is None else asdict(bias) for bias in self.bias_per_layer)
+        return {"event": "step", **values, "bias_per_layer": ranges}
 
 
 def step_metrics(
@@ -154,7 +158,7 @@ def _microbatch_fields(microbatch_vio_L: Sequence[tuple[float, float]], layers: 
 
 
 def _rank_fields(load_L: Sequence[Tensor], ranks: int) -> dict[str, Any]:
-    values = tuple(float(rank_load(load_E, ranks)) for load_E in load_L)
+    values = per_layer(functools.partial(rank_load, ranks=ranks), load_L)
     floors = tuple(1.0 + max_vio_floor(ranks, int(load_E.sum())) for load_E in load_L)
     return {
         "rank_load": mean(values),

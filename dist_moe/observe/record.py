@@ -1,5 +1,6 @@
 """The files that describe a run: metrics.jsonl, run.json and config.yaml."""
 
+import functools
 import json
 import math
 import os
@@ -188,7 +189,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent)
+    encode = functools.partial(json.dumps, allow_nan=False, ensure_ascii=False, indent=indent)
+    try:
+        return encode(value)
+    except ValueError:  # a float that is not finite, which is rare: looking for one takes as long as encoding
+        return encode(_finite(value))
 
 
 def _finite(value: Any) -> Any:

@@ -93,7 +93,7 @@ def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlag
     flags = replace(flags, data_changed=changed or detect_change(files))
     counts, all_flags = exchange_flags(batches, flags, engine)
     record = train_step(engine, balancer, batches, learning_rate, counts)
-    run.report.step(step, record, balancer.biases, learning_rate, balance_rate, time.perf_counter() - started_s)
+    run.report.step(step, record, balancer.biases, learning_rate, balance_rate, started_s)
     return record, all_flags
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -45,6 +46,7 @@ class Report:
         console: Writes to the terminal; None on other ranks than 0.
         board: Writes TensorBoard event files; None on other ranks than 0, and where they are off.
         checkpoint: The checkpoint that the run resumes from, if any.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Report:
         console: RunConsole | None,
         board: TensorBoardWriter | None,
         checkpoint: Checkpoint | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
         self.dist_context = dist_context
@@ -69,7 +72,9 @@ class Report:
         )
         self._checkpoint = checkpoint
         self._skipped_steps = 0 if checkpoint is None else checkpoint.counters.step - checkpoint.counters.taken
-        self._seconds = 0.0
+        self._clock = clock
+        # When the previous logged step had been taken.
+        self._since_s: float | None = None
         self._steps = 0
 
     def describe(self, resolved: Resolved, tokenized: TokenizedData, task: LanguageModelTask) -> None:
@@ -131,7 +136,7 @@ class Report:
         biases: Sequence[Tensor],
         learning_rate: float,
         balance_rate: float,
-        seconds: float,
+        started_s: float,
     ) -> None:
         """Record a step, and log it if it is due or was skipped. A collective call.
 
@@ -144,15 +149,19 @@ class Report:
             biases: The selection bias [E] of each MoE layer after the step.
             learning_rate: The learning rate of the step.
             balance_rate: The rate of the balancing policy in the step.
-            seconds: Wall time of the step on this rank.
+            started_s: When this rank began the step, by the clock of this report.
         """
-        self._seconds += seconds
+        self._since_s = started_s if self._since_s is None else self._since_s
         self._steps += 1
         self._skipped_steps += not record.taken
         self._advance(step)
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
         nll, auxiliary, microbatch_vio_L = self._over_ranks(record)
+        now_s = self._clock()
+        seconds, steps, self._since_s, self._steps = now_s - self._since_s, self._steps, now_s, 0
+        if self.recorder is None or self.console is None:
+            return
         step_tokens = self.config.train.global_batch_size * self.config.data.sequence_length
         progress = Progress(
             step=step,
@@ -161,8 +170,8 @@ class Report:
             learning_rate=learning_rate,
             grad_norm=record.grad_norm,
             tokens=step * step_tokens,
-            tokens_per_s=step_tokens * self._steps / self._seconds,
-            step_ms=1e3 * self._seconds / self._steps,
+            tokens_per_s=step_tokens * steps / seconds,
+            step_ms=1e3 * seconds / steps,
             skipped=not record.taken,
             skipped_steps=self._skipped_steps,
             balance_rate=balance_rate,
@@ -176,9 +185,6 @@ class Report:
             bias_L=[bias.cpu() for bias in biases],
             expert_parallel=self.mesh.expert_parallel,
         )
-        self._seconds, self._steps = 0.0, 0
-        if self.recorder is None or self.console is None:
-            return
         self.recorder.write(metrics.as_dict())
         self.console.step(metrics)
         self.console.warn(*self._alerts.check(metrics))
@@ -242,7 +248,11 @@ class Report:
 
 @contextlib.contextmanager
 def open_report(
-    config: Config, dist_context: DistContext, mesh: Mesh, checkpoint: Checkpoint | None = None
+    config: Config,
+    dist_context: DistContext,
+    mesh: Mesh,
+    checkpoint: Checkpoint | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Report]:
     """Open the report of a run for the length of the context; files and terminal are open on rank 0 only.
 
@@ -252,12 +262,13 @@ def open_report(
         mesh: The layout of the ranks.
         checkpoint: The checkpoint that the run resumes from. Where it is of this run.dir, the files there are
             continued; otherwise the files of an earlier run are moved into `earlier-N`.
+        clock: As `Report` takes it.
 
     Raises:
         RunFolderError: run.dir cannot be written.
     """
     if dist_context.rank_info.rank != 0:
-        yield Report(config, dist_context, mesh, None, None, None, checkpoint)
+        yield Report(config, dist_context, mesh, None, None, None, checkpoint, clock)
         return
     folder = Path(config.run.dir)
     continues = checkpoint is not None and checkpoint.folder.resolve().parent == checkpoints_root(config).resolve()
@@ -275,4 +286,4 @@ def open_report(
             console.warn(f"run.dir={folder} can be changed by others ({reason}); use `chmod go-w`, or another folder")
         if aside is not None:
             console.log(f"the files of an earlier run in {folder} were moved to {aside}")
-        yield Report(config, dist_context, mesh, recorder, console, board, checkpoint)
+        yield Report(config, dist_context, mesh, recorder, console, board, checkpoint, clock)

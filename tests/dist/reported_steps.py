@@ -24,6 +24,8 @@ from tests.dist.small import Case, make_balancer, ragged_batch, share
 
 MICRO_BATCHES = 3
 SIZES = (8, 4)  # experts of the two layers
+STARTED_S = (1.0, 5.0, 8.0)  # of the three steps
+LOGGED_S = (3.0, 9.0)  # when the first and the third have been taken
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,14 @@ def report_steps(rank: int, world_size: int, expert_parallel: int, folder: str) 
         threshold=0.5,
     )
     biases = [torch.zeros(size) for size in SIZES]
-    collectives = []
-    with contextlib.redirect_stdout(io.StringIO()), open_report(config, dist_context, mesh) as report:
+    collectives, clock = [], iter(LOGGED_S)
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        open_report(config, dist_context, mesh, clock=lambda: next(clock)) as report,
+    ):
         for step, taken in ((1, True), (2, True), (3, False)):
             with counted("all_reduce") as calls:
-                report.step(step, replace(record, taken=taken), biases, 0.1, 0.01, 1.0)
+                report.step(step, replace(record, taken=taken), biases, 0.1, 0.01, STARTED_S[step - 1])
             collectives.append(len(calls))
     text = Path(folder, "metrics.jsonl").read_text() if rank == 0 else ""
     return ReportedSteps(collectives, [json.loads(line) for line in text.splitlines()])

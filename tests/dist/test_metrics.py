@@ -82,6 +82,13 @@ def test_a_record_has_rank_load_the_mean_auxiliary_loss_and_the_threshold(
             assert rank_load == pytest.approx(max(rows) / statistics.fmean(rows))
 
 
+def test_trap_T57_the_time_of_a_step_is_all_that_passes_until_the_next(reports: list[ReportedSteps]) -> None:
+    first, third = reports[0].lines
+    assert [first["step_ms"], third["step_ms"]] == [2000.0, 3000.0]
+    for line in (first, third):
+        assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["step"] * 1e3 / line["step_ms"])
+
+
 @pytest.mark.parametrize(("workers", "expert_parallel"), [(2, 1), (2, 2), (4, 2)])
 def test_a_step_records_the_loads_of_its_micro_batches(ranks: RankPool, workers: int, expert_parallel: int) -> None:
     by_rank = ranks.run(loads_of_a_step, workers, expert_parallel)

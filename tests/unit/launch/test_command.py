@@ -1,5 +1,8 @@
 """What all commands share: the workers' environment and the printed line; and the launchers on one host."""
 
+import base64
+import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -33,13 +36,20 @@ def command_of(
     return loaded.command(request, dict(os.environ) if base is None else base)
 
 
+def devices_of(command: Command) -> dict[str, list[int]]:
+    """The hosts and their devices as DeepSpeed's launcher is given them."""
+    encoded = next(word for word in command.argv if word.startswith("--world_info=")).partition("=")[2]
+    devices: dict[str, list[int]] = json.loads(base64.urlsafe_b64decode(encoded))
+    return devices
+
+
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_launchers_start_the_same_worker(launcher: str, config: Config) -> None:
     command = command_of(launcher, config, "train.steps=5", "run.dir=my runs/x", workers=4)
     end = ("dist_moe", "train", "a.yaml", "train.steps=5", "run.dir=my runs/x")
     assert command.argv[0] == sys.executable
     assert command.argv[-6:] == ("--module", *end)
-    assert "4" in command.argv
+    assert "4" in command.argv or devices_of(command) == {"localhost": [0, 1, 2, 3]}
     assert command.environment["OMP_NUM_THREADS"] == "3"
 
 
@@ -55,9 +65,10 @@ def test_torchrun_restarts_nothing_by_default_and_meets_at_a_private_file(config
     assert not path.parent.exists()
 
 
-def test_deepspeed_reads_no_hostfile_on_one_host(config: Config) -> None:
-    argv = command_of("deepspeed", config).argv
-    assert argv[argv.index("--hostfile") + 1] == os.devnull
+def test_deepspeed_starts_workers_of_this_host_whatever_its_hostfile_says(config: Config) -> None:
+    command = command_of("deepspeed", config)
+    assert command.argv[1:3] == ("-m", "dist_moe.launch.deepspeed_host")
+    assert devices_of(command) == {"localhost": [0, 1]}
 
 
 def test_deepspeed_keeps_the_users_devices(config: Config) -> None:
@@ -66,9 +77,9 @@ def test_deepspeed_keeps_the_users_devices(config: Config) -> None:
     assert "DIST_MOE_VISIBLE_DEVICES" not in command_of("deepspeed", config, base={}).environment
 
 
-def test_deepspeed_not_installed(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(LaunchError, match="use --launcher torchrun"):
+def test_deepspeed_not_installed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match=r"finds no module deepspeed, .* use --launcher torchrun"):
         command_of("deepspeed", config)
 
 

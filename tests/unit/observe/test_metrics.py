@@ -90,6 +90,15 @@ def test_a_step_measures_layers_with_different_numbers_of_experts() -> None:
     assert metrics.load_entropy == pytest.approx((first_entropy + 1) / 2)
 
 
+def test_layers_of_the_same_size_are_measured_together_and_stay_in_their_order() -> None:
+    loads = [torch.tensor(load) for load in ([4, 0], [1, 3], [6, 0, 0], [2, 2], [0, 5])]
+    together = measure_load(loads)
+    for layer, load_E in enumerate(loads):
+        alone = measure_load([load_E])
+        for field in dataclasses.fields(together):
+            assert getattr(together, field.name)[layer] == pytest.approx(getattr(alone, field.name)[0])
+
+
 def test_floors_come_from_each_layers_own_experts_and_assignments() -> None:
     metrics = step_sample()
     assert metrics.max_vio_floor_per_layer == pytest.approx((max_vio_floor(3, 60), max_vio_floor(4, 80)))

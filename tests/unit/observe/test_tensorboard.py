@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -42,6 +43,20 @@ def test_curves_of_steps_are_read_back(tmp_path: Path) -> None:
     tags = set(events.Tags()["scalars"])
     assert tags >= {"train/learning_rate", "speed/tokens_per_s", "speed/step_ms", "balance/max_vio_floor"}
     assert tags >= {"balance/load_cov", "balance/load_entropy", "balance/dead_experts", "train/skipped_steps"}
+
+
+def test_trap_T57_the_curves_and_the_heat_map_of_a_step_are_one_event(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(step_sample(step=10))
+        writer.evaluation(evaluation_sample(step=20))
+    (file,) = tmp_path.iterdir()
+    events = [(event.step, event.summary.value) for event in LegacyEventFileLoader(str(file)).Load()]
+    with_curves = [(step, [value.tag for value in values]) for step, values in events if len(values) > 1]
+    assert [step for step, _ in with_curves] == [10, 20]
+    assert {"train/loss", "balance/max_vio", "max_vio/layer_01", "bias_max/layer_00", "load/step"} <= set(
+        with_curves[0][1]
+    )
+    assert not [value.tag for step, values in events for value in values[:1] if len(values) == 1 and value.simple_value]
 
 
 def test_curves_of_evaluations_are_read_back(tmp_path: Path) -> None:
