@@ -1,8 +1,9 @@
 """One MoE layer on real ranks against its slow twin: the work of a rank, and the comparison."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -13,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_moe.comm.mesh import make_mesh
+from dist_moe.moe import dispatch, experts, select
 from dist_moe.moe.experts import GroupedExperts
+from dist_moe.moe.kernels import ANY_DEVICE, CPU, Kernels
 from dist_moe.moe.layer import ExpertParallelLayer
 from tests.dist.pool import RankPool
+from tests.host_reads import HostReads
 from tests.twin import LayerCase, Pass, slow_pass
 
 
@@ -36,11 +40,28 @@ def fast_pass(rank: int, case: LayerCase) -> Pass:
     hidden_TD, ids_TK, weights_TK, probe_TD = case.draw(rank)
     hidden_TD.requires_grad_()
     weights_TK.requires_grad_()
-    mixed_TD = ExpertParallelLayer(local, case.experts, mesh)(hidden_TD, ids_TK, weights_TK)
-    (mixed_TD * probe_TD).sum().backward()
+    with on(ANY_DEVICE if case.on_device else CPU):
+        mixed_TD = ExpertParallelLayer(local, case.experts, mesh)(hidden_TD, ids_TK, weights_TK)
+        (mixed_TD * probe_TD).sum().backward()
     gradients = [leaf.grad for leaf in (hidden_TD, weights_TK, local.gate_up_proj, local.down_proj)]
     assert all(gradient is not None for gradient in gradients), "each leaf gets a gradient, if only of zeros"
     return Pass(mixed_TD.detach(), gradients[0], gradients[1], held, gradients[2], gradients[3])  # type: ignore
+
+
+@contextlib.contextmanager
+def on(kernels: Kernels) -> Iterator[None]:
+    """Compute with the implementations of another device in the block."""
+    with contextlib.ExitStack() as stack:
+        for module in (dispatch, experts, select):
+            stack.enter_context(mock.patch.object(module, "kernels_for", lambda _: kernels))
+        yield
+
+
+def host_reads(rank: int, world_size: int, case: LayerCase) -> list[str]:
+    """What the host asks a device for in one forward and backward."""
+    with HostReads() as reads:
+        fast_pass(rank, case)
+    return reads.names
 
 
 def bytes_between_hosts(rank: int, world_size: int, case: LayerCase) -> int:
@@ -73,7 +94,7 @@ def check_against_twin(ranks: RankPool, cases: Sequence[LayerCase], fill_with_na
 
 def _check_row(case: LayerCase, members: Sequence[int], passes: Sequence[Pass]) -> None:
     """The ranks of one row of the mesh: they see each other's tokens and hold each expert once."""
-    twin = slow_pass(case, members)
+    twin = slow_pass(dataclasses.replace(case, dtype=torch.promote_types(torch.float32, case.dtype)), members)
     first = 0
     for rank, found in zip(members, passes, strict=True):
         mine = slice(first, first + case.tokens[rank])
@@ -92,10 +113,10 @@ def _check_row(case: LayerCase, members: Sequence[int], passes: Sequence[Pass]) 
 
 def assert_close(found: Pass, wanted: Pass, dtype: torch.dtype) -> None:
     """Every tensor of a pass, to the rounding of the dtype."""
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
     for field in dataclasses.fields(Pass):
         ours, twins = getattr(found, field.name), getattr(wanted, field.name)
         if isinstance(ours, torch.Tensor):
             torch.testing.assert_close(
-                ours, twins, rtol=tolerance, atol=tolerance, msg=partial("{}: {}".format, field.name)
+                ours.to(twins.dtype), twins, rtol=tolerance, atol=tolerance, msg=partial("{}: {}".format, field.name)
             )

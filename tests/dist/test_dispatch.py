@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe.dispatch import combine, dispatch
 from tests.collectives import counted
-from tests.dist.layers import bytes_between_hosts, check_against_twin, fast_pass
+from tests.dist.layers import bytes_between_hosts, check_against_twin, fast_pass, host_reads
 from tests.dist.pool import RankPool
 from tests.selection import full
 from tests.twin import LayerCase
@@ -33,7 +33,8 @@ def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int, per_node: i
         zipf_exponent=draw(st.sampled_from([0.0, 2.0, 6.0])),
         width=draw(st.sampled_from([4, 5, 8])),
         expert_width=draw(st.sampled_from([3, 4])),
-        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float64])),
+        on_device=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
         ranks_per_node=per_node,
     )
@@ -97,10 +98,23 @@ def test_trap_T33_prime_token_counts_that_differ_on_every_rank(ranks: RankPool) 
 
 
 @pytest.mark.parametrize(("workers", "expert_parallel"), [(1, 1), (2, 2)])
-def test_trap_T27_uninitialized_memory_reaches_no_result(ranks: RankPool, workers: int, expert_parallel: int) -> None:
-    case = LayerCase(expert_parallel, (7, 5)[:workers], 4, 2, padding=0.5, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_trap_T27_uninitialized_memory_reaches_no_result(
+    ranks: RankPool, workers: int, expert_parallel: int, dtype: torch.dtype, on_device: bool
+) -> None:
+    case = LayerCase(expert_parallel, (7, 5)[:workers], 4, 2, padding=0.5, dtype=dtype, on_device=on_device)
     assert (case.draw(0)[1] < 0).any(), "some slots stay empty"
     check_against_twin(ranks, [case], fill_with_nan=True)
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel", "reads"), [(1, 1, []), (2, 2, ["tolist"])])
+def test_trap_T52_the_host_waits_for_a_device_once_and_only_to_exchange(
+    ranks: RankPool, workers: int, expert_parallel: int, reads: list[str]
+) -> None:
+    """The numbers of rows that are sent and received; fp32, because other dtypes take a loop over the experts here."""
+    case = LayerCase(expert_parallel, (7, 5)[:workers], 4, 2, padding=0.3, dtype=torch.float32, on_device=True)
+    assert ranks.run(host_reads, workers, case) == [reads] * workers
 
 
 def multiply_by_expert(rank: int, world_size: int, case: LayerCase) -> list[torch.Tensor]:

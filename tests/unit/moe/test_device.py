@@ -1,9 +1,7 @@
 """What a GPU runs for an MoE layer, on the CPU's tensors: equal results, and no host that waits for the device."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.model.routing import count_record
-from dist_moe.moe import dispatch, experts, select
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.gather_sum import by_gather
 from dist_moe.moe.kernels import ANY_DEVICE, CPU, Kernels
@@ -20,6 +17,7 @@ from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
 from dist_moe.moe.swiglu import SwiGLU
+from tests.dist.layers import on
 from tests.host_reads import HostReads, Operators
 
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
@@ -31,15 +29,6 @@ RULES: dict[str, Rule] = {
 }
 MOST_OPERATORS = 60
 """Of one layer, router included, forward and backward."""
-
-
-@contextlib.contextmanager
-def on(kernels: Kernels) -> Iterator[None]:
-    """Compute with the implementations of another device."""
-    with contextlib.ExitStack() as stack:
-        for module in (dispatch, experts, select):
-            stack.enter_context(mock.patch.object(module, "kernels_for", lambda _: kernels))
-        yield
 
 
 class Layer(torch.nn.Module):
