@@ -158,8 +158,7 @@ class Report:
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
         nll, auxiliary, microbatch_vio_L = self._over_ranks(record)
-        now_s = self._clock()
-        seconds, steps, self._since_s, self._steps = now_s - self._since_s, self._steps, now_s, 0
+        step_s = self._seconds_per_step(self._since_s)
         if self.recorder is None or self.console is None:
             return
         step_tokens = self.config.train.global_batch_size * self.config.data.sequence_length
@@ -170,8 +169,8 @@ class Report:
             learning_rate=learning_rate,
             grad_norm=record.grad_norm,
             tokens=step * step_tokens,
-            tokens_per_s=step_tokens * steps / seconds,
-            step_ms=1e3 * seconds / steps,
+            tokens_per_s=step_tokens / step_s,
+            step_ms=1e3 * step_s,
             skipped=not record.taken,
             skipped_steps=self._skipped_steps,
             balance_rate=balance_rate,
@@ -190,6 +189,13 @@ class Report:
         self.console.warn(*self._alerts.check(metrics))
         if self.board is not None:
             self.board.step(metrics)
+
+    def _seconds_per_step(self, since_s: float) -> float:
+        """Return the wall time of each step from `since_s` until now, where the time of the next ones begins."""
+        now_s = self._clock()
+        step_s = (now_s - since_s) / self._steps
+        self._since_s, self._steps = now_s, 0
+        return step_s
 
     def _advance(self, step: int) -> None:
         """Move the bar on the terminal, between logged steps too."""

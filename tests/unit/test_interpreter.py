@@ -15,6 +15,11 @@ with without_collections(), without_collections():
     {work}
 print(inside, gc.isenabled(), gc.get_freeze_count() > 0)
 """
+NOT_FOR_TRAINING = {
+    *("matplotlib", "scipy", "pandas", "torchvision", "setuptools", "mpi4py", "typer"),
+    *("torch._inductor.compile_fx", "torch._functorch.aot_autograd", "torch.distributed.elastic"),
+}
+"""What a worker might import by accident, for 0.1 to 2 s."""
 
 
 @pytest.mark.parametrize(
@@ -44,3 +49,11 @@ except ImportError:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "True"
+
+
+def test_trap_T56_a_worker_loads_nothing_that_training_does_not_use() -> None:
+    argv = [sys.executable, "-c", "import sys, dist_moe.train.loop; print(*sys.modules)"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300)
+    imported = set(done.stdout.split())
+    assert {"torch", "transformers.modeling_utils", "deepspeed", "PIL.Image", "tensorboard"} <= imported
+    assert imported & NOT_FOR_TRAINING == set()
