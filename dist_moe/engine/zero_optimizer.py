@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dist_moe.engine.flat_gradients import FlatGradients, FlatGroup, sum_of_squares
 
-OWN_REDUCTION_KEYS = ("reduce_bucket_size", "use_multi_rank_bucket_allreduce")
-"""Keys of DeepSpeed's zero_optimization that say how gradients are reduced; with them, DeepSpeed reduces them."""
+REDUCTION_KEYS = ("reduce_bucket_size", "use_multi_rank_bucket_allreduce")
+"""Keys of zero_optimization that say how DeepSpeed reduces gradients; where the user sets one, its methods do so."""
 
 
 class ZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -37,7 +37,7 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):
         # DeepSpeed has no parameter for the class. Its hooks call the methods by name, so that they find those below.
         optimizer.__class__ = cls
         optimizer._gradients = None
-        if not optimizer.partition_gradients and not set(OWN_REDUCTION_KEYS) & set(zero_keys):
+        if not optimizer.partition_gradients and not set(REDUCTION_KEYS) & set(zero_keys):
             groups = [
                 FlatGroup(parameters, flat.numel(), process_group)
                 for parameters, flat, process_group in zip(

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.engine.deepspeed import deepspeed
 from tests.dist.pool import RankPool
 from tests.dist.small import Case, Trace, make_task, named_weights, reference, run_case
 from tests.selection import cross
@@ -67,6 +69,34 @@ def loads_the_compiler(rank: int, world_size: int) -> bool:
 
 def test_a_step_does_not_load_torch_s_compiler(ranks: RankPool) -> None:
     assert ranks.run(loads_the_compiler, 1) == [False]
+
+
+def probes_for_a_compiler(rank: int, world_size: int) -> bool:
+    """Train a step, and return whether DeepSpeed has looked for operators that it could compile."""
+    vars(deepspeed.ops).pop("__compatible_ops__", None)
+    with mock.patch.object(deepspeed.ops, "_probe_compatible_ops", return_value={}) as probe:
+        run_case(rank, world_size, Case())
+    return probe.called
+
+
+def test_an_engine_starts_without_a_search_for_compilers(ranks: RankPool) -> None:
+    assert ranks.run(probes_for_a_compiler, 1) == [False]
+
+
+def operators_of(rank: int, world_size: int, case: Case) -> set[str]:
+    """Return the names of torch's operators that a run calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run_case(rank, world_size, case)
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_adamw_is_one_operator(ranks: RankPool, stage: int, bf16: bool) -> None:
+    operators = ranks.run(operators_of, 1, Case(zero_stage=stage, bf16=bf16, optimizer="adamw", clipping=1.0))[0]
+    assert "aten::_fused_adamw_" in operators and "aten::addcdiv_" not in operators
+    if stage > 0:
+        assert not operators & {"aten::amax", "aten::amin"}, "DeepSpeed looks for values that are not finite"
 
 
 def decays(name: str) -> bool:

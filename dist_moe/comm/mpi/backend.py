@@ -117,7 +117,9 @@ class MPIGroup(dist.ProcessGroup):
         return self.allreduce_coalesced(tensors, opts)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> Work:
-        reductions = [ReduceBuffer(tensor, opts.reduceOp, self._comm.size) for tensor in tensors]
+        # A single rank has the result already; MPI would copy it, and 16-bit floats twice.
+        reduced = tensors if self._comm.size > 1 else []
+        reductions = [ReduceBuffer(tensor, opts.reduceOp, self._comm.size) for tensor in reduced]
         requests = [self._comm.Iallreduce(MPI.IN_PLACE, one.buffer, op=one.op) for one in reductions]
         return self._work("all-reduce", requests, reductions, tensors, run_all([one.copy_back for one in reductions]))
 

@@ -8,6 +8,7 @@ from dist_moe.config.deepspeed_keys.entries import BOOLEAN, Allowed, Entry, Ours
 
 LARGEST_BUCKET = 1_000_000_000
 """In elements: DeepSpeed allocates a reduce bucket whole when it starts."""
+SLOWER = "if it is set, ZeRO 1 is slower, since DeepSpeed copies the gradients more often"
 STAGE_3 = "is read at ZeRO 3 alone, and parallel.zero_stage is at most 2"
 OFFLOAD = "moves the optimizer to the CPU or to a disk, which needs an optimizer of DeepSpeed's own"
 MICS = "is a key of MiCS, which DeepSpeed has removed"
@@ -24,12 +25,12 @@ ALLOWED: tuple[Entry, ...] = (
     Allowed(
         "zero_optimization.use_multi_rank_bucket_allreduce",
         BOOLEAN,
-        "whether the gradients of several ranks are reduced in one collective",
+        f"whether the gradients of several ranks are reduced in one collective; {SLOWER}",
     ),
     Allowed(
         "zero_optimization.reduce_bucket_size",
         Whole(1, LARGEST_BUCKET),
-        "the elements that are reduced at a time (memory against the number of collectives)",
+        f"the elements that are reduced at a time (memory against the number of collectives); {SLOWER}",
     ),
     Allowed(
         "zero_optimization.allgather_bucket_size",

@@ -101,6 +101,19 @@ def test_memory_that_is_kept_causes_no_page_faults() -> None:
     assert kept and count < 4 * pages
 
 
+def test_an_older_glibc_is_given_the_largest_size_that_it_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class OldGlibc:
+        def mallopt(self, parameter: int, value: int) -> int:
+            calls.append((parameter, value))
+            return int(value <= 32 << 20)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: OldGlibc())
+    assert keep_freed_memory()
+    assert calls == [(-3, 128 << 20), (-3, 32 << 20), (-1, -1)]
+
+
 def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not keep_freed_memory()
