@@ -5,7 +5,6 @@ Shapes: T rows (tokens), C rows of a chunk, D model width, V vocabulary, B seque
 """
 
 import copy
-import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any, cast
@@ -19,6 +18,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dist_moe.config.sections.model import CrossEntropyName
 from dist_moe.data.stream import IGNORE_INDEX
+from dist_moe.errors import ConfigError, Violation
+from dist_moe.model import liger
 
 logger = logging.getLogger(__name__)
 
@@ -48,30 +49,20 @@ def chunked_nll_sum(hidden_TD: Tensor, head: nn.Linear, targets_T: Tensor) -> Te
     return cast(Tensor, _ChunkedNllSum.apply(hidden_TD, head.weight, head.bias, targets_T, with_gradient))
 
 
-def liger_nll_sum(hidden_TD: Tensor, head: nn.Linear, targets_T: Tensor) -> Tensor:
-    """Return what `chunked_nll_sum` does, by Liger's kernel (CUDA only), which passes over a chunk's logits once.
-
-    It counts the labels on the host, and so waits for the device once in a forward.
-    """
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    loss = liger_fused_linear_cross_entropy(
-        hidden_TD,
-        head.weight,
-        targets_T,
-        head.bias,
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        accum_dtype=torch.float32,
-    )
-    return cast(Tensor, loss).float()
-
-
 def choose_cross_entropy(name: CrossEntropyName, device: torch.device) -> CrossEntropy | None:
-    """Return the implementation for `model.cross_entropy` on a device; None for the model's own logits."""
+    """Return the implementation for `model.cross_entropy` on a device; None for the model's own logits.
+
+    Raises:
+        ConfigError: It is liger, which is not installed, or the device is not a GPU.
+    """
+    on_gpu = device.type == "cuda"
     if name == "auto":
-        name = "liger" if device.type == "cuda" and importlib.util.find_spec("liger_kernel") else "chunked"
-    return {"plain": None, "chunked": chunked_nll_sum, "liger": liger_nll_sum}[name]
+        name = "liger" if on_gpu and liger.is_installed() else "chunked"
+    if name == "liger" and not (on_gpu and liger.is_installed()):
+        rule = "needs liger-kernel, which is not installed" if on_gpu else f"needs a GPU, and the device is {device}"
+        remedy = "install dist-moe-train[gpu], or use auto" if on_gpu else "use auto"
+        raise ConfigError([Violation("model.cross_entropy", name, rule, remedy)])
+    return {"plain": None, "chunked": chunked_nll_sum, "liger": liger.linear_nll_sum}[name]
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear | None:

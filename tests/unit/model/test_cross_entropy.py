@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_moe.config.sections.model import CrossEntropyName
 from dist_moe.data.stream import IGNORE_INDEX
-from dist_moe.model import cross_entropy
+from dist_moe.errors import ConfigError
+from dist_moe.model import cross_entropy, liger
 from dist_moe.model.cross_entropy import (
     choose_cross_entropy,
     chunk_rows,
@@ -193,13 +194,19 @@ def test_no_logits_of_all_rows_are_made() -> None:
 
 
 def test_auto_is_by_device_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert choose_cross_entropy("auto", cpu) is chunked_nll_sum
     assert choose_cross_entropy("plain", cpu) is None
-    for spec, wanted in ((None, chunked_nll_sum), (object(), cross_entropy.liger_nll_sum)):
-        monkeypatch.setattr(cross_entropy.importlib.util, "find_spec", lambda _, spec=spec: spec)
+    for installed, wanted in ((False, chunked_nll_sum), (True, liger.linear_nll_sum)):
+        monkeypatch.setattr(liger, "is_installed", lambda installed=installed: installed)
         assert choose_cross_entropy("auto", cuda) is wanted
         assert choose_cross_entropy("auto", cpu) is chunked_nll_sum
+    assert choose_cross_entropy("liger", cuda) is liger.linear_nll_sum
+    with pytest.raises(ConfigError, match="cross_entropy=liger needs a GPU, and the device is cpu; use auto"):
+        choose_cross_entropy("liger", cpu)
+    monkeypatch.setattr(liger, "is_installed", lambda: False)
+    with pytest.raises(ConfigError, match=r"needs liger-kernel, .* install dist-moe-train\[gpu\], or use auto"):
+        choose_cross_entropy("liger", cuda)
 
 
 @pytest.mark.parametrize(
