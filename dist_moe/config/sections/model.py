@@ -18,6 +18,7 @@ else:
 
 AttentionName = Literal["auto", "sdpa"]
 CrossEntropyName = Literal["auto", "plain", "chunked", "liger"]
+NormName = Literal["auto", "plain"]
 
 
 class ModelConfig(Section):
@@ -47,6 +48,12 @@ class ModelConfig(Section):
         description="the implementation of the loss: plain (of the logits of the whole batch), chunked (of some rows "
         "at a time), liger (Liger's kernel on a GPU), or auto (liger on a GPU where it is installed, else chunked); "
         "plain in any case where the model scales or caps its logits",
+    )
+
+    norm: NormName = Field(
+        default="auto",
+        description="the implementation of RMSNorm: plain (that of transformers), or auto (one function with a small "
+        "backward pass, on a GPU Liger's where it is installed; other norms stay as they are)",
     )
 
     @field_validator("config")
