@@ -106,7 +106,7 @@ class Engine:
         self.module: nn.Module = engine.module
         self.device = torch.device(engine.device)
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         """Run the module on inputs on the engine's device."""
         return self._engine(*inputs)
 

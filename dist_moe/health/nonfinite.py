@@ -18,6 +18,7 @@ from dist_moe.data.corpus import document_names
 from dist_moe.data.stream import Batch, Rows
 from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
+from dist_moe.model.inputs import model_inputs
 from dist_moe.text import listed
 
 MOST_DOCUMENTS = 8
@@ -128,10 +129,8 @@ def _origin_in(
     task: nn.Module, batch: Batch, scales: tuple[Tensor, Tensor], number: int, device: torch.device
 ) -> Origin | None:
     names, weights = zip(*((n, w) for n, w in task.named_parameters() if w.requires_grad), strict=True)
-    mask_BS = batch.documents_BS >= 0
-    inputs = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS)
     with _outputs(task) as finite:
-        output = task(*(tensor.to(device) for tensor in (*inputs, *scales)))
+        output = task(model_inputs(batch, device), *(scale.to(device) for scale in scales))
     # `grad`, not `backward`: the engine's hooks would reduce these gradients.
     gradients = torch.autograd.grad(output.loss, weights, allow_unused=True)
     for after, (name, whole) in enumerate(finite):

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config.sections.model import AttentionName, NormName
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.families.registry import family_of
+from dist_moe.model.attention import attention_name
 from dist_moe.model.convert import MoeLayer, convert, find_layers
+from dist_moe.model.norm import fuse_norms
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.policies.base import Policy
@@ -19,7 +22,13 @@ from dist_moe.scores import OVER_LOGITS, Score
 
 
 def build_model(
-    architecture: str, model_config: Mapping[str, Any], rule: Rule | Score, mesh: Mesh, seed: int
+    architecture: str,
+    model_config: Mapping[str, Any],
+    rule: Rule | Score,
+    mesh: Mesh,
+    seed: int,
+    attention: AttentionName = "auto",
+    norm: NormName = "auto",
 ) -> PreTrainedModel:
     """Build a model with initial values on the CPU, in fp32, with the experts of this rank only.
 
@@ -32,20 +41,30 @@ def build_model(
         rule: How tokens select experts; or the name of a gate function, for the top-K rule of `model_config`.
         mesh: Which rank holds which experts.
         seed: Of the initial values.
+        attention: The implementation of attention, as `model.attention` names it.
+        norm: That of RMSNorm, as `model.norm` names it.
     """
     config = AutoConfig.for_model(architecture, **model_config)
-    model = empty_model(config, family_rule(config, rule) if isinstance(rule, str) else rule, mesh)
+    model = empty_model(config, family_rule(config, rule) if isinstance(rule, str) else rule, mesh, attention, norm)
     materialize(model)
     initialize(model, seed)
     return model
 
 
-def empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh) -> PreTrainedModel:
+def empty_model(
+    config: PretrainedConfig,
+    rule: Rule,
+    mesh: Mesh,
+    attention: AttentionName = "auto",
+    norm: NormName = "auto",
+) -> PreTrainedModel:
     """Build the converted model on the meta device: shapes without memory."""
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention_name(attention)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     convert(model, family_of(config.model_type), rule, mesh)
+    if norm == "auto":
+        fuse_norms(model)
     return model
 
 

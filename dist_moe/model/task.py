@@ -3,17 +3,19 @@
 Shapes: B sequences, S positions, V vocabulary, E experts.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.data.stream import IGNORE_INDEX
+from dist_moe.config.sections.model import CrossEntropyName
+from dist_moe.model.attention import documents_arguments
 from dist_moe.model.convert import find_layers
+from dist_moe.model.cross_entropy import choose_cross_entropy, output_head, plain_nll_sum
+from dist_moe.model.inputs import ModelInputs
 from dist_moe.model.routing import count_record, routing_loss
 
 NO_LOSSES = RoutingLosses()
@@ -44,51 +46,42 @@ class LanguageModelTask(nn.Module):
     """Next-token prediction over packed sequences.
 
     Args:
-        model: A converted model.
+        model: A converted model, with memory for its parameters.
         losses: Coefficients of the routing losses.
         needs_margins: Count the margins in training, for a policy that needs them.
+        cross_entropy: The implementation of the loss, as `model.cross_entropy` names it.
     """
 
-    def __init__(self, model: PreTrainedModel, losses: RoutingLosses = NO_LOSSES, needs_margins: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        losses: RoutingLosses = NO_LOSSES,
+        needs_margins: bool = False,
+        cross_entropy: CrossEntropyName = "auto",
+    ) -> None:
         super().__init__()
         self.model = model
         self.layers = find_layers(model)
         self.losses = losses
         self.needs_margins = needs_margins
+        self.cross_entropy: CrossEntropyName = "plain" if output_head(model) is None else cross_entropy
 
-    def forward(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor,
-        positions_BS: Tensor,
-        mask_BS: Tensor,
-        scale: Tensor,
-        token_scale: Tensor | None = None,
-    ) -> Output:
+    def forward(self, inputs: ModelInputs, scale: Tensor, token_scale: Tensor | None = None) -> Output:
         """Compute scale * sum of -ln p over the positions whose target is not -100, plus the routing losses.
 
         Args:
-            tokens_BS: int64 in [0, V).
-            targets_BS: int64, the next token, or -100 for a position without loss.
-            positions_BS: Index of each token in its document; a return to 0 begins a new document, and tokens attend
-                within their document only.
-            mask_BS: bool, false for padding, which is neither routed nor counted.
+            inputs: Of `model_inputs`.
             scale: fp32 scalar, n / (label tokens of the GLOBAL batch), with n micro-batches over all ranks, by which
                 the engine divides. A mean of micro-batch means would give the tokens of a micro-batch with few labels
                 a larger weight.
             token_scale: fp32 scalar, n / (all tokens of the global batch), for the routing losses; without it, and in
                 evaluation, they are omitted.
         """
-        # A batch without padding needs no mask, and this check costs less than masking.
-        mask_T = None if bool(mask_BS.all()) else mask_BS.reshape(-1)
+        mask_T = None if inputs.mask_BS is None else inputs.mask_BS.reshape(-1)
         for layer in self.layers:
             layer.router.open_record(mask_T)
-        logits_BSV = self.model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False).logits
+        nll_sum = self._nll_sum(inputs)
         records = [layer.router.close_record() for layer in self.layers]
-        dtype = torch.promote_types(torch.float32, logits_BSV.dtype)
-        nll_sum = F.cross_entropy(
-            logits_BSV.flatten(0, 1).to(dtype), targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
         routing_counts = [
             count_record(layer.router, record, self.needs_margins and self.training)
             for layer, record in zip(self.layers, records, strict=True)
@@ -97,8 +90,24 @@ class LanguageModelTask(nn.Module):
         if self.losses.any and self.training and token_scale is not None:
             for layer, record, layer_counts in zip(self.layers, records, routing_counts, strict=True):
                 auxiliary = auxiliary + routing_loss(
-                    self.losses, layer.router, record, layer_counts, sequences=tokens_BS.shape[0]
+                    self.losses, layer.router, record, layer_counts, sequences=inputs.tokens_BS.shape[0]
                 )
             auxiliary = auxiliary * token_scale
             loss = loss + auxiliary
         return Output(loss, nll_sum.detach(), auxiliary.detach(), routing_counts)
+
+    def _nll_sum(self, inputs: ModelInputs) -> Tensor:
+        """Run the model; return the sum of -ln p over the targets in nats, a scalar with the graph."""
+        arguments = {
+            "input_ids": inputs.tokens_BS,
+            "position_ids": inputs.positions_BS,
+            "use_cache": False,
+            **documents_arguments(inputs.documents, self.model.config),
+        }
+        targets_T = inputs.targets_BS.flatten()
+        cross_entropy = choose_cross_entropy(self.cross_entropy, inputs.tokens_BS.device)
+        if cross_entropy is None:
+            return plain_nll_sum(self.model(**arguments).logits.flatten(0, 1), targets_T)
+        hidden_BSD = self.model.base_model(**arguments).last_hidden_state
+        head = cast(nn.Linear, self.model.get_output_embeddings())
+        return cross_entropy(hidden_BSD.flatten(0, 1), head, targets_T)

@@ -13,7 +13,8 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_scalars
 from dist_moe.config import Config
 from dist_moe.data.corpus import TokenizedData
-from dist_moe.data.stream import IGNORE_INDEX, Stream
+from dist_moe.data.stream import IGNORE_INDEX, PADDING, Stream
+from dist_moe.model.inputs import model_inputs
 from dist_moe.model.task import Output
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
 
@@ -98,10 +99,11 @@ def _forward(
     batch = text.stream.rows_in_file_order(row, text.micro_batch_size)
     # Rows past the limit belong to the corpus but not to this evaluation.
     outside_B = torch.arange(row, row + text.micro_batch_size) >= text.rows
-    targets_BS = batch.targets_BS.masked_fill(outside_B.unsqueeze(1), IGNORE_INDEX)
-    mask_BS = (batch.documents_BS >= 0) & ~outside_B.unsqueeze(1)
-    inputs = (batch.tokens_BS, targets_BS, batch.positions_BS, mask_BS)
-    output: Output = task(*(tensor.to(device) for tensor in inputs), torch.tensor(1.0, device=device))
+    outside_B1 = outside_B.unsqueeze(1)
+    targets_BS = batch.targets_BS.masked_fill(outside_B1, IGNORE_INDEX)
+    documents_BS = batch.documents_BS.masked_fill(outside_B1, PADDING)
+    inputs = model_inputs(batch._replace(targets_BS=targets_BS, documents_BS=documents_BS), device)
+    output: Output = task(inputs, torch.ones((), device=device))
     labels = targets_BS[targets_BS != IGNORE_INDEX].numpy()
     nats = float(output.nll_sum)
     if not math.isfinite(nats):

@@ -177,11 +177,19 @@ def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageM
     model_config = {"vocab_size": tokenizer.vocab_size, **resolved.model_config}
     model_config |= {"eos_token_id": tokenizer.end_id, "bos_token_id": None, "pad_token_id": None}
     rule = routing_rule(config.router, config.balance)
-    model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
+    model = build_model(
+        config.model.architecture,
+        model_config,
+        rule,
+        mesh,
+        config.run.seed,
+        config.model.attention,
+        config.model.norm,
+    )
     if config.train.activation_checkpointing:
         # Reentrant checkpointing silently loses the gradient of losses computed outside the checkpointed function.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LanguageModelTask(model, routing_losses(config), config.balance.needs_margins)
+    return LanguageModelTask(model, routing_losses(config), config.balance.needs_margins, config.model.cross_entropy)
 
 
 def build_balancer(task: LanguageModelTask, config: Config, device: torch.device) -> Balancer:

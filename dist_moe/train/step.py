@@ -15,6 +15,7 @@ from dist_moe.balance.counts import RoutingCounts
 from dist_moe.comm.reduce import all_reduce_counts
 from dist_moe.data.stream import IGNORE_INDEX, Batch
 from dist_moe.engine.deepspeed import Engine
+from dist_moe.model.inputs import model_inputs
 from dist_moe.model.task import Output
 
 
@@ -89,7 +90,9 @@ def train_step(
     # DeepSpeed divides the loss by the number of micro-batches, and averages the gradients over the ranks. `parts`
     # undoes both: the loss is the mean over the label tokens of the global batch, the routing losses over all tokens.
     parts = engine.mesh.world_size * len(batches)
-    scale, token_scale = (torch.tensor(parts / max(1, count), device=engine.device) for count in (label_tokens, tokens))
+    scale, token_scale = (
+        torch.full((), parts / max(1, count), device=engine.device) for count in (label_tokens, tokens)
+    )
     nll_sum, auxiliary = torch.zeros((), device=engine.device), torch.zeros((), device=engine.device)
     micro_loads, threshold = [], balancer.threshold
     result = None
@@ -121,9 +124,8 @@ def train_step(
 
 def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) -> Output:
     """Run the engine's module on one micro-batch."""
-    mask_BS = batch.documents_BS >= 0
-    inputs = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS)
-    return engine.forward(*(tensor.to(engine.device) for tensor in inputs), scale, token_scale)
+    output: Output = engine.forward(model_inputs(batch, engine.device), scale, token_scale)
+    return output
 
 
 def reduce_counts(batches: Sequence[Batch], device: torch.device, extra: Sequence[int] = ()) -> GlobalCounts:

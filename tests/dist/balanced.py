@@ -21,6 +21,7 @@ from dist_moe.data.corpus import Corpus
 from dist_moe.data.stream import IGNORE_INDEX, Batch, Stream
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
+from dist_moe.model.inputs import model_inputs
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
@@ -156,9 +157,7 @@ def gradients(checkpointing: bool, biases: list[Tensor]) -> tuple[dict[str, Tens
     for layer, bias_E in zip(task.layers, biases, strict=True):
         layer.router.selection_bias.copy_(bias_E)
         layer.router.register_forward_hook(lambda module, *_: calls.append(module))
-    batch = ragged_batch()
-    inputs = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.documents_BS >= 0)
-    output = task(*inputs, torch.tensor(0.01))
+    output = task(model_inputs(ragged_batch(), torch.device("cpu")), torch.tensor(0.01))
     output.loss.backward()
     found = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
     return found, output.loads, len(calls)

@@ -12,6 +12,7 @@ from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.data.stream import IGNORE_INDEX, Batch
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import build_model, parameter_groups
+from dist_moe.model.inputs import model_inputs
 from dist_moe.model.task import NO_LOSSES, LanguageModelTask
 from dist_moe.moe.select import Rule
 from dist_moe.policies.base import Policy
@@ -238,10 +239,7 @@ def reference(case: Case, dtype: torch.dtype) -> tuple[float, float, dict[str, T
     batch = ragged_batch(seed=0)
     labels = (batch.targets_BS != IGNORE_INDEX).sum()
     output = task(
-        batch.tokens_BS,
-        batch.targets_BS,
-        batch.positions_BS,
-        batch.documents_BS >= 0,
+        model_inputs(batch, CPU),
         torch.tensor(1.0 / float(labels), dtype=torch.promote_types(dtype, torch.float32)),
         torch.tensor(1.0 / float((batch.documents_BS >= 0).sum()), dtype=torch.promote_types(dtype, torch.float32)),
     )

@@ -7,6 +7,7 @@ import torch
 
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.comm.mesh import Mesh
+from dist_moe.model.inputs import model_inputs
 from dist_moe.policies.adaptive_weight import AdaptiveWeight
 from dist_moe.policies.loss_free import LossFree
 from tests.dist.balanced import CPU, evaluate, validation_set
@@ -185,8 +186,7 @@ def test_trap_T14_evaluation_does_not_change_the_state_of_any_policy(name: str) 
         balancer = make_balancer(task, case)
         for seed in range(2):
             batch = ragged_batch(seed)
-            mask_BS = batch.documents_BS >= 0
-            output = task(batch.tokens_BS, batch.targets_BS, batch.positions_BS, mask_BS, torch.tensor(1.0))
+            output = task(model_inputs(batch, torch.device("cpu")), torch.tensor(1.0))
             balancer.observe(output.routing_counts)
             if evaluated:
                 evaluate(task, validation_set(rows=5), ALONE, CPU, 1)

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.comm.init import init_distributed
 from dist_moe.comm.mesh import Mesh, make_mesh
+from dist_moe.config.sections.model import CrossEntropyName
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
+from dist_moe.model.attention import documents_attention, documents_mask
 from dist_moe.model.build import parameter_groups
+from dist_moe.model.cross_entropy import choose_cross_entropy, chunked_nll_sum, plain_nll_sum
+from dist_moe.model.inputs import Documents, find_documents, model_inputs
+from dist_moe.model.norm import FusedRMSNorm
 from dist_moe.model.routing import count_record
 from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.kernels import ANY_DEVICE, triton_kernels
@@ -149,6 +156,80 @@ def test_every_policy_counts_and_moves_on_the_device_as_on_the_cpu(name: str) ->
             balancer.step()
         states.append([router.selection_bias.cpu(), router.last_load.cpu()])
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["chunked", "liger"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_equals_that_of_the_logits(name: CrossEntropyName, dtype: torch.dtype) -> None:
+    if name == "liger":
+        pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 1000, bias=False, device="cuda", dtype=dtype)
+    hidden_TD = torch.randn(700, 64, device="cuda", dtype=dtype, requires_grad=True)
+    targets_T = torch.randint(0, 1000, (700,), device="cuda").masked_fill(torch.rand(700, device="cuda") < 0.2, -100)
+    cross_entropy = choose_cross_entropy(name, hidden_TD.device)
+    assert cross_entropy is not None
+    results = []
+    for nll_sum in (cross_entropy(hidden_TD, head, targets_T), plain_nll_sum(head(hidden_TD), targets_T)):
+        results.append([nll_sum, *torch.autograd.grad(nll_sum * 0.01, [hidden_TD, head.weight])])
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * wanted.norm()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("shape", [(8, 8, 64, 64), (8, 2, 64, 64), (4, 4, 96, 64)])
+def test_attention_by_starts_of_documents_equals_sdpa_with_a_mask(
+    shape: tuple[int, int, int, int], window: int | None
+) -> None:
+    heads, groups, width, value_width = shape
+    torch.manual_seed(0)
+    documents_BS = torch.stack([torch.arange(256) // 100, torch.arange(256) // 256])
+    starts_N1, longest = find_documents(documents_BS)
+    starts_N1 = starts_N1.cuda()
+    leaves = [
+        torch.randn(2, 256, *size, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for size in ((heads, width), (groups, width), (groups, value_width))
+    ]
+    query, key, value = leaves
+    mask_B1SS = documents_mask(starts_N1, 2, 256, window)
+    keys, values = (each.repeat_interleave(heads // groups, 1) for each in (key, value))
+    wanted = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask_B1SS, scale=0.1).transpose(1, 2)
+    found = documents_attention(query, key, value, Documents(starts_N1, longest), 0.1, window)
+    gradient = torch.randn_like(wanted)
+    ours = [found, *torch.autograd.grad(found, leaves, gradient)]
+    theirs = [wanted, *torch.autograd.grad(wanted, leaves, gradient)]
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() < 2e-2 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_equals_that_of_transformers(dtype: torch.dtype) -> None:
+    """By Liger's kernel where it is installed."""
+    torch.manual_seed(0)
+    theirs = Qwen3MoeRMSNorm(64).to("cuda", dtype)
+    torch.nn.init.normal_(theirs.weight, mean=1.0)
+    x_TD = torch.randn(500, 64, device="cuda", dtype=dtype, requires_grad=True)
+    gradient = torch.randn_like(x_TD)
+    results = []
+    for norm in (FusedRMSNorm(theirs.weight, 1e-6), theirs):
+        results.append([found := norm(x_TD), *torch.autograd.grad(found, [x_TD, theirs.weight], gradient)])
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * wanted.norm()
+
+
+def test_the_inputs_of_a_model_and_its_attention_wait_for_nothing() -> None:
+    batch = ragged_batch()
+    query = torch.randn(len(batch.tokens_BS), 4, batch.tokens_BS.shape[1], 64, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inputs = model_inputs(batch, query.device)
+        assert inputs.documents is not None
+        documents_attention(query, query, query, inputs.documents, 0.1, None)
+        head = torch.nn.Linear(64, 100, device="cuda")
+        chunked_nll_sum(query[0, 0].float(), head, torch.zeros(query.shape[2], dtype=torch.int64, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_main_job_on_the_device(tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 else:
     Architecture = Literal[tuple(FAMILIES)]
 
+AttentionName = Literal["auto", "sdpa"]
+CrossEntropyName = Literal["auto", "plain", "chunked", "liger"]
+NormName = Literal["auto", "plain"]
+
 
 class ModelConfig(Section):
     """The Hugging Face model."""
@@ -33,6 +37,23 @@ class ModelConfig(Section):
         default_factory=dict,
         description="the keys of the family's Hugging Face config class; a key left out is that of model.pretrained or "
         "the default of the class, and vocab_size comes from the tokenizer",
+    )
+    attention: AttentionName = Field(
+        default="auto",
+        description="the implementation of attention: sdpa (PyTorch's own), or auto (matrix products on a CPU for "
+        "short sequences in bf16, a kernel for packed documents on a GPU in bf16, else sdpa)",
+    )
+    cross_entropy: CrossEntropyName = Field(
+        default="auto",
+        description="the implementation of the loss: plain (of the logits of the whole batch), chunked (of some rows "
+        "at a time), liger (Liger's kernel on a GPU), or auto (liger on a GPU where it is installed, else chunked); "
+        "plain in any case where the model scales or caps its logits",
+    )
+
+    norm: NormName = Field(
+        default="auto",
+        description="the implementation of RMSNorm: plain (that of transformers), or auto (one function with a small "
+        "backward pass, on a GPU Liger's where it is installed; other norms stay as they are)",
     )
 
     @field_validator("config")

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config.sections.model import NormName
 from dist_moe.model.build import build_model
 from dist_moe.scores import Score
 from tests.dist.small import DEEPSEEK, VOCABULARY
@@ -38,10 +39,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], Score]] = {
 }
 
 
-def small_model(architecture: str, mesh: Mesh = ALONE, score: Score | None = None, **changes: Any) -> PreTrainedModel:
+def small_model(
+    architecture: str, mesh: Mesh = ALONE, score: Score | None = None, norm: NormName = "auto", **changes: Any
+) -> PreTrainedModel:
     """The family's small model with the initial values of seed 0; `changes` are keys of its config class."""
     settings, own_score = FAMILIES[architecture]
-    return build_model(architecture, settings | changes, score or own_score, mesh, seed=0)
+    return build_model(architecture, settings | changes, score or own_score, mesh, seed=0, norm=norm)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.model.build import build_model
+from dist_moe.model.inputs import ModelInputs
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.select import TopK
 from dist_moe.scores import Score
@@ -42,7 +43,7 @@ def forward(task: LanguageModelTask) -> tuple[Tensor, Tensor, list[Tensor], list
     mask_BS[1, LENGTH - PADDING :] = False
     targets_BS = torch.full_like(tokens_BS, -100)  # the loss is that of the routing alone
     positions_BS = torch.arange(LENGTH).expand(ROWS, -1)
-    output = task(tokens_BS, targets_BS, positions_BS, mask_BS, torch.tensor(1.0), SCALE)
+    output = task(ModelInputs(tokens_BS, targets_BS, positions_BS, mask_BS), torch.tensor(1.0), SCALE)
     for handle in handles:
         handle.remove()
     assert float(output.auxiliary) == pytest.approx(float(output.loss.detach()))

@@ -11,6 +11,7 @@ from dist_moe.balance.losses import RoutingLosses
 from dist_moe.config.combinations import SCORES, SELECTIONS, refusal
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.model.build import build_model, routing_rule
+from dist_moe.model.inputs import ModelInputs
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.policies.registry import POLICIES, make_policy
 from tests.unit.model.samples import ALONE, FAMILIES, tokens
@@ -39,7 +40,7 @@ def step(task: LanguageModelTask, balancer: Balancer, tokens_BS: Tensor) -> None
     """A forward, a backward and an update of the balance; the weights stay."""
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
     scale = torch.tensor(1.0 / tokens_BS.numel())
-    output = task(tokens_BS, tokens_BS.roll(-1, 1), positions_BS, torch.ones_like(tokens_BS).bool(), scale, scale)
+    output = task(ModelInputs(tokens_BS, tokens_BS.roll(-1, 1), positions_BS), scale, scale)
     output.loss.backward()
     balancer.observe(output.routing_counts)
     balancer.step()

@@ -1,4 +1,4 @@
-"""Packed documents do not see each other, padding is not there, and attention is PyTorch's own."""
+"""Packed documents do not see each other, padding is not there, and attention in fp32 is PyTorch's own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dist_moe.data.stream import IGNORE_INDEX
+from dist_moe.model.inputs import ModelInputs
 from dist_moe.model.task import LanguageModelTask, Output
 from tests.unit.model.samples import FAMILIES, small_model, tokens
 
@@ -49,11 +50,12 @@ def alone_in_batch(rows: Rows, row: int, start: int, end: int) -> Rows:
 
 
 def forward(task: LanguageModelTask, rows: Rows) -> tuple[Tensor, Output]:
-    """The task's own forward -> the logits that were made in it, its output."""
+    """The task's own forward -> the logits of the hidden states that were made in it, its output."""
     seen: list[Tensor] = []
-    handle = task.model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.detach()))
+    norm: Any = task.model.base_model.norm
+    handle = norm.register_forward_hook(lambda module, inputs, hidden: seen.append(task.model.lm_head(hidden).detach()))
     try:
-        output = task(rows.tokens_BS, rows.targets_BS, rows.positions_BS, rows.mask_BS, torch.tensor(1.0))
+        output = task(ModelInputs(rows.tokens_BS, rows.targets_BS, rows.positions_BS, rows.mask_BS), torch.tensor(1.0))
     finally:
         handle.remove()
     (logits_BSV,) = seen
@@ -145,8 +147,8 @@ class Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_attention_runs_through_sdpa(task: LanguageModelTask) -> None:
-    assert task.model.config._attn_implementation == "sdpa"
+def test_attention_in_fp32_runs_through_sdpa(task: LanguageModelTask) -> None:
+    assert task.model.config._attn_implementation == "dist_moe"
     with Calls(F.scaled_dot_product_attention) as calls:
         forward(task, packed())
     assert calls.count == task.model.config.num_hidden_layers

@@ -1,0 +1,73 @@
+"""What a model is given of a batch: made on the host, so that nothing waits for the device, and moved there.
+
+Shapes: B sequences, S positions, N documents.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_moe.data.stream import Batch
+
+
+class Documents(NamedTuple):
+    """Where the documents of a batch begin, with the rows of the batch one after the other.
+
+    A row ends its last document. The padding of a row is a document.
+
+    Attributes:
+        starts_N1: int32 [N + 1], the first token of each document, and B * S.
+        longest: Tokens of the longest document.
+    """
+
+    starts_N1: Tensor
+    longest: int
+
+
+class ModelInputs(NamedTuple):
+    """The inputs of a `LanguageModelTask`, on its device.
+
+    Attributes:
+        tokens_BS: int64 in [0, V).
+        targets_BS: int64, the next token, or -100 for a position without loss.
+        positions_BS: Index of each token in its document; a return to 0 begins a new document, and tokens attend
+            within their document only.
+        mask_BS: bool, false for padding, which is neither routed nor counted; None where there is none, which costs
+            less than a mask.
+        documents: The same documents as in `positions_BS`, for attention on a GPU; None: it finds them itself.
+    """
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    positions_BS: Tensor
+    mask_BS: Tensor | None = None
+    documents: Documents | None = None
+
+
+def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
+    """Return the inputs for a batch on the CPU. The host does not wait for the device."""
+    mask_BS = batch.documents_BS >= 0
+    has_padding = not bool(mask_BS.all())
+    documents = find_documents(batch.documents_BS) if device.type == "cuda" else None
+    return ModelInputs(
+        _move(batch.tokens_BS, device),
+        _move(batch.targets_BS, device),
+        _move(batch.positions_BS, device),
+        _move(mask_BS, device) if has_padding else None,
+        None if documents is None else documents._replace(starts_N1=_move(documents.starts_N1, device)),
+    )
+
+
+def find_documents(documents_BS: Tensor) -> Documents:
+    """Return the documents of `Batch.documents_BS`."""
+    starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    starts_N = starts_BS.flatten().nonzero().flatten()
+    starts_N1 = torch.cat([starts_N, torch.tensor([documents_BS.numel()])])
+    return Documents(starts_N1.to(torch.int32), int(starts_N1.diff().max()))
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device; from pinned memory, from which a GPU copies while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
