@@ -1,0 +1,83 @@
+"""Measures a case of the training step: all programs live at once, and take turns in every round."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import Entry, StepCase
+from benchmarks.environment import cores
+from benchmarks.row import Row
+from benchmarks.step.programs import PROGRAMS, Place, prepare
+from benchmarks.step.session import CannotRun, Session, SessionError, Turn
+from benchmarks.step.setting import STEPS_OF_TEXT
+from dist_moe.balance.load import max_vio, max_vio_floor
+
+Log = Callable[[str], None]
+
+
+def measure_steps(case: StepCase, rounds: int, steps: int, log: Log) -> list[Row]:
+    """Measure a case, in `rounds` rounds of one turn of `steps` steps for each program.
+
+    The order of the programs moves on by one in each round.
+    """
+    if case.workers > len(cores()):
+        reason = f"needs {case.workers} cores, one for each worker, and this process may use {len(cores())}"
+        return [Row(entry.name, reason) for entry in case.entries]
+    rows = [Row(entry.name) for entry in case.entries]
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name, ExitStack() as stack:
+        folder = Path(name)
+        vocabulary, end_id = prepare(case, folder / "text", STEPS_OF_TEXT)
+        live: list[tuple[Row, Session]] = []
+        for number, (entry, row) in enumerate(zip(case.entries, rows, strict=True)):
+            place = Place(folder / f"program-{number}", folder / "text", vocabulary, end_id)
+            try:
+                session = start(case, entry, place, stack)
+                session.run(case.warmup_steps)
+            except (CannotRun, SessionError) as error:
+                row.reason = str(error)
+                log(f"  {row.name}: {row.reason.splitlines()[0]}")
+                continue
+            row.start_s = round(session.start_s, 2)
+            live.append((row, session))
+        for number in range(rounds):
+            offset = number % max(1, len(live))
+            take_turns(live[offset:] + live[:offset], case, steps)
+            log(f"  round {number + 1} of {rounds}")
+        for row, session in live:
+            if not row.reason:
+                row.bytes = session.run(1, count_bytes=True).bytes
+    return rows
+
+
+def start(case: StepCase, entry: Entry, place: Place, stack: ExitStack) -> Session:
+    """Start the workers of a program, until the end of `stack`."""
+    commands = PROGRAMS[entry.program].commands(case, entry, place)
+    return stack.enter_context(Session(commands, case.workers, place.folder / "output.log"))
+
+
+def take_turns(live: Sequence[tuple[Row, Session]], case: StepCase, steps: int) -> None:
+    """Let each program make a turn, and write down what it reports; one that fails has no further turns."""
+    for row, session in live:
+        if row.reason:
+            continue
+        try:
+            turn = session.run(steps)
+        except SessionError as error:
+            row.reason = str(error)
+            continue
+        row.seconds.append(turn.seconds / steps)
+        row.peak_mib, row.loss = round(turn.peak_mib, 1), round(turn.loss, 4)
+        describe_loads(row, turn, case)
+
+
+def describe_loads(row: Row, turn: Turn, case: StepCase) -> None:
+    """Write down how evenly the experts were loaded."""
+    if not turn.loads:
+        return
+    load_LE = torch.tensor(turn.loads)
+    floors = [max_vio_floor(load_LE.shape[1], assignments) for assignments in load_LE.sum(dim=1).tolist()]
+    row.max_vio, row.max_vio_floor = round(float(max_vio(load_LE).mean()), 3), round(sum(floors) / len(floors), 3)
+    row.experts_per_token = round(int(load_LE.sum()) / (len(turn.loads) * case.tokens), 3)
