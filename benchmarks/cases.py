@@ -138,7 +138,24 @@ class BlockCase:
     allocator: Allocator = "kept"
 
 
-Case = StepCase | BlockCase
+@dataclass(frozen=True, kw_only=True)
+class StartCase:
+    """The time from a launch to the first line of metrics, of a tiny model.
+
+    Attributes:
+        name: Unique among all cases.
+        launchers: Names of launchers; "none" is a single worker without one.
+        workers: Workers of a launch.
+        precision: As of the other cases; here without effect.
+    """
+
+    name: str
+    launchers: tuple[str, ...] = ("deepspeed", "torchrun", "mpirun", "none")
+    workers: int = 2
+    precision: Precision = "fp32"
+
+
+Case = StepCase | BlockCase | StartCase
 
 
 def entries(*programs: str) -> tuple[Entry, ...]:
@@ -232,11 +249,13 @@ def cases_of(precision: Precision) -> list[Case]:
 
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
-CASES = {case.name: case for precision in PRECISIONS for case in cases_of(precision)}
+START = StartCase(name="start")
+CASES: dict[str, Case] = {case.name: case for precision in PRECISIONS for case in cases_of(precision)}
+CASES[START.name] = START
 QUICK = tuple(
-    replace(case, entries=entries(*OURS, "autoep", "autoep-tuned")) if isinstance(case, StepCase) else case
+    replace(case, entries=entries(*OURS, "autoep")) if isinstance(case, StepCase) else case
     for precision in PRECISIONS
-    for name in ("coarse", "block-experts-16", "block-experts-64", "block-fine")
+    for name in ("coarse", "block-experts-16", "block-fine")
     if (case := CASES[f"{name}-{precision}"])
 )
 """The cases of `make bench-quick` and `make bench-check`: those whose precision the CPU has."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import PACKAGE, BlockCase, Case
+from benchmarks.cases import PACKAGE, BlockCase, Case, StartCase, StepCase
 from benchmarks.environment import ROOT, hardware_name
 from benchmarks.row import LIMIT, Row
 from benchmarks.statistics import Spread, speed_ratio, spread
@@ -20,8 +20,8 @@ class Measured:
 
     Attributes:
         case: Its name.
-        kind: "step" or "block".
-        tokens: Tokens of one step over all workers, or of one forward of the block.
+        kind: "step", "block" or "start".
+        tokens: Tokens of one step over all workers, or of one forward of the block; 0 for a start.
         environment: The machine and the software (`benchmarks.environment.describe`).
         rows: One for each program.
     """
@@ -53,7 +53,8 @@ class Ratio(NamedTuple):
 
 def measured(case: Case, environment: Mapping[str, Any], rows: list[Row]) -> Measured:
     """Return the record of a case."""
-    return Measured(case.name, "block" if isinstance(case, BlockCase) else "step", case.tokens, environment, rows)
+    kind = {StepCase: "step", BlockCase: "block", StartCase: "start"}[type(case)]
+    return Measured(case.name, kind, 0 if isinstance(case, StartCase) else case.tokens, environment, rows)
 
 
 def ratios(record: Measured) -> list[Ratio]:

@@ -29,7 +29,8 @@ def cells(record: Measured, row: Row, found: list[Ratio], own: list[str]) -> lis
     """Return the cells of a row that was measured."""
     speeds = {(ratio.program, ratio.other): ratio.speed for ratio in found}
     factors = [shown(speeds[name, row.name], 2) if (name, row.name) in speeds else "" for name in own]
-    texts = [shown(tokens_per_s(record, row), 0), shown(spread([1e3 * value for value in row.seconds]), 1), *factors]
+    rate = shown(tokens_per_s(record, row), 0) if record.tokens else ""
+    texts = [rate, shown(spread([1e3 * value for value in row.seconds]), 1), *factors]
     if record.kind != "step":
         return texts
     vio = "" if row.max_vio is None else f"{row.max_vio:.2f} ({number(row.max_vio_floor, 2)})"

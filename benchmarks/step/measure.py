@@ -1,8 +1,8 @@
 """Measures a case of the training step: all programs live at once, and take turns in every round."""
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -33,23 +33,30 @@ def measure_steps(case: StepCase, rounds: int, steps: int, log: Log) -> list[Row
         live: list[tuple[Row, Session]] = []
         for number, (entry, row) in enumerate(zip(case.entries, rows, strict=True)):
             place = Place(folder / f"program-{number}", folder / "text", vocabulary, end_id)
-            try:
+            with failure_as_reason(row, log):
                 session = start(case, entry, place, stack)
+                row.start_s = round(session.start_s, 2)
                 session.run(case.warmup_steps)
-            except (CannotRun, SessionError) as error:
-                row.reason = str(error)
-                log(f"  {row.name}: {row.reason.splitlines()[0]}")
-                continue
-            row.start_s = round(session.start_s, 2)
-            live.append((row, session))
+                live.append((row, session))
         for number in range(rounds):
             offset = number % max(1, len(live))
-            take_turns(live[offset:] + live[:offset], case, steps)
+            take_turns(live[offset:] + live[:offset], case, steps, log)
             log(f"  round {number + 1} of {rounds}")
         for row, session in live:
-            if not row.reason:
-                row.bytes = session.run(1, count_bytes=True).bytes
+            if row.measured:
+                with failure_as_reason(row, log):
+                    row.bytes = session.run(1, count_bytes=True).bytes
     return rows
+
+
+@contextmanager
+def failure_as_reason(row: Row, log: Log) -> Iterator[None]:
+    """Write down why a program did not run, or stopped to run, in the block."""
+    try:
+        yield
+    except (CannotRun, SessionError) as error:
+        row.reason = str(error)
+        log(f"  {row.name}: {row.reason.splitlines()[0]}")
 
 
 def start(case: StepCase, entry: Entry, place: Place, stack: ExitStack) -> Session:
@@ -58,19 +65,16 @@ def start(case: StepCase, entry: Entry, place: Place, stack: ExitStack) -> Sessi
     return stack.enter_context(Session(commands, case.workers, place.folder / "output.log"))
 
 
-def take_turns(live: Sequence[tuple[Row, Session]], case: StepCase, steps: int) -> None:
+def take_turns(live: Sequence[tuple[Row, Session]], case: StepCase, steps: int, log: Log) -> None:
     """Let each program make a turn, and write down what it reports; one that fails has no further turns."""
     for row, session in live:
         if row.reason:
             continue
-        try:
+        with failure_as_reason(row, log):
             turn = session.run(steps)
-        except SessionError as error:
-            row.reason = str(error)
-            continue
-        row.seconds.append(turn.seconds / steps)
-        row.peak_mib, row.loss = round(turn.peak_mib, 1), round(turn.loss, 4)
-        describe_loads(row, turn, case)
+            row.seconds.append(turn.seconds / steps)
+            row.peak_mib, row.loss = round(turn.peak_mib, 1), round(turn.loss, 4)
+            describe_loads(row, turn, case)
 
 
 def describe_loads(row: Row, turn: Turn, case: StepCase) -> None:

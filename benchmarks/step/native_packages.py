@@ -31,6 +31,12 @@ def install_transformers(folder: Path = FOLDER) -> Path:
     return folder
 
 
+def native_version(folder: Path = FOLDER) -> str:
+    """Return the version of the installed transformers, "" where none is installed."""
+    found = sorted(folder.glob("transformers-*.dist-info"))
+    return found[-1].name.split("-")[1].removesuffix(".dist") if found else ""
+
+
 def run_pip(argv: Sequence[str]) -> None:
     """Run pip.
 

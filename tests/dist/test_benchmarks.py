@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.block.measure import measure_block
-from benchmarks.cases import CASES, COARSE, DEEPSEEK, BlockCase, StepCase, entries
+from benchmarks.cases import CASES, COARSE, DEEPSEEK, BlockCase, StartCase, StepCase, entries
 from benchmarks.environment import cores
+from benchmarks.start import measure_start
 from benchmarks.step.measure import measure_steps
 
 TINY = {
@@ -89,3 +90,11 @@ def test_every_block_is_measured_beside_its_limit() -> None:
     assert [(row.name, row.reason, len(row.seconds)) for row in rows] == [
         (name, "", 2) for name in (*programs, "limit")
     ]
+
+
+@pytest.mark.slow
+def test_a_start_is_measured_beside_the_imports() -> None:
+    rows = {row.name: row for row in measure_start(StartCase(name="tiny", launchers=("none",), workers=1), rounds=1)}
+    assert set(rows) == {"limit", "ours-none"} and all(row.measured for row in rows.values())
+    # A worker imports the same packages, and then trains a step.
+    assert rows["ours-none"].seconds[0] > 0.8 * rows["limit"].seconds[0]

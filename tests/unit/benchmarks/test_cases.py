@@ -12,6 +12,7 @@ from benchmarks.cases import CASES, QUICK, BlockCase, StepCase
 from benchmarks.environment import describe, hardware_name, has_bf16, read_cpuinfo
 from benchmarks.step.programs import PROGRAMS, configuration
 from dist_moe.config import Config, resolve
+from dist_moe.launch.launchers import launcher_names
 
 STEPS = [case for case in CASES.values() if isinstance(case, StepCase)]
 
@@ -21,12 +22,14 @@ def test_every_case_names_programs_that_exist() -> None:
         if isinstance(case, StepCase):
             assert {entry.program for entry in case.entries} <= set(PROGRAMS), case.name
             assert len({entry.name for entry in case.entries}) == len(case.entries), case.name
-        else:
+        elif isinstance(case, BlockCase):
             assert set(case.programs) <= set(BLOCKS), case.name
+        else:
+            assert set(case.launchers) <= {*launcher_names(), "none"}
 
 
 def test_the_quick_cases_are_among_all() -> None:
-    assert {case.name for case in QUICK} < set(CASES) and len(QUICK) == 8
+    assert {case.name for case in QUICK} < set(CASES) and len(QUICK) == 6
 
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
