@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## train CONFIG (the quick start) on WORKERS processes
 	$(BIN)/dist-moe launch $(CONFIG) --workers $(WORKERS) $(ARGS)
 
-bench: $(STAMP) ## measure training steps and MoE blocks of this package and of its peers; about an hour
+bench: $(STAMP) ## measure training steps and MoE blocks of this package and of its peers; two hours
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-quick: $(STAMP) ## the same for the cases that matter most; 5 minutes

@@ -21,7 +21,7 @@ from benchmarks.step.programs import PROGRAMS
 from benchmarks.tables import table
 
 OUT = ROOT / "build" / "bench.json"
-TURNS, QUICK_TURNS = (7, 3), (5, 2)
+TURNS, QUICK_TURNS = (7, 2), (5, 2)
 """Rounds, and steps of a turn."""
 NO_BF16 = "this CPU emulates bf16 (no avx512_bf16 or amx_bf16); name the case to measure it all the same"
 

@@ -8,7 +8,8 @@ Precision = Literal["fp32", "bf16"]
 Allocator = Literal["kept", "default"]
 OURS = ("ours-gloo", "ours-mpi")
 AUTOEP = ("autoep", "autoep-tuned")
-EVERY_PEER = (*AUTOEP, "autoep-mpi", "hf", "hf-tuned", "hf-native", "classic")
+PEERS = {"": (*AUTOEP, "autoep-mpi"), "-hf": ("hf-tuned", "hf-native"), "-classic": ("hf", "classic")}
+"""Part of the name of a case -> its peers: all programs of a case are live at once, and memory has room for four."""
 PACKAGE = "ours"
 """What the names of the programs that run this package begin with."""
 
@@ -175,10 +176,13 @@ def deep(layers: int) -> dict[str, Any]:
 
 def step_cases(precision: Precision) -> list[StepCase]:
     """Return the cases of the full step in one precision."""
-    peers = entries(*OURS, *EVERY_PEER)
     few = entries(*OURS, *AUTOEP)
-    coarse = StepCase(name=f"coarse-{precision}", entries=peers, model=COARSE, precision=precision)
-    fine = replace(coarse, name=f"fine-{precision}", model=FINE)
+    coarse = StepCase(name=f"coarse-{precision}", entries=few, model=COARSE, precision=precision)
+    models = {
+        "coarse": coarse,
+        "fine": replace(coarse, model=FINE),
+        "deepseek": replace(coarse, architecture="deepseek_v3", model=DEEPSEEK),
+    }
     single = replace(coarse, workers=1, expert_parallel=1)
     top2 = COARSE | {"num_experts_per_tok": 2}
     threshold = (
@@ -194,11 +198,13 @@ def step_cases(precision: Precision) -> list[StepCase]:
         "zipf": ("router.selection=zipf", "router.zipf_exponent=1.0"),
     }
     return [
-        coarse,
-        fine,
-        replace(coarse, name=f"deepseek-{precision}", architecture="deepseek_v3", model=DEEPSEEK, entries=peers),
-        replace(coarse, name=f"ep1-{precision}", expert_parallel=1),
-        replace(single, name=f"one-worker-{precision}", entries=entries("ours-gloo", *AUTOEP, "hf", "hf-tuned")),
+        *(
+            replace(case, name=f"{name}{group}-{precision}", entries=entries(*OURS, *peers))
+            for name, case in models.items()
+            for group, peers in PEERS.items()
+        ),
+        replace(coarse, name=f"ep1-{precision}", expert_parallel=1, entries=entries(*OURS, *AUTOEP[1:], "hf-tuned")),
+        replace(single, name=f"one-worker-{precision}", entries=entries("ours-gloo", *AUTOEP, "hf-tuned")),
         replace(
             coarse,
             name=f"threshold-{precision}",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.cases import Entry, StepCase
@@ -34,9 +35,10 @@ def measure_steps(case: StepCase, rounds: int, steps: int, log: Log) -> list[Row
         for number, (entry, row) in enumerate(zip(case.entries, rows, strict=True)):
             place = Place(folder / f"program-{number}", folder / "text", vocabulary, end_id)
             with failure_as_reason(row, log):
+                require_memory(1.2 * case.workers * max((other.peak_mib or 0 for other, _ in live), default=0))
                 session = start(case, entry, place, stack)
                 row.start_s = round(session.start_s, 2)
-                session.run(case.warmup_steps)
+                row.peak_mib = session.run(case.warmup_steps).peak_mib
                 live.append((row, session))
         for number in range(rounds):
             offset = number % max(1, len(live))
@@ -63,6 +65,17 @@ def start(case: StepCase, entry: Entry, place: Place, stack: ExitStack) -> Sessi
     """Start the workers of a program, until the end of `stack`."""
     commands = PROGRAMS[entry.program].commands(case, entry, place)
     return stack.enter_context(Session(commands, case.workers, place.folder / "output.log"))
+
+
+def require_memory(needed_mib: float) -> None:
+    """Refuse a program for which there is no room beside the live ones.
+
+    Raises:
+        CannotRun: Less than `needed_mib` is available.
+    """
+    available_mib = psutil.virtual_memory().available / 2**20
+    if available_mib < needed_mib:
+        raise CannotRun(f"needs about {needed_mib:,.0f} MiB of memory, and {available_mib:,.0f} MiB are available")
 
 
 def take_turns(live: Sequence[tuple[Row, Session]], case: StepCase, steps: int, log: Log) -> None:

@@ -10,7 +10,8 @@ from benchmarks.block.measure import measure_block
 from benchmarks.cases import CASES, COARSE, DEEPSEEK, BlockCase, StartCase, StepCase, entries
 from benchmarks.environment import cores
 from benchmarks.start import measure_start
-from benchmarks.step.measure import measure_steps
+from benchmarks.step.measure import measure_steps, require_memory
+from benchmarks.step.session import CannotRun
 
 TINY = {
     "hidden_size": 32,
@@ -39,7 +40,7 @@ def tiny(folder: Path, *programs: str) -> StepCase:
 @pytest.mark.skipif(len(cores()) < 2, reason="each worker needs a core")
 @pytest.mark.slow
 def test_every_program_trains_a_tiny_case_on_the_same_tokens(tmp_path: Path) -> None:
-    case = tiny(tmp_path, "ours-gloo", "ours-mpi", "autoep", "autoep-tuned", "autoep-mpi", "hf-tuned", "classic")
+    case = tiny(tmp_path, "ours-gloo", "ours-mpi", "autoep-tuned", "autoep-mpi", "hf-tuned", "classic")
     rows = {row.name: row for row in measure_steps(case, rounds=2, steps=1, log=SEEN.append)}
     assert {name: row.reason for name, row in rows.items() if row.reason} == {
         "autoep-mpi": "DeepSpeed's backend mpi is that of torch, and this build of torch has none"
@@ -48,13 +49,13 @@ def test_every_program_trains_a_tiny_case_on_the_same_tokens(tmp_path: Path) -> 
     # ln 257 = 5.549; all start from other values of the same distribution, and read the same tokens.
     assert {len(row.seconds) for row in measured} == {2} and all(5.3 < (row.loss or 0) < 5.7 for row in measured)
     assert rows["ours-gloo"].loss == pytest.approx(rows["ours-mpi"].loss, abs=1e-3)
-    assert rows["autoep"].loss == pytest.approx(rows["hf-tuned"].loss, abs=1e-3)
+    assert rows["autoep-tuned"].loss == pytest.approx(rows["hf-tuned"].loss, abs=1e-3)
     for row in measured:
         assert row.experts_per_token == 2.0 and 0 <= (row.max_vio or 0) < 1 and (row.peak_mib or 0) > 100
-    # Per layer and direction: 64 rows of 32 floats forth and back, and the counts.
+    # Two layers, forward and backward, forth and back: 64 rows of 32 floats, or as many back as arrived at rank 0.
     exchanged = {name: row.bytes.get("all_to_all_single", 0) for name, row in rows.items()}
     assert exchanged["ours-gloo"] == exchanged["ours-mpi"] and exchanged["hf-tuned"] == 0
-    assert 2 * 4 * 64 * 32 * 4 < exchanged["ours-gloo"] < 1.1 * 2 * 4 * 64 * 32 * 4
+    assert exchanged["ours-gloo"] == pytest.approx(2 * 2 * 2 * 64 * 32 * 4, rel=0.3)
 
 
 @pytest.mark.skipif(len(cores()) < 2, reason="each worker needs a core")
@@ -98,3 +99,9 @@ def test_a_start_is_measured_beside_the_imports() -> None:
     assert set(rows) == {"limit", "ours-none"} and all(row.measured for row in rows.values())
     # A worker imports the same packages, and then trains a step.
     assert rows["ours-none"].seconds[0] > 0.8 * rows["limit"].seconds[0]
+
+
+def test_a_program_without_room_in_memory_is_not_started() -> None:
+    require_memory(1.0)
+    with pytest.raises(CannotRun, match=r"needs about 1,000,000,000 MiB of memory, and [\d,]+ MiB are available"):
+        require_memory(1e9)
