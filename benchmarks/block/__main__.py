@@ -76,7 +76,7 @@ def timed(operation: Callable[[], None]) -> float:
     """Return the seconds of an operation."""
     began_s = time.perf_counter()
     operation()
-    return time.perf_counter() - began_s
+    return round(time.perf_counter() - began_s, 6)
 
 
 if __name__ == "__main__":

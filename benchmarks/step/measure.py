@@ -27,28 +27,35 @@ def measure_steps(case: StepCase, rounds: int, steps: int, log: Log) -> list[Row
     if case.workers > len(cores()):
         reason = f"needs {case.workers} cores, one for each worker, and this process may use {len(cores())}"
         return [Row(entry.name, reason) for entry in case.entries]
-    rows = [Row(entry.name) for entry in case.entries]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name, ExitStack() as stack:
-        folder = Path(name)
-        vocabulary, end_id = prepare(case, folder / "text", STEPS_OF_TEXT)
-        live: list[tuple[Row, Session]] = []
-        for number, (entry, row) in enumerate(zip(case.entries, rows, strict=True)):
-            place = Place(folder / f"program-{number}", folder / "text", vocabulary, end_id)
-            with failure_as_reason(row, log):
-                require_memory(1.2 * case.workers * max((other.peak_mib or 0 for other, _ in live), default=0))
-                session = start(case, entry, place, stack)
-                row.start_s = round(session.start_s, 2)
-                row.peak_mib = session.run(case.warmup_steps).peak_mib
-                live.append((row, session))
+        programs = start_all(case, Path(name), stack, log)
+        live = [(row, session) for row, session in programs if session is not None]
         for number in range(rounds):
             offset = number % max(1, len(live))
             take_turns(live[offset:] + live[:offset], case, steps, log)
             log(f"  round {number + 1} of {rounds}")
-        for row, session in live:
-            if row.measured:
-                with failure_as_reason(row, log):
-                    row.bytes = session.run(1, count_bytes=True).bytes
-    return rows
+        count_bytes(live, log)
+    return [row for row, _ in programs]
+
+
+def start_all(case: StepCase, folder: Path, stack: ExitStack, log: Log) -> list[tuple[Row, Session | None]]:
+    """Start all programs of a case until the end of `stack`, one after the other, with their steps of warmup.
+
+    Returns:
+        For each its row, and its session; None for one that does not run, whose row says why.
+    """
+    vocabulary, end_id = prepare(case, folder / "text", STEPS_OF_TEXT)
+    found: list[tuple[Row, Session | None]] = []
+    for number, entry in enumerate(case.entries):
+        row, session = Row(entry.name), None
+        place = Place(folder / f"program-{number}", folder / "text", vocabulary, end_id)
+        with failure_as_reason(row, log):
+            require_memory(1.2 * case.workers * max((other.peak_mib or 0 for other, _ in found), default=0))
+            session = start(case, entry, place, stack)
+            row.start_s = round(session.start_s, 2)
+            row.peak_mib = session.run(case.warmup_steps).peak_mib
+        found.append((row, None if row.reason else session))
+    return found
 
 
 @contextmanager
@@ -65,6 +72,14 @@ def start(case: StepCase, entry: Entry, place: Place, stack: ExitStack) -> Sessi
     """Start the workers of a program, until the end of `stack`."""
     commands = PROGRAMS[entry.program].commands(case, entry, place)
     return stack.enter_context(Session(commands, case.workers, place.folder / "output.log"))
+
+
+def count_bytes(live: Sequence[tuple[Row, Session]], log: Log) -> None:
+    """Let each program make one more step, and write down what it gives to collectives."""
+    for row, session in live:
+        if row.measured:
+            with failure_as_reason(row, log):
+                row.bytes = session.run(1, count_bytes=True).bytes
 
 
 def require_memory(needed_mib: float) -> None:
@@ -85,7 +100,7 @@ def take_turns(live: Sequence[tuple[Row, Session]], case: StepCase, steps: int, 
             continue
         with failure_as_reason(row, log):
             turn = session.run(steps)
-            row.seconds.append(turn.seconds / steps)
+            row.seconds.append(round(turn.seconds / steps, 6))
             row.peak_mib, row.loss = round(turn.peak_mib, 1), round(turn.loss, 4)
             describe_loads(row, turn, case)
 
