@@ -17,7 +17,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-cluster docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
+.PHONY: help setup train bench bench-quick bench-check test test-all test-cluster docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: $(STAMP) ## train CONFIG (the quick start) on WORKERS processes
 	$(BIN)/dist-moe launch $(CONFIG) --workers $(WORKERS) $(ARGS)
+
+bench: $(STAMP) ## measure training steps and MoE blocks of this package and of its peers; two hours
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-quick: $(STAMP) ## the same for the cases that matter most; 5 minutes
+	$(BIN)/python -m benchmarks --quick $(ARGS)
+
+bench-check: $(STAMP) ## the same, and compare the ratios with those in benchmarks/results/: what became slower?
+	$(BIN)/python -m benchmarks --quick --check $(ARGS)
 
 test: $(STAMP) ## run the fast tests, a covering subset of all; those for a GPU only where there is one
 	$(PYTEST) -m "not slow and not full" $(ARGS)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.memory import Peak, folder_bytes, measure_cost
-from benchmarks.size import OVERRIDES
+from benchmarks.checkpoint.memory import Peak, folder_bytes, measure_cost
+from benchmarks.checkpoint.size import OVERRIDES
 from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.comm.mesh import make_mesh

@@ -1,6 +1,6 @@
 """Compares saving and loading with DeepSpeed's own `save_checkpoint` of an MoE model of the same size, in one run.
 
-`python -m benchmarks.saving`: two workers, the two programs in alternation, median and spread of the rounds.
+`python -m benchmarks.checkpoint`: two workers, the two programs in alternation, median and spread of the rounds.
 """
 
 import statistics
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ours, theirs
+from benchmarks.checkpoint import ours, theirs
 from tests.dist.pool import RankPool
 from tests.dist.resumable import write_text
 

@@ -11,8 +11,8 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
-from benchmarks.memory import Peak, folder_bytes, measure_cost
-from benchmarks.size import EXPERTS, LAYERS, MOE_WIDTH, TOKENS, WIDTH
+from benchmarks.checkpoint.memory import Peak, folder_bytes, measure_cost
+from benchmarks.checkpoint.size import EXPERTS, LAYERS, MOE_WIDTH, TOKENS, WIDTH
 from dist_moe.engine.deepspeed import _clear_deepspeed, _forbid_compilation, _quieten
 
 

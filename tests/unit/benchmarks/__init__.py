@@ -1,0 +1,1 @@
+"""Tests of the benchmark's statistics, comparison and control of live programs."""
