@@ -104,8 +104,8 @@ def test_a_layer_takes_few_operators(rule: str) -> None:
     operators = Operators()
 
     class FusedSwiGLU(SwiGLU):
-        forward = staticmethod(OneKernel(operators, SwiGLU.forward))
-        backward = staticmethod(OneKernel(operators, SwiGLU.backward))
+        forward = staticmethod(OneKernel(operators, SwiGLU.forward))  # type: ignore[assignment]
+        backward = staticmethod(OneKernel(operators, SwiGLU.backward))  # type: ignore[assignment]
 
     with on(Kernels(OneKernel(operators, by_gather), FusedSwiGLU.apply)), operators:
         layer(hidden_TD).backward(probe_TD)
