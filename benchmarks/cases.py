@@ -193,9 +193,9 @@ def step_cases(precision: Precision) -> list[StepCase]:
         "balance.policy=none",
     )
     routing = {
-        "natural": (),
-        "uniform": ("router.selection=uniform",),
-        "zipf": ("router.selection=zipf", "router.zipf_exponent=1.0"),
+        "natural": ("balance.policy=none",),
+        "uniform": ("router.selection=uniform", "balance.policy=none"),
+        "zipf": ("router.selection=zipf", "router.zipf_exponent=1.0", "balance.policy=none"),
     }
     return [
         *(

@@ -56,6 +56,6 @@ def number(value: float | None, digits: int) -> str:
 
 def shortened(reason: str) -> str:
     """Return the last line of a reason that says something, within REASON_LENGTH characters."""
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    lines = [line.strip() for line in reason.splitlines() if any(map(str.isalnum, line))]
     text = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}" if lines else "not measured"
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."

@@ -20,7 +20,7 @@ START_LIMIT_S = 180.0
 TURN_LIMIT_S = 300.0
 END_LIMIT_S = 10.0
 POLL_S = 0.2
-LOG_LINES = 12
+LOG_LINES = 20
 
 
 class CannotRun(RuntimeError):
