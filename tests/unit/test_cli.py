@@ -87,7 +87,7 @@ def test_dry_run_prints_the_command_and_starts_nothing(launcher: str, tmp_path: 
     result = invoke("launch", DEBUG, "--launcher", launcher, "--workers", "3", "--dry-run", asked)
     assert result.exit_code == 0, result.output
     assert result.stdout.endswith(f"--module dist_moe train {DEBUG} {asked}\n")
-    assert ("bin/deepspeed" if launcher == "deepspeed" else "torch.distributed.run") in result.stdout
+    assert ("dist_moe.launch.deepspeed_host" if launcher == "deepspeed" else "torch.distributed.run") in result.stdout
     assert not (tmp_path / "run").exists()
     assert os.environ["PATH"] not in result.stdout, "only what differs"
     assert max(map(len, result.stdout.splitlines())) < 200

@@ -73,7 +73,10 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("micro_batch=7", "micro_batch=7 is not a section; did you mean train.micro_batch_size?"),
         ("interval=7", "interval=7 is not a section; did you mean checkpoint.interval or observe.interval?"),
         ("run.top_k=1", "run.top_k=1 is not a key of run; did you mean router.top_k?"),
-        ("run.qqqqqq=1", "run.qqqqqq=1 is not a key of run; the known keys are dir, seed and threads"),
+        (
+            "run.qqqqqq=1",
+            "run.qqqqqq=1 is not a key of run; the known keys are dir, seed, threads, bind_cores and keep_memory",
+        ),
         ("checkpoint={true: x}", "checkpoint.true=x is not a key of checkpoint; the known keys are interval, "),
         ("slurm.time=abc", "slurm.time=abc is not a key of slurm; the known keys are nodes, "),
         ("slurm.time_limit=3", "slurm.time_limit=3 is not a key of slurm; the known keys are nodes, "),

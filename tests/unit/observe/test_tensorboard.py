@@ -2,6 +2,7 @@
 
 import io
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,7 @@ def test_a_resumed_run_hides_the_steps_that_it_repeats(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as writer:
         for step in (10, 20, 30):
             writer.step(step_sample(step=step, loss=1.0))
+    time.sleep(1)  # files are read in the order of their names, which begin with the second
     with TensorBoardWriter(tmp_path, resumed_step=20) as writer:
         writer.step(step_sample(step=30, loss=3.0))
     assert scalars(read(tmp_path), "train/loss") == [(10, 1.0), (20, 1.0), (30, 3.0)]
