@@ -25,7 +25,7 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.gather_sum import GatherSum
 from dist_moe.moe.kernels import kernels_for
 from dist_moe.moe.records import Dispatched, DispatchHandle, Exchanged
-from dist_moe.moe.row_order import TokenRows, first_rows, move, place_by_expert, sort_slots
+from dist_moe.moe.row_order import TokenRows, first_rows, move, sort_slots
 
 
 def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
@@ -45,24 +45,26 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int
     """
     kernels = kernels_for(hidden_TD.device)
     tile = kernels.tile(hidden_TD.dtype)
-    rows, starts_E = sort_slots(ids_TK, experts, remove_empty=kernels.waits)
+    rows, ends_E, counts_E = sort_slots(ids_TK, experts, kernels.number_rows, remove_empty=kernels.waits)
     if mesh.ep_group is None:
-        ends_e = starts_E[1:].int()
+        ends_e = ends_E.int()
         if tile > 1:
-            placement = place_by_expert(starts_E.diff().unsqueeze(0), len(rows.slot_R), tile)
+            placement = kernels.place_rows(counts_E.unsqueeze(0), len(rows.slot_R), tile)
             rows, ends_e = move(rows, placement), placement.ends_e
         return Dispatched(
             take_rows(hidden_TD, rows), _TakeWeights.apply(weights_TK, rows), ends_e, DispatchHandle(rows, None)
         )
-    exchange = start_exchange_counts(starts_E.diff().view(mesh.expert_parallel, -1), mesh.ep_group)
-    rows_RD, weights_R = take_rows(hidden_TD, rows), _TakeWeights.apply(weights_TK, rows)
+    exchange = start_exchange_counts(counts_E.view(mesh.expert_parallel, -1), mesh.ep_group)
+    rows_RD, weights_R = take_rows(hidden_TD, rows), weights_TK.reshape(-1).index_select(0, rows.slot_R)
     arriving_Pe, send, receive = exchange.finish()
     if sum(send) < len(rows_RD):  # the last ones are of empty slots
         rows, rows_RD, weights_R = first_rows(rows, sum(send)), rows_RD[: sum(send)], weights_R[: sum(send)]
     arrived_QD, arrived_Q = exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group)
-    placement = place_by_expert(arriving_Pe, sum(receive), tile)
+    placement = kernels.place_rows(arriving_Pe, sum(receive), tile)
     rows_QD = _Move.apply(arrived_QD, placement.source_Q, placement.place_R)
-    weights_Q = weights_TK.new_zeros(len(rows_QD)).scatter(0, placement.place_R, arrived_Q)
+    weights_Q = _Move.apply(arrived_Q, placement.source_Q, placement.place_R)
+    if placement.padding is not None:
+        weights_Q = weights_Q.index_fill(0, placement.padding, 0)
     return Dispatched(rows_QD, weights_Q, placement.ends_e, DispatchHandle(rows, Exchanged(placement, send, receive)))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_moe.moe.gather_sum import GatherSum, by_embedding_bag, by_gather
+from dist_moe.moe.row_order import NumberRows, PlaceRows, number_rows, place_rows
 from dist_moe.moe.swiglu import Gate, SwiGLU
 
 TILE_ROWS = 16
@@ -23,12 +24,16 @@ class Kernels:
     Attributes:
         gather_sum: The sum of each token's rows.
         swiglu: The gate of experts whose activation is SiLU.
+        number_rows: The numbers of the sorted rows.
+        place_rows: The places of received rows.
         waits: Whether the host may wait for values of a tensor, as for the number of rows.
         tile_rows: The number of rows of which each expert's is made a multiple in 16-bit floats; only with `waits`.
     """
 
     gather_sum: GatherSum
     swiglu: Gate
+    number_rows: NumberRows = number_rows
+    place_rows: PlaceRows = place_rows
     waits: bool = False
     tile_rows: int = 1
 
@@ -45,12 +50,14 @@ def kernels_for(device: torch.device) -> Kernels:
     """Return the implementations for a device: of Triton on a CUDA device where it is installed, else of PyTorch."""
     if device.type == "cpu":
         return CPU
-    return triton_kernels() if device.type == "cuda" and importlib.util.find_spec("triton") else ANY_DEVICE
+    return (triton_kernels() if device.type == "cuda" else None) or ANY_DEVICE
 
 
 @functools.cache
-def triton_kernels() -> Kernels:
-    """Return the implementations that need Triton, which is imported here."""
+def triton_kernels() -> Kernels | None:
+    """Return the implementations that need Triton, which is imported here; None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
     from dist_moe.moe import triton_kernels as module
 
-    return Kernels(module.gather_sum, module.SwiGLU.apply)
+    return Kernels(module.gather_sum, module.SwiGLU.apply, module.number_rows, module.place_rows)

@@ -4,6 +4,7 @@ Shapes: T tokens, K slots a token, N = T * K slots, E experts, R rows before a m
 rows, e local experts, B = P * e blocks of rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,33 +45,62 @@ class Placement(NamedTuple):
     ends_e: Tensor
 
 
-def sort_slots(ids_TK: Tensor, experts: int, *, remove_empty: bool) -> tuple[TokenRows, Tensor]:
+class SlotOrder(NamedTuple):
+    """The order of slots by expert.
+
+    Attributes:
+        token_R: int64, the token of each row.
+        row_N: int64, the row of each slot, or EMPTY.
+        ends_E: int64, the end of each expert's rows.
+        counts_E: int64, the number of each expert's rows.
+    """
+
+    token_R: Tensor
+    row_N: Tensor
+    ends_E: Tensor
+    counts_E: Tensor
+
+
+NumberRows = Callable[[Tensor, Tensor, int, int], SlotOrder]
+"""(sorted_N, slot_N, experts, K) -> `SlotOrder`, from the sorted ids of all slots, where those of empty slots are above
+all experts', and the slot of each."""
+
+PlaceRows = Callable[[Tensor, int, int], Placement]
+"""(counts_Pe, rows, tile) -> `Placement`, as `place_rows`."""
+
+
+def sort_slots(
+    ids_TK: Tensor, experts: int, number_rows: NumberRows, *, remove_empty: bool
+) -> tuple[TokenRows, Tensor, Tensor]:
     """Order the slots by expert (stable).
 
     Args:
         ids_TK: int64 in [-1, experts); -1 is an empty slot.
         experts: E.
+        number_rows: How the rows are numbered after the sort.
         remove_empty: Make no rows for empty slots, which waits for the device; else their rows are the last ones.
 
     Returns:
-        The rows in this order, and starts_E [E + 1], int64: the first row of each expert, and the
-        number of rows of all.
+        The rows in this order, and ends_E and counts_E of `SlotOrder`.
     """
-    id_N = ids_TK.reshape(-1)
-    empty_N = id_N < 0
-    sorted_N, slot_R = id_N.masked_fill(empty_N, experts).sort(stable=True)
+    # Without its sign bit, -1 is the highest id.
+    sorted_N, slot_R = (ids_TK & torch.iinfo(torch.int64).max).reshape(-1).sort(stable=True)
+    token_R, row_N, ends_E, counts_E = number_rows(sorted_N, slot_R, experts, ids_TK.shape[1])
+    rows = TokenRows(slot_R, token_R, row_N.view_as(ids_TK))
+    return first_rows(rows, int(ends_E[-1])) if remove_empty else rows, ends_E, counts_E
+
+
+def number_rows(sorted_N: Tensor, slot_N: Tensor, experts: int, columns: int) -> SlotOrder:
+    """Number the rows by operators of PyTorch (`NumberRows`)."""
     # Not by bincount, which waits for the device to know the size of its result.
-    starts_E = torch.searchsorted(sorted_N, torch.arange(experts + 1, device=id_N.device))
-    row_N = torch.empty_like(slot_R)
-    row_N[slot_R] = torch.arange(slot_R.shape[0], device=id_N.device)
-    row_TK = row_N.masked_fill_(empty_N, EMPTY).view_as(ids_TK)
-    if remove_empty:
-        slot_R = slot_R[: int(starts_E[-1])]
-    return TokenRows(slot_R, slot_R // ids_TK.shape[1], row_TK), starts_E
+    starts_E = torch.searchsorted(sorted_N, torch.arange(experts + 1, device=sorted_N.device))
+    row_N = torch.empty_like(slot_N)
+    row_N[slot_N] = torch.arange(slot_N.shape[0], device=slot_N.device).masked_fill_(sorted_N >= experts, EMPTY)
+    return SlotOrder(slot_N // columns, row_N, starts_E[1:], starts_E.diff())
 
 
-def place_by_expert(counts_Pe: Tensor, rows: int, tile: int) -> Placement:
-    """Place rows that are ordered by sender, then by expert, in the order of experts.
+def place_rows(counts_Pe: Tensor, rows: int, tile: int) -> Placement:
+    """Place rows that are ordered by sender, then by expert, in the order of experts, by operators of PyTorch.
 
     Args:
         counts_Pe: int64, rows of each sender for each local expert.

@@ -1,7 +1,9 @@
 """The steps of an MoE layer between its matmuls on a GPU, one Triton kernel each, where PyTorch takes several passes.
 
-Each is equal to its counterpart in PyTorch (`gather_sum.by_gather`, `swiglu.SwiGLU`) to rounding, computes in fp32,
-adds in a fixed order, and waits for nothing. Shapes: T tokens, K slots a token, Q rows, D width, F expert width.
+`number_rows` and `place_rows` equal their counterparts in PyTorch exactly, `gather_sum` and `SwiGLU` to rounding: they
+compute in fp32 and add in a fixed order. None waits for the device.
+
+Shapes: T tokens, K slots a token, N = T * K slots, Q rows, D width, F expert width, E experts, e local ones, P ranks.
 """
 
 from typing import Any
@@ -11,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_moe.moe import row_order
 from dist_moe.moe.gather_sum import by_gather
+from dist_moe.moe.row_order import Placement, SlotOrder
 
 BLOCK = 1024
 """Most elements of a row that one program holds at a time."""
@@ -58,6 +62,36 @@ class SwiGLU(torch.autograd.Function):
                 gradients[0].contiguous(), gate_up_QF, weights_Q1, gradient_QF, weights_gradient_Q1, width, BLOCK=block
             )
         return gradient_QF, weights_gradient_Q1
+
+
+def number_rows(sorted_N: Tensor, slot_N: Tensor, experts: int, columns: int) -> SlotOrder:
+    """Number the sorted rows (`row_order.number_rows`)."""
+    slots = len(slot_N)
+    token_R, row_N = torch.empty_like(slot_N), torch.empty_like(slot_N)
+    ends_E, counts_E = slot_N.new_empty(experts), slot_N.new_empty(experts)
+    programs = triton.cdiv(slots, BLOCK) + triton.cdiv(experts, BLOCK)
+    _number_rows[(programs,)](
+        *(sorted_N, slot_N, token_R, row_N, ends_E, counts_E),
+        *(slots, columns, experts, slots.bit_length()),
+        BLOCK=BLOCK,
+    )
+    return SlotOrder(token_R, row_N, ends_E, counts_E)
+
+
+def place_rows(counts_Pe: Tensor, rows: int, tile: int) -> Placement:
+    """Place received rows in the order of experts (`row_order.place_rows`)."""
+    if tile > 1:
+        return row_order.place_rows(counts_Pe, rows, tile)
+    senders, local = counts_Pe.shape
+    place_R, source_Q = counts_Pe.new_empty(rows), counts_Pe.new_empty(rows)
+    ends_e = counts_Pe.new_empty(local, dtype=torch.int32)
+    blocks = senders * local
+    _place_rows[(blocks,)](
+        *(counts_Pe.contiguous(), place_R, source_Q, ends_e, senders, local),
+        ALL=triton.next_power_of_2(blocks),
+        BLOCK=BLOCK,
+    )
+    return Placement(place_R, source_Q, None, ends_e)
 
 
 @triton.jit
@@ -107,3 +141,58 @@ def _swiglu_backward(gradient, gate_up, weights, of_gate_up, of_weights, width, 
         tl.store(target, of_gate.to(of_gate_up.dtype.element_ty), mask=inside)
         tl.store(target + width, of_up.to(of_gate_up.dtype.element_ty), mask=inside)
     tl.store(of_weights + row, tl.sum(of_weight, axis=0).to(of_weights.dtype.element_ty))
+
+
+@triton.jit
+def _number_rows(sorted_, slot, token, row, ends, counts, slots, columns, experts, steps, BLOCK: tl.constexpr):
+    """One program numbers a block of rows, or counts those of a block of experts."""
+    program = tl.program_id(0)
+    row_programs = tl.cdiv(slots, BLOCK)
+    if program < row_programs:
+        index = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < slots
+        own = tl.load(slot + index, mask=inside, other=0)
+        expert = tl.load(sorted_ + index, mask=inside, other=0)
+        tl.store(token + index, own // columns, mask=inside)
+        tl.store(row + own, tl.where(expert < experts, index, -1), mask=inside)
+    else:
+        expert = (program - row_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = expert < experts
+        start = _count_below(sorted_, expert, slots, steps)
+        end = _count_below(sorted_, expert + 1, slots, steps)
+        tl.store(ends + expert, end, mask=inside)
+        tl.store(counts + expert, end - start, mask=inside)
+
+
+@triton.jit
+def _count_below(sorted_, bound, length, steps):
+    """How many of the sorted values are below each bound, by halving the range in which the answer lies."""
+    low, high = bound * 0, bound * 0 + length
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        below = tl.load(sorted_ + middle, mask=open_, other=0) < bound
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & ~below, middle, high)
+    return low
+
+
+@triton.jit
+def _place_rows(counts, place, source, ends, senders, local, ALL: tl.constexpr, BLOCK: tl.constexpr):
+    """One program places the rows of one block (sender, expert)."""
+    block = tl.program_id(0)
+    sender, expert = block // local, block % local
+    other = tl.arange(0, ALL)
+    other_sender, other_expert = other // local, other % local
+    rows = tl.load(counts + other, mask=other < senders * local, other=0)
+    count = tl.sum(tl.where(other == block, rows, 0), axis=0)
+    from_ = tl.sum(tl.where(other < block, rows, 0), axis=0)
+    is_before = (other_expert < expert) | ((other_expert == expert) & (other_sender < sender))
+    to = tl.sum(tl.where(is_before, rows, 0), axis=0)
+    if sender == senders - 1:
+        tl.store(ends + expert, (to + count).to(tl.int32))
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < count
+        tl.store(place + from_ + index, to + index, mask=inside)
+        tl.store(source + to + index, from_ + index, mask=inside)

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe.dispatch import combine, dispatch
+from dist_moe.moe.select import TopK
 from tests.collectives import counted
 from tests.dist.layers import bytes_between_hosts, check_against_twin, fast_pass, host_reads
 from tests.dist.pool import RankPool
+from tests.layer_operators import MOST_OPERATORS, layer_operators
 from tests.selection import full
 from tests.twin import LayerCase
 
@@ -115,6 +117,11 @@ def test_trap_T52_the_host_waits_for_a_device_once_and_only_to_exchange(
     """The numbers of rows that are sent and received; fp32, because other dtypes take a loop over the experts here."""
     case = LayerCase(expert_parallel, (7, 5)[:workers], 4, 2, padding=0.3, dtype=torch.float32, on_device=True)
     assert ranks.run(host_reads, workers, case) == [reads] * workers
+
+
+def test_a_layer_on_two_ranks_takes_few_operators(ranks: RankPool) -> None:
+    for names in ranks.run(layer_operators, 2, TopK(2, "sigmoid", normalize=True)):
+        assert len(names) <= MOST_OPERATORS, names
 
 
 def multiply_by_expert(rank: int, world_size: int, case: LayerCase) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from dist_moe.moe.experts import GroupedExperts, grouped_linear
 from dist_moe.moe.kernels import ANY_DEVICE, triton_kernels
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
+from dist_moe.moe.row_order import sort_slots
 from dist_moe.moe.select import ThresholdRouting, TopK
 from dist_moe.train.step import train_step
 from dist_moe.worker.rank_info import RankInfo
@@ -77,6 +78,7 @@ def test_the_layer_gives_the_same_gradients_twice_bit_for_bit() -> None:
 @pytest.mark.parametrize("width", [40, 256, 3000])
 def test_the_kernels_of_triton_equal_those_of_torch(dtype: torch.dtype, width: int) -> None:
     fused = triton_kernels()
+    assert fused is not None
     generator = torch.Generator().manual_seed(0)
     rows_QD = torch.randn(26, width, generator=generator).to(dtype).cuda()
     rows_QD[24:] = float("nan")
@@ -94,6 +96,25 @@ def test_the_kernels_of_triton_equal_those_of_torch(dtype: torch.dtype, width: i
         results.append([kernels.gather_sum(rows_QD, row_TK.cuda()), gated_QF.detach(), *(leaf.grad for leaf in leaves)])
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance * width**0.5)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 700, 5000])
+@pytest.mark.parametrize("experts", [1, 8, 1500])
+def test_triton_orders_rows_as_torch_does(tokens: int, experts: int) -> None:
+    fused, senders = triton_kernels(), 4
+    assert fused is not None
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = torch.randint(-1, experts, (tokens, 3), generator=generator).cuda()
+    arriving_Pe = torch.randint(0, 3000 // experts + 2, (senders, experts), generator=generator).cuda()
+    orders, placements = [], []
+    for kernels in (fused, ANY_DEVICE):
+        rows, ends_E, counts_E = sort_slots(ids_TK, experts, kernels.number_rows, remove_empty=False)
+        orders.append((rows.slot_R, rows.token_R, rows.row_TK, ends_E, counts_E))
+        placements.append(kernels.place_rows(arriving_Pe, int(arriving_Pe.sum()), 1))
+        assert placements[-1].padding is None
+    torch.testing.assert_close(*orders, rtol=0, atol=0)
+    for name in ("place_R", "source_Q", "ends_e"):
+        torch.testing.assert_close(*(getattr(placement, name) for placement in placements), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rule", [TopK(2, "sigmoid", normalize=True), ThresholdRouting(0.5, 4)])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_moe.moe.row_order import move, place_by_expert, sort_slots
+from dist_moe.moe.row_order import move, number_rows, place_rows, sort_slots
 
 
 @settings(deadline=None)
@@ -19,8 +19,9 @@ def test_slots_are_ordered_by_expert_and_then_by_slot(
     flat = ids_TK.reshape(-1).tolist()
     wanted = sorted((slot for slot, expert in enumerate(flat) if expert >= 0), key=lambda slot: flat[slot])
     for remove_empty in (True, False):
-        rows, starts_E = sort_slots(ids_TK, experts, remove_empty=remove_empty)
-        assert starts_E.diff().tolist() == [flat.count(expert) for expert in range(experts)]
+        rows, ends_E, counts_E = sort_slots(ids_TK, experts, number_rows, remove_empty=remove_empty)
+        assert counts_E.tolist() == [flat.count(expert) for expert in range(experts)]
+        assert ends_E.tolist() == counts_E.cumsum(0).tolist()
         assert rows.slot_R[: len(wanted)].tolist() == wanted
         assert len(rows.slot_R) == (len(wanted) if remove_empty else len(flat))
         assert rows.token_R.tolist() == [slot // slots for slot in rows.slot_R.tolist()]
@@ -34,7 +35,7 @@ def test_rows_are_placed_by_expert_and_then_by_sender(senders: int, local: int, 
     table = st.lists(st.integers(0, 6), min_size=local, max_size=local)
     counts_Pe = torch.tensor(data.draw(st.lists(table, min_size=senders, max_size=senders)))
     arriving = [(p, e) for p in range(senders) for e in range(local) for _ in range(int(counts_Pe[p, e]))]
-    placement = place_by_expert(counts_Pe, len(arriving), tile)
+    placement = place_rows(counts_Pe, len(arriving), tile)
     padded = [-(-int(count) // tile) * tile for count in counts_Pe.sum(0)]
     assert placement.ends_e.tolist() == torch.tensor(padded).cumsum(0).tolist()
     assert placement.ends_e.dtype == torch.int32
@@ -55,8 +56,8 @@ def test_rows_are_placed_by_expert_and_then_by_sender(senders: int, local: int, 
 @pytest.mark.parametrize("tile", [1, 4])
 def test_a_move_keeps_rows_and_slots_together(tile: int) -> None:
     ids_TK = torch.tensor([[1, 0], [-1, 1], [2, -1]])
-    before, starts_E = sort_slots(ids_TK, 3, remove_empty=True)
-    after = move(before, place_by_expert(starts_E.diff().unsqueeze(0), len(before.slot_R), tile))
+    before, _, counts_E = sort_slots(ids_TK, 3, number_rows, remove_empty=True)
+    after = move(before, place_rows(counts_E.unsqueeze(0), len(before.slot_R), tile))
     for slot, row in enumerate(after.row_TK.reshape(-1).tolist()):
         if ids_TK.reshape(-1)[slot] < 0:
             assert row == -1
