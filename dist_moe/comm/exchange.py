@@ -74,52 +74,102 @@ class HostCopy:
         return self._copy
 
 
-def exchange_rows(
-    tensors: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup
-) -> tuple[Tensor, ...]:
-    """Exchange consecutive blocks of rows; any block may be empty, in both directions, even all of them.
+class RowsExchange:
+    """An exchange of rows in flight, which `start_exchange_rows` began.
 
-    The gradients take the opposite way. Every rank of the group has to call this, forward and backward, in the same
-    order.
+    Attributes:
+        send: send[p] rows go to rank p.
+        receive: receive[p] rows come from rank p.
+        group: The process group.
+        started: The tensors to be filled, with the graph.
+    """
+
+    def __init__(self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> None:
+        self.send, self.receive, self.group = list(send), list(receive), group
+        self.started: tuple[Tensor, ...] = ()
+        self._works: list[dist.Work] = []
+        self._received: tuple[Tensor, ...] = ()
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """Wait for the exchange.
+
+        Returns:
+            Tensors of Q rows each, ordered by sending rank.
+        """
+        started, self.started = self.started, ()
+        received: tuple[Tensor, ...] = _Finish.apply(self, *started)
+        return received
+
+    def begin(self, tensors: Sequence[Tensor], send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
+        """Start one all-to-all for each tensor -> tensors that `end` returns filled."""
+        self._received = tuple(rows.new_empty(sum(receive), *rows.shape[1:]) for rows in tensors)
+        self._works = [
+            dist.all_to_all_single(output, rows.contiguous(), receive, send, group=self.group, async_op=True)
+            for output, rows in zip(self._received, tensors, strict=True)
+        ]
+        return self._received
+
+    def end(self) -> tuple[Tensor, ...]:
+        """Wait until the tensors of `begin` are filled, and return them."""
+        for work in self._works:
+            wait_for(work, "all_to_all_single", self.group)
+        received, self._received, self._works = self._received, (), []
+        return received
+
+
+def start_exchange_rows(
+    tensors: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup
+) -> RowsExchange:
+    """Begin to exchange consecutive blocks of rows; any block may be empty, in both directions, even all of them.
+
+    The gradients take the opposite way: their exchange begins in the backward of `RowsExchange.finish`, and is awaited
+    in that of this function, so that what runs between the two runs beside the exchange in both directions. Every rank
+    of the group has to call this, forward and backward, in the same order.
 
     Args:
         tensors: Tensors of R rows each, ordered by receiving rank.
         send: send[p] rows go to rank p.
         receive: receive[p] rows come from rank p.
         group: The process group.
+    """
+    exchange = RowsExchange(send, receive, group)
+    exchange.started = _Start.apply(exchange, *tensors)
+    return exchange
+
+
+def exchange_rows(
+    tensors: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """Exchange consecutive blocks of rows, as `start_exchange_rows`, and wait for them.
 
     Returns:
         Tensors of Q rows each, ordered by sending rank.
     """
-    exchanged: tuple[Tensor, ...] = _ExchangeRows.apply(list(send), list(receive), group, *tensors)
-    return exchanged
+    return start_exchange_rows(tensors, send, receive, group).finish()
 
 
-class _ExchangeRows(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, send: list[int], receive: list[int], group: dist.ProcessGroup, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(tensors, send, receive, group)
+    def forward(ctx: Any, exchange: RowsExchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.begin(tensors, exchange.send, exchange.receive)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_all_to_all(gradients, ctx.receive, ctx.send, ctx.group)
+        return None, *ctx.exchange.end()
 
 
-def _all_to_all(
-    tensors: Sequence[Tensor], send: list[int], receive: list[int], group: dist.ProcessGroup
-) -> tuple[Tensor, ...]:
-    """Start one all-to-all for each tensor, then wait for all of them."""
-    received = [rows.new_empty(sum(receive), *rows.shape[1:]) for rows in tensors]
-    works = [
-        dist.all_to_all_single(output, rows.contiguous(), receive, send, group=group, async_op=True)
-        for output, rows in zip(received, tensors, strict=True)
-    ]
-    for work in works:
-        wait_for(work, "all_to_all_single", group)
-    return tuple(received)
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: RowsExchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.end()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        exchange = ctx.exchange
+        exchange.begin(gradients, exchange.receive, exchange.send)
+        return None, *gradients  # of the shape that autograd expects; `_Start` has those that arrive
 
 
 def wait_for(work: dist.Work, collective: str, group: dist.ProcessGroup) -> None:
