@@ -3,20 +3,71 @@
 Shapes: R rows sent, Q rows received, P ranks in the group, N counts for each rank.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A collective that was started and is not awaited yet; the hang detector reads it in the frame of `wait`.
+
+    Attributes:
+        name: The name of its function in torch.distributed.
+        number: The number of collectives that its group had started with it; -1 where the backend does not count.
+        group: Its process group.
+        work: Its handle.
+    """
+
+    name: str
+    number: int
+    group: dist.ProcessGroup
+    work: dist.Work
+
+    def wait(self) -> None:
+        """Wait for its end; on a CUDA device the current stream does, and not the host."""
+        self.work.wait()
+
+
+def start_all_to_all(
+    received: Tensor,
+    sent: Tensor,
+    group: dist.ProcessGroup,
+    receive: list[int] | None = None,
+    send: list[int] | None = None,
+) -> Pending:
+    """Start `torch.distributed.all_to_all_single`.
+
+    Args:
+        received: What arrives, by sending rank.
+        sent: What is sent, by receiving rank; contiguous.
+        group: The process group.
+        receive: Rows from each rank; None for equally many.
+        send: Rows to each rank; None for equally many.
+    """
+    work = dist.all_to_all_single(received, sent, receive, send, group=group, async_op=True)
+    return Pending("all_to_all_single", collectives_started(group), group, work)
+
+
+def collectives_started(group: Any) -> int:
+    """Return the number of collectives that a group has started; -1 for None, and where the backend does not count."""
+    try:
+        return int(group._get_sequence_number_for_group())
+    except (RuntimeError, AttributeError):
+        return -1
+
+
 class CountsExchange:
     """An exchange of row counts in flight, which `start_exchange_counts` began."""
 
     def __init__(self, sent_PN: Tensor, group: dist.ProcessGroup) -> None:
-        self._sent_PN, self._received_PN, self._group = sent_PN, torch.empty_like(sent_PN), group
-        self._work = dist.all_to_all_single(self._received_PN, sent_PN, group=group, async_op=True)
+        self._sent_PN, self._received_PN = sent_PN, torch.empty_like(sent_PN)
+        self._pending = start_all_to_all(self._received_PN, sent_PN, group)
         self._totals: HostCopy | None = None
         if sent_PN.is_cuda:
             self._totals = HostCopy(self._sum_by_rank, self._received_PN)
@@ -27,13 +78,13 @@ class CountsExchange:
         Returns:
             received_PN, whose row p came from rank p; and the totals by rank of what is sent and of what is received.
         """
-        wait_for(self._work, "all_to_all_single", self._group)
+        self._pending.wait()
         totals_2P = self._sum_by_rank() if self._totals is None else self._totals.wait()
         send, receive = totals_2P.tolist()
         return self._received_PN, send, receive
 
     def _sum_by_rank(self) -> Tensor:
-        self._work.wait()
+        self._pending.wait()  # the stream on which this runs waits, too
         return torch.stack([self._sent_PN, self._received_PN]).sum(dim=2)
 
 
@@ -57,10 +108,8 @@ class HostCopy:
         used: A tensor of the current stream that `compute` reads.
     """
 
-    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
-
     def __init__(self, compute: Callable[[], Tensor], used: Tensor) -> None:
-        stream = self._streams.setdefault(used.device, torch.cuda.Stream(used.device))
+        stream = copy_stream(used.device)
         with torch.cuda.stream(stream):
             source = compute()
             self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
@@ -72,6 +121,12 @@ class HostCopy:
         """Return the copy; the host waits until it is complete."""
         self._done.synchronize()
         return self._copy
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which a device's copies to the host run."""
+    return torch.cuda.Stream(device)
 
 
 class RowsExchange:
@@ -87,7 +142,7 @@ class RowsExchange:
     def __init__(self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> None:
         self.send, self.receive, self.group = list(send), list(receive), group
         self.started: tuple[Tensor, ...] = ()
-        self._works: list[dist.Work] = []
+        self._pending: list[Pending] = []
         self._received: tuple[Tensor, ...] = ()
 
     def finish(self) -> tuple[Tensor, ...]:
@@ -103,17 +158,17 @@ class RowsExchange:
     def begin(self, tensors: Sequence[Tensor], send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
         """Start one all-to-all for each tensor -> tensors that `end` returns filled."""
         self._received = tuple(rows.new_empty(sum(receive), *rows.shape[1:]) for rows in tensors)
-        self._works = [
-            dist.all_to_all_single(output, rows.contiguous(), receive, send, group=self.group, async_op=True)
+        self._pending = [
+            start_all_to_all(output, rows.contiguous(), self.group, receive, send)
             for output, rows in zip(self._received, tensors, strict=True)
         ]
         return self._received
 
     def end(self) -> tuple[Tensor, ...]:
         """Wait until the tensors of `begin` are filled, and return them."""
-        for work in self._works:
-            wait_for(work, "all_to_all_single", self.group)
-        received, self._received, self._works = self._received, (), []
+        for pending in self._pending:
+            pending.wait()
+        received, self._received, self._pending = self._received, (), []
         return received
 
 
@@ -170,14 +225,3 @@ class _Finish(torch.autograd.Function):
         exchange = ctx.exchange
         exchange.begin(gradients, exchange.receive, exchange.send)
         return None, *gradients  # of the shape that autograd expects; `_Start` has those that arrive
-
-
-def wait_for(work: dist.Work, collective: str, group: dist.ProcessGroup) -> None:
-    """Wait for a collective that was started with `async_op=True`.
-
-    Args:
-        work: Its handle.
-        collective: The name of its function, which the hang detector reads here when the wait ends by a time-out.
-        group: Its process group, which the hang detector reads too.
-    """
-    work.wait()

@@ -41,6 +41,7 @@ FAMILY = Family(
     router="gate",
     experts="experts",
     score="sigmoid",
+    shared_expert="shared_experts",
     bias_name="e_score_correction_bias",
     experts_key="n_routed_experts",
     top_k_key="num_experts_per_tok",

@@ -22,6 +22,8 @@ class Family:
         router: Name of the router among the block's children.
         experts: Name of the experts among the block's children.
         score: Gate function of the family's own router.
+        shared_expert: Name of the shared expert among the block's children, if it is called after the experts and with
+            the same hidden states.
         bias_name: Name of the selection bias in the family's weights, below the router; None where the architecture
             cannot express one.
         experts_key: Key of the config class with the number of routed experts of a layer.
@@ -56,6 +58,7 @@ class Family:
     moe_layers: Callable[[Any], list[int]]
     layers_remedy: Callable[[Any], tuple[str, str]]
     shape_violations: Callable[[Any], list[Violation]]
+    shared_expert: str | None = None
     bias_name: str | None = None
     normalize_key: str | None = None
     scaling_factor_key: str | None = None

@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dist_moe.comm.exchange import wait_for
+from dist_moe.comm.exchange import Pending, collectives_started
 from dist_moe.errors import UserError
 
 POLL_S = 1.0
@@ -36,7 +36,7 @@ STORE_S = 2.0
 """How long the store may take in addition; one whose host is stopped never answers."""
 RANKS_PER_POLL = 256
 """With more ranks each polls less often, so that rank 0's store gets at most this many requests a second."""
-SHOWN_FRAMES = 4
+SHOWN_FRAMES = 5
 REQUEST_KEY, POSITION_KEY = "hang/requested", "hang/position"
 # The second is what TORCH_DISTRIBUTED_DEBUG=DETAIL checks before each collective.
 TIMED_OUT = re.compile(r"time[ds]?[ -]?out|failed to pass monitoredBarrier", re.IGNORECASE)
@@ -54,7 +54,7 @@ class Position:
     Attributes:
         step: The training step.
         collective: The name of the torch.distributed function, or "" outside of collectives.
-        sequence: Number of collectives that its group has started; -1 where unknown.
+        sequence: The collective's number in its group; -1 where unknown.
         group: The ranks of the group.
         path: The innermost functions, `name:line`, of this package; outside of collectives, of any code.
         seconds: How long no step and no collective has started.
@@ -163,13 +163,13 @@ class HangDetector:
                 return
 
     def _position(self, frames: Sequence[FrameType]) -> Position:
-        collective, group = _collective(frames)
-        ours = [frame for frame in frames if _is_ours(frame.f_code.co_filename)]
+        collective, sequence, group = _collective(frames)
+        ours = [frame for frame in frames if _is_ours(frame)]
         shown = ours if collective or not frames else frames
         path = " < ".join(f"{frame.f_code.co_qualname}:{frame.f_lineno}" for frame in shown[:SHOWN_FRAMES])
         ranks = tuple(dist.get_process_group_ranks(group)) if collective else ()
         seconds = time.monotonic() - self._progress_s
-        return Position(self._step, collective, _sequence(group), ranks, path or "unknown", seconds)
+        return Position(self._step, collective, sequence, ranks, path or "unknown", seconds)
 
     def _publish(self, store: Any, position: Position) -> None:
         store.set(f"{POSITION_KEY}/{self._rank}", json.dumps(asdict(position)))
@@ -278,31 +278,29 @@ def _outward_frames(frame: FrameType | None) -> list[FrameType]:
     return frames
 
 
-def _is_ours(file: str) -> bool:
-    return file.startswith(PACKAGE) and file != __file__
+def _is_ours(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return file.startswith(PACKAGE) and file != __file__ and frame.f_code is not Pending.wait.__code__
 
 
-def _collective(frames: Sequence[FrameType]) -> tuple[str, Any]:
-    """Return the outermost torch.distributed function among the frames and its group; "" and None without one."""
+def _collective(frames: Sequence[FrameType]) -> tuple[str, int, Any]:
+    """Return the outermost torch.distributed function among the frames, its number in its group, and the group.
+
+    Without one: "", -1 and None.
+    """
     for frame in frames[::-1]:
-        if frame.f_code is wait_for.__code__:
-            return frame.f_locals["collective"], frame.f_locals["group"]
+        if frame.f_code is Pending.wait.__code__:
+            pending: Pending = frame.f_locals["self"]
+            return pending.name, pending.number, pending.group
         if frame.f_code.co_filename == c10d.__file__ and not frame.f_code.co_name.startswith("_"):
-            return frame.f_code.co_name, frame.f_locals.get("group") or c10d._get_default_group()
-    return "", None
+            group = frame.f_locals.get("group") or c10d._get_default_group()
+            return frame.f_code.co_name, collectives_started(group), group
+    return "", -1, None
 
 
 def _sequences() -> list[int]:
     """Return the number of collectives that each group has started."""
-    return [_sequence(group) for group in list(c10d._world.pg_map)]
-
-
-def _sequence(group: Any) -> int:
-    """Return the number of collectives that a group has started; -1 for None, and where the backend does not count."""
-    try:
-        return int(group._get_sequence_number_for_group())
-    except (RuntimeError, AttributeError):
-        return -1
+    return [collectives_started(group) for group in list(c10d._world.pg_map)]
 
 
 def _parse_position(text: bytes) -> Position:

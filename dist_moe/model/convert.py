@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.families.record import Family
+from dist_moe.moe.early_call import EarlyCall
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
@@ -79,7 +80,8 @@ def _convert_block(name: str, block: nn.Module, family: Family, rule: Rule, mesh
         local = GroupedExperts(
             len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, original.act_fn)
         )
-        layer = ExpertParallelLayer(local, experts, mesh)
+        shared = None if family.shared_expert is None else EarlyCall(block.get_submodule(family.shared_expert))
+        layer = ExpertParallelLayer(local, experts, mesh, shared.start if shared else None)
     setattr(block, family.router, router)
     setattr(block, family.experts, layer)
     return MoeLayer(name, router, layer)

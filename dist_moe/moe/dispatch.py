@@ -3,7 +3,7 @@
 How a row is sent, with P ranks in the expert-parallel group:
 1. A token that takes K experts has K slots. Slots are sorted by expert, so that the rows for one rank are contiguous.
 2. The ranks exchange how many rows they send for each expert (int64) while they gather the rows, and then the rows
-   with their gate weights.
+   with their gate weights, while a shared expert is computed.
 3. Received rows are ordered by sender, then by expert; one move orders them by expert for the grouped matmul.
 4. The reverse move and the reverse exchange return each result to the rank and slot it came from, where the results of
    each token's slots are summed.
@@ -15,20 +15,32 @@ Nothing is dropped. Shapes: T tokens, D width, K slots a token, R rows sent, Q r
 experts, e local ones, P ranks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_moe.comm.exchange import exchange_rows, start_exchange_counts
+from dist_moe.comm.exchange import exchange_rows, start_exchange_counts, start_exchange_rows
 from dist_moe.comm.mesh import Mesh
 from dist_moe.moe.gather_sum import GatherSum
 from dist_moe.moe.kernels import kernels_for
 from dist_moe.moe.records import Dispatched, DispatchHandle, Exchanged
 from dist_moe.moe.row_order import TokenRows, first_rows, move, sort_slots
 
+MOST_SLOTS_UNREAD = 16
+"""Where tokens have more slots than this (threshold routing), most are empty, and the host waits for a device to know
+how many: that takes less time than a row for each slot."""
 
-def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, mesh: Mesh) -> Dispatched:
+
+def dispatch(
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    experts: int,
+    mesh: Mesh,
+    meanwhile: Callable[[Tensor], object] | None = None,
+) -> Dispatched:
     """Send each token's row to the ranks that hold its experts. Collective over the expert-parallel group.
 
     With an expert-parallel size of 1 nothing is communicated.
@@ -39,13 +51,16 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int
         weights_TK: The gate weights.
         experts: E, over all ranks of `mesh`.
         mesh: The expert-parallel group.
+        meanwhile: Called with hidden_TD while rows are exchanged, if they are. Its backward runs beside the exchange of
+            the gradients.
 
     Returns:
         The rows and gate weights for the experts of this rank, and the handle that `combine` needs.
     """
     kernels = kernels_for(hidden_TD.device)
     tile = kernels.tile(hidden_TD.dtype)
-    rows, ends_E, counts_E = sort_slots(ids_TK, experts, kernels.number_rows, remove_empty=kernels.waits)
+    remove_empty = kernels.waits or ids_TK.shape[1] > MOST_SLOTS_UNREAD
+    rows, ends_E, counts_E = sort_slots(ids_TK, experts, kernels.number_rows, remove_empty=remove_empty)
     if mesh.ep_group is None:
         ends_e = ends_E.int()
         if tile > 1:
@@ -59,8 +74,11 @@ def dispatch(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int
     arriving_Pe, send, receive = exchange.finish()
     if sum(send) < len(rows_RD):  # the last ones are of empty slots
         rows, rows_RD, weights_R = first_rows(rows, sum(send)), rows_RD[: sum(send)], weights_R[: sum(send)]
-    arrived_QD, arrived_Q = exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group)
+    in_flight = start_exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group)
     placement = kernels.place_rows(arriving_Pe, sum(receive), tile)
+    if meanwhile is not None:
+        meanwhile(hidden_TD)
+    arrived_QD, arrived_Q = in_flight.finish()
     rows_QD = _Move.apply(arrived_QD, placement.source_Q, placement.place_R)
     weights_Q = _Move.apply(arrived_Q, placement.source_Q, placement.place_R)
     if placement.padding is not None:
@@ -145,8 +163,8 @@ class _TakeWeights(torch.autograd.Function):
 class _Move(torch.autograd.Function):
     """rows[index], whose gradient is moved back by the inverse index rather than added to where it came from.
 
-    A row that no index names is of padding. Its gradient is that of any other row: its gate weight is 0, and so is all
-    that it adds to the experts' gradient.
+    A row that no index names is of padding. Its gradient is that of another row of its expert: its gate weight is 0,
+    and so is all that it adds to the expert's gradient.
     """
 
     @staticmethod

@@ -1,5 +1,7 @@
 """The module that replaces the experts of a Hugging Face block: dispatch, local experts, combine."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
@@ -15,13 +17,21 @@ class ExpertParallelLayer(nn.Module):
         local: The experts of this rank.
         num_experts: Number of experts over all ranks.
         mesh: Which rank holds which experts.
+        meanwhile: Called with the tokens while rows are exchanged. The hierarchical exchange does not call it.
     """
 
-    def __init__(self, local: GroupedExperts, num_experts: int, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        local: GroupedExperts,
+        num_experts: int,
+        mesh: Mesh,
+        meanwhile: Callable[[Tensor], object] | None = None,
+    ) -> None:
         super().__init__()
         self.local = local
         self.num_experts = num_experts
         self.mesh = mesh
+        self.meanwhile = meanwhile
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Apply each token's experts and sum their results by gate weight. Collective.
@@ -36,15 +46,22 @@ class ExpertParallelLayer(nn.Module):
         """
         nodes = self.mesh.node_groups
         if nodes is None:
-            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh)
+            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh, self.meanwhile)
         mixed_TD = hierarchical_dispatch_combine(
             hidden_TD, ids_TK, weights_TK, self.num_experts, nodes, self._apply_experts
         )
         return mixed_TD.to(hidden_TD.dtype)
 
-    def _apply_experts(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, mesh: Mesh) -> Tensor:
+    def _apply_experts(
+        self,
+        hidden_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        mesh: Mesh,
+        meanwhile: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
         """Apply the experts that the ranks of `mesh` hold together."""
         experts = self.num_experts // self.mesh.expert_parallel * mesh.expert_parallel
-        dispatched = dispatch(hidden_TD, ids_TK, weights_TK, experts, mesh)
+        dispatched = dispatch(hidden_TD, ids_TK, weights_TK, experts, mesh, meanwhile)
         results_QD = self.local(dispatched.rows_QD, dispatched.weights_Q, dispatched.ends_e)
         return combine(results_QD, dispatched.handle, mesh)

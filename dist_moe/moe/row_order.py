@@ -17,7 +17,7 @@ class TokenRows(NamedTuple):
     """Which slot each row is of, and which row each slot has.
 
     Attributes:
-        slot_R: int64, the slot of each row; of padding, that of any row.
+        slot_R: int64, the slot of each row; for padding, that of another row of the same expert.
         token_R: int64, the token of that slot.
         row_TK: int64, the row of each slot, or EMPTY.
         padding: int64, the rows that are of no slot; None without padding.
@@ -34,7 +34,7 @@ class Placement(NamedTuple):
 
     Attributes:
         place_R: int64, where each row goes.
-        source_Q: int64, which row each place gets; of padding, any.
+        source_Q: int64, which row each place gets; for padding, the last row of the same expert.
         padding: int64, the places that are of no row; None without padding.
         ends_e: int32, the end of each expert's places, padding included.
     """
@@ -126,7 +126,9 @@ def place_rows(counts_Pe: Tensor, rows: int, tile: int) -> Placement:
     source_Q = torch.full((int(ends_e[-1]),), EMPTY, device=counts_Pe.device)
     source_Q[place_R] = row_R
     padding = (source_Q < 0).nonzero().squeeze(1)
-    return Placement(place_R, source_Q.index_fill_(0, padding, 0), padding, ends_e.int())
+    # Of no other expert, whose rows may not be finite: 0 times infinity is not 0.
+    source_Q[padding] = source_Q[(ends_Pe[-1] - 1).repeat_interleave(padding_e)]
+    return Placement(place_R, source_Q, padding, ends_e.int())
 
 
 def move(rows: TokenRows, placement: Placement) -> TokenRows:

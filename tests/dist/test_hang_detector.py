@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,11 +37,11 @@ def endless(rank: int, world_size: int) -> tuple[str, float]:
     try:
         with hang_detector(rank, world_size, LIMIT_S) as detector:
             detector.set_step(7)
-            exchange_rows([rows], [1, 1], [1, 1], mesh.ep_group)
+            exchange_rows([rows, rows], [1, 1], [1, 1], mesh.ep_group)
             if rank == 1:
                 return busy_loop(), 0.0
             started_s = time.monotonic()
-            exchange_rows([rows], [1, 1], [1, 1], mesh.ep_group)
+            exchange_rows([rows, rows], [1, 1], [1, 1], mesh.ep_group)  # both start before the first is awaited
     except HangError as error:
         return str(error), time.monotonic() - started_s
     return "no error", 0.0
@@ -57,10 +58,13 @@ def busy_loop() -> str:
 def test_trap_T30_a_rank_that_does_not_arrive_is_named_with_its_line_also_in_a_sub_group(ranks: RankPool) -> None:
     (first, waited_s), (second, _) = ranks.run(endless, 2)
     assert second == "done" and waited_s < 10 * LIMIT_S
-    assert first.startswith("all_to_all_single number 2 of ranks 0, 1 timed out (parallel.timeout_s=3)")
+    assert first.startswith("all_to_all_single number 3 of ranks 0, 1 timed out (parallel.timeout_s=3)")
     assert "arrived: rank 0; not arrived: rank 1; rank 1 is in no collective, step 7, for " in first
     assert "at busy_loop:" in first
-    assert "rank 0 is in all_to_all_single number 2, step 7, for " in first and "_all_to_all:" in first
+    assert "rank 0 is in all_to_all_single number 3, step 7, for " in first
+    assert re.search(
+        r"at RowsExchange\.end:\d+ < _Finish\.forward:\d+ < RowsExchange\.finish:\d+ < exchange_rows:\d+", first
+    )
 
 
 def endless_in_detail(rank: int, world_size: int, port: int) -> tuple[str, float]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.model.routing import count_record
+from dist_moe.moe.dispatch import MOST_SLOTS_UNREAD, dispatch
 from dist_moe.moe.kernels import ANY_DEVICE, CPU
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
 from tests.dist.layers import on
@@ -59,3 +60,11 @@ def test_trap_T52_on_a_device_the_host_waits_for_nothing(rule: str, masked: bool
 def test_a_layer_takes_few_operators(rule: str) -> None:
     names = layer_operators(0, 1, RULES[rule])
     assert len(names) <= MOST_OPERATORS, names
+
+
+def test_on_a_device_a_token_with_many_slots_gets_rows_for_those_that_are_filled() -> None:
+    ids_TK = torch.full((TOKENS, 2 * MOST_SLOTS_UNREAD), -1)
+    ids_TK[:, 3], ids_TK[::2, 5] = 1, 2
+    with on(ANY_DEVICE):
+        dispatched = dispatch(torch.ones(TOKENS, WIDTH), ids_TK, torch.ones(ids_TK.shape), 4, ALONE)
+    assert len(dispatched.rows_QD) == TOKENS + TOKENS // 2

@@ -50,7 +50,10 @@ def test_rows_are_placed_by_expert_and_then_by_sender(senders: int, local: int, 
         first += size
     padding = [place for place, row in enumerate(in_place) if row is None]
     assert (placement.padding.tolist() if placement.padding is not None else []) == padding
-    assert not len(arriving) or placement.source_Q.min() >= 0, "a place of padding has a row that exists"
+    ends = placement.ends_e.tolist()
+    for place in padding:
+        expert = next(expert for expert, end in enumerate(ends) if place < end)
+        assert arriving[placement.source_Q[place]][1] == expert, "padding repeats a row of its own expert"
 
 
 @pytest.mark.parametrize("tile", [1, 4])
