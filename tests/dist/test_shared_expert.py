@@ -42,6 +42,6 @@ def order_of_events(rank: int, world_size: int) -> list[str]:
     return events
 
 
-def test_a_shared_expert_runs_once_beside_the_exchange_in_both_directions(ranks: RankPool) -> None:
+def test_trap_T52_a_shared_expert_runs_once_beside_the_exchange_in_both_directions(ranks: RankPool) -> None:
     forward, backward = [*ROWS_OUT, *ROWS_BACK], [*ROWS_BACK, *ROWS_OUT]
     assert ranks.run(order_of_events, 2) == [forward + backward] * 2

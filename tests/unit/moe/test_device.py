@@ -62,7 +62,7 @@ def test_a_layer_takes_few_operators(rule: str) -> None:
     assert len(names) <= MOST_OPERATORS, names
 
 
-def test_on_a_device_a_token_with_many_slots_gets_rows_for_those_that_are_filled() -> None:
+def test_trap_T52_on_a_device_a_token_with_many_slots_gets_rows_for_those_that_are_filled() -> None:
     ids_TK = torch.full((TOKENS, 2 * MOST_SLOTS_UNREAD), -1)
     ids_TK[:, 3], ids_TK[::2, 5] = 1, 2
     with on(ANY_DEVICE):

@@ -29,7 +29,7 @@ def test_a_started_call_has_the_same_result_and_gradients(module: nn.Module) -> 
     assert list(module.state_dict()) == names
 
 
-def test_another_tensor_is_computed_and_a_result_is_used_once(module: nn.Module) -> None:
+def test_trap_T36_another_tensor_is_computed_and_a_result_is_used_once(module: nn.Module) -> None:
     one, other = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     wanted_one, wanted_other = module(one), module(other)
     early = EarlyCall(module)
