@@ -1,9 +1,10 @@
 """Chooses the number format of training."""
 
 import logging
-from pathlib import Path
 
 import torch
+
+from dist_moe.worker.cpu_features import multiplies_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -17,16 +18,9 @@ def choose_precision(requested: str, device: torch.device) -> torch.dtype:
     if requested != "auto":
         logger.info("precision %s, as train.precision requests", requested)
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[requested]
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_has_bf16()
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else multiplies_bf16()
     chosen = "bf16" if native else "fp32"
     logger.info(
         "precision %s (train.precision=auto): bf16 is %s on %s", chosen, "native" if native else "emulated", device
     )
     return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    if not cpuinfo.is_file():
-        return False
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))

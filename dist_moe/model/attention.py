@@ -17,10 +17,12 @@ from transformers.masking_utils import sdpa_mask
 
 from dist_moe.config.sections.model import AttentionName
 from dist_moe.model.inputs import Documents
+from dist_moe.worker.cpu_features import multiplies_bf16
 
 NAME = "dist_moe"
-# PyTorch's CPU kernel works on tiles in fp32, at a third of the speed of a bf16 matmul. Beyond these lengths what it
-# skips (the keys after the query) and keeps in the cache weighs more. Positions, by dtype.
+# PyTorch's CPU kernel works on tiles in fp32, at a third of the speed of a bf16 matmul where the CPU multiplies bf16;
+# where it emulates bf16, the matmuls take 2.5 times as long as the kernel. Beyond these lengths what the kernel skips
+# (the keys after the query) and keeps in the cache weighs more. Positions, by dtype, on a CPU that multiplies bf16.
 LONGEST = {torch.bfloat16: 512, torch.float32: 0}
 HALF = (torch.float16, torch.bfloat16)
 # Arguments of an attention function with which scores are computed in another way: scores capped by a tanh, a learned
@@ -67,7 +69,7 @@ def mask(batch_size: int, q_length: int, kv_length: int, **others: Any) -> Tenso
     padding allows its own position, so that no row of the scores is all minus infinity.
     """
     dtype = others.get("dtype", torch.float32)
-    short = 1 < q_length == kv_length <= LONGEST.get(dtype, 0)
+    short = multiplies_bf16() and 1 < q_length == kv_length <= LONGEST.get(dtype, 0)
     if not short or others.get("attention_mask") is not None or torch.device(others.get("device", "cpu")).type != "cpu":
         return cast(Tensor | None, sdpa_mask(batch_size, q_length, kv_length, **others))
     allowed_B1SS = sdpa_mask(batch_size, q_length, kv_length, **{**others, "allow_is_causal_skip": False})

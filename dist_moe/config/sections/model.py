@@ -40,8 +40,8 @@ class ModelConfig(Section):
     )
     attention: AttentionName = Field(
         default="auto",
-        description="the implementation of attention: sdpa (PyTorch's own), or auto (matrix products on a CPU for "
-        "short sequences in bf16, a kernel for packed documents on a GPU in bf16, else sdpa)",
+        description="the implementation of attention: sdpa (PyTorch's own), or auto (matrix products for short "
+        "sequences in bf16 on a CPU that multiplies bf16, a kernel for packed documents on a GPU in bf16, else sdpa)",
     )
     cross_entropy: CrossEntropyName = Field(
         default="auto",
@@ -49,7 +49,6 @@ class ModelConfig(Section):
         "at a time), liger (Liger's kernel on a GPU), or auto (liger on a GPU where it is installed, else chunked); "
         "plain in any case where the model scales or caps its logits",
     )
-
     norm: NormName = Field(
         default="auto",
         description="the implementation of RMSNorm: plain (that of transformers), or auto (one function with a small "

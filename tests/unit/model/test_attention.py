@@ -77,7 +77,8 @@ def bias_of(mask_B1SS: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.fixture
 def all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrix products in every dtype."""
+    """Matrix products in every dtype, on any CPU."""
+    monkeypatch.setattr(module_under_test, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(module_under_test, "LONGEST", dict.fromkeys((torch.float32, torch.bfloat16), 10_000))
 
 
@@ -160,7 +161,9 @@ def test_a_family_gives_the_same_gradients(
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
 
 
-def test_lengths_and_dtypes_beyond_the_rule_go_to_sdpa() -> None:
+def test_lengths_and_dtypes_beyond_the_rule_go_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "multiplies_bf16", lambda: True)
+
     def mask_of(length: int, dtype: torch.dtype, **others: Any) -> Tensor | None:
         return module_under_test.mask(2, length, length, dtype=dtype, **others)
 
@@ -174,6 +177,11 @@ def test_lengths_and_dtypes_beyond_the_rule_go_to_sdpa() -> None:
     padded = mask_of(4, torch.bfloat16, attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool())
     assert padded is not None and padded.dtype == torch.bool
     assert module_under_test.mask(2, 1, 8, q_offset=7, dtype=torch.bfloat16) is None
+
+
+def test_a_cpu_that_emulates_bf16_leaves_it_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "multiplies_bf16", lambda: False)
+    assert module_under_test.mask(2, 8, 8, dtype=torch.bfloat16) is None
 
 
 @pytest.mark.usefixtures("all_lengths")
