@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.families.record import Family
-from dist_moe.moe.early_call import EarlyCall
+from dist_moe.model.early_call import EarlyCall
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router

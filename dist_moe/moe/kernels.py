@@ -9,12 +9,14 @@ import torch
 from dist_moe.moe.gather_sum import GatherSum, by_embedding_bag, by_gather
 from dist_moe.moe.row_order import NumberRows, PlaceRows, number_rows, place_rows
 from dist_moe.moe.swiglu import Gate, SwiGLU
+from dist_moe.worker.cpu_features import multiplies_bf16
 
 TILE_ROWS = 16
-"""On a CPU in 16-bit floats, the rows of each expert are padded to a multiple of this.
+"""On a CPU that multiplies bf16, the rows of each expert are padded to a multiple of this in 16-bit floats.
 
 oneDNN compiles a kernel for each number of rows that it has not met (0.4 ms each; it keeps 1,024), and an expert has
-another number of rows in every step. There are few multiples of 16, which is also the height of oneDNN's tiles."""
+another number of rows in every step. There are few multiples of 16, which is also the height of oneDNN's tiles.
+On other CPUs PyTorch does not use oneDNN for bf16."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Kernels:
         return self.tile_rows if dtype.itemsize == 2 else 1
 
 
-CPU = Kernels(by_embedding_bag, SwiGLU.apply, waits=True, tile_rows=TILE_ROWS)
+CPU = Kernels(by_embedding_bag, SwiGLU.apply, waits=True, tile_rows=TILE_ROWS if multiplies_bf16() else 1)
 ANY_DEVICE = Kernels(by_gather, SwiGLU.apply)
 
 

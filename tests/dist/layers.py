@@ -16,11 +16,14 @@ from torch import Tensor
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe import dispatch, experts, select
 from dist_moe.moe.experts import GroupedExperts
-from dist_moe.moe.kernels import ANY_DEVICE, CPU, Kernels
+from dist_moe.moe.kernels import ANY_DEVICE, CPU, TILE_ROWS, Kernels
 from dist_moe.moe.layer import ExpertParallelLayer
 from tests.dist.pool import RankPool
 from tests.host_reads import HostReads
 from tests.twin import LayerCase, Pass, slow_pass
+
+PADDED = dataclasses.replace(CPU, tile_rows=TILE_ROWS)
+"""On any CPU what is used where it multiplies bf16."""
 
 
 def fast_passes(rank: int, world_size: int, cases: Sequence[LayerCase], fill_with_nan: bool = False) -> list[Pass]:
@@ -40,7 +43,7 @@ def fast_pass(rank: int, case: LayerCase, reads: HostReads | None = None) -> Pas
     hidden_TD, ids_TK, weights_TK, probe_TD = case.draw(rank)
     hidden_TD.requires_grad_()
     weights_TK.requires_grad_()
-    with on(ANY_DEVICE if case.on_device else CPU), reads or contextlib.nullcontext():
+    with on(ANY_DEVICE if case.on_device else PADDED), reads or contextlib.nullcontext():
         mixed_TD = ExpertParallelLayer(local, case.experts, mesh)(hidden_TD, ids_TK, weights_TK)
         (mixed_TD * probe_TD).sum().backward()
     gradients = [leaf.grad for leaf in (hidden_TD, weights_TK, local.gate_up_proj, local.down_proj)]

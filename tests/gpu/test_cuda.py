@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from dist_moe.balance.balancer import Balancer
+from dist_moe.comm.exchange import start_exchange_counts, start_exchange_rows
 from dist_moe.comm.init import init_distributed
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config.sections.model import CrossEntropyName
@@ -140,6 +142,31 @@ def test_trap_T52_the_host_waits_for_nothing_in_a_layer(rule: TopK | ThresholdRo
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_trap_T52_an_exchange_waits_once_for_pinned_counts() -> None:
+    with init_distributed(RankInfo(), "nccl", 60):
+        world = dist.group.WORLD
+        assert world is not None
+        counts_PN = torch.tensor([[3, 0, 4]], device="cuda")
+        rows_RD = torch.randn(7, 32, device="cuda", requires_grad=True)
+
+        def run() -> None:
+            _, send, receive = start_exchange_counts(counts_PN, world).finish()
+            assert (send, receive) == ([7], [7])
+            in_flight = start_exchange_rows([rows_RD], send, receive, world)
+            (arrived_QD,) = in_flight.finish()
+            arrived_QD.sum().backward()
+
+        run()  # makes the communicator
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()  # the wait for an event is none for the whole device
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        arriving_PN, _, _ = start_exchange_counts(counts_PN, world).finish()
+        assert torch.equal(arriving_PN, counts_PN)
+        assert rows_RD.grad is not None and torch.equal(rows_RD.grad, torch.full_like(rows_RD, 2.0))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

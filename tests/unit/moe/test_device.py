@@ -7,9 +7,9 @@ from torch import Tensor
 from dist_moe.comm.mesh import Mesh
 from dist_moe.model.routing import count_record
 from dist_moe.moe.dispatch import MOST_SLOTS_UNREAD, dispatch
-from dist_moe.moe.kernels import ANY_DEVICE, CPU
+from dist_moe.moe.kernels import ANY_DEVICE
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
-from tests.dist.layers import on
+from tests.dist.layers import PADDED, on
 from tests.host_reads import HostReads, Operators
 from tests.layer_operators import MOST_OPERATORS, TOKENS, WIDTH, Layer, layer_operators
 
@@ -40,7 +40,7 @@ def run(rule: Rule, dtype: torch.dtype, masked: bool) -> list[Tensor]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_device_computes_what_the_cpu_does(rule: str, masked: bool, dtype: torch.dtype) -> None:
-    with on(CPU):
+    with on(PADDED):
         wanted = run(RULES[rule], dtype, masked)
     with on(ANY_DEVICE):
         found = run(RULES[rule], dtype, masked)

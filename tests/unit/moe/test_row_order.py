@@ -31,7 +31,9 @@ def test_slots_are_ordered_by_expert_and_then_by_slot(
 
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 4]), st.data())
-def test_trap_T27_rows_are_placed_by_expert_and_then_by_sender(senders: int, local: int, tile: int, data: st.DataObject) -> None:
+def test_trap_T27_rows_are_placed_by_expert_and_then_by_sender(
+    senders: int, local: int, tile: int, data: st.DataObject
+) -> None:
     table = st.lists(st.integers(0, 6), min_size=local, max_size=local)
     counts_Pe = torch.tensor(data.draw(st.lists(table, min_size=senders, max_size=senders)))
     arriving = [(p, e) for p in range(senders) for e in range(local) for _ in range(int(counts_Pe[p, e]))]

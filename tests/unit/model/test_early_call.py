@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_moe.moe.early_call import EarlyCall
+from dist_moe.model.early_call import EarlyCall
 
 
 @pytest.fixture
