@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_moe.comm.shared_memory import SharedBoxes, has_rows
+
 
 @dataclass(frozen=True)
 class Pending:
@@ -136,14 +138,16 @@ class RowsExchange:
         send: send[p] rows go to rank p.
         receive: receive[p] rows come from rank p.
         group: The process group.
+        boxes: Shared memory of the group, if there is any.
         started: The tensors to be filled, with the graph.
     """
 
-    def __init__(self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> None:
-        self.send, self.receive, self.group = list(send), list(receive), group
+    def __init__(
+        self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, boxes: SharedBoxes | None
+    ) -> None:
+        self.send, self.receive, self.group, self.boxes = list(send), list(receive), group, boxes
         self.started: tuple[Tensor, ...] = ()
-        self._pending: list[Pending] = []
-        self._received: tuple[Tensor, ...] = ()
+        self._running: _ByNetwork | _BySharedMemory | None = None
 
     def finish(self) -> tuple[Tensor, ...]:
         """Wait for the exchange.
@@ -156,24 +160,78 @@ class RowsExchange:
         return received
 
     def begin(self, tensors: Sequence[Tensor], send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
-        """Start one all-to-all for each tensor -> tensors that `end` returns filled."""
-        self._received = tuple(rows.new_empty(sum(receive), *rows.shape[1:]) for rows in tensors)
-        self._pending = [
-            start_all_to_all(output, rows.contiguous(), self.group, receive, send)
-            for output, rows in zip(self._received, tensors, strict=True)
-        ]
-        return self._received
+        """Start the exchange of tensors -> tensors that `end` returns filled."""
+        sent = [tensor.contiguous() for tensor in tensors]
+        received = tuple(rows.new_empty(sum(receive), *rows.shape[1:]) for rows in sent)
+        if self.boxes is None or not sent[0].is_cpu:
+            self._running = _ByNetwork(sent, received, send, receive, self.group)
+        else:
+            self._running = _BySharedMemory(sent, received, send, receive, self.group, self.boxes)
+        return received
 
     def end(self) -> tuple[Tensor, ...]:
         """Wait until the tensors of `begin` are filled, and return them."""
+        running, self._running = self._running, None
+        assert running is not None
+        return running.wait()
+
+
+class _ByNetwork:
+    """One all-to-all for each tensor."""
+
+    def __init__(
+        self,
+        sent: Sequence[Tensor],
+        received: tuple[Tensor, ...],
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
+    ) -> None:
+        self._received = received
+        self._pending = [
+            start_all_to_all(there, here, group, receive, send) for there, here in zip(received, sent, strict=True)
+        ]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Wait until the tensors are filled, and return them."""
         for pending in self._pending:
             pending.wait()
-        received, self._received, self._pending = self._received, (), []
-        return received
+        return self._received
+
+
+class _BySharedMemory:
+    """One all-to-all of a few numbers, and copies."""
+
+    def __init__(
+        self,
+        sent: Sequence[Tensor],
+        received: tuple[Tensor, ...],
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
+        boxes: SharedBoxes,
+    ) -> None:
+        self._sent, self._received, self._send, self._receive = sent, received, send, receive
+        self._boxes, self._group = boxes, group
+        messages_PM = boxes.write(sent, send)
+        self._messages_PM = torch.empty_like(messages_PM)
+        self._pending = start_all_to_all(self._messages_PM, messages_PM, group)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Wait until the tensors are filled, and return them."""
+        self._pending.wait()
+        if not has_rows(self._messages_PM):
+            return _ByNetwork(self._sent, self._received, self._send, self._receive, self._group).wait()
+        self._boxes.read(self._messages_PM, self._sent, self._send, self._receive, self._received)
+        return self._received
 
 
 def start_exchange_rows(
-    tensors: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup
+    tensors: Sequence[Tensor],
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: dist.ProcessGroup,
+    boxes: SharedBoxes | None = None,
 ) -> RowsExchange:
     """Begin to exchange consecutive blocks of rows; any block may be empty, in both directions, even all of them.
 
@@ -186,21 +244,26 @@ def start_exchange_rows(
         send: send[p] rows go to rank p.
         receive: receive[p] rows come from rank p.
         group: The process group.
+        boxes: Shared memory of the group, for tensors on the CPU; on all its ranks, or on none.
     """
-    exchange = RowsExchange(send, receive, group)
+    exchange = RowsExchange(send, receive, group, boxes)
     exchange.started = _Start.apply(exchange, *tensors)
     return exchange
 
 
 def exchange_rows(
-    tensors: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup
+    tensors: Sequence[Tensor],
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: dist.ProcessGroup,
+    boxes: SharedBoxes | None = None,
 ) -> tuple[Tensor, ...]:
     """Exchange consecutive blocks of rows, as `start_exchange_rows`, and wait for them.
 
     Returns:
         Tensors of Q rows each, ordered by sending rank.
     """
-    return start_exchange_rows(tensors, send, receive, group).finish()
+    return start_exchange_rows(tensors, send, receive, group, boxes).finish()
 
 
 class _Start(torch.autograd.Function):

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_moe.comm.objects import all_gather_objects
+from dist_moe.comm.shared_memory import SharedBoxes, open_shared_boxes
 from dist_moe.errors import UserError
 from dist_moe.text import counted, divisors
 
@@ -32,6 +33,7 @@ class Mesh:
         rank: This rank.
         expert_parallel: Ranks of a row.
         ep_group: The process group of this rank's row; None where expert_parallel is 1.
+        boxes: Shared memory of the ranks of that row, if they are on one host.
         node_groups: The groups for a hierarchical exchange (two hops); None for a flat one.
 
     Raises:
@@ -42,6 +44,7 @@ class Mesh:
     rank: int
     expert_parallel: int
     ep_group: dist.ProcessGroup | None = None
+    boxes: SharedBoxes | None = None
     node_groups: "NodeGroups | None" = None
 
     def __post_init__(self) -> None:
@@ -93,13 +96,15 @@ class NodeGroups:
     intra: Mesh
 
 
-def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
+def make_mesh(expert_parallel: int, ranks_per_node: int = 0, *, shared_memory: bool = True) -> Mesh:
     """Create the mesh of the current process group, and the process groups of every row; a collective call.
 
     Args:
         expert_parallel: Ranks of a row.
         ranks_per_node: Consecutive ranks of a row that share a node, for a hierarchical exchange in two hops; 0 for a
             flat exchange.
+        shared_memory: Exchange rows through shared memory where all ranks of a row, or of a node, are on one host and
+            on its CPU.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     mesh = Mesh(world_size, rank, expert_parallel)
@@ -107,10 +112,11 @@ def make_mesh(expert_parallel: int, ranks_per_node: int = 0) -> Mesh:
         return mesh
     rows = [range(start, start + expert_parallel) for start in range(0, world_size, expert_parallel)]
     groups = [_new_group(row) for row in rows]
-    nodes = None
+    group, nodes = groups[mesh.edp_rank], None
     if ranks_per_node:
-        nodes = [_make_node_groups(row, ranks_per_node, rank) for row in rows][mesh.edp_rank]
-    return Mesh(world_size, rank, expert_parallel, groups[mesh.edp_rank], nodes)
+        nodes = [_make_node_groups(row, ranks_per_node, rank, shared_memory) for row in rows][mesh.edp_rank]
+    boxes = _open_boxes(group) if shared_memory and nodes is None else None
+    return Mesh(world_size, rank, expert_parallel, group, boxes, nodes)
 
 
 def ranks_per_node(all_to_all: str, expert_parallel: int) -> int:
@@ -170,7 +176,7 @@ def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     return group
 
 
-def _make_node_groups(row: range, per_node: int, rank: int) -> NodeGroups | None:
+def _make_node_groups(row: range, per_node: int, rank: int, shared_memory: bool) -> NodeGroups | None:
     """Create the node groups of a row; None for a rank of another row.
 
     Every rank creates the groups of all rows in the same order, as `dist.new_group` requires.
@@ -181,5 +187,12 @@ def _make_node_groups(row: range, per_node: int, rank: int) -> NodeGroups | None
     if rank not in row:
         return None
     node, index = divmod(rank - row.start, per_node)
-    inside = Mesh(per_node, index, per_node, intra[node] if per_node > 1 else None)
+    group = intra[node] if per_node > 1 else None
+    boxes = _open_boxes(group) if shared_memory and group is not None else None
+    inside = Mesh(per_node, index, per_node, group, boxes)
     return NodeGroups(Mesh(count, node, count, inter[index]), inside)
+
+
+def _open_boxes(group: dist.ProcessGroup) -> SharedBoxes | None:
+    """Return the shared memory of a group; None with NCCL, and where its ranks cannot share memory. Collective."""
+    return None if dist.get_backend(group) == "nccl" else open_shared_boxes(group)

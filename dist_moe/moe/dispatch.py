@@ -74,7 +74,7 @@ def dispatch(
     arriving_Pe, send, receive = exchange.finish()
     if sum(send) < len(rows_RD):  # the last ones are of empty slots
         rows, rows_RD, weights_R = first_rows(rows, sum(send)), rows_RD[: sum(send)], weights_R[: sum(send)]
-    in_flight = start_exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group)
+    in_flight = start_exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group, mesh.boxes)
     placement = kernels.place_rows(arriving_Pe, sum(receive), tile)
     if meanwhile is not None:
         meanwhile(hidden_TD)
@@ -100,7 +100,7 @@ def combine(results_QD: Tensor, handle: DispatchHandle, mesh: Mesh) -> Tensor:
     if handle.exchanged is not None and mesh.ep_group is not None:
         placement, send, receive = handle.exchanged
         arrived_QD = _Move.apply(results_QD, placement.place_R, placement.source_Q)
-        (results_QD,) = exchange_rows([arrived_QD], receive, send, mesh.ep_group)
+        (results_QD,) = exchange_rows([arrived_QD], receive, send, mesh.ep_group, mesh.boxes)
     return sum_rows(results_QD, handle.rows)
 
 

@@ -1,9 +1,11 @@
 """The all-to-all of rows with uneven blocks, both ways, and of counts."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from dist_moe.comm.exchange import exchange_rows, start_exchange_counts
+from dist_moe.comm.shared_memory import open_shared_boxes
 from tests.dist.pool import RankPool
 
 SEND = [[1, 0, 3], [2, 0, 0], [0, 0, 4]]  # SEND[p][q]: rows from rank p to rank q; rank 1 receives none
@@ -14,14 +16,16 @@ def label(sender: int, receiver: int, row: int) -> float:
     return float(100 * sender + 10 * receiver + row)
 
 
-def exchange(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def exchange(rank: int, world_size: int, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The labels of the rows received, and the gradients of the rows sent, each weighted by ten times its label."""
     world = dist.group.WORLD
     assert world is not None
+    boxes = open_shared_boxes(world) if shared else None
+    assert (boxes is not None) == shared
     labels = [label(rank, to, row) for to in range(world_size) for row in range(SEND[rank][to])]
     rows_RD = torch.tensor(labels, requires_grad=True).unsqueeze(1).expand(-1, 2)
     receive = [SEND[sender][rank] for sender in range(world_size)]
-    received_QD, received_Q = exchange_rows([rows_RD, rows_RD.detach()[:, 0]], SEND[rank], receive, world)
+    received_QD, received_Q = exchange_rows([rows_RD, rows_RD.detach()[:, 0]], SEND[rank], receive, world, boxes)
     assert received_QD.shape == (sum(receive), 2) and torch.equal(received_Q, received_QD.detach()[:, 0])
     rows_RD.retain_grad()
     (received_QD * 10 * received_QD.detach()).sum().backward()
@@ -29,8 +33,9 @@ def exchange(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return received_QD.detach()[:, 0], rows_RD.grad[:, 1]
 
 
-def test_rows_arrive_by_sender_and_gradients_return_to_their_rows(ranks: RankPool) -> None:
-    for rank, (received, gradient) in enumerate(ranks.run(exchange, 3, timeout_s=60)):
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_arrive_by_sender_and_gradients_return_to_their_rows(ranks: RankPool, shared: bool) -> None:
+    for rank, (received, gradient) in enumerate(ranks.run(exchange, 3, shared, timeout_s=60)):
         assert received.tolist() == [label(p, rank, row) for p in range(3) for row in range(SEND[p][rank])]
         assert gradient.tolist() == [10 * label(rank, q, row) for q in range(3) for row in range(SEND[rank][q])]
 

@@ -1,0 +1,227 @@
+"""Shared memory between the ranks of a group on one host, through which rows are exchanged without the network.
+
+Each rank has two boxes, which it alone writes, in turn: one exchange after the other. It copies the rows for the others
+into a box, and sends each of them, by an all-to-all of a few numbers, where its rows are. A rank that has received such
+a message from all others may read their boxes. When it has written to a box again, two exchanges later, the others have
+read it: each reads before it sends the message of the exchange between.
+
+A box is a memfd of Linux. The others open it through /proc, where a user's files are hidden from other users. It has no
+name, and its memory is freed with the last process that maps it.
+"""
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_moe.text import counted
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 64
+"""Bytes: of a cache line."""
+GROWTH = 1.25
+"""A box that is too small is replaced by one with room for so many times what is needed."""
+HEADER = 3
+"""Numbers of a message before those of the tensors."""
+SPACE = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"), Path("/proc/self/ns/net"))
+"""What two processes have in common that see each other's files in /proc, and reach each other over no network."""
+
+
+class Box:
+    """Memory that this rank writes.
+
+    Args:
+        capacity: In bytes.
+
+    Attributes:
+        descriptor: Of its memfd.
+        bytes_C: uint8 [capacity].
+
+    Raises:
+        OSError: There is no memory for it.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.descriptor = os.memfd_create("dist_moe", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(self.descriptor, 0, capacity)  # without it, a write could end the process
+            self.bytes_C = _map(self.descriptor, capacity)
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor; what other ranks have mapped stays."""
+        os.close(self.descriptor)
+
+
+class SharedBoxes:
+    """The boxes of the ranks of a group.
+
+    Args:
+        rank: This rank in the group.
+        pids: The process of each rank.
+
+    Raises:
+        OSError: There is no memory for the boxes of this rank.
+    """
+
+    def __init__(self, rank: int, pids: Sequence[int]) -> None:
+        self._rank, self._pids = rank, pids
+        self._boxes = [Box(mmap.PAGESIZE), Box(mmap.PAGESIZE)]
+        self._mapped: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
+        self._turn = 0
+
+    def write(self, tensors: Sequence[Tensor], send: Sequence[int]) -> Tensor:
+        """Copy rows for the other ranks into the next box.
+
+        Args:
+            tensors: Rows ordered by receiving rank; contiguous.
+            send: send[p] rows of each tensor go to rank p.
+
+        Returns:
+            int64 [P, 3 + tensors], the message for each rank: number, descriptor and capacity of the box, and the byte
+            at which its rows of each tensor begin. The capacity is 0 where there is no memory for the rows.
+        """
+        self._turn = 1 - self._turn
+        messages_PM = torch.zeros(len(self._pids), HEADER + len(tensors), dtype=torch.int64)
+        blocks = [
+            (rank, HEADER + index, rows)
+            for index, tensor in enumerate(tensors)
+            for rank, rows in enumerate(tensor.split(list(send)))
+            if rank != self._rank
+        ]
+        box = self._box_with(sum(_aligned(rows.nbytes) for _, _, rows in blocks))
+        if box is not None:
+            messages_PM[:, :HEADER] = torch.tensor([self._turn, box.descriptor, len(box.bytes_C)])
+            start = 0
+            for rank, column, rows in blocks:
+                messages_PM[rank, column] = start
+                _rows_at(box.bytes_C, start, rows).copy_(rows)
+                start += _aligned(rows.nbytes)
+        return messages_PM
+
+    def read(
+        self,
+        messages_PM: Tensor,
+        sent: Sequence[Tensor],
+        send: Sequence[int],
+        receive: Sequence[int],
+        received: Sequence[Tensor],
+    ) -> None:
+        """Copy rows to `received`, ordered by sending rank.
+
+        Args:
+            messages_PM: What `write` returned on each rank for this one.
+            sent: The tensors of this rank, some of whose rows stay.
+            send: As for `write`.
+            receive: receive[p] rows of each tensor come from rank p.
+            received: Where they go, for each tensor.
+        """
+        messages = messages_PM.tolist()
+        for index, (here, there) in enumerate(zip(sent, received, strict=True)):
+            for rank, rows in enumerate(there.split(list(receive))):
+                if rank == self._rank:
+                    rows.copy_(here.split(list(send))[rank])
+                elif rows.numel():
+                    box_C = self._mapped_box(rank, messages[rank][:HEADER])
+                    rows.copy_(_rows_at(box_C, messages[rank][HEADER + index], rows))
+
+    def _box_with(self, needed: int) -> Box | None:
+        """Return the box whose turn it is, replaced if it has too little room; None where there is no memory."""
+        box = self._boxes[self._turn]
+        if needed <= len(box.bytes_C):
+            return box
+        try:
+            larger = Box(int(needed * GROWTH))
+        except OSError as error:
+            logger.warning("no shared memory for %d bytes (%s): these rows take the network", needed, error)
+            return None
+        box.close()
+        self._boxes[self._turn] = larger
+        return larger
+
+    def _mapped_box(self, rank: int, header: list[int]) -> Tensor:
+        """Return a box of another rank, mapped once; one that replaces it has more capacity."""
+        turn, descriptor, capacity = header
+        known = self._mapped.get((rank, turn))
+        if known is None or known[0] != header:
+            known = self._mapped[rank, turn] = header, _map_of(self._pids[rank], descriptor, capacity)
+        return known[1]
+
+
+def open_shared_boxes(group: dist.ProcessGroup) -> SharedBoxes | None:
+    """Return the boxes of the ranks of a group; None where these cannot share memory. A collective call.
+
+    Args:
+        group: A process group for tensors on the CPU.
+    """
+    own_2 = torch.tensor([os.getpid(), _space()])
+    all_P2 = [torch.empty_like(own_2) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_P2, own_2, group=group)
+    pids, spaces = torch.stack(all_P2).t().tolist()
+    if 0 in spaces or len(set(spaces)) > 1:
+        return None
+    boxes = None
+    messages_PM, ones = torch.zeros(len(pids), HEADER + 1, dtype=torch.int64), [1] * len(pids)
+    sent_P1 = torch.full((len(pids), 1), os.getpid())
+    with contextlib.suppress(OSError):
+        boxes = SharedBoxes(dist.get_rank(group), pids)
+        messages_PM = boxes.write([sent_P1], ones)
+    arrived_PM, received_P1 = torch.empty_like(messages_PM), torch.zeros_like(sent_P1)
+    dist.all_to_all_single(arrived_PM, messages_PM, group=group)
+    if boxes is not None and has_rows(arrived_PM):
+        with contextlib.suppress(OSError):
+            boxes.read(arrived_PM, [sent_P1], ones, ones, [received_P1])
+    works = torch.tensor(int(received_P1.squeeze(1).tolist() == pids))
+    dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
+    logger.info("rows of %s go through %s", counted(len(pids), "rank"), "shared memory" if works else "the network")
+    return boxes if works else None
+
+
+def has_rows(messages_PM: Tensor) -> bool:
+    """Return whether each of the ranks had memory for its rows."""
+    return bool((messages_PM[:, HEADER - 1] > 0).all())
+
+
+def _space() -> int:
+    """Return a number that is equal for processes that can share memory; 0 where no process can."""
+    if not hasattr(os, "memfd_create"):
+        return 0
+    try:
+        names = [socket.gethostname(), SPACE[0].read_text(), *(os.readlink(path) for path in SPACE[1:])]
+    except OSError:
+        return 0
+    digest = hashlib.sha256("\0".join(names).encode()).digest()
+    return int.from_bytes(digest[:7]) | 1
+
+
+def _map_of(pid: int, descriptor: int, capacity: int) -> Tensor:
+    """Map a box of another process."""
+    opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _map(opened, capacity)
+    finally:
+        os.close(opened)
+
+
+def _map(descriptor: int, capacity: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, capacity), dtype=torch.uint8)
+
+
+def _rows_at(bytes_C: Tensor, start: int, like: Tensor) -> Tensor:
+    """Return the memory at a byte of a box as rows of the shape and dtype of `like`."""
+    return bytes_C[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
