@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.block.measure import measure_block
-from benchmarks.cases import CASES, QUICK, BlockCase, Case, StepCase
+from benchmarks.cases import CASES, QUICK, BlockCase, Case, StepCase, row_names
 from benchmarks.environment import ROOT, describe, has_bf16
 from benchmarks.ratchet import compare, missing
 from benchmarks.results import Measured, measured, read_results, results_path, write_results
@@ -79,13 +79,13 @@ def chosen(names: list[str] | None, quick: bool) -> list[Case]:
 
 
 def measure(case: Case, rounds: int, steps: int, log: Callable[[str], None]) -> list[Row]:
-    """Measure one case; an error of the benchmark itself becomes its only row."""
+    """Measure one case; an error of the benchmark itself becomes the reason of each of its rows."""
     try:
         if isinstance(case, StepCase):
             return measure_steps(case, rounds, steps, log)
         return measure_block(case, rounds) if isinstance(case, BlockCase) else measure_start(case, rounds)
     except RuntimeError as error:
-        return [Row("all", str(error))]
+        return [Row(name, str(error)) for name in row_names(case)]
 
 
 def check_results(records: list[Measured], path: Path, console: Console) -> None:
@@ -105,7 +105,7 @@ def check_results(records: list[Measured], path: Path, console: Console) -> None
         console.print(f"{verdict:7}{change}", highlight=False, markup=False)
     for line in lost:
         console.print(f"LOST   {line}", highlight=False, markup=False)
-    if not changes:
+    if not changes and not lost:
         console.print(f"{path} has none of these cases")
         raise typer.Exit(2)
     if lost or any(change.slower or change.larger for change in changes):
@@ -116,11 +116,7 @@ def list_cases(console: Console) -> None:
     """Print the names of the cases, and what the programs are."""
     for name, case in CASES.items():
         mark = " (quick)" if name in {quick.name for quick in QUICK} else ""
-        if isinstance(case, StepCase):
-            runs = [entry.name for entry in case.entries]
-        else:
-            runs = [*(case.programs if isinstance(case, BlockCase) else case.launchers)]
-        console.print(f"{name}{mark}: {', '.join(runs)}", highlight=False, markup=False)
+        console.print(f"{name}{mark}: {', '.join(row_names(case))}", highlight=False, markup=False)
     for name, program in PROGRAMS.items():
         console.print(f"{name}: {program.about}", highlight=False, markup=False)
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from benchmarks.row import LIMIT
+
 Precision = Literal["fp32", "bf16"]
 Allocator = Literal["kept", "default"]
 OURS = ("ours-gloo", "ours-mpi")
@@ -157,6 +159,15 @@ class StartCase:
 
 
 Case = StepCase | BlockCase | StartCase
+
+
+def row_names(case: Case) -> list[str]:
+    """Return the names of the rows that a case measures."""
+    if isinstance(case, StepCase):
+        return [entry.name for entry in case.entries]
+    if isinstance(case, BlockCase):
+        return [*case.programs, LIMIT]
+    return [LIMIT, *(f"{PACKAGE}-{name}" for name in case.launchers)]
 
 
 def entries(*programs: str) -> tuple[Entry, ...]:

@@ -7,11 +7,22 @@ import pytest
 import typer
 from rich.console import Console
 
+from benchmarks import __main__ as command
 from benchmarks.__main__ import check_results
+from benchmarks.cases import BlockCase
 from benchmarks.ratchet import compare, missing
 from benchmarks.results import Measured, ratios, read_results, write_results
 from benchmarks.row import Row
 from benchmarks.tables import table
+
+
+def full_and_quick() -> tuple[Measured, Measured]:
+    """One case as `make bench` and as `make bench-quick` measure it, with other programs and numbers of rounds."""
+    full, quick = record(1.0), record(4.0)
+    full.rows[2:] = [Row("autoep-tuned", seconds=[1.5] * 3), Row("autoep-mpi", reason="it is not installed")]
+    for row in quick.rows[:2]:
+        row.seconds.append(row.seconds[-1])
+    return full, quick
 
 
 def record(own_s: float, peer_s: float = 2.0, own_mib: float = 100.0, case: str = "coarse") -> Measured:
@@ -72,6 +83,39 @@ def test_a_file_keeps_the_cases_that_were_not_measured_again(tmp_path: Path) -> 
     write_results(path, [record(1.0), record(1.0, case="fine")])
     write_results(path, [record(4.0, case="fine")])
     assert read_results(path) == [record(1.0), record(4.0, case="fine")]
+
+
+def test_a_file_keeps_the_programs_that_were_not_measured_again(tmp_path: Path) -> None:
+    path, (full, quick) = tmp_path / "machine.json", full_and_quick()
+    write_results(path, [full, record(1.0, case="fine")])
+    write_results(path, [quick])
+    assert read_results(path) == [full, quick, record(1.0, case="fine")]
+    # A ratio that both have is the newer one, and none has a time of each run.
+    changes = {(c.before.program, c.before.other): c.before.speed.median for c in compare(read_results(path), [full])}
+    assert changes == pytest.approx({("ours-gloo", "autoep"): 0.5, ("ours-gloo", "autoep-tuned"): 1.5}, rel=0.01)
+    write_results(path, [full])
+    assert read_results(path) == [full, record(1.0, case="fine")]
+
+
+def test_a_quick_run_after_a_full_one_misses_nothing() -> None:
+    full, quick = full_and_quick()
+    assert missing([full], [quick]) == []
+    skipped = replace(full, rows=[Row("all", reason="this CPU emulates bf16")])
+    assert missing([full], [skipped]) == []
+
+
+def test_a_case_that_fails_misses_each_of_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(case: BlockCase, rounds: int) -> list[Row]:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(command, "measure_block", fail)
+    case = BlockCase(name="block", programs=("ours", "hf"), precision="fp32")
+    now = Measured("block", "block", 1, {}, command.measure(case, 1, 1, print))
+    assert [(row.name, row.reason) for row in now.rows] == [(name, "no memory") for name in ("ours", "hf", "limit")]
+    rows = [Row(name, seconds=[1.0]) for name in ("ours", "hf", "limit")]
+    before = replace(now, rows=rows)
+    assert len(missing([before], [now])) == 2
+    assert len(missing([before, before], [now])) == 2
 
 
 @pytest.mark.parametrize(("own_s", "code"), [(1.0, 0), (1.2, 1)])
