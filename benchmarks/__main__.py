@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks.block.measure import measure_block
 from benchmarks.cases import CASES, QUICK, BlockCase, Case, StepCase, row_names
 from benchmarks.environment import ROOT, describe, has_bf16
-from benchmarks.ratchet import compare, missing
+from benchmarks.ratchet import Change, compare, missing
 from benchmarks.results import Measured, measured, read_results, results_path, write_results
 from benchmarks.row import Row
 from benchmarks.start import measure_start
@@ -24,6 +24,7 @@ OUT = ROOT / "build" / "bench.json"
 TURNS, QUICK_TURNS = (7, 2), (5, 2)
 """Rounds, and steps of a turn."""
 NO_BF16 = "this CPU emulates bf16 (no avx512_bf16 or amx_bf16); name the case to measure it all the same"
+REMEDY = "measure again where nothing else runs, or with more --steps, the committed results with --keep too"
 
 
 def main(
@@ -93,7 +94,7 @@ def check_results(records: list[Measured], path: Path, console: Console) -> None
 
     Raises:
         typer.Exit: With 1 where something became slower or larger, or was not measured; with 2 where there is nothing
-            to compare with.
+            to compare with, or a ratio is too noisy to compare.
     """
     if not path.is_file():
         console.print(f"{path} does not exist; measure with --keep at the commit to compare with, and commit the file")
@@ -101,8 +102,7 @@ def check_results(records: list[Measured], path: Path, console: Console) -> None
     before = read_results(path)
     changes, lost = compare(before, records), missing(before, records)
     for change in changes:
-        verdict = "SLOWER" if change.slower else "LARGER" if change.larger else "ok"
-        console.print(f"{verdict:7}{change}", highlight=False, markup=False)
+        console.print(f"{verdict(change):7}{change}", highlight=False, markup=False)
     for line in lost:
         console.print(f"LOST   {line}", highlight=False, markup=False)
     if not changes and not lost:
@@ -110,6 +110,18 @@ def check_results(records: list[Measured], path: Path, console: Console) -> None
         raise typer.Exit(2)
     if lost or any(change.slower or change.larger for change in changes):
         raise typer.Exit(1)
+    if any(change.noisy for change in changes):
+        console.print(REMEDY, highlight=False, markup=False)
+        raise typer.Exit(2)
+
+
+def verdict(change: Change) -> str:
+    """Return the word for a change."""
+    if change.slower:
+        return "SLOWER"
+    if change.larger:
+        return "LARGER"
+    return "NOISY" if change.noisy else "ok"
 
 
 def list_cases(console: Console) -> None:

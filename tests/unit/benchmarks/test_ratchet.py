@@ -55,11 +55,32 @@ def test_slower_is_what_the_tolerance_does_not_explain(own_s: float, slower: boo
     assert change.slower is slower and not change.larger
 
 
+def spread_by(own_s: float, factor: float) -> Measured:
+    """A record whose own rounds have quartiles of about `factor` around the median."""
+    found = record(own_s)
+    found.rows[0].seconds[:] = [own_s / (1 + 2 * factor), own_s, own_s * (1 + 2 * factor)]
+    return found
+
+
 def test_the_tolerance_grows_with_the_spread_of_both_runs() -> None:
-    noisy = record(1.08)
-    noisy.rows[0].seconds[:] = [0.9, 1.08, 1.3]
-    (change,) = compare([record(1.0)], [noisy])
-    assert change.tolerance > 0.08 and not change.slower
+    (change,) = compare([record(1.0)], [spread_by(1.08, 0.08)])
+    assert change.tolerance == pytest.approx(0.08, abs=0.01) and not change.slower and not change.noisy
+    (change,) = compare([record(1.0)], [spread_by(1.12, 0.08)])
+    assert change.slower
+
+
+def test_rounds_that_differ_too_much_are_not_compared(tmp_path: Path) -> None:
+    now = spread_by(1.3, 0.3)
+    (change,) = compare([record(1.0)], [now])
+    assert change.tolerance == 0.1 and change.noisy and not change.slower
+    path, console = tmp_path / "machine.json", Console(width=250, record=True)
+    write_results(path, [record(1.0)])
+    with pytest.raises(typer.Exit) as stop:
+        check_results([now], path, console)
+    assert stop.value.exit_code == 2
+    text = console.export_text()
+    assert "NOISY  coarse: ours-gloo / autoep: 2.00 -> 1.54 times as fast (too noisy to compare: the rounds" in text
+    assert "measure again where nothing else runs" in text
 
 
 def test_a_slower_machine_is_no_slower_program() -> None:
