@@ -40,8 +40,10 @@ def cells(record: Measured, row: Row, found: list[Ratio], own: list[str]) -> lis
 
 def exchanged(row: Row) -> str:
     """Return the MB that rank 0 gave to all-to-all in a step, and to the other collectives."""
+    if not row.bytes:
+        return "not counted"
     to_all = row.bytes.get("all_to_all_single", 0)
-    return f"{to_all / 1e6:.1f} + {(sum(row.bytes.values()) - to_all) / 1e6:.1f}" if row.bytes else ""
+    return f"{to_all / 1e6:.1f} + {(sum(row.bytes.values()) - to_all) / 1e6:.1f}"
 
 
 def shown(value: Spread, digits: int) -> str:
