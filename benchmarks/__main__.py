@@ -71,11 +71,14 @@ def chosen(names: list[str] | None, quick: bool) -> list[Case]:
     """Return the cases to measure.
 
     Raises:
-        typer.BadParameter: A name is unknown.
+        typer.BadParameter: A name is unknown, or not that of a quick case.
     """
     known = {case.name: case for case in QUICK} if quick else CASES
-    if unknown := [name for name in names or () if name not in known]:
-        raise typer.BadParameter(f"unknown case {unknown[0]}; --list prints the cases")
+    for name in names or ():
+        if name not in CASES:
+            raise typer.BadParameter(f"unknown case {name}; --list prints the cases")
+        if name not in known:
+            raise typer.BadParameter(f"{name} is not a quick case; leave out --quick to measure it")
     return [known[name] for name in names or known]
 
 

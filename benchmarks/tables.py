@@ -16,7 +16,7 @@ def table(record: Measured) -> Table:
     result = Table(title=f"{record.case} ({record.kind}, {record.tokens:,} tokens)", title_justify="left")
     result.add_column("program")
     step = record.kind == "step"
-    columns = ["tokens/s", "ms", *(f"{name} is faster by" for name in own)]
+    columns = ["tokens/s", "ms", *(f"{name}: times as fast" for name in own)]
     columns += ["memory, MiB", "loss", "MaxVio (floor)", "experts/token", "start, s", "exchange, MB"] if step else []
     for column in columns:
         result.add_column(column, justify="right")

@@ -165,5 +165,6 @@ def test_trap_T46_a_time_has_routing_and_loss_beside_it() -> None:
     console = Console(width=250, record=True)
     console.print(table(step))
     text = console.export_text()
+    assert "ours-gloo: times as fast" in text and "faster by" not in text
     assert "4,096 (4,076 to 4,117)" in text and "2.00 (1.99 to 2.01)" in text and "it is not installed" in text
     assert "8.317" in text and "0.81 (0.12)" in text and "4.00" in text
