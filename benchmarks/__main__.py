@@ -23,6 +23,8 @@ from benchmarks.tables import table
 OUT = ROOT / "build" / "bench.json"
 TURNS, QUICK_TURNS = (7, 2), (5, 2)
 """Rounds, and steps of a turn."""
+MOST_LOAD = 1.0
+"""The load average with which results are kept."""
 NO_BF16 = "this CPU emulates bf16 (no avx512_bf16 or amx_bf16); name the case to measure it all the same"
 REMEDY = "measure again where nothing else runs, or with more --steps, the committed results with --keep too"
 
@@ -31,7 +33,9 @@ def main(
     names: Annotated[list[str] | None, typer.Argument(help="Cases; without any, all of them.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The cases that matter most, in 5 minutes.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare with benchmarks/results/; exit 1 if slower.")] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Write the results into benchmarks/results/.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write the results into benchmarks/results/; idle machines only.")
+    ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; in each, every program has a turn.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of a turn.")] = None,
     out: Annotated[Path, typer.Option(help="The file for the results.")] = OUT,
@@ -46,11 +50,13 @@ def main(
     if show:
         list_cases(console)
         return
-    environment, records = describe(), list[Measured]()
+    cases, environment, records = chosen(names, quick), describe(), list[Measured]()
+    if keep:
+        require_idle(environment["load"][0])
     console.print(" ".join(f"{key}={value}" for key, value in environment.items()), highlight=False, markup=False)
     default_rounds, default_steps = QUICK_TURNS if quick else TURNS
     began_s = time.monotonic()
-    for case in chosen(names, quick):
+    for case in cases:
         console.print(case.name, style="bold")
         environment = describe()
         skipped = not names and case.precision == "bf16" and not has_bf16()
@@ -65,6 +71,22 @@ def main(
         check_results(records, results_path(environment), console)
     if keep:
         write_results(results_path(environment), [record for record in records if any(r.measured for r in record.rows)])
+
+
+def require_idle(load: float) -> None:
+    """Refuse to keep what a busy machine would measure.
+
+    Args:
+        load: The load average of the last minute.
+
+    Raises:
+        typer.BadParameter: It is above MOST_LOAD.
+    """
+    if load > MOST_LOAD:
+        raise typer.BadParameter(
+            f"the load average of the last minute is {load:.2f}, and --keep needs at most {MOST_LOAD:.1f}, because the "
+            "ratios of a busy machine mislead; end what else runs and wait a minute, or leave out --keep"
+        )
 
 
 def chosen(names: list[str] | None, quick: bool) -> list[Case]:
