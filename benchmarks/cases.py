@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from benchmarks.row import LIMIT
+
 Precision = Literal["fp32", "bf16"]
 Allocator = Literal["kept", "default"]
 OURS = ("ours-gloo", "ours-mpi")
@@ -159,6 +161,15 @@ class StartCase:
 Case = StepCase | BlockCase | StartCase
 
 
+def row_names(case: Case) -> list[str]:
+    """Return the names of the rows that a case measures."""
+    if isinstance(case, StepCase):
+        return [entry.name for entry in case.entries]
+    if isinstance(case, BlockCase):
+        return [*case.programs, LIMIT]
+    return [LIMIT, *(f"{PACKAGE}-{name}" for name in case.launchers)]
+
+
 def entries(*programs: str) -> tuple[Entry, ...]:
     """Return entries without overrides."""
     return tuple(map(Entry, programs))
@@ -258,10 +269,18 @@ PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 START = StartCase(name="start")
 CASES: dict[str, Case] = {case.name: case for precision in PRECISIONS for case in cases_of(precision)}
 CASES[START.name] = START
-QUICK = tuple(
-    replace(case, entries=entries(*OURS, "autoep")) if isinstance(case, StepCase) else case
-    for precision in PRECISIONS
-    for name in ("coarse", "block-experts-16", "block-fine")
-    if (case := CASES[f"{name}-{precision}"])
+QUICK_STEPS = {"coarse-bf16": (*OURS, "autoep"), "coarse-fp32": (*OURS, "autoep"), "ep1-fp32": (OURS[0], "hf-tuned")}
+"""A step of the quick cases -> its programs, fewer than in all cases."""
+QUICK = (
+    *(
+        replace(case, entries=entries(*programs))
+        for name, programs in QUICK_STEPS.items()
+        if isinstance(case := CASES[name], StepCase)
+    ),
+    *(CASES[f"{name}-{precision}"] for precision in PRECISIONS for name in ("block-experts-16", "block-fine")),
 )
-"""The cases of `make bench-quick` and `make bench-check`: those whose precision the CPU has."""
+"""The cases of `make bench-quick` and `make bench-check`: those whose precision the CPU has.
+
+The step beside transformers' grouped_mm, with all experts on each worker, is in fp32 alone, which every CPU has: this
+keeps the set short.
+"""

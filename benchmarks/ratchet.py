@@ -10,6 +10,8 @@ from benchmarks.results import Measured, Ratio, ratios
 
 LEAST_TOLERANCE = 0.05
 """The relative change that is always accepted, though the rounds of a run differ less."""
+MOST_TOLERANCE = 0.10
+"""The largest relative change that is accepted; where the rounds differ more, two ratios cannot be compared."""
 
 
 class Change(NamedTuple):
@@ -18,17 +20,30 @@ class Change(NamedTuple):
     Attributes:
         before: The committed one.
         now: The measured one.
-        tolerance: The relative change that the spread of both runs explains, at least LEAST_TOLERANCE.
     """
 
     before: Ratio
     now: Ratio
-    tolerance: float
+
+    @property
+    def noise(self) -> float:
+        """The relative change that the spread of the rounds of both runs explains."""
+        return self.before.speed.relative + self.now.speed.relative
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the rounds differ too much to compare the speeds."""
+        return self.noise > MOST_TOLERANCE
+
+    @property
+    def tolerance(self) -> float:
+        """The relative change that is accepted."""
+        return min(MOST_TOLERANCE, max(LEAST_TOLERANCE, self.noise))
 
     @property
     def slower(self) -> bool:
-        """Whether the program has become slower than the tolerance explains, in relation to the other one."""
-        return self.now.speed.median < self.before.speed.median * (1 - self.tolerance)
+        """Whether the program has become slower by more than the tolerance, in relation to the other one."""
+        return not self.noisy and self.now.speed.median < self.before.speed.median * (1 - self.tolerance)
 
     @property
     def larger(self) -> bool:
@@ -39,34 +54,34 @@ class Change(NamedTuple):
     def __str__(self) -> str:
         where = f"{self.now.case}: {self.now.program} / {self.now.other}"
         text = f"{where}: {self.before.speed.median:.2f} -> {self.now.speed.median:.2f} times as fast"
-        text += f" (tolerance {self.tolerance:.0%})"
+        if self.noisy:
+            text += f" (too noisy to compare: the rounds differ by {self.noise:.1%}, and may by {MOST_TOLERANCE:.0%})"
+        else:
+            text += f" (tolerance {self.tolerance:.0%})"
         if self.before.memory is not None and self.now.memory is not None:
             text += f", {self.before.memory:.2f} -> {self.now.memory:.2f} times its memory"
         return text
 
 
 def compare(before: Iterable[Measured], now: Iterable[Measured]) -> list[Change]:
-    """Return the change of each ratio that both have."""
+    """Return the change of each ratio that both have; the last one of `before` where it has several."""
     known = {key(ratio): ratio for record in before for ratio in ratios(record)}
-    return [
-        Change(known[key(ratio)], ratio, tolerance(known[key(ratio)], ratio))
-        for record in now
-        for ratio in ratios(record)
-        if key(ratio) in known
-    ]
+    return [Change(known[key(ratio)], ratio) for record in now for ratio in ratios(record) if key(ratio) in known]
 
 
 def missing(before: Sequence[Measured], now: Sequence[Measured]) -> list[str]:
-    """Return what of the committed ratios of these cases was not measured, one line each."""
-    cases = {record.case for record in now}
+    """Return one line for each committed ratio that has no value now, though its case names both programs now.
+
+    `make bench-quick` names fewer programs in a case than `make bench`; the others are not missing.
+    """
+    named = {(record.case, row.name) for record in now for row in record.rows}
     have = {key(ratio) for record in now for ratio in ratios(record)}
-    lost = [ratio for record in before if record.case in cases for ratio in ratios(record) if key(ratio) not in have]
-    return [f"{ratio.case}: {ratio.program} / {ratio.other} was not measured" for ratio in lost]
-
-
-def tolerance(before: Ratio, now: Ratio) -> float:
-    """Return the relative change of a ratio that the spread of the rounds explains."""
-    return max(LEAST_TOLERANCE, before.speed.relative + now.speed.relative)
+    known = dict.fromkeys(key(ratio) for record in before for ratio in ratios(record))
+    return [
+        f"{case}: {program} / {other} was not measured"
+        for case, program, other in known
+        if {(case, program), (case, other)} <= named and (case, program, other) not in have
+    ]
 
 
 def key(ratio: Ratio) -> tuple[str, str, str]:

@@ -85,11 +85,24 @@ def tokens_per_s(record: Measured, row: Row) -> Spread:
 
 
 def write_results(path: Path, records: Iterable[Measured]) -> None:
-    """Write records as JSON; a case that the file has is replaced, others are kept."""
-    kept = {record.case: record for record in (read_results(path) if path.is_file() else ())}
-    kept |= {record.case: record for record in records}
+    """Write records as JSON, after those of the same case that the file keeps.
+
+    The file keeps a record until a newer one has measured all of its programs. Rows of two runs are not put into one
+    record, because its ratios would compare times of two runs.
+    """
+    newer = list(records)
+    older = read_results(path) if path.is_file() else []
+    kept = [record for record in older if not any(replaces(other, record) for other in newer)]
+    order = list(dict.fromkeys(record.case for record in (*older, *newer)))
+    kept = sorted([*kept, *newer], key=lambda record: order.index(record.case))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(record) for record in kept.values()], indent=1) + "\n")
+    path.write_text(json.dumps([asdict(record) for record in kept], indent=1) + "\n")
+
+
+def replaces(newer: Measured, older: Measured) -> bool:
+    """Return whether both are of one case, and the newer record has measured each program of the older one."""
+    measured_names = {row.name for row in newer.rows if row.measured}
+    return newer.case == older.case and measured_names >= {row.name for row in older.rows if row.measured}
 
 
 def read_results(path: Path) -> list[Measured]:

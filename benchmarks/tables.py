@@ -16,7 +16,7 @@ def table(record: Measured) -> Table:
     result = Table(title=f"{record.case} ({record.kind}, {record.tokens:,} tokens)", title_justify="left")
     result.add_column("program")
     step = record.kind == "step"
-    columns = ["tokens/s", "ms", *(f"{name} is faster by" for name in own)]
+    columns = ["tokens/s", "ms", *(f"{name}: times as fast" for name in own)]
     columns += ["memory, MiB", "loss", "MaxVio (floor)", "experts/token", "start, s", "exchange, MB"] if step else []
     for column in columns:
         result.add_column(column, justify="right")
@@ -40,8 +40,10 @@ def cells(record: Measured, row: Row, found: list[Ratio], own: list[str]) -> lis
 
 def exchanged(row: Row) -> str:
     """Return the MB that rank 0 gave to all-to-all in a step, and to the other collectives."""
+    if not row.bytes:
+        return "not counted"
     to_all = row.bytes.get("all_to_all_single", 0)
-    return f"{to_all / 1e6:.1f} + {(sum(row.bytes.values()) - to_all) / 1e6:.1f}" if row.bytes else ""
+    return f"{to_all / 1e6:.1f} + {(sum(row.bytes.values()) - to_all) / 1e6:.1f}"
 
 
 def shown(value: Spread, digits: int) -> str:

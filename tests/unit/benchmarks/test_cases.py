@@ -29,7 +29,17 @@ def test_every_case_names_programs_that_exist() -> None:
 
 
 def test_the_quick_cases_are_among_all() -> None:
-    assert {case.name for case in QUICK} < set(CASES) and len(QUICK) == 6
+    assert {case.name for case in QUICK} < set(CASES) and len(QUICK) == 7
+    for case in QUICK:
+        if isinstance(case, StepCase):
+            everything = CASES[case.name]
+            assert isinstance(everything, StepCase) and set(case.entries) < set(everything.entries), case.name
+
+
+def test_the_quick_cases_have_a_full_step_beside_grouped_mm_of_transformers() -> None:
+    (case,) = (case for case in QUICK if case.name == "ep1-fp32")
+    assert isinstance(case, StepCase) and case.expert_parallel == 1
+    assert [entry.name for entry in case.entries] == ["ours-gloo", "hf-tuned"]
 
 
 def test_every_case_is_a_configuration_of_this_package(tmp_path: Path) -> None:

@@ -7,11 +7,22 @@ import pytest
 import typer
 from rich.console import Console
 
+from benchmarks import __main__ as command
 from benchmarks.__main__ import check_results
+from benchmarks.cases import BlockCase
 from benchmarks.ratchet import compare, missing
 from benchmarks.results import Measured, ratios, read_results, write_results
 from benchmarks.row import Row
 from benchmarks.tables import table
+
+
+def full_and_quick() -> tuple[Measured, Measured]:
+    """One case as `make bench` and as `make bench-quick` measure it, with other programs and numbers of rounds."""
+    full, quick = record(1.0), record(4.0)
+    full.rows[2:] = [Row("autoep-tuned", seconds=[1.5] * 3), Row("autoep-mpi", reason="it is not installed")]
+    for row in quick.rows[:2]:
+        row.seconds.append(row.seconds[-1])
+    return full, quick
 
 
 def record(own_s: float, peer_s: float = 2.0, own_mib: float = 100.0, case: str = "coarse") -> Measured:
@@ -44,11 +55,32 @@ def test_slower_is_what_the_tolerance_does_not_explain(own_s: float, slower: boo
     assert change.slower is slower and not change.larger
 
 
+def spread_by(own_s: float, factor: float) -> Measured:
+    """A record whose own rounds have quartiles of about `factor` around the median."""
+    found = record(own_s)
+    found.rows[0].seconds[:] = [own_s / (1 + 2 * factor), own_s, own_s * (1 + 2 * factor)]
+    return found
+
+
 def test_the_tolerance_grows_with_the_spread_of_both_runs() -> None:
-    noisy = record(1.08)
-    noisy.rows[0].seconds[:] = [0.9, 1.08, 1.3]
-    (change,) = compare([record(1.0)], [noisy])
-    assert change.tolerance > 0.08 and not change.slower
+    (change,) = compare([record(1.0)], [spread_by(1.08, 0.08)])
+    assert change.tolerance == pytest.approx(0.08, abs=0.01) and not change.slower and not change.noisy
+    (change,) = compare([record(1.0)], [spread_by(1.12, 0.08)])
+    assert change.slower
+
+
+def test_rounds_that_differ_too_much_are_not_compared(tmp_path: Path) -> None:
+    now = spread_by(1.3, 0.3)
+    (change,) = compare([record(1.0)], [now])
+    assert change.tolerance == 0.1 and change.noisy and not change.slower
+    path, console = tmp_path / "machine.json", Console(width=250, record=True)
+    write_results(path, [record(1.0)])
+    with pytest.raises(typer.Exit) as stop:
+        check_results([now], path, console)
+    assert stop.value.exit_code == 2
+    text = console.export_text()
+    assert "NOISY  coarse: ours-gloo / autoep: 2.00 -> 1.54 times as fast (too noisy to compare: the rounds" in text
+    assert "measure again where nothing else runs" in text
 
 
 def test_a_slower_machine_is_no_slower_program() -> None:
@@ -72,6 +104,39 @@ def test_a_file_keeps_the_cases_that_were_not_measured_again(tmp_path: Path) -> 
     write_results(path, [record(1.0), record(1.0, case="fine")])
     write_results(path, [record(4.0, case="fine")])
     assert read_results(path) == [record(1.0), record(4.0, case="fine")]
+
+
+def test_a_file_keeps_the_programs_that_were_not_measured_again(tmp_path: Path) -> None:
+    path, (full, quick) = tmp_path / "machine.json", full_and_quick()
+    write_results(path, [full, record(1.0, case="fine")])
+    write_results(path, [quick])
+    assert read_results(path) == [full, quick, record(1.0, case="fine")]
+    # A ratio that both have is the newer one, and none has a time of each run.
+    changes = {(c.before.program, c.before.other): c.before.speed.median for c in compare(read_results(path), [full])}
+    assert changes == pytest.approx({("ours-gloo", "autoep"): 0.5, ("ours-gloo", "autoep-tuned"): 1.5}, rel=0.01)
+    write_results(path, [full])
+    assert read_results(path) == [full, record(1.0, case="fine")]
+
+
+def test_a_quick_run_after_a_full_one_misses_nothing() -> None:
+    full, quick = full_and_quick()
+    assert missing([full], [quick]) == []
+    skipped = replace(full, rows=[Row("all", reason="this CPU emulates bf16")])
+    assert missing([full], [skipped]) == []
+
+
+def test_a_case_that_fails_misses_each_of_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(case: BlockCase, rounds: int) -> list[Row]:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(command, "measure_block", fail)
+    case = BlockCase(name="block", programs=("ours", "hf"), precision="fp32")
+    now = Measured("block", "block", 1, {}, command.measure(case, 1, 1, print))
+    assert [(row.name, row.reason) for row in now.rows] == [(name, "no memory") for name in ("ours", "hf", "limit")]
+    rows = [Row(name, seconds=[1.0]) for name in ("ours", "hf", "limit")]
+    before = replace(now, rows=rows)
+    assert len(missing([before], [now])) == 2
+    assert len(missing([before, before], [now])) == 2
 
 
 @pytest.mark.parametrize(("own_s", "code"), [(1.0, 0), (1.2, 1)])
@@ -100,5 +165,6 @@ def test_trap_T46_a_time_has_routing_and_loss_beside_it() -> None:
     console = Console(width=250, record=True)
     console.print(table(step))
     text = console.export_text()
+    assert "ours-gloo: times as fast" in text and "faster by" not in text
     assert "4,096 (4,076 to 4,117)" in text and "2.00 (1.99 to 2.01)" in text and "it is not installed" in text
     assert "8.317" in text and "0.81 (0.12)" in text and "4.00" in text

@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.environment import cores
+from benchmarks.row import Row
 from benchmarks.step.gate import counted_bytes
+from benchmarks.step.measure import count_bytes
 from benchmarks.step.programs import rank_environments
 from benchmarks.step.session import Command, Session, SessionError, Turn
+from benchmarks.tables import exchanged
 
 NEVER = "1000000"
 
@@ -69,6 +72,17 @@ def test_the_bytes_of_collectives_are_counted(tmp_path: Path) -> None:
     finally:
         dist.destroy_process_group()
     assert found == {"all_reduce": 40, "all_to_all_single": 32}
+
+
+def test_a_failed_count_of_bytes_keeps_the_measurement(tmp_path: Path) -> None:
+    row, lines = Row("ours-gloo", seconds=[1.0]), list[str]()
+    with session(tmp_path / "log", "2") as live:
+        assert live.run(1).bytes == {}
+        count_bytes([(row, live)], lines.append)
+    assert row.measured and row.seconds == [1.0] and row.bytes == {}
+    assert len(lines) == 1 and "ours-gloo: the bytes of its collectives were not counted: a worker" in lines[0]
+    assert exchanged(row) == "not counted"
+    assert exchanged(Row("ours-gloo", bytes={"all_to_all_single": 2_000_000, "all_reduce": 500_000})) == "2.0 + 0.5"
 
 
 def test_each_worker_is_bound_to_the_core_of_its_rank() -> None:
