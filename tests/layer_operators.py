@@ -58,7 +58,9 @@ class OneKernel:
 
 def layer_operators(rank: int, world_size: int, rule: Rule) -> list[str]:
     """The operators of one forward and backward, with experts on all ranks of the joined world."""
-    mesh = make_mesh(world_size) if world_size > 1 else Mesh(world_size=1, rank=0, expert_parallel=1)
+    mesh = Mesh(world_size=1, rank=0, expert_parallel=1)
+    if world_size > 1:
+        mesh = make_mesh(world_size, shared_memory=False)
     layer = Layer(rule, torch.bfloat16, mesh)
     hidden_TD, probe_TD = torch.randn(TOKENS, WIDTH).bfloat16().requires_grad_(), torch.ones(TOKENS, WIDTH).bfloat16()
     operators = Operators()

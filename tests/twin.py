@@ -83,7 +83,7 @@ class LayerCase:
     tokens: of each rank. top_k: slots of a token. used_experts: experts that tokens may take, at least top_k of them;
     None is all. padding: share of the tokens without experts. zipf_exponent: how uneven the load is (0: even).
     ragged: tokens take 1 to top_k experts, as with threshold routing. ranks_per_node: as for `make_mesh`.
-    on_device: with the implementations for other devices than the CPU.
+    on_device: with the implementations for other devices than the CPU. shared_memory: as for `make_mesh`.
     """
 
     expert_parallel: int
@@ -100,6 +100,7 @@ class LayerCase:
     seed: int = 0
     ranks_per_node: int = 0
     on_device: bool = False
+    shared_memory: bool = True
 
     def draw(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden_TD, ids_TK, weights_TK and the probe_TD whose inner product with the result is the loss."""

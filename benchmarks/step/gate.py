@@ -95,8 +95,20 @@ class Gate:
 
 @contextmanager
 def counted_bytes(found: dict[str, int]) -> Iterator[None]:
-    """Count in `found` the bytes that this rank gives to each collective of torch.distributed in the block."""
+    """Count in `found` the bytes that this rank gives to each collective of torch.distributed in the block.
+
+    Rows that this package exchanges through shared memory count as given to its all-to-all.
+    """
     import torch.distributed as dist
+
+    from dist_moe.comm.shared_memory import SharedBoxes
+
+    write = SharedBoxes.write
+
+    def counting_write(boxes: SharedBoxes, tensors: Sequence[Any], send: Sequence[int]) -> Any:
+        total = found.get("all_to_all_single", 0) + sum(tensor.nbytes for tensor in tensors)
+        found["all_to_all_single"] = total
+        return write(boxes, tensors, send)
 
     def counting(name: str, original: Callable[..., Any], position: int) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -112,4 +124,5 @@ def counted_bytes(found: dict[str, int]) -> Iterator[None]:
         for name, position in COLLECTIVES.items():
             replacement = counting(name, getattr(dist, name), position)
             stack.enter_context(mock.patch.object(dist, name, replacement))
+        stack.enter_context(mock.patch.object(SharedBoxes, "write", counting_write))
         yield

@@ -15,6 +15,7 @@ import logging
 import mmap
 import os
 import socket
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,16 +53,10 @@ class Box:
 
     def __init__(self, capacity: int) -> None:
         self.descriptor = os.memfd_create("dist_moe", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(self.descriptor, 0, capacity)  # without it, a write could end the process
-            self.bytes_C = _map(self.descriptor, capacity)
-        except OSError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the descriptor; what other ranks have mapped stays."""
-        os.close(self.descriptor)
+        # What other ranks have mapped stays.
+        weakref.finalize(self, os.close, self.descriptor)
+        os.posix_fallocate(self.descriptor, 0, capacity)  # without it, a write could end the process
+        self.bytes_C = _map(self.descriptor, capacity)
 
 
 class SharedBoxes:
@@ -146,7 +141,6 @@ class SharedBoxes:
         except OSError as error:
             logger.warning("no shared memory for %d bytes (%s): these rows take the network", needed, error)
             return None
-        box.close()
         self._boxes[self._turn] = larger
         return larger
 

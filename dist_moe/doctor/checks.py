@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
-from dist_moe.comm.mesh import make_mesh, ranks_per_node
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Resolved
 from dist_moe.data.corpus import TokenizedData
@@ -27,7 +26,7 @@ from dist_moe.doctor.network import check_clocks, check_ports
 from dist_moe.doctor.temporary import temporary_folder
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.errors import UserError
-from dist_moe.train.setup import tokenize
+from dist_moe.train.setup import build_mesh, tokenize
 from dist_moe.worker.rank_info import RankInfo
 
 NO_TEXT = "not run, since there is no text to train on"
@@ -126,7 +125,7 @@ def run_checks(
         text_error = str(error)
     limit_s = min(config.parallel.timeout_s, MAX_COLLECTIVE_S)
     with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:
-        mesh = make_mesh(resolved.expert_parallel, ranks_per_node(config.parallel.all_to_all, resolved.expert_parallel))
+        mesh = build_mesh(resolved)
         set_pg_timeouts(limit_s)
         context = DoctorContext(resolved, dist_context, mesh, folder, tokenized, limit_s)
         text_error = next(filter(None, all_gather_objects(text_error, str)), "")

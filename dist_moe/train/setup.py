@@ -167,7 +167,7 @@ def check_same_data(config: Config, data: TokenizedData) -> None:
 def build_mesh(resolved: Resolved) -> Mesh:
     """Return the mesh of a run. A collective call."""
     per_node = ranks_per_node(resolved.config.parallel.all_to_all, resolved.expert_parallel)
-    return make_mesh(resolved.expert_parallel, per_node)
+    return make_mesh(resolved.expert_parallel, per_node, shared_memory=resolved.config.parallel.shared_memory)
 
 
 def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageModelTask:

@@ -34,7 +34,7 @@ def fast_passes(rank: int, world_size: int, cases: Sequence[LayerCase], fill_wit
 
 def fast_pass(rank: int, case: LayerCase, reads: HostReads | None = None) -> Pass:
     """One forward and backward of the layer as one rank of the joined world, which `reads` watches."""
-    mesh = make_mesh(case.expert_parallel, case.ranks_per_node)
+    mesh = make_mesh(case.expert_parallel, case.ranks_per_node, shared_memory=case.shared_memory)
     held = mesh.local_experts(case.experts)
     local = GroupedExperts(len(held), case.width, case.expert_width, F.silu).to(case.dtype)
     with torch.no_grad():

@@ -37,6 +37,7 @@ def layer_cases(draw: st.DrawFn, workers: int, expert_parallel: int, per_node: i
         expert_width=draw(st.sampled_from([3, 4])),
         dtype=draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float64])),
         on_device=draw(st.booleans()),
+        shared_memory=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
         ranks_per_node=per_node,
     )
@@ -86,7 +87,8 @@ def test_hierarchical_dispatch_sends_a_row_once_per_host(ranks: RankPool) -> Non
     """Every token takes four experts of the second host: to it one row instead of four, and one gradient back."""
     case = LayerCase(4, (256, 256, 256, 256), 16, 4, used_experts=(8, 9, 14, 15), width=64)
     flat, hops = (
-        ranks.run(bytes_between_hosts, 4, dataclasses.replace(case, ranks_per_node=per_node)) for per_node in (0, 2)
+        ranks.run(bytes_between_hosts, 4, dataclasses.replace(case, ranks_per_node=per_node, shared_memory=False))
+        for per_node in (0, 2)
     )
     row = 256 * 64 * 8  # of all tokens of a rank, in bytes
     # Rows to the second host and results back; gradients of results, and of rows back. Counts and weights are little,
@@ -116,6 +118,7 @@ def test_trap_T52_the_host_waits_for_a_device_once_and_only_to_exchange(
 ) -> None:
     """The numbers of rows that are sent and received; fp32, because other dtypes take a loop over the experts here."""
     case = LayerCase(expert_parallel, (7, 5)[:workers], 4, 2, padding=0.3, dtype=torch.float32, on_device=True)
+    case = dataclasses.replace(case, shared_memory=False)
     assert ranks.run(host_reads, workers, case) == [reads] * workers
 
 
@@ -147,7 +150,8 @@ def test_trap_T36_with_expert_i_multiplying_by_i_the_output_is_known(
 
 def test_between_hosts_rows_that_fit_the_first_message_need_no_second(ranks: RankPool) -> None:
     """Forward: rows with their ids and weights, four calls within the host, then results; backward all but counts."""
-    few, many = LayerCase(4, (3, 0, 5, 2), 8, 2, ranks_per_node=2), LayerCase(4, (3, 0, 999, 2), 8, 2, ranks_per_node=2)
+    few = LayerCase(4, (3, 0, 5, 2), 8, 2, ranks_per_node=2, shared_memory=False)
+    many = dataclasses.replace(few, tokens=(3, 0, 999, 2))
     assert ranks.run(count_exchanges, 4, few) == [11, 11, 11, 11]
     assert ranks.run(count_exchanges, 4, many) == [12, 11, 12, 11], "ranks 0 and 2 have the same place on their hosts"
     check_against_twin(ranks, [many])
@@ -163,4 +167,7 @@ def count_exchanges(rank: int, world_size: int, case: LayerCase) -> int:
 def test_trap_T31_without_expert_parallelism_nothing_is_exchanged(ranks: RankPool) -> None:
     assert ranks.run(count_exchanges, 2, LayerCase(1, (5, 6), 4, 2)) == [0, 0]
     # Counts, rows, gate weights, results; and back the gradients of results, of rows and of weights.
-    assert ranks.run(count_exchanges, 2, LayerCase(2, (5, 6), 4, 2)) == [7, 7]
+    case = LayerCase(2, (5, 6), 4, 2)
+    assert ranks.run(count_exchanges, 2, dataclasses.replace(case, shared_memory=False)) == [7, 7]
+    # Through shared memory: whether it works, counts, and where the rows of each of four exchanges are.
+    assert ranks.run(count_exchanges, 2, case) == [6, 6]

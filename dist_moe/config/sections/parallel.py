@@ -21,6 +21,10 @@ class ParallelConfig(Section):
         description="the algorithm that dispatches tokens to their experts: flat (one all-to-all), hierarchical (one "
         "copy to each host, then within the host), or auto (hierarchical across hosts with equal numbers of workers)",
     )
+    shared_memory: bool = Field(
+        default=True,
+        description="whether tokens go to experts of the same host through shared memory, for workers on the CPU",
+    )
     zero_stage: Literal[0, 1, 2] = Field(
         default=1,
         description="the ZeRO stage of DeepSpeed: 0 (nothing is sharded), 1 (optimizer states) or 2 (gradients too)",
