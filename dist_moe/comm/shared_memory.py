@@ -6,7 +6,8 @@ a message from all others may read their boxes. When it has written to a box aga
 read it: each reads before it sends the message of the exchange between.
 
 A box is a memfd of Linux. The others open it through /proc, where a user's files are hidden from other users. It has no
-name, and its memory is freed with the last process that maps it.
+name, and its memory is freed with the last process that maps it. It has to live until all ranks have made a later
+collective call.
 """
 
 import contextlib

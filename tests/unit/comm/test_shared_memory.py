@@ -46,7 +46,9 @@ def late_reads(rank: int, world_size: int) -> list[list[int]]:
         read(*args)
 
     with mock.patch.object(SharedBoxes, "read", read_late if rank == 1 else read):
-        return [exchange_numbers(boxes, 4, 10 * number + rank) for number in range(5)]
+        found = [exchange_numbers(boxes, 4, 10 * number + rank) for number in range(5)]
+    dist.barrier()  # with the function its boxes end
+    return found
 
 
 def test_trap_T36_a_box_is_not_written_again_before_all_have_read_it(ranks: RankPool) -> None:
@@ -58,7 +60,9 @@ def test_trap_T36_a_box_is_not_written_again_before_all_have_read_it(ranks: Rank
 def growing(rank: int, world_size: int) -> list[list[int]]:
     """Exchanges of more and more rows, then of fewer."""
     boxes = boxes_of_world()
-    return [exchange_numbers(boxes, rows, 10 * rows + rank) for rows in (1, 1000, 1000, 20, 5000, 5000, 5000, 0)]
+    found = [exchange_numbers(boxes, rows, 10 * rows + rank) for rows in (1, 1000, 1000, 20, 5000, 5000, 5000, 0)]
+    dist.barrier()  # with the function its boxes end
+    return found
 
 
 def test_boxes_grow(ranks: RankPool) -> None:
@@ -68,15 +72,15 @@ def test_boxes_grow(ranks: RankPool) -> None:
 
 def without_memory(rank: int, world_size: int) -> tuple[list[list[int]], int]:
     """Rank 1 has no memory for the second exchange."""
-    boxes, full = boxes_of_world(), OSError(errno.ENOMEM, "no memory")
+    boxes, refusal = boxes_of_world(), OSError(errno.ENOMEM, "no memory")
     assert boxes is not None
+    reserve = mock.Mock(side_effect=refusal if rank == 1 else os.posix_fallocate)
     found = [exchange_numbers(boxes, 1, rank)]
     with counted("all_to_all_single") as calls:
-        with mock.patch.object(
-            shared_memory.os, "posix_fallocate", side_effect=full if rank == 1 else os.posix_fallocate
-        ):
+        with mock.patch.object(shared_memory.os, "posix_fallocate", reserve):
             found.append(exchange_numbers(boxes, 5000, 10 + rank))
         found.append(exchange_numbers(boxes, 5000, 20 + rank))
+    dist.barrier()  # with the function its boxes end
     return found, len(calls)
 
 
