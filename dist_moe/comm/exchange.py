@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.comm.shared_memory import SharedBoxes, has_rows
+from dist_moe.comm.shared_memory import SharedBoxes
 
 
 @dataclass(frozen=True)
@@ -220,10 +220,9 @@ class _BySharedMemory:
     def wait(self) -> tuple[Tensor, ...]:
         """Wait until the tensors are filled, and return them."""
         self._pending.wait()
-        if not has_rows(self._messages_PM):
-            return _ByNetwork(self._sent, self._received, self._send, self._receive, self._group).wait()
-        self._boxes.read(self._messages_PM, self._sent, self._send, self._receive, self._received)
-        return self._received
+        if self._boxes.read(self._messages_PM, self._sent, self._send, self._receive, self._received):
+            return self._received
+        return _ByNetwork(self._sent, self._received, self._send, self._receive, self._group).wait()
 
 
 def start_exchange_rows(

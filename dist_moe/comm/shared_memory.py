@@ -75,7 +75,7 @@ class SharedBoxes:
         self._rank, self._pids = rank, pids
         self._boxes = [Box(mmap.PAGESIZE), Box(mmap.PAGESIZE)]
         self._mapped: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
-        self._turn = 0
+        self._turn, self._in_flight = 0, False
 
     def write(self, tensors: Sequence[Tensor], send: Sequence[int]) -> Tensor:
         """Copy rows for the other ranks into the next box.
@@ -88,7 +88,9 @@ class SharedBoxes:
             int64 [P, 3 + tensors], the message for each rank: number, descriptor and capacity of the box, and the byte
             at which its rows of each tensor begin. The capacity is 0 where there is no memory for the rows.
         """
-        self._turn = 1 - self._turn
+        if self._in_flight:
+            raise RuntimeError("an exchange began before the one before it ended; its rows would be overwritten")
+        self._turn, self._in_flight = 1 - self._turn, True
         messages_PM = torch.zeros(len(self._pids), HEADER + len(tensors), dtype=torch.int64)
         blocks = [
             (rank, HEADER + index, rows)
@@ -113,8 +115,8 @@ class SharedBoxes:
         send: Sequence[int],
         receive: Sequence[int],
         received: Sequence[Tensor],
-    ) -> None:
-        """Copy rows to `received`, ordered by sending rank.
+    ) -> bool:
+        """Copy rows to `received`, ordered by sending rank; each `write` needs one before the next.
 
         Args:
             messages_PM: What `write` returned on each rank for this one.
@@ -122,7 +124,13 @@ class SharedBoxes:
             send: As for `write`.
             receive: receive[p] rows of each tensor come from rank p.
             received: Where they go, for each tensor.
+
+        Returns:
+            Whether they are there; False where a rank had no memory for its rows.
         """
+        self._in_flight = False
+        if not bool((messages_PM[:, HEADER - 1] > 0).all()):
+            return False
         messages = messages_PM.tolist()
         for index, (here, there) in enumerate(zip(sent, received, strict=True)):
             for rank, rows in enumerate(there.split(list(receive))):
@@ -131,6 +139,7 @@ class SharedBoxes:
                 elif rows.numel():
                     box_C = self._mapped_box(rank, messages[rank][:HEADER])
                     rows.copy_(_rows_at(box_C, messages[rank][HEADER + index], rows))
+        return True
 
     def _box_with(self, needed: int) -> Box | None:
         """Return the box whose turn it is, replaced if it has too little room; None where there is no memory."""
@@ -174,18 +183,13 @@ def open_shared_boxes(group: dist.ProcessGroup) -> SharedBoxes | None:
         messages_PM = boxes.write([sent_P1], ones)
     arrived_PM, received_P1 = torch.empty_like(messages_PM), torch.zeros_like(sent_P1)
     dist.all_to_all_single(arrived_PM, messages_PM, group=group)
-    if boxes is not None and has_rows(arrived_PM):
+    if boxes is not None:
         with contextlib.suppress(OSError):
             boxes.read(arrived_PM, [sent_P1], ones, ones, [received_P1])
     works = torch.tensor(int(received_P1.squeeze(1).tolist() == pids))
     dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
     logger.info("rows of %s go through %s", counted(len(pids), "rank"), "shared memory" if works else "the network")
     return boxes if works else None
-
-
-def has_rows(messages_PM: Tensor) -> bool:
-    """Return whether each of the ranks had memory for its rows."""
-    return bool((messages_PM[:, HEADER - 1] > 0).all())
 
 
 def _space() -> int:

@@ -41,9 +41,9 @@ def late_reads(rank: int, world_size: int) -> list[list[int]]:
     assert boxes is not None
     read = SharedBoxes.read
 
-    def read_late(*args: Any) -> None:
+    def read_late(*args: Any) -> bool:
         time.sleep(0.1)
-        read(*args)
+        return read(*args)
 
     with mock.patch.object(SharedBoxes, "read", read_late if rank == 1 else read):
         found = [exchange_numbers(boxes, 4, 10 * number + rank) for number in range(5)]
