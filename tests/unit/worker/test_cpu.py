@@ -1,6 +1,7 @@
 """The cores that a worker is bound to, and the memory that it keeps."""
 
 import ctypes
+import errno
 import os
 import resource
 import subprocess
@@ -73,6 +74,33 @@ def test_a_worker_is_bound_to_its_share_and_unbound_at_the_end(
     with bound_to_cores(RankInfo(1, workers, min(1, workers - 1), workers, "env"), threads) as cores:
         assert cores == (share or {0, 1, 2, 3})
     assert bound == ([share, {0, 1, 2, 3}] if share else [])
+
+
+def refuse_to_bind(monkeypatch: pytest.MonkeyPatch, allowed_calls: int) -> None:
+    """Make the kernel refuse to bind this thread to cores after some calls."""
+    calls: list[set[int]] = []
+
+    def bind(_: int, cores: set[int]) -> None:
+        calls.append(cores)
+        if len(calls) > allowed_calls:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    monkeypatch.setattr("dist_moe.worker.cpu.sort_cores", sorted)
+
+
+@pytest.mark.parametrize(
+    ("allowed_calls", "share", "named"), [(0, {0, 1, 2, 3}, "0 and 1"), (1, {0, 1}, "0, 1, 2 and 3")]
+)
+def test_a_kernel_that_refuses_to_bind_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, allowed_calls: int, share: set[int], named: str
+) -> None:
+    refuse_to_bind(monkeypatch, allowed_calls)
+    with bound_to_cores(RankInfo(0, 2, 0, 2, "env"), 1) as cores:
+        assert cores == share
+    message = f"not bound to cores {named} (run.bind_cores): [Errno 1] Operation not permitted"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [message]
 
 
 def test_a_process_is_bound_only_in_the_context() -> None:
