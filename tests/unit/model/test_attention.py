@@ -205,7 +205,7 @@ def test_generation_gives_the_same_tokens(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_the_mask_of_documents_equals_loops(window: int | None) -> None:
+def test_trap_T71_the_mask_of_documents_equals_loops(window: int | None) -> None:
     starts_N1, _ = find_documents(DOCUMENTS_BS)
     assert torch.equal(documents_mask(starts_N1, BATCH, LENGTH, window), allowed(window))
 

@@ -49,7 +49,7 @@ def test_cores_without_topology_are_in_the_order_of_their_numbers(tmp_path: Path
     ("workers", "shares"),
     [(1, [{4, 5, 6, 7, 8}]), (2, [{4, 5}, {6, 7, 8}]), (3, [{4}, {5, 6}, {7, 8}]), (5, [{4}, {5}, {6}, {7}, {8}])],
 )
-def test_the_shares_of_the_workers_are_disjoint_and_cover_all_cores(workers: int, shares: list[set[int]]) -> None:
+def test_trap_T73_the_shares_of_workers_are_disjoint_and_cover_all_cores(workers: int, shares: list[set[int]]) -> None:
     assert [cores_of_worker([4, 5, 6, 7, 8], worker, workers) for worker in range(workers)] == shares
 
 
@@ -120,7 +120,7 @@ def page_faults(mode: str) -> tuple[bool, int]:
     return kept == "True", int(count)
 
 
-def test_memory_that_is_kept_causes_no_page_faults() -> None:
+def test_trap_T73_memory_that_is_kept_causes_no_page_faults() -> None:
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("not glibc")
     pages = ALLOCATED // resource.getpagesize()
