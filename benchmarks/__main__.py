@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.block.measure import measure_block
 from benchmarks.cases import CASES, QUICK, BlockCase, Case, StepCase, row_names
-from benchmarks.environment import ROOT, describe, has_bf16
+from benchmarks.environment import ROOT, describe
 from benchmarks.ratchet import Change, compare, missing
 from benchmarks.results import Measured, measured, read_results, results_path, write_results
 from benchmarks.row import Row
@@ -19,6 +19,7 @@ from benchmarks.step.measure import measure_steps
 from benchmarks.step.native_packages import native_version
 from benchmarks.step.programs import PROGRAMS
 from benchmarks.tables import table
+from dist_moe.worker.cpu_features import multiplies_bf16
 
 OUT = ROOT / "build" / "bench.json"
 TURNS, QUICK_TURNS = (7, 2), (5, 2)
@@ -59,7 +60,7 @@ def main(
     for case in cases:
         console.print(case.name, style="bold")
         environment = describe()
-        skipped = not names and case.precision == "bf16" and not has_bf16()
+        skipped = not names and case.precision == "bf16" and not multiplies_bf16()
         rows = (
             [Row("all", NO_BF16)] if skipped else measure(case, rounds or default_rounds, steps or default_steps, log)
         )

@@ -25,12 +25,6 @@ def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def has_bf16(cpuinfo: dict[str, str] | None = None) -> bool:
-    """Return whether the CPU multiplies bf16 natively; others emulate it."""
-    flags = (read_cpuinfo() if cpuinfo is None else cpuinfo).get("flags", "").split()
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags))
-
-
 def cores() -> list[int]:
     """Return the cores that this process may use."""
     return sorted(os.sched_getaffinity(0))

@@ -67,7 +67,7 @@ def layer_operators(rank: int, world_size: int, rule: Rule) -> list[str]:
 
     class FusedSwiGLU(SwiGLU):
         forward = staticmethod(OneKernel(operators, SwiGLU.forward))  # type: ignore[assignment]
-        backward = staticmethod(OneKernel(operators, SwiGLU.backward))  # type: ignore[assignment]
+        backward = staticmethod(OneKernel(operators, SwiGLU.backward))
 
     gather_sum, number, place = (OneKernel(operators, function) for function in (by_gather, number_rows, place_rows))
     with on(Kernels(gather_sum, FusedSwiGLU.apply, number, place)), operators:

@@ -83,7 +83,8 @@ class LayerCase:
     tokens: of each rank. top_k: slots of a token. used_experts: experts that tokens may take, at least top_k of them;
     None is all. padding: share of the tokens without experts. zipf_exponent: how uneven the load is (0: even).
     ragged: tokens take 1 to top_k experts, as with threshold routing. ranks_per_node: as for `make_mesh`.
-    on_device: with the implementations for other devices than the CPU. shared_memory: as for `make_mesh`.
+    on_device: with the implementations for other devices than the CPU. shared_memory: as for `make_mesh`. In bf16 all
+    values are above 0, so that no sum cancels, and each row of each result is right to a few roundings.
     """
 
     expert_parallel: int
@@ -115,7 +116,7 @@ class LayerCase:
         if self.ragged:
             taken_T1 = torch.randint(1, self.top_k + 1, (tokens, 1), generator=generator)
             ids_TK[torch.arange(self.top_k) >= taken_T1] = -1
-        floats = torch.randn(tokens, 2 * self.width + self.top_k, generator=generator, dtype=torch.float64)
+        floats = self._randn((tokens, 2 * self.width + self.top_k), generator)
         hidden_TD, probe_TD, weights_TK = floats.split([self.width, self.width, self.top_k], dim=1)
         return hidden_TD.to(self.dtype), ids_TK, weights_TK.to(self.dtype), probe_TD.to(self.dtype)
 
@@ -123,9 +124,13 @@ class LayerCase:
         """gate_up_EHD and down_EDF of all experts."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.experts, 3 * self.expert_width, self.width)
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) / self.width**0.5
+        values = self._randn(shape, generator) / self.width**0.5
         gate_up_EHD, down_EFD = values.split([2 * self.expert_width, self.expert_width], dim=1)
         return gate_up_EHD.to(self.dtype), down_EFD.transpose(1, 2).contiguous().to(self.dtype)
+
+    def _randn(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.abs() if self.dtype == torch.bfloat16 else values
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,12 @@ class Pass:
 
 
 def slow_pass(case: LayerCase, ranks: Sequence[int]) -> Pass:
-    """The twin over the tokens of `ranks`, one after the other, with all experts."""
+    """The twin over the tokens of `ranks`, one after the other, with all experts; in fp32 where the case is in bf16."""
     draws = [case.draw(rank) for rank in ranks]
     hidden_TD, ids_TK, weights_TK, probe_TD = (torch.cat(parts) for parts in zip(*draws, strict=True))
-    leaves = [hidden_TD, weights_TK, *case.draw_experts()]
-    for leaf in leaves:
-        leaf.requires_grad_()
+    wide = torch.promote_types(torch.float32, case.dtype)
+    leaves = [leaf.to(wide).requires_grad_() for leaf in (hidden_TD, weights_TK, *case.draw_experts())]
+    hidden_TD, weights_TK = leaves[:2]
     mixed_TD = slow_experts(hidden_TD, ids_TK, weights_TK, leaves[2], leaves[3])
     if mixed_TD.requires_grad:  # no token took an expert otherwise
         (mixed_TD * probe_TD).sum().backward()

@@ -6,6 +6,7 @@ from math import gcd
 from typing import Any
 
 from dist_moe.config.balancing import balancing_violations
+from dist_moe.config.checks.devices import device_violations
 from dist_moe.config.checks.numbers import number_violations
 from dist_moe.config.checks.schedule import batch_violations, schedule_notices, schedule_violations
 from dist_moe.config.checks.unused import unused_notices
@@ -31,6 +32,7 @@ READS: Mapping[str, tuple[str, ...]] = {
         *("router.scaling_factor", "router.groups", "router.topk_groups", "balance.policy", "model"),
     ),
     "model.": ("model.architecture", "model.config", "model.pretrained", "train.precision"),
+    "model.cross_entropy": ("parallel.backend",),
     "model.config.vocab_size": ("model.architecture", "model.pretrained", "data.tokenizer", "data.vocabulary"),
     "model.pretrained": ("model.architecture", "checkpoint.resume", "run.dir"),
     "slurm.signal_s": ("slurm.minutes",),
@@ -109,7 +111,7 @@ def cross_field_violations(config: Config, workers: int) -> list[Violation]:
 def plain_violations(config: Config, workers: int) -> list[Violation]:
     """Return those violations that `resolve` finds without the model, and so without importing transformers."""
     found = [*number_violations(config), *batch_violations(config.train, workers)]
-    return [*found, *schedule_violations(config.train)]
+    return [*found, *schedule_violations(config.train), *device_violations(config)]
 
 
 def independent_of(broken: Set[str], config: Config, violations: Iterable[Violation]) -> list[Violation]:

@@ -21,6 +21,7 @@ from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.engine.optimizer_shards import moment_names
 from dist_moe.model.build import empty_model, routing_rule
 from dist_moe.model.convert import find_layers
+from dist_moe.model.cross_entropy import choose_cross_entropy, chunk_rows, output_head
 from dist_moe.text import counted, format_bytes
 
 FP32_BYTES = 4
@@ -39,6 +40,7 @@ class ModelShape:
         experts_per_token: Experts that a token takes.
         expert_size: Width of an expert's hidden layer.
         vocabulary: Tokens of the vocabulary.
+        linear_head: Whether the logits are a linear function of the last hidden states.
     """
 
     dense: int
@@ -48,6 +50,7 @@ class ModelShape:
     experts_per_token: int
     expert_size: int
     vocabulary: int
+    linear_head: bool = True
 
 
 def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
@@ -65,6 +68,7 @@ def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
         experts_per_token=experts_per_token(config),
         expert_size=settings.moe_intermediate_size,
         vocabulary=vocabulary,
+        linear_head=output_head(model) is not None,
     )
 
 
@@ -88,8 +92,8 @@ class MemoryEstimate:
         return self.fixed + self.activations + self.checkpoint_copy
 
 
-def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool) -> MemoryEstimate:
-    """Estimate the memory of the mesh's own rank.
+def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool, device: torch.device) -> MemoryEstimate:
+    """Estimate the memory of the mesh's own rank, which computes on `device`.
 
     Weights and gradients are counted whole at every ZeRO stage, since ZeRO 2 frees gradients only during the backward.
     Master weights (fp32 copies, which ZeRO 1 and 2 also keep in fp32 training) and moments are divided among the ranks
@@ -99,12 +103,23 @@ def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool) -
     experts, moments = shape.experts // mesh.expert_parallel, moment_count(config)
     parameters, share = shape.dense + experts, (shape.dense + shape.experts) // mesh.world_size
     owned = parameters if stage == 0 else share
-    fixed = parameters * 2 * item + owned * (int(bf16 or stage > 0) + moments) * FP32_BYTES
+    fixed = parameters * item + owned * (int(bf16 or stage > 0) + moments) * FP32_BYTES
+    fixed += _gradient_bytes(config, shape, mesh, item)
     # The first rank that holds a weight writes it; master weights and moments are written by all ranks in equal parts.
     written = share * (int(bf16) + moments) * FP32_BYTES
     written += item * (experts * (mesh.edp_rank == 0) + shape.dense * (mesh.rank == 0))
     copied = written if config.checkpoint.asynchronous and config.checkpoint.interval else 0
-    return MemoryEstimate(fixed, _activation_bytes(config, shape, item), copied)
+    return MemoryEstimate(fixed, _activation_bytes(config, shape, item, device), copied)
+
+
+def _gradient_bytes(config: Config, shape: ModelShape, mesh: Mesh, item: int) -> int:
+    """Return the size of the gradients; at ZeRO 1 those of a group of one rank are in fp32 (`FlatGradients`)."""
+    parts = (
+        (shape.dense, mesh.world_size),
+        (shape.experts // mesh.expert_parallel, mesh.world_size // mesh.expert_parallel),
+    )
+    wide = config.parallel.zero_stage == 1
+    return sum(numel * (FP32_BYTES if wide and ranks == 1 else item) for numel, ranks in parts)
 
 
 def moment_count(config: Config) -> int:
@@ -112,18 +127,30 @@ def moment_count(config: Config) -> int:
     return len(moment_names(config.train.optimizer, config.train.momentum))
 
 
-def _activation_bytes(config: Config, shape: ModelShape, item: int) -> int:
+def _activation_bytes(config: Config, shape: ModelShape, item: int, device: torch.device) -> int:
     """Estimate the activations of one micro-batch.
 
     Per token, a layer keeps about 16 widths of the model, and for each expert that the token takes 2 widths of the
     model and 4 of the expert. With activation checkpointing each layer keeps its input, and one layer at a time keeps
-    everything. Logits are held three times, once in fp32.
+    everything.
     """
     tokens = config.train.sequences_per_forward * config.data.sequence_length
     layer = 16 * shape.hidden_size + shape.experts_per_token * (2 * shape.hidden_size + 4 * shape.expert_size)
     recomputed = shape.layers * shape.hidden_size + layer
     kept = recomputed if config.train.activation_checkpointing else shape.layers * layer
-    return tokens * (kept * item + shape.vocabulary * (2 * item + FP32_BYTES))
+    return tokens * kept * item + _loss_bytes(config, shape, tokens, item, device)
+
+
+def _loss_bytes(config: Config, shape: ModelShape, tokens: int, item: int, device: torch.device) -> int:
+    """Estimate what the loss holds: logits three times, once in fp32, of all tokens or of a chunk.
+
+    A loss in chunks also holds the gradients of the hidden states and, in fp32, that of the head until the backward.
+    """
+    of_a_token = shape.vocabulary * (2 * item + FP32_BYTES)
+    if not shape.linear_head or choose_cross_entropy(config.model.cross_entropy, device) is None:
+        return tokens * of_a_token
+    rows = chunk_rows(tokens, shape.vocabulary, FP32_BYTES, device.type)
+    return rows * of_a_token + shape.hidden_size * (tokens * item + shape.vocabulary * FP32_BYTES)
 
 
 def checkpoint_bytes(config: Config, shape: ModelShape, bf16: bool) -> int:
@@ -158,7 +185,8 @@ class MemoryNeed:
 
 def check_memory(context: DoctorContext, shape: ModelShape, bf16: bool) -> Finding:
     """Compare what all ranks of each host and device need with what is free there."""
-    estimate, device = estimate_memory(context.config, shape, context.mesh, bf16), context.dist_context.device
+    device = context.dist_context.device
+    estimate = estimate_memory(context.config, shape, context.mesh, bf16, device)
     host = MemoryNeed(socket.gethostname(), estimate.total, free_memory())
     own = [host]
     if device.type == "cuda":

@@ -71,6 +71,16 @@ def small_model_config(context: DoctorContext, expert_parallel: int) -> tuple[di
     return settings, rule
 
 
+def small_task(context: DoctorContext, mesh: Mesh) -> LanguageModelTask:
+    """Return the small model and its loss on a mesh, with the implementations of the run."""
+    config, (model_config, rule) = context.config, small_model_config(context, context.mesh.expert_parallel)
+    settings = config.model
+    model = build_model(
+        settings.architecture, model_config, rule, mesh, config.run.seed, settings.attention, settings.norm
+    )
+    return LanguageModelTask(model, needs_margins=config.balance.needs_margins, cross_entropy=settings.cross_entropy)
+
+
 def check_parity(context: DoctorContext) -> Finding:
     """Compare one SGD step in fp32 with the run's expert parallelism to the same step without it."""
     name, mesh = "EP 1 = EP N", context.mesh
@@ -154,9 +164,7 @@ def small_run(
         settings: Of the engine.
         checkpoint: To resume from; None for a fresh start.
     """
-    config, (model_config, rule) = doctor_config(context), small_model_config(context, context.mesh.expert_parallel)
-    model = build_model(config.model.architecture, model_config, rule, mesh, config.run.seed)
-    task = LanguageModelTask(model, needs_margins=config.balance.needs_margins)
+    config, task = doctor_config(context), small_task(context, mesh)
     if checkpoint is not None:
         load_model(checkpoint, task, mesh)
     assert context.tokenized is not None

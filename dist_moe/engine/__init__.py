@@ -1,1 +1,1 @@
-"""DeepSpeed behind one importer, and what a run holds of it."""
+"""DeepSpeed, which only two modules import, and what a run holds of it."""

@@ -182,7 +182,9 @@ class Engine:
     def _global_norm(self, parameters: list[nn.Parameter]) -> float:
         """Return sqrt(dense^2 + sum over the expert-parallel group of expert^2), equal on all ranks."""
         dense, experts = (
-            sum_of_squares([p.grad for p in parameters if p.grad is not None and is_moe_param(p) is of_experts])
+            sum_of_squares(
+                [p.grad for p in parameters if p.grad is not None and is_moe_param(p) is of_experts], self.device
+            )
             for of_experts in (False, True)
         )
         if self.mesh.ep_group is not None:

@@ -78,7 +78,7 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):
         for i, pieces in self.averaged_gradients.items():
             if not isinstance(pieces, GradPartitionBufferGroup):
                 self.averaged_gradients[i] = _flat(torch.cat([piece.reshape(-1) for piece in pieces]).float())
-        squares = sum_of_squares(group.flat_partition for group in self.averaged_gradients.values())
+        squares = sum_of_squares((group.flat_partition for group in self.averaged_gradients.values()), self.device)
         # Each element of a dense parameter is on one of all ranks, and each of an expert, too.
         dist.all_reduce(squares, group=self.dp_process_group)
         return squares.sqrt().float()

@@ -55,11 +55,16 @@ def attention(
             documents = Documents(starts_N1, others["max_length_q"])
             return documents_attention(query_BHSd, key_BGSd, value_BGSd, documents, scale, window), None
         attention_mask = documents_mask(starts_N1, query_BHSd.shape[0], query_BHSd.shape[2], window)
-    elif plain and attention_mask is not None and attention_mask.dtype == query_BHSd.dtype and query_BHSd.is_cpu:
+    elif plain and attention_mask is not None and _adds_to_square_scores(attention_mask, query_BHSd, key_BGSd):
         return _Attention.apply(query_BHSd, key_BGSd, value_BGSd, attention_mask, scale), None
     return sdpa_attention_forward(
         module, query_BHSd, key_BGSd, value_BGSd, attention_mask, dropout=dropout, scaling=scaling, **others
     )
+
+
+def _adds_to_square_scores(mask: Tensor, query_BHSd: Tensor, key_BGSd: Tensor) -> bool:
+    """Whether a mask is one of `mask`, on a CPU: of the scores' dtype, for as many keys as queries."""
+    return query_BHSd.is_cpu and mask.dtype == query_BHSd.dtype and key_BGSd.shape[2] == query_BHSd.shape[2]
 
 
 def mask(batch_size: int, q_length: int, kv_length: int, **others: Any) -> Tensor | None:

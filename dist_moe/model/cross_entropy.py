@@ -45,8 +45,7 @@ def chunked_nll_sum(hidden_TD: Tensor, head: nn.Linear, targets_T: Tensor) -> Te
     A chunk's logits are used up at once: loss, gradient of the logits, and from it the gradients of the hidden states
     and of the weight, which the backward pass only scales. The gradient of the weight is summed in fp32.
     """
-    with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or head.weight.requires_grad)
-    return cast(Tensor, _ChunkedNllSum.apply(hidden_TD, head.weight, head.bias, targets_T, with_gradient))
+    return cast(Tensor, _ChunkedNllSum.apply(hidden_TD, head.weight, head.bias, targets_T, torch.is_grad_enabled()))
 
 
 def choose_cross_entropy(name: CrossEntropyName, device: torch.device) -> CrossEntropy | None:

@@ -33,7 +33,7 @@ class FusedRMSNorm(nn.Module):
         self.variance_epsilon = epsilon
 
     def forward(self, x_D: Tensor) -> Tensor:
-        """Return the norm of x_D [..., D], in its dtype."""
+        """Return the norm of x_D [..., D], in the dtype to which its own and that of the weight are promoted."""
         if x_D.is_cuda and liger.is_installed():
             return liger.rms_norm(x_D, self.weight, self.variance_epsilon)
         return cast(Tensor, _RmsNorm.apply(x_D, self.weight, self.variance_epsilon))
@@ -108,4 +108,4 @@ def computes_rms_norm(module: nn.Module) -> bool:
 
 def _epsilon(module: nn.Module) -> float:
     """The epsilon of a norm. Raises AttributeError where it has none of the known names."""
-    return float(next(getattr(module, name) for name in EPSILONS if hasattr(module, name)))
+    return float(getattr(module, next((name for name in EPSILONS if hasattr(module, name)), EPSILONS[0])))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_moe.moe.records import RouterRecord
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, select
@@ -139,9 +140,13 @@ class _WideLinear(torch.autograd.Function):
         return F.linear(hidden_TD.to(dtype), weight_ED.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden_TD, weight_ED = ctx.saved_tensors
         gradient_TE = gradients[0]
-        hidden_gradient_TD = gradient_TE @ weight_ED.to(gradient_TE.dtype)
-        weight_gradient_ED = gradient_TE.t() @ hidden_TD.to(gradient_TE.dtype)
-        return hidden_gradient_TD.to(hidden_TD.dtype), weight_gradient_ED.to(weight_ED.dtype)
+        hidden_gradient_TD = weight_gradient_ED = None
+        if ctx.needs_input_grad[0]:
+            hidden_gradient_TD = (gradient_TE @ weight_ED.to(gradient_TE.dtype)).to(hidden_TD.dtype)
+        if ctx.needs_input_grad[1]:
+            weight_gradient_ED = (gradient_TE.t() @ hidden_TD.to(gradient_TE.dtype)).to(weight_ED.dtype)
+        return hidden_gradient_TD, weight_gradient_ED

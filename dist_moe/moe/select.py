@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dist_moe.moe.kernels import kernels_for
 from dist_moe.moe.records import Routing
@@ -270,6 +271,7 @@ class _Normalize(torch.autograd.Function):
         return normalized_TK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         normalized_TK, sum_T1 = ctx.saved_tensors
         mean_T1 = (gradients[0] * normalized_TK).sum(dim=-1, keepdim=True)

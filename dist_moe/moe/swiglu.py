@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK_BYTES = 1 << 20
 """On a CPU the backward takes the rows in blocks of about this size, which stay in the cache between its operations."""
@@ -27,6 +28,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate_QF).mul_(up_QF).mul_(weights_Q1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate_up_QF, weights_Q1 = ctx.saved_tensors
         gradient_QF, weights_gradient_Q1 = torch.empty_like(gate_up_QF), torch.empty_like(weights_Q1)

@@ -1,7 +1,7 @@
 """The steps of an MoE layer between its matmuls on a GPU, one Triton kernel each, where PyTorch takes several passes.
 
 `number_rows` and `place_rows` equal their counterparts in PyTorch exactly, `gather_sum` and `SwiGLU` to rounding: they
-compute in fp32 and add in a fixed order. None waits for the device.
+compute in fp32 and add in a fixed order, and leave fp64 to PyTorch. None waits for the device.
 
 Shapes: T tokens, K slots a token, N = T * K slots, Q rows, D width, F expert width, E experts, e local ones, P ranks.
 """
@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dist_moe.moe import row_order
+from dist_moe.moe import row_order, swiglu
 from dist_moe.moe.gather_sum import by_gather
 from dist_moe.moe.row_order import Placement, SlotOrder
 
@@ -41,6 +42,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_QF: Tensor, weights_Q1: Tensor) -> Tensor:
         """[Q, 2F] and [Q, 1] -> [Q, F]."""
+        if gate_up_QF.dtype == torch.float64:
+            return swiglu.SwiGLU.forward(ctx, gate_up_QF, weights_Q1)
         gate_up_QF, weights_Q1 = gate_up_QF.contiguous(), weights_Q1.contiguous()
         ctx.save_for_backward(gate_up_QF, weights_Q1)
         rows, width = gate_up_QF.shape[0], gate_up_QF.shape[1] // 2
@@ -51,9 +54,12 @@ class SwiGLU(torch.autograd.Function):
         return result_QF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """[Q, F] -> [Q, 2F] and [Q, 1]."""
         gate_up_QF, weights_Q1 = ctx.saved_tensors
+        if gate_up_QF.dtype == torch.float64:
+            return swiglu.SwiGLU.backward(ctx, *gradients)
         rows, width = gate_up_QF.shape[0], gate_up_QF.shape[1] // 2
         gradient_QF, weights_gradient_Q1 = torch.empty_like(gate_up_QF), torch.zeros_like(weights_Q1)
         if gradient_QF.numel():

@@ -26,6 +26,7 @@ from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import DataError
 from dist_moe.health.hang_detector import HangDetector, hang_detector
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
+from dist_moe.model.cross_entropy import choose_cross_entropy
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.status import print_status
 from dist_moe.text import listed
@@ -90,6 +91,8 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         )
         stack.enter_context(use_cpu(config.run, dist_context))
         stack.enter_context(exit_hard(config.run.dir, rank_info.rank))
+        # A loss that this device cannot compute is refused here, and not in the first step.
+        choose_cross_entropy(config.model.cross_entropy, dist_context.device)
         detector = stack.enter_context(hang_detector(rank_info.rank, rank_info.world_size, config.parallel.timeout_s))
         mesh = build_mesh(resolved)
         set_pg_timeouts(config.parallel.timeout_s)

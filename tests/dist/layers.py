@@ -24,6 +24,8 @@ from tests.twin import LayerCase, Pass, slow_pass
 
 PADDED = dataclasses.replace(CPU, tile_rows=TILE_ROWS)
 """On any CPU what is used where it multiplies bf16."""
+BF16_TOLERANCE = 0.03
+"""Of the norm of a row; without cancellation (`LayerCase`) the largest error of 4,000 tokens is half of it."""
 
 
 def fast_passes(rank: int, world_size: int, cases: Sequence[LayerCase], fill_with_nan: bool = False) -> list[Pass]:
@@ -97,7 +99,7 @@ def check_against_twin(ranks: RankPool, cases: Sequence[LayerCase], fill_with_na
 
 def _check_row(case: LayerCase, members: Sequence[int], passes: Sequence[Pass]) -> None:
     """The ranks of one row of the mesh: they see each other's tokens and hold each expert once."""
-    twin = slow_pass(dataclasses.replace(case, dtype=torch.promote_types(torch.float32, case.dtype)), members)
+    twin = slow_pass(case, members)
     first = 0
     for rank, found in zip(members, passes, strict=True):
         mine = slice(first, first + case.tokens[rank])
@@ -115,14 +117,17 @@ def _check_row(case: LayerCase, members: Sequence[int], passes: Sequence[Pass]) 
 
 
 def assert_close(found: Pass, wanted: Pass, dtype: torch.dtype) -> None:
-    """Every tensor of a pass, to the rounding of the dtype; in bf16 by its norm, as sums of a few values cancel."""
+    """Every tensor of a pass, to the rounding of the dtype; in bf16 each row by its norm."""
     for field in dataclasses.fields(Pass):
         ours, twins = getattr(found, field.name), getattr(wanted, field.name)
         if not isinstance(ours, torch.Tensor):
             continue
         if dtype == torch.bfloat16:
             assert ours.shape == twins.shape and ours.dtype == dtype, field.name
-            assert (ours.to(twins.dtype) - twins).norm() <= 0.03 * (twins.norm() + twins.numel() ** 0.5), field.name
+            norm = twins.norm(dim=-1)
+            mean = norm.sum() / norm.count_nonzero().clamp_min(1)
+            difference = (ours.to(twins.dtype) - twins).norm(dim=-1)
+            assert (difference <= BF16_TOLERANCE * (norm + 0.01 * mean)).all(), field.name
         else:
             tolerance = 1e-12 if dtype == torch.float64 else 1e-4
             torch.testing.assert_close(

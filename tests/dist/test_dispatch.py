@@ -11,11 +11,11 @@ from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe.dispatch import combine, dispatch
 from dist_moe.moe.select import TopK
 from tests.collectives import counted
-from tests.dist.layers import bytes_between_hosts, check_against_twin, fast_pass, host_reads
+from tests.dist.layers import assert_close, bytes_between_hosts, check_against_twin, fast_pass, host_reads
 from tests.dist.pool import RankPool
 from tests.layer_operators import MOST_OPERATORS, layer_operators
 from tests.selection import full
-from tests.twin import LayerCase
+from tests.twin import LayerCase, Pass, slow_pass
 
 
 @st.composite
@@ -59,6 +59,19 @@ def test_a_layer_equals_its_slow_twin(ranks: RankPool, workers: int, expert_para
         check_against_twin(ranks, cases)
 
     check()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Pass) if field.name != "held"])
+def test_the_comparison_in_bf16_sees_a_row_that_is_off_by_a_tenth(name: str) -> None:
+    case = LayerCase(1, (200,), 4, 2, dtype=torch.bfloat16)
+    wanted = slow_pass(case, [0])
+    rounded = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(Pass)}
+    rounded |= {key: value.bfloat16() for key, value in rounded.items() if key != "held"}
+    assert_close(Pass(**rounded), wanted, case.dtype)
+    wrong = rounded[name].clone()
+    wrong.flatten(0, -2)[-1] *= 1.1
+    with pytest.raises(AssertionError, match=name):
+        assert_close(Pass(**{**rounded, name: wrong}), wanted, case.dtype)
 
 
 EMPTY = {

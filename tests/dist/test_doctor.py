@@ -259,7 +259,7 @@ def allocated_bytes(
         moments = sum(state[kind].nbytes for state in states for kind in engine.settings.moments if kind in state)
         shape = model_shape(resolved, training.data.tokenizer.vocab_size)
         bf16 = engine.settings.bf16
-        expected = estimate_memory(resolved.config, shape, engine.mesh, bf16)
+        expected = estimate_memory(resolved.config, shape, engine.mesh, bf16, engine.device)
         return [
             (2 * weights + masters + moments, expected.fixed),
             (collect(training, 1).bytes, expected.checkpoint_copy),

@@ -17,6 +17,11 @@ def test_every_collective_equals_gloos(ranks: int) -> None:
     assert job.stdout.count(" agreed") == ranks, job.stdout
 
 
+def test_trap_T16_a_group_of_one_rank_reduces_nothing() -> None:
+    job = mpirun(1, ["-m", "tests.mpi.alone", str(free_port())])
+    assert job.returncode == 0 and "[2.0, 3.0]" in job.stdout, job.stdout + job.stderr
+
+
 @pytest.mark.slow
 def test_what_gloo_lacks_and_errors() -> None:
     job = mpirun(3, ["-m", "tests.mpi.odds", str(free_port())])

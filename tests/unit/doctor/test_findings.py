@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_config, resolve
-from dist_moe.doctor.context import experts_per_token
+from dist_moe.doctor.context import DoctorContext, experts_per_token
 from dist_moe.doctor.estimates import (
     MemoryEstimate,
     MemoryNeed,
@@ -24,7 +26,13 @@ from dist_moe.doctor.estimates import (
 from dist_moe.doctor.finding import Finding, Outcome, read_json, table, write_json
 from dist_moe.doctor.machines import compare_placement, compare_versions, patterns
 from dist_moe.doctor.network import compare_clocks, connection_error
+from dist_moe.doctor.training_checks import small_task
+from dist_moe.model.attention import NAME
+from dist_moe.model.cross_entropy import chunk_rows
+from dist_moe.model.norm import FusedRMSNorm
+from dist_moe.worker.rank_info import RankInfo
 
+ALONE, CPU = Mesh(1, 0, 1), torch.device("cpu")
 DEBUG = Path(__file__).resolve().parents[3] / "configs" / "debug.yaml"
 SHAPE = ModelShape(
     dense=1000, experts=4000, layers=3, hidden_size=8, experts_per_token=2, expert_size=4, vocabulary=100
@@ -127,17 +135,67 @@ def test_estimate_memory_by_hand(
 ) -> None:
     """Four ranks, expert parallel 2: each rank has half of the experts, and two ranks have the same half."""
     config = config_with(*overrides, "parallel.expert_parallel=2", "checkpoint.asynchronous=false")
-    estimate = estimate_memory(config, SHAPE, Mesh(4, 0, 2), bf16)
+    estimate = estimate_memory(config, SHAPE, Mesh(4, 0, 2), bf16, CPU)
     assert estimate.fixed == parameters_bytes + owned_bytes and estimate.checkpoint_copy == 0
     asynchronous = config_with(*overrides, "parallel.expert_parallel=2")
-    copies = [estimate_memory(asynchronous, SHAPE, Mesh(4, rank, 2), bf16).checkpoint_copy for rank in range(4)]
+    copies = [estimate_memory(asynchronous, SHAPE, Mesh(4, rank, 2), bf16, CPU).checkpoint_copy for rank in range(4)]
     assert sum(copies) == checkpoint_bytes(asynchronous, SHAPE, bf16)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "stage", "gradient_bytes"),
+    [
+        (Mesh(1, 0, 1), 1, 4 * 5000),
+        (Mesh(2, 0, 2), 1, 2 * 1000 + 4 * 2000),
+        (Mesh(2, 0, 1), 1, 2 * 5000),
+        (Mesh(1, 0, 1), 0, 2 * 5000),
+        (Mesh(1, 0, 1), 2, 2 * 5000),
+    ],
+)
+def test_gradients_of_one_rank_are_in_fp32_at_zero_1(mesh: Mesh, stage: int, gradient_bytes: int) -> None:
+    config = config_with(f"parallel.zero_stage={stage}", f"parallel.expert_parallel={mesh.expert_parallel}")
+    parameters = 1000 + 4000 // mesh.expert_parallel
+    owned = parameters if stage == 0 else 5000 // mesh.world_size
+    fixed = estimate_memory(config, SHAPE, mesh, True, CPU).fixed
+    assert fixed == 2 * parameters + gradient_bytes + 12 * owned
+
+
+LONG = ("data.sequence_length=256", "train.micro_batch_size=12")
+
+
+def loss_bytes(name: str, shape: ModelShape = SHAPE) -> int:
+    """The estimated activations of the loss alone, in bf16: without layers."""
+    config = config_with(*LONG, f"model.cross_entropy={name}", workers=1)
+    return estimate_memory(config, replace(shape, layers=0), ALONE, True, CPU).activations
+
+
+def test_logits_are_estimated_by_the_implementation_of_the_loss() -> None:
+    config = config_with(*LONG, workers=1)
+    tokens = config.train.sequences_per_forward * config.data.sequence_length
+    large = replace(SHAPE, vocabulary=100_000)
+    assert loss_bytes("plain", large) == tokens * 100_000 * 8
+    rows = chunk_rows(tokens, 100_000, 4, "cpu")
+    assert rows < tokens
+    assert loss_bytes("chunked", large) == rows * 100_000 * 8 + 8 * (tokens * 2 + 100_000 * 4)
+    assert loss_bytes("auto", large) == loss_bytes("chunked", large)
+    assert loss_bytes("auto", replace(large, linear_head=False)) == loss_bytes("plain", large)
+
+
+def test_the_small_model_has_the_implementations_of_the_run(tmp_path: Path) -> None:
+    found = []
+    for words in ((), ("model.attention=sdpa", "model.norm=plain", "model.cross_entropy=plain")):
+        resolved = resolve(load_config(DEBUG, words), 1)
+        context = DoctorContext(resolved, DistContext(RankInfo(), CPU, "gloo"), ALONE, tmp_path, None)
+        task = small_task(context, ALONE)
+        fused = any(isinstance(module, FusedRMSNorm) for module in task.modules())
+        found.append((task.model.config._attn_implementation, fused, task.cross_entropy))
+    assert found == [(NAME, True, "auto"), ("sdpa", False, "plain")]
 
 
 def test_activation_checkpointing_lowers_the_estimate() -> None:
     deep = replace(SHAPE, layers=30)
     plain, recomputed = (
-        estimate_memory(config_with(f"train.activation_checkpointing={flag}"), deep, Mesh(1, 0, 1), False).activations
+        estimate_memory(config_with(f"train.activation_checkpointing={flag}"), deep, ALONE, False, CPU).activations
         for flag in ("false", "true")
     )
     assert recomputed < plain / 5

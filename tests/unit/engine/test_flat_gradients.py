@@ -63,11 +63,23 @@ def test_trap_T24_the_sum_of_squares_is_that_of_fp64(numel: int, dtype: torch.dt
     # Equal values are the worst case: each addition to a large sum is rounded in the same direction.
     tensors = [torch.full((numel,), 1e-4, dtype=dtype), 1e-4 * torch.randn(3, 5)]
     expected = sum(float(tensor.double().square().sum()) for tensor in tensors)
-    assert math.isclose(float(sum_of_squares(tensors)), expected, rel_tol=2e-6)
+    assert math.isclose(float(sum_of_squares(tensors, "cpu")), expected, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("value", [1e20, 1e-30])
+def test_the_squares_of_values_that_fp32_holds_are_finite_and_not_zero(value: float) -> None:
+    tensor = torch.full((3000,), value)
+    assert math.isclose(float(sum_of_squares([tensor], "cpu")), 3000 * float(tensor[0]) ** 2, rel_tol=1e-12)
+
+
+def test_the_sum_of_squares_of_no_tensor_is_zero_on_the_device() -> None:
+    found = sum_of_squares([], "cpu")
+    assert found.item() == 0 and found.dtype == torch.float64 and found.shape == ()
+    assert sum_of_squares([], "meta").is_meta
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_sum_of_squares_shows_a_value_that_is_not_finite(value: float) -> None:
     tensor = torch.zeros(2 * BLOCK)
     tensor[-1] = value
-    assert not math.isfinite(float(sum_of_squares([torch.ones(3), tensor])))
+    assert not math.isfinite(float(sum_of_squares([torch.ones(3), tensor], "cpu")))

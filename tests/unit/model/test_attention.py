@@ -122,6 +122,15 @@ def test_trap_T71_what_matrix_products_do_not_cover_goes_to_sdpa(
     assert len(calls) == 3 and calls[0].items() >= others.items()
 
 
+def test_a_float_mask_for_more_keys_than_queries_goes_to_sdpa() -> None:
+    """As a model gives it that makes a mask of its own and generates with a cache."""
+    query, key, value = inputs("shared keys", torch.float32)
+    bias_B1SS = bias_of(allowed(), torch.float32)[:, :, -3:]
+    found = attention(Layer(6, 2), query[:, :, -3:], key, value, bias_B1SS)[0]
+    wanted = sdpa_attention_forward(Layer(6, 2), query[:, :, -3:], key, value, bias_B1SS)[0]
+    assert torch.equal(found, wanted)
+
+
 def gradients(model: Any, name: str, positions_BS: Tensor) -> list[Tensor]:
     """The logits and the gradients of a model with an implementation of attention."""
     model.config._attn_implementation = name
@@ -196,7 +205,7 @@ def test_generation_gives_the_same_tokens(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_the_mask_of_documents_equals_loops(window: int | None) -> None:
+def test_trap_T71_the_mask_of_documents_equals_loops(window: int | None) -> None:
     starts_N1, _ = find_documents(DOCUMENTS_BS)
     assert torch.equal(documents_mask(starts_N1, BATCH, LENGTH, window), allowed(window))
 

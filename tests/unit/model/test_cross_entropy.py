@@ -99,6 +99,16 @@ def test_trap_T70_chunks_equal_the_logits_of_all_rows(dtype: torch.dtype, tolera
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_a_bias_that_is_trained_alone_has_its_gradient() -> None:
+    case = make_case(torch.float64, bias=True)
+    wanted = run(case, chunked=False)["bias"]
+    case.head.weight.requires_grad_(False)
+    nll_sum = chunked_nll_sum(case.hidden_TD.detach(), case.head, case.targets_T)
+    (found,) = torch.autograd.grad(nll_sum * SCALE, [case.head.bias])
+    assert error(found, wanted) < 1e-14
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_trap_T70_in_bf16_no_gradient_is_less_exact_than_that_of_the_logits() -> None:
     """The weight's gradient is a sum over 286 chunks: in bf16 each sum would be rounded."""
     case = make_case(torch.bfloat16, bias=True, rows=2_000)

@@ -85,7 +85,7 @@ def test_no_rows_give_no_results_and_zero_gradients() -> None:
 
 @pytest.mark.parametrize("activation", [F.silu, nn.SiLU(), F.gelu], ids=["silu", "SiLU", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_gate_equals_plain_operations_forward_and_backward(
+def test_trap_T23_the_gate_equals_plain_operations_forward_and_backward(
     activation: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dist_moe.balance.counts import count_routing
 from dist_moe.moe.router import Router
@@ -45,6 +46,27 @@ def test_logits_are_computed_in_fp32_under_autocast_and_in_bf16() -> None:
         assert torch.equal(router(hidden_TD)[0], exact_TE)
     rounded_TE = hidden_TD.bfloat16().float() @ router.weight.detach().bfloat16().float().T
     assert torch.equal(router.bfloat16()(hidden_TD.bfloat16())[0], rounded_TE)
+
+
+def test_trap_T23_the_gradients_of_the_logits_are_those_of_a_product() -> None:
+    router, hidden_TD = make_router(), hidden(6).bfloat16().requires_grad_()
+    router.bfloat16()
+    probe_TE = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    router(hidden_TD)[0].backward(probe_TE)
+    wanted_TD = probe_TE @ router.weight.detach().float()
+    torch.testing.assert_close(hidden_TD.grad, wanted_TD.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(router.weight.grad, (probe_TE.T @ hidden_TD.detach().float()).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_router_computes_no_gradient_of_its_weight(frozen: bool) -> None:
+    router, hidden_TD = make_router(), hidden(6).requires_grad_()
+    router.weight.requires_grad_(not frozen)
+    logits_TE = router(hidden_TD)[0]
+    with FlopCounterMode(display=False) as counter:
+        logits_TE.sum().backward()
+    assert counter.get_total_flops() == (1 if frozen else 2) * 2 * 6 * 4 * 8
+    assert hidden_TD.grad is not None and (router.weight.grad is None) == frozen
 
 
 @pytest.mark.parametrize("top_k", [2, 4])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.moe.select import BiasInputs, TopK, bias_inputs, biased_scores, gate_scores, select_top_k
+from dist_moe.moe.select import BiasInputs, TopK, _Normalize, bias_inputs, biased_scores, gate_scores, select_top_k
 from dist_moe.scores import Score
 from tests.twin import slow_select
 
@@ -60,6 +60,12 @@ def test_selection_equals_its_slow_twin(
         torch.testing.assert_close(found.weights_TK, weights_TK, rtol=1e-12, atol=1e-12)
         (weights_TK * probe_TK).sum().backward()
         torch.testing.assert_close(logits_TE.grad, twins_TE.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_trap_T23_normalized_weights_have_the_gradient_of_a_quotient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights_TK = torch.rand(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(_Normalize.apply, weights_TK)
 
 
 @settings(deadline=None)

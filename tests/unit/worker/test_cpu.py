@@ -1,6 +1,7 @@
 """The cores that a worker is bound to, and the memory that it keeps."""
 
 import ctypes
+import errno
 import os
 import resource
 import subprocess
@@ -48,7 +49,7 @@ def test_cores_without_topology_are_in_the_order_of_their_numbers(tmp_path: Path
     ("workers", "shares"),
     [(1, [{4, 5, 6, 7, 8}]), (2, [{4, 5}, {6, 7, 8}]), (3, [{4}, {5, 6}, {7, 8}]), (5, [{4}, {5}, {6}, {7}, {8}])],
 )
-def test_the_shares_of_the_workers_are_disjoint_and_cover_all_cores(workers: int, shares: list[set[int]]) -> None:
+def test_trap_T73_the_shares_of_workers_are_disjoint_and_cover_all_cores(workers: int, shares: list[set[int]]) -> None:
     assert [cores_of_worker([4, 5, 6, 7, 8], worker, workers) for worker in range(workers)] == shares
 
 
@@ -75,6 +76,33 @@ def test_a_worker_is_bound_to_its_share_and_unbound_at_the_end(
     assert bound == ([share, {0, 1, 2, 3}] if share else [])
 
 
+def refuse_to_bind(monkeypatch: pytest.MonkeyPatch, allowed_calls: int) -> None:
+    """Make the kernel refuse to bind this thread to cores after some calls."""
+    calls: list[set[int]] = []
+
+    def bind(_: int, cores: set[int]) -> None:
+        calls.append(cores)
+        if len(calls) > allowed_calls:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    monkeypatch.setattr("dist_moe.worker.cpu.sort_cores", sorted)
+
+
+@pytest.mark.parametrize(
+    ("allowed_calls", "share", "named"), [(0, {0, 1, 2, 3}, "0 and 1"), (1, {0, 1}, "0, 1, 2 and 3")]
+)
+def test_a_kernel_that_refuses_to_bind_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, allowed_calls: int, share: set[int], named: str
+) -> None:
+    refuse_to_bind(monkeypatch, allowed_calls)
+    with bound_to_cores(RankInfo(0, 2, 0, 2, "env"), 1) as cores:
+        assert cores == share
+    message = f"not bound to cores {named} (run.bind_cores): [Errno 1] Operation not permitted"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [message]
+
+
 def test_a_process_is_bound_only_in_the_context() -> None:
     before = os.sched_getaffinity(0)
     if len(before) < 2:
@@ -92,7 +120,7 @@ def page_faults(mode: str) -> tuple[bool, int]:
     return kept == "True", int(count)
 
 
-def test_memory_that_is_kept_causes_no_page_faults() -> None:
+def test_trap_T73_memory_that_is_kept_causes_no_page_faults() -> None:
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("not glibc")
     pages = ALLOCATED // resource.getpagesize()
