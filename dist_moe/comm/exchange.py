@@ -5,7 +5,7 @@ Shapes: R rows sent, Q rows received, P ranks in the group, N counts for each ra
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -137,17 +137,16 @@ class RowsExchange:
     Attributes:
         send: send[p] rows go to rank p.
         receive: receive[p] rows come from rank p.
-        group: The process group.
-        boxes: Shared memory of the group, if there is any.
         started: The tensors to be filled, with the graph.
     """
 
     def __init__(
         self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, boxes: SharedBoxes | None
     ) -> None:
-        self.send, self.receive, self.group, self.boxes = list(send), list(receive), group, boxes
+        self.send, self.receive = list(send), list(receive)
         self.started: tuple[Tensor, ...] = ()
-        self._running: _ByNetwork | _BySharedMemory | None = None
+        self._group, self._boxes = group, boxes
+        self._running: _Running | None = None
 
     def finish(self) -> tuple[Tensor, ...]:
         """Wait for the exchange.
@@ -160,69 +159,58 @@ class RowsExchange:
         return received
 
     def begin(self, tensors: Sequence[Tensor], send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
-        """Start the exchange of tensors -> tensors that `end` returns filled."""
-        sent = [tensor.contiguous() for tensor in tensors]
-        received = tuple(rows.new_empty(sum(receive), *rows.shape[1:]) for rows in sent)
-        if self.boxes is None or not sent[0].is_cpu:
-            self._running = _ByNetwork(sent, received, send, receive, self.group)
+        """Start to exchange tensors -> tensors that `end` returns filled."""
+        received = tuple(rows.new_empty(sum(receive), *rows.shape[1:]) for rows in tensors)
+        running = _Running([rows.contiguous() for rows in tensors], received, send, receive)
+        if self._boxes is None or not tensors[0].is_cpu:
+            running.pending = self._start_on_network(running)
         else:
-            self._running = _BySharedMemory(sent, received, send, receive, self.group, self.boxes)
+            messages_PM = self._boxes.write(running.sent, send)
+            running.messages_PM = torch.empty_like(messages_PM)
+            running.pending = [start_all_to_all(running.messages_PM, messages_PM, self._group)]
+        self._running = running
         return received
 
     def end(self) -> tuple[Tensor, ...]:
         """Wait until the tensors of `begin` are filled, and return them."""
         running, self._running = self._running, None
         assert running is not None
-        return running.wait()
+        for pending in running.pending:
+            pending.wait()
+        if self._boxes is not None and running.messages_PM is not None:
+            parts = (running.sent, running.send, running.receive, running.received)
+            if not self._boxes.read(running.messages_PM, *parts):
+                for pending in self._start_on_network(running):
+                    pending.wait()
+        return running.received
 
-
-class _ByNetwork:
-    """One all-to-all for each tensor."""
-
-    def __init__(
-        self,
-        sent: Sequence[Tensor],
-        received: tuple[Tensor, ...],
-        send: list[int],
-        receive: list[int],
-        group: dist.ProcessGroup,
-    ) -> None:
-        self._received = received
-        self._pending = [
-            start_all_to_all(there, here, group, receive, send) for there, here in zip(received, sent, strict=True)
+    def _start_on_network(self, running: "_Running") -> list[Pending]:
+        """Start one all-to-all for each tensor."""
+        return [
+            start_all_to_all(there, here, self._group, running.receive, running.send)
+            for there, here in zip(running.received, running.sent, strict=True)
         ]
 
-    def wait(self) -> tuple[Tensor, ...]:
-        """Wait until the tensors are filled, and return them."""
-        for pending in self._pending:
-            pending.wait()
-        return self._received
 
+@dataclass
+class _Running:
+    """Tensors between `begin` and `end`.
 
-class _BySharedMemory:
-    """One all-to-all of a few numbers, and copies."""
+    Attributes:
+        sent: Contiguous.
+        received: To be filled.
+        send: Rows of each tensor to each rank.
+        receive: Rows from each rank.
+        pending: What has to be awaited.
+        messages_PM: Where the rows are in shared memory (`SharedBoxes.write`); None where they take the network.
+    """
 
-    def __init__(
-        self,
-        sent: Sequence[Tensor],
-        received: tuple[Tensor, ...],
-        send: list[int],
-        receive: list[int],
-        group: dist.ProcessGroup,
-        boxes: SharedBoxes,
-    ) -> None:
-        self._sent, self._received, self._send, self._receive = sent, received, send, receive
-        self._boxes, self._group = boxes, group
-        messages_PM = boxes.write(sent, send)
-        self._messages_PM = torch.empty_like(messages_PM)
-        self._pending = start_all_to_all(self._messages_PM, messages_PM, group)
-
-    def wait(self) -> tuple[Tensor, ...]:
-        """Wait until the tensors are filled, and return them."""
-        self._pending.wait()
-        if self._boxes.read(self._messages_PM, self._sent, self._send, self._receive, self._received):
-            return self._received
-        return _ByNetwork(self._sent, self._received, self._send, self._receive, self._group).wait()
+    sent: list[Tensor]
+    received: tuple[Tensor, ...]
+    send: list[int]
+    receive: list[int]
+    pending: list[Pending] = field(default_factory=list)
+    messages_PM: Tensor | None = None
 
 
 def start_exchange_rows(
