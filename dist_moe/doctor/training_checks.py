@@ -76,7 +76,14 @@ def small_task(context: DoctorContext, mesh: Mesh) -> LanguageModelTask:
     config, (model_config, rule) = context.config, small_model_config(context, context.mesh.expert_parallel)
     settings = config.model
     model = build_model(
-        settings.architecture, model_config, rule, mesh, config.run.seed, settings.attention, settings.norm
+        settings.architecture,
+        model_config,
+        rule,
+        mesh,
+        config.run.seed,
+        settings.attention,
+        settings.norm,
+        settings.moe_kernels,
     )
     return LanguageModelTask(model, needs_margins=config.balance.needs_margins, cross_entropy=settings.cross_entropy)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.config.sections.model import AttentionName, NormName
+from dist_moe.config.sections.model import AttentionName, KernelsName, NormName
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.families.registry import family_of
 from dist_moe.model.attention import attention_name
@@ -29,6 +29,7 @@ def build_model(
     seed: int,
     attention: AttentionName = "auto",
     norm: NormName = "auto",
+    moe_kernels: KernelsName = "auto",
 ) -> PreTrainedModel:
     """Build a model with initial values on the CPU, in fp32, with the experts of this rank only.
 
@@ -43,9 +44,11 @@ def build_model(
         seed: Of the initial values.
         attention: The implementation of attention, as `model.attention` names it.
         norm: That of RMSNorm, as `model.norm` names it.
+        moe_kernels: Those of the MoE layers on a GPU, as `model.moe_kernels` names them.
     """
     config = AutoConfig.for_model(architecture, **model_config)
-    model = empty_model(config, family_rule(config, rule) if isinstance(rule, str) else rule, mesh, attention, norm)
+    rule = family_rule(config, rule) if isinstance(rule, str) else rule
+    model = empty_model(config, rule, mesh, attention, norm, moe_kernels)
     materialize(model)
     initialize(model, seed)
     return model
@@ -57,12 +60,13 @@ def empty_model(
     mesh: Mesh,
     attention: AttentionName = "auto",
     norm: NormName = "auto",
+    moe_kernels: KernelsName = "auto",
 ) -> PreTrainedModel:
     """Build the converted model on the meta device: shapes without memory."""
     config._attn_implementation = attention_name(attention)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    convert(model, family_of(config.model_type), rule, mesh)
+    convert(model, family_of(config.model_type), rule, mesh, moe_kernels)
     if norm == "auto":
         fuse_norms(model)
     return model

@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config.sections.model import KernelsName
 from dist_moe.families.record import Family
 from dist_moe.model.early_call import EarlyCall
 from dist_moe.moe.experts import GroupedExperts
@@ -30,7 +31,7 @@ class MoeLayer(NamedTuple):
     experts: ExpertParallelLayer
 
 
-def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> list[MoeLayer]:
+def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh, kernels: KernelsName = "auto") -> list[MoeLayer]:
     """Replace router and experts of every MoE block of a model, in place.
 
     On a model on the meta device this allocates nothing. Afterwards the model has the parameters of this rank's
@@ -41,6 +42,7 @@ def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> list[Mo
         family: Where its blocks keep router and experts.
         rule: How tokens select experts.
         mesh: Which rank holds which experts.
+        kernels: The implementations on a GPU, as `model.moe_kernels` names them.
 
     Returns:
         The layers in the model's order.
@@ -54,7 +56,7 @@ def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> list[Mo
             f"the {family.architecture} model has no {family.block}: all layers of its config are dense; change the "
             "keys of model.config that select the MoE layers"
         )
-    return [_convert_block(name, block, family, rule, mesh) for name, block in blocks]
+    return [_convert_block(name, block, family, rule, mesh, kernels) for name, block in blocks]
 
 
 def find_layers(model: nn.Module) -> list[MoeLayer]:
@@ -72,16 +74,18 @@ def _sibling_router(modules: dict[str, nn.Module], experts_name: str) -> Router:
     return next(child for child in block.children() if isinstance(child, Router))
 
 
-def _convert_block(name: str, block: nn.Module, family: Family, rule: Rule, mesh: Mesh) -> MoeLayer:
+def _convert_block(
+    name: str, block: nn.Module, family: Family, rule: Rule, mesh: Mesh, kernels: KernelsName
+) -> MoeLayer:
     original = block.get_submodule(family.experts)
     experts, double_width, width = original.get_parameter("gate_up_proj").shape
     with original.get_parameter("gate_up_proj").device:
         router = Router(experts, width, rule)
         local = GroupedExperts(
-            len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, original.act_fn)
+            len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, original.act_fn), kernels
         )
         shared = None if family.shared_expert is None else EarlyCall(block.get_submodule(family.shared_expert))
-        layer = ExpertParallelLayer(local, experts, mesh, shared.start if shared else None)
+        layer = ExpertParallelLayer(local, experts, mesh, shared.start if shared else None, kernels)
     setattr(block, family.router, router)
     setattr(block, family.experts, layer)
     return MoeLayer(name, router, layer)

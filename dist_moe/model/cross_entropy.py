@@ -52,15 +52,15 @@ def choose_cross_entropy(name: CrossEntropyName, device: torch.device) -> CrossE
     """Return the implementation for `model.cross_entropy` on a device; None for the model's own logits.
 
     Raises:
-        ConfigError: It is liger, which is not installed, or the device is not a GPU.
+        ConfigError: It is liger, which cannot run here, or the device is not a GPU.
     """
     on_gpu = device.type == "cuda"
+    missing = liger.missing() if on_gpu else f"a GPU, and the device is {device}"
     if name == "auto":
-        name = "liger" if on_gpu and liger.is_installed() else "chunked"
-    if name == "liger" and not (on_gpu and liger.is_installed()):
-        rule = "needs liger-kernel, which is not installed" if on_gpu else f"needs a GPU, and the device is {device}"
-        remedy = "install dist-moe-train[gpu], or use auto" if on_gpu else "use auto"
-        raise ConfigError([Violation("model.cross_entropy", name, rule, remedy)])
+        name = "chunked" if missing else "liger"
+    if name == "liger" and missing:
+        remedy = "install it (the extra gpu has liger-kernel), or use auto" if on_gpu else "use auto"
+        raise ConfigError([Violation("model.cross_entropy", name, f"needs {missing}", remedy)])
     return {"plain": None, "chunked": chunked_nll_sum, "liger": liger.linear_nll_sum}[name]
 
 

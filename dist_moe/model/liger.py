@@ -1,4 +1,4 @@
-"""Kernels of Liger for a GPU, where its package is installed (the extra `gpu`): the only module that imports it.
+"""Kernels of Liger for a GPU, where they can run (the extra `gpu`): the only module that imports it.
 
 Shapes: T rows (tokens), D model width.
 """
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.data.stream import IGNORE_INDEX
+from dist_moe.moe.kernels import missing_for_triton
 
 
 @functools.cache
-def is_installed() -> bool:
-    """Whether the package is installed."""
-    return importlib.util.find_spec("liger_kernel") is not None
+def missing() -> str:
+    """Return what these kernels, which are of Triton, need and this machine does not have; "" if nothing."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel, which is not installed"
+    return missing_for_triton()
 
 
 def linear_nll_sum(hidden_TD: Tensor, head: nn.Linear, targets_T: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, x_D: Tensor) -> Tensor:
         """Return the norm of x_D [..., D], in the dtype to which its own and that of the weight are promoted."""
-        if x_D.is_cuda and liger.is_installed():
+        if x_D.is_cuda and not liger.missing():
             return liger.rms_norm(x_D, self.weight, self.variance_epsilon)
         return cast(Tensor, _RmsNorm.apply(x_D, self.weight, self.variance_epsilon))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dist_moe.comm.exchange import exchange_rows, start_exchange_counts, start_exchange_rows
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config.sections.model import KernelsName
 from dist_moe.moe.gather_sum import GatherSum
 from dist_moe.moe.kernels import kernels_for
 from dist_moe.moe.records import Dispatched, DispatchHandle, Exchanged
@@ -40,6 +41,7 @@ def dispatch(
     experts: int,
     mesh: Mesh,
     meanwhile: Callable[[Tensor], object] | None = None,
+    kernels: KernelsName = "auto",
 ) -> Dispatched:
     """Send each token's row to the ranks that hold its experts. Collective over the expert-parallel group.
 
@@ -53,29 +55,33 @@ def dispatch(
         mesh: The expert-parallel group.
         meanwhile: Called with hidden_TD while rows are exchanged, if they are. Its backward runs beside the exchange of
             the gradients.
+        kernels: The implementations on a GPU, as `model.moe_kernels` names them.
 
     Returns:
         The rows and gate weights for the experts of this rank, and the handle that `combine` needs.
     """
-    kernels = kernels_for(hidden_TD.device)
-    tile = kernels.tile(hidden_TD.dtype)
-    remove_empty = kernels.waits or ids_TK.shape[1] > MOST_SLOTS_UNREAD
-    rows, ends_E, counts_E = sort_slots(ids_TK, experts, kernels.number_rows, remove_empty=remove_empty)
+    chosen = kernels_for(hidden_TD.device, kernels)
+    tile = chosen.tile(hidden_TD.dtype)
+    remove_empty = chosen.waits or ids_TK.shape[1] > MOST_SLOTS_UNREAD
+    rows, ends_E, counts_E = sort_slots(ids_TK, experts, chosen.number_rows, remove_empty=remove_empty)
     if mesh.ep_group is None:
         ends_e = ends_E.int()
         if tile > 1:
-            placement = kernels.place_rows(counts_E.unsqueeze(0), len(rows.slot_R), tile)
+            placement = chosen.place_rows(counts_E.unsqueeze(0), len(rows.slot_R), tile)
             rows, ends_e = move(rows, placement), placement.ends_e
         return Dispatched(
-            take_rows(hidden_TD, rows), _TakeWeights.apply(weights_TK, rows), ends_e, DispatchHandle(rows, None)
+            take_rows(hidden_TD, rows, kernels),
+            _TakeWeights.apply(weights_TK, rows),
+            ends_e,
+            DispatchHandle(rows, None),
         )
     exchange = start_exchange_counts(counts_E.view(mesh.expert_parallel, -1), mesh.ep_group)
-    rows_RD, weights_R = take_rows(hidden_TD, rows), weights_TK.reshape(-1).index_select(0, rows.slot_R)
+    rows_RD, weights_R = take_rows(hidden_TD, rows, kernels), weights_TK.reshape(-1).index_select(0, rows.slot_R)
     arriving_Pe, send, receive = exchange.finish()
     if sum(send) < len(rows_RD):  # the last ones are of empty slots
         rows, rows_RD, weights_R = first_rows(rows, sum(send)), rows_RD[: sum(send)], weights_R[: sum(send)]
     in_flight = start_exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group, mesh.boxes)
-    placement = kernels.place_rows(arriving_Pe, sum(receive), tile)
+    placement = chosen.place_rows(arriving_Pe, sum(receive), tile)
     if meanwhile is not None:
         meanwhile(hidden_TD)
     arrived_QD, arrived_Q = in_flight.finish()
@@ -86,13 +92,14 @@ def dispatch(
     return Dispatched(rows_QD, weights_Q, placement.ends_e, DispatchHandle(rows, Exchanged(placement, send, receive)))
 
 
-def combine(results_QD: Tensor, handle: DispatchHandle, mesh: Mesh) -> Tensor:
+def combine(results_QD: Tensor, handle: DispatchHandle, mesh: Mesh, kernels: KernelsName = "auto") -> Tensor:
     """Return results to their tokens and sum them. Collective, as `dispatch`.
 
     Args:
         results_QD: The experts' results times their gate weights, in the order of `Dispatched.rows_QD`.
         handle: `Dispatched.handle` of what `dispatch` returned.
         mesh: As of `dispatch`.
+        kernels: As of `dispatch`.
 
     Returns:
         [T, D], zeros for a token without rows.
@@ -101,17 +108,17 @@ def combine(results_QD: Tensor, handle: DispatchHandle, mesh: Mesh) -> Tensor:
         placement, send, receive = handle.exchanged
         arrived_QD = _Move.apply(results_QD, placement.place_R, placement.source_Q)
         (results_QD,) = exchange_rows([arrived_QD], receive, send, mesh.ep_group, mesh.boxes)
-    return sum_rows(results_QD, handle.rows)
+    return sum_rows(results_QD, handle.rows, kernels)
 
 
-def take_rows(hidden_TD: Tensor, rows: TokenRows) -> Tensor:
+def take_rows(hidden_TD: Tensor, rows: TokenRows, kernels: KernelsName = "auto") -> Tensor:
     """Gather the row of each slot's token -> [R, D]."""
-    return _TakeRows.apply(hidden_TD, rows, kernels_for(hidden_TD.device).gather_sum)
+    return _TakeRows.apply(hidden_TD, rows, kernels_for(hidden_TD.device, kernels).gather_sum)
 
 
-def sum_rows(rows_RD: Tensor, rows: TokenRows) -> Tensor:
+def sum_rows(rows_RD: Tensor, rows: TokenRows, kernels: KernelsName = "auto") -> Tensor:
     """Sum the rows of each token, in the order of its slots -> [T, D]."""
-    return _SumRows.apply(rows_RD, rows, kernels_for(rows_RD.device).gather_sum)
+    return _SumRows.apply(rows_RD, rows, kernels_for(rows_RD.device, kernels).gather_sum)
 
 
 class _TakeRows(torch.autograd.Function):

@@ -11,6 +11,7 @@ import transformers.integrations.moe  # noqa: F401  (registers torch.ops.transfo
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from dist_moe.config.sections.model import KernelsName
 from dist_moe.moe.kernels import kernels_for
 
 
@@ -22,17 +23,26 @@ class GroupedExperts(nn.Module):
         width: D.
         expert_width: F.
         activation: act.
+        kernels: The implementations on a GPU, as `model.moe_kernels` names them.
 
     Attributes:
         gate_up_proj: [e, 2F, D], gate above up, as Hugging Face stores it.
         down_proj: [e, D, F].
     """
 
-    def __init__(self, experts: int, width: int, expert_width: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        expert_width: int,
+        activation: Callable[[Tensor], Tensor],
+        kernels: KernelsName = "auto",
+    ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
         self.activation = activation
+        self.kernels = kernels
 
     def forward(self, rows_QD: Tensor, weights_Q: Tensor, ends_e: Tensor) -> Tensor:
         """Apply each expert to its rows, and multiply the results by the gate weights.
@@ -48,23 +58,29 @@ class GroupedExperts(nn.Module):
             [Q, D] in the dtype of the rows.
         """
         gate_up_QF = grouped_linear(rows_QD, self.gate_up_proj, ends_e)
-        gated_QF = gate(gate_up_QF, weights_Q.to(rows_QD.dtype).unsqueeze(1), self.activation)
+        gated_QF = gate(gate_up_QF, weights_Q.to(rows_QD.dtype).unsqueeze(1), self.activation, self.kernels)
         return grouped_linear(gated_QF, self.down_proj, ends_e)
 
 
-def gate(gate_up_QF: Tensor, weights_Q1: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def gate(
+    gate_up_QF: Tensor,
+    weights_Q1: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    kernels: KernelsName = "auto",
+) -> Tensor:
     """Return activation(gate) * up * weights.
 
     Args:
         gate_up_QF: [Q, 2F], gate before up.
         weights_Q1: [Q, 1].
         activation: Any; SiLU, which makes this SwiGLU, is computed in fewer passes.
+        kernels: The implementation on a GPU, as `model.moe_kernels` names it.
 
     Returns:
         [Q, F].
     """
     if is_silu(activation):
-        return kernels_for(gate_up_QF.device).swiglu(gate_up_QF, weights_Q1)
+        return kernels_for(gate_up_QF.device, kernels).swiglu(gate_up_QF, weights_Q1)
     gate_QF, up_QF = gate_up_QF.chunk(2, dim=-1)
     return activation(gate_QF) * up_QF * weights_Q1
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_moe.comm.exchange import exchange_rows
 from dist_moe.comm.mesh import Mesh, NodeGroups
 from dist_moe.comm.packed import exchange_packed
+from dist_moe.config.sections.model import KernelsName
 from dist_moe.moe.dispatch import sum_rows, take_rows
 from dist_moe.moe.gather_sum import EMPTY
 from dist_moe.moe.row_order import TokenRows
@@ -27,7 +28,13 @@ ApplyExperts = Callable[[Tensor, Tensor, Tensor, Mesh], Tensor]
 
 
 def hierarchical_dispatch_combine(
-    hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, nodes: NodeGroups, apply_experts: ApplyExperts
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    experts: int,
+    nodes: NodeGroups,
+    apply_experts: ApplyExperts,
+    kernels: KernelsName = "auto",
 ) -> Tensor:
     """Apply experts on all hosts to the tokens of this rank. Collective over the groups of `nodes`.
 
@@ -38,6 +45,7 @@ def hierarchical_dispatch_combine(
         experts: E, over all hosts.
         nodes: The groups between hosts and within one.
         apply_experts: Applies the experts of one host to the rows it received, over the ranks of `nodes.intra`.
+        kernels: The implementations on a GPU, as `model.moe_kernels` names them.
 
     Returns:
         [T, D], zeros for a token without experts.
@@ -59,7 +67,7 @@ def hierarchical_dispatch_combine(
     sent = TokenRows(token_R * hosts + host_R, token_R, row_TN)
     (arrived_QD, counts_Q, ids_F, weights_F), (rows, *_) = exchange_packed(
         [
-            take_rows(hidden_TD, sent),
+            take_rows(hidden_TD, sent, kernels),
             counts_R.int(),
             (ids_TK % experts_of_host)[token_R][taken_RK].int(),
             weights_TK[token_R][taken_RK],
@@ -70,7 +78,7 @@ def hierarchical_dispatch_combine(
     ids_QK, weights_QK = _as_slots(counts_Q.long(), ids_F.long(), weights_F)
     mixed_QD = apply_experts(arrived_QD, ids_QK, weights_QK, nodes.intra)
     (returned_RD,) = exchange_rows([mixed_QD], rows, send_rows, group)
-    return sum_rows(returned_RD, sent)
+    return sum_rows(returned_RD, sent, kernels)
 
 
 def _as_slots(counts_Q: Tensor, ids_F: Tensor, weights_F: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,21 @@
 
 import functools
 import importlib.util
+import logging
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
 
+from dist_moe.config.sections.model import KernelsName
+from dist_moe.errors import ConfigError, Violation
 from dist_moe.moe.gather_sum import GatherSum, by_embedding_bag, by_gather
 from dist_moe.moe.row_order import NumberRows, PlaceRows, number_rows, place_rows
 from dist_moe.moe.swiglu import Gate, SwiGLU
 from dist_moe.worker.cpu_features import multiplies_bf16
+
+logger = logging.getLogger(__name__)
 
 TILE_ROWS = 16
 """On a CPU that multiplies bf16, the rows of each expert are padded to a multiple of this in 16-bit floats.
@@ -48,18 +55,45 @@ CPU = Kernels(by_embedding_bag, SwiGLU.apply, waits=True, tile_rows=TILE_ROWS if
 ANY_DEVICE = Kernels(by_gather, SwiGLU.apply)
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """Return the implementations for a device: of Triton on a CUDA device where it is installed, else of PyTorch."""
+def check_kernels(name: KernelsName, device: torch.device) -> None:
+    """Check that the implementations that `model.moe_kernels` names can run, and log what a GPU goes without.
+
+    Raises:
+        ConfigError: It is triton, which cannot run here, or the device is not a GPU.
+    """
+    on_gpu = device.type == "cuda"
+    missing = missing_for_triton() if on_gpu else f"a GPU, and the device is {device}"
+    if name == "triton" and missing:
+        remedy = "install it, or use auto" if on_gpu else "use auto"
+        raise ConfigError([Violation("model.moe_kernels", name, f"needs {missing}", remedy)])
+    if name == "auto" and on_gpu and missing:
+        logger.warning("MoE layers are slower without Triton's kernels, which need %s", missing)
+
+
+def kernels_for(device: torch.device, name: KernelsName = "auto") -> Kernels:
+    """Return the implementations for a device, as `model.moe_kernels` names them; on a CPU there is one of each."""
     if device.type == "cpu":
         return CPU
-    return (triton_kernels() if device.type == "cuda" else None) or ANY_DEVICE
+    return triton_kernels() if device.type == "cuda" and name != "torch" and not missing_for_triton() else ANY_DEVICE
 
 
 @functools.cache
-def triton_kernels() -> Kernels | None:
-    """Return the implementations that need Triton, which is imported here; None where it is not installed."""
+def missing_for_triton() -> str:
+    """Return what Triton needs and this machine does not have; "" if nothing.
+
+    Triton compiles the function that starts a kernel when it is first used, by the compiler of the variable CC, or
+    gcc, or clang.
+    """
     if importlib.util.find_spec("triton") is None:
-        return None
+        return "the package triton, which is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler, and neither gcc nor clang is installed"
+    return ""
+
+
+@functools.cache
+def triton_kernels() -> Kernels:
+    """Return the implementations that need Triton, which is imported here."""
     from dist_moe.moe import triton_kernels as module
 
     return Kernels(module.gather_sum, module.SwiGLU.apply, module.number_rows, module.place_rows)

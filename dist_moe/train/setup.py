@@ -28,6 +28,7 @@ from dist_moe.health.hang_detector import HangDetector, hang_detector
 from dist_moe.model.build import build_model, parameter_groups, routing_rule
 from dist_moe.model.cross_entropy import choose_cross_entropy
 from dist_moe.model.task import LanguageModelTask
+from dist_moe.moe.kernels import check_kernels
 from dist_moe.status import print_status
 from dist_moe.text import listed
 from dist_moe.train.reporting import Report, open_report
@@ -91,8 +92,9 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         )
         stack.enter_context(use_cpu(config.run, dist_context))
         stack.enter_context(exit_hard(config.run.dir, rank_info.rank))
-        # A loss that this device cannot compute is refused here, and not in the first step.
+        # An implementation that this device does not have is refused here, and not in the first step.
         choose_cross_entropy(config.model.cross_entropy, dist_context.device)
+        check_kernels(config.model.moe_kernels, dist_context.device)
         detector = stack.enter_context(hang_detector(rank_info.rank, rank_info.world_size, config.parallel.timeout_s))
         mesh = build_mesh(resolved)
         set_pg_timeouts(config.parallel.timeout_s)
@@ -188,6 +190,7 @@ def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageM
         config.run.seed,
         config.model.attention,
         config.model.norm,
+        config.model.moe_kernels,
     )
     if config.train.activation_checkpointing:
         # Reentrant checkpointing silently loses the gradient of losses computed outside the checkpointed function.

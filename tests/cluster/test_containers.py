@@ -105,6 +105,8 @@ def test_the_other_targets_build(images: Images, target: str) -> None:
     assert described["User"] == "10001:10001"
     if target == "cuda":
         assert "NVIDIA_VISIBLE_DEVICES=all" in described["Config"]["Env"]
+        compile_one = "echo 'int main(void) { return 0; }' | gcc -x c - -o /tmp/compiled && /tmp/compiled"
+        images.engine.podman("run", "--rm", "--entrypoint", "sh", described["Id"], "-c", compile_one)
 
 
 def test_two_containers_train_together_to_the_end(images: Images, composed: Ended, alone_in_a_container: Path) -> None:

@@ -58,7 +58,7 @@ def on(kernels: Kernels) -> Iterator[None]:
     """Compute with the implementations of another device in the block."""
     with contextlib.ExitStack() as stack:
         for module in (dispatch, experts, select):
-            stack.enter_context(mock.patch.object(module, "kernels_for", lambda _: kernels))
+            stack.enter_context(mock.patch.object(module, "kernels_for", lambda *_: kernels))
         yield
 
 

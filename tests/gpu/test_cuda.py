@@ -80,7 +80,6 @@ def test_the_layer_gives_the_same_gradients_twice_bit_for_bit() -> None:
 @pytest.mark.parametrize("width", [40, 256, 3000])
 def test_the_kernels_of_triton_equal_those_of_torch(dtype: torch.dtype, width: int) -> None:
     fused = triton_kernels()
-    assert fused is not None
     generator = torch.Generator().manual_seed(0)
     rows_QD = torch.randn(26, width, generator=generator).to(dtype).cuda()
     rows_QD[24:] = float("nan")
@@ -104,7 +103,6 @@ def test_the_kernels_of_triton_equal_those_of_torch(dtype: torch.dtype, width: i
 @pytest.mark.parametrize("experts", [1, 8, 1500])
 def test_triton_orders_rows_as_torch_does(tokens: int, experts: int) -> None:
     fused, senders = triton_kernels(), 4
-    assert fused is not None
     generator = torch.Generator().manual_seed(0)
     ids_TK = torch.randint(-1, experts, (tokens, 3), generator=generator).cuda()
     arriving_Pe = torch.randint(0, 3000 // experts + 2, (senders, experts), generator=generator).cuda()

@@ -4,6 +4,7 @@ from dist_moe.config.schema import Config
 from dist_moe.errors import Violation
 
 CPU_BACKENDS = ("gloo", "mpi")
+GPU_ONLY = ("liger", "triton")
 
 
 def device_violations(config: Config) -> list[Violation]:
@@ -11,8 +12,12 @@ def device_violations(config: Config) -> list[Violation]:
 
     With parallel.backend=auto or nccl the device, and what is installed for it, is known to the workers alone.
     """
-    name, backend = config.model.cross_entropy, config.parallel.backend
-    if name != "liger" or backend not in CPU_BACKENDS:
+    backend = config.parallel.backend
+    if backend not in CPU_BACKENDS:
         return []
     rule = f"needs a GPU, and parallel.backend={backend} computes on the CPU"
-    return [Violation("model.cross_entropy", name, rule, "use auto, or set parallel.backend=nccl")]
+    return [
+        Violation(f"model.{key}", name, rule, "use auto, or set parallel.backend=nccl")
+        for key, name in (("cross_entropy", config.model.cross_entropy), ("moe_kernels", config.model.moe_kernels))
+        if name in GPU_ONLY
+    ]

@@ -19,6 +19,7 @@ else:
 AttentionName = Literal["auto", "sdpa"]
 CrossEntropyName = Literal["auto", "plain", "chunked", "liger"]
 NormName = Literal["auto", "plain"]
+KernelsName = Literal["auto", "torch", "triton"]
 
 
 class ModelConfig(Section):
@@ -46,13 +47,19 @@ class ModelConfig(Section):
     cross_entropy: CrossEntropyName = Field(
         default="auto",
         description="the implementation of the loss: plain (of the logits of the whole batch), chunked (of some rows "
-        "at a time), liger (Liger's kernel on a GPU), or auto (liger on a GPU where it is installed, else chunked); "
+        "at a time), liger (Liger's kernel on a GPU), or auto (liger on a GPU where it can run, else chunked); "
         "plain in any case where the model scales or caps its logits",
     )
     norm: NormName = Field(
         default="auto",
         description="the implementation of RMSNorm: plain (that of transformers), or auto (one function with a small "
-        "backward pass, on a GPU Liger's where it is installed; other norms stay as they are)",
+        "backward pass, on a GPU Liger's where it can run; other norms stay as they are)",
+    )
+    moe_kernels: KernelsName = Field(
+        default="auto",
+        description="the implementation of what an MoE layer computes on a GPU besides its matmuls: torch (operations "
+        "of PyTorch), triton (kernels that are compiled on first use, which needs a C compiler), or auto (triton where "
+        "it can run, else torch)",
     )
 
     @field_validator("config")

@@ -131,18 +131,20 @@ def test_fields_that_fit_together(overrides: tuple[str, ...]) -> None:
     assert not violations(debug(*overrides))
 
 
+@pytest.mark.parametrize("choice", ["model.cross_entropy=liger", "model.moe_kernels=triton"])
 @pytest.mark.parametrize("backend", ["gloo", "mpi"])
-def test_a_loss_that_needs_a_gpu_is_refused_with_a_backend_of_the_cpu(backend: str) -> None:
-    found = violations(debug("model.cross_entropy=liger", f"parallel.backend={backend}"))
+def test_what_needs_a_gpu_is_refused_with_a_backend_of_the_cpu(choice: str, backend: str) -> None:
+    found = violations(debug(choice, f"parallel.backend={backend}"))
     assert list(map(str, found.values())) == [
-        f"model.cross_entropy=liger needs a GPU, and parallel.backend={backend} computes on the CPU; "
+        f"{choice} needs a GPU, and parallel.backend={backend} computes on the CPU; "
         "use auto, or set parallel.backend=nccl"
     ]
 
 
+@pytest.mark.parametrize("choice", ["model.cross_entropy=liger", "model.moe_kernels=triton"])
 @pytest.mark.parametrize("backend", ["auto", "nccl"])
-def test_a_loss_that_needs_a_gpu_is_left_to_the_workers_with_other_backends(backend: str) -> None:
-    assert not violations(debug("model.cross_entropy=liger", f"parallel.backend={backend}"))
+def test_what_needs_a_gpu_is_left_to_the_workers_with_other_backends(choice: str, backend: str) -> None:
+    assert not violations(debug(choice, f"parallel.backend={backend}"))
 
 
 def test_workers_are_positive() -> None:

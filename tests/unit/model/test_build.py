@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
-from dist_moe.model.build import empty_model, family_rule, materialize, parameter_groups
+from dist_moe.model.build import build_model, empty_model, family_rule, materialize, parameter_groups
 from dist_moe.model.convert import find_layers
-from tests.unit.model.samples import ALONE, FAMILIES, small_model
+from dist_moe.moe import dispatch, experts
+from dist_moe.moe.kernels import kernels_for
+from tests.unit.model.samples import ALONE, FAMILIES, small_model, tokens
 
 
 @pytest.fixture
@@ -139,3 +142,19 @@ def test_a_frozen_parameter_is_in_no_group() -> None:
     held = [id(p) for group in groups for p in group["params"]]
     assert len(held) == len(set(held)) == len(list(model.parameters())) - 1
     assert id(frozen) not in held
+
+
+def test_the_name_of_the_kernels_reaches_every_part_of_a_layer() -> None:
+    settings, score = FAMILIES["qwen3_moe"]
+    model = build_model("qwen3_moe", settings, score, ALONE, seed=0, moe_kernels="torch")
+    asked: list[Any] = []
+
+    def recorded(device: torch.device, name: Any = "auto") -> Any:
+        asked.append(name)
+        return kernels_for(device, name)
+
+    parts = [mock.patch.object(module, "kernels_for", recorded) for module in (dispatch, experts)]
+    with parts[0], parts[1]:
+        model(tokens())
+    # In each layer: the order of rows, the gathered rows, the gate, the sums.
+    assert asked == ["torch"] * 4 * len(find_layers(model))

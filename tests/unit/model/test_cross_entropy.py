@@ -207,15 +207,15 @@ def test_auto_is_by_device_and_by_what_is_installed(monkeypatch: pytest.MonkeyPa
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert choose_cross_entropy("auto", cpu) is chunked_nll_sum
     assert choose_cross_entropy("plain", cpu) is None
-    for installed, wanted in ((False, chunked_nll_sum), (True, liger.linear_nll_sum)):
-        monkeypatch.setattr(liger, "is_installed", lambda installed=installed: installed)
+    for missing, wanted in (("a C compiler", chunked_nll_sum), ("", liger.linear_nll_sum)):
+        monkeypatch.setattr(liger, "missing", lambda missing=missing: missing)
         assert choose_cross_entropy("auto", cuda) is wanted
         assert choose_cross_entropy("auto", cpu) is chunked_nll_sum
     assert choose_cross_entropy("liger", cuda) is liger.linear_nll_sum
     with pytest.raises(ConfigError, match="cross_entropy=liger needs a GPU, and the device is cpu; use auto"):
         choose_cross_entropy("liger", cpu)
-    monkeypatch.setattr(liger, "is_installed", lambda: False)
-    with pytest.raises(ConfigError, match=r"needs liger-kernel, .* install dist-moe-train\[gpu\], or use auto"):
+    monkeypatch.setattr(liger, "missing", lambda: "a C compiler")
+    with pytest.raises(ConfigError, match=r"needs a C compiler; install it \(the extra gpu has .*\), or use auto"):
         choose_cross_entropy("liger", cuda)
 
 
