@@ -61,7 +61,7 @@ def load(rank: int, world_size: int, overrides: list[str], weights: list[Tensor]
     """Find, verify and load the newest checkpoint in a new run -> seconds and MiB of the loading alone."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides), world_size)
     config, tokenized = resolved.config, tokenize(resolved.config)
-    mesh = make_mesh(resolved.expert_parallel)
+    mesh = make_mesh(resolved.expert_parallel, shared_memory=config.parallel.shared_memory)
     task = build_task(resolved, tokenized, mesh)
     cpu = torch.device("cpu")
     settings = engine_settings(resolved, cpu)

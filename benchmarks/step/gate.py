@@ -101,14 +101,14 @@ def counted_bytes(found: dict[str, int]) -> Iterator[None]:
     """
     import torch.distributed as dist
 
-    from dist_moe.comm.shared_memory import SharedBoxes
+    from dist_moe.comm.shared_memory import SharedBuffers
 
-    write = SharedBoxes.write
+    write = SharedBuffers.write
 
-    def counting_write(boxes: SharedBoxes, tensors: Sequence[Any], send: Sequence[int]) -> Any:
+    def counting_write(buffers: SharedBuffers, tensors: Sequence[Any], send: Sequence[int]) -> Any:
         total = found.get("all_to_all_single", 0) + sum(tensor.nbytes for tensor in tensors)
         found["all_to_all_single"] = total
-        return write(boxes, tensors, send)
+        return write(buffers, tensors, send)
 
     def counting(name: str, original: Callable[..., Any], position: int) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -124,5 +124,5 @@ def counted_bytes(found: dict[str, int]) -> Iterator[None]:
         for name, position in COLLECTIVES.items():
             replacement = counting(name, getattr(dist, name), position)
             stack.enter_context(mock.patch.object(dist, name, replacement))
-        stack.enter_context(mock.patch.object(SharedBoxes, "write", counting_write))
+        stack.enter_context(mock.patch.object(SharedBuffers, "write", counting_write))
         yield

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.comm.shared_memory import SharedBoxes
+from dist_moe.comm.shared_memory import SharedBuffers
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ class RowsExchange:
     """
 
     def __init__(
-        self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, boxes: SharedBoxes | None
+        self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, buffers: SharedBuffers | None
     ) -> None:
         self.send, self.receive = list(send), list(receive)
         self.started: tuple[Tensor, ...] = ()
-        self._group, self._boxes = group, boxes
+        self._group, self._buffers = group, buffers
         self._running: _Running | None = None
 
     def finish(self) -> tuple[Tensor, ...]:
@@ -162,10 +162,10 @@ class RowsExchange:
         """Start to exchange tensors -> tensors that `end` returns filled."""
         received = tuple(rows.new_empty(sum(receive), *rows.shape[1:]) for rows in tensors)
         running = _Running([rows.contiguous() for rows in tensors], received, send, receive)
-        if self._boxes is None or not tensors[0].is_cpu:
+        if self._buffers is None or not tensors[0].is_cpu:
             running.pending = self._start_on_network(running)
         else:
-            messages_PM = self._boxes.write(running.sent, send)
+            messages_PM = self._buffers.write(running.sent, send)
             running.messages_PM = torch.empty_like(messages_PM)
             running.pending = [start_all_to_all(running.messages_PM, messages_PM, self._group)]
         self._running = running
@@ -177,9 +177,9 @@ class RowsExchange:
         assert running is not None
         for pending in running.pending:
             pending.wait()
-        if self._boxes is not None and running.messages_PM is not None:
+        if self._buffers is not None and running.messages_PM is not None:
             parts = (running.sent, running.send, running.receive, running.received)
-            if not self._boxes.read(running.messages_PM, *parts):
+            if not self._buffers.read(running.messages_PM, *parts):
                 for pending in self._start_on_network(running):
                     pending.wait()
         return running.received
@@ -202,7 +202,7 @@ class _Running:
         send: Rows of each tensor to each rank.
         receive: Rows from each rank.
         pending: What has to be awaited.
-        messages_PM: Where the rows are in shared memory (`SharedBoxes.write`); None where they take the network.
+        messages_PM: Where the rows are in shared memory (`SharedBuffers.write`); None where they take the network.
     """
 
     sent: list[Tensor]
@@ -218,7 +218,7 @@ def start_exchange_rows(
     send: Sequence[int],
     receive: Sequence[int],
     group: dist.ProcessGroup,
-    boxes: SharedBoxes | None = None,
+    buffers: SharedBuffers | None = None,
 ) -> RowsExchange:
     """Begin to exchange consecutive blocks of rows; any block may be empty, in both directions, even all of them.
 
@@ -231,9 +231,9 @@ def start_exchange_rows(
         send: send[p] rows go to rank p.
         receive: receive[p] rows come from rank p.
         group: The process group.
-        boxes: Shared memory of the group, for tensors on the CPU; on all its ranks, or on none.
+        buffers: Shared memory of the group, for tensors on the CPU; on all its ranks, or on none.
     """
-    exchange = RowsExchange(send, receive, group, boxes)
+    exchange = RowsExchange(send, receive, group, buffers)
     exchange.started = _Start.apply(exchange, *tensors)
     return exchange
 
@@ -243,14 +243,14 @@ def exchange_rows(
     send: Sequence[int],
     receive: Sequence[int],
     group: dist.ProcessGroup,
-    boxes: SharedBoxes | None = None,
+    buffers: SharedBuffers | None = None,
 ) -> tuple[Tensor, ...]:
     """Exchange consecutive blocks of rows, as `start_exchange_rows`, and wait for them.
 
     Returns:
         Tensors of Q rows each, ordered by sending rank.
     """
-    return start_exchange_rows(tensors, send, receive, group, boxes).finish()
+    return start_exchange_rows(tensors, send, receive, group, buffers).finish()
 
 
 class _Start(torch.autograd.Function):

@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -23,9 +23,11 @@ from dist_moe.comm.devices import (
     find_devices,
     log_choice,
 )
+from dist_moe.comm.objects import all_gather_objects
 from dist_moe.comm.store import open_store
 from dist_moe.text import counted
 from dist_moe.worker.contract import PORT_VARIABLE
+from dist_moe.worker.cpu import are_disjoint
 from dist_moe.worker.launcher_variables import read_port
 from dist_moe.worker.network import (
     INTERFACE_VARIABLES,
@@ -82,6 +84,25 @@ def set_threads(threads: int | str, rank_info: RankInfo) -> None:
     limit = os.environ.get("OMP_NUM_THREADS", "") if rank_info.launcher in MPI_LAUNCHERS else ""
     share = int(limit) if limit.isdecimal() and int(limit) > 0 else share
     torch.set_num_threads(threads if isinstance(threads, int) else share)
+
+
+def affinities_of_host() -> list[set[int]]:
+    """Return the cores that each worker of this host may use; none where the system has no affinities. Collective."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    host = socket.gethostname()
+    gathered = all_gather_objects((host, sorted(os.sched_getaffinity(0))), tuple[str, list[int]])
+    return [set(cores) for name, cores in gathered if name == host]
+
+
+def set_threads_by_affinities(rank_info: RankInfo, affinities: Sequence[set[int]]) -> None:
+    """Set torch's threads to all cores of this worker, where the launcher gave cores of its own to each (as srun).
+
+    `set_threads` cannot know this before the workers meet. The number that mpirun's launch sets stays.
+    """
+    limited = rank_info.launcher in MPI_LAUNCHERS and "OMP_NUM_THREADS" in os.environ
+    if are_disjoint(affinities) and not limited:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_moe.comm.objects import all_gather_objects
-from dist_moe.comm.shared_memory import SharedBoxes, open_shared_boxes
+from dist_moe.comm.shared_memory import SharedBuffers, open_shared_buffers
 from dist_moe.errors import UserError
 from dist_moe.text import counted, divisors
 
@@ -33,7 +33,7 @@ class Mesh:
         rank: This rank.
         expert_parallel: Ranks of a row.
         ep_group: The process group of this rank's row; None where expert_parallel is 1.
-        boxes: Shared memory of the ranks of that row, if they are on one host.
+        buffers: Shared memory of the ranks of that row, if they are on one host.
         node_groups: The groups for a hierarchical exchange (two hops); None for a flat one.
 
     Raises:
@@ -44,7 +44,7 @@ class Mesh:
     rank: int
     expert_parallel: int
     ep_group: dist.ProcessGroup | None = None
-    boxes: SharedBoxes | None = None
+    buffers: SharedBuffers | None = None
     node_groups: "NodeGroups | None" = None
 
     def __post_init__(self) -> None:
@@ -115,8 +115,8 @@ def make_mesh(expert_parallel: int, ranks_per_node: int = 0, *, shared_memory: b
     group, nodes = groups[mesh.edp_rank], None
     if ranks_per_node:
         nodes = [_make_node_groups(row, ranks_per_node, rank, shared_memory) for row in rows][mesh.edp_rank]
-    boxes = _open_boxes(group) if shared_memory and nodes is None else None
-    return Mesh(world_size, rank, expert_parallel, group, boxes, nodes)
+    buffers = _open_buffers(group) if shared_memory and nodes is None else None
+    return Mesh(world_size, rank, expert_parallel, group, buffers, nodes)
 
 
 def ranks_per_node(all_to_all: str, expert_parallel: int) -> int:
@@ -188,11 +188,11 @@ def _make_node_groups(row: range, per_node: int, rank: int, shared_memory: bool)
         return None
     node, index = divmod(rank - row.start, per_node)
     group = intra[node] if per_node > 1 else None
-    boxes = _open_boxes(group) if shared_memory and group is not None else None
-    inside = Mesh(per_node, index, per_node, group, boxes)
+    buffers = _open_buffers(group) if shared_memory and group is not None else None
+    inside = Mesh(per_node, index, per_node, group, buffers)
     return NodeGroups(Mesh(count, node, count, inter[index]), inside)
 
 
-def _open_boxes(group: dist.ProcessGroup) -> SharedBoxes | None:
+def _open_buffers(group: dist.ProcessGroup) -> SharedBuffers | None:
     """Return the shared memory of a group; None with NCCL, and where its ranks cannot share memory. Collective."""
-    return None if dist.get_backend(group) == "nccl" else open_shared_boxes(group)
+    return None if dist.get_backend(group) == "nccl" else open_shared_buffers(group)

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.objects import all_gather_objects
+from dist_moe.comm.shared_memory import GROWTH
 from dist_moe.config import Config, Resolved
 from dist_moe.doctor.context import DoctorContext, experts_per_token
 from dist_moe.doctor.finding import Finding, Outcome
@@ -78,7 +79,7 @@ class MemoryEstimate:
 
     Attributes:
         fixed: Weights, gradients, fp32 master weights and optimizer moments; exact.
-        activations: Of one micro-batch, by a formula.
+        activations: Of one micro-batch, with the buffers of the exchange, by a formula.
         checkpoint_copy: The host copy of an asynchronous checkpoint; exact except for random states and biases.
     """
 
@@ -109,7 +110,10 @@ def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool, d
     written = share * (int(bf16) + moments) * FP32_BYTES
     written += item * (experts * (mesh.edp_rank == 0) + shape.dense * (mesh.rank == 0))
     copied = written if config.checkpoint.asynchronous and config.checkpoint.interval else 0
-    return MemoryEstimate(fixed, _activation_bytes(config, shape, item, device), copied)
+    activations = _activation_bytes(config, shape, item, device)
+    if config.parallel.shared_memory and mesh.expert_parallel > 1 and device.type == "cpu":
+        activations += _shared_buffer_bytes(config, shape, item)
+    return MemoryEstimate(fixed, activations, copied)
 
 
 def _gradient_bytes(config: Config, shape: ModelShape, mesh: Mesh, item: int) -> int:
@@ -139,6 +143,15 @@ def _activation_bytes(config: Config, shape: ModelShape, item: int, device: torc
     recomputed = shape.layers * shape.hidden_size + layer
     kept = recomputed if config.train.activation_checkpointing else shape.layers * layer
     return tokens * kept * item + _loss_bytes(config, shape, tokens, item, device)
+
+
+def _shared_buffer_bytes(config: Config, shape: ModelShape, item: int) -> int:
+    """Estimate the two buffers for rows in shared memory, which keep the size of the largest exchange.
+
+    In a step whose load is skewed, all rows of a rank may go to others.
+    """
+    tokens = config.train.sequences_per_forward * config.data.sequence_length
+    return int(2 * GROWTH * tokens * shape.experts_per_token * shape.hidden_size * item)
 
 
 def _loss_bytes(config: Config, shape: ModelShape, tokens: int, item: int, device: torch.device) -> int:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from dist_moe.comm.exchange import exchange_rows
+from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
@@ -106,7 +107,7 @@ def check_all_to_all(context: DoctorContext) -> Finding:
             values = [_row_value(mesh.ep_rank, p) for p, count in enumerate(send) for _ in range(count)]
             sent = torch.tensor(values, dtype=dtype, device=context.dist_context.device).reshape(-1, 1).repeat(1, WIDTH)
             sent.requires_grad_()
-            (received,) = exchange_rows([sent], send, receive, group)
+            (received,) = exchange_rows([sent], send, receive, group, mesh.buffers)
             expected = [_row_value(r, mesh.ep_rank) for r, count in enumerate(receive) for _ in range(count)]
             received.sum().backward()
             gradient_ok = sent.grad is not None and bool((sent.grad == 1).all())
@@ -116,8 +117,13 @@ def check_all_to_all(context: DoctorContext) -> Finding:
     if wrong:
         remedy = "try parallel.all_to_all=flat and another parallel.backend, and report the problem"
         return Finding(name, Outcome.failed, f"rank {mesh.rank}: wrong rows: {', '.join(wrong)}", remedy)
-    text = f"{', '.join(patterns(2))}: all rows and gradients correct, in fp32 and bf16"
+    text = f"{', '.join(patterns(2))}: all rows and gradients correct, in fp32 and bf16, {_path(mesh)}"
     return Finding(name, Outcome.passed, text)
+
+
+def _path(mesh: Mesh) -> str:
+    """Return how the rows of the check travel, in words."""
+    return f"over {dist.get_backend(mesh.ep_group)}" if mesh.buffers is None else "through shared memory"
 
 
 def _row_value(source: int, target: int) -> float:
@@ -138,9 +144,10 @@ def check_bandwidth(context: DoctorContext) -> Finding:
     step_s = 4 * layers * context.resolved.accumulation * message_s
     limit_s = context.config.parallel.timeout_s
     text = (
-        f"{format_bytes(SMALL_BYTES)} in {1e6 * small_s:.0f} us; the {format_bytes(context.message_bytes)} of a "
-        f"micro-batch in {1e3 * message_s:.2f} ms ({context.message_bytes / message_s / 1e6:,.0f} MB/s; a copy in "
-        f"memory {context.message_bytes / copy_s / 1e6:,.0f} MB/s); with {counted(layers, 'MoE layer')} "
+        f"{_path(mesh)}, {format_bytes(SMALL_BYTES)} in {1e6 * small_s:.0f} us; the "
+        f"{format_bytes(context.message_bytes)} of a micro-batch in {1e3 * message_s:.2f} ms "
+        f"({context.message_bytes / message_s / 1e6:,.0f} MB/s; a copy in memory "
+        f"{context.message_bytes / copy_s / 1e6:,.0f} MB/s); with {counted(layers, 'MoE layer')} "
         f"{1e3 * step_s:,.0f} ms per step"
     )
     if message_s * 100 > limit_s:
@@ -157,12 +164,14 @@ def moe_layer_count(context: DoctorContext) -> int:
 
 def _all_to_all_s(context: DoctorContext, size_bytes: int) -> float:
     """Return the median seconds of an all-to-all in which each rank sends about `size_bytes` in equal parts."""
-    part = max(1, size_bytes // context.mesh.expert_parallel)
-    sent = torch.zeros(part * context.mesh.expert_parallel, dtype=torch.uint8, device=context.dist_context.device)
-    received = torch.empty_like(sent)
+    mesh, group = context.mesh, context.mesh.ep_group
+    assert group is not None
+    part = max(1, size_bytes // mesh.expert_parallel)
+    sent = torch.zeros(part * mesh.expert_parallel, dtype=torch.uint8, device=context.dist_context.device)
+    counts = [part] * mesh.expert_parallel
 
     def exchange() -> None:
-        dist.all_to_all_single(received, sent, group=context.mesh.ep_group)
+        exchange_rows([sent], counts, counts, group, mesh.buffers)
         if sent.is_cuda:
             torch.cuda.synchronize()
 

@@ -63,7 +63,7 @@ class FlatGradients:
 
         Returns:
             For each group this rank's slice, fp32 [numel / ranks], with zeros for parameters without a gradient and for
-            padding. The slice may be memory that nothing else uses.
+            padding; a tensor that the caller may change.
         """
         if not self._flats:
             self._allocate()

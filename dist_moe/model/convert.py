@@ -85,7 +85,7 @@ def _convert_block(
             len(mesh.local_experts(experts)), width, double_width // 2, cast(Activation, original.act_fn), kernels
         )
         shared = None if family.shared_expert is None else EarlyCall(block.get_submodule(family.shared_expert))
-        layer = ExpertParallelLayer(local, experts, mesh, shared.start if shared else None, kernels)
+        layer = ExpertParallelLayer(local, experts, mesh, shared, kernels)
     setattr(block, family.router, router)
     setattr(block, family.experts, layer)
     return MoeLayer(name, router, layer)

@@ -1,4 +1,4 @@
-"""A module that runs before its place in its parent's forward: a shared expert, while rows are exchanged."""
+"""Computes a shared expert ahead of its call: while the rows of the other experts are exchanged."""
 
 from torch import Tensor, nn
 
@@ -21,10 +21,14 @@ class EarlyCall:
         """Compute the result for a tensor, or for another view of it."""
         self._started = hidden_TD, self._forward(hidden_TD)
 
+    def cancel(self) -> None:
+        """Drop the result, and with it its graph: no call will follow."""
+        self._started = None
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the result for `hidden`."""
         started, self._started = self._started, None
         if started is None or started[0].data_ptr() != hidden.data_ptr() or started[0].numel() != hidden.numel():
             result: Tensor = self._forward(hidden)
             return result
-        return started[1].view(*hidden.shape[:-1], -1)
+        return started[1].view(*hidden.shape[:-1], started[1].shape[-1])

@@ -40,7 +40,7 @@ def dispatch(
     weights_TK: Tensor,
     experts: int,
     mesh: Mesh,
-    meanwhile: Callable[[Tensor], object] | None = None,
+    overlapped: Callable[[Tensor], object] | None = None,
     kernels: KernelsName = "auto",
 ) -> Dispatched:
     """Send each token's row to the ranks that hold its experts. Collective over the expert-parallel group.
@@ -53,8 +53,8 @@ def dispatch(
         weights_TK: The gate weights.
         experts: E, over all ranks of `mesh`.
         mesh: The expert-parallel group.
-        meanwhile: Called with hidden_TD while rows are exchanged, if they are. Its backward runs beside the exchange of
-            the gradients.
+        overlapped: Called with hidden_TD while rows are exchanged, if they are. Its backward runs beside the exchange
+            of the gradients.
         kernels: The implementations on a GPU, as `model.moe_kernels` names them.
 
     Returns:
@@ -80,10 +80,10 @@ def dispatch(
     arriving_Pe, send, receive = exchange.finish()
     if sum(send) < len(rows_RD):  # the last ones are of empty slots
         rows, rows_RD, weights_R = first_rows(rows, sum(send)), rows_RD[: sum(send)], weights_R[: sum(send)]
-    in_flight = start_exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group, mesh.boxes)
+    in_flight = start_exchange_rows([rows_RD, weights_R], send, receive, mesh.ep_group, mesh.buffers)
     placement = chosen.place_rows(arriving_Pe, sum(receive), tile)
-    if meanwhile is not None:
-        meanwhile(hidden_TD)
+    if overlapped is not None:
+        overlapped(hidden_TD)
     arrived_QD, arrived_Q = in_flight.finish()
     rows_QD = _Move.apply(arrived_QD, placement.source_Q, placement.place_R)
     weights_Q = _Move.apply(arrived_Q, placement.source_Q, placement.place_R)
@@ -107,7 +107,7 @@ def combine(results_QD: Tensor, handle: DispatchHandle, mesh: Mesh, kernels: Ker
     if handle.exchanged is not None and mesh.ep_group is not None:
         placement, send, receive = handle.exchanged
         arrived_QD = _Move.apply(results_QD, placement.place_R, placement.source_Q)
-        (results_QD,) = exchange_rows([arrived_QD], receive, send, mesh.ep_group, mesh.boxes)
+        (results_QD,) = exchange_rows([arrived_QD], receive, send, mesh.ep_group, mesh.buffers)
     return sum_rows(results_QD, handle.rows, kernels)
 
 

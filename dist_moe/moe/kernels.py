@@ -14,16 +14,15 @@ from dist_moe.errors import ConfigError, Violation
 from dist_moe.moe.gather_sum import GatherSum, by_embedding_bag, by_gather
 from dist_moe.moe.row_order import NumberRows, PlaceRows, number_rows, place_rows
 from dist_moe.moe.swiglu import Gate, SwiGLU
-from dist_moe.worker.cpu_features import multiplies_bf16
 
 logger = logging.getLogger(__name__)
 
 TILE_ROWS = 16
-"""On a CPU that multiplies bf16, the rows of each expert are padded to a multiple of this in 16-bit floats.
+"""Where oneDNN multiplies bf16, the rows of each expert are padded to a multiple of this in 16-bit floats.
 
 oneDNN compiles a kernel for each number of rows that it has not met (0.4 ms each; it keeps 1,024), and an expert has
 another number of rows in every step. There are few multiples of 16, which is also the height of oneDNN's tiles.
-On other CPUs PyTorch does not use oneDNN for bf16."""
+On other CPUs, such as those with AVX2 alone, PyTorch multiplies bf16 without it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,12 @@ class Kernels:
         return self.tile_rows if dtype.itemsize == 2 else 1
 
 
-CPU = Kernels(by_embedding_bag, SwiGLU.apply, waits=True, tile_rows=TILE_ROWS if multiplies_bf16() else 1)
+def onednn_multiplies_bf16() -> bool:
+    """Return whether PyTorch multiplies bf16 by oneDNN on this CPU: it has AVX-512, or is an ARM one with bf16."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+CPU = Kernels(by_embedding_bag, SwiGLU.apply, waits=True, tile_rows=TILE_ROWS if onednn_multiplies_bf16() else 1)
 ANY_DEVICE = Kernels(by_gather, SwiGLU.apply)
 
 

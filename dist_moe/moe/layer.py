@@ -1,6 +1,7 @@
 """The module that replaces the experts of a Hugging Face block: dispatch, local experts, combine."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -11,6 +12,18 @@ from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.hierarchical_dispatch import hierarchical_dispatch_combine
 
 
+class SharedExpert(Protocol):
+    """A shared expert whose result can be computed ahead of its call."""
+
+    def start(self, hidden_TD: Tensor) -> None:
+        """Compute the result for these tokens, for the next call."""
+        ...
+
+    def cancel(self) -> None:
+        """Drop the result: there will be no call."""
+        ...
+
+
 class ExpertParallelLayer(nn.Module):
     """Experts distributed over ranks, called as the experts of a Hugging Face block are.
 
@@ -18,7 +31,8 @@ class ExpertParallelLayer(nn.Module):
         local: The experts of this rank.
         num_experts: Number of experts over all ranks.
         mesh: Which rank holds which experts.
-        meanwhile: Called with the tokens while rows are exchanged. The hierarchical exchange does not call it.
+        shared: Started with the tokens while rows are exchanged; its block calls it after this layer. The hierarchical
+            exchange does not start it.
         kernels: The implementations on a GPU, as `model.moe_kernels` names them.
     """
 
@@ -27,14 +41,14 @@ class ExpertParallelLayer(nn.Module):
         local: GroupedExperts,
         num_experts: int,
         mesh: Mesh,
-        meanwhile: Callable[[Tensor], object] | None = None,
+        shared: SharedExpert | None = None,
         kernels: KernelsName = "auto",
     ) -> None:
         super().__init__()
         self.local = local
         self.num_experts = num_experts
         self.mesh = mesh
-        self.meanwhile = meanwhile
+        self.shared = shared
         self.kernels = kernels
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -50,11 +64,22 @@ class ExpertParallelLayer(nn.Module):
         """
         nodes = self.mesh.node_groups
         if nodes is None:
-            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh, self.meanwhile)
+            return self._apply_experts_and_shared(hidden_TD, ids_TK, weights_TK)
         mixed_TD = hierarchical_dispatch_combine(
             hidden_TD, ids_TK, weights_TK, self.num_experts, nodes, self._apply_experts, self.kernels
         )
         return mixed_TD.to(hidden_TD.dtype)
+
+    def _apply_experts_and_shared(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if self.shared is None:
+            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh)
+        try:
+            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh, self.shared.start)
+        except BaseException:
+            # Activation checkpointing ends a recomputation by an exception, once it has all tensors that the backward
+            # needs: in `combine`, before the block calls the shared expert.
+            self.shared.cancel()
+            raise
 
     def _apply_experts(
         self,
@@ -62,10 +87,10 @@ class ExpertParallelLayer(nn.Module):
         ids_TK: Tensor,
         weights_TK: Tensor,
         mesh: Mesh,
-        meanwhile: Callable[[Tensor], object] | None = None,
+        overlapped: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Apply the experts that the ranks of `mesh` hold together."""
         experts = self.num_experts // self.mesh.expert_parallel * mesh.expert_parallel
-        dispatched = dispatch(hidden_TD, ids_TK, weights_TK, experts, mesh, meanwhile, self.kernels)
+        dispatched = dispatch(hidden_TD, ids_TK, weights_TK, experts, mesh, overlapped, self.kernels)
         results_QD = self.local(dispatched.rows_QD, dispatched.weights_Q, dispatched.ends_e)
         return combine(results_QD, dispatched.handle, mesh, self.kernels)

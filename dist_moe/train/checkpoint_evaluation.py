@@ -30,7 +30,8 @@ from dist_moe.worker.rank_info import rank_info_from_env
 
 READ_FIELDS = (
     *("data.sources", "data.sequence_length", "data.validation_fraction", "observe.validation_sequences"),
-    *("train.micro_batch_size", "parallel.backend", "parallel.timeout_s", "run.threads"),
+    *("train.micro_batch_size", "parallel.backend", "parallel.timeout_s", "parallel.shared_memory"),
+    "run.threads",
 )
 """The fields that an evaluation reads; everything else is given by the checkpoint."""
 LONGEST_BY_DEFAULT = 512
@@ -89,7 +90,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
         given = given.model_copy(update={"observe": given.observe.model_copy(update={"validation_sequences": 0})})
     with init_distributed(rank_info, given.parallel.backend, given.parallel.timeout_s) as dist_context:
         experts: int = getattr(model_config, family_of(model_config.model_type).experts_key)
-        mesh = make_mesh(rank_info.world_size if experts % rank_info.world_size == 0 else 1)
+        expert_parallel = rank_info.world_size if experts % rank_info.world_size == 0 else 1
+        mesh = make_mesh(expert_parallel, shared_memory=given.parallel.shared_memory)
         task = LanguageModelTask(load_weights(folder, mesh)).to(dist_context.device)
         text = validation_set(given, data)
         metrics = evaluate(task, text, mesh, dist_context.device, step_of(checkpoint) or 0)

@@ -12,7 +12,14 @@ from dist_moe.balance.losses import RoutingLosses
 from dist_moe.checkpoint.pretrained import load_pretrained
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.checkpoint.training_state import seed_rng
-from dist_moe.comm.init import DistContext, init_distributed, set_pg_timeouts, set_threads
+from dist_moe.comm.init import (
+    DistContext,
+    affinities_of_host,
+    init_distributed,
+    set_pg_timeouts,
+    set_threads,
+    set_threads_by_affinities,
+)
 from dist_moe.comm.mesh import Mesh, make_mesh, ranks_per_node
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Config, Resolved
@@ -117,13 +124,19 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def use_cpu(config: RunConfig, dist_context: DistContext) -> Iterator[None]:
-    """Bind a worker on the CPU to its cores for the length of the context, and make it keep freed memory."""
+    """Bind a worker on the CPU to its cores for the length of the context, and make it keep freed memory.
+
+    A collective call on the CPU.
+    """
     if dist_context.device.type != "cpu":
         yield
         return
     if config.keep_memory:
         keep_freed_memory()
-    bound = bound_to_cores(dist_context.rank_info, torch.get_num_threads())
+    affinities = affinities_of_host()
+    if config.threads == "auto":
+        set_threads_by_affinities(dist_context.rank_info, affinities)
+    bound = bound_to_cores(dist_context.rank_info, torch.get_num_threads(), affinities)
     with bound if config.bind_cores else contextlib.nullcontext():
         yield
 

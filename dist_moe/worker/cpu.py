@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dist_moe.text import counted, listed
@@ -22,17 +22,18 @@ older glibc refuses the first number, and accepts the second."""
 
 
 @contextlib.contextmanager
-def bound_to_cores(rank_info: RankInfo, threads: int) -> Iterator[set[int]]:
+def bound_to_cores(rank_info: RankInfo, threads: int, affinities: Sequence[set[int]] = ()) -> Iterator[set[int]]:
     """Bind this thread, and those that it starts, to the worker's share of the cores, for the length of the context.
 
     The shares of the workers of a host are disjoint and cover all cores that this process may use. Nothing is bound
-    where these are fewer than the workers' threads: then the launcher has bound each worker, or the threads have to
-    share cores, which the kernel balances better. Without binding, the kernel may move two workers to one core for a
-    moment, for which the others wait in the next collective.
+    where the workers may not all use the same cores, since then the launcher has bound them, and where the cores are
+    fewer than the workers' threads, which the kernel balances better. Without binding, the kernel may move two workers
+    to one core for a moment, for which the others wait in the next collective.
 
     Args:
         rank_info: The rank of this worker, and the number of workers of this host.
         threads: The number of torch's threads of each worker.
+        affinities: The cores that each worker of this host may use, if they are known.
 
     Yields:
         The cores that this thread may use: all of them where the kernel refuses to bind it.
@@ -42,6 +43,10 @@ def bound_to_cores(rank_info: RankInfo, threads: int) -> Iterator[set[int]]:
         return
     allowed, workers = os.sched_getaffinity(0), rank_info.local_world_size
     share = cores_of_worker(sort_cores(allowed), rank_info.local_rank, workers)
+    if any(cores != allowed for cores in affinities):
+        logger.info("%s, as the launcher has bound this worker (run.bind_cores)", _named(allowed))
+        yield allowed
+        return
     if workers == 1 or len(allowed) < workers * threads:
         yield allowed
         return
@@ -66,6 +71,11 @@ def _bind(cores: set[int]) -> bool:
         logger.warning("not bound to %s (run.bind_cores): %s", _named(cores), error)
         return False
     return True
+
+
+def are_disjoint(affinities: Sequence[set[int]]) -> bool:
+    """Return whether each of several workers has cores of its own, which a launcher has given it."""
+    return len(affinities) > 1 and sum(map(len, affinities)) == len(set().union(*affinities))
 
 
 def cores_of_worker(cores: list[int], worker: int, workers: int) -> set[int]:

@@ -10,7 +10,7 @@ CPUINFO = Path("/proc/cpuinfo")
 def multiplies_bf16(cpuinfo: Path = CPUINFO) -> bool:
     """Whether the CPU has instructions that multiply bf16: its flags include avx512_bf16 or amx_bf16.
 
-    Other CPUs emulate bf16, and PyTorch computes it there without oneDNN, more slowly than fp32.
+    Other CPUs compute bf16 by way of fp32, and more slowly than fp32.
 
     Args:
         cpuinfo: The file in which the kernel describes the CPU; without it the answer is False.

@@ -23,7 +23,8 @@ class ParallelConfig(Section):
     )
     shared_memory: bool = Field(
         default=True,
-        description="whether tokens go to experts of the same host through shared memory, for workers on the CPU",
+        description="whether workers on the CPU exchange tokens through shared memory, where all workers that share "
+        "the experts are on one host, and within a host where all_to_all is hierarchical",
     )
     zero_stage: Literal[0, 1, 2] = Field(
         default=1,

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from dist_moe.comm.exchange import exchange_rows, start_exchange_counts
-from dist_moe.comm.shared_memory import open_shared_boxes
+from dist_moe.comm.shared_memory import open_shared_buffers
 from tests.dist.pool import RankPool
 
 SEND = [[1, 0, 3], [2, 0, 0], [0, 0, 4]]  # SEND[p][q]: rows from rank p to rank q; rank 1 receives none
@@ -20,12 +20,12 @@ def exchange(rank: int, world_size: int, shared: bool) -> tuple[torch.Tensor, to
     """The labels of the rows received, and the gradients of the rows sent, each weighted by ten times its label."""
     world = dist.group.WORLD
     assert world is not None
-    boxes = open_shared_boxes(world) if shared else None
-    assert (boxes is not None) == shared
+    buffers = open_shared_buffers(world) if shared else None
+    assert (buffers is not None) == shared
     labels = [label(rank, to, row) for to in range(world_size) for row in range(SEND[rank][to])]
     rows_RD = torch.tensor(labels, requires_grad=True).unsqueeze(1).expand(-1, 2)
     receive = [SEND[sender][rank] for sender in range(world_size)]
-    received_QD, received_Q = exchange_rows([rows_RD, rows_RD.detach()[:, 0]], SEND[rank], receive, world, boxes)
+    received_QD, received_Q = exchange_rows([rows_RD, rows_RD.detach()[:, 0]], SEND[rank], receive, world, buffers)
     assert received_QD.shape == (sum(receive), 2) and torch.equal(received_Q, received_QD.detach()[:, 0])
     rows_RD.retain_grad()
     (received_QD * 10 * received_QD.detach()).sum().backward()

@@ -1,12 +1,20 @@
 """The choice of the backend, and the process group of a context."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dist_moe.comm.init import _fill_rendezvous, init_distributed, set_pg_timeouts, set_threads
+from dist_moe.comm.init import (
+    _fill_rendezvous,
+    affinities_of_host,
+    init_distributed,
+    set_pg_timeouts,
+    set_threads,
+    set_threads_by_affinities,
+)
 from dist_moe.worker.network import free_port
 from dist_moe.worker.rank_info import RankInfo, RankInfoError, rank_info_from_env
 from tests.dist.pool import RankPool
@@ -42,6 +50,40 @@ def test_set_threads_divides_cores_except_for_workers_that_mpirun_bound(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("affinities", "launcher", "expected"),
+    [
+        ([{0, 1, 2, 3}, {4, 5, 6, 7}], "slurm", 4),
+        ([{0, 1, 2, 3}, {0, 1, 2, 3}], "slurm", 2),
+        ([{0, 1, 2, 3}, {2, 3, 4, 5}], "slurm", 2),
+        ([{0, 1, 2, 3}], "none", 2),
+        ([{0, 1, 2, 3}, {4, 5, 6, 7}], "openmpi", 2),
+    ],
+)
+def test_a_worker_with_cores_of_its_own_uses_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, affinities: list[set[int]], launcher: str, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        set_threads_by_affinities(RankInfo(0, 2, 0, 2, launcher), affinities)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def different_cores(rank: int, world_size: int) -> list[set[int]]:
+    """The cores of the workers of this host, each of which may use another one."""
+    with mock.patch.object(os, "sched_getaffinity", lambda _: {rank, rank + 4}):
+        return affinities_of_host()
+
+
+def test_the_workers_of_a_host_know_the_cores_of_each_other(ranks: RankPool) -> None:
+    assert ranks.run(different_cores, 2) == [[{0, 4}, {1, 5}]] * 2
 
 
 def test_a_single_process_needs_no_launcher_and_its_group_ends_with_the_context(ranks: RankPool) -> None:

@@ -160,6 +160,21 @@ def test_gradients_of_one_rank_are_in_fp32_at_zero_1(mesh: Mesh, stage: int, gra
     assert fixed == 2 * parameters + gradient_bytes + 12 * owned
 
 
+def test_buffers_in_shared_memory_are_estimated_where_rows_go_through_them() -> None:
+    of_two = ("data.sequence_length=256", "train.micro_batch_size=6")
+
+    def activations(mesh: Mesh, device: str = "cpu", shared: str = "true") -> int:
+        config = config_with(*of_two, f"parallel.shared_memory={shared}", workers=mesh.world_size)
+        return estimate_memory(config, SHAPE, mesh, True, torch.device(device)).activations
+
+    config = config_with(*of_two, workers=2)
+    rows = config.train.sequences_per_forward * config.data.sequence_length * SHAPE.experts_per_token
+    without = activations(Mesh(2, 0, 2), shared="false")
+    assert activations(Mesh(2, 0, 2)) == without + 2 * 1.25 * rows * SHAPE.hidden_size * 2
+    assert activations(Mesh(2, 0, 1)) == without == activations(Mesh(2, 0, 1), shared="false")
+    assert activations(Mesh(2, 0, 2), "cuda") == activations(Mesh(2, 0, 2), "cuda", "false")
+
+
 LONG = ("data.sequence_length=256", "train.micro_batch_size=12")
 
 

@@ -76,6 +76,19 @@ def test_a_worker_is_bound_to_its_share_and_unbound_at_the_end(
     assert bound == ([share, {0, 1, 2, 3}] if share else [])
 
 
+@pytest.mark.parametrize(
+    ("others", "bound"), [([{0, 1, 2, 3}] * 2, True), ([{0, 1, 2, 3}, {4, 5}], False), ([{0, 1, 2, 3}, {2, 3}], False)]
+)
+def test_trap_T73_a_worker_that_the_launcher_has_bound_keeps_its_cores(
+    monkeypatch: pytest.MonkeyPatch, others: list[set[int]], bound: bool
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: None)
+    monkeypatch.setattr("dist_moe.worker.cpu.sort_cores", sorted)
+    with bound_to_cores(RankInfo(0, 2, 0, 2, "slurm"), 2, others) as cores:
+        assert cores == ({0, 1} if bound else {0, 1, 2, 3})
+
+
 def refuse_to_bind(monkeypatch: pytest.MonkeyPatch, allowed_calls: int) -> None:
     """Make the kernel refuse to bind this thread to cores after some calls."""
     calls: list[set[int]] = []
