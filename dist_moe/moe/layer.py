@@ -64,22 +64,19 @@ class ExpertParallelLayer(nn.Module):
         """
         nodes = self.mesh.node_groups
         if nodes is None:
-            return self._apply_experts_and_shared(hidden_TD, ids_TK, weights_TK)
+            overlapped = None if self.shared is None else self.shared.start
+            try:
+                return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh, overlapped)
+            except BaseException:
+                # Activation checkpointing ends a recomputation by an exception, once it has all tensors that the
+                # backward needs: in `combine`, before the block calls the shared expert.
+                if self.shared is not None:
+                    self.shared.cancel()
+                raise
         mixed_TD = hierarchical_dispatch_combine(
             hidden_TD, ids_TK, weights_TK, self.num_experts, nodes, self._apply_experts, self.kernels
         )
         return mixed_TD.to(hidden_TD.dtype)
-
-    def _apply_experts_and_shared(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        if self.shared is None:
-            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh)
-        try:
-            return self._apply_experts(hidden_TD, ids_TK, weights_TK, self.mesh, self.shared.start)
-        except BaseException:
-            # Activation checkpointing ends a recomputation by an exception, once it has all tensors that the backward
-            # needs: in `combine`, before the block calls the shared expert.
-            self.shared.cancel()
-            raise
 
     def _apply_experts(
         self,
