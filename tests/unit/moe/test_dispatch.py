@@ -1,5 +1,6 @@
 """Dispatch on one rank: order of the rows, empty slots, and padding."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -35,6 +36,19 @@ def test_an_unrouted_token_gets_zero_and_no_gradient() -> None:
     mixed_TD.sum().backward()
     assert hidden_TD.grad is not None and hidden_TD.grad[:, 0].tolist() == [3.0, 0.0, 7.0, 11.0]
     assert weights_TK.grad is not None and weights_TK.grad[1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_trap_T23_the_gradient_of_a_gate_weight_is_that_of_its_row(padded: bool) -> None:
+    hidden_TD = HIDDEN_TD.bfloat16()
+    weights_TK = torch.arange(1.0, 9.0).bfloat16().view(4, 2).requires_grad_()
+    with on(PADDED) if padded else contextlib.nullcontext():
+        there = dispatch(hidden_TD, IDS_TK, weights_TK, 5, ALONE)
+    combine(there.rows_QD * there.weights_Q.unsqueeze(1), there.handle, ALONE).sum().backward()
+    taken_TK = (IDS_TK >= 0).bfloat16()
+    assert weights_TK.grad is not None
+    assert torch.equal(weights_TK.grad, taken_TK * hidden_TD.sum(dim=1, keepdim=True))
+    assert weights_TK.grad.abs().sum() > 0
 
 
 def test_trap_T27_rows_of_padding_have_weight_zero() -> None:
