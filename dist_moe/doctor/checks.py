@@ -27,6 +27,7 @@ from dist_moe.doctor.temporary import temporary_folder
 from dist_moe.doctor.training_checks import check_parity, check_saving
 from dist_moe.errors import UserError
 from dist_moe.train.setup import build_mesh, tokenize
+from dist_moe.worker.cpu import keep_freed_memory
 from dist_moe.worker.rank_info import RankInfo
 
 NO_TEXT = "not run, since there is no text to train on"
@@ -125,6 +126,8 @@ def run_checks(
         text_error = str(error)
     limit_s = min(config.parallel.timeout_s, MAX_COLLECTIVE_S)
     with init_distributed(rank_info, config.parallel.backend, config.parallel.timeout_s) as dist_context:
+        if config.run.keep_memory and dist_context.device.type == "cpu":
+            keep_freed_memory()  # as in the run, whose times are measured
         mesh = build_mesh(resolved)
         set_pg_timeouts(limit_s)
         context = DoctorContext(resolved, dist_context, mesh, folder, tokenized, limit_s)
