@@ -53,8 +53,8 @@ def dispatch(
         weights_TK: The gate weights.
         experts: E, over all ranks of `mesh`.
         mesh: The expert-parallel group.
-        overlapped: Called with hidden_TD while rows are exchanged, if they are. Its backward runs beside the exchange
-            of the gradients.
+        overlapped: Called with hidden_TD during the exchange of the rows, if there is one. Its backward runs during
+            the exchange of the gradients.
         kernels: The implementations on a GPU, as `model.moe_kernels` names them.
 
     Returns:
