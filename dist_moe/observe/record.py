@@ -1,4 +1,4 @@
-"""The files that describe a run: metrics.jsonl, run.json and config.yaml."""
+"""The files that describe a run: metrics.jsonl, events.jsonl, run.json and config.yaml."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ RECORDED_DISTRIBUTIONS = (
     "numpy",
     "tensorboard",
 )
-RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "run.json", "config.yaml")
+RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "events.jsonl", "run.json", "config.yaml")
 
 
 def archive_previous_run(folder: Path) -> Path | None:
@@ -53,9 +53,9 @@ def archive_previous_run(folder: Path) -> Path | None:
 
 
 class RunRecorder:
-    """Writes a run's metrics line by line. A context manager, for one process of the run.
+    """Writes a run's metrics and events line by line. A context manager, for one process of the run.
 
-    An existing metrics.jsonl is continued, so a resumed run may write some steps again: the last line of a step is
+    Existing files are continued, so a resumed run may write some steps again: the last line of a step is
     valid. An incomplete last line is cut off. If the disk fails later, lines are lost and the run continues.
 
     Args:
@@ -67,31 +67,38 @@ class RunRecorder:
         self.folder = Path(folder)
         self._warn = warn
         self._lines: LineFile | None = None
+        self._events: LineFile | None = None
 
     def __enter__(self) -> Self:
-        """Open the file.
+        """Open the files.
 
         Raises:
             RunFolderError: The folder cannot be written.
         """
-        lines = LineFile(self.metrics_path, self._warn)
+        lines, events = (LineFile(path, self._warn) for path in (self.metrics_path, self.events_path))
         with needs_folder(self.folder):
             lines.create()
-        self._lines = lines
+            events.create()
+        self._lines, self._events = lines, events
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines = None
+        self._lines = self._events = None
 
     @property
     def metrics_path(self) -> Path:
         """One JSON object per line, in the order of `write`."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def events_path(self) -> Path:
+        """One JSON object per line: each start of the run, each warning, and how it ended."""
+        return self.folder / "events.jsonl"
+
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line immediately. Non-finite floats become null, since JSON cannot express them.
+        """Append one line of metrics immediately. Non-finite floats become null, since JSON cannot express them.
 
         Raises:
             RuntimeError: The recorder is not open.
@@ -101,6 +108,21 @@ class RunRecorder:
             raise RuntimeError(f"{self.metrics_path} is not open; write inside `with RunRecorder(...)`")
         # Encode the whole line first, so that an error writes no part of it.
         self._lines.write(_json(record))
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to events.jsonl immediately, with the time.
+
+        Args:
+            kind: What happened: `start`, `warning`, `stopped` or `finished`.
+            step: Optimizer steps done by then.
+            values: Plain values.
+
+        Raises:
+            RuntimeError: The recorder is not open.
+        """
+        if self._events is None:
+            raise RuntimeError(f"{self.events_path} is not open; write inside `with RunRecorder(...)`")
+        self._events.write(_json({"event": kind, "time": _now(), "step": step, **values}))
 
     def describe(self, config: Mapping[str, Any], config_yaml: str, layout: Mapping[str, Any]) -> None:
         """Write run.json and config.yaml, replacing those of a previous start in the same folder.
@@ -114,7 +136,7 @@ class RunRecorder:
             RunFolderError: The folder cannot be written.
         """
         description = {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": _now(),
             "argv": sys.argv,
             "world": dict(layout),
             "versions": versions(),
@@ -126,6 +148,10 @@ class RunRecorder:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "run.json", _json(description, indent=2) + "\n")
             write_atomically(self.folder / "config.yaml", config_yaml)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Logs a run: metrics.jsonl, TensorBoard and the terminal, from rank 0, on logged steps only."""
+"""Logs a run: metrics.jsonl, events.jsonl, TensorBoard and the terminal, from rank 0, on logged steps only."""
 
 import contextlib
 import math
@@ -42,7 +42,7 @@ class Report:
         config: The configuration of the run.
         dist_context: The joined process group.
         mesh: The layout of the ranks.
-        recorder: Writes metrics.jsonl and run.json; None on other ranks than 0.
+        recorder: Writes metrics.jsonl, events.jsonl and run.json; None on other ranks than 0.
         console: Writes to the terminal; None on other ranks than 0.
         board: Writes TensorBoard event files; None on other ranks than 0, and where they are off.
         checkpoint: The checkpoint that the run resumes from, if any.
@@ -71,7 +71,8 @@ class Report:
             balanced=config.balance.policy != UNBALANCED,
         )
         self._checkpoint = checkpoint
-        self._skipped_steps = 0 if checkpoint is None else checkpoint.counters.step - checkpoint.counters.taken
+        self._done = 0 if checkpoint is None else checkpoint.counters.step
+        self._skipped_steps = 0 if checkpoint is None else self._done - checkpoint.counters.taken
         self._clock = clock
         # When the previous logged step had been taken.
         self._since_s: float | None = None
@@ -95,6 +96,8 @@ class Report:
             "resumed_from": None if self._checkpoint is None else str(self._checkpoint.folder),
         }
         self.recorder.describe(plain, dump_config(self.config), layout)
+        of_start = ("workers", "expert_parallel", "backend", "launcher", "job", "resumed_from")
+        self.recorder.event("start", self._done, **{name: layout[name] for name in of_start})
         if self.board is not None:
             self.board.hyper_parameters(plain, dump_config(self.config))
         experts = sum(p.numel() for layer in task.layers for p in layer.experts.local.parameters())
@@ -119,7 +122,7 @@ class Report:
         for note in tokenized.notes:
             self.console.log(f"text: {note}")
         if self._checkpoint is not None:
-            self.console.warn(*self._checkpoint.passed_over)
+            self.warn(*self._checkpoint.passed_over)
             for change in self._checkpoint.changes:
                 self.console.log(f"changed since the checkpoint: {change}")
             self.console.log(f"resuming after step {self._checkpoint.counters.step} from {self._checkpoint.folder}")
@@ -153,6 +156,7 @@ class Report:
         """
         self._since_s = started_s if self._since_s is None else self._since_s
         self._steps += 1
+        self._done = step
         self._skipped_steps += not record.taken
         self._advance(step)
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
@@ -186,7 +190,7 @@ class Report:
         )
         self.recorder.write(metrics.as_dict())
         self.console.step(metrics)
-        self.console.warn(*self._alerts.check(metrics))
+        self.warn(*self._alerts.check(metrics))
         if self.board is not None:
             self.board.step(metrics)
 
@@ -215,10 +219,13 @@ class Report:
         pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(microbatch_vio_L))]
         return sums["nll"], means["auxiliary"], pairs
 
-    def warn(self, line: str) -> None:
-        """Print a warning."""
-        if self.console is not None:
-            self.console.warn(line)
+    def warn(self, *lines: str) -> None:
+        """Print and record each line as a warning."""
+        if self.recorder is None or self.console is None:
+            return
+        self.console.warn(*lines)
+        for line in lines:
+            self.recorder.event("warning", self._done, text=line)
 
     def saved(self, saved: Saved) -> None:
         """Log a complete checkpoint: in metrics.jsonl, in TensorBoard and on the terminal."""
@@ -232,11 +239,12 @@ class Report:
             f"checkpoint of step {saved.step}: {saved.bytes / 1e6:,.1f} MB, written in {saved.write_s:.2f} s; "
             f"training stalled for {times_ms['stall_ms']:,.0f} ms"
         )
-        self.console.warn(*saved.warnings)
+        self.warn(*saved.warnings)
 
     def stopped(self, step: int, checkpoint: Path | None) -> None:
-        """Print that the run ends here on request."""
-        if self.console is not None:
+        """Print and record that the run ends here on request."""
+        if self.recorder is not None and self.console is not None:
+            self.recorder.event("stopped", step, checkpoint=None if checkpoint is None else str(checkpoint))
             self.console.log(f"stopped on request after step {step}; the same command resumes from {checkpoint}")
 
     def evaluation(self, metrics: EvaluationMetrics, checkpoint: Path | None) -> None:
@@ -244,6 +252,7 @@ class Report:
         if self.recorder is None or self.console is None:
             return
         self.recorder.write(metrics.as_dict())
+        self.recorder.event("finished", self._done)
         if self.board is not None:
             self.board.evaluation(metrics)
         folder = Path(self.config.run.dir)

@@ -35,10 +35,12 @@ class ReportedSteps:
     Attributes:
         collectives: All-reduces of a logged step, of a step that is not logged, and of a skipped step.
         lines: Of metrics.jsonl, on rank 0.
+        events: Lines of events.jsonl, on rank 0.
     """
 
     collectives: list[int]
     lines: list[dict[str, Any]]
+    events: list[dict[str, Any]]
 
 
 def micro_loads(rank: int) -> list[list[Tensor]]:
@@ -82,8 +84,11 @@ def report_steps(rank: int, world_size: int, expert_parallel: int, folder: str) 
             with counted("all_reduce") as calls:
                 report.step(step, replace(record, taken=taken), biases, 0.1, 0.01, STARTED_S[step - 1])
             collectives.append(len(calls))
-    text = Path(folder, "metrics.jsonl").read_text() if rank == 0 else ""
-    return ReportedSteps(collectives, [json.loads(line) for line in text.splitlines()])
+        report.warn("one", "another")
+        report.stopped(3, Path("step-000003"))
+    texts = [Path(folder, name).read_text() if rank == 0 else "" for name in ("metrics.jsonl", "events.jsonl")]
+    lines, events = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    return ReportedSteps(collectives, lines, events)
 
 
 def loads_of_a_step(rank: int, world_size: int, expert_parallel: int) -> tuple[list[list[list[int]]], list[list[int]]]:

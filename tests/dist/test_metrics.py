@@ -55,6 +55,15 @@ def test_trap_T30_all_ranks_report_a_step_with_the_same_collectives(
     assert [line["skipped"] for line in reports[0].lines] == [False, True]
 
 
+def test_warnings_and_the_end_are_recorded_with_their_step_by_rank_0_alone(reports: list[ReportedSteps]) -> None:
+    events = [{key: value for key, value in event.items() if key != "time"} for event in reports[0].events]
+    assert events == [
+        {"event": "warning", "step": 3, "text": "one"},
+        {"event": "warning", "step": 3, "text": "another"},
+        {"event": "stopped", "step": 3, "checkpoint": "step-000003"},
+    ]
+
+
 def test_trap_T19_max_vio_computation_is_that_of_each_micro_batch_of_each_group(
     layout: tuple[int, int], reports: list[ReportedSteps]
 ) -> None:

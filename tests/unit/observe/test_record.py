@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,23 @@ def test_run_json_describes_the_run_and_config_yaml_round_trips(tmp_path: Path) 
     assert {"deepspeed", "transformers", "dist-moe-train"} <= run["versions"].keys()
     assert run["host"]["cores"] >= 1 and run["host"]["cpu"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8")) == config
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json"]
+    names = ["config.yaml", "events.jsonl", "metrics.jsonl", "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_events_have_their_time_and_step_and_continue_the_file(tmp_path: Path) -> None:
+    for step in (0, 10):
+        with RunRecorder(tmp_path) as recorder:
+            recorder.event("start", step, workers=2)
+            recorder.event("warning", step + 5, text="a\nb\x1b[31m")
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [
+        *(("start", 0), ("warning", 5), ("start", 10), ("warning", 15)),
+    ]
+    assert events[2]["workers"] == 2 and events[3]["text"] == "a\nb\x1b[31m"
+    assert all(datetime.fromisoformat(event["time"]).tzinfo is not None for event in events)
+    with pytest.raises(RuntimeError, match=r"events\.jsonl is not open"):
+        recorder.event("finished", 20)
 
 
 def test_host_and_versions_are_json() -> None:
