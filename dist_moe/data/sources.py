@@ -1,4 +1,4 @@
-"""The sources of text by name: the standard library of Python, Shakespeare, and local files."""
+"""The sources of text by name: the standard library of Python, packages of an index, and local files."""
 
 import hashlib
 import io
@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from dist_moe.config.sections.data import BUILT_IN
-from dist_moe.data import shakespeare
+from dist_moe.config.sections.data import BUILT_IN, LABELED
 from dist_moe.data.cache import file_sha256
 from dist_moe.data.files import (
     Document,
     local_files,
+    pieces_of,
     read_local,
     readable,
     refuse_same_files,
 )
+from dist_moe.data.packages.archive import Archive, TextPackage, fetch_archive
+from dist_moe.data.packages.brown import BROWN
+from dist_moe.data.packages.shakespeare import SHAKESPEARE
 from dist_moe.errors import DataError, reason_of
 from dist_moe.text import listed, nearest
 
+PACKAGES: Mapping[str, TextPackage] = {"shakespeare": SHAKESPEARE, "brown": BROWN}
 # Tests repeat one another, installed packages are no part of it, and files of the build differ between hosts.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -85,12 +89,11 @@ def read_documents(name: str, cache: Path) -> Iterator[Document]:
             with readable(path):
                 content = path.read_bytes()
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-            yield Document("python", path_name, _pieces(content.decode(encoding)))
-    elif name == "shakespeare":
-        for work, text in shakespeare.read_shakespeare(shakespeare.shakespeare_archive(cache)):
-            yield Document("drama", work, _pieces(text))
+            yield Document("python", path_name, pieces_of(content.decode(encoding)))
+    elif (package := PACKAGES.get(name)) is not None:
+        yield from package.read(fetch_archive(package.archive, cache))
     else:
-        yield from read_local(_matched_files(name))
+        yield from read_local(name, _matched_files(name))
 
 
 def read_sources(names: Iterable[str], cache: Path) -> Iterator[Document]:
@@ -109,13 +112,9 @@ def read_sources(names: Iterable[str], cache: Path) -> Iterator[Document]:
             raise DataError(f"data source {name!r}", "has no text", "give a source with text, or leave this one out")
 
 
-def _pieces(text: str) -> tuple[str, ...]:
-    return (text,) if text else ()
-
-
 def source_files(name: str) -> list[tuple[str, Path]] | None:
     """Return (name, path) of the files of a source; None for an archive. Raises DataError if there are none."""
-    if name == "shakespeare":
+    if name in PACKAGES:
         return None
     return _stdlib_files() if name == "stdlib-code" else _matched_files(name)
 
@@ -127,12 +126,17 @@ def combined_sha256(digests: Mapping[str, str]) -> str:
 
 
 def _record(name: str, cache: Path) -> SourceRecord:
-    if name == "shakespeare":
-        archive = shakespeare.shakespeare_archive(cache)
-        return SourceRecord(name, shakespeare.VERSION, shakespeare.SHA256, archive.stat().st_size)
+    if (package := PACKAGES.get(name)) is not None:
+        return archive_record(package.archive, cache)
     if name == "stdlib-code":
         return _files_record(name, platform.python_version(), _stdlib_files())
     return _files_record(name, "local", _matched_files(name))
+
+
+def archive_record(archive: Archive, cache: Path) -> SourceRecord:
+    """Fetch an archive that is not in the cache folder yet, and return the record of its source. Raises DataError."""
+    fetch_archive(archive, cache)
+    return SourceRecord(archive.source, archive.version, archive.sha256, archive.bytes)
 
 
 def _files_record(name: str, version: str, files: Sequence[tuple[str, Path]]) -> SourceRecord:
@@ -171,6 +175,10 @@ def _matched_files(name: str) -> list[tuple[str, Path]]:
     files = local_files(name)
     if files:
         return files
+    if name in LABELED:
+        rule = "has labeled examples, which are not a text to model"
+        remedy = f"set task.kind=classification, or give a source of text: {listed(BUILT_IN)}, or local files"
+        raise DataError(f"data source {name!r}", rule, remedy)
     if URL.match(name):
         rule = "is a URL, which is not downloaded"
         raise DataError(f"data source {name!r}", rule, "download the file first, and give its path")

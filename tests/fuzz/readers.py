@@ -178,7 +178,8 @@ def read_shards(folder: Path) -> object:
 
 def read_documents(folder: Path) -> object:
     """Read all documents of the folder."""
-    return list(read_local(local_files(str(folder / "*.jsonl"))))
+    pattern = str(folder / "*.jsonl")
+    return list(read_local(pattern, local_files(pattern)))
 
 
 def read_environment(variables: dict[str, str], folder: Path) -> object:

@@ -135,7 +135,7 @@ def test_the_model_and_the_text_are_tried_before_a_process_starts(command: str, 
     message = one_line(result.stderr)
     for part in (
         "has the rope_type yarnn, which transformers does not know; did you mean yarn?",
-        f"data.sources={tmp_path}/none.txt is not stdlib-code or shakespeare and matches no .txt or .jsonl file; ",
+        f"data.sources={tmp_path}/none.txt is not stdlib-code, shakespeare or brown and matches no .txt or .jsonl file",
         "train.schedule_steps=1 is shorter than train.steps=20",
     ):
         assert part in message
@@ -225,7 +225,7 @@ def test_train_tries_the_model_and_the_text_first(tmp_path: Path) -> None:
     rope, text = "model.config.rope_parameters={factor: 4.0}", f"data.sources={tmp_path}/none.txt"
     done = worker(tmp_path, str(DEBUG), rope, text)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    for part in ("Unrecognized keys in `rope_parameters`", "none.txt is not stdlib-code or shakespeare"):
+    for part in ("Unrecognized keys in `rope_parameters`", "none.txt is not stdlib-code, shakespeare or brown"):
         assert part in done.stderr
 
 

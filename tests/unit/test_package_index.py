@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe import package_index
-from dist_moe.package_index import fetch_candidates, parse_options
+from dist_moe.package_index import IndexName, fetch_candidates, npm_registry, parse_options
 
 NAME, CONTENT = "thing-1.0.tar.gz", b"an archive"
 PASSWORD = "Basic " + base64.b64encode(b"user:secret word").decode()
@@ -30,7 +31,7 @@ class _Index(http.server.BaseHTTPRequestHandler):
             self._answer(200, links.encode())
         elif self.path == "/files/thing%2D1.0.tar.gz" and given == PASSWORD:
             self._answer(302, b"", f"http://localhost:{port}/far/{NAME}")
-        elif self.path == f"/far/{NAME}" and given is None:
+        elif self.path in (f"/far/{NAME}", f"/npm/thing/-/{NAME}") and given is None:
             self._answer(200, CONTENT)
         else:
             self._answer(404, b"")
@@ -64,10 +65,16 @@ def no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def _found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[tuple[str, bytes, str]]:
+def _found(
+    monkeypatch: pytest.MonkeyPatch, index: IndexName = "PyPI", **variables: str
+) -> list[tuple[str, bytes, str]]:
+    """Return place, content and fault of each candidate; no content where there is a fault."""
     for name, value in variables.items():
         monkeypatch.setenv(f"PIP_{name}", value)
-    return [tuple(each) for each in fetch_candidates("thing", NAME, len(CONTENT))]  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, NAME)
+        candidates = fetch_candidates("thing", NAME, len(CONTENT), target, index)
+        return [(place, b"" if fault else target.read_bytes(), fault) for place, fault in candidates]
 
 
 def test_a_file_is_read_by_the_link_of_an_index_and_its_password_shown_nowhere(
@@ -86,11 +93,28 @@ def test_a_folder_of_links_comes_before_an_index(monkeypatch: pytest.MonkeyPatch
         "EXTRA_INDEX_URL": f"file://{tmp_path}/simple",
         "FIND_LINKS": str(tmp_path),
     }
-    first, second, last = _found(monkeypatch, **variables)
+    first, second, last = _found(monkeypatch, "PyPI", **variables)
     # One byte more than the expected size shows that the file is another.
     assert first == (f"file://{tmp_path}", CONTENT + b"m", "")
     assert second == (f"file://{tmp_path}/simple/thing/", CONTENT + b"m", "")
     assert last == (f"http://{index}/thing/", b"", "HTTP Error 404: Not Found")
+
+
+def test_a_file_of_npm_is_read_from_its_registry(monkeypatch: pytest.MonkeyPatch, index: str) -> None:
+    registry = f"http://{index.removesuffix('simple')}npm"
+    monkeypatch.setenv("npm_config_registry", f"{registry}/")
+    assert _found(monkeypatch, "npm") == [(f"{registry}/thing/-/", CONTENT, "")]
+    assert _found(monkeypatch, "npm", NO_INDEX="1") == []
+
+
+def test_the_registry_of_npm_is_that_of_the_environment_or_else_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert npm_registry({}) == package_index.PUBLIC_NPM_REGISTRY
+    (tmp_path / ".npmrc").write_text("fund=false\nregistry = https://a/\n")
+    assert npm_registry({"NPM_CONFIG_REGISTRY": ""}) == "https://a/"
+    assert npm_registry({"NPM_CONFIG_REGISTRY": "https://b"}) == "https://b"
 
 
 def test_without_an_index_only_links_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ from pydantic import Field
 
 from dist_moe.section import OneOrMore, Section, UserPath
 
-BUILT_IN = ("stdlib-code", "shakespeare")
+BUILT_IN = ("stdlib-code", "shakespeare", "brown")
+"""Sources of text."""
+LABELED = ("rotten_tomatoes", "bbc_news", "vitaminc", "qnli_like")
+"""Sources of labeled examples."""
 
 
 class DataConfig(Section):
@@ -16,7 +19,8 @@ class DataConfig(Section):
         default_factory=lambda: ["stdlib-code"],
         min_length=1,
         description="the sources of text, each stdlib-code (the standard library of Python, no download), shakespeare, "
-        "or the path or glob of .txt or .jsonl files; one of them needs no list",
+        "brown (American English of 1961, in four domains), or the path or glob of .txt or .jsonl files; one of them "
+        "needs no list",
     )
     sequence_length: int = Field(ge=2, description="the tokens of a sequence (2 or more)")
     tokenizer: Literal["bytes", "bpe", "pretrained"] = Field(

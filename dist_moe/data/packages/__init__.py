@@ -1,0 +1,1 @@
+"""Sources of text that are packages of an index: one file each, and how an archive is fetched."""

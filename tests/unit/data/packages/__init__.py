@@ -1,0 +1,1 @@
+"""Sources of text that are packages of an index."""
