@@ -1,6 +1,6 @@
 """Compares the configuration of a run with that of the checkpoint that it resumes from, field by field."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -8,6 +8,7 @@ from pydantic import Field
 
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.config import Config, load_stored_config
+from dist_moe.config.differences import differences
 from dist_moe.errors import ABSENT, Absent, UserError
 from dist_moe.text import listed, shown
 
@@ -66,21 +67,12 @@ def find_changes(config: Config, folder: Path) -> list[Change]:
     except UserError as error:
         raise CheckpointError(f"{folder / 'config.yaml'} cannot be used ({error})") from None
     now = config.model_dump(mode="json")
-    changes = [change for change in _compare("", before, now) if not change.is_of(PLACE_FIELDS)]
+    found = (Change(*difference) for difference in differences(before, now))
+    changes = [change for change in found if not change.is_of(PLACE_FIELDS)]
     pretrained = (before["model"]["pretrained"], now["model"]["pretrained"])
     if (pretrained[0] is None) != (pretrained[1] is None):
         changes.append(Change("model.pretrained", *pretrained))
     return changes
-
-
-def _compare(path: str, before: Any, now: Any) -> Iterator[Change]:
-    """Yield each value that differs, below mappings."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        if before != now:
-            yield Change(path, before, now)
-        return
-    for key in [*before, *(key for key in now if key not in before)]:
-        yield from _compare(f"{path}.{key}" if path else str(key), before.get(key, ABSENT), now.get(key, ABSENT))
 
 
 def defines_run(change: Change) -> bool:

@@ -155,8 +155,7 @@ class Report:
             started_s: When this rank began the step, by the clock of this report.
         """
         self._since_s = started_s if self._since_s is None else self._since_s
-        self._steps += 1
-        self._done = step
+        self._steps, self._done = self._steps + 1, step
         self._skipped_steps += not record.taken
         self._advance(step)
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
