@@ -15,8 +15,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from dist_moe.errors import needs_folder, reason_of
 from dist_moe.observe.evaluation import EvaluationMetrics
-from dist_moe.observe.heatmap import draw_load
 from dist_moe.observe.metrics import StepMetrics
+from dist_moe.observe.pictures.load import draw_load
 
 PROBE_BYTES = 1 << 16
 _VALIDATION_TAGS = ("validation/loss", "validation/bits_per_byte", "validation/max_vio_global")
@@ -254,7 +254,7 @@ def _layers(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def _image(tag: str, load: Sequence[Sequence[int]]) -> Summary.Value:
     """Return the heat map of a load, as a PNG that is quick to make rather than small."""
-    pixels, png = draw_load(load), io.BytesIO()
+    pixels, png = draw_load(load).pixels, io.BytesIO()
     Image.fromarray(pixels).save(png, format="PNG", compress_level=1)
     height, width, channels = pixels.shape
     encoded = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())

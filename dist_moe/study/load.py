@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from dist_moe.errors import UserError, needs_folder, reason_of
-from dist_moe.observe.heatmap import MAX_RATIO, colors
+from dist_moe.observe.pictures.scale import ABOVE_RGB, NO_TOKENS_RGB, TICKS, position, scale_colors
 from dist_moe.text import listed
 from dist_moe.untrusted import parse_json, read_json, read_text
 
@@ -180,14 +180,14 @@ def draw_load_figure(
         axes.yaxis.label.set_color(text)
     curves.set_title("MaxVio = largest load / mean load - 1, mean over layers", fontsize=11, loc="left", color=text)
     _draw_curves(curves, histories, text, grid)
-    scale = LinearSegmentedColormap.from_list("load", colors(np.linspace(0.0, MAX_RATIO, 256)) / 255.0)
-    color_map = scale.with_extremes(bad="black")
+    color_map = load_color_map()
     for axes, history in zip(maps, histories, strict=True):
         title = f"{history.label}: load of each expert of MoE layer {layer}"
         axes.set_title(title, fontsize=11, loc="left", color=text)
         _draw_experts(axes, history, layer, color_map)
     maps[-1].set_xlabel("step", fontsize=11)
-    bar = figure.colorbar(maps[0].collections[0], ax=maps, extend="max", ticks=[0, 1, 2], pad=0.01)
+    bar = figure.colorbar(maps[0].collections[0], ax=maps, extend="max", ticks=position(np.array(TICKS)), pad=0.01)
+    bar.ax.set_yticklabels([f"{tick:g}" for tick in TICKS])
     # One line is longer than one heat map is high.
     between = "\n" if len(maps) == 1 else " "
     bar.set_label(f"load / mean{between}(black: no tokens)", color=text, fontsize=10)
@@ -196,6 +196,13 @@ def draw_load_figure(
     with needs_folder(path, "--out", "file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, facecolor=background, format="png")
+
+
+def load_color_map() -> Colormap:
+    """Return the colors of `position(load / mean load)` from 0 to 1, with those of no tokens and of loads above."""
+    stops = scale_colors(np.linspace(0.0, 1.0, 256)) / 255.0
+    over, bad = (f"#{bytes(color).hex()}" for color in (ABOVE_RGB, NO_TOKENS_RGB))
+    return LinearSegmentedColormap.from_list("load", stops).with_extremes(over=over, bad=bad)
 
 
 def _draw_curves(axes: Axes, histories: Sequence[LoadHistory], text: str, grid: str) -> None:
@@ -221,9 +228,8 @@ def _draw_experts(axes: Axes, history: LoadHistory, layer: int, color_map: Color
     middles = (steps[1:] + steps[:-1]) / 2
     edges = np.concatenate([[steps[0] - 0.5], middles, [steps[-1] + 0.5]])
     experts = np.arange(load_SE.shape[1] + 1) - 0.5
-    axes.pcolormesh(
-        edges, experts, np.ma.masked_where(load_SE == 0, ratio_SE).T, cmap=color_map, vmin=0, vmax=MAX_RATIO
-    )
+    places_SE = np.ma.masked_where(load_SE == 0, position(ratio_SE))
+    axes.pcolormesh(edges, experts, places_SE.T, cmap=color_map, vmin=0, vmax=1)
     axes.invert_yaxis()
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_ylabel("expert", fontsize=11)

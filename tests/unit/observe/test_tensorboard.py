@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dist_moe.observe.heatmap import draw_load
+from dist_moe.observe.pictures.load import draw_load
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from tests.unit.observe.samples import UNEVEN, VARYING, evaluation_sample, step_sample
 
@@ -146,7 +146,7 @@ def test_the_heat_maps_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) 
         (image,) = events.Images(tag)
         assert image.step == step
         pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
-        assert np.array_equal(pixels, draw_load(UNEVEN))
+        assert np.array_equal(pixels, draw_load(UNEVEN).pixels)
 
 
 def test_hyperparameters_are_in_the_event_file_of_the_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from dist_moe.cli import main as cli
 from dist_moe.errors import UserError
+from dist_moe.observe.pictures.scale import colors
 from dist_moe.observe.record import RunRecorder
 from dist_moe.study.load import THEMES, draw_load_figure, least_balanced_layer, read_histories
 from tests.unit.observe.samples import evaluation_sample, step_sample
@@ -53,6 +54,19 @@ def test_the_command_draws_both_themes(tmp_path: Path, options: tuple[str, ...])
     background = THEMES["dark" if options else "light"][0]
     assert "#" + bytes(pixels[0, 0].tolist()).hex() == background
     assert pixels.shape[1] == 1800, "twice the width of a README, for screens of high resolution"
+
+
+def test_an_expert_of_five_times_the_mean_is_told_from_one_of_twice_the_mean(tmp_path: Path) -> None:
+    for most in (2, 5, 6):
+        folder = tmp_path / str(most)
+        with RunRecorder(folder) as recorder:
+            for step in (1, 10):
+                recorder.write(step_sample(step=step, loads=([most * 7, *[8 - most] * 7],)).as_dict())
+        draw_load_figure(folder / "load.png", read_histories([folder]))
+        with Image.open(folder / "load.png") as image:
+            shown = [color for count, color in image.convert("RGB").getcolors(1 << 24) or [] if count > 2000]
+        expected = colors(np.array(float(most)))
+        assert any(np.abs(np.array(color, dtype=int) - expected).max() <= 2 for color in shown)
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3])
