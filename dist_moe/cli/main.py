@@ -11,9 +11,9 @@ from dist_moe.cli.checkpoint import checkpoint_app
 from dist_moe.cli.config import print_config
 from dist_moe.cli.data import data_app
 from dist_moe.cli.doctor import doctor
-from dist_moe.cli.evaluate import evaluate, generate
 from dist_moe.cli.messages import report_lost_output, set_up_terminal
 from dist_moe.cli.options import Verbose
+from dist_moe.cli.results import compare, evaluate, generate, report
 from dist_moe.cli.run import launch, train
 from dist_moe.cli.study import study_app
 from dist_moe.status import open_closed_streams, write_any_character
@@ -24,6 +24,8 @@ app.command()(train)
 app.command()(doctor)
 app.command()(evaluate)
 app.command()(generate)
+app.command()(report)
+app.command()(compare)
 app.command("config")(print_config)
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")

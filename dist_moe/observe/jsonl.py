@@ -44,7 +44,8 @@ class LineFile:
             removed = not self.path.exists()
             if removed or self._lost:
                 self.create()
-            self._append(line.encode() + b"\n")
+            # A name of a file that is not UTF-8 has half of surrogate pairs, which JSON can hold as escapes.
+            self._append(line.encode(errors="backslashreplace") + b"\n")
         except OSError as error:
             if not self._lost:
                 reason = reason_of(error)

@@ -147,3 +147,9 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch
     assert source_state(tracked) == {"commit": commit, "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert source_state(tracked) == {"commit": None, "dirty": None}, "a machine without git"
+
+
+def test_a_name_that_is_not_utf8_is_written_as_an_escape(tmp_path: Path) -> None:
+    with RunRecorder(tmp_path) as recorder:
+        recorder.event("warning", 1, text="a\udc80b")
+    assert json.loads((tmp_path / "events.jsonl").read_text())["text"] == "a\udc80b"

@@ -1,4 +1,4 @@
-"""The commands that use the model of a checkpoint."""
+"""The commands that use what a run has left: the model of its checkpoint, and its records."""
 
 import json
 import math
@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from dist_moe.cli.messages import report_user_errors
-from dist_moe.cli.options import CheckpointFolder, Verbose
+from dist_moe.cli.options import CheckpointFolder, Verbose, path_argument, path_option
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values of the evaluation, such as data.sources=my.txt."),
 ]
+RunFolders = Annotated[list[Path], path_argument("RUN_DIR...", "Folders of runs; a run may still be in progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 LARGEST_SEED = 2**32 - 1
 COLDEST, HOTTEST = 0.01, 100.0
 """Temperatures other than 0 by which logits in fp32 can be divided without an overflow, or losing their order."""
@@ -35,7 +38,7 @@ def temperature_of(text: str | float) -> float:
 def evaluate(
     checkpoint: CheckpointFolder,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Evaluate a model, with its tokenizer, on its validation text, or on any text by data.sources=[my.txt]."""
@@ -74,3 +77,38 @@ def generate(
     print(made.text)
     if made.cut_short:
         print(made.cut_short, file=sys.stderr)
+
+
+def report(
+    run_dirs: RunFolders,
+    out: Annotated[Path, path_option("FILE", "HTML file to write; replaced if it exists.")] = Path("report.html"),
+) -> None:
+    """Write one page about a run, or a comparison of up to 8: loss, load, speed, configuration. It opens offline."""
+    from dist_moe.observe.report.page import write_page
+    from dist_moe.observe.report.runs import read_runs
+    from dist_moe.text import format_bytes
+
+    with report_user_errors():
+        runs = read_runs(run_dirs)
+        size = write_page(out, runs)
+    for run in runs:
+        sys.stderr.writelines(f"warning: {run.name}: {problem}\n" for problem in run.problems)
+    Console().print(f"Report: {out} ({format_bytes(size)})", markup=False, highlight=False, soft_wrap=True)
+
+
+def compare(run_dirs: RunFolders, as_json: AsJson = False) -> None:
+    """Compare the results and the configurations of two or more runs, and say what is not comparable."""
+    from dist_moe.errors import UserError
+    from dist_moe.observe.report.runs import read_runs
+    from dist_moe.observe.report.terminal import comparison, comparison_values
+
+    with report_user_errors():
+        if len(run_dirs) < 2:
+            raise UserError(f"{run_dirs[0]} is one run; name two or more to compare, or use dist-moe report for one")
+        runs = read_runs(run_dirs)
+    if as_json:
+        print(json.dumps(comparison_values(runs)))
+        return
+    console = Console()
+    for part in comparison(runs):
+        console.print(part)
