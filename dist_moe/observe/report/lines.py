@@ -256,21 +256,18 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path, faults: _Faults) -> Iterator[tuple[int, int, str]]:
-    """Yield the number, the offset and the text of each whole line."""
+    """Yield the number, the offset and the text of each whole line. The last one may be in progress."""
     number = offset = 0
     with _open(path) as file:
-        while line := file.readline(LARGEST_LINE):
+        while (line := file.readline(LARGEST_LINE)).endswith(b"\n"):
             number += 1
-            begin, offset = offset, offset + len(line)
-            if not line.endswith(b"\n"):
-                if len(line) == LARGEST_LINE:
-                    faults.add(number, f"is longer than {LARGEST_LINE:,} bytes, where the report ends")
-                # A run in progress may have written a part of its last line.
-                return
             try:
-                yield number, begin, line.decode()
+                yield number, offset, line.decode()
             except UnicodeDecodeError:
                 faults.add(number, "is not UTF-8")
+            offset += len(line)
+    if len(line) == LARGEST_LINE:
+        faults.add(number + 1, f"is longer than {LARGEST_LINE:,} bytes, where the report ends")
 
 
 def _fault_of(error: Exception) -> str:

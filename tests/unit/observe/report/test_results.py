@@ -19,7 +19,7 @@ from tests.unit.observe.samples import step_sample
 
 
 def results_of(*runs: RunData) -> dict[str, list[tuple[float | None, float | None]]]:
-    return {row.measure.key: [tuple(result) for result in row.results] for row in result_rows(runs)}
+    return {row.measure.key: [(value, floor) for value, floor in row.results] for row in result_rows(runs)}
 
 
 def shown(*folders: Path, width: int = 100) -> str:
