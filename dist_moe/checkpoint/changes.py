@@ -12,22 +12,25 @@ from dist_moe.config.differences import differences
 from dist_moe.errors import ABSENT, Absent, UserError
 from dist_moe.text import listed, shown
 
-# A config that differs in one of these fields is that of another run; every other field may change on resume. The path
-# of model.pretrained is not among them: the folder may be moved, and model.config already describes its model.
+# A config that differs in one of these fields is that of another run; every other field may change on resume. The paths
+# of WEIGHTS_FIELDS are not among them: the folder may be moved, and model.config already describes its model.
 RUN_IDENTITY_FIELDS = (
     "run.seed",
     "model.architecture",
     "model.config",
+    *(f"model.upcycle_{name}" for name in ("experts", "every", "layers", "noise", "router_std")),
     "router",
     "data",
     "train.global_batch_size",
     "train.optimizer",
+    "train.frozen_layers",
     "balance.policy",
 )
+WEIGHTS_FIELDS = ("model.pretrained", "model.upcycle_from")
 # Of these, a checkpoint that is given by path may differ in: its weights, moments and tokens keep their meaning.
 OPEN_FIELDS = ("run.seed", "train.global_batch_size", "data.sequence_length")
 # Where and how a job runs, which is not worth a line.
-PLACE_FIELDS = ("run.dir", "checkpoint.resume", "model.pretrained", "cluster", "slurm", "kubernetes")
+PLACE_FIELDS = ("run.dir", "checkpoint.resume", *WEIGHTS_FIELDS, "cluster", "slurm", "kubernetes")
 
 
 Value = Annotated[Absent | Any, Field(union_mode="left_to_right")]
@@ -69,15 +72,17 @@ def find_changes(config: Config, folder: Path) -> list[Change]:
     now = config.model_dump(mode="json")
     found = (Change(*difference) for difference in differences(before, now))
     changes = [change for change in found if not change.is_of(PLACE_FIELDS)]
-    pretrained = (before["model"]["pretrained"], now["model"]["pretrained"])
-    if (pretrained[0] is None) != (pretrained[1] is None):
-        changes.append(Change("model.pretrained", *pretrained))
+    for field in WEIGHTS_FIELDS:
+        name = field.removeprefix("model.")
+        values = (before["model"][name], now["model"][name])
+        if (values[0] is None) != (values[1] is None):
+            changes.append(Change(field, *values))
     return changes
 
 
 def defines_run(change: Change) -> bool:
     """Whether a run with this change is another one."""
-    return change.is_of(RUN_IDENTITY_FIELDS) or change.key == "model.pretrained"
+    return change.is_of(RUN_IDENTITY_FIELDS) or change.key in WEIGHTS_FIELDS
 
 
 def refusal(folder: Path, changes: Iterable[Change]) -> str:

@@ -15,13 +15,14 @@ from dist_moe.config.checks.trial_model import (
     expected_types,
     trial_violations,
 )
+from dist_moe.config.checks.upcycling import task_violations, upcycled_arguments, upcycling_violations
 from dist_moe.config.model_checks import (
     shape_violations,
     size_violations,
     unsupported_notices,
     unsupported_violations,
 )
-from dist_moe.config.pretrained import agreement, stated_model
+from dist_moe.config.pretrained import UPCYCLE_KEY, agreement, stated_model, weights_source
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.model import ModelConfig
 from dist_moe.config.sections.router import RouterConfig
@@ -103,8 +104,12 @@ def _read(config: Config) -> Reading:
     family = family_of(config.model.architecture)
     cls: Any = CONFIG_MAPPING[family.architecture]
     known = _known_keys(cls, family)
-    stated, violations, file_notices = stated_model(config, cls, known)
+    stated, violations, file_notices, stated_score = stated_model(config, cls, known)
     violations = [*violations, *agreement(config, stated)]
+    violations += upcycling_violations(config, family, {**stated, **config.model.config})
+    violations += task_violations(config, family)
+    if family.feed_forward is not None and not stated:
+        return Reading(None, None, violations)
     if not config.model.config and not stated:
         if not violations:
             rule = f"give {ModelConfig.model_fields['config'].description}, or set model.pretrained"
@@ -114,6 +119,8 @@ def _read(config: Config) -> Reading:
     config = config.model_copy(update={"model": model})
     violations += _key_violations(config, cls, known)
     arguments = {key: value for key, value in model.config.items() if key in known}
+    if weights_source(model).key == UPCYCLE_KEY and family.feed_forward is not None:
+        arguments |= upcycled_arguments(config, arguments.get("num_hidden_layers"))
     fields = routing_fields(family)
     if config.router.selection == "threshold":
         # The family's values are for K experts. Null means the paper's: the probabilities themselves.
@@ -142,7 +149,7 @@ def _read(config: Config) -> Reading:
     if routing := _routing_violations(config, experts, filled):
         return Reading(None, experts, [*violations, *routing], arguments)
     written = {field: filled[name] for name, field in fields.items() if field is not None}
-    filled["score"] = config.router.score or family.score
+    filled["score"] = config.router.score or stated_score or family.score
     if config.router.selection == "threshold":
         filled["max_experts"] = config.router.max_experts or experts
     router = config.router.model_copy(update=filled)

@@ -1,13 +1,13 @@
 """What the Hugging Face config classes accept although the model cannot run with it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_moe.config.schema import Config
 from dist_moe.errors import Violation
 from dist_moe.families.registry import family_of
-from dist_moe.text import counted, shown
+from dist_moe.text import counted, shown, up_to
 
 POSITIVE_EVERYWHERE = (
     "vocab_size",
@@ -23,6 +23,9 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "initializer_range": (lambda value: 0 < value < math.inf, "above 0"),
     "rms_norm_eps": (lambda value: 0 < value < math.inf, "above 0"),
     "attention_dropout": (lambda value: 0 <= value < 1, "0 to below 1"),
+    "hidden_dropout_prob": (lambda value: 0 <= value < 1, "0 to below 1"),
+    "attention_probs_dropout_prob": (lambda value: 0 <= value < 1, "0 to below 1"),
+    "layer_norm_eps": (lambda value: 0 < value < math.inf, "above 0"),
 }
 # Key -> the largest value, for those whose integers may be larger, or have to be smaller, than the others'. Each bound
 # is beyond any model that exists, and keeps the time of the check below seconds.
@@ -49,6 +52,8 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
     violations = _ranges(settings)
     sizes = len(violations)
     for key in (*POSITIVE_EVERYWHERE, *family.positive_keys):
+        if family.feed_forward is not None and key == "moe_intermediate_size":
+            continue  # its experts have the intermediate_size
         value = getattr(settings, key)
         if value is None or value < 1:
             violations.append(Violation(f"model.config.{key}", value, "is not positive", "give 1 or more"))
@@ -59,6 +64,7 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
         key, remedy = family.layers_remedy(settings)
         rule = f"leaves no MoE layer among the {counted(settings.num_hidden_layers, 'layer')}"
         violations.append(Violation(f"model.config.{key}", getattr(settings, key), rule, remedy))
+    violations += _frozen(config, family.moe_layers(settings))
     return [*violations, *_widths(config, settings), *_length(config, settings)]
 
 
@@ -114,12 +120,21 @@ def _ranges(settings: Any) -> list[Violation]:
     ]
 
 
+def _frozen(config: Config, moe_layers: Sequence[int]) -> list[Violation]:
+    frozen = config.train.frozen_layers
+    if not moe_layers or frozen <= max(moe_layers):
+        return []
+    rule = f"leaves no MoE layer to train: the last one is layer {max(moe_layers)}, counted from 0"
+    return [Violation("train.frozen_layers", frozen, rule, f"use {up_to(max(moe_layers), first=0)}")]
+
+
 def _widths(config: Config, settings: Any) -> list[Violation]:
     from transformers.activations import ACT2FN
 
     violations = []
     multiple = ROW_BYTES // (4 if config.train.precision == "fp32" else 2)
-    for key in ("hidden_size", "moe_intermediate_size"):
+    dense = family_of(config.model.architecture).feed_forward is not None
+    for key in ("hidden_size", "intermediate_size" if dense else "moe_intermediate_size"):
         if (width := getattr(settings, key)) % multiple:
             rule = f"is not a multiple of {multiple} (rows of experts start every {ROW_BYTES} bytes)"
             near = multiple * max(1, round(width / multiple))

@@ -1,4 +1,4 @@
-"""The Hugging Face folder of model.pretrained: where it is, and the model that its config.json describes."""
+"""The Hugging Face folder of model.pretrained or model.upcycle_from: where it is, and the model that it describes."""
 
 import contextlib
 import dataclasses
@@ -14,10 +14,13 @@ from dist_moe.config.deepspeed_keys.entries import same
 from dist_moe.config.renamed_keys import load_stored_config
 from dist_moe.config.schema import Config
 from dist_moe.config.sections.checkpoint import CheckpointConfig
+from dist_moe.config.sections.model import ModelConfig
 from dist_moe.config.sections.run import RunConfig
 from dist_moe.errors import ConfigError, Violation, reason_of
+from dist_moe.families.built_in import BUILT_IN
+from dist_moe.families.dense import DENSE
 from dist_moe.families.record import Family
-from dist_moe.families.registry import FAMILIES
+from dist_moe.families.registry import ARCHITECTURES, FAMILIES
 from dist_moe.files import UNSEEN_REMEDY, entries, why_unseen
 from dist_moe.section import expand_home
 from dist_moe.text import listed, nearest, shown
@@ -26,6 +29,7 @@ from dist_moe.untrusted import printable, read_json
 OWN_PREFIX = "dist_moe_"
 """Prefix of the model_type of a weights folder whose routing the architecture cannot express."""
 SETTINGS = "config.json"
+PRETRAINED_KEY, UPCYCLE_KEY = "model.pretrained", "model.upcycle_from"
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
 BASE_KEYS = (
     *("model_type", "torch_dtype", "dtype", "auto_map", "name_or_path", "_name_or_path", "_commit_hash", "num_labels"),
@@ -39,11 +43,54 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A name on the Hugging Face Hub, `owner/model` or `model`; a relative path may be spelled the same."""
 
 
+class WeightsSource(NamedTuple):
+    """Where the weights of a run start from.
+
+    Attributes:
+        key: `model.pretrained` or `model.upcycle_from`.
+        value: A folder, or the name of a built-in model; None: the weights are drawn at random.
+    """
+
+    key: str
+    value: str | None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder; None where there is none, or the model is built in."""
+        return None if self.value is None or self.value in self.built_in else Path(self.value)
+
+    @property
+    def built_in(self) -> Mapping[str, Any]:
+        """The built-in models that the key can name."""
+        return BUILT_IN if self.key == UPCYCLE_KEY else {}
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the content of its config.json. Raises OSError or ValueError."""
+        assert self.value is not None
+        if self.value in self.built_in:
+            return dict(BUILT_IN[self.value].config)
+        return read_json(Path(expand_home(self.value)) / SETTINGS, follow=True)
+
+    def exists(self) -> bool:
+        """Whether there is such a folder, or built-in model."""
+        return self.value is not None and (self.value in self.built_in or is_model_folder(Path(self.value)))
+
+
+def weights_source(model: ModelConfig) -> WeightsSource:
+    """Return what `model` names; model.upcycle_from where it has both, which is refused."""
+    upcycled = model.upcycle_from is not None
+    return WeightsSource(*((UPCYCLE_KEY, model.upcycle_from) if upcycled else (PRETRAINED_KEY, model.pretrained)))
+
+
 def tokenizer_folder(config: Config) -> Path | None:
-    """The folder with the tokenizer of data.tokenizer=pretrained; without model.pretrained's, that of a checkpoint."""
-    if config.data.tokenizer != "pretrained" or config.model.pretrained is None:
+    """The folder with the tokenizer of data.tokenizer=pretrained; if it is gone, that of a checkpoint.
+
+    None where another tokenizer is used, or that of a built-in model.
+    """
+    folder = weights_source(config.model).folder
+    if config.data.tokenizer != "pretrained" or folder is None:
         return None
-    folder, checkpoint = Path(config.model.pretrained), next(own_checkpoints(config), None)
+    checkpoint = next(own_checkpoints(config), None)
     return folder if is_model_folder(folder) or checkpoint is None else checkpoint / "model"
 
 
@@ -55,15 +102,16 @@ def text_vocabulary(config: Config) -> int:
     """
     if config.data.tokenizer != "pretrained":
         return config.data.vocabulary
-    size, folder = config.model.config.get("vocab_size"), config.model.pretrained
-    if size is None and folder is not None:
+    size, source = config.model.config.get("vocab_size"), weights_source(config.model)
+    if size is None and source.value is not None:
         # The configuration is not resolved, as that of a checkpoint with overrides.
         try:
-            size = read_json(Path(folder) / SETTINGS, follow=True).get("vocab_size")
+            size = source.read_settings().get("vocab_size")
         except (OSError, ValueError) as error:
-            raise ConfigError([unreadable(folder, error)]) from None
+            raise ConfigError([unreadable(source, error)]) from None
     if type(size) is not int:
-        rule = "needs the folder of a model" if folder is None else f"needs a vocab_size in the {SETTINGS} of {folder}"
+        named = source.value
+        rule = "needs the folder of a model" if named is None else f"needs a vocab_size in the {SETTINGS} of {named}"
         remedy = "set model.pretrained to the folder of a Hugging Face model, or use bytes or bpe"
         raise ConfigError([Violation("data.tokenizer", "pretrained", rule, remedy)])
     return size
@@ -99,15 +147,17 @@ class Stated(NamedTuple):
         keys: Every known key as a plain value.
         violations: What is wrong.
         notices: What is not used, one line each.
+        score: The gate function of an upcycled model, whose architecture has none; None: that of the family.
     """
 
     keys: dict[str, Any]
     violations: list[Violation]
     notices: tuple[str, ...] = ()
+    score: Any = None
 
 
 def stated_model(config: Config, cls: Any, known: set[str]) -> Stated:
-    """Read the keys of the model from the folder of model.pretrained.
+    """Read the keys of the model from the folder of model.pretrained, or of the dense one of model.upcycle_from.
 
     If the folder does not exist any more and the run may resume from a checkpoint, they are read from that.
 
@@ -116,37 +166,43 @@ def stated_model(config: Config, cls: Any, known: set[str]) -> Stated:
         cls: The Hugging Face config class.
         known: Its keys that define the model.
     """
-    if config.model.pretrained is None:
+    source = weights_source(config.model)
+    if source.value is None:
         return Stated({}, [])
-    folder = Path(config.model.pretrained)
-    if is_model_folder(folder):
-        return _stated(folder, config.model.architecture, cls, known)
+    if source.exists():
+        return _stated(source, config, cls, known)
     for checkpoint in own_checkpoints(config):
         try:
             previous = load_stored_config(checkpoint / "config.yaml").model
         except ConfigError:
             continue
-        if previous.pretrained is not None and previous.architecture == config.model.architecture:
+        before = weights_source(previous)
+        same_key = before.key == source.key and before.value is not None
+        if same_key and previous.architecture == config.model.architecture:
             return Stated(previous.config, [])
-    return Stated({}, [_no_folder(config.model.pretrained)])
+    return Stated({}, [_no_folder(source)])
 
 
 def fill_architecture(settings: Mapping[Any, Any]) -> None:
-    """Write model.architecture into nested settings that leave it out, in place, from model.pretrained.
+    """Write model.architecture into nested settings that leave it out, in place, from the folder of the weights.
 
     It is read from the folder or, where that is gone, from a checkpoint that the run may resume from. Where neither
     has a known one, any is written: `stated_model` refuses the folder.
     """
     model = settings.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("pretrained"), str) or model.get("architecture"):
+    if not isinstance(model, dict) or model.get("architecture"):
         return
-    model["architecture"] = next((each for each in _architectures(settings) if each in FAMILIES), next(iter(FAMILIES)))
+    given = (WeightsSource(f"model.{name}", model.get(name)) for name in ("upcycle_from", "pretrained"))
+    source = next((each for each in given if isinstance(each.value, str)), None)
+    if source is None:
+        return
+    known = (each for each in _architectures(settings, source) if each in ARCHITECTURES)
+    model["architecture"] = next(known, next(iter(DENSE if source.key == UPCYCLE_KEY else FAMILIES)))
 
 
-def _architectures(settings: Mapping[Any, Any]) -> Iterator[str]:
+def _architectures(settings: Mapping[Any, Any], source: WeightsSource) -> Iterator[str]:
     try:
-        found = read_json(Path(expand_home(settings["model"]["pretrained"])) / SETTINGS, follow=True).get("model_type")
-        yield str(found).removeprefix(OWN_PREFIX)
+        yield str(source.read_settings().get("model_type")).removeprefix(OWN_PREFIX)
         return
     except (OSError, ValueError):
         pass
@@ -162,50 +218,72 @@ def _architectures(settings: Mapping[Any, Any]) -> Iterator[str]:
             yield load_stored_config(checkpoint / "config.yaml").model.architecture
 
 
-def _no_folder(pretrained: str) -> Violation:
+def _no_folder(source: WeightsSource) -> Violation:
     """Return why a value is not the folder of a model."""
-    folder, supported = Path(pretrained), listed(FAMILIES)
+    key, given = source.key, str(source.value)
+    folder, supported = Path(given), listed(DENSE if key == UPCYCLE_KEY else FAMILIES)
     if reason := why_unseen(folder / SETTINGS):
-        return Violation("model.pretrained", pretrained, reason, UNSEEN_REMEDY)
-    if not folder.exists() and HUB_NAME.fullmatch(pretrained):
+        return Violation(key, given, reason, UNSEEN_REMEDY)
+    if not folder.exists() and HUB_NAME.fullmatch(given):
         rule = "is no folder here, and models are not fetched from the Hugging Face Hub"
-        name = pretrained.rpartition("/")[2]
-        remedy = f"fetch it with `hf download {pretrained} --local-dir {name}`, and set model.pretrained={name}"
-        return Violation("model.pretrained", pretrained, rule, remedy)
+        name = given.rpartition("/")[2]
+        remedy = f"fetch it with `hf download {given} --local-dir {name}`, and set {key}={name}"
+        if source.built_in:
+            remedy += f", or use a built-in model: {listed(source.built_in)}"
+        return Violation(key, given, rule, remedy)
     missing = f"has no {SETTINGS}" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
     rule = f"{missing}, and the run has no checkpoint that holds its keys"
     remedy = f"give the folder of a Hugging Face model ({supported}), which every host can read"
-    return Violation("model.pretrained", pretrained, rule, remedy)
+    return Violation(key, given, rule, remedy)
 
 
-def unreadable(folder: str, error: Exception) -> Violation:
+def unreadable(source: WeightsSource, error: Exception) -> Violation:
     """Return the violation of a folder whose config.json cannot be read."""
     rule = f"has a {SETTINGS} that cannot be read ({reason_of(error)})"
-    return Violation("model.pretrained", folder, rule, "give another folder")
+    return Violation(source.key, source.value, rule, "give another folder")
 
 
-def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> Stated:
+def _unusable_type(source: WeightsSource, model_type: Any, architecture: str) -> tuple[str, str] | None:
+    """Return why a model of this type cannot be used, and what to do; None if it can."""
+    upcycled, name = source.key == UPCYCLE_KEY, str(model_type)
+    supported = DENSE if upcycled else FAMILIES
+    if model_type is not None and not isinstance(model_type, str):
+        return f"has the model_type {shown(model_type)}, which is not a text", "correct its config.json"
+    if name.startswith(OWN_PREFIX) and (upcycled or name.removeprefix(OWN_PREFIX) not in DENSE):
+        if upcycled and name.removeprefix(OWN_PREFIX) in ARCHITECTURES:
+            return "holds an MoE model, which has experts already", f"use model.pretrained={source.value}"
+        rule = f"has routing that {name.removeprefix(OWN_PREFIX)} cannot express"
+        return rule, "resume from its checkpoint, with checkpoint.resume=PATH/step-NNNNNN"
+    if upcycled and name in FAMILIES:
+        return f"holds a {name}, which has experts already", f"use model.pretrained={source.value}"
+    if not upcycled and name in DENSE:
+        remedy = f"make an MoE model of it with {UPCYCLE_KEY}={source.value}, or give the folder of an MoE model"
+        return f"holds a {name}, which is dense", remedy
+    if name.removeprefix(OWN_PREFIX) not in ARCHITECTURES:
+        rule = f"holds a {name}, which is not supported" if model_type else "does not say its model_type"
+        return rule, f"give the folder of a {listed(supported)} model, or add the family (docs/extending.md)"
+    if name.removeprefix(OWN_PREFIX) != architecture:
+        remedy = f"set model.architecture to it, or leave that out, or give the folder of a {architecture}"
+        return f"holds a {name}", remedy
+    return None
+
+
+def _stated(source: WeightsSource, config: Config, cls: Any, known: set[str]) -> Stated:
+    architecture = config.model.architecture
+
     def refuse(rule: str, remedy: str) -> Stated:
-        return Stated({}, [Violation("model.pretrained", str(folder), rule, remedy)])
+        return Stated({}, [Violation(source.key, source.value, rule, remedy)])
 
     try:
-        raw = read_json(folder / SETTINGS, follow=True)
+        raw = source.read_settings()
     except (OSError, ValueError) as error:
-        return Stated({}, [unreadable(str(folder), error)])
-    model_type = raw.get("model_type")
-    if model_type is not None and not isinstance(model_type, str):
-        return refuse(f"has the model_type {shown(model_type)}, which is not a text", "correct its config.json")
-    if model_type is not None and model_type.startswith(OWN_PREFIX):
-        rule = f"has routing that {model_type.removeprefix(OWN_PREFIX)} cannot express"
-        return refuse(rule, "resume from its checkpoint, with checkpoint.resume=PATH/step-NNNNNN")
-    if model_type not in FAMILIES:
-        rule = f"holds a {model_type}, which is not supported" if model_type else "does not say its model_type"
-        return refuse(rule, f"give the folder of a {listed(FAMILIES)} model, or add the family (docs/extending.md)")
-    if model_type != architecture:
-        remedy = f"set model.architecture to it, or leave that out, or give the folder of a {architecture}"
-        return refuse(f"holds a {model_type}", remedy)
+        return Stated({}, [unreadable(source, error)])
+    if refused := _unusable_type(source, raw.get("model_type"), architecture):
+        return refuse(*refused)
     if raw.get("quantization_config") is not None:
         return refuse("is quantized", "give its weights in bf16 or fp32")
+    routing = raw.pop("dist_moe", {})
+    raw["model_type"] = architecture
     try:
         settings = cls.from_dict(raw)
         stated = {key: getattr(settings, key) for key in sorted(known) if hasattr(settings, key)}
@@ -217,21 +295,41 @@ def _stated(folder: Path, architecture: str, cls: Any, known: set[str]) -> State
             rule = f"has {name}={shown(raw.get(name))} in its {SETTINGS}, which should be {expected}"
             return refuse(rule, f"correct its {SETTINGS}, or give another folder")
         return refuse(f"is refused by {cls.__name__} ({reason})", "give another folder")
-    violations = _file_violations(folder, raw, FAMILIES[architecture])
-    return Stated(values, violations, _unused_keys(raw, cls, FAMILIES[architecture]))
+    family = ARCHITECTURES[architecture]
+    violations = _file_violations(source, raw, family)
+    if source.key == PRETRAINED_KEY and family.feed_forward is not None:
+        violations += _routing_violations(source, config, routing)
+        return Stated(values, violations, (), routing.get("score") if isinstance(routing, dict) else None)
+    return Stated(values, violations, _unused_keys(source, raw, cls, family))
 
 
-def _file_violations(folder: Path, raw: Mapping[str, Any], family: Family) -> list[Violation]:
+def _routing_violations(source: WeightsSource, config: Config, routing: Any) -> list[Violation]:
+    """What of the router differs from that of the upcycled model in the folder; its architecture has none."""
+    if not isinstance(routing, dict):
+        return [
+            Violation(source.key, source.value, f"has no valid section dist_moe in its {SETTINGS}", "export it again")
+        ]
+    stored, violations = routing.get("selection", "top_k"), []
+    asked = {"selection": stored, "score": routing.get("score", "softmax")}
+    for name, value in asked.items():
+        given = getattr(config.router, name)
+        if given is not None and given != value and stored in ("top_k", "threshold"):
+            rule = f"differs from the {value} of model.pretrained"
+            violations.append(Violation(f"router.{name}", given, rule, f"set router.{name}={value}"))
+    return violations
+
+
+def _file_violations(source: WeightsSource, raw: Mapping[str, Any], family: Family) -> list[Violation]:
     """What config.json asks for in keys that the config class does not have, and the architecture is not."""
     asked = {**family.file_keys, "per_layer_config": ((None, {}), "gives layers different shapes")}
     return [
-        Violation("model.pretrained", str(folder), f"has {key}={shown(raw[key])}, which {rule}", "give another folder")
+        Violation(source.key, source.value, f"has {key}={shown(raw[key])}, which {rule}", "give another folder")
         for key, (accepted, rule) in asked.items()
         if key in raw and accepted and not any(same(raw[key], value) for value in accepted)
     ]
 
 
-def _unused_keys(raw: Mapping[str, Any], cls: Any, family: Family) -> tuple[str, ...]:
+def _unused_keys(source: WeightsSource, raw: Mapping[str, Any], cls: Any, family: Family) -> tuple[str, ...]:
     """Return a notice of the keys of config.json that neither the class nor the base of all classes has."""
     from transformers import GenerationConfig
 
@@ -243,7 +341,7 @@ def _unused_keys(raw: Mapping[str, Any], cls: Any, family: Family) -> tuple[str,
     if not unused:
         return ()
     names = listed((_with_nearest(key, declared) for key in unused), last="and", most=MOST_NAMED)
-    return (f"the {SETTINGS} of model.pretrained has {names}, which {cls.__name__} does not have, and is not used",)
+    return (f"the {SETTINGS} of {source.key} has {names}, which {cls.__name__} does not have, and is not used",)
 
 
 def _with_nearest(key: str, declared: set[str]) -> str:
@@ -252,13 +350,14 @@ def _with_nearest(key: str, declared: set[str]) -> str:
 
 
 def agreement(config: Config, stated: dict[str, Any]) -> list[Violation]:
-    """What is wrong between `config` and the keys of model.pretrained."""
+    """What is wrong between `config` and the keys of the folder of its weights."""
+    source = weights_source(config.model)
     violations = [
-        Violation(f"model.config.{key}", value, f"differs from the {stated[key]} of model.pretrained", "leave it out")
+        Violation(f"model.config.{key}", value, f"differs from the {stated[key]} of {source.key}", "leave it out")
         for key, value in config.model.config.items()
         if key in stated and stated[key] != value
     ]
-    if config.data.tokenizer == "pretrained" and config.model.pretrained is None:
+    if config.data.tokenizer == "pretrained" and source.value is None:
         rule, remedy = "needs the folder of a model", "set model.pretrained, or use bytes or bpe"
         violations.append(Violation("data.tokenizer", "pretrained", rule, remedy))
     return violations

@@ -16,25 +16,28 @@ from dist_moe.errors import ConfigError, Violation
 from dist_moe.families.registry import family_of
 from dist_moe.text import counted, divisors, listed
 
+SHAPE_FIELDS = ("model.architecture", "model.config", "model.pretrained", "model.upcycle_from")
 # Key of a violation, or the beginning of one -> the fields that its rule reads in addition to its own.
 READS: Mapping[str, tuple[str, ...]] = {
     "train.global_batch_size": ("train.micro_batch_size", "workers"),
     "train.micro_batch_size": ("train.global_batch_size", "workers"),
     "train.schedule_steps": ("train.steps",),
     "train.momentum": ("train.optimizer",),
-    "parallel.expert_parallel": ("model.architecture", "model.config", "model.pretrained", "workers"),
-    "data.sequence_length": ("model.architecture", "model.config", "model.pretrained"),
+    "train.frozen_layers": SHAPE_FIELDS,
+    "parallel.expert_parallel": (*SHAPE_FIELDS, "workers"),
+    "data.sequence_length": SHAPE_FIELDS,
     "data.sources": (),
-    "data.tokenizer": ("model.pretrained",),
+    "data.tokenizer": ("model.pretrained", "model.upcycle_from"),
     "balance.": ("balance.policy", "router.selection", "router.score", "model.architecture"),
     "router.": (
         *("router.selection", "router.top_k", "router.max_experts", "router.score", "router.normalize"),
         *("router.scaling_factor", "router.groups", "router.topk_groups", "balance.policy", "model"),
     ),
-    "model.": ("model.architecture", "model.config", "model.pretrained", "train.precision"),
+    "model.": (*SHAPE_FIELDS, "train.precision"),
     "model.cross_entropy": ("parallel.backend",),
-    "model.config.vocab_size": ("model.architecture", "model.pretrained", "data.tokenizer", "data.vocabulary"),
-    "model.pretrained": ("model.architecture", "checkpoint.resume", "run.dir"),
+    "model.config.vocab_size": (*SHAPE_FIELDS, "data.tokenizer", "data.vocabulary"),
+    "model.pretrained": ("model.architecture", "model.upcycle_from", "checkpoint.resume", "run.dir"),
+    "model.upcycle_": ("model.upcycle_from", "model.upcycle_layers", "model.upcycle_every", "model.architecture"),
     "slurm.signal_s": ("slurm.minutes",),
 }
 

@@ -67,7 +67,7 @@ def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
         layers=settings.num_hidden_layers,
         hidden_size=settings.hidden_size,
         experts_per_token=experts_per_token(config),
-        expert_size=settings.moe_intermediate_size,
+        expert_size=getattr(settings, "moe_intermediate_size", settings.intermediate_size),
         vocabulary=vocabulary,
         linear_head=output_head(model) is not None,
     )

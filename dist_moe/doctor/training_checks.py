@@ -145,7 +145,7 @@ def weights_by_name(train_state: TrainState, mesh: Mesh) -> tuple[dict[str, Tens
     for layer in find_layers(train_state.task.model):
         local = layer.experts.local
         for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
-            for kind, stacked in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
+            for kind, stacked in local.named_parameters():
                 experts[f"{layer.name}.{expert}.{kind}"] = stacked.detach()[index].clone()
     return dense, experts
 

@@ -9,12 +9,35 @@ from dist_moe.scores import Score
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """Where a dense model keeps the feed-forward network of a layer, by names below the layer.
+
+    Attributes:
+        layers: Name of the list of layers, below the base model.
+        block: The module that the MoE block takes the place of.
+        projections: Projections of an expert -> the linear layers with their values: gate_proj, up_proj and down_proj
+            without biases, or up_proj and down_proj, each with a bias.
+        activation: The activation, after gate_proj if there is one, else after up_proj.
+        norm: The norm whose output is the block's input.
+        removed: What the block computes in addition to its own place; replaced by the identity.
+    """
+
+    layers: str
+    block: str
+    projections: Mapping[str, str]
+    activation: str
+    norm: str
+    removed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of Hugging Face models: the names in its config class, and its MoE blocks.
 
     The router of a block is called with the hidden states and returns (logits, weights_TK, ids_TK); its experts are
     called with (hidden_TD, ids_TK, weights_TK), and hold `gate_up_proj` [E, 2F, D], `down_proj` [E, D, F] and `act_fn`.
     A family whose children are called in another way needs a field here and a branch in `dist_moe.model.convert`.
+    A dense family has a `feed_forward`, which a block of this package with these children takes the place of.
 
     Attributes:
         architecture: Hugging Face's `model_type`.
@@ -45,6 +68,8 @@ class Family:
         layers_remedy: (key, what to do) where `moe_layers` is empty, from the Hugging Face config.
         shape_violations: What the model's code refuses although the config class accepts it, from the Hugging Face
             config; called once `positive_keys` are positive.
+        feed_forward: Of a dense family; None for a family of MoE models.
+        encoder: Whether tokens attend to later ones, too.
     """
 
     architecture: str
@@ -70,3 +95,5 @@ class Family:
     switched_keys: Mapping[str, str] = field(default_factory=dict)
     file_keys: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     rotary_keys_of_attention: tuple[str, ...] = ()
+    feed_forward: FeedForward | None = None
+    encoder: bool = False

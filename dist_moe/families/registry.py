@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from dist_moe import families
+from dist_moe.families.dense import DENSE
 from dist_moe.families.record import Family
 
 
@@ -15,6 +16,8 @@ def _find_families() -> dict[str, Family]:
 
 
 FAMILIES = _find_families()
+ARCHITECTURES: dict[str, Family] = {**FAMILIES, **DENSE}
+"""Those and the dense families, whose models become MoE models."""
 
 
 def family_of(architecture: str) -> Family:
@@ -23,6 +26,6 @@ def family_of(architecture: str) -> Family:
     Raises:
         ValueError: The family is unknown.
     """
-    if architecture not in FAMILIES:
-        raise ValueError(f"architecture={architecture} is not a known family; use {' or '.join(FAMILIES)}")
-    return FAMILIES[architecture]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture} is not a known family; use {' or '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[architecture]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.sections.model import AttentionName, KernelsName, NormName
@@ -15,6 +15,7 @@ from dist_moe.families.registry import family_of
 from dist_moe.model.attention import attention_name
 from dist_moe.model.convert import MoeLayer, convert, find_layers
 from dist_moe.model.norm import fuse_norms
+from dist_moe.moe.experts import BiasedExperts
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.policies.base import Policy
@@ -64,9 +65,10 @@ def empty_model(
 ) -> PreTrainedModel:
     """Build the converted model on the meta device: shapes without memory."""
     config._attn_implementation = attention_name(attention)
+    family = family_of(config.model_type)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    convert(model, family_of(config.model_type), rule, mesh, moe_kernels)
+        model = (AutoModel if family.encoder else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
+    convert(model, family, rule, mesh, moe_kernels)
     if norm == "auto":
         fuse_norms(model)
     return model
@@ -156,8 +158,12 @@ def _initialize_layer(layer: MoeLayer, std: float, seed: int) -> None:
     layer.router.reset_state()
     mesh, local = layer.experts.mesh, layer.experts.local
     for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
-        for kind, weight_eHD in (("gate_up", local.gate_up_proj), ("down", local.down_proj)):
-            _fill_normal(weight_eHD[index], std, derived_seed(seed, f"{layer.name}.expert.{expert}.{kind}"))
+        for name, stacked in local.named_parameters():
+            if stacked.ndim == 2:  # biases
+                stacked[index].zero_()
+                continue
+            kind = name.removesuffix("_proj")
+            _fill_normal(stacked[index], std, derived_seed(seed, f"{layer.name}.expert.{expert}.{kind}"))
 
 
 def _fill_normal(tensor: Tensor, std: float, seed: int) -> None:
@@ -170,14 +176,40 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
 
 
+def freeze_layers(model: PreTrainedModel, count: int) -> None:
+    """Exclude what a model computes before its layer `count` from training: the embeddings and the layers before it.
+
+    They have no backward pass, and their parameters are not in the optimizer. An output layer that is tied to the
+    embeddings is not trained, either.
+
+    Args:
+        model: With its layers in one list, after its embeddings.
+        count: The first layer that is trained; 0: all of the model is.
+    """
+    if not count:
+        return
+    depth = model.config.num_hidden_layers
+    lists = (
+        name
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    )
+    first_trained = f"{next(lists)}.{count}."
+    for name, parameter in model.base_model.named_parameters():
+        if name.startswith(first_trained):
+            return
+        parameter.requires_grad_(False)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Make optimizer groups {"name", "params", "weight_decay"}: no decay on norms, biases and embeddings."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    without_decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    without_decay |= {id(b) for m in model.modules() if isinstance(m, BiasedExperts) for b in (m.up_bias, m.down_bias)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+            (plain if parameter.ndim < 2 or id(parameter) in without_decay else decayed).append(parameter)
     return [
         {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
         {"name": "plain", "params": plain, "weight_decay": 0.0},

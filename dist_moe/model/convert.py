@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.sections.model import KernelsName
-from dist_moe.families.record import Family
+from dist_moe.families.record import Family, FeedForward
 from dist_moe.model.early_call import EarlyCall
+from dist_moe.model.upcycled_block import UpcycledBlock, make_experts, replace_feed_forward
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
@@ -32,7 +34,7 @@ class MoeLayer(NamedTuple):
 
 
 def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh, kernels: KernelsName = "auto") -> list[MoeLayer]:
-    """Replace router and experts of every MoE block of a model, in place.
+    """Replace router and experts of every MoE block of a model, in place; of a dense one, the feed-forward networks.
 
     On a model on the meta device this allocates nothing. Afterwards the model has the parameters of this rank's
     experts only.
@@ -50,6 +52,8 @@ def convert(model: nn.Module, family: Family, rule: Rule, mesh: Mesh, kernels: K
     Raises:
         ValueError: The model has no MoE block, or the mesh does not divide its experts.
     """
+    if family.feed_forward is not None:
+        return _convert_dense(cast(PreTrainedModel, model), family, family.feed_forward, rule, mesh, kernels)
     blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ == family.block]
     if not blocks:
         raise ValueError(
@@ -89,3 +93,22 @@ def _convert_block(
     setattr(block, family.router, router)
     setattr(block, family.experts, layer)
     return MoeLayer(name, router, layer)
+
+
+def _convert_dense(
+    model: PreTrainedModel, family: Family, feed_forward: FeedForward, rule: Rule, mesh: Mesh, kernels: KernelsName
+) -> list[MoeLayer]:
+    """Replace the feed-forward networks of the layers that the config of a dense model names."""
+    experts: int = getattr(model.config, family.experts_key)
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = model.base_model.get_submodule(feed_forward.layers)
+    converted = []
+    for index in family.moe_layers(model.config):
+        layer = layers.get_submodule(str(index))
+        with next(layer.parameters()).device:
+            local = make_experts(layer, feed_forward, len(mesh.local_experts(experts)), kernels)
+            router = Router(experts, model.config.hidden_size, rule)
+            block = UpcycledBlock(router, ExpertParallelLayer(local, experts, mesh, kernels=kernels))
+        replace_feed_forward(layer, feed_forward, block)
+        converted.append(MoeLayer(f"{names[id(layer)]}.{feed_forward.block}", router, block.experts))
+    return converted

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.sections.model import KernelsName
 from dist_moe.moe.dispatch import combine, dispatch
-from dist_moe.moe.experts import GroupedExperts
+from dist_moe.moe.experts import Experts
 from dist_moe.moe.hierarchical_dispatch import hierarchical_dispatch_combine
 
 
@@ -38,7 +38,7 @@ class ExpertParallelLayer(nn.Module):
 
     def __init__(
         self,
-        local: GroupedExperts,
+        local: Experts,
         num_experts: int,
         mesh: Mesh,
         shared: SharedExpert | None = None,

@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from dist_moe.config import Config, ConfigError, Violation
-from dist_moe.config.pretrained import is_model_folder, own_checkpoints, text_vocabulary, tokenizer_folder
+from dist_moe.config.pretrained import (
+    PRETRAINED_KEY,
+    is_model_folder,
+    own_checkpoints,
+    text_vocabulary,
+    tokenizer_folder,
+    weights_source,
+)
 from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data.files import TO_JSONL, conversion
 from dist_moe.data.sources import read_sources, refuse_shared_files, repeated_names, source_files
@@ -150,10 +157,15 @@ def _tokenizer_violations(config: Config) -> list[Violation]:
 
 
 def _weights_violations(config: Config) -> list[Violation]:
-    pretrained = config.model.pretrained
-    if pretrained is None or not is_model_folder(Path(pretrained)) or any(own_checkpoints(config)):
+    source = weights_source(config.model)
+    folder = source.folder
+    if folder is None or not is_model_folder(folder) or any(own_checkpoints(config)):
         return []
-    if any(Path(pretrained).glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")):
         return []
-    rule = "has no weights (*.safetensors)"
-    return [Violation("model.pretrained", pretrained, rule, "give a folder with the weights, or model.config alone")]
+    remedy = "give a folder with the weights"
+    if source.key == PRETRAINED_KEY:
+        remedy += ", or model.config alone"
+    elif any(folder.glob("*.bin")):
+        remedy = "convert its *.bin, with save_pretrained of transformers"
+    return [Violation(source.key, source.value, "has no weights (*.safetensors)", remedy)]

@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.losses import RoutingLosses
-from dist_moe.checkpoint.pretrained import load_pretrained
+from dist_moe.checkpoint.format.dense_folder import Upcycling
+from dist_moe.checkpoint.pretrained import load_pretrained, load_upcycled
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.checkpoint.training_state import seed_rng
 from dist_moe.comm.init import (
@@ -27,12 +27,13 @@ from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.config.sections.run import RunConfig
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.corpus import TokenizedData, prepare
+from dist_moe.data.packages.models import weights_folder
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.engine.precision import choose_precision
 from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import DataError
 from dist_moe.health.hang_detector import HangDetector, hang_detector
-from dist_moe.model.build import build_model, parameter_groups, routing_rule
+from dist_moe.model.build import build_model, freeze_layers, parameter_groups, routing_rule
 from dist_moe.model.cross_entropy import choose_cross_entropy
 from dist_moe.model.task import LanguageModelTask
 from dist_moe.moe.kernels import check_kernels
@@ -111,8 +112,8 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         task = build_task(resolved, data, mesh)
         if checkpoint is not None:
             load_model(checkpoint, task, mesh)
-        elif config.model.pretrained is not None:
-            load_pretrained(Path(config.model.pretrained), task.model, mesh)
+        else:
+            load_start(config, task, mesh)
         report.describe(resolved, data, task)
         settings = engine_settings(resolved, dist_context.device)
         state = stack.enter_context(start_training(config, task, data, mesh, settings))
@@ -120,6 +121,18 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         if checkpoint is not None:
             restore(checkpoint, state)
         yield Run(resolved, state, report, checkpoint, detector)
+
+
+def load_start(config: Config, task: LanguageModelTask, mesh: Mesh) -> None:
+    """Load the weights that a run starts from, if they are not drawn at random. A collective call."""
+    model, folder = config.model, weights_folder(config, cache_folder())
+    if folder is None:
+        return
+    if model.upcycle_from is not None:
+        upcycling = Upcycling(model.upcycle_noise, model.upcycle_router_std, config.run.seed)
+        load_upcycled(folder, task.model, mesh, upcycling)
+    else:
+        load_pretrained(folder, task.model, mesh)
 
 
 @contextlib.contextmanager
@@ -161,9 +174,11 @@ def tokenize(config: Config) -> TokenizedData:
     Raises:
         DataError: The data cannot be fetched, read or split.
     """
-    data = config.data
+    data, folder = config.data, tokenizer_folder(config)
+    if folder is None and data.tokenizer == "pretrained":
+        folder = weights_folder(config, cache_folder())
     vocabulary, fraction = text_vocabulary(config), data.validation_fraction
-    return prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), tokenizer_folder(config))
+    return prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), folder)
 
 
 def check_same_data(config: Config, data: TokenizedData) -> None:
@@ -205,6 +220,7 @@ def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageM
         config.model.norm,
         config.model.moe_kernels,
     )
+    freeze_layers(model, config.train.frozen_layers)
     if config.train.activation_checkpointing:
         # Reentrant checkpointing silently loses the gradient of losses computed outside the checkpointed function.
         model.gradient_checkpointing_enable({"use_reentrant": False})

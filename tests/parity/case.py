@@ -14,7 +14,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 OVER_MPI = "mpirun"
 """Its workers exchange by MPI, which adds in another order than the pool's gloo."""
 LOSS_FREE = "loss_free"
-OTHERS = ("threshold", "adaptive_weight", "quantile", "auxiliary")  # the keys of setting.ROUTING
+OTHERS = ("threshold", "adaptive_weight", "quantile", "auxiliary", "upcycled")  # the keys of setting.ROUTING
 
 Values = frozenset[tuple[int, object]]  # (place of the field, its value)
 

@@ -39,6 +39,8 @@ FIRST_SEED = {
     ("sgd", "quantile"): 8,
     ("adamw", "auxiliary"): 2,
     ("sgd", "auxiliary"): 19,
+    ("adamw", "upcycled"): 1,
+    ("sgd", "upcycled"): 1,
 }
 THRESHOLD = ("router.selection=threshold", "router.score=softmax", "router.threshold=0.3", "router.max_experts=6")
 ROUTING = {
@@ -47,12 +49,14 @@ ROUTING = {
     "adaptive_weight": (*THRESHOLD, "balance.policy=adaptive_weight", "router.target_experts_per_token=3"),
     "quantile": ("balance.policy=quantile",),
     "auxiliary": ("balance.policy=auxiliary", "balance.auxiliary_loss=0.1", "balance.auxiliary_scope=global_batch"),
+    "upcycled": ("model.architecture=llama", "model.config={}", "model.upcycle_every=2", "model.upcycle_noise=0.01"),
 }
-"""What each routing changes: the router, the balancer, or both."""
+"""What each routing changes: the router, the balancer, or both; or the model, which is made of a dense one."""
 CLOSEST = 5e-6
 """In units of the score, which is between 0 and 1."""
 CLOSEST_PROBABILITY = 1e-6
-"""With threshold routing: probabilities of 12 experts are about a tenth of a score, and so are their differences."""
+"""With threshold routing, and a softmax over 8 experts: probabilities of 12 experts are about a tenth of a score, and
+so are their differences."""
 
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 1.0}
 
@@ -65,6 +69,7 @@ def warmup_steps() -> int:
 
 def overrides(case: Case, seed: int, folder: Path) -> list[str]:
     """The values that replace those of CONFIG; the run writes into `folder`."""
+    upcycled = [f"model.upcycle_from={write_dense(folder / 'dense')}"] if case.routing == "upcycled" else []
     return [
         f"run.dir={folder}",
         f"run.seed={seed}",
@@ -89,9 +94,19 @@ def overrides(case: Case, seed: int, folder: Path) -> list[str]:
         "observe.tensorboard=false",
         f"observe.validation_sequences={GLOBAL_BATCH}",
         *ROUTING[case.routing],
+        *upcycled,
     ]
+
+
+def write_dense(folder: Path) -> Path:
+    """Write a dense model, the same one each time."""
+    from tests.dense import dense_folder  # imports transformers
+
+    dense_folder(folder, "llama", vocab_size=257, max_position_embeddings=256)
+    return folder
 
 
 def closest_allowed(routing: str) -> float:
     """How close a decision of the reference may be."""
-    return CLOSEST_PROBABILITY if "router.selection=threshold" in ROUTING[routing] else CLOSEST
+    probabilities = "router.selection=threshold" in ROUTING[routing] or routing == "upcycled"
+    return CLOSEST_PROBABILITY if probabilities else CLOSEST

@@ -21,8 +21,15 @@ from dist_moe.untrusted import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 # At most nine digits, in ASCII and without leading zeros: other spellings of a number are unexpected tensors.
-EXPERT_PATTERN = re.compile(r"(.+)\.experts\.(0|[1-9][0-9]{0,8})\.(gate|up|down)_proj\.weight")
+EXPERT_PATTERN = re.compile(r"(.+)\.experts\.(0|[1-9][0-9]{0,8})\.(gate|up|down)_proj\.(?:weight|bias)")
 FUSED_PATTERN = re.compile(r"(.+)\.experts\.(gate_up|down)_proj")
+
+
+class LayerExperts(NamedTuple):
+    """The experts of an MoE layer: how many there are, and the names of the tensors of each."""
+
+    number: int
+    parts: tuple[str, ...]
 
 
 class TensorSource(NamedTuple):
@@ -115,15 +122,15 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def find_sources(
-    folder: Path, wanted: Mapping[str, Tensor], experts: Mapping[str, int], ignored: Iterable[str] = ()
+    folder: Path, wanted: Mapping[str, Tensor], experts: Mapping[str, LayerExperts], ignored: Iterable[str] = ()
 ) -> dict[str, TensorSource]:
     """Find where each wanted tensor is stored.
 
     Args:
         folder: A weights folder.
         wanted: The tensors to load, by their names in the folder.
-        experts: Number of experts of each MoE layer by its name. The folder must hold all of them, also those that
-            other ranks load.
+        experts: Those of each MoE layer by its name. The folder must hold all of them, also those that other ranks
+            load.
         ignored: Patterns of names that the folder may hold in addition.
 
     Raises:
@@ -132,10 +139,10 @@ def find_sources(
     stored = read_headers(folder)
     sources = {name: source for name in wanted if (source := _find_source(stored, name)) is not None}
     all_experts = {
-        f"{layer}.experts.{expert}.{kind}_proj.weight"
-        for layer, count in experts.items()
-        for expert in range(count)
-        for kind in ("gate", "up", "down")
+        f"{layer}.experts.{expert}.{part}"
+        for layer, of_layer in experts.items()
+        for expert in range(of_layer.number)
+        for part in of_layer.parts
     }
     missing = sorted({*wanted, *(name for name in all_experts if _find_source(stored, name) is None)} - set(sources))
     used = {source.stored.name for source in sources.values()} | all_experts
@@ -153,7 +160,7 @@ def find_sources(
 def _find_source(stored: Mapping[str, StoredTensor], name: str) -> TensorSource | None:
     if name in stored:
         return TensorSource(stored[name])
-    if (match := EXPERT_PATTERN.fullmatch(name)) is None:
+    if (match := EXPERT_PATTERN.fullmatch(name)) is None or name.endswith(".bias"):
         return None
     layer, expert, kind = match[1], int(match[2]), match[3]
     fused = stored.get(f"{layer}.experts.{'down' if kind == 'down' else 'gate_up'}_proj")
@@ -162,20 +169,21 @@ def _find_source(stored: Mapping[str, StoredTensor], name: str) -> TensorSource 
     return TensorSource(fused, expert, {"gate": 0, "up": 1, "down": None}[kind])
 
 
-def _is_fused_of(name: str, experts: Mapping[str, int]) -> bool:
+def _is_fused_of(name: str, experts: Mapping[str, LayerExperts]) -> bool:
     """Whether this is the name of the fused tensor of one of the layers."""
     match = FUSED_PATTERN.fullmatch(name)
     return match is not None and match[1] in experts
 
 
 def _check_shapes(
-    folder: Path, sources: Mapping[str, TensorSource], wanted: Mapping[str, Tensor], experts: Mapping[str, int]
+    folder: Path, sources: Mapping[str, TensorSource], wanted: Mapping[str, Tensor], experts: Mapping[str, LayerExperts]
 ) -> None:
     misshapen, not_float = [], []
     for name, source in sorted(sources.items()):
         stored, fused = source.stored, FUSED_PATTERN.fullmatch(source.stored.name)
-        if fused is not None and stored.shape[0] != experts[fused[1]]:
-            misshapen.append(f"{stored.name} {list(stored.shape)} instead of {counted(experts[fused[1]], 'expert')}")
+        if fused is not None and stored.shape[0] != experts[fused[1]].number:
+            count = counted(experts[fused[1]].number, "expert")
+            misshapen.append(f"{stored.name} {list(stored.shape)} instead of {count}")
         elif source.shape != tuple(wanted[name].shape):
             misshapen.append(f"{name} {list(source.shape)} instead of {list(wanted[name].shape)}")
         if stored.dtype not in FLOAT_DTYPES:

@@ -22,6 +22,7 @@ from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_folder import (
     FUSED_PATTERN,
     INDEX_NAME,
+    LayerExperts,
     TensorSource,
     find_sources,
     read_headers,
@@ -132,6 +133,11 @@ def own_type_of_run(resolved: Resolved) -> str:
 
 def own_type_line(architecture: str) -> str:
     """Say in a line what follows from a `model_type` of its own."""
+    if family_of(architecture).feed_forward is not None:
+        return (
+            f"{architecture} has no experts: saved weights have the model_type {OWN_PREFIX}{architecture}, which "
+            "dist-moe opens, also as model.pretrained, and transformers does not (docs/upcycling.md)"
+        )
     return (
         f"{architecture} cannot express this routing: saved weights have the model_type {OWN_PREFIX}{architecture}, "
         "which dist-moe opens and transformers does not (docs/checkpoints.md, A model type of its own)"
@@ -185,7 +191,10 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
     Raises:
         WeightsError: With everything that does not match the model.
     """
-    experts = {layer.name: layer.experts.num_experts for layer in find_layers(model)}
+    experts = {
+        layer.name: LayerExperts(layer.experts.num_experts, tuple(layer.experts.local.parts))
+        for layer in find_layers(model)
+    }
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     return find_sources(folder, _rank_tensors(model, mesh, folder), experts, ignored)
@@ -226,18 +235,19 @@ def parameter_slices(model: PreTrainedModel, mesh: Mesh) -> list[ParameterSlice]
         if ".experts.local." not in name
     ]
     for layer in find_layers(model):
-        up, down = layer.experts.local.gate_up_proj, layer.experts.local.down_proj
-        size = down[0].numel()
         for index, prefix in _local_experts(layer, mesh):
-            slices.append(ParameterSlice(f"{prefix}.gate_proj.weight", up, 2 * index * size, size))
-            slices.append(ParameterSlice(f"{prefix}.up_proj.weight", up, (2 * index + 1) * size, size))
-            slices.append(ParameterSlice(f"{prefix}.down_proj.weight", down, index * size, size))
+            for name, part in layer.experts.local.parts.items():
+                size = part.view(index).numel()
+                slices.append(ParameterSlice(f"{prefix}.{name}", part.stacked, part.start(index), size))
     return slices
 
 
 def is_expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
-    family_has_bias = family_of(config.model_type).bias_name is not None
+    family = family_of(config.model_type)
+    if family.feed_forward is not None:
+        return False
+    family_has_bias = family.bias_name is not None
     return not _rule_overrides(config, rule) and (family_has_bias or not biased)
 
 
@@ -296,13 +306,9 @@ def _local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:
 def _expert_tensors(layers: list[MoeLayer], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, view into the parameter) of every expert of this rank."""
     for layer in layers:
-        local = layer.experts.local
-        half = local.gate_up_proj.shape[1] // 2
         for index, prefix in _local_experts(layer, mesh):
-            gate_up = local.gate_up_proj.detach()[index]
-            yield f"{prefix}.gate_proj.weight", gate_up[:half]
-            yield f"{prefix}.up_proj.weight", gate_up[half:]
-            yield f"{prefix}.down_proj.weight", local.down_proj.detach()[index]
+            for name, part in layer.experts.local.parts.items():
+                yield f"{prefix}.{name}", part.view(index)
 
 
 def _dense_tensors(model: PreTrainedModel, layers: list[MoeLayer], bias: str | None) -> Iterator[tuple[str, Tensor]]:

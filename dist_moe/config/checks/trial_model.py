@@ -159,13 +159,13 @@ def complaints_about_rope() -> Iterator[list[str]]:
 def _run(settings: Any, family: Family, length: int) -> None:
     """Build the model on the meta device, and run it on two tokens, with stand-ins for what this package replaces."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     settings._attn_implementation = "sdpa"
     meta = torch.device("meta")
     with torch.no_grad():
         with meta:
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+            model = (AutoModel if family.encoder else AutoModelForCausalLM).from_config(settings, dtype=torch.float32)
         if (needed := sum(4 * parameter.numel() for parameter in model.parameters())) > LARGEST_MODEL:
             raise ValueError(f"a few layers of it have {needed:,} bytes of weights, and no machine {LARGEST_MODEL:,}")
         _check_state(model, family)

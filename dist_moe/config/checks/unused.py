@@ -20,6 +20,8 @@ def unused_notices(config: Config) -> list[str]:
 def _without_effect(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Yield a section, the fields of it that are not read, and why."""
     balance, data, train = config.balance, config.data, config.train
+    if config.model.upcycle_from is not None:
+        yield "router", ("scaling_factor",), "with model.upcycle_from: gate weights are divided by their sum there"
     if data.tokenizer != "bpe":
         yield "data", ("vocabulary",), f"with data.tokenizer={data.tokenizer}; it is the size of a bpe vocabulary"
     if not balance.has_rate:

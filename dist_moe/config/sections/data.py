@@ -26,7 +26,7 @@ class DataConfig(Section):
     tokenizer: Literal["bytes", "bpe", "pretrained"] = Field(
         default="bytes",
         description="the tokenizer: bytes (256 tokens and the end token), bpe (trained on the training split) or "
-        "pretrained (that of model.pretrained)",
+        "pretrained (that of model.pretrained, or of model.upcycle_from)",
     )
     vocabulary: int = Field(
         default=8192,

@@ -1,12 +1,14 @@
 """The section `model`: the Hugging Face model."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from dist_moe.errors import Violation
-from dist_moe.families.registry import FAMILIES
+from dist_moe.families.built_in import BUILT_IN
+from dist_moe.families.dense import DENSE
+from dist_moe.families.registry import ARCHITECTURES, FAMILIES
 from dist_moe.section import Section, UserPath, broken_rules
 from dist_moe.text import listed, shown
 from dist_moe.untrusted import printable
@@ -14,7 +16,7 @@ from dist_moe.untrusted import printable
 if TYPE_CHECKING:
     Architecture = str
 else:
-    Architecture = Literal[tuple(FAMILIES)]
+    Architecture = Literal[tuple(ARCHITECTURES)]
 
 AttentionName = Literal["auto", "sdpa"]
 CrossEntropyName = Literal["auto", "plain", "chunked", "liger"]
@@ -27,7 +29,7 @@ class ModelConfig(Section):
 
     architecture: Architecture = Field(
         description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}; with model.pretrained it "
-        "may be left out"
+        f"may be left out, and with model.upcycle_from too, where it is {listed(DENSE)}"
     )
     pretrained: UserPath | None = Field(
         default=None,
@@ -38,6 +40,40 @@ class ModelConfig(Section):
         default_factory=dict,
         description="the keys of the family's Hugging Face config class; a key left out is that of model.pretrained or "
         "the default of the class, and vocab_size comes from the tokenizer",
+    )
+    upcycle_from: UserPath | None = Field(
+        default=None,
+        description=f"the folder of a dense Hugging Face model ({listed(DENSE)}) that the run makes an MoE model of, "
+        f"or the name of a built-in one ({listed(BUILT_IN)}), or null; each expert starts as a copy of a layer's "
+        "feed-forward network",
+    )
+    upcycle_experts: int = Field(
+        default=8, ge=1, le=1_000_000, description="the experts of each MoE layer, with model.upcycle_from (1 to 1e6)"
+    )
+    upcycle_every: int = Field(
+        default=1,
+        ge=1,
+        description="the number n where every n-th layer becomes an MoE layer, counted from the last, with "
+        "model.upcycle_from (1 or more; 1: all)",
+    )
+    upcycle_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None,
+        description="the layers that become MoE layers in place of those of model.upcycle_every, a list of indices "
+        "(the first layer is 0), or null",
+    )
+    upcycle_noise: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="the standard deviation of the normal noise on each expert's copies, relative to the root mean "
+        "square of the copied tensor (0 to 10; 0: exact copies)",
+    )
+    upcycle_router_std: float = Field(
+        default=1.7,
+        gt=0,
+        le=100,
+        description="the standard deviation of the routing logits at the start, with model.upcycle_from (above 0, up "
+        "to 100)",
     )
     attention: AttentionName = Field(
         default="auto",

@@ -69,6 +69,12 @@ class TrainConfig(Section):
         description="the maximum global 2-norm of the gradient, to which a larger one is scaled down (0 to 1e30; 0: "
         "off)",
     )
+    frozen_layers: int = Field(
+        default=0,
+        ge=0,
+        description="the number of first layers that are not trained, nor are the embeddings (0: all of the model is "
+        "trained)",
+    )
     activation_checkpointing: bool = Field(
         default=False,
         description="whether to recompute activations in the backward pass, to save memory",

