@@ -22,7 +22,9 @@ def main(path: str, *overrides: str) -> None:
     with build_run(resolved, rank_info) as run:
         engine, balancer = run.state.engine, run.state.balancer
         for step in range(run.steps_done + 1, run.config.train.steps + 1):
-            batches = [rows.read(run.state.stream) for rows in micro_batches(resolved, run.mesh, step)]
+            batches = [
+                run.state.stream.batch(rows.first, rows.count) for rows in micro_batches(resolved, run.mesh, step)
+            ]
             record = train_step(engine, balancer, batches, schedule.learning_rate(balancer.steps_taken))
             if rank_info.rank == 0:
                 load_E = record.loads[0]

@@ -100,11 +100,13 @@ def write_configuration(case: StepCase, folder: Path, backend: str) -> Path:
 
 def prepare(case: StepCase, folder: Path, steps: int) -> tuple[int, int]:
     """Tokenize the text of a case, and write the rows of its steps -> its vocabulary, and the id of its end token."""
+    from dist_moe.data.corpus import TokenizedData
     from dist_moe.data.stream import Stream
     from dist_moe.train.setup import tokenize
 
     config = load_config(write_configuration(case, folder, "gloo"), case.overrides)
     data = tokenize(config)
+    assert isinstance(data, TokenizedData)
     stream = Stream(data.train, case.length, config.run.seed)
     write_text(folder, stream.batch(0, steps * config.train.global_batch_size))
     return data.tokenizer.vocab_size, data.tokenizer.end_id

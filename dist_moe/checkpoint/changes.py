@@ -21,6 +21,7 @@ RUN_IDENTITY_FIELDS = (
     *(f"model.upcycle_{name}" for name in ("experts", "every", "layers", "noise", "router_std")),
     "router",
     "data",
+    "task",
     "train.global_batch_size",
     "train.optimizer",
     "train.frozen_layers",

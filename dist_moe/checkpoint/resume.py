@@ -29,10 +29,9 @@ from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.training_state import COUNTERS_FILE, Counters, read_counters, restore_state
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config
-from dist_moe.data.corpus import TokenizedData
 from dist_moe.data.source_manifest import describe_changes
-from dist_moe.engine.train_state import TrainState
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.engine.train_state import RunData, TrainState
+from dist_moe.model.tasks.base import Task
 from dist_moe.text import listed
 from dist_moe.untrusted import read_json
 
@@ -86,7 +85,7 @@ class AcceptedCheckpoint(NamedTuple):
     changes: list[Change]
 
 
-def find_checkpoint(config: Config, tokenized: TokenizedData, mesh: Mesh, device: torch.device) -> Checkpoint | None:
+def find_checkpoint(config: Config, tokenized: RunData, mesh: Mesh, device: torch.device) -> Checkpoint | None:
     """Find the checkpoint that `checkpoint.resume` asks for. A collective call: the ranks check its files together.
 
     A job that its launcher restarts resumes from its own checkpoint, if any, regardless of `checkpoint.resume`.
@@ -134,7 +133,7 @@ def no_op() -> None:
     """Do nothing, while other ranks work."""
 
 
-def _accept(config: Config, tokenized: TokenizedData, folder: Path, resume: str) -> AcceptedCheckpoint | str:
+def _accept(config: Config, tokenized: RunData, folder: Path, resume: str) -> AcceptedCheckpoint | str:
     """Check that the checkpoint belongs to this run, and archive newer ones. On rank 0.
 
     Returns:
@@ -259,7 +258,7 @@ def _check_part(folder: Path, index: int, count: int) -> tuple[str | None, list[
     return digest, unlisted + find_damage(folder, manifest, names[index::count])
 
 
-def check_same_run(config: Config, tokenized: TokenizedData, folder: Path, counters: Counters) -> list[Change]:
+def check_same_run(config: Config, tokenized: RunData, folder: Path, counters: Counters) -> list[Change]:
     """Check that the newest checkpoint in run.dir belongs to the configured run; a checkpoint given by path need not.
 
     Returns:
@@ -280,7 +279,7 @@ def check_same_run(config: Config, tokenized: TokenizedData, folder: Path, count
     return changes
 
 
-def load_model(checkpoint: Checkpoint, task: LanguageModelTask, mesh: Mesh) -> None:
+def load_model(checkpoint: Checkpoint, task: Task, mesh: Mesh) -> None:
     """Copy the checkpoint's weights, fp32 masters where stored, into a model that no engine wraps yet.
 
     Raises:

@@ -15,7 +15,7 @@ from dist_moe.config.checks.trial_model import (
     expected_types,
     trial_violations,
 )
-from dist_moe.config.checks.upcycling import task_violations, upcycled_arguments, upcycling_violations
+from dist_moe.config.checks.upcycling import encoder_violations, upcycled_arguments, upcycling_violations
 from dist_moe.config.model_checks import (
     shape_violations,
     size_violations,
@@ -107,7 +107,7 @@ def _read(config: Config) -> Reading:
     stated, violations, file_notices, stated_score = stated_model(config, cls, known)
     violations = [*violations, *agreement(config, stated)]
     violations += upcycling_violations(config, family, {**stated, **config.model.config})
-    violations += task_violations(config, family)
+    violations += encoder_violations(config, family)
     if family.feed_forward is not None and not stated:
         return Reading(None, None, violations)
     if not config.model.config and not stated:

@@ -9,6 +9,7 @@ from dist_moe.config.balancing import balancing_violations
 from dist_moe.config.checks.devices import device_violations
 from dist_moe.config.checks.numbers import number_violations
 from dist_moe.config.checks.schedule import batch_violations, schedule_notices, schedule_violations
+from dist_moe.config.checks.task import task_violations
 from dist_moe.config.checks.unused import unused_notices
 from dist_moe.config.model import Reading, read_model, routing_fields
 from dist_moe.config.schema import Config
@@ -26,7 +27,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "train.frozen_layers": SHAPE_FIELDS,
     "parallel.expert_parallel": (*SHAPE_FIELDS, "workers"),
     "data.sequence_length": SHAPE_FIELDS,
-    "data.sources": (),
+    "data.sources": ("task.kind",),
     "data.tokenizer": ("model.pretrained", "model.upcycle_from"),
     "balance.": ("balance.policy", "router.selection", "router.score", "model.architecture"),
     "router.": (
@@ -38,6 +39,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "model.config.vocab_size": (*SHAPE_FIELDS, "data.tokenizer", "data.vocabulary"),
     "model.pretrained": ("model.architecture", "model.upcycle_from", "checkpoint.resume", "run.dir"),
     "model.upcycle_": ("model.upcycle_from", "model.upcycle_layers", "model.upcycle_every", "model.architecture"),
+    "task.": ("task.kind", "task.labels"),
     "slurm.signal_s": ("slurm.minutes",),
 }
 
@@ -113,7 +115,7 @@ def cross_field_violations(config: Config, workers: int) -> list[Violation]:
 
 def plain_violations(config: Config, workers: int) -> list[Violation]:
     """Return those violations that `resolve` finds without the model, and so without importing transformers."""
-    found = [*number_violations(config), *batch_violations(config.train, workers)]
+    found = [*number_violations(config), *batch_violations(config.train, workers), *task_violations(config)]
     return [*found, *schedule_violations(config.train), *device_violations(config)]
 
 

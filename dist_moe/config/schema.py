@@ -9,13 +9,14 @@ from dist_moe.config.sections.balance import BalanceConfig
 from dist_moe.config.sections.checkpoint import CheckpointConfig
 from dist_moe.config.sections.cluster import ClusterConfig
 from dist_moe.config.sections.data import DataConfig
-from dist_moe.config.sections.kubernetes import KubernetesConfig
+from dist_moe.config.sections.jobs.kubernetes import KubernetesConfig
+from dist_moe.config.sections.jobs.slurm import SlurmConfig
 from dist_moe.config.sections.model import ModelConfig
 from dist_moe.config.sections.observe import ObserveConfig
 from dist_moe.config.sections.parallel import ParallelConfig
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.config.sections.run import RunConfig
-from dist_moe.config.sections.slurm import SlurmConfig
+from dist_moe.config.sections.task import TaskConfig
 from dist_moe.config.sections.train import TrainConfig
 from dist_moe.policies.registry import DEFAULT
 from dist_moe.section import Section
@@ -25,6 +26,7 @@ class Config(Section):
     """The whole configuration of a run, as written in one YAML file."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="the run as a whole")
+    task: TaskConfig = Field(default_factory=TaskConfig, description="what the model is trained to do")
     model: ModelConfig = Field(description="the Hugging Face model")
     router: RouterConfig = Field(
         default_factory=RouterConfig,

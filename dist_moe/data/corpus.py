@@ -134,18 +134,21 @@ def prepare(
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / "tokens" / fingerprint
     # Without the lock, which a cache on a read-only disk does not allow.
-    if not _is_whole(folder):
+    if not tokens_are_whole(folder):
         with needs_cache(cache), file_lock(folder.with_name(fingerprint + ".lock")):
-            if not _is_whole(folder):
+            if not tokens_are_whole(folder):
                 _make(folder, records, settings | {"fingerprint": fingerprint}, cache, given)
     return _open(folder)
 
 
-def pretrained_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer:
-    """Load the tokenizer of a pretrained model, and check that the model has an embedding for each of its ids."""
+def pretrained_tokenizer(folder: Path | None, vocabulary: int, byte_level: bool = True) -> Tokenizer:
+    """Load the tokenizer of a pretrained model, and check that the model has an embedding for each of its ids.
+
+    byte_level: as `load_tokenizer`.
+    """
     if folder is None:
         raise DataError("data.tokenizer=pretrained", "needs a pretrained model", "set model.pretrained")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, byte_level)
     if tokenizer.vocab_size > vocabulary:
         rule = f"has {tokenizer.vocab_size} tokens, and the model {vocabulary}"
         raise DataError(str(folder / "tokenizer.json"), rule, "give the folder of a model with its own tokenizer")
@@ -154,7 +157,7 @@ def pretrained_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer:
 
 def open_tokenized(folder: Path) -> TokenizedData:
     """Open a folder that `prepare` made, and map its files. Raises DataError if it is incomplete or damaged."""
-    if not _is_whole(folder):
+    if not tokens_are_whole(folder):
         raise DataError(str(folder), "is not a folder of tokenized data, or is damaged", "prepare the data again")
     return _open(folder)
 
@@ -172,10 +175,13 @@ def _open(folder: Path) -> TokenizedData:
     )
 
 
-def document_names(data: TokenizedData, split: str, indices: Collection[int]) -> dict[int, str]:
-    """Return the names of documents of a split by index, as their source gives them; empty if they cannot be read."""
+def document_names(folder: Path, split: str, indices: Collection[int]) -> dict[int, str]:
+    """Return the names of documents of a split by index, as their source gives them; empty if they cannot be read.
+
+    folder: that of the tokens.
+    """
     try:
-        with (data.folder / f"{split}.documents.jsonl").open(encoding="utf-8") as lines:
+        with (folder / f"{split}.documents.jsonl").open(encoding="utf-8") as lines:
             return {index: str(json.loads(line)["name"]) for index, line in enumerate(lines) if index in indices}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -196,7 +202,7 @@ def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int,
     )
 
 
-def _is_whole(folder: Path) -> bool:
+def tokens_are_whole(folder: Path) -> bool:
     """Whether all files have the sizes and digests of the manifest, and the tokenizer its hash.
 
     A manifest of an earlier version has no digests of the token files; then only their sizes are compared.

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,18 @@ NAME, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Where the pattern of a pre-tokenizer is not known, only this cut is safe: all of them begin a new token with a space
 # that follows a letter.
 CUT_ANY_PATTERN = re.compile(r"[a-z](?= )")
+SEPARATORS = ("[SEP]", "</s>", "[PAD]")
 NORMAL_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
 KEEPS_ALL = {"Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"}
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, byte_level: bool = True) -> Tokenizer:
     """Load the tokenizer of a folder, with the end token that its files name.
+
+    Args:
+        folder: The folder of a model, or of a tokenizer.
+        byte_level: Refuse a tokenizer whose tokens are not the bytes of the text, as a language model needs. Another
+            one, such as WordPiece, may name a separator in place of an end token.
 
     Raises:
         DataError: The folder has no tokenizer, it is not a byte-level BPE, or its files name no end token.
@@ -40,21 +46,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     backend.encode_special_tokens = True  # not part of the file
     backend.no_truncation()
     backend.no_padding()
-    if reason := next(_unsupported(spec, backend), None):
+    if byte_level and (reason := next(_unsupported(spec, backend), None)):
         rule = f"is not a byte-level BPE: {reason}, so its tokens are not the bytes of the text"
         remedy = "use data.tokenizer=bytes or bpe, with a model that is initialized at random"
         raise DataError(str(path), rule, remedy)
-    end = _end_token(folder, settings, backend)
+    end = _end_token(folder, settings, backend, () if byte_level else SEPARATORS)
     if settings.get("eos_token") != end:
         settings["eos_token"] = end
     files = {NAME: text, SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
-    splits = spec["pre_tokenizer"]
-    pattern_is_known = _kind(splits) == "ByteLevel" and splits.get("use_regex") is not False
+    splits = spec.get("pre_tokenizer")
+    pattern_is_known = (
+        isinstance(splits, dict) and _kind(splits) == "ByteLevel" and splits.get("use_regex") is not False
+    )
     return Tokenizer(backend, backend.get_vocab()[end], files, CUT if pattern_is_known else CUT_ANY_PATTERN)
 
 
-def _end_token(folder: Path, settings: dict[str, Any], backend: tokenizers.Tokenizer) -> str:
-    """Return the end token of the tokenizer's settings, else of config.json, else of generation_config.json."""
+def _end_token(folder: Path, settings: dict[str, Any], backend: tokenizers.Tokenizer, separators: Sequence[str]) -> str:
+    """Return the end token of the tokenizer's settings, else of config.json, else of generation_config.json.
+
+    separators: what it may be besides, in the last place.
+    """
     named = settings.get("eos_token")
     end = named.get("content") if isinstance(named, dict) else named
     for name in ("config.json", "generation_config.json"):
@@ -65,6 +76,10 @@ def _end_token(folder: Path, settings: dict[str, Any], backend: tokenizers.Token
                 continue
             first = ids[0] if isinstance(ids, list) and ids else ids
             end = backend.id_to_token(first) if type(first) is int and 0 <= first < 1 << 31 else None
+    if end is None:
+        named = (settings.get(key) for key in ("sep_token", "pad_token"))
+        spelled = (each.get("content") if isinstance(each, dict) else each for each in named)
+        end = next((each for each in (*spelled, *separators) if separators and each in backend.get_vocab()), None)
     if not isinstance(end, str) or backend.token_to_id(end) is None:
         rule = f"names no end token of its vocabulary (eos_token={end})"
         raise DataError(str(folder / SETTINGS), rule, "set eos_token there, or give the folder of another model")

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +18,18 @@ MAX_NAMED = 3
 Content = tuple[int, str]
 
 
-def write_source_manifest(folder: Path, records: Sequence[SourceRecord]) -> None:
-    """Write sources.json with the files of all sources, after they were read.
+FilesOf = Callable[[str], list[tuple[str, Path]] | None]
+
+
+def write_source_manifest(folder: Path, records: Sequence[SourceRecord], files_of: FilesOf = source_files) -> None:
+    """Write sources.json with the files of all sources, as `files_of` finds them, after they were read.
 
     Raises:
         DataError: A file has changed since its source was recorded, so the tokens may be of either content.
     """
     entries: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
-        files = source_files(record.name)
+        files = files_of(record.name)
         if files is None:
             continue
         digests = {name: file_sha256(path) for name, path in files}
@@ -52,13 +55,16 @@ class Overlap(NamedTuple):
     same: Sequence[str] | None
 
 
-def compare_sources(sources: Sequence[str], earlier: Sequence[str], folder: Path) -> Overlap:
+def compare_sources(
+    sources: Sequence[str], earlier: Sequence[str], folder: Path, files_of: FilesOf = source_files
+) -> Overlap:
     """Compare files under any name, by device and inode and by the recorded content.
 
     Args:
         sources: What to compare.
         earlier: The sources that tokens were made of; those that are not here are compared by content alone.
         folder: That of these tokens, which may be missing.
+        files_of: Finds the files of a source.
 
     Raises:
         DataError: `sources` match nothing, or a file cannot be read.
@@ -69,12 +75,12 @@ def compare_sources(sources: Sequence[str], earlier: Sequence[str], folder: Path
     known: set[Hashable] = set()
     for source in earlier:
         with contextlib.suppress(DataError):
-            known.update(_files(source))
+            known.update(_files(source, files_of))
     keys: set[Hashable] = set()
     found: list[tuple[str, Content | None]] = []
     shared = 0
     for source in sources:
-        for key, (name, path) in _files(source).items():
+        for key, (name, path) in _files(source, files_of).items():
             content = _content(path, sizes)
             shared += key in known or content in contents
             keys.add(key)
@@ -83,9 +89,9 @@ def compare_sources(sources: Sequence[str], earlier: Sequence[str], folder: Path
     return Overlap(shared, len(found), same)
 
 
-def _files(source: str) -> dict[Hashable, tuple[str, Path | None]]:
+def _files(source: str, files_of: FilesOf) -> dict[Hashable, tuple[str, Path | None]]:
     """Return name and path of the files of a source by device and inode; an archive has its name alone."""
-    files = source_files(source)
+    files = files_of(source)
     if files is None:
         return {source: (source, None)}
     found: dict[Hashable, tuple[str, Path | None]] = {}

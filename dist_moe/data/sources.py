@@ -127,19 +127,20 @@ def combined_sha256(digests: Mapping[str, str]) -> str:
 
 def _record(name: str, cache: Path) -> SourceRecord:
     if (package := PACKAGES.get(name)) is not None:
-        return archive_record(package.archive, cache)
+        return archive_record(name, package.archive, cache)
     if name == "stdlib-code":
-        return _files_record(name, platform.python_version(), _stdlib_files())
-    return _files_record(name, "local", _matched_files(name))
+        return files_record(name, platform.python_version(), _stdlib_files())
+    return files_record(name, "local", _matched_files(name))
 
 
-def archive_record(archive: Archive, cache: Path) -> SourceRecord:
-    """Fetch an archive that is not in the cache folder yet, and return the record of its source. Raises DataError."""
+def archive_record(name: str, archive: Archive, cache: Path) -> SourceRecord:
+    """Fetch the archive of a source that is not in the cache folder yet, and return its record. Raises DataError."""
     fetch_archive(archive, cache)
-    return SourceRecord(archive.source, archive.version, archive.sha256, archive.bytes)
+    return SourceRecord(name, archive.version, archive.sha256, archive.bytes)
 
 
-def _files_record(name: str, version: str, files: Sequence[tuple[str, Path]]) -> SourceRecord:
+def files_record(name: str, version: str, files: Sequence[tuple[str, Path]]) -> SourceRecord:
+    """Return the record of a source that is files. Raises DataError where one cannot be read."""
     digests, total = {}, 0
     for path_name, path in files:
         with readable(path):

@@ -36,6 +36,16 @@ class Batch(NamedTuple):
     positions_BS: torch.Tensor
     domains_BS: torch.Tensor
 
+    @property
+    def label_count(self) -> torch.Tensor:
+        """The number of positions with a target, an int64 scalar."""
+        return (self.targets_BS != IGNORE_INDEX).sum()
+
+    @property
+    def token_count(self) -> torch.Tensor:
+        """The number of positions that are not padding, an int64 scalar."""
+        return (self.documents_BS >= 0).sum()
+
 
 @dataclass(frozen=True)
 class EpochOrder:
@@ -109,6 +119,10 @@ class Stream:
             indices |= {int(index) for index in order.index_N[first : last + 1]}
         return sorted(indices)
 
+    def tokens_before(self, row: int) -> int:
+        """Return the number of positions of all rows before this one."""
+        return row * self._length
+
     def rows_in_file_order(self, first_row: int, rows: int) -> Batch:
         """Return rows of the unshuffled corpus, for evaluation; those past its end are padding.
 
@@ -139,10 +153,6 @@ class Rows:
 
     first: int
     count: int
-
-    def read(self, stream: Stream) -> Batch:
-        """Read the rows from a stream."""
-        return stream.batch(self.first, self.count)
 
 
 def permutation(size: int, *key: int) -> np.ndarray:

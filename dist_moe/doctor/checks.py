@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 from dist_moe.comm.init import init_distributed, set_pg_timeouts, set_threads
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Resolved
-from dist_moe.data.corpus import TokenizedData
+from dist_moe.data.labeled.prepare import LabeledData
 from dist_moe.deadline import call_within
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.estimates import ModelShape, check_disk, check_memory, model_shape
@@ -25,6 +25,7 @@ from dist_moe.doctor.machines import check_all_to_all, check_bandwidth, check_pl
 from dist_moe.doctor.network import check_clocks, check_ports
 from dist_moe.doctor.temporary import temporary_folder
 from dist_moe.doctor.training_checks import check_parity, check_saving
+from dist_moe.engine.train_state import RunData
 from dist_moe.errors import UserError
 from dist_moe.train.setup import build_mesh, tokenize
 from dist_moe.worker.cpu import keep_freed_memory
@@ -69,11 +70,15 @@ def model_shape_check(name: str, check: Callable[[DoctorContext, ModelShape, boo
 def check_text(context: DoctorContext) -> Finding:
     """Report how many epochs the run reads, and warn above MAX_EPOCHS."""
     assert context.tokenized is not None
-    config, tokens = context.config, len(context.tokenized.train.tokens)
-    read = config.train.steps * config.train.global_batch_size * config.data.sequence_length
-    epochs = read / tokens
-    held_out = len(context.tokenized.validation.tokens)
-    text = f"{tokens:,} training tokens, {held_out:,} held out; the run reads {read:,} tokens, {epochs:.2f} epochs"
+    config, data = context.config, context.tokenized
+    read = config.train.steps * config.train.global_batch_size
+    if isinstance(data, LabeledData):
+        what, units, held_out = "examples", data.train.count, data.validation.count
+    else:
+        what, units, held_out = "tokens", len(data.train.tokens), len(data.validation.tokens)
+        read *= config.data.sequence_length
+    epochs = read / units
+    text = f"{units:,} training {what}, {held_out:,} held out; the run reads {read:,} {what}, {epochs:.2f} epochs"
     if epochs > MAX_EPOCHS:
         remedy = f"use more text, or fewer train.steps; beyond {MAX_EPOCHS:.0f} epochs a model learns little more"
         return Finding("text", Outcome.warned, text, remedy)
@@ -118,7 +123,7 @@ def run_checks(
     """
     config = resolved.config
     set_threads(config.run.threads, rank_info)
-    tokenized: TokenizedData | None = None
+    tokenized: RunData | None = None
     text_error = ""
     try:
         tokenized = tokenize(config)

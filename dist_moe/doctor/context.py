@@ -10,8 +10,8 @@ import torch
 from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, Resolved
-from dist_moe.data.corpus import TokenizedData
 from dist_moe.engine.precision import choose_precision
+from dist_moe.engine.train_state import RunData
 
 
 def experts_per_token(config: Config) -> int:
@@ -42,7 +42,7 @@ class DoctorContext:
     dist_context: DistContext
     mesh: Mesh
     folder: Path
-    tokenized: TokenizedData | None
+    tokenized: RunData | None
     limit_s: float = 30.0
 
     @property

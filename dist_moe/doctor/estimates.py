@@ -159,6 +159,8 @@ def _loss_bytes(config: Config, shape: ModelShape, tokens: int, item: int, devic
 
     A loss in chunks also holds the gradients of the hidden states and, in fp32, that of the head until the backward.
     """
+    if config.task.kind != "language_model":
+        return tokens * shape.hidden_size * FP32_BYTES  # the pooled hidden states in fp32; the logits are few
     of_a_token = shape.vocabulary * (2 * item + FP32_BYTES)
     if not shape.linear_head or choose_cross_entropy(config.model.cross_entropy, device) is None:
         return tokens * of_a_token

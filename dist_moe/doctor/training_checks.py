@@ -19,21 +19,26 @@ from dist_moe.checkpoint.snapshot import collect
 from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import Config
+from dist_moe.data.labeled.stream import LabeledBatch
 from dist_moe.data.stream import Batch
 from dist_moe.doctor.context import DoctorContext
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.engine.deepspeed import EngineSettings
-from dist_moe.engine.train_state import TrainState
+from dist_moe.engine.train_state import RunBatch, TrainState
 from dist_moe.families.registry import family_of
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.convert import find_layers
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.head import has_head, head_settings
+from dist_moe.model.tasks.base import Task
+from dist_moe.model.tasks.classification import ClassificationTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
 from dist_moe.text import format_bytes
 from dist_moe.train.setup import engine_settings, start_training
 from dist_moe.train.step import train_step
 
 MIN_EXPERTS, MAX_LENGTH, VOCABULARY = 8, 64, 257
+CLASSES = ("a", "b", "c")
 TOLERANCE = 1e-4
 """Allowed difference, relative to the largest change of a weight and to the norm: sums over ranks differ in order."""
 LEARNING_RATE = 100.0
@@ -63,6 +68,7 @@ def small_model_config(context: DoctorContext, expert_parallel: int) -> tuple[di
     experts = min(max(MIN_EXPERTS, top_k), context.resolved.experts)
     experts = -(-experts // expert_parallel) * expert_parallel
     settings |= {family.experts_key: experts, **family.few_layers}
+    settings |= head_settings(config.task, CLASSES)
     settings |= {key: 1 for key in (family.groups_key, family.topk_groups_key) if key is not None}
     if isinstance(rule, ThresholdRouting):
         return settings, replace(rule, max_experts=min(top_k, experts))
@@ -71,7 +77,7 @@ def small_model_config(context: DoctorContext, expert_parallel: int) -> tuple[di
     return settings, rule
 
 
-def small_task(context: DoctorContext, mesh: Mesh) -> LanguageModelTask:
+def small_task(context: DoctorContext, mesh: Mesh) -> Task:
     """Return the small model and its loss on a mesh, with the implementations of the run."""
     config, (model_config, rule) = context.config, small_model_config(context, context.mesh.expert_parallel)
     settings = config.model
@@ -85,6 +91,8 @@ def small_task(context: DoctorContext, mesh: Mesh) -> LanguageModelTask:
         settings.norm,
         settings.moe_kernels,
     )
+    if has_head(model.config):
+        return ClassificationTask(model, needs_margins=config.balance.needs_margins)
     return LanguageModelTask(model, needs_margins=config.balance.needs_margins, cross_entropy=settings.cross_entropy)
 
 
@@ -150,12 +158,15 @@ def weights_by_name(train_state: TrainState, mesh: Mesh) -> tuple[dict[str, Tens
     return dense, experts
 
 
-def sample_batch(context: DoctorContext, rank: int) -> Batch:
+def sample_batch(context: DoctorContext, rank: int) -> RunBatch:
     """Return random tokens of one rank, equal in every run."""
     length = min(MAX_LENGTH, context.config.data.sequence_length)
     generator = torch.Generator().manual_seed(1000 + rank)
     tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
     zeros = torch.zeros(1, length, dtype=torch.int64)
+    if context.config.task.kind != "language_model":
+        label = torch.tensor([rank % len(CLASSES)], dtype=torch.float64)
+        return LabeledBatch(tokens[:, :-1], torch.ones(1, length, dtype=torch.bool), zeros, label)
     return Batch(tokens[:, :-1], tokens[:, 1:], zeros, torch.arange(length).reshape(1, -1), zeros)
 
 

@@ -6,9 +6,15 @@ from functools import cached_property
 from dist_moe.balance.balancer import Balancer
 from dist_moe.config import Config
 from dist_moe.data.corpus import TokenizedData
-from dist_moe.data.stream import Stream
+from dist_moe.data.labeled.prepare import LabeledData
+from dist_moe.data.labeled.stream import ExampleStream, LabeledBatch
+from dist_moe.data.stream import Batch, Stream
 from dist_moe.engine.deepspeed import Engine
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.tasks.base import Task
+
+RunData = TokenizedData | LabeledData
+RunBatch = Batch | LabeledBatch
+RunStream = Stream | ExampleStream
 
 
 @dataclass(frozen=True)
@@ -18,10 +24,12 @@ class TrainState:
     config: Config
     engine: Engine
     balancer: Balancer
-    task: LanguageModelTask
-    data: TokenizedData
+    task: Task
+    data: RunData
 
     @cached_property
-    def stream(self) -> Stream:
+    def stream(self) -> RunStream:
         """The infinite stream of training rows."""
+        if isinstance(self.data, LabeledData):
+            return ExampleStream(self.data.train, self.config.run.seed)
         return Stream(self.data.train, self.config.data.sequence_length, self.config.run.seed)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.data.corpus import document_names
-from dist_moe.data.stream import Batch, Rows
-from dist_moe.engine.train_state import TrainState
+from dist_moe.data.stream import Rows
+from dist_moe.engine.train_state import RunBatch, TrainState
 from dist_moe.errors import UserError
 from dist_moe.model.inputs import model_inputs
 from dist_moe.text import listed
@@ -95,7 +95,7 @@ class NonFiniteMonitor:
         """
         _set_random_state(self._random, state.engine.device)
         try:
-            batches = [part.read(state.stream) for part in rows]
+            batches = [state.stream.batch(part.first, part.count) for part in rows]
             origin = find_origin(state.task, batches, scales, state.engine.device)
         except Exception as error:  # the run ends anyway; report what is known
             origin = Origin(f"the search ended in {type(error).__name__}: {error}")
@@ -110,7 +110,7 @@ class NonFiniteMonitor:
 
 
 def find_origin(
-    task: nn.Module, batches: Sequence[Batch], scales: tuple[Tensor, Tensor], device: torch.device
+    task: nn.Module, batches: Sequence[RunBatch], scales: tuple[Tensor, Tensor], device: torch.device
 ) -> Origin | None:
     """Return the first non-finite value on this rank: of the weights, the forward or the backward pass.
 
@@ -126,7 +126,7 @@ def find_origin(
 
 
 def _origin_in(
-    task: nn.Module, batch: Batch, scales: tuple[Tensor, Tensor], number: int, device: torch.device
+    task: nn.Module, batch: RunBatch, scales: tuple[Tensor, Tensor], number: int, device: torch.device
 ) -> Origin | None:
     names, weights = zip(*((n, w) for n, w in task.named_parameters() if w.requires_grad), strict=True)
     with _outputs(task) as finite:
@@ -162,7 +162,7 @@ def _outputs(task: nn.Module) -> Iterator[list[tuple[str, bool]]]:
 
 def _documents(state: TrainState, rows: Rows) -> tuple[str, ...]:
     indices = state.stream.documents(rows)[:MOST_DOCUMENTS]
-    names = document_names(state.data, "train", indices)
+    names = document_names(state.data.folder, "train", indices)
     return tuple(names.get(index, f"document {index}") for index in indices)
 
 

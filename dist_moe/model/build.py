@@ -14,6 +14,7 @@ from dist_moe.config.sections.router import RouterConfig
 from dist_moe.families.registry import family_of
 from dist_moe.model.attention import attention_name
 from dist_moe.model.convert import MoeLayer, convert, find_layers
+from dist_moe.model.head import attach_head, has_head
 from dist_moe.model.norm import fuse_norms
 from dist_moe.moe.experts import BiasedExperts
 from dist_moe.moe.router import Router
@@ -68,6 +69,8 @@ def empty_model(
     family = family_of(config.model_type)
     with torch.device("meta"):
         model = (AutoModel if family.encoder else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
+        if has_head(config):
+            attach_head(model)
     convert(model, family, rule, mesh, moe_kernels)
     if norm == "auto":
         fuse_norms(model)

@@ -3,11 +3,12 @@
 Shapes: B sequences, S positions, N documents.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from dist_moe.data.labeled.stream import LabeledBatch
 from dist_moe.data.stream import Batch
 
 
@@ -45,8 +46,41 @@ class ModelInputs(NamedTuple):
     documents: Documents | None = None
 
 
-def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
+class LabeledInputs(NamedTuple):
+    """The inputs of a `ClassificationTask`, on its device.
+
+    Attributes:
+        tokens_BS: int64 in [0, V).
+        types_BS: int64, 1 for tokens of the second text of a pair.
+        labels_B: float64, the index of the class, or the value.
+        mask_BS: bool, false for padding; None where there is none.
+    """
+
+    tokens_BS: Tensor
+    types_BS: Tensor
+    labels_B: Tensor
+    mask_BS: Tensor | None = None
+
+
+@overload
+def model_inputs(batch: Batch, device: torch.device) -> ModelInputs: ...
+
+
+@overload
+def model_inputs(batch: LabeledBatch, device: torch.device) -> LabeledInputs: ...
+
+
+@overload
+def model_inputs(batch: Batch | LabeledBatch, device: torch.device) -> ModelInputs | LabeledInputs: ...
+
+
+def model_inputs(batch: Batch | LabeledBatch, device: torch.device) -> ModelInputs | LabeledInputs:
     """Return the inputs for a batch on the CPU. The host does not wait for the device."""
+    if isinstance(batch, LabeledBatch):
+        mask_BS = None if bool(batch.mask_BS.all()) else _move(batch.mask_BS, device)
+        return LabeledInputs(
+            _move(batch.tokens_BS, device), _move(batch.types_BS, device), _move(batch.labels_B, device), mask_BS
+        )
     mask_BS = batch.documents_BS >= 0
     has_padding = not bool(mask_BS.all())
     documents = find_documents(batch.documents_BS) if device.type == "cuda" else None

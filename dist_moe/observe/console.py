@@ -127,8 +127,18 @@ class RunConsole:
         self._remove_live_line()
         self._print(summary_table(metrics))
         trained = f" after {counted(metrics.step, 'step')}" if metrics.step else ""
-        self.log(f"validation loss  {metrics.validation_loss:.4f} nats/token{trained}")
-        self.log(f"bits per byte    {metrics.bits_per_byte:.4f}")
+        unit = (
+            "mean squared error"
+            if metrics.pearson is not None
+            else "nats/text"
+            if metrics.task_metrics
+            else "nats/token"
+        )
+        self.log(f"validation loss  {metrics.validation_loss:.4f} {unit}{trained}")
+        for name, value in metrics.task_metrics.items():
+            self.log(f"{name.replace('_', ' '):<16} {value:.4f}")
+        if not metrics.task_metrics:
+            self.log(f"bits per byte    {metrics.bits_per_byte:.4f}")
         if math.isnan(metrics.validation_loss):
             self.warn(NOT_FINITE)
         for name, path in paths.items():
@@ -176,10 +186,9 @@ def counter(step: int, steps: int) -> str:
 
 def evaluation_line(metrics: EvaluationMetrics) -> str:
     """Format one evaluation."""
-    line = (
-        f"validation after {counted(metrics.step, 'step')}  loss {metrics.validation_loss:.4f}  "
-        f"bits/byte {metrics.bits_per_byte:.4f}"
-    )
+    others = metrics.task_metrics or {"bits/byte": metrics.bits_per_byte}
+    values = "  ".join(f"{name} {value:.4f}" for name, value in {"loss": metrics.validation_loss, **others}.items())
+    line = f"validation after {counted(metrics.step, 'step')}  {values}"
     if not metrics.load:
         return line
     return f"{line}  MaxVio_global {metrics.max_vio_global:.3f} (floor {metrics.max_vio_global_floor:.3f})"
@@ -190,7 +199,8 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
 
     Where tokens take different numbers of experts, a column shows the mean number.
     """
-    title = f"Load over the validation text ({metrics.tokens:,} target tokens)"
+    what = "texts" if metrics.task_metrics else "target tokens"
+    title = f"Load over the validation text ({metrics.tokens:,} {what})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     varies = sum(count > 0 for count in metrics.experts_per_token_histogram) > 1
     headings = ["layer", "MaxVio_global", "floor", "deviation", "least / mean", "most / mean"]

@@ -4,13 +4,17 @@ Shapes: L MoE layers, E routed experts of a layer, K the most experts that a tok
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from dist_moe.observe.measures import mean, measure_load, shared_fields
+
+TASK_METRICS = ("accuracy", "macro_f1", "matthews", "pearson", "spearman")
+# Of a task with labeled texts, metrics.jsonl has no bytes, and counts texts.
+OF_BYTES, TEXT_FIELDS = ("bits_per_byte", "bytes"), {"tokens": "examples"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +26,9 @@ class EvaluationMetrics:
     """
 
     step: int
-    validation_loss: float  # nats per label token
+    validation_loss: float  # nats per label token, or per text; of a regression the mean squared error
     bits_per_byte: float  # NaN where no text was predicted, of documents of one token
-    tokens: int  # label tokens
+    tokens: int  # label tokens, or labeled texts
     bytes: int  # of text that the label tokens cover
     max_vio_global: float
     max_vio_global_floor: float
@@ -42,10 +46,24 @@ class EvaluationMetrics:
     load_deviation_percent_floor_per_layer: tuple[float, ...]
     experts_per_token_per_layer: tuple[float, ...]
     load: tuple[tuple[int, ...], ...]  # [L][E] assignments
+    # Of labeled texts, each of which is a label: classes (accuracy, ...) or values (pearson, ...).
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    matthews: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
+
+    @property
+    def task_metrics(self) -> dict[str, float]:
+        """The metrics of a task with labeled texts, by name; empty for a language model."""
+        return {name: value for name in TASK_METRICS if (value := getattr(self, name)) is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record of metrics.jsonl: `"event": "validation"` and all fields."""
-        return {"event": "validation", **asdict(self)}
+        """Return the record of metrics.jsonl: `"event": "validation"` and all fields that the task has."""
+        fields = {name: value for name, value in asdict(self).items() if name not in TASK_METRICS or value is not None}
+        if self.task_metrics:
+            fields = {TEXT_FIELDS.get(name, name): value for name, value in fields.items() if name not in OF_BYTES}
+        return {"event": "validation", **fields}
 
 
 def evaluation_metrics(
@@ -56,6 +74,7 @@ def evaluation_metrics(
     text_bytes: int,
     load_L: Sequence[Tensor],
     k_histogram_L: Sequence[Tensor],
+    task_metrics: Mapping[str, float] | None = None,
 ) -> EvaluationMetrics:
     """Build the record of one evaluation from sums over all its rows and ranks.
 
@@ -66,6 +85,7 @@ def evaluation_metrics(
         text_bytes: Bytes of text that the label tokens cover; 0 where each of them is an end token.
         load_L: L tensors [E] int64, counts of the whole evaluation.
         k_histogram_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
+        task_metrics: Those of labeled texts, by their names in the record; None for a language model.
 
     Raises:
         TypeError: A load or the counts of tokens are not int64.
@@ -85,4 +105,5 @@ def evaluation_metrics(
         max_vio_global_per_layer=measures.max_vio_per_layer,
         max_vio_global_floor_per_layer=measures.max_vio_floor_per_layer,
         **shared_fields(measures, k_histogram_L),
+        **dict[str, Any](task_metrics or {}),
     )

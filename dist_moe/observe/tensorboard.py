@@ -190,6 +190,9 @@ class TensorBoardWriter:
 
     def _evaluation(self, metrics: EvaluationMetrics) -> None:
         values = _fields(metrics, _EVALUATION_TAGS)
+        if metrics.task_metrics:
+            values = {"validation/loss": metrics.validation_loss}
+            values |= {f"validation/{name}": value for name, value in metrics.task_metrics.items()}
         if not metrics.load:
             self._scalars(metrics.step, values)
             return

@@ -16,13 +16,20 @@ from dist_moe.comm.init import init_distributed, set_threads
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import Config, load_stored_config
 from dist_moe.config.messages import validate
+from dist_moe.config.sections.task import TaskConfig
 from dist_moe.config.yaml_io import apply_overrides
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.corpus import TokenizedData, prepare
+from dist_moe.data.corpus import prepare
+from dist_moe.data.labeled.prepare import prepare_labeled
+from dist_moe.data.labeled.sources import labeled_source_files
 from dist_moe.data.source_manifest import compare_sources
+from dist_moe.data.sources import source_files
+from dist_moe.engine.train_state import RunData
 from dist_moe.errors import ABSENT, ConfigError, Violation
 from dist_moe.families.registry import family_of
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.head import has_head, label_names
+from dist_moe.model.tasks.classification import ClassificationTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.text import counted, listed
 from dist_moe.train.evaluate import ValidationSet, evaluate, validation_set
@@ -85,17 +92,37 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     set_threads(given.run.threads, rank_info)
     asked = {override.partition("=")[0].strip() for override in overrides}
     part = choose_part(given, trained_on, checkpoint, asked)
-    data = prepare(part.sources, "pretrained", model_config.vocab_size, part.fraction, cache_folder(), folder)
+    data = read_data(given, part, model_config, folder)
     if part.fraction is None and "observe.validation_sequences" not in asked:
         given = given.model_copy(update={"observe": given.observe.model_copy(update={"validation_sequences": 0})})
     with init_distributed(rank_info, given.parallel.backend, given.parallel.timeout_s) as dist_context:
         experts: int = getattr(model_config, family_of(model_config.model_type).experts_key)
         expert_parallel = rank_info.world_size if experts % rank_info.world_size == 0 else 1
         mesh = make_mesh(expert_parallel, shared_memory=given.parallel.shared_memory)
-        task = LanguageModelTask(load_weights(folder, mesh)).to(dist_context.device)
+        model = load_weights(folder, mesh)
+        task = (ClassificationTask if has_head(model_config) else LanguageModelTask)(model).to(dist_context.device)
         text = validation_set(given, data)
         metrics = evaluate(task, text, mesh, dist_context.device, step_of(checkpoint) or 0)
     return CheckpointEvaluation(checkpoint, describe_text(given, data, text, part), metrics)
+
+
+def read_data(config: Config, part: "Part", model_config: PretrainedConfig, folder: Path) -> RunData:
+    """Return the text to evaluate, tokenized by the model's tokenizer.
+
+    Raises:
+        DataError: It cannot be read, or has labels that the model does not have.
+    """
+    vocabulary, cache = model_config.vocab_size, cache_folder()
+    if not has_head(model_config):
+        return prepare(part.sources, "pretrained", vocabulary, part.fraction, cache, folder)
+    task, length = task_of(model_config), config.data.sequence_length
+    return prepare_labeled(part.sources, task, "pretrained", vocabulary, length, part.fraction, cache, folder)
+
+
+def task_of(model_config: PretrainedConfig) -> TaskConfig:
+    """Return the task of a model with a head."""
+    labels = list(label_names(model_config))
+    return TaskConfig(kind="classification", labels=labels) if labels else TaskConfig(kind="regression")
 
 
 def refuse_unread(overrides: Sequence[str]) -> None:
@@ -118,6 +145,7 @@ def folder_config(folder: Path, model_config: PretrainedConfig, overrides: Seque
             "tokenizer": "pretrained",
             "sequence_length": min(LONGEST_BY_DEFAULT, model_config.max_position_embeddings),
         },
+        **({"task": task_of(model_config).model_dump()} if has_head(model_config) else {}),
         "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8, "learning_rate": 0.0},
     }
     violations = apply_overrides(settings, overrides)
@@ -165,7 +193,8 @@ def choose_part(given: Config, trained_on: Sequence[str], checkpoint: Path, aske
     sources, fraction = given.data.sources, given.data.validation_fraction
     if sources == trained_on:
         return Part(sources, fraction, HELD_OUT)
-    overlap = compare_sources(sources, trained_on, corpus_folder(checkpoint))
+    files_of = source_files if given.task.kind == "language_model" else labeled_source_files
+    overlap = compare_sources(sources, trained_on, corpus_folder(checkpoint), files_of)
     if not overlap.shared:
         whole = "data.validation_fraction" not in asked
         return Part(sources, None, "all") if whole else Part(sources, fraction, HELD_OUT)
@@ -184,7 +213,7 @@ def corpus_folder(checkpoint: Path) -> Path:
     return cache_folder() / "tokens" / Path(corpus).name
 
 
-def describe_text(config: Config, data: TokenizedData, text: ValidationSet, evaluated: Part) -> str:
+def describe_text(config: Config, data: RunData, text: ValidationSet, evaluated: Part) -> str:
     """Say which text was evaluated."""
     part = evaluated.words
     if text.rows < text.stream.rows_per_epoch:

@@ -17,6 +17,7 @@ from dist_moe.config.pretrained import (
 )
 from dist_moe.config.sections.data import BUILT_IN
 from dist_moe.data.files import TO_JSONL, conversion
+from dist_moe.data.labeled.sources import labeled_source_files, read_labeled
 from dist_moe.data.sources import read_sources, refuse_shared_files, repeated_names, source_files
 from dist_moe.errors import DataError, reason_of
 from dist_moe.files import UNSEEN_REMEDY, why_unseen
@@ -38,6 +39,8 @@ SPLIT_FILES, SPLIT_BYTES = 100, 4 << 20
 def data_violations(config: Config) -> list[Violation]:
     """Return what is wrong with the files and folders that the configuration names, on this host."""
     found = _folder_violations(config)
+    if config.task.kind != "language_model":
+        return [*found, *_labeled_violations(config), *_tokenizer_violations(config), *_weights_violations(config)]
     in_sources = [violation for name in dict.fromkeys(config.data.sources) for violation in _source_violations(name)]
     if repeated := repeated_names(config.data.sources):
         rule = f"repeats {listed(repeated, last='and')}"
@@ -111,6 +114,36 @@ def _split_violations(config: Config) -> list[Violation]:
     return []
 
 
+def _labeled_violations(config: Config) -> list[Violation]:
+    """Return why the labeled sources cannot be used: local ones that are small are read whole."""
+    sources = config.data.sources
+    if repeated := repeated_names(sources):
+        rule = f"repeats {listed(repeated, last='and')}"
+        return [Violation("data.sources", sources, rule, "give each source once")]
+    try:
+        files = [labeled_source_files(name) for name in sources]
+        paths = [path for each in files for _, path in each or ()]
+        if None not in files and sum(path.stat().st_size for path in paths) <= SPLIT_BYTES:
+            from dist_moe.data.labeled.prepare import class_names, divide, label_values  # imports numpy and tokenizers
+
+            examples = [example for name in sources for example in read_labeled(name, Path())]
+            splits = divide(examples, config.data.validation_fraction)
+            labels = class_names(splits, config.task)
+            label_values(examples, labels, config.task)
+    except DataError as error:
+        for key, value in (
+            ("data.validation_fraction", config.data.validation_fraction),
+            ("task.labels", config.task.labels),
+        ):
+            if error.value.startswith(f"{key}="):
+                return [Violation(key, value, error.rule, error.remedy)]
+        return [Violation("data.sources", sources, f"cannot be used: {error.value} {error.rule}", error.remedy)]
+    except OSError as error:
+        rule = f"cannot be read ({reason_of(error)}: {error.filename})"
+        return [Violation("data.sources", sources, rule, "give files that this user can read")]
+    return []
+
+
 def _is_small(sources: Sequence[str]) -> bool:
     if any(name in BUILT_IN for name in sources):
         return False
@@ -148,7 +181,7 @@ def _tokenizer_violations(config: Config) -> list[Violation]:
     from dist_moe.data.corpus import pretrained_tokenizer  # imports torch
 
     try:
-        pretrained_tokenizer(folder, text_vocabulary(config))
+        pretrained_tokenizer(folder, text_vocabulary(config), byte_level=config.task.kind == "language_model")
     except ConfigError:
         return []  # as above
     except DataError as error:

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from dist_moe.checkpoint.errors import WeightsError
-from dist_moe.checkpoint.format.hf_weights import load_weights
+from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.checkpoint.format.layout import resolve_path, weights_folder
 from dist_moe.comm.mesh import Mesh
 from dist_moe.data.load_tokenizer import load_tokenizer
+from dist_moe.model.head import has_head
 from dist_moe.text import counted
 
 
@@ -40,6 +41,11 @@ def generate(checkpoint: Path, prompt: str, tokens: int, temperature: float, see
         CheckpointError, WeightsError: The folder is not a checkpoint, or the prompt takes all positions of the model.
     """
     folder = weights_folder(resolve_path(checkpoint, read=("model/",)))
+    if has_head(read_config(folder)[0]):
+        raise WeightsError(
+            f"{folder} classifies texts and does not generate any; evaluate it with `dist-moe evaluate`, or give the "
+            "checkpoint of a language model"
+        )
     tokenizer = load_tokenizer(folder)
     model = load_weights(folder, Mesh(world_size=1, rank=0, expert_parallel=1)).eval()
     ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.end_id]], dtype=torch.int64)

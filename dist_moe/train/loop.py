@@ -89,7 +89,7 @@ def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlag
     # it, because the file may have changed in between.
     changed = detect_change(files)
     rows = [] if changed else micro_batches(run.resolved, run.mesh, step)
-    batches = [part.read(run.state.stream) for part in rows]
+    batches = [run.state.stream.batch(part.first, part.count) for part in rows]
     flags = replace(flags, data_changed=changed or detect_change(files))
     counts, all_flags = exchange_flags(batches, flags, engine)
     record = train_step(engine, balancer, batches, learning_rate, counts)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dist_moe.data.mmap_files import reject_change
-from dist_moe.data.stream import Batch
 from dist_moe.engine.deepspeed import Engine
+from dist_moe.engine.train_state import RunBatch
 from dist_moe.train.step import GlobalCounts, reduce_counts
 
 
@@ -56,7 +56,7 @@ def job_flags(summed: Sequence[int], world_size: int) -> JobFlags:
     return JobFlags(stop_requested > 0, shard_written == world_size, data_changed > 0, save_due > 0)
 
 
-def exchange_flags(batches: Sequence[Batch], flags: RankFlags, engine: Engine) -> tuple[GlobalCounts, JobFlags]:
+def exchange_flags(batches: Sequence[RunBatch], flags: RankFlags, engine: Engine) -> tuple[GlobalCounts, JobFlags]:
     """Reduce the token counts of a step and the flags of all ranks in ONE all-reduce. A collective call.
 
     Args:

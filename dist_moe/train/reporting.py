@@ -17,10 +17,12 @@ from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_scalars
 from dist_moe.config import Config, Resolved, dump_config
-from dist_moe.data.corpus import TokenizedData
+from dist_moe.data.labeled.prepare import LabeledData
+from dist_moe.data.labeled.stream import ExampleStream
+from dist_moe.engine.train_state import RunData
 from dist_moe.errors import needs_folder
 from dist_moe.files import others_may_write
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.tasks.base import Task
 from dist_moe.observe.alerts import EARLY_STEPS, LoadAlerts
 from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
@@ -28,7 +30,7 @@ from dist_moe.observe.metrics import Progress, step_metrics
 from dist_moe.observe.record import RunRecorder, archive_previous_run
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.policies.unbalanced import Unbalanced
-from dist_moe.text import counted
+from dist_moe.text import counted, listed
 from dist_moe.train.microbatch_vio import microbatch_max_vio
 from dist_moe.train.step import StepRecord
 
@@ -77,8 +79,10 @@ class Report:
         # When the previous logged step had been taken.
         self._since_s: float | None = None
         self._steps = 0
+        # Positions, or tokens of examples, of all rows before one.
+        self._tokens_before: Callable[[int], int] = config.data.sequence_length.__mul__
 
-    def describe(self, resolved: Resolved, tokenized: TokenizedData, task: LanguageModelTask) -> None:
+    def describe(self, resolved: Resolved, tokenized: RunData, task: Task) -> None:
         """Record what the run is, and print what will be trained, on which text, and which layers are balanced."""
         if self.recorder is None or self.console is None:
             return
@@ -117,8 +121,9 @@ class Report:
         else:
             plural = "s"[: len(task.layers) > 1]
             self.console.log(f"balancing policy {self.config.balance.policy} on layer{plural} {names}")
-        tokens = [len(corpus.tokens) for corpus in (tokenized.train, tokenized.validation)]
-        self.console.log(f"text: {counted(tokens[0], 'token')} to train on, {tokens[1]:,} held out")
+        if isinstance(tokenized, LabeledData):
+            self._tokens_before = ExampleStream(tokenized.train, self.config.run.seed).tokens_before
+        self.console.log(describe_data(tokenized))
         for note in tokenized.notes:
             self.console.log(f"text: {note}")
         if self._checkpoint is not None:
@@ -161,18 +166,17 @@ class Report:
         if step % self.config.observe.interval and record.taken and step not in (1, self.config.train.steps):
             return
         nll, auxiliary, microbatch_vio_L = self._over_ranks(record)
-        step_s = self._seconds_per_step(self._since_s)
+        step_s, tokens_per_step = self._since_last(step, self._since_s)
         if self.recorder is None or self.console is None:
             return
-        step_tokens = self.config.train.global_batch_size * self.config.data.sequence_length
         progress = Progress(
             step=step,
             loss=nll / record.label_tokens if record.label_tokens else math.nan,
             auxiliary_loss=auxiliary,
             learning_rate=learning_rate,
             grad_norm=record.grad_norm,
-            tokens=step * step_tokens,
-            tokens_per_s=step_tokens / step_s,
+            tokens=self._tokens_before(step * self.config.train.global_batch_size),
+            tokens_per_s=tokens_per_step / step_s,
             step_ms=1e3 * step_s,
             skipped=not record.taken,
             skipped_steps=self._skipped_steps,
@@ -193,12 +197,13 @@ class Report:
         if self.board is not None:
             self.board.step(metrics)
 
-    def _seconds_per_step(self, since_s: float) -> float:
-        """Return the wall time of each step from `since_s` until now, where the time of the next ones begins."""
-        now_s = self._clock()
-        step_s = (now_s - since_s) / self._steps
+    def _since_last(self, step: int, since_s: float) -> tuple[float, float]:
+        """Return seconds and tokens of each step from `since_s` until now, where the time of the next ones begins."""
+        now_s, rows = self._clock(), self.config.train.global_batch_size
+        tokens = self._tokens_before(step * rows) - self._tokens_before((step - self._steps) * rows)
+        per_step = ((now_s - since_s) / self._steps, tokens / self._steps)
         self._since_s, self._steps = now_s, 0
-        return step_s
+        return per_step
 
     def _advance(self, step: int) -> None:
         """Move the bar on the terminal, between logged steps too."""
@@ -258,6 +263,15 @@ class Report:
         paths = {"metrics": self.recorder.metrics_path}
         paths |= {"checkpoint": checkpoint} if checkpoint is not None else {}
         self.console.summary(metrics, paths, folder / "tensorboard" if self.board is not None else None)
+
+
+def describe_data(data: RunData) -> str:
+    """Say in a line what is trained on, and what is held out."""
+    if not isinstance(data, LabeledData):
+        tokens = [len(corpus.tokens) for corpus in (data.train, data.validation)]
+        return f"text: {counted(tokens[0], 'token')} to train on, {tokens[1]:,} held out"
+    line = f"text: {counted(data.train.count, 'example')} to train on, {data.validation.count:,} held out"
+    return f"{line}; classes: {listed(data.labels, last='and', most=10)}" if data.labels else line
 
 
 @contextlib.contextmanager

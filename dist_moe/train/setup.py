@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dist_moe.balance.balancer import Balancer
@@ -25,17 +26,22 @@ from dist_moe.comm.objects import all_gather_objects
 from dist_moe.config import Config, Resolved
 from dist_moe.config.pretrained import text_vocabulary, tokenizer_folder
 from dist_moe.config.sections.run import RunConfig
+from dist_moe.config.sections.task import TaskConfig
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.corpus import TokenizedData, prepare
+from dist_moe.data.corpus import prepare
+from dist_moe.data.labeled.prepare import LabeledData, prepare_labeled
 from dist_moe.data.packages.models import weights_folder
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.engine.precision import choose_precision
-from dist_moe.engine.train_state import TrainState
+from dist_moe.engine.train_state import RunData, TrainState
 from dist_moe.errors import DataError
 from dist_moe.health.hang_detector import HangDetector, hang_detector
 from dist_moe.model.build import build_model, freeze_layers, parameter_groups, routing_rule
 from dist_moe.model.cross_entropy import choose_cross_entropy
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.head import head_settings
+from dist_moe.model.tasks.base import Task
+from dist_moe.model.tasks.classification import ClassificationTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.moe.kernels import check_kernels
 from dist_moe.status import print_status
 from dist_moe.text import listed
@@ -123,7 +129,7 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         yield Run(resolved, state, report, checkpoint, detector)
 
 
-def load_start(config: Config, task: LanguageModelTask, mesh: Mesh) -> None:
+def load_start(config: Config, task: Task, mesh: Mesh) -> None:
     """Load the weights that a run starts from, if they are not drawn at random. A collective call."""
     model, folder = config.model, weights_folder(config, cache_folder())
     if folder is None:
@@ -156,7 +162,7 @@ def use_cpu(config: RunConfig, dist_context: DistContext) -> Iterator[None]:
 
 @contextlib.contextmanager
 def start_training(
-    config: Config, task: LanguageModelTask, data: TokenizedData, mesh: Mesh, settings: EngineSettings
+    config: Config, task: Task, data: RunData, mesh: Mesh, settings: EngineSettings
 ) -> Iterator[TrainState]:
     """Start the engine and the balancer of `task` for the length of the context. A collective call."""
     with start_engine(task, parameter_groups(task.model, config.train.weight_decay), settings, mesh) as engine:
@@ -165,7 +171,7 @@ def start_training(
         yield TrainState(config, engine, build_balancer(task, config, engine.device), task, data)
 
 
-def tokenize(config: Config) -> TokenizedData:
+def tokenize(config: Config) -> RunData:
     """Fetch and tokenize the data of a run, or open the tokens that exist.
 
     Every worker calls it before the process group exists. Workers of one host wait for each other at a file lock,
@@ -178,10 +184,13 @@ def tokenize(config: Config) -> TokenizedData:
     if folder is None and data.tokenizer == "pretrained":
         folder = weights_folder(config, cache_folder())
     vocabulary, fraction = text_vocabulary(config), data.validation_fraction
+    if config.task.kind != "language_model":
+        length, cache = data.sequence_length, cache_folder()
+        return prepare_labeled(data.sources, config.task, data.tokenizer, vocabulary, length, fraction, cache, folder)
     return prepare(data.sources, data.tokenizer, vocabulary, fraction, cache_folder(), folder)
 
 
-def check_same_data(config: Config, data: TokenizedData) -> None:
+def check_same_data(config: Config, data: RunData) -> None:
     """Check that all ranks hold the same tokens, which two hosts may not. A collective call.
 
     Raises:
@@ -203,12 +212,13 @@ def build_mesh(resolved: Resolved) -> Mesh:
     return make_mesh(resolved.expert_parallel, per_node, shared_memory=resolved.config.parallel.shared_memory)
 
 
-def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageModelTask:
+def build_task(resolved: Resolved, data: RunData, mesh: Mesh) -> Task:
     """Return the model with its initial values, and its loss."""
     config = resolved.config
     tokenizer = data.tokenizer
     model_config = {"vocab_size": tokenizer.vocab_size, **resolved.model_config}
     model_config |= {"eos_token_id": tokenizer.end_id, "bos_token_id": None, "pad_token_id": None}
+    model_config |= head_settings(config.task, data.labels if isinstance(data, LabeledData) else ())
     rule = routing_rule(config.router, config.balance)
     model = build_model(
         config.model.architecture,
@@ -224,10 +234,21 @@ def build_task(resolved: Resolved, data: TokenizedData, mesh: Mesh) -> LanguageM
     if config.train.activation_checkpointing:
         # Reentrant checkpointing silently loses the gradient of losses computed outside the checkpointed function.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LanguageModelTask(model, routing_losses(config), config.balance.needs_margins, config.model.cross_entropy)
+    losses, needs_margins = routing_losses(config), config.balance.needs_margins
+    if isinstance(data, LabeledData):
+        return ClassificationTask(model, losses, needs_margins, class_weights(config.task, data))
+    return LanguageModelTask(model, losses, needs_margins, config.model.cross_entropy)
 
 
-def build_balancer(task: LanguageModelTask, config: Config, device: torch.device) -> Balancer:
+def class_weights(task: TaskConfig, data: LabeledData) -> list[float]:
+    """Return the weight of each class in the training loss; none where all are 1."""
+    if task.class_weights != "balanced":
+        return list(task.class_weights or ())
+    counts_C = np.bincount(data.train.labels_N.astype(np.int64), minlength=len(data.labels))
+    return [float(data.train.count / (len(data.labels) * count)) for count in counts_C]
+
+
+def build_balancer(task: Task, config: Config, device: torch.device) -> Balancer:
     """Return the balancer over the routers of every MoE layer."""
     return Balancer(
         {layer.name: layer.router for layer in task.layers},

@@ -13,17 +13,17 @@ from torch import Tensor
 from dist_moe.balance.balancer import Balancer
 from dist_moe.balance.counts import RoutingCounts
 from dist_moe.comm.reduce import all_reduce_counts
-from dist_moe.data.stream import IGNORE_INDEX, Batch
 from dist_moe.engine.deepspeed import Engine
+from dist_moe.engine.train_state import RunBatch
 from dist_moe.model.inputs import model_inputs
-from dist_moe.model.task import Output
+from dist_moe.model.tasks.base import Output
 
 
 class GlobalCounts(NamedTuple):
     """Integers of one step, summed over all ranks.
 
     Attributes:
-        label_tokens: Positions of the global batch that have a target.
+        label_tokens: Positions of the global batch that have a target; of labeled texts, the texts.
         tokens: Positions of the global batch that are not padding.
         extra: The caller's integers, summed position by position.
     """
@@ -40,7 +40,7 @@ class StepRecord:
     Attributes:
         taken: False where the step was skipped.
         grad_norm: Global 2-norm of the gradient before clipping.
-        nll_sum: fp32 scalar, this rank's sum of -ln p over its label tokens, in nats.
+        nll_sum: fp32 scalar, this rank's sum of -ln p over its label tokens, in nats, or of the losses of its texts.
         auxiliary: fp32 scalar, the routing losses, averaged over this rank's micro-batches; the mean of `auxiliary`
             over the ranks is the contribution of the routing losses to the loss.
         label_tokens: Label tokens of the global batch.
@@ -69,7 +69,7 @@ class StepRecord:
 def train_step(
     engine: Engine,
     balancer: Balancer,
-    batches: Sequence[Batch],
+    batches: Sequence[RunBatch],
     learning_rate: float,
     counts: GlobalCounts | None = None,
 ) -> StepRecord:
@@ -122,14 +122,14 @@ def train_step(
     )
 
 
-def forward(engine: Engine, batch: Batch, scale: Tensor, token_scale: Tensor) -> Output:
+def forward(engine: Engine, batch: RunBatch, scale: Tensor, token_scale: Tensor) -> Output:
     """Run the engine's module on one micro-batch."""
     output: Output = engine.forward(model_inputs(batch, engine.device), scale, token_scale)
     return output
 
 
-def reduce_counts(batches: Sequence[Batch], device: torch.device, extra: Sequence[int] = ()) -> GlobalCounts:
-    """Count the tokens of the global batch over all ranks in ONE all-reduce. A collective call.
+def reduce_counts(batches: Sequence[RunBatch], device: torch.device, extra: Sequence[int] = ()) -> GlobalCounts:
+    """Count the labels and tokens of the global batch over all ranks in ONE all-reduce. A collective call.
 
     Args:
         batches: This worker's micro-batches.
@@ -137,7 +137,7 @@ def reduce_counts(batches: Sequence[Batch], device: torch.device, extra: Sequenc
         extra: Further integers to sum in the same all-reduce, as many on every rank.
     """
     none = torch.zeros((), dtype=torch.int64)
-    labels = sum(((batch.targets_BS != IGNORE_INDEX).sum() for batch in batches), none)
-    tokens = sum(((batch.documents_BS >= 0).sum() for batch in batches), none)
+    labels = sum((batch.label_count for batch in batches), none)
+    tokens = sum((batch.token_count for batch in batches), none)
     counts = all_reduce_counts([labels, tokens, torch.tensor(extra, dtype=torch.int64)], device)
     return GlobalCounts(int(counts[0]), int(counts[1]), counts[2].tolist())

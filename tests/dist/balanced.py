@@ -22,7 +22,7 @@ from dist_moe.data.stream import IGNORE_INDEX, Batch, Stream
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import parameter_groups
 from dist_moe.model.inputs import model_inputs
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
 from dist_moe.policies.loss_free import LossFree

@@ -13,7 +13,8 @@ from dist_moe.data.stream import IGNORE_INDEX, Batch
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine
 from dist_moe.model.build import build_model, parameter_groups
 from dist_moe.model.inputs import model_inputs
-from dist_moe.model.task import NO_LOSSES, LanguageModelTask
+from dist_moe.model.tasks.base import NO_LOSSES
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.moe.select import Rule
 from dist_moe.policies.base import Policy
 from dist_moe.policies.loss_free import LossFree

@@ -13,7 +13,7 @@ def one_step(
     """Run a step as the loop does; return whether all ranks have written their files of a pending checkpoint."""
     engine = training.engine
     rows = [] if flags.data_changed else micro_batches(resolved, engine.mesh, step)
-    batches = [part.read(training.stream) for part in rows]
+    batches = [training.stream.batch(part.first, part.count) for part in rows]
     counts, all_flags = exchange_flags(batches, flags, engine)
     train_step(engine, training.balancer, batches, rate, counts)
     return all_flags.shard_written

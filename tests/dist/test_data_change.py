@@ -21,7 +21,9 @@ def step_with_a_change(rank: int, world_size: int, text: Path, folder: Path) -> 
     """
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
         before = [parameter.detach().clone() for parameter in training.task.parameters()]
-        batches = [part.read(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
+        batches = [
+            training.stream.batch(part.first, part.count) for part in micro_batches(resolved, training.engine.mesh, 1)
+        ]
         flags = RankFlags(data_changed="train.tokens has 1 byte" if rank == 1 else "")
         message = ""
         try:

@@ -31,7 +31,8 @@ def working_folder(folder: Path) -> None:
             (folder / entry.name).symlink_to(entry)
     pages = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
     documents = [part for page in pages for part in page.split("\n\n") if len(part) > 400]
-    (folder / "short.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
+    rows = ({"text": part, "label": "short" if len(part) < 600 else "long"} for part in documents)
+    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for text in ("my.txt", "texts/one.txt"):
         (folder / text).parent.mkdir(exist_ok=True)
         (folder / text).write_text("\n\n".join(documents[:20]), encoding="utf-8")

@@ -111,7 +111,9 @@ def test_a_run_that_only_skips_ends_and_leaves_its_checkpoints(text: Path, tmp_p
 def overflowing(rank: int, world_size: int, text: Path, folder: Path) -> list[str]:
     """The loss of a step times 1e38 is not finite, and its gradient neither: told with this scale, and with 1."""
     with started(rank, world_size, overrides_of(text, folder)) as (resolved, training):
-        batches = [part.read(training.stream) for part in micro_batches(resolved, training.engine.mesh, 1)]
+        batches = [
+            training.stream.batch(part.first, part.count) for part in micro_batches(resolved, training.engine.mesh, 1)
+        ]
         scales = [torch.tensor(value) for value in (1e38, 1.0)]
         found = [find_origin(training.task, batches, (scale, scale), training.engine.device) for scale in scales]
         return ["" if origin is None else origin.what for origin in found]

@@ -23,7 +23,7 @@ from tests.documents import (
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 FOLDERS = "configs|launch|examples|docker|docs|tests|benchmarks"
-SUFFIXES = {"json", "jsonl", "yaml", "py", "sh", "txt", "safetensors"}
+SUFFIXES = {"json", "jsonl", "tsv", "csv", "yaml", "py", "sh", "txt", "safetensors"}
 """What follows a dot in the name of a file, such as run.json, and not of a field."""
 SHELLS = {"bash", "shell", "console", "zsh", "shell-session"}
 

@@ -22,6 +22,7 @@ from dist_moe.families.record import FeedForward
 from dist_moe.families.registry import family_of
 from dist_moe.model.build import derived_seed
 from dist_moe.model.convert import MoeLayer, find_layers
+from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, has_head
 from dist_moe.text import counted, listed
 
 logger = logging.getLogger(__name__)
@@ -91,11 +92,12 @@ def _copies(
 ) -> dict[str, list[Copy]]:
     """Where each tensor of the dense model goes on this rank, by its name there."""
     blocks = tuple(f"{layer.name}." for layer in layers)
-    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
+    elsewhere = [f"{LANGUAGE_MODEL_HEAD}.weight"] if model.config.tie_word_embeddings else []
+    elsewhere += [HEAD_TENSOR] if has_head(model.config) else []  # drawn at random
     copies = {
         name: [Copy(tensor)]
         for name, tensor in model.state_dict().items()
-        if not name.startswith(blocks) and name != tied
+        if not name.startswith(blocks) and name not in elsewhere
     }
     for layer in layers:
         dense, local = layer.name.removesuffix(feed_forward.block), layer.experts.local

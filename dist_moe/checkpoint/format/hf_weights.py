@@ -39,6 +39,7 @@ from dist_moe.families.registry import family_of
 from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
+from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, has_head
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
 
@@ -120,26 +121,29 @@ def _needs_own_type(model: PreTrainedModel, layers: list[MoeLayer], balanced: bo
 def own_type_of_model(model: PreTrainedModel, balanced: bool) -> str:
     """Say in a line that the model will be saved with a `model_type` of its own; "" if it will not."""
     own = _needs_own_type(model, find_layers(model), balanced)
-    return own_type_line(model.config.model_type) if own else ""
+    return own_type_line(model.config.model_type, has_head(model.config)) if own else ""
 
 
 def own_type_of_run(resolved: Resolved) -> str:
     """As `own_type_of_model`, from the configuration of a run."""
     config = resolved.config
     settings = CONFIG_MAPPING[config.model.architecture](**resolved.model_config)
+    if config.task.kind != "language_model":
+        return own_type_line(config.model.architecture, headed=True)
     expressible = is_expressible(settings, routing_rule(config.router, config.balance), config.balance.moves_bias)
     return "" if expressible else own_type_line(config.model.architecture)
 
 
-def own_type_line(architecture: str) -> str:
-    """Say in a line what follows from a `model_type` of its own."""
+def own_type_line(architecture: str, headed: bool = False) -> str:
+    """Say in a line what follows from a `model_type` of its own; headed: the model classifies."""
     if family_of(architecture).feed_forward is not None:
         return (
             f"{architecture} has no experts: saved weights have the model_type {OWN_PREFIX}{architecture}, which "
             "dist-moe opens, also as model.pretrained, and transformers does not (docs/upcycling.md)"
         )
+    what = "has no class with this head" if headed else "cannot express this routing"
     return (
-        f"{architecture} cannot express this routing: saved weights have the model_type {OWN_PREFIX}{architecture}, "
+        f"{architecture} {what}: saved weights have the model_type {OWN_PREFIX}{architecture}, "
         "which dist-moe opens and transformers does not (docs/checkpoints.md, A model type of its own)"
     )
 
@@ -196,8 +200,13 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
         for layer in find_layers(model)
     }
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    return find_sources(folder, _rank_tensors(model, mesh, folder), experts, ignored)
+    ignored = list(model._keys_to_ignore_on_load_unexpected or ())
+    wanted = _rank_tensors(model, mesh, folder)
+    if has_head(model.config) and "problem_type" not in read_raw_config(folder):
+        # A language model, whose head has no place in a model that classifies, and which lacks that one's.
+        del wanted[HEAD_TENSOR]
+        ignored.append(LANGUAGE_MODEL_HEAD)
+    return find_sources(folder, wanted, experts, ignored)
 
 
 def _rank_tensors(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, Tensor]:
@@ -245,7 +254,7 @@ def parameter_slices(model: PreTrainedModel, mesh: Mesh) -> list[ParameterSlice]
 def is_expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
     family = family_of(config.model_type)
-    if family.feed_forward is not None:
+    if family.feed_forward is not None or has_head(config):
         return False
     family_has_bias = family.bias_name is not None
     return not _rule_overrides(config, rule) and (family_has_bias or not biased)

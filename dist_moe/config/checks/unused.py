@@ -22,6 +22,10 @@ def _without_effect(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]
     balance, data, train = config.balance, config.data, config.train
     if config.model.upcycle_from is not None:
         yield "router", ("scaling_factor",), "with model.upcycle_from: gate weights are divided by their sum there"
+    if config.task.kind == "language_model":
+        yield "task", ("labels", "pooling", "class_weights"), "with task.kind=language_model"
+    else:
+        yield "model", ("cross_entropy",), f"with task.kind={config.task.kind}, whose loss has no vocabulary"
     if data.tokenizer != "bpe":
         yield "data", ("vocabulary",), f"with data.tokenizer={data.tokenizer}; it is the size of a bpe vocabulary"
     if not balance.has_rate:

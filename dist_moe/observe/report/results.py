@@ -14,7 +14,7 @@ LAST_SHARE = 0.1
 """The share of the logged steps, at the end of a run, over which a result of training is averaged."""
 NOT_RESULTS = frozenset(
     {
-        *("validation_loss", "bits_per_byte", "tokens", "bytes", "max_vio_global", "max_vio_global_floor"),
+        *("validation_loss", "bits_per_byte", "tokens", "examples", "bytes", "max_vio_global", "max_vio_global_floor"),
         *("load_cov", "load_cov_floor", "load_deviation_percent", "load_deviation_percent_floor"),
         *("experts_per_token", "experts_per_token_p50", "experts_per_token_p99"),
     }

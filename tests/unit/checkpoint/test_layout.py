@@ -13,7 +13,7 @@ from dist_moe.checkpoint.errors import CheckpointError, RunChangedError
 from dist_moe.checkpoint.format.layout import recover, resolve_path, step_folders
 from dist_moe.checkpoint.format.manifest import read_manifest
 from dist_moe.checkpoint.resume import find_checkpoint
-from dist_moe.data.corpus import TokenizedData
+from dist_moe.engine.train_state import RunData
 from dist_moe.train.setup import tokenize
 from tests.dist.resumable import tensors
 from tests.unit.train.runs import ALONE, CPU, MORE, STATE, WEIGHTS, find, settings, step, train
@@ -198,7 +198,7 @@ def test_the_weights_of_another_model_are_refused_with_the_fields_before_the_sha
 
 def test_a_checkpoint_of_another_text_is_refused(text: Path, run: Path) -> None:
     config = settings(text, run)
-    tokenized: TokenizedData = replace(tokenize(config), fingerprint="another")
+    tokenized: RunData = replace(tokenize(config), fingerprint="another")
     with pytest.raises(CheckpointError, match=r"is not the one that .*step-000006 was trained on"):
         find_checkpoint(config, tokenized, ALONE, CPU)
 

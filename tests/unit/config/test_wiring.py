@@ -9,7 +9,7 @@ import torch
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import load_config, resolve
 from dist_moe.model.build import build_model, routing_rule
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.moe.select import RandomRouting, ThresholdRouting, TopK
 from dist_moe.policies.loss_free import LossFree
 from dist_moe.train.setup import build_balancer, routing_losses

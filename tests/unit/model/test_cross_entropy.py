@@ -19,7 +19,7 @@ from dist_moe.model.cross_entropy import (
     plain_nll_sum,
 )
 from dist_moe.model.inputs import ModelInputs
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from tests.unit.model.samples import FAMILIES, small_model, tokens
 
 SCALE = 0.37

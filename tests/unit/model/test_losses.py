@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.model.build import build_model
 from dist_moe.model.inputs import ModelInputs
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.moe.select import TopK
 from dist_moe.scores import Score
 from tests.unit.model.samples import ALONE, FAMILIES, tokens

@@ -12,7 +12,7 @@ from dist_moe.config.combinations import SCORES, SELECTIONS, refusal
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.inputs import ModelInputs
-from dist_moe.model.task import LanguageModelTask
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.policies.registry import POLICIES, make_policy
 from tests.unit.model.samples import ALONE, FAMILIES, tokens
 

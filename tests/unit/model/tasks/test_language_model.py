@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from dist_moe.data.stream import IGNORE_INDEX
 from dist_moe.model.inputs import ModelInputs
-from dist_moe.model.task import LanguageModelTask, Output
+from dist_moe.model.tasks.base import Output
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from tests.unit.model.samples import FAMILIES, small_model, tokens
 
 CUT, LENGTH = 10, 24  # document 0 is positions 0 .. CUT - 1 of the row

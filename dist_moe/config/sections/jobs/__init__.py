@@ -1,0 +1,1 @@
+"""The sections of the jobs that are submitted to a scheduler."""

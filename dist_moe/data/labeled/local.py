@@ -1,0 +1,122 @@
+"""Labeled examples in local files: .jsonl, .csv, .tsv, and the folder of a GLUE task."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_moe.data.files import READ_FOLDER, readable
+from dist_moe.data.labeled.example import NEEDED, Example, SplitName, find_columns
+from dist_moe.errors import DataError, reason_of
+from dist_moe.files import matching_paths
+from dist_moe.text import listed
+from dist_moe.untrusted import printable, unique_keys
+
+SUFFIXES = (".jsonl", ".csv", ".tsv")
+GLUE_FILES: Mapping[str, SplitName] = {
+    "train.tsv": "train",
+    "dev.tsv": "validation",
+    "dev_matched.tsv": "validation",  # of MNLI; dev_mismatched.tsv is of other genres
+}
+COLA_COLUMNS = ("source", "label", "mark", "sentence")  # the one file of GLUE without a header
+UNLABELED = ("-", "")  # MNLI's pairs without a majority of the annotators
+
+
+def is_glue_folder(path: Path) -> bool:
+    """Whether a folder has the files of a GLUE task."""
+    return (path / "train.tsv").is_file()
+
+
+def labeled_files(pattern: str) -> list[tuple[str, Path]]:
+    """Return (name, path) of the files that a path or glob matches, sorted by name. Raises DataError.
+
+    The name is the path below the fixed folder of the pattern.
+    """
+    folder = Path(pattern)
+    if is_glue_folder(folder):
+        return [(name, folder / name) for name in GLUE_FILES if (folder / name).is_file()]
+    try:
+        folder, paths = matching_paths(pattern)
+        paths = [path for path in paths if not path.is_dir()]
+    except OSError as error:
+        rule = f"has a folder that cannot be read ({reason_of(error)}: {printable(str(error.filename))})"
+        raise DataError(f"data source {printable(pattern)!r}", rule, READ_FOLDER) from error
+    if others := [printable(str(path)) for path in sorted(paths) if path.suffix not in SUFFIXES]:
+        rule = f"matches {listed(others, last='and', most=3)}, which is not {listed(SUFFIXES)}"
+        raise DataError(f"data source {printable(pattern)!r}", rule, f"give files with the {NEEDED}")
+    return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+
+
+def read_labeled_files(files: list[tuple[str, Path]], in_splits: bool) -> Iterator[Example]:
+    """Yield the examples of `labeled_files`.
+
+    Args:
+        files: Names and paths.
+        in_splits: Whether they are the files of a GLUE task, which has its own splits.
+
+    Raises:
+        DataError: With file:line, where an example cannot be read.
+    """
+    for name, path in files:
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path)
+        elif in_splits:
+            yield from _read_glue(path, GLUE_FILES[name])
+        else:
+            yield from _read_table(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Example]:
+    columns = None
+    with readable(path), path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{printable(str(path))}:{number}"
+            try:
+                row: Any = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+            except (ValueError, RecursionError) as error:
+                raise DataError(where, f"is not valid JSON in UTF-8 ({error})", f"give the {NEEDED}") from None
+            if not isinstance(row, dict):
+                raise DataError(where, "is not an object", f"give the {NEEDED}")
+            columns = columns or find_columns(row.keys(), where)
+            yield columns.example(row, where)
+
+
+def _read_table(path: Path) -> Iterator[Example]:
+    """Yield the examples of a table with a header, its cells quoted where they need to be."""
+    where = printable(str(path))
+    with readable(path), path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            columns = find_columns(reader.fieldnames or (), f"{where}:1")
+            for row in reader:
+                yield columns.example(row, f"{where}:{reader.line_num}")
+        except (csv.Error, UnicodeDecodeError) as error:
+            rule = f"cannot be read as a table in UTF-8 ({error})"
+            raise DataError(
+                f"{where}:{reader.line_num + 1}", rule, "write it again with a program for tables"
+            ) from None
+
+
+def _read_glue(path: Path, split: SplitName) -> Iterator[Example]:
+    """Yield the examples of a file of a GLUE task: tabs alone separate, and a quotation mark is part of the text.
+
+    Files of GLUE have a few lines with fewer columns than their header, which are passed over, as by its own readers.
+    """
+    where = printable(str(path))
+    try:
+        with readable(path):
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(where, f"is not UTF-8 ({error})", "convert the file to UTF-8") from None
+    rows = [line.rstrip("\r").split("\t") for line in lines]
+    is_cola = len(rows[0]) == len(COLA_COLUMNS) and rows[0][1] in ("0", "1")
+    names = COLA_COLUMNS if is_cola else rows.pop(0)
+    columns = find_columns(names, f"{where}:1")
+    needed = {columns.text, columns.label, columns.text_pair or columns.text}
+    for number, row in enumerate(rows, start=1 if is_cola else 2):
+        cells = dict(zip(names, row, strict=False))
+        if needed <= cells.keys() and cells[columns.label].strip() not in UNLABELED:
+            yield columns.example(cells, f"{where}:{number}", split)
