@@ -13,11 +13,12 @@ COMPOSE ?= docker compose -p dist-moe -f docker/compose.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+BROWSER_STAMP := $(VENV)/.installed-browser
 # Each file of tests in one of several processes, so that a hang costs its test alone (tests/crash.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench bench-quick bench-check test test-all test-cluster docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
+.PHONY: help setup train bench bench-quick bench-check test test-all test-cluster test-browser docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +54,16 @@ test-cluster: $(STAMP) ## the tests over several hosts: network namespaces of th
 	sh tests/cluster/packages.sh
 	$(BIN)/python -m pytest --override-ini addopts="--import-mode=importlib -ra" \
 		--override-ini faulthandler_exit_on_timeout=false tests/cluster $(ARGS)
+
+# The runs that are opened take longer than the time-out of a test where the machine is busy.
+test-browser: $(BROWSER_STAMP) ## reports and TensorBoard of short runs, opened in Debian's Chromium (root if it is missing)
+	sh tests/browser/packages.sh
+	$(BIN)/python -m pytest --override-ini addopts="--import-mode=importlib -ra" --override-ini timeout=1200 \
+		--override-ini faulthandler_timeout=1200 --override-ini faulthandler_exit_on_timeout=false tests/browser $(ARGS)
+
+$(BROWSER_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	touch $@
 
 docker: ## build the image dist-moe:cpu
 	docker build -f docker/Dockerfile --target cpu -t dist-moe:cpu .

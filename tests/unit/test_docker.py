@@ -11,7 +11,7 @@ from dist_moe.launch.launchers.kubernetes import USER
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-SCRIPTS = ("docker/sshd.sh", "tests/cluster/packages.sh")
+SCRIPTS = ("docker/sshd.sh", "tests/browser/packages.sh", "tests/cluster/packages.sh")
 
 
 def lint(program: str, *arguments: str) -> None:

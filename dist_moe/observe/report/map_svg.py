@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from dist_moe.observe.pictures.scale import ABOVE_RGB, MAX_RATIO, NO_TOKENS_RGB, TICKS, position
 from dist_moe.observe.report.load_maps import FIRST, LAST, LoadMap, png
+from dist_moe.observe.report.svg import ticks
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 62, 14, 4, 36
 ROW, LOWEST, HIGHEST = 9, 72, 330
@@ -41,8 +42,10 @@ def _row_labels(load_map: LoadMap, height: int) -> Iterator[Markup]:
     middle = Markup('<text class="axis" x="{}" y="{}" text-anchor="middle" transform="rotate(-90 {} {})">{}</text>')
     x, y = 14, TOP + height / 2
     yield middle.format(x, y, x, y, load_map.row_name)
-    for row in spread(load_map.rows, max(2, height // 24)):
-        yield _text("tick", LEFT - 7, TOP + (row + 0.5) / load_map.rows * height, row, anchor="end", dy="0.35em")
+    rows = ticks(0, load_map.rows - 1, most=height // 24, whole=True) if load_map.rows > 1 else [0]
+    for row in rows:
+        place = TOP + (row + 0.5) / load_map.rows * height
+        yield _text("tick", LEFT - 7, place, f"{row:.0f}", anchor="end", dy="0.35em")
 
 
 def _column_labels(steps: Sequence[int], width: int, bottom: int) -> Iterator[Markup]:

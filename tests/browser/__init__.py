@@ -1,0 +1,1 @@
+"""Tests in a real browser: reports and TensorBoard are opened by Chromium, and their charts carry data."""
