@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from dist_moe.observe.report.results import NOT_RESULTS
+from dist_moe.observe.report.results import NOT_RESULTS, loss_unit, metric_title
 from dist_moe.observe.report.runs import RunData
 from dist_moe.observe.report.svg import Chart, Line
-from dist_moe.text import plain_text
 
 FLOOR = "Dashed: the floor, which uniform random routing is expected to show."
 OF_LAYERS = "Mean over layers."
@@ -106,9 +105,9 @@ def _loss(runs: Sequence[RunData]) -> Chart:
         *_curves(runs, "loss", "training"),
         *_further(runs, "validation", "validation", evaluations, dots=True),
     ]
-    return Chart(
-        "loss", "Loss", "Cross entropy in nats, without auxiliary losses. Dots: on held-out text.", lines, digits=4
-    )
+    cross_entropy = any(loss_unit(run) for run in runs)
+    what = "Cross entropy in nats, without auxiliary losses" if cross_entropy else "Mean squared error"
+    return Chart("loss", "Loss", f"{what}. Dots: on held-out text.", lines, digits=4)
 
 
 def _task_metrics(runs: Sequence[RunData]) -> Iterator[Chart]:
@@ -116,7 +115,7 @@ def _task_metrics(runs: Sequence[RunData]) -> Iterator[Chart]:
     names = dict.fromkeys(name for run in runs for line in run.metrics.validations for name in line.metrics)
     shown = [name for name in names if name not in NOT_RESULTS and not name.endswith("_floor")]
     for number, name in enumerate(shown):
-        title = plain_text(name).replace("_", " ")
+        title = metric_title(name)
         lines = [
             Line(_name(run, len(runs) == 1, title), f"run-{index}", _evaluations(run, name), dots=True)
             for index, run in enumerate(runs)

@@ -49,9 +49,12 @@ from dist_moe.observe.report.map_svg import draw_map, draw_scale
 from dist_moe.observe.report.results import (
     Result,
     Row,
+    loss_unit,
+    metric_title,
     number,
     result_at_end,
     result_rows,
+    task_metrics,
     tokens_per_s,
     validation_result,
 )
@@ -225,21 +228,31 @@ def _run_texts(run: RunData) -> RunTexts:
 
 
 def _cards(run: RunData) -> Iterator[Card]:
-    """Yield the numbers of the first screen of one run: loss, balance, speed."""
-    validation, training = validation_result(run, "validation_loss"), result_at_end(run, "loss")
-    if validation.value is not None:
-        bits = validation_result(run, "bits_per_byte").value
-        per_byte = "" if bits is None else f"; {number(bits, 3)} bits per byte"
-        text = f"On held-out text{per_byte}. Training: {number(training.value, 3)} at the end."
-        yield Card("Validation loss", number(validation.value, 4), "nats", text)
-    elif training.value is not None:
-        yield Card("Training loss", number(training.value, 4), "nats", "Not evaluated on held-out text yet.")
+    """Yield the numbers of the first screen of one run: what it has learned, balance, speed."""
+    yield from _learned_card(run)
     yield from _balance_card(run)
     speed = tokens_per_s(run).value
     if speed is not None:
         workers = run.value("world", "workers")
         by = f"On {counted(workers, 'worker')}" if type(workers) is int else "Over all workers"
         yield Card("Speed", number(speed, 0), "tokens/s", f"{by}, reports and checkpoints included.")
+
+
+def _learned_card(run: RunData) -> Iterator[Card]:
+    """Yield the metrics of the task where it has some, else the loss."""
+    validation, training = validation_result(run, "validation_loss").value, result_at_end(run, "loss").value
+    losses = f"Loss on held-out text: {number(validation, 4)}; training: {number(training, 4)} at the end."
+    if names := task_metrics(run):
+        first, *others = ((metric_title(name), number(validation_result(run, name).value, 4)) for name in names)
+        further = "".join(f"{title}: {value}. " for title, value in others)
+        yield Card(first[0].capitalize(), first[1], "", f"{further}{losses}")
+    elif validation is not None:
+        bits = validation_result(run, "bits_per_byte").value
+        per_byte = "" if bits is None else f"; {number(bits, 3)} bits per byte"
+        text = f"On held-out text{per_byte}. Training: {number(training, 3)} at the end."
+        yield Card("Validation loss", number(validation, 4), loss_unit(run), text)
+    elif training is not None:
+        yield Card("Training loss", number(training, 4), loss_unit(run), "Not evaluated on held-out text yet.")
 
 
 def _balance_card(run: RunData) -> Iterator[Card]:

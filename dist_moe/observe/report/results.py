@@ -80,13 +80,26 @@ def result_rows(runs: Sequence[RunData]) -> list[Row]:
 
 
 def _metrics_of_the_task(runs: Sequence[RunData]) -> list[Measure]:
-    """Return the numbers of the evaluations that depend on the task, whatever they are called."""
-    found = dict.fromkeys(name for run in runs for line in run.metrics.validations[-1:] for name in line.metrics)
-    return [
-        Measure(name, plain_text(name).replace("_", " "), "of the last evaluation", 4, validation_result)
-        for name in found
-        if name not in NOT_RESULTS and not name.endswith("_floor")
-    ]
+    """Return the numbers of the last evaluations that depend on the task, whatever they are called."""
+    names = dict.fromkeys(name for run in runs for name in task_metrics(run))
+    return [Measure(name, metric_title(name), "of the last evaluation", 4, validation_result) for name in names]
+
+
+def task_metrics(run: RunData) -> list[str]:
+    """Return the names of the metrics of the task, such as accuracy, in the last evaluation of a run."""
+    metrics = run.metrics.validations[-1].metrics if run.metrics.validations else {}
+    return [name for name in metrics if name not in NOT_RESULTS and not name.endswith("_floor")]
+
+
+def metric_title(name: str) -> str:
+    """Format the name of a metric for people."""
+    return plain_text(name).replace("_", " ")
+
+
+def loss_unit(run: RunData) -> str:
+    """Return the unit of the loss of a run's task; "" for a mean squared error."""
+    kind = run.value("config", "task", "kind")
+    return {"classification": "nats", "regression": ""}.get(kind if isinstance(kind, str) else "", "nats/token")
 
 
 def validation_result(run: RunData, key: str) -> Result:
@@ -144,7 +157,13 @@ def _intervals(run: RunData) -> list[tuple[int, StepLine]]:
 _AT_END = f"mean over the last {LAST_SHARE:.0%} of the logged steps"
 _LARGEST = "largest load of an expert / mean load - 1, mean over layers"
 MEASURES = (
-    Measure("validation_loss", "validation loss", "cross entropy on held-out text, in nats", 4, validation_result),
+    Measure(
+        "validation_loss",
+        "validation loss",
+        "cross entropy on held-out text, in nats; of a regression the mean squared error",
+        4,
+        validation_result,
+    ),
     Measure(
         "bits_per_byte",
         "bits per byte",
@@ -152,7 +171,7 @@ MEASURES = (
         4,
         validation_result,
     ),
-    Measure("loss", "training loss", f"cross entropy in nats; {_AT_END}", 4, result_at_end),
+    Measure("loss", "training loss", f"the same on the text of training; {_AT_END}", 4, result_at_end),
     Measure("max_vio_global", "MaxVio_global", f"{_LARGEST}, over the whole held-out text", 3, validation_result),
     Measure("max_vio", "MaxVio", f"{_LARGEST}, in a step; {_AT_END}", 3, result_at_end),
     Measure(

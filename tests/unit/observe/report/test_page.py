@@ -41,7 +41,7 @@ def test_the_first_screen_has_loss_balance_and_speed_of_the_records(tmp_path: Pa
     page, validation = page_of(folder), lines_of(folder)[-1]
     cards = page.text[: page.text.index("All results")]
     assert "run\nfinished, step 30 of 30" in cards
-    assert f"Validation loss\n{validation['validation_loss']:.4f}\nnats" in cards
+    assert f"Validation loss\n{validation['validation_loss']:.4f}\nnats/token" in cards
     assert f"{validation['max_vio_global']:.3f}\nfloor {validation['max_vio_global_floor']:.3f}" in cards
     assert f"has {1 + validation['max_vio_global']:.2f} times the mean load over the held-out text" in cards
     assert "Speed\n12,346\ntokens/s\nOn 2 workers" in cards
@@ -212,7 +212,7 @@ def test_a_run_in_progress_without_an_evaluation_has_its_training_numbers(tmp_pa
     folder = write_run(tmp_path / "run", evaluated=False)
     text = page_of(folder).text
     assert "in progress or interrupted, logged until step 30 of 30" in text
-    assert "Training loss\n2.5000\nnats\nNot evaluated on held-out text yet." in text
+    assert "Training loss\n2.5000\nnats/token\nNot evaluated on held-out text yet." in text
     assert "Balance: MaxVio\n0.000" in text
 
 
@@ -233,6 +233,9 @@ def test_metrics_of_another_task_are_shown_whatever_they_are_called(tmp_path: Pa
         for step, accuracy in ((30, 0.75), (60, 0.8125)):
             recorder.write({**evaluation_sample(step=step).as_dict(), "accuracy": accuracy, "macro_f1": 0.5})
     page = page_of(folder)
+    assert (
+        "Accuracy\n0.8125\nmacro f1: 0.5000. Loss on held-out text: 2.0000; training: 2.5000 at the end." in page.text
+    )
     assert "accuracy\n0.8125" in page.text and "macro f1\n0.5000" in page.text
     assert curve(page, "metric-0", "accuracy") == [[30, 0.75], [60, 0.8125]]
 
