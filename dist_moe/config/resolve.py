@@ -8,6 +8,7 @@ from typing import Any
 from dist_moe.config.balancing import balancing_violations
 from dist_moe.config.checks.devices import device_violations
 from dist_moe.config.checks.numbers import number_violations
+from dist_moe.config.checks.packages import package_violations
 from dist_moe.config.checks.schedule import batch_violations, schedule_notices, schedule_violations
 from dist_moe.config.checks.task import task_violations
 from dist_moe.config.checks.unused import unused_notices
@@ -116,7 +117,8 @@ def cross_field_violations(config: Config, workers: int) -> list[Violation]:
 def plain_violations(config: Config, workers: int) -> list[Violation]:
     """Return those violations that `resolve` finds without the model, and so without importing transformers."""
     found = [*number_violations(config), *batch_violations(config.train, workers), *task_violations(config)]
-    return [*found, *schedule_violations(config.train), *device_violations(config)]
+    found += [*schedule_violations(config.train), *device_violations(config)]
+    return [*found, *package_violations(config)]
 
 
 def independent_of(broken: Set[str], config: Config, violations: Iterable[Violation]) -> list[Violation]:

@@ -154,6 +154,11 @@ class Rows:
     first: int
     count: int
 
+    @property
+    def numbers(self) -> range:
+        """The numbers of the rows in the stream."""
+        return range(self.first, self.first + self.count)
+
 
 def permutation(size: int, *key: int) -> np.ndarray:
     """Return the permutation of range(size) that belongs to a key, int64 [size].

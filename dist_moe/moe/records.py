@@ -29,11 +29,17 @@ class RouterRecord(NamedTuple):
         logits_TE: fp32 or wider, with the graph.
         ids_TK: As in `Routing`.
         mask_T: bool, false for padding; None means no padding.
+        weights_TK: As in `Routing`, with the graph.
     """
 
     logits_TE: Tensor
     ids_TK: Tensor
     mask_T: Tensor | None
+    weights_TK: Tensor
+
+    def detached(self) -> "RouterRecord":
+        """Return the record without the graph."""
+        return self._replace(logits_TE=self.logits_TE.detach(), weights_TK=self.weights_TK.detach())
 
 
 class Exchanged(NamedTuple):

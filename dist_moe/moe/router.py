@@ -126,7 +126,7 @@ class Router(nn.Module):
         if self._open:
             if self._record is not None:
                 raise RuntimeError("a router ran twice in one forward of the model; its record holds one run")
-            self._record = RouterRecord(logits_TE, ids_TK, self._mask_T)
+            self._record = RouterRecord(logits_TE, ids_TK, self._mask_T, routing.weights_TK)
         return logits_TE, routing.weights_TK.to(hidden.dtype), ids_TK
 
 

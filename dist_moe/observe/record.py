@@ -30,7 +30,7 @@ RECORDED_DISTRIBUTIONS = (
     "numpy",
     "tensorboard",
 )
-RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "events.jsonl", "run.json", "config.yaml")
+RUN_FILES = ("checkpoints", "tensorboard", "trace", "metrics.jsonl", "events.jsonl", "run.json", "config.yaml")
 
 
 def archive_previous_run(folder: Path) -> Path | None:

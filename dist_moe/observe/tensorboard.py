@@ -1,100 +1,46 @@
-"""TensorBoard event files of a run: curves, curves per layer, heat maps of the load, and the hyperparameters."""
+"""TensorBoard event files of a run: curves with their floors, pictures of the load, distributions and texts."""
 
 import contextlib
-import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from dist_moe.errors import needs_folder, reason_of
+from dist_moe.observe.cards import (
+    CONFIG_TAG,
+    DESCRIPTIONS,
+    DISTRIBUTIONS,
+    GUIDE,
+    GUIDE_TAG,
+    LAYERS_TAG,
+    PICTURES,
+    RESULTS,
+    STALL_TAG,
+    hyper_parameters,
+    layers_table,
+    step_curves,
+    validation_curves,
+    varies,
+)
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
-from dist_moe.observe.pictures.load import draw_load
+from dist_moe.observe.pictures.canvas import encode_png
+from dist_moe.observe.pictures.load import draw_experts_over_steps, draw_layers_over_steps, draw_load
+from dist_moe.observe.pictures.over_steps import LoadOverSteps
+from dist_moe.observe.pictures.panels import Picture
 
 PROBE_BYTES = 1 << 16
-_VALIDATION_TAGS = ("validation/loss", "validation/bits_per_byte", "validation/max_vio_global")
-# Tag -> field of StepMetrics or EvaluationMetrics; a curve of each layer has the tag "<group>/layer_NN".
-_STEP_TAGS = {
-    "train/loss": "loss",
-    "train/auxiliary_loss": "auxiliary_loss",
-    "train/learning_rate": "learning_rate",
-    "train/grad_norm": "grad_norm",
-    "train/tokens": "tokens",
-    "train/skipped_steps": "skipped_steps",
-    "speed/tokens_per_s": "tokens_per_s",
-    "speed/step_ms": "step_ms",
-}
-_BALANCE_TAGS = {
-    "balance/max_vio": "max_vio",
-    "balance/max_vio_floor": "max_vio_floor",
-    "balance/max_vio_computation": "max_vio_computation",
-    "balance/max_vio_computation_floor": "max_vio_computation_floor",
-    "balance/load_cov": "load_cov",
-    "balance/load_cov_floor": "load_cov_floor",
-    "balance/load_deviation_percent": "load_deviation_percent",
-    "balance/load_deviation_percent_floor": "load_deviation_percent_floor",
-    "balance/load_entropy": "load_entropy",
-    "balance/load_entropy_floor": "load_entropy_floor",
-    "balance/dead_experts": "dead_experts",
-    "balance/dead_experts_floor": "dead_experts_floor",
-    "balance/rank_load": "rank_load",
-    "balance/rank_load_floor": "rank_load_floor",
-    "balance/rate": "balance_rate",
-    "balance/threshold": "threshold",
-    "balance/experts_per_token": "experts_per_token",
-    "balance/experts_per_token_p50": "experts_per_token_p50",
-    "balance/experts_per_token_p99": "experts_per_token_p99",
-}
-_BALANCE_LAYER_TAGS = {
-    "max_vio": "max_vio_per_layer",
-    "max_vio_floor": "max_vio_floor_per_layer",
-    "max_vio_computation": "max_vio_computation_per_layer",
-    "max_vio_computation_floor": "max_vio_computation_floor_per_layer",
-    "load_deviation_percent": "load_deviation_percent_per_layer",
-    "load_deviation_percent_floor": "load_deviation_percent_floor_per_layer",
-    "rank_load": "rank_load_per_layer",
-    "rank_load_floor": "rank_load_floor_per_layer",
-    "experts_per_token": "experts_per_token_per_layer",
-}
-_EVALUATION_TAGS = {"validation/loss": "validation_loss", "validation/bits_per_byte": "bits_per_byte"}
-_EVALUATION_BALANCE_TAGS = {
-    "validation/max_vio_global": "max_vio_global",
-    "validation/max_vio_global_floor": "max_vio_global_floor",
-    "validation/load_cov": "load_cov",
-    "validation/load_cov_floor": "load_cov_floor",
-    "validation/load_deviation_percent": "load_deviation_percent",
-    "validation/load_deviation_percent_floor": "load_deviation_percent_floor",
-    "validation/experts_per_token": "experts_per_token",
-    "validation/experts_per_token_p50": "experts_per_token_p50",
-    "validation/experts_per_token_p99": "experts_per_token_p99",
-}
-_EVALUATION_LAYER_TAGS = {
-    "max_vio_global": "max_vio_global_per_layer",
-    "max_vio_global_floor": "max_vio_global_floor_per_layer",
-    "load_deviation_percent_global_floor": "load_deviation_percent_floor_per_layer",
-    "load_deviation_percent_global": "load_deviation_percent_per_layer",
-    "experts_per_token_global": "experts_per_token_per_layer",
-}
-# Title -> tag of a value that is drawn together with its floor.
-_WITH_FLOOR = {
-    "MaxVio and its floor": "balance/max_vio",
-    "MaxVio_computation and its floor": "balance/max_vio_computation",
-    "Load CoV and its floor": "balance/load_cov",
-    "Load deviation in percent and its floor": "balance/load_deviation_percent",
-    "Load entropy and its floor": "balance/load_entropy",
-    "Dead experts and their floor": "balance/dead_experts",
-    "Rank load and its floor": "balance/rank_load",
-    "MaxVio_global and its floor": "validation/max_vio_global",
-    "Load deviation of the validation in percent and its floor": "validation/load_deviation_percent",
-}
-_CHARTS_WITH_FLOOR = {"balance": {title: ["Multiline", [tag, f"{tag}_floor"]] for title, tag in _WITH_FLOOR.items()}}
+STEPS, FLOOR, VALIDATION = "", "floor", "validation"
+"""Subfolders of the event files. TensorBoard draws the curves of one tag in all of them into one card."""
+HISTOGRAM_BINS = 64
 
 
 class TensorBoardWriter:
@@ -113,34 +59,39 @@ class TensorBoardWriter:
         self.folder = Path(folder)
         self._purge_step = None if resumed_step is None else resumed_step + 1
         self._warn = warn
-        self._open_writer: SummaryWriter | None = None
+        self._open = False
+        self._writers: dict[str, SummaryWriter] = {}
+        self._described: set[tuple[str, str]] = set()
         self._failed = False
+        self._load = LoadOverSteps()
 
     def __enter__(self) -> Self:
+        self._open = True
         with needs_folder(self.folder):
-            self._open(self._purge_step)
+            self._writer(STEPS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._open_writer is not None:
-            self._write(lambda: self._writer.close())
-        self._open_writer, self._failed = None, False
+        if self._writers:
+            self._write(self._close)
+        self._open, self._writers, self._failed = False, {}, False
 
-    def _open(self, purge_step: int | None) -> None:
-        self._open_writer = SummaryWriter(str(self.folder), purge_step=purge_step)
-        self._open_writer.add_custom_scalars(_CHARTS_WITH_FLOOR)
+    def _close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
 
     def _write(self, work: Callable[[], None]) -> None:
         """Call a function that writes, and turn its OSError into a warning.
 
-        After an error the thread of a SummaryWriter is dead, so the next call opens a new event file.
+        After an error the thread of a SummaryWriter is dead, so the next call opens new event files.
         """
         try:
             if self._failed:
                 _probe(self.folder)
-                self._open(None)
+                self._writers, self._purge_step = {}, None
+                self._described.clear()
             work()
         except OSError as error:
             if not self._failed:
@@ -152,77 +103,127 @@ class TensorBoardWriter:
             self._warn(f"{self.folder} can be written again")
         self._failed = False
 
-    def hyper_parameters(self, config: Mapping[str, Any], config_yaml: str) -> None:
-        """Write the resolved configuration, for TensorBoard's table of hyperparameters and as text.
+    def recall(self, loads: Iterable[tuple[int, Sequence[Sequence[int]]]]) -> None:
+        """Take the load of earlier steps of this run, for the pictures over the steps.
 
         Args:
-            config: Nested plain values; keys are joined by dots, and lists become text.
+            loads: (step, [L][E] assignments), by step.
+        """
+        for step, load in loads:
+            self._load.add(step, load)
+
+    def describe(self, config: Mapping[str, Any], config_yaml: str) -> None:
+        """Write the guide, the configuration as text, and its row in TensorBoard's table of runs.
+
+        Args:
+            config: The resolved configuration as nested plain values.
             config_yaml: The same as YAML.
         """
-        # `add_hparams` would open a second run in a subfolder; these records belong in the run's own file.
-        self._write(lambda: self._hyper_parameters(config, config_yaml))
+        self._write(lambda: self._describe(config, config_yaml))
 
-    def _hyper_parameters(self, config: Mapping[str, Any], config_yaml: str) -> None:
-        for summary in hparams(_flat(config), dict.fromkeys(_VALIDATION_TAGS, 0.0)):
-            self._writer._get_file_writer().add_summary(summary)
+    def _describe(self, config: Mapping[str, Any], config_yaml: str) -> None:
+        # `add_hparams` would open a second run in a subfolder; these records belong in the run's own file.
+        records = _table_of_runs(hyper_parameters(config))
+        self._writer(STEPS)._get_file_writer().add_summary(Summary(value=records))
+        self._writer(STEPS).add_text(GUIDE_TAG, GUIDE)
         indented = "".join(f"    {line}\n" for line in config_yaml.splitlines())
-        self._writer.add_text("config", indented)
+        self._writer(STEPS).add_text(CONFIG_TAG, indented)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write one logged step: curves, the heat map of the load, and the histogram of experts per token."""
-        self._write(lambda: self._step(metrics))
+        """Write the curves of one logged step."""
+        if metrics.load and not metrics.skipped:
+            self._load.add(metrics.step, metrics.load)
+        values, floors = step_curves(metrics)
+        self._write(lambda: self._scalars(metrics.step, {STEPS: values, FLOOR: floors}))
 
-    def _step(self, metrics: StepMetrics) -> None:
-        values = _fields(metrics, _STEP_TAGS)
-        if not metrics.load:
-            self._scalars(metrics.step, values)
-            return
-        values |= _fields(metrics, _BALANCE_TAGS) | _layers(_fields(metrics, _BALANCE_LAYER_TAGS))
-        for layer, bias in enumerate(metrics.bias_per_layer):
-            if bias is not None:
-                values |= {f"bias_min/layer_{layer:02d}": bias.min, f"bias_max/layer_{layer:02d}": bias.max}
-        self._scalars(metrics.step, values, _image("load/step", metrics.load))
-        self._histogram(metrics.step, "experts_per_token/step", metrics.experts_per_token_histogram)
+    def pictures(self, metrics: StepMetrics, distributions: Mapping[str, NDArray[np.float64]]) -> None:
+        """Write the pictures of the load up to a logged step, after `step`, its table of layers, and distributions.
+
+        Args:
+            metrics: The step; of a model without MoE layers, nothing is written.
+            distributions: Values by name, in any shape; an empty one is omitted.
+        """
+        if metrics.load and len(self._load):
+            self._write(lambda: self._pictures(metrics, distributions))
+
+    def _pictures(self, metrics: StepMetrics, distributions: Mapping[str, NDArray[np.float64]]) -> None:
+        pictures = {
+            "experts_over_steps": draw_experts_over_steps(self._load),
+            "layers_over_steps": draw_layers_over_steps(self._load),
+            "last_step": draw_load(metrics.load, f"Load of each expert in each MoE layer, in step {metrics.step:,}"),
+        }
+        images = [_image(f"{PICTURES}/{name}", picture) for name, picture in pictures.items()]
+        self._writer(STEPS)._get_file_writer().add_summary(Summary(value=images), metrics.step)
+        self._writer(STEPS).add_text(LAYERS_TAG, layers_table(metrics), metrics.step)
+        for name, values in distributions.items():
+            self._distribution(metrics.step, f"{DISTRIBUTIONS}/{name}", values)
+        if varies(metrics):
+            tag = f"{DISTRIBUTIONS}/experts_per_token"
+            self._integers(STEPS, metrics.step, tag, metrics.experts_per_token_histogram)
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Write one evaluation: curves, the heat map of the load, and the histogram of experts per token."""
+        """Write one evaluation: its points, the picture of the load, and the histogram of experts per token."""
         self._write(lambda: self._evaluation(metrics))
 
     def _evaluation(self, metrics: EvaluationMetrics) -> None:
-        values = _fields(metrics, _EVALUATION_TAGS)
-        if metrics.task_metrics:
-            values = {"validation/loss": metrics.validation_loss}
-            values |= {f"validation/{name}": value for name, value in metrics.task_metrics.items()}
+        self._scalars(metrics.step, {VALIDATION: validation_curves(metrics)})
         if not metrics.load:
-            self._scalars(metrics.step, values)
             return
-        values |= _fields(metrics, _EVALUATION_BALANCE_TAGS) | _layers(_fields(metrics, _EVALUATION_LAYER_TAGS))
-        self._scalars(metrics.step, values, _image("load/validation", metrics.load))
-        self._histogram(metrics.step, "experts_per_token/validation", metrics.experts_per_token_histogram)
+        picture = draw_load(metrics.load, f"Load over the validation text, after step {metrics.step:,}")
+        image = _image(f"{PICTURES}/validation", picture)
+        self._writer(STEPS)._get_file_writer().add_summary(Summary(value=[image]), metrics.step)
+        if varies(metrics):
+            tag = f"{DISTRIBUTIONS}/experts_per_token"
+            self._integers(VALIDATION, metrics.step, tag, metrics.experts_per_token_histogram)
 
-    def checkpoint(self, step: int, times_ms: Mapping[str, float]) -> None:
-        """Write the times of the checkpoint of a step, in milliseconds by name."""
-        values = {f"checkpoint/{name}": value for name, value in times_ms.items()}
-        self._write(lambda: self._scalars(step, values))
+    def checkpoint(self, step: int, stall_ms: float) -> None:
+        """Write how long training waited for the checkpoint of a step, in milliseconds."""
+        self._write(lambda: self._scalars(step, {STEPS: {STALL_TAG: stall_ms}}))
 
-    @property
-    def _writer(self) -> SummaryWriter:
-        if self._open_writer is None:
+    def _writer(self, curve: str) -> SummaryWriter:
+        if not self._open:
             raise RuntimeError(f"the writer of {self.folder} is not open; write inside `with TensorBoardWriter(...)`")
-        return self._open_writer
+        if curve not in self._writers:
+            self._writers[curve] = SummaryWriter(str(self.folder / curve), purge_step=self._purge_step)
+        return self._writers[curve]
 
-    def _scalars(self, step: int, values: Mapping[str, float | None], *more: Summary.Value) -> None:
-        """Write all values of a step as one event; the queue of the writer takes 0.1 ms for each event."""
-        scalars = (Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None)
-        self._writer._get_file_writer().add_summary(Summary(value=[*scalars, *more]), step)
+    def _scalars(self, step: int, curves: Mapping[str, Mapping[str, float]]) -> None:
+        """Write all values of a step as one event a file; the queue of the writer takes 0.1 ms for each event."""
+        for curve, values in curves.items():
+            if values:
+                summary = Summary(value=[self._scalar(curve, tag, value) for tag, value in values.items()])
+                self._writer(curve)._get_file_writer().add_summary(summary, step)
 
-    def _histogram(self, step: int, tag: str, counts: Sequence[int]) -> None:
-        """Write one bar per integer from 1, as high as its count; nothing if all counts are 0."""
-        present = [number for number, count in enumerate(counts, start=1) if count]
-        if not present:
+    def _scalar(self, curve: str, tag: str, value: float) -> Summary.Value:
+        # TensorBoard keeps the description of the first value.
+        if (curve, tag) in self._described:
+            return Summary.Value(tag=tag, simple_value=value)
+        self._described.add((curve, tag))
+        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+        described = SummaryMetadata(summary_description=DESCRIPTIONS[tag], plugin_data=plugin)
+        return Summary.Value(tag=tag, simple_value=value, metadata=described)
+
+    def _distribution(self, step: int, tag: str, values: NDArray[np.float64]) -> None:
+        if not values.size:
             return
+        counts, edges = np.histogram(values, HISTOGRAM_BINS)
+        self._writer(STEPS).add_histogram_raw(
+            tag,
+            min=float(values.min()),
+            max=float(values.max()),
+            num=values.size,
+            sum=float(values.sum()),
+            sum_squares=float((values**2).sum()),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def _integers(self, curve: str, step: int, tag: str, counts: Sequence[int]) -> None:
+        """Write one bar for each integer from 1, as high as its count; there is one that is not 0."""
+        present = [number for number, count in enumerate(counts, start=1) if count]
         numbers = range(1, len(counts) + 1)
-        self._writer.add_histogram_raw(
+        self._writer(curve).add_histogram_raw(
             tag,
             min=present[0],
             max=present[-1],
@@ -233,6 +234,38 @@ class TensorBoardWriter:
             bucket_counts=list(counts),
             global_step=step,
         )
+
+
+def _table_of_runs(values: Mapping[str, bool | int | float | str]) -> list[Summary.Value]:
+    """Return the records for TensorBoard's table of runs: its columns, and the values of this run."""
+    kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
+    columns = [
+        api_pb2.HParamInfo(name=name, type=kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64))
+        for name, value in values.items()
+    ]
+    results = [
+        api_pb2.MetricInfo(name=api_pb2.MetricName(group=curve, tag=tag), display_name=name)
+        for (tag, curve), name in RESULTS.items()
+    ]
+    start = plugin_data_pb2.SessionStartInfo()
+    for name, value in values.items():
+        field = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+        setattr(start.hparams[name], field, value)
+    records = {
+        metadata.EXPERIMENT_TAG: {"experiment": api_pb2.Experiment(hparam_infos=columns, metric_infos=results)},
+        metadata.SESSION_START_INFO_TAG: {"session_start_info": start},
+        metadata.SESSION_END_INFO_TAG: {
+            "session_end_info": plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
+        },
+    }
+    return [
+        Summary.Value(
+            tag=tag,
+            metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**content)),
+            tensor=metadata.NULL_TENSOR,
+        )
+        for tag, content in records.items()
+    ]
 
 
 def _probe(folder: Path) -> None:
@@ -247,31 +280,9 @@ def _probe(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _fields(metrics: StepMetrics | EvaluationMetrics, names: Mapping[str, str]) -> dict[str, Any]:
-    return {tag: getattr(metrics, name) for tag, name in names.items()}
-
-
-def _layers(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {f"{group}/layer_{layer:02d}": value for group in values for layer, value in enumerate(values[group])}
-
-
-def _image(tag: str, load: Sequence[Sequence[int]]) -> Summary.Value:
-    """Return the heat map of a load, as a PNG that is quick to make rather than small."""
-    pixels, png = draw_load(load).pixels, io.BytesIO()
-    Image.fromarray(pixels).save(png, format="PNG", compress_level=1)
-    height, width, channels = pixels.shape
-    encoded = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+def _image(tag: str, picture: Picture) -> Summary.Value:
+    height, width, channels = picture.pixels.shape
+    encoded = Summary.Image(
+        height=height, width=width, colorspace=channels, encoded_image_string=encode_png(picture.pixels)
+    )
     return Summary.Value(tag=tag, image=encoded)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= _flat(value, prefix=f"{name}.")
-        elif isinstance(value, bool | int | float | str):
-            flat[name] = value
-        elif value is not None:
-            flat[name] = str(value)
-    return flat

@@ -92,8 +92,10 @@ def run_step(run: Run, step: int, flags: RankFlags) -> tuple[StepRecord, JobFlag
     batches = [run.state.stream.batch(part.first, part.count) for part in rows]
     flags = replace(flags, data_changed=changed or detect_change(files))
     counts, all_flags = exchange_flags(batches, flags, engine)
-    record = train_step(engine, balancer, batches, learning_rate, counts)
-    run.report.step(step, record, balancer.biases, learning_rate, balance_rate, started_s)
+    observe = run.observer.begin(step, batches, [part.numbers for part in rows])
+    record = train_step(engine, balancer, batches, learning_rate, counts, observe)
+    distributions = run.observer.finish(step, record.taken)
+    run.report.step(step, record, balancer.biases, learning_rate, balance_rate, started_s, distributions)
     return record, all_flags
 
 

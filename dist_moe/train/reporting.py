@@ -26,8 +26,10 @@ from dist_moe.model.tasks.base import Task
 from dist_moe.observe.alerts import EARLY_STEPS, LoadAlerts
 from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
-from dist_moe.observe.metrics import Progress, step_metrics
+from dist_moe.observe.metrics import Progress, StepMetrics, step_metrics
+from dist_moe.observe.pictures.logged_load import logged_loads
 from dist_moe.observe.record import RunRecorder, archive_previous_run
+from dist_moe.observe.routing.observer import Distributions, bias_distribution
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.policies.unbalanced import Unbalanced
 from dist_moe.text import counted, listed
@@ -103,7 +105,7 @@ class Report:
         of_start = ("workers", "expert_parallel", "backend", "launcher", "job", "resumed_from")
         self.recorder.event("start", self._done, **{name: layout[name] for name in of_start})
         if self.board is not None:
-            self.board.hyper_parameters(plain, dump_config(self.config))
+            self.board.describe(plain, dump_config(self.config))
         experts = sum(p.numel() for layer in task.layers for p in layer.experts.local.parameters())
         others = sum(p.numel() for p in task.parameters()) - experts
         total = others + experts * self.mesh.expert_parallel
@@ -145,6 +147,7 @@ class Report:
         learning_rate: float,
         balance_rate: float,
         started_s: float,
+        distributions: Distributions | None = None,
     ) -> None:
         """Record a step, and log it if it is due or was skipped. A collective call.
 
@@ -158,6 +161,7 @@ class Report:
             learning_rate: The learning rate of the step.
             balance_rate: The rate of the balancing policy in the step.
             started_s: When this rank began the step, by the clock of this report.
+            distributions: Scores and gate weights, in a step whose pictures are due; None: no pictures.
         """
         self._since_s = started_s if self._since_s is None else self._since_s
         self._steps, self._done = self._steps + 1, step
@@ -191,11 +195,19 @@ class Report:
             bias_L=[bias.cpu() for bias in biases],
             expert_parallel=self.mesh.expert_parallel,
         )
+        self._write(metrics, None if distributions is None else {**bias_distribution(biases), **distributions})
+
+    def _write(self, metrics: StepMetrics, distributions: Distributions | None) -> None:
+        """Write a logged step, with its pictures where there are distributions; on rank 0."""
+        if self.recorder is None or self.console is None:
+            return
         self.recorder.write(metrics.as_dict())
         self.console.step(metrics)
         self.warn(*self._alerts.check(metrics))
         if self.board is not None:
             self.board.step(metrics)
+        if self.board is not None and distributions is not None:
+            self.board.pictures(metrics, distributions)
 
     def _since_last(self, step: int, since_s: float) -> tuple[float, float]:
         """Return seconds and tokens of each step from `since_s` until now, where the time of the next ones begins."""
@@ -238,7 +250,7 @@ class Report:
         times_ms = {"stall_ms": 1e3 * saved.stall_s, "write_ms": 1e3 * saved.write_s}
         self.recorder.write({"event": "checkpoint", "step": saved.step, "bytes": saved.bytes, **times_ms})
         if self.board is not None:
-            self.board.checkpoint(saved.step, times_ms)
+            self.board.checkpoint(saved.step, times_ms["stall_ms"])
         self.console.log(
             f"checkpoint of step {saved.step}: {saved.bytes / 1e6:,.1f} MB, written in {saved.write_s:.2f} s; "
             f"training stalled for {times_ms['stall_ms']:,.0f} ms"
@@ -309,6 +321,8 @@ def open_report(
         board = None
         if config.observe.tensorboard:
             board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.warn))
+            if continues:
+                board.recall(logged_loads(recorder.metrics_path, done))
         stack.enter_context(console)
         if reason := others_may_write(folder):
             console.warn(f"run.dir={folder} can be changed by others ({reason}); use `chmod go-w`, or another folder")

@@ -43,6 +43,7 @@ from dist_moe.model.tasks.base import Task
 from dist_moe.model.tasks.classification import ClassificationTask
 from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.moe.kernels import check_kernels
+from dist_moe.observe.routing.observer import RoutingObserver
 from dist_moe.status import print_status
 from dist_moe.text import listed
 from dist_moe.train.reporting import Report, open_report
@@ -61,6 +62,7 @@ class Run:
         report: Logs the run; only rank 0's writes anything.
         checkpoint: The checkpoint that the run resumes from; None for a run that begins.
         hang_detector: Reports which ranks a collective waited for.
+        observer: Looks at the routing of the steps that are traced or drawn.
     """
 
     resolved: Resolved
@@ -68,6 +70,7 @@ class Run:
     report: Report
     checkpoint: Checkpoint | None
     hang_detector: HangDetector
+    observer: RoutingObserver
 
     @property
     def config(self) -> Config:
@@ -126,7 +129,10 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         seed_rng(config.run.seed, 0, rank_info.rank)
         if checkpoint is not None:
             restore(checkpoint, state)
-        yield Run(resolved, state, report, checkpoint, detector)
+        routers, done = [layer.router for layer in task.layers], checkpoint.counters.step if checkpoint else 0
+        domains = () if isinstance(data, LabeledData) else data.train.domains
+        observer = RoutingObserver(config, mesh, routers, domains, done)
+        yield Run(resolved, state, report, checkpoint, detector, observer)
 
 
 def load_start(config: Config, task: Task, mesh: Mesh) -> None:

@@ -3,7 +3,7 @@
 A step is one optimizer step over the global batch: `accumulation` micro-batches on each worker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from dist_moe.engine.deepspeed import Engine
 from dist_moe.engine.train_state import RunBatch
 from dist_moe.model.inputs import model_inputs
 from dist_moe.model.tasks.base import Output
+from dist_moe.moe.records import RouterRecord
 
 
 class GlobalCounts(NamedTuple):
@@ -72,6 +73,7 @@ def train_step(
     batches: Sequence[RunBatch],
     learning_rate: float,
     counts: GlobalCounts | None = None,
+    observe: Callable[[Sequence[RouterRecord]], None] | None = None,
 ) -> StepRecord:
     """Run forward and backward over this worker's micro-batches, one optimizer step, and one balancer update.
 
@@ -85,6 +87,7 @@ def train_step(
         learning_rate: The learning rate of this step.
         counts: The token counts of the global batch, if the caller has called `reduce_counts` (to sum integers of its
             own in the same all-reduce); None: reduced here.
+        observe: Called with the records of the routers after each forward.
     """
     label_tokens, tokens, _ = counts or reduce_counts(batches, engine.device)
     # DeepSpeed divides the loss by the number of micro-batches, and averages the gradients over the ranks. `parts`
@@ -97,9 +100,11 @@ def train_step(
     micro_loads, threshold = [], balancer.threshold
     result = None
     for batch in batches:
-        output = forward(engine, batch, scale, token_scale)
+        output = forward(engine, batch, scale, token_scale, keep_records=observe is not None)
         engine.backward(output.loss)
         balancer.observe(output.routing_counts)
+        if observe is not None:
+            observe(output.records or [])
         nll_sum += output.nll_sum
         auxiliary += output.auxiliary / len(batches)
         micro_loads.append(output.loads)
@@ -122,9 +127,9 @@ def train_step(
     )
 
 
-def forward(engine: Engine, batch: RunBatch, scale: Tensor, token_scale: Tensor) -> Output:
+def forward(engine: Engine, batch: RunBatch, scale: Tensor, token_scale: Tensor, keep_records: bool = False) -> Output:
     """Run the engine's module on one micro-batch."""
-    output: Output = engine.forward(model_inputs(batch, engine.device), scale, token_scale)
+    output: Output = engine.forward(model_inputs(batch, engine.device), scale, token_scale, keep_records)
     return output
 
 

@@ -66,6 +66,7 @@ ONLY_IMPORTER = {
     "deepspeed": "dist_moe/engine/deepspeed.py dist_moe/engine/zero_optimizer.py",
     "tensorboard": "dist_moe/observe/tensorboard.py",
     "torch.utils.tensorboard": "dist_moe/observe/tensorboard.py",
+    "pyarrow": "dist_moe/observe/routing/trace.py dist_moe/data/labeled/arrow.py",
     "mpi4py": "dist_moe/comm/mpi/backend.py dist_moe/comm/mpi/reduce_ops.py",
     # It unpickles the state of a rendezvous; comm/rendezvous.py first checks that its writer has the launch's secret.
     "torch.distributed.elastic": "dist_moe/comm/rendezvous.py",

@@ -10,6 +10,22 @@ class ObserveConfig(Section):
 
     interval: int = Field(default=10, ge=1, description="the optimizer steps between logged steps (1 or more)")
     tensorboard: bool = Field(default=True, description="whether TensorBoard event files are written")
+    picture_interval: int = Field(
+        default=100,
+        ge=0,
+        description="the optimizer steps between pictures and distributions in TensorBoard (0: in the last step alone)",
+    )
+    trace_interval: int = Field(
+        default=0,
+        ge=0,
+        description="the optimizer steps between steps whose routing is recorded in run.dir/trace (0: none)",
+    )
+    trace_tokens: int = Field(
+        default=8,
+        ge=0,
+        description="the tokens of each sequence whose experts and gate weights are recorded with trace_interval (0: "
+        "loads alone)",
+    )
     validation_sequences: int = Field(
         default=256, ge=0, description="the most validation sequences of one evaluation (0: all)"
     )

@@ -15,6 +15,7 @@ from dist_moe.balance.losses import RoutingLosses
 from dist_moe.model.convert import find_layers
 from dist_moe.model.inputs import LabeledInputs, ModelInputs
 from dist_moe.model.routing import count_record, routing_loss
+from dist_moe.moe.records import RouterRecord
 
 NO_LOSSES = RoutingLosses()
 
@@ -29,6 +30,7 @@ class Output(NamedTuple):
         auxiliary: fp32 scalar without graph, the part of `loss` that is due to the routing.
         routing_counts: The counts of each MoE layer on this rank, in the model's order.
         outputs_BC: fp32 without graph, the logits of the classes, or [B, 1] the values; None of a language model.
+        records: The records of the routers without graph, where they were asked for.
     """
 
     loss: Tensor
@@ -36,6 +38,7 @@ class Output(NamedTuple):
     auxiliary: Tensor
     routing_counts: list[RoutingCounts]
     outputs_BC: Tensor | None = None
+    records: list[RouterRecord] | None = None
 
     @property
     def loads(self) -> list[Tensor]:
@@ -77,7 +80,13 @@ class Task(nn.Module, ABC):
     def compute(self, inputs: ModelInputs | LabeledInputs) -> Losses:
         """Run the model, and sum the losses of the labels."""
 
-    def forward(self, inputs: ModelInputs | LabeledInputs, scale: Tensor, token_scale: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        inputs: ModelInputs | LabeledInputs,
+        scale: Tensor,
+        token_scale: Tensor | None = None,
+        keep_records: bool = False,
+    ) -> Output:
         """Compute scale * the sum of the losses of the labels, plus the routing losses.
 
         Args:
@@ -87,6 +96,7 @@ class Task(nn.Module, ABC):
                 larger weight.
             token_scale: fp32 scalar, n / (all tokens of the global batch), for the routing losses; without it, and in
                 evaluation, they are omitted.
+            keep_records: Whether to return the records of the routers.
         """
         mask_T = None if inputs.mask_BS is None else inputs.mask_BS.reshape(-1)
         for layer in self.layers:
@@ -106,4 +116,5 @@ class Task(nn.Module, ABC):
             auxiliary = auxiliary * token_scale
             loss = loss + auxiliary
         nll_sum = (computed.training if self.training else computed.plain).detach()
-        return Output(loss, nll_sum, auxiliary.detach(), routing_counts, computed.outputs_BC)
+        kept = [record.detached() for record in records] if keep_records else None
+        return Output(loss, nll_sum, auxiliary.detach(), routing_counts, computed.outputs_BC, kept)

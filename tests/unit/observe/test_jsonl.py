@@ -130,28 +130,30 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from tests.disk import fill
+from tests.unit.observe.samples import step_sample
 disk, warned = Path(sys.argv[1]), []
 threading.excepthook = lambda _: None  # the thread of the SummaryWriter ends by its error
 with TensorBoardWriter(disk / "tensorboard", warn=warned.append) as board:
-    board.checkpoint(1, {"stall_ms": 1.0})
-    board._writer.flush()
+    board.checkpoint(1, 1.0)
+    board._writer("").flush()
     ballast = fill(disk, 0)
     for step in range(2, 2000):
-        board.checkpoint(step, {f"time {number}": 1.0 for number in range(40)})
+        board.step(step_sample(step=step))
         if warned:
             break
-        board._write(board._writer.flush)
+        board._write(lambda: board._writer("").flush())
     for step in range(2000, 2003):
-        board.checkpoint(step, {"stall_ms": 2.0})
+        board.checkpoint(step, 2.0)
     ballast.unlink()
-    board.checkpoint(3000, {"stall_ms": 3.0})
-steps = []
-for path in sorted((disk / "tensorboard").iterdir()):
+    board.checkpoint(3000, 3.0)
+steps, tag = [], "3_details/checkpoint_stall_ms"
+files = sorted(path for path in (disk / "tensorboard").iterdir() if path.is_file())
+for path in files:
     found = EventAccumulator(str(path)).Reload()
     tags = found.Tags()["scalars"]
-    steps += [event.step for event in found.Scalars("checkpoint/stall_ms")] if "checkpoint/stall_ms" in tags else []
+    steps += [event.step for event in found.Scalars(tag)] if tag in tags else []
 assert steps == [1, 3000], steps
-assert len(list((disk / "tensorboard").iterdir())) == 2
+assert len(files) == 2
 print(*warned, sep="\\n")
 """
     output = run_on_disk(tmp_path, "512k", program).splitlines()

@@ -1,8 +1,8 @@
 """Tests of the event files, read back with TensorBoard's own reader."""
 
 import io
-import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,15 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dist_moe.observe.pictures.load import draw_load
+from dist_moe.observe.cards import CARDS, DESCRIPTIONS, GUIDE, HYPER_PARAMETERS
+from dist_moe.observe.pictures.load import draw_experts_over_steps, draw_layers_over_steps, draw_load
+from dist_moe.observe.pictures.over_steps import LoadOverSteps
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from tests.unit.observe.samples import UNEVEN, VARYING, evaluation_sample, step_sample
+
+NO_DISTRIBUTIONS: dict[str, np.ndarray] = {}
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -28,146 +31,200 @@ def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_curves_of_steps_are_read_back(tmp_path: Path) -> None:
-    with TensorBoardWriter(tmp_path / "tb") as writer:
-        writer.step(step_sample(step=10, loss=2.5))
-        writer.step(step_sample(step=20, loss=2.25, loads=([30, 30, 0], [40, 20, 10, 10])))
-    events = read(tmp_path / "tb")
-    assert scalars(events, "train/loss") == [(10, 2.5), (20, 2.25)]
-    assert scalars(events, "train/grad_norm") == [(10, 0.75), (20, 0.75)]
-    assert scalars(events, "balance/max_vio") == [(10, 0.5), (20, 0.75)]
-    assert scalars(events, "max_vio/layer_00") == [(10, 1.0), (20, 0.5)]
-    assert scalars(events, "max_vio/layer_01") == [(10, 0.0), (20, 1.0)]
-    assert scalars(events, "bias_min/layer_01") == [(10, -0.25), (20, -0.25)]
-    assert scalars(events, "bias_max/layer_00") == [(10, 0.25), (20, 0.25)]
-    assert scalars(events, "bias_max/layer_01") == [(10, 0.5), (20, 0.5)]
-    tags = set(events.Tags()["scalars"])
-    assert tags >= {"train/learning_rate", "speed/tokens_per_s", "speed/step_ms", "balance/max_vio_floor"}
-    assert tags >= {"balance/load_cov", "balance/load_entropy", "balance/dead_experts", "train/skipped_steps"}
+def text(events: EventAccumulator, tag: str) -> str:
+    found: str = events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+    return found
 
 
-def test_trap_T57_the_curves_and_the_heat_map_of_a_step_are_one_event(tmp_path: Path) -> None:
+def whole_run(folder: Path, layers: int, experts: int = 8, steps: int = 3) -> None:
+    """Write all that a run of a model with MoE layers writes."""
+    load = [[10 + expert for expert in range(experts)] for _ in range(layers)]
+    with TensorBoardWriter(folder) as writer:
+        writer.describe({"run": {"seed": 0}}, "run:\n  seed: 0\n")
+        for step in range(1, steps + 1):
+            writer.step(step_sample(step=step, loads=load))
+        writer.pictures(step_sample(step=steps, loads=load), {"selection_bias": np.ones((layers, experts))})
+        writer.checkpoint(steps, 2.0)
+        writer.evaluation(evaluation_sample(step=steps, loads=load))
+
+
+def test_the_curves_of_steps_and_their_floors_are_read_back(tmp_path: Path) -> None:
+    first, second = step_sample(step=10), step_sample(step=20, loss=2.25, loads=([30, 30, 0], [40, 20, 10, 10]))
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(first)
+        writer.step(second)
+    values, floors = read(tmp_path), read(tmp_path / "floor")
+    assert scalars(values, "1_overview/loss") == [(10, 2.5), (20, 2.25)]
+    assert scalars(values, "1_overview/max_vio") == [(10, 0.5), (20, 0.75)]
+    assert scalars(values, "1_overview/max_vio_worst_layer") == [(10, 1.0), (20, 1.0)]
+    assert scalars(values, "3_details/bias_largest") == [(10, 0.5), (20, 0.5)]
+    measured = ("max_vio", "max_vio_computation", "load_deviation_percent", "rank_load", "dead_experts")
+    for name in measured:
+        tag = f"{'1_overview' if name == 'max_vio' else '3_details'}/{name}"
+        for metrics, value, floor in zip((first, second), scalars(values, tag), scalars(floors, tag), strict=True):
+            assert value[0] == floor[0] == metrics.step
+            assert value[1] == pytest.approx(getattr(metrics, name))
+            assert floor[1] == pytest.approx(getattr(metrics, f"{name}_floor"))
+    worst = [metrics.max_vio_floor_per_layer[layer] for metrics, layer in ((first, 0), (second, 1))]
+    assert [value for _, value in scalars(floors, "1_overview/max_vio_worst_layer")] == pytest.approx(worst)
+
+
+def test_the_points_of_an_evaluation_are_in_the_cards_of_the_steps(tmp_path: Path) -> None:
+    metrics = evaluation_sample(step=20, loads=([3, 0, 1], [20, 20, 10, 10]))
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.evaluation(metrics)
+    events = read(tmp_path / "validation")
+    assert scalars(events, "1_overview/loss") == [(20, 2.0)]
+    assert scalars(events, "1_overview/max_vio") == [(20, pytest.approx(metrics.max_vio_global))]
+    assert scalars(events, "1_overview/max_vio_worst_layer") == [(20, pytest.approx(1.25))]
+    assert scalars(events, "3_details/bits_per_byte") == [(20, pytest.approx(metrics.bits_per_byte))]
+    assert scalars(events, "3_details/load_deviation_percent") == [(20, pytest.approx(metrics.load_deviation_percent))]
+
+
+def test_the_metrics_of_labeled_texts_are_in_the_overview(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.evaluation(replace(evaluation_sample(step=20), accuracy=0.75, macro_f1=0.5))
+    events = read(tmp_path / "validation")
+    assert scalars(events, "1_overview/accuracy") == [(20, 0.75)]
+    assert scalars(events, "1_overview/macro_f1") == [(20, 0.5)]
+    tags = events.Tags()["scalars"]
+    assert "1_overview/loss" in tags and "1_overview/pearson" not in tags and "3_details/bits_per_byte" not in tags
+
+
+@pytest.mark.parametrize("layers", [3, 60])
+def test_trap_T74_the_number_of_cards_does_not_grow_with_the_layers(tmp_path: Path, layers: int) -> None:
+    whole_run(tmp_path, layers)
+    cards: dict[str, set[str]] = {"scalars": set(), "images": set(), "histograms": set(), "tensors": set()}
+    for folder in (tmp_path, tmp_path / "floor", tmp_path / "validation"):
+        for kind, tags in read(folder).Tags().items():
+            if kind in cards:
+                cards[kind] |= set(tags)
+    assert len(cards["scalars"]) == 15
+    assert len(cards["images"]) == 4 and len(cards["histograms"]) == 1
+    assert {tag.partition("/")[0] for tag in cards["tensors"]} == {"1_guide", "2_layers", "3_config", "_hparams_"}
+    first = sorted({tag.partition("/")[0] for tag in cards["scalars"] | cards["images"]})
+    assert first == ["1_overview", "2_load_pictures", "3_details"]
+    overview = sorted(tag.partition("/")[2] for tag in cards["scalars"] if tag.startswith("1_overview"))
+    assert overview == ["loss", "max_vio", "max_vio_worst_layer", "tokens_per_s"]
+
+
+def test_every_card_is_explained(tmp_path: Path) -> None:
+    whole_run(tmp_path, 3)
+    for folder in (tmp_path, tmp_path / "floor", tmp_path / "validation"):
+        events = read(folder)
+        for tag in events.Tags()["scalars"]:
+            assert events.summary_metadata[tag].summary_description == DESCRIPTIONS[tag]
+    assert len({card.description for card in CARDS}) == len(CARDS)
+    assert text(read(tmp_path), "1_guide") == GUIDE
+    for card in CARDS:
+        if "`floor`" in card.description:
+            assert f"`{card.tag.partition('/')[2]}`" in GUIDE
+
+
+def test_the_table_of_layers_has_every_value_with_its_floor(tmp_path: Path) -> None:
+    metrics = step_sample(step=10, loads=([40, 0, 20], [20, 20, 20, 20]))
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(metrics)
+        writer.pictures(metrics, NO_DISTRIBUTIONS)
+    lines = text(read(tmp_path), "2_layers").splitlines()
+    cells = [cell.strip() for cell in lines[-2].strip("|").split("|")]
+    assert cells[0] == "0" and cells[1] == f"1.000 ({metrics.max_vio_floor_per_layer[0]:.3f})"
+    assert cells[2] == "1.500 (0.250)" and cells[6] == "1: 0.00, 0: 2.00" and cells[7] == "-0.2500 to 0.2500"
+    assert lines[-1].startswith("| 1 | 0.000 (")
+
+
+def test_trap_T57_the_curves_of_a_step_are_one_event(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as writer:
         writer.step(step_sample(step=10))
         writer.evaluation(evaluation_sample(step=20))
-    (file,) = tmp_path.iterdir()
-    events = [(event.step, event.summary.value) for event in LegacyEventFileLoader(str(file)).Load()]
-    with_curves = [(step, [value.tag for value in values]) for step, values in events if len(values) > 1]
-    assert [step for step, _ in with_curves] == [10, 20]
-    assert {"train/loss", "balance/max_vio", "max_vio/layer_01", "bias_max/layer_00", "load/step"} <= set(
-        with_curves[0][1]
-    )
-    assert not [value.tag for step, values in events for value in values[:1] if len(values) == 1 and value.simple_value]
-
-
-def test_curves_of_evaluations_are_read_back(tmp_path: Path) -> None:
-    with TensorBoardWriter(tmp_path) as writer:
-        writer.evaluation(evaluation_sample(step=20))
-    events = read(tmp_path)
-    assert scalars(events, "validation/loss") == [(20, 2.0)]
-    assert scalars(events, "validation/bits_per_byte") == [(20, pytest.approx(200 / math.log(2) / 250))]
-    assert scalars(events, "validation/max_vio_global") == [(20, 0.5)]
-    assert scalars(events, "max_vio_global/layer_00") == [(20, 1.0)]
-    metrics = evaluation_sample(step=20)
-    names = ["load_cov", "load_deviation_percent", "load_cov_floor", "load_deviation_percent_floor"]
-    names += ["experts_per_token", "experts_per_token_p50", "experts_per_token_p99"]
-    for name in names:
-        assert scalars(events, f"validation/{name}") == [(20, pytest.approx(getattr(metrics, name)))]
-    deviation = metrics.load_deviation_percent_per_layer[0]
-    assert scalars(events, "load_deviation_percent_global/layer_00") == [(20, pytest.approx(deviation))]
-    assert scalars(events, "experts_per_token_global/layer_01") == [(20, 2.0)]
-
-
-def test_every_balance_figure_of_a_step_has_its_own_curve(tmp_path: Path) -> None:
-    metrics = step_sample(
-        loads=([3, 0, 1], [20, 20, 10, 10]), k_histograms=VARYING, threshold=0.25, auxiliary_loss=0.125
-    )
-    with TensorBoardWriter(tmp_path) as writer:
-        writer.step(metrics)
-    events = read(tmp_path)
-    names = {tag.partition("/")[2] for tag in events.Tags()["scalars"] if tag.startswith("balance/")}
-    with_floor = {"max_vio", "max_vio_computation", "load_cov", "load_deviation_percent", "load_entropy"}
-    with_floor |= {"dead_experts", "rank_load"}
-    alone = {"experts_per_token", "experts_per_token_p50", "experts_per_token_p99", "threshold"}
-    assert names == with_floor | {f"{name}_floor" for name in with_floor} | alone | {"rate"}
-    for name in names - {"rate"}:
-        assert scalars(events, f"balance/{name}") == [(10, pytest.approx(getattr(metrics, name)))]
-    measured = ("max_vio", "max_vio_computation", "load_deviation_percent", "rank_load")
-    for group in (*measured, *(f"{name}_floor" for name in measured), "experts_per_token"):
-        for layer, value in enumerate(getattr(metrics, f"{group}_per_layer")):
-            assert scalars(events, f"{group}/layer_{layer:02d}") == [(10, pytest.approx(value))]
-    assert scalars(events, "train/auxiliary_loss") == [(10, 0.125)]
+    for folder, step in ((tmp_path, 10), (tmp_path / "floor", 10), (tmp_path / "validation", 20)):
+        (file,) = (path for path in folder.iterdir() if path.is_file())
+        events = [(event.step, event.summary.value) for event in LegacyEventFileLoader(str(file)).Load()]
+        with_curves = [step for step, values in events for value in values[:1] if value.HasField("simple_value")]
+        assert with_curves == [step]
 
 
 def test_without_threshold_routing_there_is_no_curve_of_it(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path / "top_k") as writer:
+        writer.step(step_sample())
+    with TensorBoardWriter(tmp_path / "threshold") as writer:
+        writer.step(step_sample(k_histograms=VARYING, threshold=0.25, auxiliary_loss=0.125))
+        writer.pictures(step_sample(k_histograms=VARYING, threshold=0.25), NO_DISTRIBUTIONS)
+    of_top_k, of_threshold = (read(tmp_path / name) for name in ("top_k", "threshold"))
+    added = {"3_details/threshold", "3_details/experts_per_token", "3_details/auxiliary_loss"}
+    assert set(of_threshold.Tags()["scalars"]) - set(of_top_k.Tags()["scalars"]) == added
+    assert scalars(of_threshold, "3_details/threshold") == [(10, 0.25)]
+    (found,) = of_threshold.Histograms("4_distributions/experts_per_token")
+    value = found.histogram_value
+    assert (found.step, value.min, value.max, value.num, value.sum) == (10, 1, 3, 95, 140)
+    assert dict(zip(value.bucket_limit, value.bucket, strict=True)) == {1.5: 60, 2.5: 25, 3.5: 10}
+
+
+def test_a_distribution_has_all_its_values(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 100))
     with TensorBoardWriter(tmp_path) as writer:
         writer.step(step_sample())
-    assert "balance/threshold" not in read(tmp_path).Tags()["scalars"]
-
-
-def test_the_histogram_of_experts_per_token_has_a_bar_for_each_number(tmp_path: Path) -> None:
-    nothing = ([0, 0, 0], [0, 0])
-    with TensorBoardWriter(tmp_path) as writer:
-        writer.step(step_sample(step=10, k_histograms=VARYING))
-        writer.step(step_sample(step=20))
-        writer.step(step_sample(step=30, k_histograms=nothing))
-        writer.evaluation(evaluation_sample(step=20, k_histograms=VARYING))
+        writer.pictures(step_sample(), {"router_scores": values, "selection_bias": np.zeros(0)})
     events = read(tmp_path)
-    varying, constant = events.Histograms("experts_per_token/step")
-    (validation,) = events.Histograms("experts_per_token/validation")
-    assert validation.histogram_value == varying.histogram_value
-    found = varying.histogram_value
-    assert (varying.step, found.min, found.max, found.num, found.sum) == (10, 1, 3, 95, 140)
-    assert found.sum_squares == 60 + 4 * 25 + 9 * 10
-    assert dict(zip(found.bucket_limit, found.bucket, strict=True)) == {1.5: 60, 2.5: 25, 3.5: 10}
-    found = constant.histogram_value
-    assert (constant.step, found.min, found.max, found.num, found.sum) == (20, 2, 2, 70, 140)
+    assert events.Tags()["histograms"] == ["4_distributions/router_scores"]
+    (found,) = events.Histograms("4_distributions/router_scores")
+    histogram = found.histogram_value
+    assert histogram.num == sum(histogram.bucket) == 300
+    assert (histogram.min, histogram.max) == (values.min(), values.max())
+    below = sum(count for limit, count in zip(histogram.bucket_limit, histogram.bucket, strict=True) if limit < 0)
+    assert abs(below - (values < 0).sum()) < 20
 
 
-def test_every_chart_with_a_floor_draws_curves_that_are_written(tmp_path: Path) -> None:
+def test_the_pictures_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) -> None:
+    history = LoadOverSteps()
     with TensorBoardWriter(tmp_path) as writer:
-        writer.step(step_sample())
-        writer.evaluation(evaluation_sample())
-    events = read(tmp_path)
-    (tensor,) = events.Tensors("custom_scalars__config__")
-    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
-    charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
-    assert len(charts) == 9
-    assert {tag for chart in charts for tag in chart} <= set(events.Tags()["scalars"])
-    assert all(floor == f"{tag}_floor" for tag, floor in charts)
-
-
-def test_the_heat_maps_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) -> None:
-    with TensorBoardWriter(tmp_path) as writer:
-        writer.step(step_sample(step=10))
+        writer.recall([(5, UNEVEN)])
+        for step, loads in ((10, ([0, 60, 0], [20, 20, 20, 20])), (20, UNEVEN)):
+            writer.step(step_sample(step=step, loads=loads))
+        writer.step(step_sample(step=30, loads=([60, 0, 0], [80, 0, 0, 0]), skipped=True))
+        writer.pictures(step_sample(step=20), NO_DISTRIBUTIONS)
         writer.evaluation(evaluation_sample(step=20))
+    for step, loads in ((5, UNEVEN), (10, ([0, 60, 0], [20, 20, 20, 20])), (20, UNEVEN)):
+        history.add(step, loads)
+    expected = {
+        "experts_over_steps": draw_experts_over_steps(history),
+        "layers_over_steps": draw_layers_over_steps(history),
+        "last_step": draw_load(UNEVEN, "Load of each expert in each MoE layer, in step 20"),
+        "validation": draw_load(UNEVEN, "Load over the validation text, after step 20"),
+    }
     events = read(tmp_path)
-    for tag, step in (("load/step", 10), ("load/validation", 20)):
-        (image,) = events.Images(tag)
-        assert image.step == step
+    for name, picture in expected.items():
+        (image,) = events.Images(f"2_load_pictures/{name}")
+        assert image.step == 20
         pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
-        assert np.array_equal(pixels, draw_load(UNEVEN).pixels)
+        assert np.array_equal(pixels, picture.pixels), name
 
 
-def test_hyperparameters_are_in_the_event_file_of_the_run(tmp_path: Path) -> None:
+def test_the_table_of_runs_has_the_fields_that_users_change(tmp_path: Path) -> None:
     config = {
         "train": {"learning_rate": 0.25, "optimizer": "adamw"},
-        "data": {"sources": ["a", "b"]},
-        "gap": None,
+        "balance": {"policy": "none", "rate": None},
+        "run": {"seed": 3},
+        "kubernetes": {"image": "x"},
     }
     with TensorBoardWriter(tmp_path) as writer:
-        writer.hyper_parameters(config, "train:\n  learning_rate: 0.25\n")
+        writer.describe(config, "train:\n  learning_rate: 0.25\n")
         writer.step(step_sample())
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 1
     events = read(tmp_path)
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     found = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert found["train.learning_rate"].number_value == 0.25
-    assert found["train.optimizer"].string_value == "adamw"
-    assert found["data.sources"].string_value == "['a', 'b']"
-    assert "gap" not in found
-    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "      learning_rate: 0.25" in text
+    assert {name: value.number_value or value.string_value for name, value in found.items()} == {
+        "train.learning_rate": 0.25,
+        "balance.policy": "none",
+        "run.seed": 3,
+    }
+    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    results = HParamsPluginData.FromString(content).experiment.metric_infos
+    names = {(result.name.tag, result.name.group) for result in results}
+    assert ("1_overview/loss", "validation") in names and len(names) == 3
+    assert len(HYPER_PARAMETERS) == 12
+    assert "      learning_rate: 0.25" in text(events, "3_config")
 
 
 def test_a_resumed_run_hides_the_steps_that_it_repeats(tmp_path: Path) -> None:
@@ -177,16 +234,19 @@ def test_a_resumed_run_hides_the_steps_that_it_repeats(tmp_path: Path) -> None:
     time.sleep(1)  # files are read in the order of their names, which begin with the second
     with TensorBoardWriter(tmp_path, resumed_step=20) as writer:
         writer.step(step_sample(step=30, loss=3.0))
-    assert scalars(read(tmp_path), "train/loss") == [(10, 1.0), (20, 1.0), (30, 3.0)]
+    assert scalars(read(tmp_path), "1_overview/loss") == [(10, 1.0), (20, 1.0), (30, 3.0)]
+    assert [step for step, _ in scalars(read(tmp_path / "floor"), "1_overview/max_vio")] == [10, 20, 30]
 
 
-def test_a_model_without_moe_layers_has_losses_and_no_heat_map(tmp_path: Path) -> None:
+def test_a_model_without_moe_layers_has_losses_and_no_picture(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as writer:
         writer.step(step_sample(loads=()))
+        writer.pictures(step_sample(loads=()), NO_DISTRIBUTIONS)
         writer.evaluation(evaluation_sample(loads=()))
     tags = read(tmp_path).Tags()
-    assert {"train/loss", "validation/loss"} <= set(tags["scalars"])
+    assert "1_overview/loss" in tags["scalars"] and "1_overview/loss" in read(tmp_path / "validation").Tags()["scalars"]
     assert not tags["images"] and not [tag for tag in tags["scalars"] if "max_vio" in tag]
+    assert not (tmp_path / "floor").exists()
 
 
 def test_writing_outside_the_context_is_an_error(tmp_path: Path) -> None:

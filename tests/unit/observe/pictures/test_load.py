@@ -49,7 +49,7 @@ def test_the_layers_over_steps_show_the_most_loaded_expert_of_each() -> None:
     assert {picture.color(0, layer, 19) for layer in range(60) if layer != 41} == {color(1.0)}
 
 
-def test_the_experts_over_steps_show_the_worst_layers_first() -> None:
+def test_trap_T74_the_experts_over_steps_show_the_worst_layers_first() -> None:
     picture = draw_experts_over_steps(many_layers(60, 8, 20, worst=41))
     mean = (7 * 80 + 320) / 8
     assert len(picture.tops) == 4

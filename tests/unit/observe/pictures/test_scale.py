@@ -22,7 +22,7 @@ def color(ratio: float) -> tuple[int, ...]:
     return tuple(colors(np.array(ratio)).tolist())
 
 
-def test_loads_up_to_five_times_the_mean_look_different() -> None:
+def test_trap_T74_loads_up_to_five_times_the_mean_look_different() -> None:
     found = [np.array(color(ratio), dtype=int) for ratio in (0.0, 0.1, 0.5, 0.9, 1.0, 1.2, 2.0, 3.0, 4.0, 5.0, 5.1)]
     for first, second in itertools.pairwise(found):
         assert np.abs(first - second).sum() >= 20
