@@ -9,7 +9,11 @@ from torch import Tensor
 from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts
 from dist_moe.balance.margins import BINS
 from dist_moe.balance.threshold_controller import Controller, control, start_controller
-from dist_moe.policies.base import Policy
+from dist_moe.policies.base import Policy, RuleState
+from dist_moe.text import listed
+
+MEMORY = "memory."
+"""Begins the keys of a rule's memory in the state of a layer."""
 
 
 class BalancedRouter(Protocol):
@@ -35,6 +39,16 @@ class BalancedRouter(Protocol):
         """Maximum number of experts a token takes."""
         ...
 
+    @property
+    def top_k(self) -> int | None:
+        """Experts a token takes, with expert thresholds on average; None if the rule does not say."""
+        ...
+
+    @property
+    def may_take_none(self) -> bool:
+        """Whether a token that is not padding may take no expert."""
+        ...
+
 
 class Balancer:
     """Counts the routing of one optimizer step over all ranks, and updates each layer's bias and the threshold by it.
@@ -42,7 +56,7 @@ class Balancer:
     A window is the micro-batches of one optimizer step. The counts of a window are summed over them, and
     over the ranks in ONE all-reduce of int64 for all
     layers. `step` and `discard` begin a new window, so that a skipped step leaves no trace. Every rank computes the
-    same update from the same integers.
+    same update from the same integers. The memory of a rule is kept here: tensors [E] of each layer, fp32.
 
     Args:
         routers: Layer name -> router; layers may differ in E. Their buffers are written in place and looked up for
@@ -76,6 +90,7 @@ class Balancer:
         self.schedule_steps = schedule_steps
         self.target_experts_per_token = target_experts_per_token
         self.steps_taken = 0
+        self.memory = {name: self._empty_memory(router) for name, router in self.routers.items()}
         self.controller = self._start_controller()
         self._window = self._empty_window()
 
@@ -114,12 +129,15 @@ class Balancer:
         routing_counts = self._reduce_window()
         rate = self.rate
         frozen = self.policy.frozen_at(self.steps_taken)
-        for router, layer_counts in zip(self.routers.values(), routing_counts, strict=True):
+        for (name, router), layer_counts in zip(self.routers.items(), routing_counts, strict=True):
             if not router.is_balanced:
                 continue
             router.last_load.copy_(layer_counts.load_E)
             if self.policy.moves_bias and not frozen:
-                router.selection_bias.copy_(self.policy.next_bias(router.selection_bias, layer_counts, rate))
+                state = RuleState(router.selection_bias, self.memory[name])
+                bias_E, memory = self.policy.next_state(state, layer_counts._replace(top_k=router.top_k), rate)
+                router.selection_bias.copy_(bias_E)
+                self.memory[name] = {kind: memory[kind] for kind in self.policy.memory}
         self._control_threshold(routing_counts)
         self.steps_taken += 1
         return routing_counts
@@ -131,14 +149,23 @@ class Balancer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on: int, fp32 and int64, equal on all ranks."""
         layers = {
-            name: {"selection_bias": router.selection_bias.clone(), "last_load": router.last_load.clone()}
+            name: {
+                "selection_bias": router.selection_bias.clone(),
+                "last_load": router.last_load.clone(),
+                **{MEMORY + kind: value.clone() for kind, value in self.memory[name].items()},
+            }
             for name, router in self.routers.items()
         }
         controller = None if self.controller is None else tuple(self.controller)
         return {"taken": self.steps_taken, "controller": controller, "layers": layers}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Restore `state_dict`, and begin a new window.
+
+        The memory of the rule starts empty, in every layer, where the state is of a policy with another one.
+
+        Returns:
+            A line if the memory starts empty, or if memory of the state is not used.
 
         Raises:
             ValueError: The state has other layers, or a controller where this balancer has none (or the reverse).
@@ -151,10 +178,34 @@ class Balancer:
         for name, router in self.routers.items():
             router.selection_bias.copy_(state["layers"][name]["selection_bias"])
             router.last_load.copy_(state["layers"][name]["last_load"])
+        notes = self._load_memory(state["layers"])
         self.steps_taken = state["taken"]
         self._window = self._empty_window()
         if state["controller"] is not None:
             self._set_controller(Controller(*state["controller"]))
+        return notes
+
+    def _load_memory(self, layers: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+        wanted = {MEMORY + kind for kind in self.policy.memory}
+        stored = {key for layer in layers.values() for key in layer if key.startswith(MEMORY)}
+        complete = all(wanted <= layer.keys() for layer in layers.values())
+        for name, router in self.routers.items():
+            self.memory[name] = self._empty_memory(router)
+            if complete:
+                for kind, value in self.memory[name].items():
+                    value.copy_(layers[name][MEMORY + kind])
+        notes = []
+        if not complete:
+            names = listed(self.policy.memory, last="and")
+            notes.append(
+                f"the checkpoint lacks the memory of balance.policy={self.policy.policy} ({names}): it is empty"
+            )
+        if unused := sorted(key.removeprefix(MEMORY) for key in stored - wanted):
+            notes.append(
+                f"the checkpoint has the memory {listed(unused, last='and')}, which "
+                f"balance.policy={self.policy.policy} does not use"
+            )
+        return notes
 
     def _start_controller(self) -> Controller | None:
         thresholds = [float(router.threshold) for router in self._controlled() if router.threshold is not None]
@@ -193,6 +244,9 @@ class Balancer:
         self._window = self._empty_window()
         return routing_counts
 
+    def _empty_memory(self, router: BalancedRouter) -> dict[str, Tensor]:
+        return {kind: torch.zeros_like(router.selection_bias) for kind in self.policy.memory}
+
     def _empty_window(self) -> list[RoutingCounts]:
         return [self._empty_counts(router) for router in self.routers.values()]
 
@@ -203,4 +257,5 @@ class Balancer:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
         margins_EQ = zeros(experts, BINS) if self.policy.needs_margins else None
-        return RoutingCounts(zeros(experts), zeros(router.max_experts_per_token), margins_EQ)
+        unrouted = zeros() if router.may_take_none else None
+        return RoutingCounts(zeros(experts), zeros(router.max_experts_per_token), margins_EQ, unrouted)

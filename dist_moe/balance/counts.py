@@ -19,11 +19,16 @@ class RoutingCounts(NamedTuple):
         load_E: Assignments that each expert received.
         k_histogram_K: Tokens that took 1, 2, .. K experts.
         margins_EQ: Histograms of `margins.count_margins`; None where the policy does not need them.
+        unrouted: Tokens that took no expert and are not padding, a scalar; None where the rule of routing gives each
+            token one.
+        top_k: Experts that a token is to take on average, for the update rule; None before the counts are summed.
     """
 
     load_E: Tensor
     k_histogram_K: Tensor
     margins_EQ: Tensor | None = None
+    unrouted: Tensor | None = None
+    top_k: int | None = None
 
 
 def count_routing(ids_TK: Tensor, experts: int, max_experts_per_token: int) -> RoutingCounts:
@@ -36,7 +41,7 @@ def count_routing(ids_TK: Tensor, experts: int, max_experts_per_token: int) -> R
     """
     load_E = count_values(ids_TK.reshape(-1) + 1, experts + 1)[1:]
     k_histogram = count_values((ids_TK >= 0).sum(dim=1), max_experts_per_token + 1)
-    return RoutingCounts(load_E, k_histogram[1:])  # a token without experts is padding
+    return RoutingCounts(load_E, k_histogram[1:])  # a token without experts is padding, or counted as unrouted
 
 
 def count_values(values: Tensor, size: int) -> Tensor:
@@ -47,6 +52,11 @@ def count_values(values: Tensor, size: int) -> Tensor:
     return values.new_zeros(size).scatter_add_(0, values, torch.ones_like(values))
 
 
+def unrouted_tokens(routing_counts: Sequence[RoutingCounts]) -> list[int]:
+    """For each layer the tokens that took no expert and are not padding."""
+    return [0 if layer_counts.unrouted is None else int(layer_counts.unrouted) for layer_counts in routing_counts]
+
+
 def add_counts(first: Sequence[RoutingCounts], second: Sequence[RoutingCounts]) -> list[RoutingCounts]:
     """Add the counts of two micro-batches, layer by layer."""
     return [_sum(left, right) for left, right in zip(first, second, strict=True)]
@@ -54,16 +64,14 @@ def add_counts(first: Sequence[RoutingCounts], second: Sequence[RoutingCounts]) 
 
 def all_reduce_routing_counts(routing_counts: Sequence[RoutingCounts], device: torch.device) -> list[RoutingCounts]:
     """Sum over all ranks in ONE all-reduce for all layers. Collective; the shapes are equal on every rank."""
-    flat = [count for layer_counts in routing_counts for count in layer_counts if count is not None]
+    flat = [count for layer_counts in routing_counts for count in layer_counts if isinstance(count, Tensor)]
     summed = iter(all_reduce_counts(flat, device))
     return [
-        RoutingCounts(next(summed), next(summed), None if layer_counts.margins_EQ is None else next(summed))
+        RoutingCounts(*(None if count is None else next(summed) for count in layer_counts))  # type: ignore[arg-type]
         for layer_counts in routing_counts
     ]
 
 
 def _sum(left: RoutingCounts, right: RoutingCounts) -> RoutingCounts:
-    margins_EQ = None
-    if left.margins_EQ is not None and right.margins_EQ is not None:
-        margins_EQ = left.margins_EQ + right.margins_EQ
-    return RoutingCounts(left.load_E + right.load_E, left.k_histogram_K + right.k_histogram_K, margins_EQ)
+    pairs = zip(left, right, strict=True)
+    return RoutingCounts(*(None if one is None or other is None else one + other for one, other in pairs))  # type: ignore[arg-type]

@@ -9,27 +9,29 @@ import torch
 from torch import Tensor
 
 
-def experts_per_token(k_histogram_K: Tensor) -> float:
+def experts_per_token(k_histogram_K: Tensor, unrouted: int = 0) -> float:
     """Compute the mean number of experts that a token took; 0 if there is no token.
 
     Args:
         k_histogram_K: [K] int64, tokens that took 1, 2, .. K experts.
+        unrouted: Tokens that took none.
 
     Raises:
         TypeError: The counts are not int64.
         ValueError: The counts have another number of dims, or one is negative.
     """
     counts = _checked(k_histogram_K).tolist()
-    tokens = sum(counts)
+    tokens = sum(counts) + unrouted
     return sum(taken * count for taken, count in enumerate(counts, start=1)) / tokens if tokens else 0.0
 
 
-def experts_per_token_percentile(k_histogram_K: Tensor, percent: int) -> int:
+def experts_per_token_percentile(k_histogram_K: Tensor, percent: int, unrouted: int = 0) -> int:
     """Compute the smallest n such that `percent` of 100 tokens took n experts or fewer; 0 if there is no token.
 
     Args:
         k_histogram_K: [K] int64, tokens that took 1, 2, .. K experts.
         percent: 1 to 100.
+        unrouted: Tokens that took none.
 
     Raises:
         TypeError, ValueError: As `experts_per_token`; ValueError for another `percent`.
@@ -37,11 +39,11 @@ def experts_per_token_percentile(k_histogram_K: Tensor, percent: int) -> int:
     if not 1 <= percent <= 100:
         raise ValueError(f"percent={percent}; it is 1 to 100; use 50 for the median")
     counts = _checked(k_histogram_K)
-    tokens = int(counts.sum())
-    if tokens == 0:
-        return 0
+    tokens = int(counts.sum()) + unrouted
     # Integers throughout, since percent / 100 of a token count may be rounded up by one.
-    return 1 + int((100 * counts.cumsum(dim=0) < percent * tokens).sum())
+    if 100 * unrouted >= percent * tokens:
+        return 0
+    return 1 + int((100 * (unrouted + counts.cumsum(dim=0)) < percent * tokens).sum())
 
 
 def sum_k_histograms(k_histogram_L: Sequence[Tensor]) -> Tensor:

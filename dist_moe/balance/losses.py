@@ -1,8 +1,8 @@
 """The auxiliary losses of routing, as an alternative to balancing by bias or together with it.
 
-Each is a SUM over this rank's tokens of one micro-batch. The caller multiplies it by the coefficient and by one over
-the tokens of the GLOBAL batch, so that its weight does not depend on the layout. Layers are never joined before the
-product: opposite imbalances of two layers would cancel.
+Each but `orthogonality_loss` is a SUM over this rank's tokens of one micro-batch. The caller multiplies it by the
+coefficient and by one over the tokens of the GLOBAL batch, so that its weight does not depend on the layout. Layers are
+never joined before the product: opposite imbalances of two layers would cancel.
 
 Shapes: T = B * S tokens, E experts, K experts a token takes.
 """
@@ -25,17 +25,24 @@ class RoutingLosses:
         scope: The tokens over which the load fractions are taken.
         z: Of `z_loss`.
         entropy: Of `entropy_loss`.
+        orthogonality: Of `orthogonality_loss`, which is of the router's weights and not of tokens.
     """
 
     balance: float = 0.0
     scope: Scope = "global_batch"
     z: float = 0.0
     entropy: float = 0.0
+    orthogonality: float = 0.0
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether any loss that is a sum over tokens is on."""
+        return bool(self.balance or self.z or self.entropy)
 
     @property
     def any(self) -> bool:
         """Whether any loss is on."""
-        return bool(self.balance or self.z or self.entropy)
+        return self.of_tokens or bool(self.orthogonality)
 
 
 def gate_shares(scores_TE: Tensor) -> Tensor:
@@ -97,6 +104,23 @@ def entropy_loss(shares_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     # Bounded, because the slope of p ln p is infinite at 0, to which a softmax underflows.
     logarithms_TE = shares_TE.clamp_min(torch.finfo(shares_TE.dtype).tiny).log()
     return masked(-(shares_TE * logarithms_TE).sum(dim=-1), mask_T).sum()
+
+
+def orthogonality_loss(weight_ED: Tensor) -> Tensor:
+    """Sum of the absolute entries of W W^T - 1, which keeps the experts' rows of the router orthonormal.
+
+    A router that keeps angles gives similar tokens similar experts, and dissimilar ones others.
+
+    Args:
+        weight_ED: W, the weights of a router; the loss is computed in fp32 or wider.
+
+    Source: SimBal, Omi et al. 2025, arXiv 2506.14038, whose loss is ||R^T R - I||_1 with R = W^T. That the norm is the
+    sum over the entries is taken from a public description of it; the coefficient applies to each layer.
+    """
+    weight_ED = weight_ED.to(torch.promote_types(torch.float32, weight_ED.dtype))
+    with torch.autocast(weight_ED.device.type, enabled=False):
+        gram_EE = weight_ED @ weight_ED.t()
+    return (gram_EE - torch.eye(len(gram_EE), dtype=gram_EE.dtype, device=gram_EE.device)).abs().sum()
 
 
 def load_fractions(load_E: Tensor) -> Tensor:

@@ -292,7 +292,12 @@ def load_model(checkpoint: Checkpoint, task: Task, mesh: Mesh) -> None:
         raise RunChangedError(other_model(checkpoint.folder, checkpoint.changes, str(error))) from None
 
 
-def restore(checkpoint: Checkpoint, train_state: TrainState) -> None:
-    """Restore everything but the weights; the engine must have been started with the model of `load_model`."""
-    restore_state(train_state, checkpoint.folder / "state", checkpoint.counters)
+def restore(checkpoint: Checkpoint, train_state: TrainState) -> list[str]:
+    """Restore everything but the weights; the engine must have been started with the model of `load_model`.
+
+    Returns:
+        Lines for the log.
+    """
+    notes = restore_state(train_state, checkpoint.folder / "state", checkpoint.counters)
     delete_copy(checkpoint, train_state.engine.mesh)
+    return notes

@@ -147,13 +147,16 @@ def read_counters(folder: Path) -> Counters:
         raise CheckpointError(f"{path} cannot be used ({reason_in_file(error)}); {USE_ANOTHER}") from None
 
 
-def restore_state(train_state: TrainState, folder: Path, counters: Counters) -> None:
+def restore_state(train_state: TrainState, folder: Path, counters: Counters) -> list[str]:
     """Restore optimizer, balancer, random states and counters of a run that has loaded the checkpoint's weights.
 
     Args:
         train_state: The started run.
         folder: The checkpoint's `state` folder.
         counters: Read from it.
+
+    Returns:
+        Lines for the log.
 
     Raises:
         CheckpointError: The folder lacks something, or belongs to other layers or another kind of routing.
@@ -166,8 +169,9 @@ def restore_state(train_state: TrainState, folder: Path, counters: Counters) -> 
             _restore_optimizer(engine, fragments, reader)
         _restore_masters(engine, fragments, reader, folder.with_name("model"))
         _restore_rng(train_state, counters, reader)
-    _restore_balance(train_state.balancer, folder, counters)
+    notes = _restore_balance(train_state.balancer, folder, counters)
     engine.set_step_counters(counters.step, counters.taken)
+    return notes
 
 
 def _restore_optimizer(engine: Engine, fragments: list[TensorFragment], reader: ShardReader) -> None:
@@ -233,7 +237,7 @@ def read_balance(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Read the balancer's state from the `state` folder.
 
     Returns:
-        By layer and kind: `selection_bias` fp32 [E], `last_load` int64 [E], ...
+        By layer and kind: `selection_bias` fp32 [E], `last_load` int64 [E], `memory.NAME` fp32 [E].
 
     Raises:
         CheckpointError: The file is invalid.
@@ -252,13 +256,13 @@ def read_balance(folder: Path) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _restore_balance(balancer: Balancer, folder: Path, counters: Counters) -> None:
+def _restore_balance(balancer: Balancer, folder: Path, counters: Counters) -> list[str]:
     try:
         layers = read_balance(folder)
         for layer, router in balancer.routers.items():
             if any(value.shape != router.selection_bias.shape for value in layers.get(layer, {}).values()):
                 raise ValueError(f"{layer} has another number of experts")
-        balancer.load_state_dict({"taken": counters.taken, "controller": counters.controller, "layers": layers})
+        return balancer.load_state_dict({"taken": counters.taken, "controller": counters.controller, "layers": layers})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         reason = reason_in_file(error)
         raise CheckpointError(f"{folder / BALANCE_FILE} cannot be used ({reason}); {USE_ANOTHER}") from None

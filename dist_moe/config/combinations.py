@@ -4,11 +4,12 @@ import itertools
 from typing import get_args
 
 from dist_moe.policies.base import Refusal
+from dist_moe.policies.expert_threshold import ExpertThresholds
 from dist_moe.policies.registry import POLICIES
 from dist_moe.policies.unbalanced import Unbalanced
-from dist_moe.scores import Score
+from dist_moe.scores import OVER_LOGITS, Score
 
-SELECTIONS = ("top_k", "threshold", "uniform", "zipf")
+SELECTIONS = ("top_k", "threshold", "expert_threshold", "uniform", "zipf")
 RANDOM_SELECTIONS = ("uniform", "zipf")
 SCORES: tuple[str, ...] = get_args(Score)
 
@@ -25,6 +26,16 @@ def refusal(selection: str, score: str, policy: str) -> Refusal | None:
         return Refusal(
             "adds up probabilities over all experts, which router.score=softmax alone gives",
             "set router.score=softmax",
+        )
+    if selection == "expert_threshold" and score in OVER_LOGITS:
+        return Refusal(
+            "compares the logit of each expert with a threshold, for a score that depends on that logit alone",
+            "set router.score=sigmoid",
+        )
+    if selection == "expert_threshold" and POLICIES[policy] is not ExpertThresholds:
+        return Refusal(
+            f"needs the thresholds that balance.policy={ExpertThresholds.name()} alone sets",
+            f"set balance.policy={ExpertThresholds.name()}",
         )
     if selection in RANDOM_SELECTIONS and POLICIES[policy] is not Unbalanced:
         return Refusal(

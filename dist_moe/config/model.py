@@ -47,6 +47,9 @@ BYTES_VOCABULARY = 257  # 256 bytes and the end token
 # The routing values where neither the configuration nor the family has one.
 DEFAULT_ROUTING: dict[str, Any] = {"normalize": False, "scaling_factor": 1.0, "groups": 1, "topk_groups": 1}
 
+VARYING_SELECTIONS = ("threshold", "expert_threshold")
+"""Selections in which tokens take different numbers of experts."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -122,8 +125,8 @@ def _read(config: Config) -> Reading:
     if weights_source(model).key == UPCYCLE_KEY and family.feed_forward is not None:
         arguments |= upcycled_arguments(config, arguments.get("num_hidden_layers"))
     fields = routing_fields(family)
-    if config.router.selection == "threshold":
-        # The family's values are for K experts. Null means the paper's: the probabilities themselves.
+    if config.router.selection in VARYING_SELECTIONS:
+        # The family's values are for K experts. Null means the papers': the scores themselves.
         fields |= {"normalize": None, "scaling_factor": None}
     oversized = size_violations(arguments)
     violations += _write_routing(config, arguments, fields, own)
@@ -150,7 +153,7 @@ def _read(config: Config) -> Reading:
         return Reading(None, experts, [*violations, *routing], arguments)
     written = {field: filled[name] for name, field in fields.items() if field is not None}
     filled["score"] = config.router.score or stated_score or family.score
-    if config.router.selection == "threshold":
+    if config.router.selection in VARYING_SELECTIONS:
         filled["max_experts"] = config.router.max_experts or experts
     router = config.router.model_copy(update=filled)
     complete = {**arguments, **written, **_no_special_tokens()}
@@ -286,7 +289,7 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
     if top_k is None or not 1 <= top_k <= experts:
         rule = f"is not within the model's {counted(experts, 'expert')}"
         violations.append(violation("top_k", rule, f"use {up_to(experts)}"))
-    elif top_k == 1 and filled["normalize"] and config.router.selection != "threshold":
+    elif top_k == 1 and filled["normalize"] and config.router.selection not in VARYING_SELECTIONS:
         rule = "makes the weight of a token's one expert 1 for any score, so the router cannot learn"
         violations.append(violation("normalize", rule, "set it to false, or top_k above 1"))
     if filled["scaling_factor"] <= 0:

@@ -17,11 +17,14 @@ from dist_moe.engine.train_state import RunData
 def experts_per_token(config: Config) -> int:
     """Experts that a token takes, for estimates.
 
-    This is top-K, or with threshold routing the target number of experts, or without a target the largest number.
+    This is top-K, with expert thresholds on average; with threshold routing the target number of experts, or without a
+    target the largest number.
     """
     router = config.router
     if router.selection == "threshold" and router.target_experts_per_token:
         return math.ceil(router.target_experts_per_token)
+    if router.selection == "expert_threshold":
+        return router.top_k or 1
     return router.max_experts or router.top_k or 1
 
 

@@ -32,7 +32,7 @@ from dist_moe.model.head import has_head, head_settings
 from dist_moe.model.tasks.base import Task
 from dist_moe.model.tasks.classification import ClassificationTask
 from dist_moe.model.tasks.language_model import LanguageModelTask
-from dist_moe.moe.select import Rule, ThresholdRouting, TopK
+from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
 from dist_moe.text import format_bytes
 from dist_moe.train.setup import engine_settings, start_training
 from dist_moe.train.step import train_step
@@ -70,7 +70,7 @@ def small_model_config(context: DoctorContext, expert_parallel: int) -> tuple[di
     settings |= {family.experts_key: experts, **family.few_layers}
     settings |= head_settings(config.task, CLASSES)
     settings |= {key: 1 for key in (family.groups_key, family.topk_groups_key) if key is not None}
-    if isinstance(rule, ThresholdRouting):
+    if isinstance(rule, ThresholdRouting | ExpertThreshold):
         return settings, replace(rule, max_experts=min(top_k, experts))
     if isinstance(rule, TopK):
         return settings, replace(rule, groups=1, topk_groups=1)
@@ -197,7 +197,11 @@ def doctor_config(context: DoctorContext) -> Config:
     """Return the user's configuration with the doctor's folder as run.dir, resuming from the checkpoint in it."""
     run = context.config.run.model_copy(update={"dir": str(context.folder)})
     checkpoint = context.config.checkpoint.model_copy(update={"resume": AUTO})
-    return context.config.model_copy(update={"run": run, "checkpoint": checkpoint})
+    changes: dict[str, Any] = {"run": run, "checkpoint": checkpoint}
+    if "shares" in type(context.config.balance).model_fields:
+        # The small model may have fewer experts than the shares are for.
+        changes["balance"] = context.config.balance.model_copy(update={"shares": None})
+    return context.config.model_copy(update=changes)
 
 
 def check_saving(context: DoctorContext) -> Finding:

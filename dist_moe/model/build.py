@@ -18,7 +18,7 @@ from dist_moe.model.head import attach_head, has_head
 from dist_moe.model.norm import fuse_norms
 from dist_moe.moe.experts import BiasedExperts
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.policies.base import Policy
 from dist_moe.scores import OVER_LOGITS, Score
 
@@ -108,10 +108,12 @@ def routing_rule(router: RouterConfig, policy: Policy) -> Rule:
     if score is None or top_k is None or normalize is None or routed_scaling_factor is None:
         raise RuntimeError("router.* is not resolved; load the config through dist_moe.config.resolve")
     bias_in_gate_weights = policy.bias_in_gate_weights
-    if router.selection == "threshold":
+    if router.selection in ("threshold", "expert_threshold"):
         max_experts = router.max_experts
         if max_experts is None:
             raise RuntimeError("router.max_experts is not resolved; load the config through dist_moe.config.resolve")
+        if router.selection == "expert_threshold":
+            return ExpertThreshold(top_k, max_experts, router.min_experts, score, normalize, routed_scaling_factor)
         return ThresholdRouting(router.threshold, max_experts, normalize, routed_scaling_factor, bias_in_gate_weights)
     if router.selection != "top_k":
         return RandomRouting(

@@ -16,7 +16,7 @@ from dist_moe.balance.losses import (
 from dist_moe.balance.margins import count_margins
 from dist_moe.moe.records import RouterRecord
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import gate_scores, select
+from dist_moe.moe.select import ExpertThreshold, gate_scores, select
 from dist_moe.scores import OVER_LOGITS
 
 
@@ -30,12 +30,17 @@ def count_record(router: Router, record: RouterRecord, needs_margins: bool) -> R
         needs_margins: Whether to count the margins too (docs/glossary.md, Margin).
     """
     layer_counts = count_routing(record.ids_TK, router.num_experts, router.max_experts_per_token)
+    if router.may_take_none:
+        tokens = record.ids_TK.new_full((), len(record.ids_TK)) if record.mask_T is None else record.mask_T.sum()
+        layer_counts = layer_counts._replace(unrouted=tokens - layer_counts.k_histogram_K.sum())
     if not needs_margins:
         return layer_counts
-    # Margins are measured in what the bias is added to: the logits of a softmax, or else the scores.
-    over_logits = router.rule.score in OVER_LOGITS
+    # Margins are measured in what the bias is added to: the logits of a softmax or of thresholds, or else the scores.
+    thresholds = isinstance(router.rule, ExpertThreshold)
+    over_logits = thresholds or router.rule.score in OVER_LOGITS
     scores_TE = record.logits_TE if over_logits else gate_scores(record.logits_TE, router.rule.score)
-    margins_EQ = count_margins(scores_TE, router.selection_bias, router.max_experts_per_token, record.mask_T)
+    top_k = None if thresholds else router.max_experts_per_token
+    margins_EQ = count_margins(scores_TE, router.selection_bias, top_k, record.mask_T)
     return layer_counts._replace(margins_EQ=margins_EQ)
 
 
@@ -45,7 +50,7 @@ def routing_loss(
     """Compute the routing losses of one layer, summed over this rank's tokens and weighted by their coefficients.
 
     Args:
-        losses: The coefficients, at least one above 0.
+        losses: The coefficients, at least one of a loss over tokens above 0.
         router: The router of the layer.
         record: Of the forward.
         layer_counts: The counts of the same forward.

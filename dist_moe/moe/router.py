@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_moe.moe.records import RouterRecord
-from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, select
+from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, select
 
 
 class Router(nn.Module):
@@ -65,6 +65,16 @@ class Router(nn.Module):
     def max_experts_per_token(self) -> int:
         """Maximum number of experts a token takes."""
         return self.rule.max_experts_per_token
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts a token takes, with expert thresholds on average; None if the rule does not say."""
+        return None if isinstance(self.rule, ThresholdRouting) else self.rule.top_k
+
+    @property
+    def may_take_none(self) -> bool:
+        """Whether a token that is not padding may take no expert."""
+        return isinstance(self.rule, ExpertThreshold) and self.rule.min_experts == 0
 
     def reset_state(self) -> None:
         """Write the initial values of the buffers, which a model built on the meta device lacks."""

@@ -72,6 +72,33 @@ class ThresholdRouting:
 
 
 @dataclass(frozen=True)
+class ExpertThreshold:
+    """The rule of expert thresholds: a token takes each expert whose logit is above that expert's threshold.
+
+    The threshold of an expert is the negated selection bias; the policy `expert_threshold` sets it.
+
+    Attributes:
+        top_k: Experts a token takes on average once the thresholds are set, and exactly before.
+        max_experts: Maximum number of experts a token takes.
+        min_experts: Minimum number, 0 or 1.
+        score: The gate function, by which the gate weights are computed.
+        normalize, routed_scaling_factor: As of `TopK`.
+    """
+
+    top_k: int
+    max_experts: int
+    min_experts: int
+    score: Score
+    normalize: bool = False
+    routed_scaling_factor: float = 1.0
+
+    @property
+    def max_experts_per_token(self) -> int:
+        """Maximum number of experts a token takes."""
+        return self.max_experts
+
+
+@dataclass(frozen=True)
 class RandomRouting:
     """Experts drawn at random, for benchmarks; the gate weights are those of `TopK` for the drawn experts.
 
@@ -94,7 +121,7 @@ class RandomRouting:
         return self.top_k
 
 
-Rule = TopK | ThresholdRouting | RandomRouting
+Rule = TopK | ThresholdRouting | ExpertThreshold | RandomRouting
 _32_BITS = 0xFFFFFFFF
 
 
@@ -113,13 +140,13 @@ class BiasInputs(NamedTuple):
 
 
 def bias_inputs(rule: Rule, bias_E: Tensor) -> BiasInputs:
-    """Where a router's bias enters: on the logits of a softmax, and after any other gate function.
+    """Where a router's bias enters: on the logits of a softmax or of thresholds, after any other gate function.
 
     Adding b to the logits of a softmax multiplies its probabilities by exp(b) and makes them sum to 1 again.
     """
     if isinstance(rule, RandomRouting):
         return BiasInputs()
-    if rule.score in OVER_LOGITS:
+    if rule.score in OVER_LOGITS or isinstance(rule, ExpertThreshold):
         return BiasInputs(logit_bias_E=bias_E)
     if isinstance(rule, TopK) and rule.multiplicative:
         return BiasInputs(log_weight_E=bias_E)
@@ -154,6 +181,8 @@ def select(logits_TE: Tensor, rule: Rule, bias_E: Tensor, threshold: Tensor | fl
         return select_by_threshold(
             logits_TE, rule, rule.threshold if threshold is None else threshold, inputs.logit_bias_E
         )
+    if isinstance(rule, ExpertThreshold):
+        return select_by_expert_threshold(logits_TE, rule, bias_E)
     if isinstance(rule, RandomRouting):
         weighing = TopK(rule.top_k, rule.score, rule.normalize, rule.routed_scaling_factor)
         return _weigh(logits_TE, gate_scores(logits_TE, rule.score), _draw(logits_TE, rule), weighing)
@@ -245,6 +274,38 @@ def select_by_threshold(
     return Routing(order_TK.masked_fill(~taken_TK, -1), _scaled(weights_TK, rule))
 
 
+def select_by_expert_threshold(logits_TE: Tensor, rule: ExpertThreshold, bias_E: Tensor) -> Routing:
+    """Select for each token the experts whose logit is above their threshold -b: those with logit + bias above 0.
+
+    Before the thresholds are set, which is where every bias is 0, each token takes the `rule.top_k` highest logits.
+    The selection of a token depends on no other token, so it is causal.
+
+    Args:
+        logits_TE: fp32 or wider.
+        rule: The rule.
+        bias_E: The negated thresholds, fp32.
+
+    Returns:
+        Routing with as many columns as the token with the most experts has experts, and on other devices than the CPU
+        `rule.max_experts`, the highest biased logit first; an empty slot has id -1, weight 0.
+
+    Source: Expert Threshold, Sun et al. 2026, arXiv 2603.11535, whose tokens may take no expert and whose gate weights
+    are not normalized. Its full text was not available: a reconstruction.
+    """
+    with torch.no_grad():
+        biased_TE = logits_TE.detach() + bias_E
+        order_TK = _highest(biased_TE, rule.max_experts)
+        place_K = torch.arange(rule.max_experts, device=logits_TE.device)
+        above_TK = biased_TE.gather(1, order_TK) > 0
+        taken_TK = torch.where(bias_E.any(), above_TK, (place_K < rule.top_k).expand_as(above_TK))
+        taken_TK = taken_TK | (place_K < rule.min_experts)
+        if kernels_for(order_TK.device).waits:
+            columns = max(1, int(taken_TK.sum(dim=1).max())) if len(taken_TK) else 1
+            taken_TK, order_TK = taken_TK[:, :columns], order_TK[:, :columns]
+    weights_TK = gate_scores(logits_TE, rule.score).gather(1, order_TK) * taken_TK
+    return Routing(order_TK.masked_fill(~taken_TK, -1), _scaled(weights_TK, rule))
+
+
 def _weigh(logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, rule: TopK) -> Routing:
     """Compute the gate weights of the selected experts, from the logits and their `gate_scores`."""
     if rule.score == "softmax_selected":
@@ -254,7 +315,7 @@ def _weigh(logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, rule: TopK) -> 
     return Routing(ids_TK, _scaled(weights_TK, rule))
 
 
-def _scaled(weights_TK: Tensor, rule: TopK | ThresholdRouting) -> Tensor:
+def _scaled(weights_TK: Tensor, rule: TopK | ThresholdRouting | ExpertThreshold) -> Tensor:
     if rule.normalize:
         weights_TK = _Normalize.apply(weights_TK)
     return weights_TK if rule.routed_scaling_factor == 1 else weights_TK * rule.routed_scaling_factor

@@ -171,6 +171,8 @@ def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> st
     if metrics.threshold is not None:
         parts.append(f"experts/token {metrics.experts_per_token:.2f}")
         parts.append(f"threshold {metrics.threshold:.3f}")
+    if metrics.unrouted_percent:
+        parts.append(f"experts/token {metrics.experts_per_token:.2f} (none: {metrics.unrouted_percent:.1f} %)")
     if metrics.auxiliary_loss:
         parts.append(f"auxiliary loss {metrics.auxiliary_loss:.3g}")
     if metrics.skipped_steps:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_moe.balance.load import Shares
 from dist_moe.observe.measures import mean, measure_load, shared_fields
 
 TASK_METRICS = ("accuracy", "macro_f1", "matthews", "pearson", "spearman")
@@ -40,6 +41,7 @@ class EvaluationMetrics:
     experts_per_token_p50: int
     experts_per_token_p99: int
     experts_per_token_histogram: tuple[int, ...]  # tokens that took 1, 2, .. K experts
+    unrouted_percent: float  # of the tokens of all layers that took no expert, which expert thresholds allow
     max_vio_global_per_layer: tuple[float, ...]
     max_vio_global_floor_per_layer: tuple[float, ...]
     load_deviation_percent_per_layer: tuple[float, ...]
@@ -75,6 +77,8 @@ def evaluation_metrics(
     load_L: Sequence[Tensor],
     k_histogram_L: Sequence[Tensor],
     task_metrics: Mapping[str, float] | None = None,
+    shares: Shares = None,
+    unrouted_L: Sequence[int] | None = None,
 ) -> EvaluationMetrics:
     """Build the record of one evaluation from sums over all its rows and ranks.
 
@@ -86,6 +90,8 @@ def evaluation_metrics(
         load_L: L tensors [E] int64, counts of the whole evaluation.
         k_histogram_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
         task_metrics: Those of labeled texts, by their names in the record; None for a language model.
+        shares: The target shares of the experts of every layer; None for equal shares.
+        unrouted_L: For each layer the tokens that took no expert; None for none.
 
     Raises:
         TypeError: A load or the counts of tokens are not int64.
@@ -93,7 +99,7 @@ def evaluation_metrics(
     """
     if tokens < 1:
         raise ValueError("evaluated no label token; evaluate more sequences (observe.validation_sequences)")
-    measures = measure_load(load_L)
+    measures = measure_load(load_L, shares)
     return EvaluationMetrics(
         step=step,
         validation_loss=total_nats / tokens,
@@ -104,6 +110,6 @@ def evaluation_metrics(
         max_vio_global_floor=mean(measures.max_vio_floor_per_layer),
         max_vio_global_per_layer=measures.max_vio_per_layer,
         max_vio_global_floor_per_layer=measures.max_vio_floor_per_layer,
-        **shared_fields(measures, k_histogram_L),
+        **shared_fields(measures, k_histogram_L, unrouted_L),
         **dict[str, Any](task_metrics or {}),
     )

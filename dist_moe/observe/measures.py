@@ -4,6 +4,7 @@ Shapes: L MoE layers, E routed experts of a layer, K the most experts that a tok
 K, so counts are lists of L tensors).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
 from dist_moe.balance.load import (
+    Shares,
     cov_floor,
     dead_experts,
     dead_experts_floor,
@@ -45,11 +47,13 @@ class LoadMeasures:
     dead_experts_floor_per_layer: tuple[float, ...]
 
 
-def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
+def measure_load(load_L: Sequence[Tensor], shares: Shares = None) -> LoadMeasures:
     """Measure the load of each layer.
 
     Args:
         load_L: L tensors [E] int64 of global counts, on any device; E may differ from layer to layer.
+        shares: The target shares of the E experts of every layer, against which all but the number of dead experts is
+            measured; None for equal shares.
 
     Raises:
         TypeError: A load is not int64.
@@ -61,17 +65,17 @@ def measure_load(load_L: Sequence[Tensor]) -> LoadMeasures:
                 f"the load of layer {layer} has shape {tuple(load_E.shape)}; expected [E]; pass one tensor per layer"
             )
     loads = [load_E.cpu() for load_E in load_L]
-    sizes = [(load_E.numel(), int(load_E.sum())) for load_E in loads]
+    sizes = [(load_E.numel(), int(load_E.sum()), shares) for load_E in loads]
     return LoadMeasures(
         load=tuple(tuple(load_E.tolist()) for load_E in loads),
-        max_vio_per_layer=per_layer(max_vio, loads),
+        max_vio_per_layer=per_layer(functools.partial(max_vio, shares=shares), loads),
         max_vio_floor_per_layer=tuple(max_vio_floor(*size) for size in sizes),
-        load_cov_per_layer=per_layer(load_cov, loads),
+        load_cov_per_layer=per_layer(functools.partial(load_cov, shares=shares), loads),
         load_cov_floor_per_layer=tuple(cov_floor(*size) for size in sizes),
-        load_deviation_percent_per_layer=per_layer(load_deviation_percent, loads),
+        load_deviation_percent_per_layer=per_layer(functools.partial(load_deviation_percent, shares=shares), loads),
         load_deviation_percent_floor_per_layer=tuple(load_deviation_percent_floor(*size) for size in sizes),
-        load_entropy_per_layer=per_layer(load_entropy, loads),
-        load_entropy_floor_per_layer=tuple(load_entropy_floor(*size) for size in sizes),
+        load_entropy_per_layer=per_layer(functools.partial(load_entropy, shares=shares), loads),
+        load_entropy_floor_per_layer=tuple(load_entropy_floor(*size[:2]) for size in sizes),
         dead_experts_per_layer=per_layer(dead_experts, loads),
         dead_experts_floor_per_layer=tuple(dead_experts_floor(*size) for size in sizes),
     )
@@ -90,12 +94,15 @@ def per_layer(measure: Callable[[Tensor], Tensor], load_L: Sequence[Tensor]) -> 
     return tuple(value for load_LE in stacks for value in measure(load_LE).tolist())
 
 
-def shared_fields(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> dict[str, Any]:
+def shared_fields(
+    measures: LoadMeasures, k_histogram_L: Sequence[Tensor], unrouted_L: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Compute the fields that the records of a step and of an evaluation have in common, by name.
 
     Args:
         measures: Of the load of L layers.
         k_histogram_L: L tensors [K] int64, tokens that took 1, 2, .. K experts, on any device.
+        unrouted_L: For each layer the tokens that took no expert; None for none.
 
     Raises:
         TypeError: Counts are not int64.
@@ -107,6 +114,9 @@ def shared_fields(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> di
             "of each; pass both for every layer"
         )
     k_histogram_K = sum_k_histograms(k_histogram_L)
+    unrouted_L = [0] * len(k_histogram_L) if unrouted_L is None else unrouted_L
+    unrouted = sum(unrouted_L)
+    tokens = int(k_histogram_K.sum()) + unrouted
     return {
         "load": measures.load,
         "load_cov": mean(measures.load_cov_per_layer),
@@ -115,11 +125,12 @@ def shared_fields(measures: LoadMeasures, k_histogram_L: Sequence[Tensor]) -> di
         "load_deviation_percent_floor": mean(measures.load_deviation_percent_floor_per_layer),
         "load_deviation_percent_per_layer": measures.load_deviation_percent_per_layer,
         "load_deviation_percent_floor_per_layer": measures.load_deviation_percent_floor_per_layer,
-        "experts_per_token": experts_per_token(k_histogram_K),
-        "experts_per_token_p50": experts_per_token_percentile(k_histogram_K, 50),
-        "experts_per_token_p99": experts_per_token_percentile(k_histogram_K, 99),
+        "experts_per_token": experts_per_token(k_histogram_K, unrouted),
+        "experts_per_token_p50": experts_per_token_percentile(k_histogram_K, 50, unrouted),
+        "experts_per_token_p99": experts_per_token_percentile(k_histogram_K, 99, unrouted),
+        "unrouted_percent": 100.0 * unrouted / tokens if tokens else 0.0,
         "experts_per_token_histogram": tuple(k_histogram_K.tolist()),
-        "experts_per_token_per_layer": tuple(experts_per_token(k_histogram_K) for k_histogram_K in k_histogram_L),
+        "experts_per_token_per_layer": tuple(map(experts_per_token, k_histogram_L, unrouted_L)),
     }
 
 

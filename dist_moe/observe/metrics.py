@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import max_vio_floor, rank_load
+from dist_moe.balance.load import Shares, max_vio_floor, rank_load
 from dist_moe.observe.measures import LoadMeasures, mean, measure_load, per_layer, shared_fields
 
 
@@ -49,7 +49,8 @@ class StepMetrics(Progress):
     """One logged training step. Load measures are those of this step's global batch (MaxVio_batch).
 
     Unless noted otherwise, a value is the mean over layers, and NaN for a model without MoE layers. A floor is the
-    expected value under uniform random routing.
+    expected value under uniform random routing. With `balance.shares`, balance means the load that has these shares,
+    and random routing one with these probabilities; `rank_load` is about work and stays that of the rows.
     """
 
     max_vio: float
@@ -70,6 +71,7 @@ class StepMetrics(Progress):
     experts_per_token_p50: int
     experts_per_token_p99: int
     experts_per_token_histogram: tuple[int, ...]  # tokens that took 1, 2, .. K experts
+    unrouted_percent: float  # of the tokens of all layers that took no expert, which expert thresholds allow
     max_vio_per_layer: tuple[float, ...]
     max_vio_floor_per_layer: tuple[float, ...]
     max_vio_computation_per_layer: tuple[float, ...]
@@ -100,6 +102,8 @@ def step_metrics(
     microbatch_vio_L: Sequence[tuple[float, float]],
     bias_L: Sequence[Tensor | None],
     expert_parallel: int,
+    shares: Shares = None,
+    unrouted_L: Sequence[int] | None = None,
 ) -> StepMetrics:
     """Build the record of one training step.
 
@@ -110,19 +114,21 @@ def step_metrics(
         microbatch_vio_L: MaxVio of each layer's micro-batches and its floor, means over micro-batches and groups.
         bias_L: L tensors [E] float32 after this step's update, or None for a layer without a selection bias.
         expert_parallel: Ranks among which the experts of a layer are divided.
+        shares: The target shares of the experts of every layer; None for equal shares.
+        unrouted_L: For each layer the tokens that took no expert; None for none.
 
     Raises:
         TypeError: Counts are not int64, or a bias is not float32.
         ValueError: Counts and biases differ in number or shape, or are malformed.
     """
-    measures = measure_load(load_L)
+    measures = measure_load(load_L, shares)
     _check_biases(load_L, bias_L)
     return StepMetrics(
         **asdict(progress),
         **_balance_fields(measures),
         **_microbatch_fields(microbatch_vio_L, layers=len(load_L)),
         **_rank_fields(load_L, expert_parallel),
-        **shared_fields(measures, k_histogram_L),
+        **shared_fields(measures, k_histogram_L, unrouted_L),
         bias_per_layer=tuple(None if bias_E is None else _bias_range(bias_E) for bias_E in bias_L),
     )
 

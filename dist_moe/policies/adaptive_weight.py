@@ -9,6 +9,7 @@ choice in it is a field of the configuration (rule, rate, clip, applies_to).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -57,7 +58,8 @@ class AdaptiveWeight(LoadErrorPolicy):
 
     def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
         """The logarithms of the next weights; see `adaptive_weight_update`."""
-        return adaptive_weight_update(bias_E, counts.load_E, rate, self.clip, self.proportional, self.centers)
+        shares = self.target_shares(bias_E.numel())
+        return adaptive_weight_update(bias_E, counts.load_E, rate, self.clip, self.proportional, self.centers, shares)
 
 
 def adaptive_weight_update(
@@ -67,6 +69,7 @@ def adaptive_weight_update(
     clip: float | None = None,
     proportional: bool = True,
     center: bool = True,
+    shares: Sequence[float] | None = None,
 ) -> Tensor:
     """Compute the next weights w_i * exp(rate * e_i), as logarithms.
 
@@ -81,6 +84,7 @@ def adaptive_weight_update(
         proportional: Use e_i itself; its sign otherwise.
         center: Divide by the geometric mean, which does not change the selection and keeps the weights from
             drifting.
+        shares: The target of each expert, as `load_error` takes it; None for equal ones.
 
     Returns:
         [E] fp32, a new tensor.
@@ -92,6 +96,6 @@ def adaptive_weight_update(
     check_bias(log_weight_E)
     if clip is not None and clip <= 1:
         raise ValueError(f"clip={clip}; it bounds a weight from above, and 1 / clip from below; give more than 1")
-    error_E = load_error(load_E)
+    error_E = load_error(load_E, shares)
     updated_E = centered(log_weight_E + rate * (error_E if proportional else error_E.sign()), center)
     return updated_E if clip is None else updated_E.clamp(-math.log(clip), math.log(clip))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dist_moe.errors import Violation
 from dist_moe.section import Section
+from dist_moe.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +41,19 @@ class RoutingValues(NamedTuple):
     experts: int
 
 
+class RuleState(NamedTuple):
+    """What an update rule knows of a layer, and what it returns.
+
+    Attributes:
+        bias_E: [E] fp32, the selection bias.
+        memory: The tensors of `Policy.memory` by name, [E] fp32. They are 0 before the first update, are kept in
+            checkpoints, and are equal on every rank.
+    """
+
+    bias_E: Tensor
+    memory: Mapping[str, Tensor]
+
+
 class LayerCounts(Protocol):
     """The counts of one layer in one optimizer step, summed over all ranks: int64."""
 
@@ -49,6 +65,11 @@ class LayerCounts(Protocol):
     @property
     def k_histogram_K(self) -> Tensor:
         """[K], tokens that took 1, 2, .. K experts."""
+        ...
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts that a token is to take on average; None for as many as the histogram has columns."""
         ...
 
     @property
@@ -66,7 +87,8 @@ class Policy(Section):
     Attributes:
         moves_bias: Whether the policy updates the selection bias; see `BiasPolicy`.
         has_rate: Whether `rate` and `schedule` mean something to the policy.
-        needs_margins: Whether `next_bias` reads `LayerCounts.margins_EQ`, which costs time and communication.
+        needs_margins: Whether the rule reads `LayerCounts.margins_EQ`, which costs time and communication.
+        memory: Names of the tensors [E] that the rule keeps from step to step besides the bias.
     """
 
     policy: str
@@ -97,9 +119,17 @@ class Policy(Section):
         description="the coefficient of the z-loss, which keeps the router's logits small (0: off)",
     )
 
+    orthogonality_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="the coefficient of the router's orthogonality loss, the sum of |W W^T - 1| of each MoE layer "
+        "(0: off; arXiv 2506.14038)",
+    )
+
     moves_bias: ClassVar[bool] = False
     has_rate: ClassVar[bool] = False
     needs_margins: ClassVar[bool] = False
+    memory: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def name(cls) -> str:
@@ -114,6 +144,10 @@ class Policy(Section):
     def violations(self, routing: RoutingValues) -> list[Violation]:
         """What is wrong with these fields in a resolved configuration, with keys such as `router.top_k`."""
         return []
+
+    def target_shares(self, experts: int) -> tuple[float, ...] | None:
+        """The share of a layer's assignments that each expert is to receive; None for equal shares."""
+        return None
 
     @property
     def bias_in_gate_weights(self) -> bool:
@@ -143,8 +177,24 @@ class Policy(Section):
         remaining = max(0.0, 1.0 - taken / schedule_steps)
         return self.rate * (remaining if self.schedule == "linear" else remaining**2)
 
+    def next_state(self, state: RuleState, counts: LayerCounts, rate: float) -> RuleState:
+        """The next state of a layer; called only where `moves_bias`.
+
+        A pure function: equal counts give an equal state on every rank. A rule without memory overrides `next_bias`
+        alone.
+
+        Args:
+            state: The current state. Its tensors are not modified.
+            counts: The counts of the layer in the last optimizer step, over all ranks.
+            rate: `rate_at` of the step.
+
+        Returns:
+            New tensors, with the names of `memory`.
+        """
+        return RuleState(self.next_bias(state.bias_E, counts, rate), {})
+
     def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
-        """The next selection bias of a layer; called only where `moves_bias`.
+        """The next selection bias of a layer, by a rule without memory.
 
         A pure function: equal counts give an equal bias on every rank.
 
@@ -186,3 +236,67 @@ class BiasPolicy(Policy):
     def frozen_at(self, taken: int) -> bool:
         """Whether no bias is updated any more after `taken` steps that were not skipped."""
         return self.freeze_at is not None and taken >= self.freeze_at
+
+
+class SharesPolicy(BiasPolicy):
+    """A bias policy whose experts may have different targets."""
+
+    shares: list[float] | dict[str, float] | None = Field(
+        default=None,
+        description="the share of the assignments that each expert of a layer is to receive: a list with a number "
+        "(above 0) for each expert, which sums to 1; a mapping from the ids of some experts to theirs, which leaves "
+        "the rest to the others in equal parts; or null (equal shares)",
+    )
+
+    @field_validator("shares", mode="before")
+    @classmethod
+    def _ids_as_texts(cls, shares: Any) -> Any:
+        return {str(key): value for key, value in shares.items()} if isinstance(shares, Mapping) else shares
+
+    def violations(self, routing: RoutingValues) -> list[Violation]:
+        """Refuse shares that are not one positive number per expert with sum 1, or that tokens cannot give."""
+        if self.shares is None:
+            return []
+        rule, remedy = _wrong_shares(self.shares, routing)
+        if rule:
+            return [Violation("balance.shares", self.shares, rule, remedy)]
+        if self.auxiliary_loss:
+            rule = "evens the load, which balance.shares makes uneven"
+            return [Violation("balance.auxiliary_loss", self.auxiliary_loss, rule, "set it to 0, or leave out shares")]
+        return []
+
+    def target_shares(self, experts: int) -> tuple[float, ...] | None:
+        """The share of a layer's assignments that each expert is to receive; None for equal shares.
+
+        Args:
+            experts: Routed experts of a layer. `violations` has checked that the shares are for as many.
+        """
+        if self.shares is None or isinstance(self.shares, list):
+            return None if self.shares is None else tuple(self.shares)
+        others = experts - len(self.shares)
+        rest = (1.0 - math.fsum(self.shares.values())) / others if others else 0.0
+        return tuple(self.shares.get(str(expert), rest) for expert in range(experts))
+
+
+SUM_TOLERANCE = 1e-6
+
+
+def _wrong_shares(shares: list[float] | dict[str, float], routing: RoutingValues) -> Refusal:
+    """What is wrong with `balance.shares`; an empty rule where nothing is."""
+    experts, total = routing.experts, math.fsum(shares.values() if isinstance(shares, dict) else shares)
+    if isinstance(shares, list) and len(shares) != experts:
+        return Refusal(f"has {counted(len(shares), 'value')} for the {counted(experts, 'expert')}", "give one for each")
+    if isinstance(shares, dict) and (unknown := [key for key in shares if key not in map(str, range(experts))]):
+        return Refusal(f"names {unknown[0]!r}, which is no expert", f"use ids from 0 to {experts - 1}")
+    if min(shares.values() if isinstance(shares, dict) else shares, default=1.0) <= 0:
+        return Refusal("has a share that is not above 0", "give each expert a share above 0")
+    if len(shares) == experts and abs(total - 1) > SUM_TOLERANCE:
+        return Refusal(f"has the sum {total:.6g}", "give shares with the sum 1")
+    if len(shares) < experts and total >= 1:
+        return Refusal(f"has the sum {total:.6g}, which leaves nothing for the other experts", "give less")
+    rest = (1 - total) / max(1, experts - len(shares)) if len(shares) < experts else 0.0
+    largest = max([*(shares.values() if isinstance(shares, dict) else shares), rest])
+    if routing.selection != "threshold" and largest * routing.top_k >= 1 - SUM_TOLERANCE and experts > routing.top_k:
+        rule = f"gives an expert {largest:.4g} of the assignments, and a token takes an expert at most once"
+        return Refusal(rule, f"give less than 1 / {routing.top_k}, the share of an expert that every token takes")
+    return Refusal("", "")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dist_moe.policies.base import BiasPolicy
+from dist_moe.policies.base import SharesPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class LoadErrorPolicy(BiasPolicy):
+class LoadErrorPolicy(SharesPolicy):
     """A policy that changes each bias by its load error or by the sign of it.
 
     Attributes:
@@ -22,7 +23,7 @@ class LoadErrorPolicy(BiasPolicy):
     rule: Literal["sign", "proportional"] | None = Field(
         default=None,
         description="the change of a bias: sign (by the rate), proportional (by the rate times the load error as a "
-        "fraction of the mean), or null (the policy's own default)",
+        "fraction of the target, the mean load), or null (the policy's own default)",
     )
 
     has_rate: ClassVar[bool] = True
@@ -34,11 +35,12 @@ class LoadErrorPolicy(BiasPolicy):
         return self.proportional_by_default if self.rule is None else self.rule == "proportional"
 
 
-def load_error(load_E: Tensor) -> Tensor:
-    """The relative load error (mean(c) - c_i) / mean(c) of each expert.
+def load_error(load_E: Tensor, shares: Sequence[float] | None = None) -> Tensor:
+    """The relative load error (t_i - c_i) / t_i of each expert, with the target t_i = s_i * sum(c).
 
     Args:
         load_E: [E] int64, assignments of one optimizer step over ALL ranks.
+        shares: s, E numbers above 0 with the sum 1; None for equal shares, with which the target is the mean load.
 
     Returns:
         [E] fp32: 1 for an expert that received nothing, 0 everywhere if there is no assignment at all.
@@ -51,6 +53,9 @@ def load_error(load_E: Tensor) -> Tensor:
     if load_E.dtype != torch.int64:
         raise TypeError(f"load is {load_E.dtype}; a rule takes int64 counts, since floats lose single assignments")
     total = load_E.sum()
+    if shares is not None:
+        target_E = torch.tensor(shares, dtype=torch.float64, device=load_E.device) * total.clamp(min=1)
+        return torch.where(total > 0, (target_E - load_E) / target_E, 0.0).to(torch.float32)
     # The difference is computed in integers, so that no rounding of the mean can flip its sign.
     error_E = (total - load_E * load_E.numel()).to(torch.float64)
     return (error_E / total.clamp(min=1)).to(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -34,11 +35,18 @@ class LossFree(LoadErrorPolicy):
 
     def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
         """The next selection bias; see `loss_free_update`."""
-        return loss_free_update(bias_E, counts.load_E, rate, self.centers, self.proportional)
+        return loss_free_update(
+            bias_E, counts.load_E, rate, self.centers, self.proportional, self.target_shares(bias_E.numel())
+        )
 
 
 def loss_free_update(
-    bias_E: Tensor, load_E: Tensor, rate: float, center: bool = False, proportional: bool = False
+    bias_E: Tensor,
+    load_E: Tensor,
+    rate: float,
+    center: bool = False,
+    proportional: bool = False,
+    shares: Sequence[float] | None = None,
 ) -> Tensor:
     """Compute the next selection bias.
 
@@ -52,6 +60,7 @@ def loss_free_update(
         center: Subtract the mean of the result. The sign rule of the paper does not, and its mean drifts when the
             load is skewed (one hot expert of 8: up by 0.75 u each step).
         proportional: Use the proportional rule.
+        shares: The target of each expert, as `load_error` takes it; None for equal ones.
 
     Returns:
         [E] fp32, a new tensor.
@@ -60,5 +69,5 @@ def loss_free_update(
         TypeError: The load is not int64 or the bias is not fp32.
     """
     check_bias(bias_E)
-    error_E = load_error(load_E)
+    error_E = load_error(load_E, shares)
     return centered(bias_E + rate * (error_E if proportional else error_E.sign()), center)

@@ -13,12 +13,13 @@ Shapes: E experts, K experts a token takes, Q bins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from dist_moe.errors import Violation
-from dist_moe.policies.base import BiasPolicy, LayerCounts, Refusal, RoutingValues
+from dist_moe.policies.base import LayerCounts, Refusal, RoutingValues, SharesPolicy
 from dist_moe.policies.load_error import centered
 from dist_moe.text import counted, up_to
 
@@ -26,12 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Quantile(BiasPolicy):
-    """The bias that would have balanced the last optimizer step, without a rate."""
-
-    policy: Literal["quantile"] = Field(
-        default="quantile", description="the bias that would have balanced the last step; kexue.fm/archives/11619"
-    )
+class QuantilePolicy(SharesPolicy):
+    """A policy that reads its bias off quantiles of the margins, without a rate."""
 
     needs_margins: ClassVar[bool] = True
 
@@ -47,7 +44,7 @@ class Quantile(BiasPolicy):
 
     def violations(self, routing: RoutingValues) -> list[Violation]:
         """Refuse what the margins do not describe: a token that takes all experts, groups, and drifting biases."""
-        violations = []
+        violations = super().violations(routing)
         if routing.selection != "threshold" and routing.top_k == routing.experts:
             rule = f"gives each token all {counted(routing.experts, 'expert')}, so there is nothing to balance"
             remedy = f"use {up_to(routing.experts - 1)}, or another balance.policy"
@@ -57,20 +54,34 @@ class Quantile(BiasPolicy):
             violations.append(
                 Violation("router.groups", routing.groups, rule, "set it to 1, or use another balance.policy")
             )
-        if self.center is False:
+        if self.center is False and self.center_by_default:
             rule = f"lets the biases of balance.policy={self.policy} drift until their histograms lose resolution"
             violations.append(Violation("balance.center", False, rule, "leave it out"))
         return violations
 
+    def balancing_bias(self, bias_E: Tensor, counts: LayerCounts) -> Tensor:
+        """The bias that would have balanced the last optimizer step; see `quantile_update`."""
+        if counts.margins_EQ is None:
+            raise RuntimeError(f"balance.policy={self.policy} needs margins; the task was built for another policy")
+        experts, top_k = bias_E.numel(), counts.top_k or counts.k_histogram_K.numel()
+        shares = self.target_shares(experts)
+        share = top_k / experts if shares is None else [top_k * share for share in shares]
+        return quantile_update(bias_E, counts.margins_EQ, share, self.centers)
+
+
+class Quantile(QuantilePolicy):
+    """The bias that would have balanced the last optimizer step."""
+
+    policy: Literal["quantile"] = Field(
+        default="quantile", description="the bias that would have balanced the last step; kexue.fm/archives/11619"
+    )
+
     def next_bias(self, bias_E: Tensor, counts: LayerCounts, rate: float) -> Tensor:
         """The next selection bias; see `quantile_update`."""
-        if counts.margins_EQ is None:
-            raise RuntimeError("the quantile policy needs margins; the task was built for another policy")
-        top_k = counts.k_histogram_K.numel()
-        return quantile_update(bias_E, counts.margins_EQ, top_k / bias_E.numel(), self.centers)
+        return self.balancing_bias(bias_E, counts)
 
 
-def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, center: bool = True) -> Tensor:
+def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float | Sequence[float], center: bool = True) -> Tensor:
     """Compute the next bias, -quantile_{1 - share} of the margins of each expert.
 
     Within a bin the margins are taken to be evenly spread.
@@ -78,7 +89,7 @@ def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, center: bo
     Args:
         bias_E: [E] fp32, the current bias, returned as a copy if nothing was counted.
         margins_EQ: [E, Q] int64, histograms summed over micro-batches and ALL ranks.
-        share: K / E, the share of the tokens that each expert is to take.
+        share: The share of the tokens that each expert is to take, K / E, or a number for each expert.
         center: Subtract the mean, which changes no selection. Without it the mean drifts step by step, to where
             the bins are wide.
 
@@ -93,13 +104,15 @@ def quantile_update(bias_E: Tensor, margins_EQ: Tensor, share: float, center: bo
 
     if margins_EQ.dtype != torch.int64:
         raise TypeError(f"margins are {margins_EQ.dtype}; they are int64 counts")
-    if not 0 < share < 1:
-        raise ValueError(f"share={share}; it is K / E, between 0 and 1")
+    shares = [share] if isinstance(share, (int, float)) else share
+    if not 0 < min(shares) <= max(shares) < 1:
+        raise ValueError(f"share={share}; it is a share of the tokens, between 0 and 1")
+    share_E = torch.tensor(shares, dtype=torch.float64, device=margins_EQ.device)
     cumulative_EQ = margins_EQ.cumsum(dim=-1).double()
     total_E = cumulative_EQ[:, -1]
     if not bool((total_E > 0).all()):
         return bias_E.clone()
-    rank_E1 = ((1 - share) * total_E).unsqueeze(-1)
+    rank_E1 = ((1 - share_E) * total_E).unsqueeze(-1)
     bin_E1 = torch.searchsorted(cumulative_EQ, rank_E1).clamp(max=margins_EQ.shape[-1] - 1)
     inside_E1 = margins_EQ.gather(1, bin_E1).double()
     below_E1 = cumulative_EQ.gather(1, bin_E1) - inside_E1

@@ -5,12 +5,25 @@ from typing import Any
 from dist_moe.policies.adaptive_weight import AdaptiveWeight
 from dist_moe.policies.auxiliary import Auxiliary
 from dist_moe.policies.base import Policy
+from dist_moe.policies.ema_quantile import EmaQuantile
+from dist_moe.policies.expert_threshold import ExpertThresholds
 from dist_moe.policies.loss_free import LossFree
+from dist_moe.policies.momentum import Momentum
 from dist_moe.policies.quantile import Quantile
 from dist_moe.policies.unbalanced import Unbalanced
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name(): policy for policy in (Unbalanced, LossFree, AdaptiveWeight, Quantile, Auxiliary)
+    policy.name(): policy
+    for policy in (
+        Unbalanced,
+        LossFree,
+        AdaptiveWeight,
+        Momentum,
+        Quantile,
+        EmaQuantile,
+        ExpertThresholds,
+        Auxiliary,
+    )
 }
 DEFAULT: type[Policy] = LossFree
 

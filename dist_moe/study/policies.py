@@ -53,7 +53,12 @@ VARIANTS = (
     ),
     PolicyVariant("loss-free, sign", ()),
     PolicyVariant("loss-free, proportional, softmax", (*SOFTMAX, "balance.rule=proportional", "balance.rate=0.05")),
+    PolicyVariant("loss-free, shares", ("balance.shares={0: 0.2, 1: 0.2}",)),
+    PolicyVariant("momentum", ("balance.policy=momentum",)),
     PolicyVariant("quantile", ("balance.policy=quantile",)),
+    PolicyVariant("EMA quantile", ("balance.policy=ema_quantile",)),
+    PolicyVariant("expert thresholds", ("router.selection=expert_threshold", "balance.policy=expert_threshold")),
+    PolicyVariant("orthogonality", ("balance.policy=none", "balance.orthogonality_loss=0.1")),
     PolicyVariant("threshold", (*THRESHOLD, "balance.policy=none")),
     PolicyVariant("threshold + adaptive weights", (*THRESHOLD, "balance.policy=adaptive_weight", "balance.rate=0.3")),
 )

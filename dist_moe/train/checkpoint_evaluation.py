@@ -102,7 +102,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
         model = load_weights(folder, mesh)
         task = (ClassificationTask if has_head(model_config) else LanguageModelTask)(model).to(dist_context.device)
         text = validation_set(given, data)
-        metrics = evaluate(task, text, mesh, dist_context.device, step_of(checkpoint) or 0)
+        shares = given.balance.target_shares(experts)
+        metrics = evaluate(task, text, mesh, dist_context.device, step_of(checkpoint) or 0, shares)
     return CheckpointEvaluation(checkpoint, describe_text(given, data, text, part), metrics)
 
 

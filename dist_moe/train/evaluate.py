@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts
+from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts, unrouted_tokens
+from dist_moe.balance.load import Shares
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_counts, all_reduce_scalars
 from dist_moe.config import Config
@@ -65,7 +66,9 @@ class Sums(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(task: nn.Module, text: ValidationSet, mesh: Mesh, device: torch.device, step: int) -> EvaluationMetrics:
+def evaluate(
+    task: nn.Module, text: ValidationSet, mesh: Mesh, device: torch.device, step: int, shares: Shares = None
+) -> EvaluationMetrics:
     """Evaluate `task` with the rows divided over all ranks. A collective call.
 
     Each rank runs the same number of forwards, with rows of padding after the end of the text, because the experts'
@@ -77,6 +80,7 @@ def evaluate(task: nn.Module, text: ValidationSet, mesh: Mesh, device: torch.dev
         mesh: The layout of the ranks.
         device: The device of the task.
         step: The optimizer step to record.
+        shares: The target shares of the experts of every layer; None for equal shares.
 
     Returns:
         The metrics over all ranks, equal on each.
@@ -111,6 +115,8 @@ def evaluate(task: nn.Module, text: ValidationSet, mesh: Mesh, device: torch.dev
         load_L=[layer_counts.load_E.cpu() for layer_counts in summed],
         k_histogram_L=[layer_counts.k_histogram_K.cpu() for layer_counts in summed],
         task_metrics=None if predictions is None else predictions.metrics(device),
+        shares=shares,
+        unrouted_L=unrouted_tokens(summed),
     )
 
 

@@ -57,7 +57,8 @@ def train(run: Run) -> None:
                 raise Stopped
     reject_change(detect_change(run.state.data.files))
     data = validation_set(run.config, run.state.data)
-    metrics = evaluate(run.state.task, data, run.mesh, run.state.engine.device, max(run.steps_done, steps))
+    shares = run.config.balance.target_shares(run.resolved.experts)
+    metrics = evaluate(run.state.task, data, run.mesh, run.state.engine.device, max(run.steps_done, steps), shares)
     run.report.evaluation(metrics, checkpoints.newest)
     checkpoints.close()
 

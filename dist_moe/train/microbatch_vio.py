@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import mean_max_vio
+from dist_moe.balance.load import Shares, mean_max_vio
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_counts
 
 
 def microbatch_max_vio(
-    micro_loads: Sequence[Sequence[Tensor]], mesh: Mesh, device: torch.device
+    micro_loads: Sequence[Sequence[Tensor]], mesh: Mesh, device: torch.device, shares: Shares = None
 ) -> list[tuple[float, float]]:
     """Return the mean MaxVio of the computation batches of this rank's expert-parallel group, and its floor.
 
@@ -26,6 +26,7 @@ def microbatch_max_vio(
         micro_loads: This rank's own int64 load_E, for each micro-batch a list over the layers.
         mesh: The layout of the ranks.
         device: The device of the collective.
+        shares: The target shares of the experts of every layer; None for equal shares.
 
     Returns:
         (MaxVio, sampling floor) for each layer.
@@ -33,4 +34,4 @@ def microbatch_max_vio(
     load_LME = [torch.stack(layer) for layer in zip(*micro_loads, strict=True)]
     if mesh.ep_group is not None:
         load_LME = all_reduce_counts(load_LME, device, mesh.ep_group)
-    return [mean_max_vio(load_ME.cpu()) for load_ME in load_LME]
+    return [mean_max_vio(load_ME.cpu(), shares) for load_ME in load_LME]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dist_moe.balance.counts import unrouted_tokens
+from dist_moe.balance.load import Shares
 from dist_moe.checkpoint.async_saver import Saved
 from dist_moe.checkpoint.format.hf_weights import own_type_of_model
 from dist_moe.checkpoint.format.layout import checkpoints_root
@@ -123,6 +125,8 @@ class Report:
         else:
             plural = "s"[: len(task.layers) > 1]
             self.console.log(f"balancing policy {self.config.balance.policy} on layer{plural} {names}")
+        if self.config.balance.target_shares(resolved.experts) is not None:
+            self.console.log("MaxVio, load deviation and their floors are measured against balance.shares")
         if isinstance(tokenized, LabeledData):
             self._tokens_before = ExampleStream(tokenized.train, self.config.run.seed).tokens_before
         self.console.log(describe_data(tokenized))
@@ -187,15 +191,27 @@ class Report:
             balance_rate=balance_rate,
             threshold=record.threshold,
         )
-        metrics = step_metrics(
+        metrics = self._metrics(progress, record, biases, microbatch_vio_L)
+        self._write(metrics, None if distributions is None else {**bias_distribution(biases), **distributions})
+
+    def _metrics(
+        self,
+        progress: Progress,
+        record: StepRecord,
+        biases: Sequence[Tensor],
+        microbatch_vio_L: Sequence[tuple[float, float]],
+    ) -> StepMetrics:
+        """Return the metrics of a logged step."""
+        return step_metrics(
             progress,
             load_L=[load.cpu() for load in record.loads],
             k_histogram_L=[layer_counts.k_histogram_K.cpu() for layer_counts in record.routing_counts],
             microbatch_vio_L=microbatch_vio_L,
             bias_L=[bias.cpu() for bias in biases],
             expert_parallel=self.mesh.expert_parallel,
+            shares=self._shares(record),
+            unrouted_L=unrouted_tokens(record.routing_counts),
         )
-        self._write(metrics, None if distributions is None else {**bias_distribution(biases), **distributions})
 
     def _write(self, metrics: StepMetrics, distributions: Distributions | None) -> None:
         """Write a logged step, with its pictures where there are distributions; on rank 0."""
@@ -225,7 +241,9 @@ class Report:
     def _over_ranks(self, record: StepRecord) -> tuple[float, float, list[tuple[float, float]]]:
         """Return, over all ranks: sum of -ln p, auxiliary loss, (micro-batch MaxVio, floor) of each layer."""
         scalars = {"nll": float(record.nll_sum), "auxiliary": float(record.auxiliary)}
-        microbatch_vio_L = microbatch_max_vio(record.micro_loads, self.mesh, self.dist_context.device)
+        microbatch_vio_L = microbatch_max_vio(
+            record.micro_loads, self.mesh, self.dist_context.device, self._shares(record)
+        )
         for layer, (value, floor) in enumerate(microbatch_vio_L):
             scalars |= {f"value {layer}": value, f"floor {layer}": floor}
         sums = all_reduce_scalars(scalars, self.dist_context.device)
@@ -234,6 +252,10 @@ class Report:
         means = {name: total / self.mesh.world_size for name, total in sums.items()}
         pairs = [(means[f"value {layer}"], means[f"floor {layer}"]) for layer in range(len(microbatch_vio_L))]
         return sums["nll"], means["auxiliary"], pairs
+
+    def _shares(self, record: StepRecord) -> Shares:
+        """Return the target shares of the experts of every layer; None for equal shares."""
+        return self.config.balance.target_shares(record.loads[0].numel()) if record.loads else None
 
     def warn(self, *lines: str) -> None:
         """Print and record each line as a warning."""

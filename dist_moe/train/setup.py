@@ -128,7 +128,7 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
         state = stack.enter_context(start_training(config, task, data, mesh, settings))
         seed_rng(config.run.seed, 0, rank_info.rank)
         if checkpoint is not None:
-            restore(checkpoint, state)
+            report.warn(*restore(checkpoint, state))
         routers, done = [layer.router for layer in task.layers], checkpoint.counters.step if checkpoint else 0
         domains = () if isinstance(data, LabeledData) else data.train.domains
         observer = RoutingObserver(config, mesh, routers, domains, done)
@@ -284,4 +284,10 @@ def engine_settings(resolved: Resolved, device: torch.device) -> EngineSettings:
 def routing_losses(config: Config) -> RoutingLosses:
     """Return the routing losses that are added to the loss."""
     balance = config.balance
-    return RoutingLosses(balance.auxiliary_loss, balance.auxiliary_scope, balance.z_loss, config.router.entropy_loss)
+    return RoutingLosses(
+        balance.auxiliary_loss,
+        balance.auxiliary_scope,
+        balance.z_loss,
+        config.router.entropy_loss,
+        balance.orthogonality_loss,
+    )

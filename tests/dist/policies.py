@@ -9,10 +9,13 @@ from dist_moe.balance.counts import RoutingCounts
 from dist_moe.balance.losses import RoutingLosses
 from dist_moe.model.routing import count_record
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.policies.adaptive_weight import AdaptiveWeight
 from dist_moe.policies.base import Policy
+from dist_moe.policies.ema_quantile import EmaQuantile
+from dist_moe.policies.expert_threshold import ExpertThresholds
 from dist_moe.policies.loss_free import LossFree
+from dist_moe.policies.momentum import Momentum
 from dist_moe.policies.quantile import Quantile, quantile_update
 from dist_moe.policies.unbalanced import Unbalanced
 from tests.dist.small import Case
@@ -21,6 +24,7 @@ CPU = torch.device("cpu")
 SIGMOID = TopK(top_k=2, score="sigmoid", normalize=True, routed_scaling_factor=1.5)
 SOFTMAX = TopK(top_k=2, score="softmax", normalize=True)
 THRESHOLD = ThresholdRouting(threshold=0.3, max_experts=6)
+EXPERT_THRESHOLD = ExpertThreshold(top_k=2, max_experts=12, min_experts=0, score="sigmoid")
 EXPERTS = 12
 
 
@@ -43,6 +47,10 @@ POLICIES: dict[str, tuple[Rule, Policy, float | None]] = {
     "threshold, target": (THRESHOLD, AdaptiveWeight(rate=0.05), 2.5),
     "quantile": (SIGMOID, Quantile(), None),
     "quantile on softmax": (SOFTMAX, Quantile(), None),
+    "shares": (SIGMOID, LossFree(rate=0.05, rule="proportional", shares={"0": 0.2, "5": 0.05}), None),
+    "momentum": (SIGMOID, Momentum(rate=0.05), None),
+    "ema_quantile": (SIGMOID, EmaQuantile(decay=0.5), None),
+    "expert_threshold": (EXPERT_THRESHOLD, ExpertThresholds(decay=0.5), None),
 }
 """Name -> the rule of routing, the policy, and the experts that a token is to take on average."""
 
@@ -102,5 +110,6 @@ LOSSES: dict[str, RoutingLosses] = {
     "global_batch": RoutingLosses(balance=3.0, scope="global_batch"),
     "z": RoutingLosses(z=0.3),
     "entropy": RoutingLosses(entropy=1.0),
+    "orthogonality": RoutingLosses(orthogonality=0.02),
 }
 RANDOM_SELECTIONS = RandomRouting(top_k=2, zipf_exponent=1.0, score="softmax")

@@ -1,6 +1,7 @@
 """Small runs that stop and resume in the workers of the pool, and comparisons of their checkpoints."""
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,13 @@ def train(rank: int, world_size: int, text: Path, folder: Path, overrides: Seque
     """Train into `folder` as one rank of the pool's group; later overrides win."""
     resolved = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *overrides)), world_size)
     run(resolved, RankInfo(rank, world_size, rank, world_size, "env"))
+
+
+def train_and_read(rank: int, world_size: int, text: Path, folder: Path, overrides: Sequence[str] = ()) -> str:
+    """Train as `train` does -> what the rank printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(rank, world_size, text, folder, overrides)
+    return printed.getvalue()
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.dist.pool import RankPool
-from tests.dist.resumable import elements, resave, same_bits, steps, train, write_text
+from tests.dist.resumable import elements, resave, same_bits, steps, tensors, train, train_and_read, write_text
 from tests.selection import cross, only_first
 
 LAYOUTS = {  # workers, expert parallel, ZeRO stage
@@ -40,6 +41,8 @@ KINDS = {
         "balance.rate=0.05",
     ),
     "quantile": ("balance.policy=quantile",),
+    "momentum": ("balance.policy=momentum",),
+    "expert thresholds": ("router.selection=expert_threshold", "balance.policy=expert_threshold"),
     "no balance": ("balance.policy=none",),
 }
 
@@ -97,6 +100,42 @@ def test_a_checkpoint_of_any_layout_resumes_in_any_other(
         assert line["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-3)
         assert line["learning_rate"] == theirs[step]["learning_rate"]
     assert ours[6]["load"] == theirs[6]["load"], "the bias and the order of the text are restored"
+
+
+MEMORY = {
+    "momentum": ("balance.policy=momentum",),
+    "ema_quantile": ("balance.policy=ema_quantile",),
+}
+
+
+@pytest.mark.parametrize("kind", only_first(list(MEMORY)))
+def test_trap_T44_the_memory_of_a_rule_is_restored_on_another_layout(
+    ranks: RankPool, text: Path, tmp_path: Path, kind: str
+) -> None:
+    """Written by two workers with expert parallelism, read and written again by one: the same bits."""
+    ranks.run(train, 2, text, tmp_path / "two", (*MEMORY[kind], "train.steps=3"))
+    source = tmp_path / "two" / "checkpoints" / "step-000003"
+    ranks.run(resave, 1, text, tmp_path / "one", source, (*MEMORY[kind], "train.steps=3"))
+    found, wanted = (
+        {name: value for name, value in tensors(folder).items() if "state/balance" in name}
+        for folder in (tmp_path / "one" / "checkpoints" / "step-000003", source)
+    )
+    memory = [name for name in wanted if "memory." in name]
+    assert len(memory) == 2 * (2 if kind == "ema_quantile" else 1) and all(wanted[name].any() for name in memory)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_checkpoint_without_memory_resumes_with_an_empty_one(ranks: RankPool, text: Path, tmp_path: Path) -> None:
+    """One of another policy, as of a version without memories; a line of the log says so."""
+    ranks.run(train, 1, text, tmp_path / "old", ("train.steps=2",))
+    source = tmp_path / "old" / "checkpoints" / "step-000002"
+    overrides = ("balance.policy=momentum", f"checkpoint.resume={source}", "train.steps=3")
+    printed = ranks.run(train_and_read, 1, text, tmp_path / "new", overrides)[0]
+    assert "the checkpoint lacks the memory of balance.policy=momentum (momentum): it is empty" in " ".join(
+        printed.split()
+    )
+    last = tensors(tmp_path / "new" / "checkpoints" / "step-000003")
+    assert all(last[name].any() for name in last if "memory.momentum" in name)
 
 
 @cross(

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balance.losses import RoutingLosses, orthogonality_loss
 from dist_moe.comm.mesh import Mesh
 from dist_moe.model.inputs import model_inputs
 from dist_moe.policies.adaptive_weight import AdaptiveWeight
@@ -110,6 +110,21 @@ def test_trap_T20_the_gradient_of_a_routing_loss_is_that_of_one_process(
     assert (wanted[router] - without[router]).norm() > 0.05 * without[router].norm(), "the loss weighs"
 
 
+@pytest.mark.parametrize(("workers", "expert_parallel", "accumulation"), [(1, 1, 4), (2, 2, 2)])
+def test_trap_T20_the_orthogonality_loss_counts_once_on_any_layout(
+    ranks: RankPool, workers: int, expert_parallel: int, accumulation: int
+) -> None:
+    """The router's gradient from it is the coefficient times the gradient of the sum, not times ranks or tokens."""
+    case = Case(expert_parallel=expert_parallel, accumulation=accumulation, losses=LOSSES["orthogonality"])
+    plain = dataclasses.replace(case, losses=RoutingLosses())
+    found, without = (gradients(ranks.run(run_case, workers, one), one) for one in (case, plain))
+    router = "model.model.layers.1.mlp.gate.weight"
+    weight_ED = named_weights(make_task(case, ALONE), ALONE)[router].requires_grad_()
+    (case.losses.orthogonality * orthogonality_loss(weight_ED)).backward()
+    assert weight_ED.grad is not None
+    torch.testing.assert_close(found[router] - without[router], weight_ED.grad.double(), rtol=1e-3, atol=1e-4)
+
+
 def test_trap_T20_the_global_loss_uses_the_previous_step_on_every_layout(ranks: RankPool) -> None:
     """Two real steps; the load of the first, over all ranks and micro-batches, weighs in the gradient of the second."""
     alone = Case(losses=LOSSES["global_batch"], steps=2, learning_rate=0.1)
@@ -141,7 +156,11 @@ def test_trap_T20_the_loss_of_a_micro_batch_does_not_depend_on_its_rank(ranks: R
         assert_close(gradients(ranks.run(run_case, 1, whole), whole), wanted)
 
 
-@cross(("name", ["threshold", "adaptive weight"]), ("workers, expert_parallel, accumulation", LAYOUTS), strength=1)
+@cross(
+    ("name", ["threshold", "adaptive weight", "expert_threshold"]),
+    ("workers, expert_parallel, accumulation", LAYOUTS),
+    strength=1,
+)
 def test_trap_T22_gradients_of_other_routers_equal_the_reference(
     ranks: RankPool, workers: int, expert_parallel: int, accumulation: int, name: str
 ) -> None:
@@ -153,7 +172,7 @@ def test_trap_T22_gradients_of_other_routers_equal_the_reference(
     assert_close(gradients(traces, case), with_decay(wanted, case))
 
 
-@pytest.mark.parametrize("name", only_first(["threshold, target", "quantile", "adaptive weight"]))
+@pytest.mark.parametrize("name", only_first(["threshold, target", "quantile", "adaptive weight", "expert_threshold"]))
 def test_trap_T01_recomputation_changes_nothing_for_any_policy(ranks: RankPool, name: str) -> None:
     plain = case_of(name, expert_parallel=2, accumulation=2, steps=2, losses=RoutingLosses(1.0, "sequence", 0.1, 0.1))
     wanted = ranks.run(run_case, 2, plain)

@@ -37,6 +37,10 @@ def bias(training: TrainState) -> None:
     flip(training.task.layers[1].router.selection_bias)
 
 
+def memory(training: TrainState) -> None:
+    flip(training.balancer.memory[training.task.layers[1].name]["momentum"])
+
+
 def expert(training: TrainState) -> None:
     flip(training.task.layers[0].experts.local.down_proj)
 
@@ -70,6 +74,7 @@ ALONE = "rank 2 differs from the 3 others in "
 NAMES: dict[Spoil, str] = {
     dense: f"{ALONE}model.model.layers.0.mlp.down_proj.weight; they were equal after step 2",
     bias: f"{ALONE}model.layers.2.mlp.selection_bias; ",
+    memory: f"{ALONE}model.layers.2.mlp.memory.momentum; ",
     count: f"{ALONE}balance: steps taken; ",
     expert: "ranks 0, 2 differ, and there is no majority in model.model.layers.1.mlp.experts.local.down_proj; ",
 }
@@ -80,7 +85,8 @@ def test_trap_T10_a_rank_that_differs_in_one_bit_is_named(
     ranks: RankPool, text: Path, tmp_path: Path, spoil: Spoil
 ) -> None:
     """The error is the same on all ranks, at the next compared step and not before."""
-    answers = ranks.run(compared, 4, text, tmp_path, ("parallel.expert_parallel=2",), spoil, 2)
+    words = ("parallel.expert_parallel=2", *(["balance.policy=momentum"] if spoil is memory else []))
+    answers = ranks.run(compared, 4, text, tmp_path, words, spoil, 2)
     assert all(answer == answers[0] and len(answer) == 1 for answer in answers)
     assert "replicas differ after step 4: " in answers[0][0]
     assert NAMES[spoil] in answers[0][0]

@@ -14,7 +14,8 @@ LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 OVER_MPI = "mpirun"
 """Its workers exchange by MPI, which adds in another order than the pool's gloo."""
 LOSS_FREE = "loss_free"
-OTHERS = ("threshold", "adaptive_weight", "quantile", "auxiliary", "upcycled")  # the keys of setting.ROUTING
+OTHERS = ("threshold", "adaptive_weight", "quantile", "auxiliary", "upcycled", "momentum", "expert_threshold")
+"""The keys of setting.ROUTING."""
 
 Values = frozenset[tuple[int, object]]  # (place of the field, its value)
 

@@ -41,6 +41,10 @@ FIRST_SEED = {
     ("sgd", "auxiliary"): 19,
     ("adamw", "upcycled"): 1,
     ("sgd", "upcycled"): 1,
+    ("adamw", "momentum"): 7,
+    ("sgd", "momentum"): 2,
+    ("adamw", "expert_threshold"): 5,
+    ("sgd", "expert_threshold"): 0,
 }
 THRESHOLD = ("router.selection=threshold", "router.score=softmax", "router.threshold=0.3", "router.max_experts=6")
 ROUTING = {
@@ -48,6 +52,8 @@ ROUTING = {
     "threshold": (*THRESHOLD, "balance.policy=none"),
     "adaptive_weight": (*THRESHOLD, "balance.policy=adaptive_weight", "router.target_experts_per_token=3"),
     "quantile": ("balance.policy=quantile",),
+    "momentum": ("balance.policy=momentum",),
+    "expert_threshold": ("router.selection=expert_threshold", "balance.policy=expert_threshold"),
     "auxiliary": ("balance.policy=auxiliary", "balance.auxiliary_loss=0.1", "balance.auxiliary_scope=global_batch"),
     "upcycled": ("model.architecture=llama", "model.config={}", "model.upcycle_every=2", "model.upcycle_noise=0.01"),
 }

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from dist_moe.config import load_config, resolve
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import ThresholdRouting, TopK, bias_inputs, biased_scores
+from dist_moe.moe.select import ExpertThreshold, ThresholdRouting, TopK, bias_inputs, biased_scores
 from dist_moe.train.loop import run
 from dist_moe.worker.rank_info import rank_info_from_env
 from tests.dist.pool import RankPool
@@ -82,7 +82,9 @@ def train_and_find_closest(rank: int, world_size: int, changes: list[str]) -> fl
         nonlocal closest
         if isinstance(module, Router) and module.training:
             logits_TE, _, ids_TK = outputs
-            closest = min(closest, closest_choice(module, logits_TE.detach()[ids_TK[:, 0] >= 0]))
+            # A token without experts is padding, or was not far above any threshold.
+            chosen_T = (ids_TK[:, 0] >= 0) | module.may_take_none
+            closest = min(closest, closest_choice(module, logits_TE.detach()[chosen_T]))
 
     with register_module_forward_hook(look):
         train_worker(rank, world_size, changes)
@@ -94,6 +96,12 @@ def closest_choice(router: Router, logits_TE: Tensor) -> float:
     rule, inputs = router.rule, bias_inputs(router.rule, router.selection_bias)
     if isinstance(rule, TopK):
         best_TK = biased_scores(logits_TE, rule, inputs).topk(rule.top_k + 1).values
+        return float((best_TK[:, -2] - best_TK[:, -1]).min())
+    if isinstance(rule, ExpertThreshold):
+        biased_TE = logits_TE + router.selection_bias
+        if router.selection_bias.any():
+            return float(biased_TE.abs().min())
+        best_TK = biased_TE.topk(rule.top_k + 1).values
         return float((best_TK[:, -2] - best_TK[:, -1]).min())
     assert isinstance(rule, ThresholdRouting) and inputs.logit_bias_E is not None and router.threshold is not None
     sorted_TE = (logits_TE + inputs.logit_bias_E).softmax(dim=1).sort(dim=1, descending=True).values

@@ -73,6 +73,17 @@ def test_the_policy_trains_and_moves_the_bias(tree: Path) -> None:
     assert len(biases) == 2 and all(bias_E.any() for bias_E in biases)
 
 
+@pytest.mark.slow
+def test_the_policy_with_a_memory_trains_and_saves_it(tree: Path) -> None:
+    (command,) = apply_blocks(tree, "A policy with a memory")
+    done = run(tree, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (checkpoint,) = (tree / "runs" / "debug" / "checkpoints").glob("step-*")
+    state = load_file(checkpoint / "state" / "balance.safetensors")
+    memory = [tensor for name, tensor in state.items() if name.startswith("memory.average_error:")]
+    assert len(memory) == 2 and all(average_E.any() for average_E in memory)
+
+
 REFUSED = """
 from dist_moe.config import ConfigError, load_config, resolve
 for overrides in (

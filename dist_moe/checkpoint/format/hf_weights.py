@@ -40,11 +40,16 @@ from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, has_head
-from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
 
 # The names of selection rules in config.json; "forced" is random routing, by its name in the first version.
-RULES: dict[str, type[Rule]] = {"top_k": TopK, "threshold": ThresholdRouting, "forced": RandomRouting}
+RULES: dict[str, type[Rule]] = {
+    "top_k": TopK,
+    "threshold": ThresholdRouting,
+    "expert_threshold": ExpertThreshold,
+    "forced": RandomRouting,
+}
 # Fields of rules in config.json by the names that earlier versions wrote. The field names of the dataclasses in
 # moe/select.py are part of the format.
 EARLIER_FIELDS = {

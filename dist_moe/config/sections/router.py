@@ -11,13 +11,19 @@ from dist_moe.section import Section
 class RouterConfig(Section):
     """How tokens select experts; null means the value of the Hugging Face config."""
 
-    selection: Literal["top_k", "threshold", "uniform", "zipf"] = Field(
+    selection: Literal["top_k", "threshold", "expert_threshold", "uniform", "zipf"] = Field(
         default="top_k",
         description="the selection of a token's experts: top_k (the same number for each token), threshold (experts "
-        "in order of probability until their sum reaches router.threshold; arXiv 2403.07652), or, for benchmarks, "
+        "in order of probability until their sum reaches router.threshold; arXiv 2403.07652), "
+        "expert_threshold (the experts whose own threshold the token's logit exceeds, top_k of them on average; arXiv "
+        "2603.11535), or, for benchmarks, "
         "uniform and zipf (top_k experts drawn at random)",
     )
-    top_k: int | None = Field(default=None, ge=1, description="the experts each token takes (1 or more), or null")
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="the experts each token takes, with expert thresholds on average (1 or more), or null",
+    )
     threshold: float = Field(
         default=0.4,
         gt=0,
@@ -28,7 +34,15 @@ class RouterConfig(Section):
     max_experts: int | None = Field(
         default=None,
         ge=1,
-        description="the maximum number of experts a token takes, with threshold routing (1 or more), or null (all)",
+        description="the maximum number of experts a token takes, with threshold routing or expert thresholds (1 or "
+        "more), or null (all)",
+    )
+    min_experts: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="the minimum number of experts a token takes with expert thresholds, 0 or 1; a token without any "
+        "passes the layer by its residual connection and a shared expert alone",
     )
     target_experts_per_token: float | None = Field(
         default=None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balance.losses import RoutingLosses, orthogonality_loss
 from dist_moe.model.convert import find_layers
 from dist_moe.model.inputs import LabeledInputs, ModelInputs
 from dist_moe.model.routing import count_record, routing_loss
@@ -109,12 +109,23 @@ class Task(nn.Module, ABC):
         ]
         loss, auxiliary = computed.training * scale, torch.zeros_like(computed.training)
         if self.losses.any and self.training and token_scale is not None:
-            for layer, record, layer_counts in zip(self.layers, records, routing_counts, strict=True):
-                auxiliary = auxiliary + routing_loss(
-                    self.losses, layer.router, record, layer_counts, sequences=inputs.tokens_BS.shape[0]
-                )
-            auxiliary = auxiliary * token_scale
+            auxiliary = self._routing_losses(records, routing_counts, inputs.tokens_BS.shape[0], token_scale)
             loss = loss + auxiliary
         nll_sum = (computed.training if self.training else computed.plain).detach()
         kept = [record.detached() for record in records] if keep_records else None
         return Output(loss, nll_sum, auxiliary.detach(), routing_counts, computed.outputs_BC, kept)
+
+    def _routing_losses(
+        self, records: list[RouterRecord], routing_counts: list[RoutingCounts], sequences: int, token_scale: Tensor
+    ) -> Tensor:
+        """Return the routing losses of all layers, as they are added to the loss of a micro-batch."""
+        total = torch.zeros_like(token_scale)
+        if self.losses.of_tokens:
+            for layer, record, layer_counts in zip(self.layers, records, routing_counts, strict=True):
+                total = total + routing_loss(self.losses, layer.router, record, layer_counts, sequences)
+            total = total * token_scale
+        if self.losses.orthogonality:
+            # Without `token_scale`: the mean over micro-batches and ranks, which the engine takes, counts it once.
+            for layer in self.layers:
+                total = total + self.losses.orthogonality * orthogonality_loss(layer.router.weight)
+        return total

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from dist_moe.study.controllers.simulation import Plan, Run
+from dist_moe.study.controllers.variants import Selection
 
 Dash = Literal["-", "--", ":"]
 # The colors of Okabe and Ito, which are distinct to color-blind readers; one hue for each kind of policy.
@@ -24,10 +25,18 @@ STYLES: dict[str, tuple[str, Dash]] = {
     "proportional, 0.01": ("#E69F00", "-"),
     "adaptive, 0.1": ("#009E73", "-"),
     "adaptive threshold, 0.1": ("#009E73", ":"),
+    "adaptive, 0.1, shares": ("#009E73", "--"),
+    "momentum, 0.01": ("#56B4E9", "--"),
     "quantile, sigmoid": ("#D55E00", "-"),
     "quantile, softmax": ("#CC79A7", "--"),
+    "EMA quantile, sigmoid": ("#D55E00", "--"),
+    "expert threshold": ("#CC79A7", ":"),
 }
-FLOORS: dict[bool, tuple[Dash, str]] = {False: ("--", "floor of top-K"), True: (":", "floor of threshold")}
+FLOORS: dict[Selection, tuple[Dash, str]] = {
+    "top_k": ("--", "floor of top-K"),
+    "threshold": (":", "floor of threshold"),
+    "expert_threshold": ("-", "floor of expert thresholds"),
+}
 BINS = 40
 
 
@@ -71,8 +80,9 @@ def _draw_steps(axes: Axes, runs: Sequence[Run], part: slice) -> None:
     for name, (color, dash) in STYLES.items():
         series = np.mean([run.max_vio[part] for run in runs if run.variant.name == name], axis=0)
         axes.plot(*binned(series.tolist()), color=color, linestyle=dash, linewidth=1.4)
-    for threshold_routing, (dash, _) in FLOORS.items():
-        floor = np.mean([run.measures.floor for run in runs if run.variant.threshold_routing is threshold_routing])
+    for selection, (dash, _) in FLOORS.items():
+        of_selection = [run for run in runs if run.variant.selection == selection and not run.variant.unequal_shares]
+        floor = np.mean([run.measures.floor for run in of_selection])
         axes.axhline(float(floor), color="black", linestyle=dash, linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -119,7 +119,10 @@ def run_plan(plan: Plan, log: Callable[[str], None]) -> list[Run]:
 
 def run_variants(plan: Plan, size: LayerSize, seed: int) -> list[Run]:
     """Run every policy on the same scores."""
-    simulations = [PolicySimulation(variant, size.experts, size.top_k) for variant in (*REFERENCES, *VARIANTS)]
+    simulations = [
+        PolicySimulation(variant, size.experts, size.top_k, plan.drift.noise_std)
+        for variant in (*REFERENCES, *VARIANTS)
+    ]
     steps = plan.before + plan.after
     predicted: list[dict[str, float]] = []
     for step, scores in enumerate(draw_scores(plan.drift, size.experts, size.tokens, steps, plan.before, seed)):
@@ -128,10 +131,10 @@ def run_variants(plan: Plan, size: LayerSize, seed: int) -> list[Run]:
         logits_TE = scores.logits_TE
         for simulation in simulations:
             input_TE = scores.noise_TE if simulation.variant.without_offsets else logits_TE
-            tokens = size.threshold_tokens if simulation.variant.threshold_routing else size.tokens
+            tokens = size.threshold_tokens if simulation.variant.selection == "threshold" else size.tokens
             simulation.step(input_TE[:tokens])
     floors = {
-        simulation.variant.threshold_routing: fmean(simulation.max_vio)
+        simulation.variant.selection: fmean(simulation.max_vio)
         for simulation in simulations
         if simulation.variant.without_offsets
     }
@@ -140,7 +143,9 @@ def run_variants(plan: Plan, size: LayerSize, seed: int) -> list[Run]:
         variant = simulation.variant
         if not variant.without_offsets:
             expected = (predicted[0].get(variant.name), predicted[1].get(variant.name))
-            floor = floors[variant.threshold_routing]
+            floor = floors[variant.selection]
+            if simulation.shares is not None:
+                floor = max_vio_floor(size.experts, size.tokens * size.top_k, simulation.shares)
             measures = measure(simulation.max_vio, simulation.experts_per_token, floor, plan.before, expected)
             runs.append(Run(size.experts, seed, variant, measures, simulation.max_vio))
     return runs

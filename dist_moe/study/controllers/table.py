@@ -35,15 +35,23 @@ def captions(plan: Plan, runs: Sequence[Run]) -> dict[int, str]:
 
 
 def _caption(size: LayerSize, runs: Sequence[Run]) -> str:
-    top_k = [run.measures for run in runs if not run.variant.threshold_routing]
-    threshold = [run.measures for run in runs if run.variant.threshold_routing]
+    top_k = [run.measures for run in runs if run.variant.selection == "top_k" and not run.variant.unequal_shares]
+    threshold, thresholds = (
+        [run.measures for run in runs if run.variant.selection == selection]
+        for selection in ("threshold", "expert_threshold")
+    )
+    shares = fmean(run.measures.floor for run in runs if run.variant.unequal_shares)
     first = format_mean([measures.experts_first for measures in threshold], 1)
     steady = format_mean([measures.experts_steady for measures in threshold], 1)
-    floor, threshold_floor = (fmean(measures.floor for measures in group) for group in (top_k, threshold))
+    floor, threshold_floor, thresholds_floor = (
+        fmean(measures.floor for measures in group) for group in (top_k, threshold, thresholds)
+    )
+    average = format_mean([measures.experts_steady for measures in thresholds], 2)
     return (
         f"{size.experts} experts, top-{size.top_k}, {size.tokens:,} tokens per step: floor {floor:.3f} (formula "
         f"{size.floor:.3f}). Threshold routing: {first} experts per token at first, {steady} later, "
-        f"{size.threshold_tokens:,} tokens per step, floor {threshold_floor:.3f}."
+        f"{size.threshold_tokens:,} tokens per step, floor {threshold_floor:.3f}. Expert thresholds: {average} experts "
+        f"per token, floor {thresholds_floor:.3f}. Unequal shares: floor {shares:.3f} (formula)."
     )
 
 
@@ -54,12 +62,13 @@ def notes(plan: Plan) -> list[str]:
         f"step and in the median of it and the next {WINDOW - 1}. The shift comes after {plan.before} steps, and "
         f"{plan.after} follow; `never` means not within them, and `(2 of 3)` counts the seeds that reached it.",
         "Floor: the mean MaxVio of the same selection on the same noise without offsets. Formula: the value of "
-        "`max_vio_floor`.",
+        "`max_vio_floor`. With shares, MaxVio is measured against them, and the floor is the formula's.",
         "Theory, for the sign rules: (largest - smallest required change of the biases) / (2 rate).",
         "Ripple: MaxVio - floor, mean of the last quarter of the steps before the shift. In time: its standard "
         "deviation over those steps.",
         f"All values are means over {counted(plan.seeds, 'seed')}, and after ± the standard deviation over them.",
-        "The policy auxiliary is not included: it acts through gradients, and this study trains no model.",
+        "The policy auxiliary and the orthogonality loss are not included: they act through gradients, and this study "
+        "trains no model.",
     ]
 
 

@@ -11,6 +11,7 @@ from dist_moe.moe.select import ThresholdRouting, TopK
 from dist_moe.policies.adaptive_weight import AdaptiveWeight
 from dist_moe.policies.base import Policy
 from dist_moe.policies.loss_free import LossFree
+from dist_moe.policies.momentum import Momentum
 from dist_moe.policies.quantile import Quantile
 from dist_moe.policies.unbalanced import Unbalanced
 
@@ -205,3 +206,80 @@ def test_the_state_of_another_model_is_refused() -> None:
     state = make_controlled(threshold_routers()).state_dict()
     with pytest.raises(ValueError, match=r"the state has the layers \['a', 'b'\]"):
         Balancer(make_routers(4), PLAIN, CPU, schedule_steps=10).load_state_dict(state)
+
+
+def with_momentum(*experts: int) -> Balancer:
+    """A balancer whose rule has a memory, after two steps of uneven load."""
+    balancer = Balancer(make_routers(*experts), Momentum(rate=0.5), CPU, schedule_steps=10)
+    for _ in range(2):
+        balancer.observe([counts(*range(1, count + 1)) for count in experts])
+        balancer.step()
+    return balancer
+
+
+def test_the_memory_of_a_rule_is_kept_for_each_layer() -> None:
+    balancer = with_momentum(2, 3)
+    layers = balancer.state_dict()["layers"]
+    assert {name: sorted(layer) for name, layer in layers.items()} == {
+        f"layer.{place}": ["last_load", "memory.momentum", "selection_bias"] for place in range(2)
+    }
+    # After a first step of d / 2 the second moves by d / 4 + d / 2: the bias is 5/3 of the momentum.
+    for layer in layers.values():
+        torch.testing.assert_close(layer["selection_bias"], layer["memory.momentum"] * 5 / 3)
+        assert bool(layer["memory.momentum"].any())
+
+
+def test_trap_T44_a_restored_memory_gives_the_same_bits() -> None:
+    balancer = with_momentum(2, 3)
+    other = Balancer(make_routers(2, 3), Momentum(rate=0.5), CPU, schedule_steps=10)
+    assert other.load_state_dict(balancer.state_dict()) == []
+    for one in (balancer, other):
+        one.observe([counts(7, 2), counts(1, 1, 5)])
+        one.step()
+    ours, theirs = (one.state_dict()["layers"] for one in (balancer, other))
+    assert all(torch.equal(ours[name][kind], theirs[name][kind]) for name in ours for kind in ours[name])
+
+
+def test_a_state_without_memory_starts_with_an_empty_one() -> None:
+    old = Balancer(make_routers(2, 3), PLAIN, CPU, schedule_steps=10).state_dict()
+    balancer = with_momentum(2, 3)
+    assert balancer.load_state_dict(old) == [
+        "the checkpoint lacks the memory of balance.policy=momentum (momentum): it is empty"
+    ]
+    assert not any(value.any() for memory in balancer.memory.values() for value in memory.values())
+
+
+def test_trap_T44_a_memory_that_one_layer_lacks_is_empty_in_all() -> None:
+    state = with_momentum(2, 3).state_dict()
+    del state["layers"]["layer.1"]["memory.momentum"]
+    balancer = with_momentum(2, 3)
+    assert len(balancer.load_state_dict(state)) == 1
+    assert not any(value.any() for memory in balancer.memory.values() for value in memory.values())
+
+
+def test_memory_of_another_policy_is_not_used_and_named() -> None:
+    balancer = Balancer(make_routers(2, 3), PLAIN, CPU, schedule_steps=10)
+    assert balancer.load_state_dict(with_momentum(2, 3).state_dict()) == [
+        "the checkpoint has the memory momentum, which balance.policy=loss_free does not use"
+    ]
+
+
+def test_trap_T13_a_discarded_window_does_not_change_the_memory() -> None:
+    balancer = with_momentum(2)
+    before_E = balancer.memory["layer.0"]["momentum"].clone()
+    balancer.observe([counts(9, 1)])
+    balancer.discard()
+    assert torch.equal(balancer.memory["layer.0"]["momentum"], before_E)
+
+
+def test_trap_T14_a_frozen_router_and_a_frozen_policy_keep_their_memory() -> None:
+    routers = make_routers(2, 2)
+    routers["layer.0"].requires_grad_(False)
+    balancer = Balancer(routers, Momentum(rate=0.5, freeze_at=1), CPU, schedule_steps=10)
+    seen = []
+    for _ in range(3):
+        balancer.observe([counts(9, 1), counts(9, 1)])
+        balancer.step()
+        seen.append([balancer.memory[name]["momentum"].tolist() for name in routers])
+    assert seen[0][0] == [0.0, 0.0] != seen[0][1]
+    assert seen[0] == seen[1] == seen[2]

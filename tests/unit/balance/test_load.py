@@ -180,3 +180,49 @@ def test_floors_at_the_edges() -> None:
             floor(0, 10)
         with pytest.raises(ValueError, match="assignments=-1; it is at least 0"):
             floor(8, -1)
+
+
+SHARES = (0.5, 0.3, 0.15, 0.05)
+
+
+def test_trap_T80_measures_against_shares_by_hand() -> None:
+    """Of 100 assignments the targets are 50, 30, 15, 5; the errors are -10, 0, 0 and 10, relative -1/5, 0, 0 and 2."""
+    load_E = torch.tensor([40, 30, 15, 15])
+    assert float(max_vio(load_E, SHARES)) == pytest.approx(2.0)
+    assert float(load_cov(load_E, SHARES)) == pytest.approx(math.sqrt((0.04 + 4) / 4))
+    assert float(load_deviation_percent(load_E, SHARES)) == pytest.approx(100 * math.sqrt(0.02 / 4))
+    divergence = 0.4 * math.log(0.4 / 0.5) + 0.15 * math.log(0.15 / 0.05)
+    assert float(load_entropy(load_E, SHARES)) == pytest.approx(1 - divergence / math.log(4))
+    exact_E = torch.tensor([50, 30, 15, 5])
+    assert [float(measure(exact_E, SHARES)) for measure in (max_vio, load_cov, load_deviation_percent)] == [0.0] * 3
+    assert float(load_entropy(exact_E, SHARES)) == pytest.approx(1.0)
+    assert float(max_vio(torch.zeros(4, dtype=torch.int64), SHARES)) == 0.0
+    values, floor = mean_max_vio(torch.stack([load_E, exact_E]), SHARES)
+    assert (values, floor) == pytest.approx((1.0, max_vio_floor(4, 100, SHARES)))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 10_000), min_size=2, max_size=8))
+def test_measures_against_equal_shares_are_those_without(counts: list[int]) -> None:
+    load_E, shares = torch.tensor(counts), (1 / len(counts),) * len(counts)
+    for measure in (max_vio, load_cov, load_deviation_percent, load_entropy):
+        assert float(measure(load_E, shares)) == pytest.approx(float(measure(load_E)), rel=1e-9, abs=1e-9)
+    for floor in (max_vio_floor, cov_floor, load_deviation_percent_floor, dead_experts_floor):
+        assert floor(len(counts), 500, shares) == pytest.approx(floor(len(counts), 500), rel=1e-5)
+
+
+def test_trap_T80_floors_of_shares_are_what_random_routing_with_these_probabilities_shows() -> None:
+    weights = torch.tensor(SHARES, dtype=torch.float64).expand(600, -1)
+    drawn = torch.multinomial(weights, 4096, replacement=True, generator=torch.Generator().manual_seed(1))
+    load_LE = torch.stack([torch.bincount(row, minlength=4) for row in drawn])
+    found = float(max_vio(load_LE, SHARES).mean())
+    assert max_vio_floor(4, 4096, SHARES) == pytest.approx(found, rel=0.08)
+    assert max_vio_floor(4, 4096) < found / 1.3, "the floor of equal shares is another one"
+    squares = (float(measure(load_LE, SHARES).square().mean()) for measure in (load_cov, load_deviation_percent))
+    floors = (cov_floor(4, 4096, SHARES), load_deviation_percent_floor(4, 4096, SHARES))
+    assert floors == pytest.approx([math.sqrt(square) for square in squares], rel=0.06)
+
+
+def test_shares_for_another_number_of_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 shares for 3 experts"):
+        max_vio(torch.tensor([1, 2, 3]), (0.5, 0.5))

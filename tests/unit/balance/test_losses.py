@@ -13,6 +13,7 @@ from dist_moe.balance.losses import (
     entropy_loss,
     gate_shares,
     load_fractions,
+    orthogonality_loss,
     sequence_balance_loss,
     z_loss,
 )
@@ -116,3 +117,39 @@ def test_trap_T04_padding_costs_nothing_and_gets_no_gradient(mask: list[bool]) -
 def test_fractions_without_any_load_are_0() -> None:
     assert load_fractions(torch.zeros(3, dtype=torch.int64)).tolist() == [0.0] * 3
     assert load_fractions(torch.tensor([3, 1])).tolist() == [0.75, 0.25]
+
+
+def test_trap_T80_the_orthogonality_loss_by_hand() -> None:
+    """W W^T is [[5, 3], [3, 2]]: |5 - 1| + 2 |3| + |2 - 1|."""
+    assert float(orthogonality_loss(torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.0, 0.0]]))) == 11.0
+    assert float(orthogonality_loss(torch.eye(3, 5))) == 0.0
+
+
+def test_the_gradient_of_the_orthogonality_loss_is_that_of_a_slow_loop() -> None:
+    weight_ED = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    twin_ED = weight_ED.detach().clone().requires_grad_()
+    orthogonality_loss(weight_ED).backward()
+    total = torch.zeros((), dtype=torch.float64)
+    for one, row_D in enumerate(twin_ED):
+        for other, column_D in enumerate(twin_ED):
+            total = total + ((row_D * column_D).sum() - float(one == other)).abs()
+    total.backward()
+    torch.testing.assert_close(weight_ED.grad, twin_ED.grad)
+
+
+def test_the_orthogonality_loss_of_a_router_in_bf16_is_computed_in_fp32() -> None:
+    loss = orthogonality_loss(torch.eye(3, 5, dtype=torch.bfloat16) * 1.0078125)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(3 * (1.0078125**2 - 1), rel=1e-6), "0 in bf16, or twice as much"
+
+
+def test_gradient_steps_make_the_rows_of_a_router_orthonormal() -> None:
+    weight_ED = (0.5 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    optimizer = torch.optim.SGD([weight_ED], lr=0.02)
+    before = float(orthogonality_loss(weight_ED).detach())
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.02 * 0.98**step
+        optimizer.zero_grad()
+        orthogonality_loss(weight_ED).backward()
+        optimizer.step()
+    assert float(orthogonality_loss(weight_ED).detach()) < 0.02 * before

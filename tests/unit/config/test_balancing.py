@@ -41,6 +41,7 @@ def test_the_table_in_the_docs_is_the_table_of_the_code() -> None:
 TOP_12 = "model.config.num_experts_per_tok=12"
 TOP_1 = "model.config.num_experts_per_tok=1"
 GROUPS = ["model.config.n_group=3", "model.config.topk_group=2"]
+EXPERT_THRESHOLD = ["router.selection=expert_threshold", "balance.policy=expert_threshold"]
 UNIFORM = ["router.selection=uniform", "balance.policy=none"]
 THRESHOLD = ["router.selection=threshold", "router.score=softmax"]
 
@@ -95,6 +96,24 @@ THRESHOLD = ["router.selection=threshold", "router.score=softmax"]
         ),
         (["balance.policy=none", "balance.form=multiplicative"], "balance.form=multiplicative has no meaning"),
         (["balance.policy=none", "balance.freeze_at=3"], "balance.freeze_at=3 has no meaning with balance.policy=none"),
+        (
+            [*EXPERT_THRESHOLD, "router.threshold=0.5"],
+            "router.threshold=0.5 has no meaning with router.selection=expert_t",
+        ),
+        (
+            [*EXPERT_THRESHOLD, "router.max_experts=1"],
+            "router.max_experts=1 is less than the 2 experts that a token takes",
+        ),
+        ([*EXPERT_THRESHOLD, "router.max_experts=13"], "router.max_experts=13 is more than the model's 12 experts;"),
+        ([*EXPERT_THRESHOLD, "balance.center=true"], "balance.center=true shifts all thresholds"),
+        ([*EXPERT_THRESHOLD, *GROUPS], "model.config.n_group=3 excludes groups of experts for a token"),
+        (["router.min_experts=1"], "router.min_experts=1 has no meaning with router.selection=top_k"),
+        (
+            ["balance.policy=expert_threshold"],
+            "balance.policy=expert_threshold sets a threshold for each expert, which",
+        ),
+        (["router.selection=expert_threshold"], "router.selection=expert_threshold needs the thresholds that"),
+        ([*UNIFORM, "balance.orthogonality_loss=0.1"], "balance.orthogonality_loss=0.1 trains scores that"),
         (["router.threshold=1"], "router.threshold=1 should be less than 1;"),
     ],
 )

@@ -159,7 +159,7 @@ def test_an_unknown_key_names_the_nearest(override: str, line: str) -> None:
         ("data.sources=[1]", "data.sources[0]=1 should be a text;"),
         ("data.sequence_length=1", "data.sequence_length=1 should be greater than or equal to 2;"),
         ("data.validation_fraction=1", "data.validation_fraction=1 should be less than 1;"),
-        ("router.selection=top_p", "router.selection=top_p should be 'top_k', 'threshold', 'uniform' or 'zipf';"),
+        ("router.selection=top_p", "router.selection=top_p should be 'top_k', 'threshold', 'expert_threshold', 'uni"),
         (
             "balance.policy=null",
             "balance.policy=null should be 'none', 'loss_free', 'adaptive_weight',",

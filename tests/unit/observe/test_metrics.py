@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_moe.balance.experts_per_token import experts_per_token_percentile
 from dist_moe.balance.load import (
     cov_floor,
     dead_experts_floor,
@@ -15,7 +16,7 @@ from dist_moe.balance.load import (
     max_vio_floor,
 )
 from dist_moe.observe.evaluation import evaluation_metrics
-from dist_moe.observe.measures import measure_load
+from dist_moe.observe.measures import measure_load, shared_fields
 from dist_moe.observe.metrics import step_metrics
 from tests.unit.observe.samples import VARYING, evaluation_sample, progress_sample, step_sample
 
@@ -60,6 +61,7 @@ PROMISED_STEP_KEYS = {
     "experts_per_token",
     "experts_per_token_p50",
     "experts_per_token_p99",
+    "unrouted_percent",
     "experts_per_token_histogram",
     "experts_per_token_per_layer",
 }
@@ -149,6 +151,30 @@ def test_experts_per_token_over_layers_of_different_k(sample: Any) -> None:
     constant = sample()
     assert constant.experts_per_token_histogram == (0, 70)
     assert (constant.experts_per_token, constant.experts_per_token_p50, constant.experts_per_token_p99) == (2.0, 2, 2)
+
+
+def test_trap_T19_tokens_without_experts_count_in_the_experts_per_token() -> None:
+    """Layer 0: 5 tokens take none, 10 one, 10 two; layer 1: 15 one."""
+    fields = shared_fields(
+        measure_load([torch.tensor([15, 15]), torch.tensor([10, 5])]),
+        [torch.tensor([10, 10]), torch.tensor([15, 0])],
+        [5, 0],
+    )
+    assert fields["experts_per_token"] == pytest.approx((25 + 20) / 40)
+    assert fields["experts_per_token_per_layer"] == pytest.approx((30 / 25, 1.0))
+    assert fields["unrouted_percent"] == 12.5
+    assert (fields["experts_per_token_p50"], fields["experts_per_token_p99"]) == (1, 2)
+    assert experts_per_token_percentile(torch.tensor([10, 10]), 20, 5) == 0, "a fifth of the tokens takes none"
+    assert experts_per_token_percentile(torch.tensor([10, 10]), 21, 5) == 1
+
+
+def test_a_step_is_measured_against_the_shares() -> None:
+    found = step_metrics(progress_sample(), **arguments(load_L=[torch.tensor([30, 10])], shares=(0.75, 0.25)))
+    assert found.max_vio == found.load_deviation_percent == 0.0 < found.max_vio_floor
+    assert (
+        found.max_vio_floor
+        > step_metrics(progress_sample(), **arguments(load_L=[torch.tensor([30, 10])])).max_vio_floor
+    )
 
 
 def test_a_step_record_has_the_threshold_and_the_auxiliary_loss() -> None:

@@ -52,7 +52,10 @@ def test_a_field_of_another_policy_is_refused_with_the_policies_that_have_it() -
 @pytest.mark.parametrize("value", ["auction", "null", "[1]"])
 def test_an_unknown_policy_is_refused_with_the_known_ones(value: str) -> None:
     message = refused(f"balance.policy={value}", "balance.rate=0.1")
-    names = "should be 'none', 'loss_free', 'adaptive_weight', 'quantile' or 'auxiliary'; give the policy: none ("
+    names = (
+        "'none', 'loss_free', 'adaptive_weight', 'momentum', 'quantile', 'ema_quantile', 'expert_threshold' or 'auxi"
+    )
+    names = f"should be {names}liary'; give the policy: none ("
     assert message.startswith("balance.policy=") and names in message
 
 

@@ -7,6 +7,7 @@ import torch
 
 from dist_moe.config.combinations import refusal
 from dist_moe.policies.loss_free import LossFree
+from dist_moe.policies.registry import POLICIES
 from dist_moe.study.controllers.figure import STYLES
 from dist_moe.study.controllers.scores import Drift, draw_scores
 from dist_moe.study.controllers.variants import REFERENCES, VARIANTS, PolicySimulation, PolicyVariant
@@ -23,8 +24,8 @@ def run(variant: PolicyVariant, steps: int = 20) -> PolicySimulation:
 
 @pytest.mark.parametrize("variant", (*REFERENCES, *VARIANTS), ids=lambda variant: variant.name)
 def test_the_configuration_allows_every_variant(variant: PolicyVariant) -> None:
-    selection = "threshold" if variant.threshold_routing else "top_k"
-    assert refusal(selection, variant.score, variant.policy.policy) is None
+    if variant not in REFERENCES:
+        assert refusal(variant.selection, variant.score, variant.policy.policy) is None
 
 
 def test_names_are_unique_and_have_a_line_in_the_figure() -> None:
@@ -34,7 +35,7 @@ def test_names_are_unique_and_have_a_line_in_the_figure() -> None:
 
 
 def test_every_policy_without_gradients_is_included() -> None:
-    assert {variant.policy.policy for variant in VARIANTS} == {"none", "loss_free", "adaptive_weight", "quantile"}
+    assert {variant.policy.policy for variant in VARIANTS} == set(POLICIES) - {"auxiliary"}
 
 
 def test_a_step_is_routed_with_the_bias_from_before_it() -> None:
@@ -49,7 +50,7 @@ def test_a_step_is_routed_with_the_bias_from_before_it() -> None:
 
 def test_every_policy_but_none_lowers_max_vio() -> None:
     assert not run(BY_NAME["none"]).bias_E.any()
-    for name in ("sign, 0.01", "adaptive, 0.1", "quantile, sigmoid", "quantile, softmax"):
+    for name in ("sign, 0.01", "adaptive, 0.1", "quantile, sigmoid", "quantile, softmax", "EMA quantile, sigmoid"):
         assert run(BY_NAME[name], 12).max_vio[-1] < run(BY_NAME["none"], 12).max_vio[-1], name
 
 
@@ -65,3 +66,20 @@ def test_threshold_routing_measures_experts_per_token() -> None:
     # Equal probabilities: 2 of 4 experts reach 0.4. A confident token: 1 does.
     simulation.step(torch.tensor([[0.0, 0, 0, 0], [9, 0, 0, 0]]))
     assert simulation.experts_per_token == [1.5]
+
+
+def test_expert_thresholds_give_each_token_top_k_experts_on_average() -> None:
+    simulation = run(BY_NAME["expert threshold"], 12)
+    assert simulation.experts_per_token[0] == 2.0, "the highest logits, before the first update"
+    assert len(set(simulation.experts_per_token)) > 5
+    assert sum(simulation.experts_per_token[4:]) / 8 == pytest.approx(2.0, abs=0.1)
+    assert simulation.max_vio[-1] < run(BY_NAME["none"], 12).max_vio[-1]
+
+
+def test_max_vio_is_measured_against_unequal_shares() -> None:
+    simulation = PolicySimulation(BY_NAME["adaptive, 0.1, shares"], experts=8, top_k=2)
+    assert simulation.shares == pytest.approx((0.2, 0.2, *[0.1] * 6))
+    # Five tokens: 2 of the 10 assignments to each of the first two experts, 1 to each of the others.
+    pairs_TK = torch.tensor([[0, 2], [0, 3], [1, 4], [1, 5], [6, 7]])
+    simulation.step(torch.zeros(5, 8).scatter_(1, pairs_TK, 1.0))
+    assert simulation.max_vio == [pytest.approx(0.0, abs=1e-12)]
