@@ -16,7 +16,7 @@ NOT_RESULTS = frozenset(
     {
         *("validation_loss", "bits_per_byte", "tokens", "examples", "bytes", "max_vio_global", "max_vio_global_floor"),
         *("load_cov", "load_cov_floor", "load_deviation_percent", "load_deviation_percent_floor"),
-        *("experts_per_token", "experts_per_token_p50", "experts_per_token_p99"),
+        *("experts_per_token", "experts_per_token_p50", "experts_per_token_p99", "unrouted_percent"),
     }
 )
 """Numbers of an evaluation that have a row of their own, or none; all others are metrics of the task."""
