@@ -22,7 +22,9 @@ from dist_moe.untrusted import parse_json, printable
 LARGEST_LINE = 1 << 26
 MOST_STEPS, MOST_EVENTS = 1_000_000, 10_000
 MOST_METRICS, LONGEST_NAME = 100, 60
-Number = FiniteFloat | None
+LARGEST = 1e30
+"""Numbers of files beyond it would overflow in sums and products of a chart."""
+Number = Annotated[FiniteFloat, Field(ge=-LARGEST, le=LARGEST)] | None
 """A number, or null where it was not finite, or where the version that wrote the line had no such number."""
 Step = Annotated[int, Field(ge=0, lt=1 << 62)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -76,7 +78,7 @@ class LoadLine(_Line):
 class ValidationLine(LoadLine):
     """What is read of the record of an evaluation. `metrics` are all of its single numbers by name."""
 
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Annotated[FiniteFloat, Field(ge=-LARGEST, le=LARGEST)]] = {}
     max_vio_global_per_layer: list[Number] = []
     max_vio_global_floor_per_layer: list[Number] = []
     load_deviation_percent_per_layer: list[Number] = []

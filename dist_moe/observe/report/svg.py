@@ -188,6 +188,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2 and 5 of each decade from `low` to `high`, or powers of ten where these are many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(decades) <= 4 else (1,)
+    decades = decades[:: 1 + len(decades) // 12]
     return [value for power in decades for factor in factors if low <= (value := factor * 10.0**power) <= high]
 
 

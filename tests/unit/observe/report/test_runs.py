@@ -48,6 +48,7 @@ def test_an_evaluation_of_the_same_step_replaces_the_one_before(tmp_path: Path) 
         ('{"event": "step", "step": 31, "loss": "x"}', "loss=x should be a number"),
         ('{"event": "step", "step": 31, "bias_per_layer": [5]}', "bias_per_layer is not a list of ranges"),
         ('{"event": "step", "step": 31, "bias_per_layer": [{"min": "x"}]}', "the min of a bias is not a number"),
+        ('{"event": "step", "step": 31, "loss": 1e31}', "loss=1e+31"),
         ('{"step": 31}', "it has no event"),
         ("[" * 5000, "line 7 is not as expected"),
         ('{"event": "step", "step": 31, "tokens": 1e400}', "too large"),
