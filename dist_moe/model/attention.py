@@ -78,6 +78,8 @@ def mask(batch_size: int, q_length: int, kv_length: int, **others: Any) -> Tenso
     if not short or others.get("attention_mask") is not None or torch.device(others.get("device", "cpu")).type != "cpu":
         return cast(Tensor | None, sdpa_mask(batch_size, q_length, kv_length, **others))
     allowed_B1SS = sdpa_mask(batch_size, q_length, kv_length, **{**others, "allow_is_causal_skip": False})
+    if allowed_B1SS is None:  # an encoder without padding: nothing is masked
+        return None
     if allowed_B1SS.stride(0) == 0:  # the same for every row
         allowed_B1SS = allowed_B1SS[:1]
     return torch.zeros_like(allowed_B1SS, dtype=dtype).masked_fill_(~allowed_B1SS, float("-inf"))

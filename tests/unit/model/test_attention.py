@@ -1,6 +1,7 @@
 """Attention by matrix products and by starts of documents equals PyTorch's, forward and backward, or is PyTorch's."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from dist_moe.model.attention import (
     documents_mask,
 )
 from dist_moe.model.inputs import Documents, find_documents
-from tests.unit.model.samples import FAMILIES, small_model, tokens
+from tests.dense import dense_folder, outputs, upcycled
+from tests.unit.model.samples import ALONE, FAMILIES, small_model, tokens
 
 BATCH, LENGTH = 2, 12
 DOCUMENTS_BS = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
@@ -266,3 +268,18 @@ def test_documents_are_given_only_where_they_are_read() -> None:
     other: Any = small_model("qwen3_moe")
     other.config._attn_implementation = "sdpa"
     assert documents_arguments(documents, other.config) == {}
+
+
+def test_an_encoder_in_bf16_attends_to_later_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As that of transformers; without padding there is no mask."""
+    monkeypatch.setattr(module_under_test, "multiplies_bf16", lambda: True)
+    theirs = dense_folder(tmp_path, "bert").bfloat16()
+    ours = upcycled(tmp_path, "bert", ALONE).bfloat16()
+    tokens_BS, changed_BS = tokens(), tokens()
+    changed_BS[:, -1] = 1
+    found, wanted, other = (
+        outputs(model, ids_BS).float()
+        for model, ids_BS in ((ours, tokens_BS), (theirs, tokens_BS), (ours, changed_BS))
+    )
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+    assert not torch.allclose(found[:, 0], other[:, 0], atol=0.05)
