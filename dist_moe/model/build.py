@@ -71,6 +71,8 @@ def empty_model(
         model = (AutoModel if family.encoder else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
         if has_head(config):
             attach_head(model)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # of an encoder: nothing here reads its result
     convert(model, family, rule, mesh, moe_kernels)
     if norm == "auto":
         fuse_norms(model)

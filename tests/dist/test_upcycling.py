@@ -13,7 +13,7 @@ from dist_moe.comm.mesh import make_mesh
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
 from tests.dense import EXPERTS, dense_folder, outputs, upcycled
 from tests.dist.pool import RankPool
-from tests.dist.resumable import same_bits, steps, train, write_text
+from tests.dist.resumable import same_bits, steps, tensors, train, write_text
 from tests.selection import only_first
 from tests.unit.model.samples import tokens
 
@@ -83,6 +83,34 @@ def test_trap_T44_an_upcycled_run_resumes_bit_for_bit(
     assert same_bits(whole / "checkpoints/step-000004", parts / "checkpoints/step-000004") == []
     losses: list[Any] = [[step["loss"] for step in steps(run).values()] for run in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def classify(tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Texts with a class, and a run in which an encoder learns it."""
+    rows = [{"text": f"{word} {number}", "label": word} for number in range(24) for word in ("good", "bad")]
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("\n".join(map(json.dumps, rows)))
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dense_folder(tmp_path / "bert", "bert", vocab_size=257, max_position_embeddings=256, **no_dropout)
+    model = ("model.architecture=bert", "model.config={}", f"model.upcycle_from={tmp_path / 'bert'}")
+    routing = ("router.selection=threshold", "balance.policy=adaptive_weight", "balance.rate=0.1")
+    task = ("task.kind=classification", "data.sequence_length=32", "data.validation_fraction=0.2")
+    return examples, (*model, *routing, *task, "train.frozen_layers=2", "train.schedule_steps=20")
+
+
+@pytest.mark.slow
+def test_an_upcycled_encoder_classifies_and_resumes_bit_for_bit(ranks: RankPool, tmp_path: Path) -> None:
+    """With expert parallelism; one worker has the same losses."""
+    examples, overrides = classify(tmp_path)
+    whole, parts, alone = (tmp_path / name for name in ("whole", "parts", "alone"))
+    ranks.run(train, 2, examples, whole, (*overrides, "train.steps=4"))
+    for last in (2, 4):
+        ranks.run(train, 2, examples, parts, (*overrides, f"train.steps={last}"))
+    assert same_bits(whole / "checkpoints/step-000004", parts / "checkpoints/step-000004") == []
+    ranks.run(train, 1, examples, alone, (*overrides, "train.steps=4"))
+    losses: list[Any] = [[step["loss"] for step in steps(run).values()] for run in (whole, alone)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 4
+    assert not any("pooler" in name for name in tensors(whole / "checkpoints/step-000004"))
 
 
 @pytest.mark.slow

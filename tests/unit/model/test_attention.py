@@ -278,8 +278,7 @@ def test_an_encoder_in_bf16_attends_to_later_tokens(monkeypatch: pytest.MonkeyPa
     tokens_BS, changed_BS = tokens(), tokens()
     changed_BS[:, -1] = 1
     found, wanted, other = (
-        outputs(model, ids_BS).float()
-        for model, ids_BS in ((ours, tokens_BS), (theirs, tokens_BS), (ours, changed_BS))
+        outputs(model, ids_BS).float() for model, ids_BS in ((ours, tokens_BS), (theirs, tokens_BS), (ours, changed_BS))
     )
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
     assert not torch.allclose(found[:, 0], other[:, 0], atol=0.05)
