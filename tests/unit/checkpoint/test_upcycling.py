@@ -79,8 +79,8 @@ def test_trap_T26_noise_and_routers_do_not_depend_on_the_layout(
     exact = find_layers(upcycled(folder, architecture, ALONE))
     for rank in range(4):
         mesh = Mesh(4, rank, 4)
-        part = find_layers(upcycled(folder, architecture, mesh, upcycling=noisy))
-        for ours, all_of_them in zip(part, whole, strict=True):
+        of_rank = find_layers(upcycled(folder, architecture, mesh, upcycling=noisy))
+        for ours, all_of_them in zip(of_rank, whole, strict=True):
             assert torch.equal(ours.router.weight, all_of_them.router.weight)
             for name, parameter in ours.experts.local.named_parameters():
                 wanted = all_of_them.experts.local.get_parameter(name)[2 * rank : 2 * rank + 2]
