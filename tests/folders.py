@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.unit.model.samples import FAMILIES, perturb
@@ -17,6 +17,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END, THINK = "<|im_end|>", "<think>"
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "is", "good", "##s", "bad", "wonderful", "dreadful"]
 
 
 def make_folder(folder: Path, architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -52,3 +53,17 @@ def make_tokenizer(folder: Path, **settings: Any) -> tokenizers.Tokenizer:
     backend.save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, **settings}))
     return backend
+
+
+def make_wordpiece(folder: Path) -> None:
+    """A WordPiece tokenizer as an encoder's folder has it, with padding and truncation set."""
+    vocabulary = {piece: index for index, piece in enumerate(PIECES)}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    backend.enable_padding(length=128)
+    backend.enable_truncation(3)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"sep_token": "[SEP]", "tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

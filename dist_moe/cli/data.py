@@ -21,16 +21,19 @@ def data() -> None:
 def fetch(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Names of sources; by default all built-in ones."),
+        typer.Argument(metavar="[NAME]...", help="Names of sources; by default all built-in ones of text."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Fetch sources of text into the cache, and list them."""
     from dist_moe.data.cache import cache_folder
+    from dist_moe.data.labeled.sources import LABELED, fetch_labeled
     from dist_moe.data.sources import BUILT_IN, fetch_sources
 
     with report_user_errors():
-        records = fetch_sources(names or BUILT_IN, cache_folder())
+        texts = [name for name in names or BUILT_IN if name not in LABELED]
+        records = fetch_sources(texts, cache_folder()) if texts else []
+        records += fetch_labeled([name for name in names or () if name in LABELED], cache_folder())
     table = Table("source", "version", "bytes", "sha256")
     for record in records:
         table.add_row(record.name, record.version, f"{record.bytes:,}", record.sha256)

@@ -13,9 +13,11 @@ from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.train.evaluate import evaluate, read_rows, validation_set
 from dist_moe.train.generate import generate
+from tests.dense import dense_folder
 from tests.dist.loaded import run_loaded
 from tests.dist.pool import RankPool
 from tests.dist.resumable import overrides_of, same_bits, started, steps, train
+from tests.folders import make_wordpiece
 from tests.selection import full
 
 CLASSIFY = (
@@ -142,6 +144,29 @@ def test_trap_T30_each_example_is_evaluated_once_over_all_ranks(
     for record, _ in found:
         assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
         assert (record["accuracy"], record["load"]) == (expected["accuracy"], expected["load"])
+
+
+@pytest.mark.slow
+def test_an_upcycled_encoder_classifies_resumes_and_is_evaluated(
+    ranks: RankPool, examples: Path, tmp_path: Path
+) -> None:
+    """A BERT with a WordPiece tokenizer: bit for bit on one layout, and its checkpoint opens as any other."""
+    dense_folder(tmp_path / "dense", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    make_wordpiece(tmp_path / "dense")
+    source = (f"model.upcycle_from={tmp_path}/dense", "model.architecture=bert", "model.config={}", "balance.rate=0.1")
+    routing = ("router.score=softmax", "balance.policy=loss_free")
+    start = (*source, *routing, "model.upcycle_experts=4", "data.tokenizer=pretrained")
+    changes = (*(each for each in CLASSIFY if not each.startswith("model.")), *start, "data.sequence_length=16")
+    ranks.run(train, 2, examples, tmp_path / "whole", (*changes, "train.steps=4"))
+    for until in (2, 4):
+        ranks.run(train, 2, examples, tmp_path / "parts", (*changes, f"train.steps={until}"))
+    last = "checkpoints/step-000004"
+    assert same_bits(tmp_path / "whole" / last, tmp_path / "parts" / last) == []
+    done = run_loaded(
+        [sys.executable, "-m", "dist_moe", "evaluate", str(tmp_path / "whole" / last), "--json"], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accuracy"] == validation(tmp_path / "whole")["accuracy"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dist_moe.section import OneOrMore, Section, UserPath
+from dist_moe.text import listed
 
 BUILT_IN = ("stdlib-code", "shakespeare", "brown")
 """Sources of text."""
@@ -20,7 +21,8 @@ class DataConfig(Section):
         min_length=1,
         description="the sources of text, each stdlib-code (the standard library of Python, no download), shakespeare, "
         "brown (American English of 1961, in four domains), or the path or glob of .txt or .jsonl files; one of them "
-        "needs no list",
+        f"needs no list; for a classification or a regression each {listed(LABELED)}, the path or glob of .jsonl, .csv "
+        "or .tsv files, or the folder of a GLUE task or of a dataset on disk",
     )
     sequence_length: int = Field(ge=2, description="the tokens of a sequence (2 or more)")
     tokenizer: Literal["bytes", "bpe", "pretrained"] = Field(

@@ -1,33 +1,20 @@
 """How the texts of an example become one row: special tokens, pairs, and what is cut."""
 
-import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, processors
 
 from dist_moe.data.labeled.example import Example
 from dist_moe.data.labeled.join import join, shorten, special_tokens
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer
 from dist_moe.errors import DataError
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "is", "good", "##s", "bad"]
+from tests.folders import make_wordpiece
 
 
 def wordpiece(folder: Path) -> Tokenizer:
-    """Write a WordPiece tokenizer as an encoder's folder has it, with padding and truncation set, and load it."""
-    backend = Backend(models.WordPiece({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    backend.enable_padding(length=128)
-    backend.enable_truncation(3)
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"sep_token": "[SEP]", "tokenizer_class": "BertTokenizer"})
-    )
+    """The tokenizer of an encoder's folder."""
+    make_wordpiece(folder)
     return load_tokenizer(folder, byte_level=False)
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_moe.comm.mesh import Mesh
 from dist_moe.config.sections.task import TaskConfig
+from dist_moe.model.build import build_model
 from dist_moe.model.head import head_of, head_settings, label_names
 from dist_moe.model.inputs import LabeledInputs
 from dist_moe.model.tasks.classification import ClassificationTask, pool
@@ -15,6 +17,24 @@ from tests.unit.model.samples import FAMILIES, small_model
 
 LABELS = ("bad", "good", "so-so")
 LENGTHS = (3, 9, 5, 1)
+BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_layers": [0, 1],
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+"""An encoder, whose feed-forward networks are MoE blocks."""
 ONE = torch.tensor(1.0)
 
 
@@ -23,7 +43,11 @@ def make_task(
 ) -> ClassificationTask:
     """A small model with a head."""
     task = TaskConfig(kind=kind, pooling=pooling)  # type: ignore[arg-type]
-    model = small_model(architecture, **head_settings(task, LABELS), initializer_range=0.3)
+    keys = {**head_settings(task, LABELS), "initializer_range": 0.3}
+    if architecture == "bert":
+        model = build_model(architecture, {**BERT, **keys}, "softmax", Mesh(1, 0, 1), seed=0)
+    else:
+        model = small_model(architecture, **keys)
     return ClassificationTask(model, **settings)
 
 
@@ -44,7 +68,7 @@ def row(batch: LabeledInputs, index: int) -> LabeledInputs:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
-@pytest.mark.parametrize("architecture", list(FAMILIES))
+@pytest.mark.parametrize("architecture", [*FAMILIES, "bert"])
 def test_trap_T04_padding_changes_nothing(architecture: str, pooling: str) -> None:
     """Neither the outputs, nor the gradient, nor the counts of the routing."""
     task = make_task(architecture, pooling)
@@ -63,6 +87,13 @@ def test_trap_T04_padding_changes_nothing(architecture: str, pooling: str) -> No
     assert all(int(load_E.sum()) == 2 * sum(LENGTHS) for load_E in first.loads)
     alone = torch.cat([task(row(inputs(), index), ONE).outputs_BC for index in range(4)])
     torch.testing.assert_close(first.outputs_BC, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoder_sees_which_text_of_a_pair_a_token_is_of() -> None:
+    task, batch = make_task("bert").eval(), inputs()
+    other = batch._replace(types_BS=(torch.arange(batch.tokens_BS.shape[1]) > 1).long().expand_as(batch.types_BS))
+    assert not torch.allclose(task(batch, ONE).outputs_BC, task(other, ONE).outputs_BC, atol=1e-3)
+    assert torch.equal(*(make_task("qwen3_moe").eval()(each, ONE).outputs_BC for each in (batch, other)))
 
 
 def test_the_loss_is_the_sum_of_cross_entropies() -> None:
