@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dist_moe.config.sections.task import TaskConfig
-from dist_moe.data.labeled.prepare import LabeledData, prepare_labeled
+from dist_moe.data.labeled.example import Example
+from dist_moe.data.labeled.prepare import LabeledData, divide, place_of, prepare_labeled
 from dist_moe.data.labeled.stream import ExampleStream
 from dist_moe.data.split import in_validation
 from dist_moe.data.stream import Rows
@@ -39,6 +40,7 @@ def prepared(
 def test_every_example_is_in_the_split_of_its_key_once(tmp_path: Path) -> None:
     data = prepared(write(tmp_path), tmp_path)
     held_out = [number for number in range(COUNT) if in_validation(f"film {number // 2}", 0.2)]
+    held_out.sort(key=lambda number: place_of(Example(f"film {number // 2}", "", None, "")))
     assert data.labels == ("bad", "good", "so-so")
     assert data.validation.labels_N.tolist() == [number % 3 for number in held_out]
     assert data.train.count == COUNT - len(held_out)
@@ -49,6 +51,13 @@ def test_every_example_is_in_the_split_of_its_key_once(tmp_path: Path) -> None:
     assert texts == [(f"{number} " * (1 + number % 7))[:15] for number in held_out]
     cut = sum(2 * (1 + number % 7) + (number > 9) * (1 + number % 7) > 15 for number in range(COUNT))
     assert sum(int(note.split()[0]) for note in data.notes) == cut
+
+
+def test_the_first_held_out_examples_are_of_all_classes_where_a_source_is_sorted() -> None:
+    examples = [Example(str(number), "", None, str(number // 100)) for number in range(300)]
+    first = divide(examples, 0.5)["validation"][:30]
+    assert {each.label for each in first} == {"0", "1", "2"}
+    assert divide(examples, None)["all"] != examples
 
 
 def test_tokens_are_made_again_exactly_where_they_would_differ(tmp_path: Path) -> None:
