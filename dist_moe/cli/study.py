@@ -124,3 +124,77 @@ def load(
     with report_user_errors():
         draw_load_figure(out, read_histories(run_dirs), layer, "dark" if dark else "light")
     Console().print(f"Figure: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+GRIDS = {
+    "nlu": "Adaptive expert weights on language understanding: accuracy, load and experts per token on four tasks.",
+    "loss_free": "Loss-Free Balancing on mixed text: rates, gates and auxiliary losses; computation batches.",
+    "dynamic": "What threshold routing gives at equal experts per token, and at equal time.",
+    "specialization": "Whether balancing blurs the experts' preferences for domains of text.",
+}
+"""The studies of many runs, by the name of their module and plan."""
+
+
+def _add_grid(name: str, about: str) -> None:
+    from dist_moe.text import listed
+
+    @study_app.command(name.replace("_", "-"), help=f"{about} Resumes; takes hours on a CPU.")
+    def run(
+        preset: Annotated[str, typer.Option(metavar="NAME", help="Size of the study, small or full.")] = "small",
+        plan: Annotated[
+            Path | None, path_option("FILE", f"Plan of the study (default: configs/study/{name}.yaml).")
+        ] = None,
+        out: Annotated[
+            Path | None, path_option("FOLDER", f"Folder for results and figures (default: runs/study/{name}).")
+        ] = None,
+        runs: Annotated[
+            Path | None, path_option("FOLDER", f"Folder for the runs (default: runs/study/{name}/runs).")
+        ] = None,
+        case: Annotated[
+            list[str] | None, typer.Option(metavar="NAME", help="Train the cells of this case; may be repeated.")
+        ] = None,
+        seed: Annotated[
+            list[int] | None, typer.Option(min=0, help="Train the cells of this seed; may be repeated.")
+        ] = None,
+        minutes: Annotated[
+            float | None, typer.Option(min=0, help="Begin no run that would probably end later than this.")
+        ] = None,
+        check: Annotated[
+            bool, typer.Option("--check", help="Train one cell of each checked arm again, and compare.")
+        ] = False,
+        recorded: Annotated[
+            Path | None, path_option("FOLDER", f"Results to compare with --check (default: docs/study/{name}).")
+        ] = None,
+        verbose: Verbose = False,
+    ) -> None:
+        from importlib import import_module
+
+        from dist_moe.errors import UserError
+        from dist_moe.study.grid.run import Part, Place, check_study, default_plan, run_study
+
+        console = Console()
+
+        def log(line: str) -> None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        study = import_module(f"dist_moe.study.{name}").STUDY
+        out = out or Path("runs/study") / name
+        place = Place(plan or default_plan(name), out, runs or Path("runs/study") / name / "runs")
+        with report_user_errors():
+            if not check:
+                run_study(study, place, Part(preset, case or (), seed or (), minutes), log)
+                log(f"Page: {place.page}")
+                return
+            found = check_study(study, place, recorded or Path("docs/study") / name, preset, log)
+            for one in found:
+                verdict = "agrees" if one.agrees else "DIFFERS"
+                log(
+                    f"{verdict}: {one.cell}: {one.measure} recorded {one.recorded:.6g}, repeated {one.repeated:.6g}, "
+                    f"accepted difference {one.accepted:.3g}"
+                )
+            if differing := [f"{one.cell}: {one.measure}" for one in found if not one.agrees]:
+                raise UserError(f"the repeated cells differ in {listed(differing, last='and', most=5)}")
+
+
+for _name, _about in GRIDS.items():
+    _add_grid(_name, _about)

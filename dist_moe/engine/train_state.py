@@ -30,6 +30,11 @@ class TrainState:
     @cached_property
     def stream(self) -> RunStream:
         """The infinite stream of training rows."""
-        if isinstance(self.data, LabeledData):
-            return ExampleStream(self.data.train, self.config.run.seed)
-        return Stream(self.data.train, self.config.data.sequence_length, self.config.run.seed)
+        return training_stream(self.config, self.data)
+
+
+def training_stream(config: Config, data: RunData) -> RunStream:
+    """Return the infinite stream of training rows of a run."""
+    if isinstance(data, LabeledData):
+        return ExampleStream(data.train, config.run.seed)
+    return Stream(data.train, config.data.sequence_length, config.run.seed)

@@ -23,17 +23,29 @@ class UpcycledBlock(nn.Module):
     Args:
         gate: The router.
         experts: The experts.
+
+    Attributes:
+        as_dense: Whether the first local expert computes every token, without an exchange; the router is called, and
+            what it selects is not used.
     """
 
     def __init__(self, gate: Router, experts: ExpertParallelLayer) -> None:
         super().__init__()
         self.gate = gate
         self.experts = experts
+        self.as_dense = False
 
     def forward(self, hidden_D: Tensor) -> Tensor:
         """Return the experts' results [..., D], summed with gate weights that sum to 1. Collective."""
         hidden_TD = hidden_D.reshape(-1, hidden_D.shape[-1])
         _, weights_TK, ids_TK = self.gate(hidden_TD)
+        if self.as_dense:
+            ends_e = torch.full(
+                (len(self.experts.mesh.local_experts(self.experts.num_experts)),), len(hidden_TD), dtype=torch.int32
+            )
+            weights_T = hidden_TD.new_ones(len(hidden_TD))
+            dense_TD: Tensor = self.experts.local(hidden_TD, weights_T, ends_e)
+            return dense_TD.view_as(hidden_D)
         mixed_TD: Tensor = self.experts(hidden_TD, ids_TK, with_unit_sum(weights_TK))
         return mixed_TD.view_as(hidden_D)
 

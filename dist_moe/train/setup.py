@@ -33,12 +33,14 @@ from dist_moe.data.labeled.prepare import LabeledData, prepare_labeled
 from dist_moe.data.packages.models import weights_folder
 from dist_moe.engine.deepspeed import EngineSettings, start_engine
 from dist_moe.engine.precision import choose_precision
-from dist_moe.engine.train_state import RunData, TrainState
+from dist_moe.engine.train_state import RunData, TrainState, training_stream
 from dist_moe.errors import DataError
 from dist_moe.health.hang_detector import HangDetector, hang_detector
 from dist_moe.model.build import build_model, freeze_layers, parameter_groups, routing_rule
+from dist_moe.model.centered_router import center_routers, mean_router_inputs
 from dist_moe.model.cross_entropy import choose_cross_entropy
 from dist_moe.model.head import head_settings
+from dist_moe.model.inputs import model_inputs
 from dist_moe.model.tasks.base import Task
 from dist_moe.model.tasks.classification import ClassificationTask
 from dist_moe.model.tasks.language_model import LanguageModelTask
@@ -123,6 +125,8 @@ def build_run(resolved: Resolved, rank_info: RankInfo) -> Iterator[Run]:
             load_model(checkpoint, task, mesh)
         else:
             load_start(config, task, mesh)
+            if config.model.upcycle_router == "centered":
+                center_start(config, task, data, mesh)
         report.describe(resolved, data, task)
         settings = engine_settings(resolved, dist_context.device)
         state = stack.enter_context(start_training(config, task, data, mesh, settings))
@@ -145,6 +149,22 @@ def load_start(config: Config, task: Task, mesh: Mesh) -> None:
         load_upcycled(folder, task.model, mesh, upcycling)
     else:
         load_pretrained(folder, task.model, mesh)
+
+
+def center_start(config: Config, task: Task, data: RunData, mesh: Mesh) -> None:
+    """Make the routers of an upcycled model ignore the mean of their inputs. A collective call.
+
+    Rank 0 computes the means on the rows of the first global batch, so that they do not depend on the layout.
+    """
+    means: list[list[float]] = []
+    if mesh.rank == 0:
+        stream, size = training_stream(config, data), config.train.sequences_per_forward
+        rows = config.train.global_batch_size
+        batches = (stream.batch(first, min(size, rows - first)) for first in range(0, rows, size))
+        inputs = (model_inputs(batch, torch.device("cpu")) for batch in batches)
+        means = [mean_D.tolist() for mean_D in mean_router_inputs(task, inputs)]
+    means = all_gather_objects(means, list[list[float]])[0]
+    center_routers([layer.router for layer in task.layers], [torch.tensor(mean) for mean in means])
 
 
 @contextlib.contextmanager

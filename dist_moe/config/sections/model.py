@@ -75,6 +75,12 @@ class ModelConfig(Section):
         description="the standard deviation of the routing logits at the start, with model.upcycle_from (above 0, up "
         "to 100)",
     )
+    upcycle_router: Literal["normal", "centered"] = Field(
+        default="normal",
+        description="the routers at the start, with model.upcycle_from: normal (drawn at random) or centered (drawn, "
+        "and made orthogonal to the mean of their inputs over the first global batch, so that they ignore what all "
+        "tokens have in common)",
+    )
     attention: AttentionName = Field(
         default="auto",
         description="the implementation of attention: sdpa (PyTorch's own), or auto (matrix products for short "

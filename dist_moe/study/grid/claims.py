@@ -1,0 +1,119 @@
+"""Claims of a study: what is asserted, whether the results support it, and by which numbers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dist_moe.study.grid.statistics import Interval, Results, interval
+from dist_moe.text import counted
+
+Verdict = Literal["does not hold", "not resolved", "holds", "not measured"]
+NO_PAIR = "no seed has both arms"
+ORDER: tuple[Verdict, ...] = ("does not hold", "not resolved", "not measured", "holds")
+
+
+class Measure(NamedTuple):
+    """A measure of the results.
+
+    Attributes:
+        name: In `CellResult.values`.
+        digits: After the decimal point.
+        unit: After the value, with a space.
+        factor: By which the value is multiplied, such as 100 for percent.
+    """
+
+    name: str
+    digits: int
+    unit: str = ""
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        text: What is asserted.
+        verdict: Whether the results support it.
+        evidence: The numbers.
+    """
+
+    text: str
+    verdict: Verdict
+    evidence: str
+
+
+def lower_by_factor(
+    results: Results, text: str, case: str, arm: str, other: str, measure: Measure, factor: float
+) -> Claim:
+    """Claim that a measure of `arm` is at least `factor` times lower than that of `other`, for each seed."""
+    ratios = results.ratios(case, other, arm, measure.name)
+    if not ratios:
+        return Claim(text, "not measured", NO_PAIR)
+    pairs = results.pairs(case, other, arm, measure.name)
+    by_seed = ", ".join(f"{ratio:.1f}" for ratio in ratios.values())
+    absolute = ", ".join(f"{first:.3g} to {second:.3g}{measure.unit}" for first, second in pairs.values())
+    lowest, highest = min(ratios.values()), max(ratios.values())
+    verdict: Verdict = "holds" if lowest >= factor else "not resolved" if highest >= factor else "does not hold"
+    return Claim(text, verdict, f"factors {by_seed} by seed (from {absolute})")
+
+
+def difference_below(results: Results, text: str, arm: str, other: str, measure: Measure, limit: float) -> Claim:
+    """Claim that arm - other is below `limit`: resolved where the 95 % interval of the paired difference is."""
+    difference = _difference(results, arm, other, measure)
+    if difference is None:
+        return Claim(text, "not measured", NO_PAIR)
+    return Claim(text, _below(difference, limit), _difference_text(difference, measure))
+
+
+def equal_within(results: Results, text: str, arm: str, other: str, measure: Measure, margin: float) -> Claim:
+    """Claim that two arms differ by less than `margin`: resolved where the 95 % interval is within or beyond it."""
+    difference = _difference(results, arm, other, measure)
+    if difference is None:
+        return Claim(text, "not measured", NO_PAIR)
+    verdict: Verdict = "not resolved"
+    if -margin < difference.low and difference.high < margin:
+        verdict = "holds"
+    elif difference.low > margin or difference.high < -margin:
+        verdict = "does not hold"
+    return Claim(text, verdict, _difference_text(difference, measure))
+
+
+def below(results: Results, text: str, arm: str, measure: Measure, limit: float) -> Claim:
+    """Claim that a measure is below `limit` in every case and with every seed."""
+    values = [measure.factor * value for case in results.cases for value in results.values(case, arm, measure.name)]
+    if not values:
+        return Claim(text, "not measured", "the arm has no result")
+    verdict: Verdict = "holds" if max(values) < limit else "does not hold" if min(values) >= limit else "not resolved"
+    low, high = (f"{value:.{measure.digits}f}" for value in (min(values), max(values)))
+    return Claim(text, verdict, f"{low} to {high}{measure.unit} in {counted(len(values), 'run')}")
+
+
+def _difference(results: Results, arm: str, other: str, measure: Measure) -> Interval | None:
+    found = [measure.factor * value for value in results.differences(arm, other, measure.name)]
+    return interval(found) if found else None
+
+
+def _below(difference: Interval, limit: float) -> Verdict:
+    if difference.half_width is None:
+        return "not resolved"
+    return "holds" if difference.high < limit else "does not hold" if difference.low >= limit else "not resolved"
+
+
+def _difference_text(difference: Interval, measure: Measure) -> str:
+    seeds = ", ".join(f"{value:+.{measure.digits}f}" for value in difference.values)
+    if difference.half_width is None:
+        return f"{seeds}{measure.unit} with one seed"
+    return f"{difference.text(measure.digits)}{measure.unit} (95 % interval; by seed {seeds})"
+
+
+def claim_lines(claims: Iterable[Claim]) -> list[str]:
+    """Format the claims as Markdown, grouped by verdict; what does not hold comes first."""
+    grouped: Sequence[Claim] = list(claims)
+    lines: list[str] = []
+    for verdict in ORDER:
+        if members := [claim for claim in grouped if claim.verdict == verdict]:
+            lines += [f"**{verdict.capitalize()}**", ""]
+            lines += [f"- {claim.text}: {claim.evidence}." for claim in members]
+            lines.append("")
+    return lines

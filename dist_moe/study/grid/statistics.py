@@ -1,0 +1,120 @@
+"""Statistics of a study: intervals, and differences between arms paired by seed."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from dist_moe.study.grid.store import CellResult
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence interval; without one for a single value.
+
+    Attributes:
+        mean: Of the values.
+        half_width: Of the interval; None for a single value.
+        values: What the mean was taken of.
+    """
+
+    mean: float
+    half_width: float | None
+    values: tuple[float, ...]
+
+    @property
+    def low(self) -> float:
+        """The lower limit; -inf for a single value."""
+        return -math.inf if self.half_width is None else self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """The upper limit; inf for a single value."""
+        return math.inf if self.half_width is None else self.mean + self.half_width
+
+    def text(self, digits: int) -> str:
+        """Format as `-0.31 ± 0.90`, a difference with its sign."""
+        width = "" if self.half_width is None else f" ± {self.half_width:.{digits}f}"
+        return f"{self.mean:+.{digits}f}{width}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Compute the 95 % confidence interval of a mean by Student's t distribution.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    if not values:
+        raise ValueError("no values; an interval needs at least one")
+    if len(values) == 1:
+        return Interval(values[0], None, tuple(values))
+    from scipy.stats import t
+
+    quantile = float(t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
+    return Interval(fmean(values), quantile * stdev(values) / math.sqrt(len(values)), tuple(values))
+
+
+def proportion_interval(proportion: float, count: int) -> tuple[float, float]:
+    """Compute Wilson's 95 % confidence interval of a proportion.
+
+    Args:
+        proportion: In 0..1, such as an accuracy.
+        count: Examples that it was measured on.
+    """
+    from scipy.stats import norm
+
+    z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    middle = (proportion + z * z / (2 * count)) / (1 + z * z / count)
+    width = z / (1 + z * z / count) * math.sqrt(proportion * (1 - proportion) / count + z * z / (4 * count * count))
+    return middle - width, middle + width
+
+
+class Results:
+    """The results of a study, by case, arm and seed.
+
+    Args:
+        results: Of the finished cells.
+    """
+
+    def __init__(self, results: Iterable[CellResult]) -> None:
+        self.all = list(results)
+        self._by_key = {result.key: result for result in self.all}
+        self.cases = list(dict.fromkeys(result.case for result in self.all))
+        self.arms = list(dict.fromkeys(result.arm for result in self.all))
+
+    def get(self, case: str, arm: str) -> list[CellResult]:
+        """Return the results of all seeds."""
+        return [result for result in self.all if (result.case, result.arm) == (case, arm)]
+
+    def values(self, case: str, arm: str, name: str) -> list[float]:
+        """Return a measure of all seeds that have it."""
+        found = [result.values.get(name) for result in self.get(case, arm)]
+        return [value for value in found if value is not None]
+
+    def pairs(self, case: str, arm: str, other: str, name: str) -> dict[int, tuple[float, float]]:
+        """Return a measure of two arms by seed, of the seeds that have it in both."""
+        found = {}
+        for result in self.get(case, arm):
+            partner = self._by_key.get((case, other, result.seed))
+            first, second = result.values.get(name), None if partner is None else partner.values.get(name)
+            if first is not None and second is not None:
+                found[result.seed] = (first, second)
+        return found
+
+    def differences(self, arm: str, other: str, name: str, cases: Sequence[str] | None = None) -> list[float]:
+        """Return arm minus other, by seed: the mean over the cases in which the seed has both.
+
+        Seeds are the repetitions: the cases of one seed are not independent measurements of the arm.
+        """
+        by_seed: dict[int, list[float]] = {}
+        for case in self.cases if cases is None else cases:
+            for seed, (first, second) in self.pairs(case, arm, other, name).items():
+                by_seed.setdefault(seed, []).append(first - second)
+        return [fmean(by_seed[seed]) for seed in sorted(by_seed)]
+
+    def ratios(self, case: str, numerator: str, denominator: str, name: str) -> dict[int, float]:
+        """Return numerator / denominator of a measure by seed."""
+        pairs = self.pairs(case, numerator, denominator, name)
+        return {seed: first / second for seed, (first, second) in pairs.items() if second}

@@ -1,0 +1,49 @@
+"""Tests of the intervals and of the pairing by seed, with values that were computed by hand."""
+
+import math
+
+import pytest
+
+from dist_moe.study.grid.statistics import Results, interval, proportion_interval
+from tests.unit.study.grid.results import result, two_arms
+
+
+def test_the_interval_is_that_of_students_t() -> None:
+    found = interval([1.0, 2.0, 3.0])
+    # t(0.975, 2 degrees of freedom) = 4.302653; times 1 / sqrt(3).
+    assert found.mean == 2.0 and found.half_width == pytest.approx(2.484138, abs=1e-5)
+    assert (found.low, found.high) == pytest.approx((-0.484138, 4.484138), abs=1e-5)
+    assert found.text(2) == "+2.00 ± 2.48"
+
+
+def test_a_single_value_has_no_interval_and_no_value_is_an_error() -> None:
+    found = interval([1.5])
+    assert (found.half_width, found.low, found.high) == (None, -math.inf, math.inf) and found.text(1) == "+1.5"
+    with pytest.raises(ValueError, match="no values"):
+        interval([])
+
+
+def test_the_interval_of_a_proportion_is_wilsons() -> None:
+    # 80 of 100: Wilson's interval is 0.7112 to 0.8666.
+    assert proportion_interval(0.8, 100) == pytest.approx((0.71117, 0.86663), abs=1e-4)
+    assert proportion_interval(1.0, 50)[1] <= 1.0 + 1e-12
+
+
+def test_differences_are_paired_by_seed_and_averaged_over_cases() -> None:
+    results = Results(
+        [
+            *(result("a", 0, "x", loss=1.0), result("a", 0, "y", loss=3.0), result("a", 1, "x", loss=5.0)),
+            *(result("b", 0, "x", loss=0.5), result("b", 0, "y", loss=1.5), result("b", 2, "x", loss=9.0)),
+        ]
+    )
+    assert results.pairs("x", "a", "b", "loss") == {0: (1.0, 0.5)}
+    assert results.differences("a", "b", "loss") == [1.0], "the mean of 0.5 and 1.5; seed 1 has no partner"
+    assert results.differences("a", "b", "loss", ["y"]) == [1.5]
+    assert results.ratios("x", "a", "b", "loss") == {0: 2.0}
+    assert (results.cases, results.arms) == (["x", "y"], ["a", "b"])
+
+
+def test_values_that_are_not_finite_are_left_out() -> None:
+    results = Results([result("a", 0, loss=None), result("a", 1, loss=2.0), result("b", 0, loss=1.0)])
+    assert results.values("", "a", "loss") == [2.0] and results.pairs("", "a", "b", "loss") == {}
+    assert two_arms([1.0], [0.0]).ratios("", "a", "b", "loss") == {}, "no division by 0"
