@@ -17,6 +17,7 @@ from dist_moe.policies.loss_free import LossFree
 from dist_moe.train.step import train_step
 from tests.dist.pool import RankPool
 from tests.dist.small import ROWS, Case, make_balancer, make_task, ragged_batch, share
+from tests.experts import gated_experts
 
 EXPERTS = 12
 
@@ -32,7 +33,7 @@ def save_constants(rank: int, world_size: int, folder: Path) -> list[str]:
     model = make_task(Case(), mesh).model
     with torch.no_grad():
         for index, layer in enumerate(find_layers(model)):
-            local = layer.experts.local
+            local = gated_experts(layer)
             for position, expert in enumerate(mesh.local_experts(EXPERTS)):
                 local.gate_up_proj[position, :16] = constant(index, expert, 0)
                 local.gate_up_proj[position, 16:] = constant(index, expert, 1)
@@ -43,7 +44,7 @@ def save_constants(rank: int, world_size: int, folder: Path) -> list[str]:
 
 def values(layer: MoeLayer) -> list[list[list[float]]]:
     """The values that occur in gate, up and down of each local expert."""
-    local = layer.experts.local
+    local = gated_experts(layer)
     parts = (local.gate_up_proj[:, :16], local.gate_up_proj[:, 16:], local.down_proj)
     return [[weights[expert].unique().tolist() for weights in parts] for expert in range(len(local.down_proj))]
 

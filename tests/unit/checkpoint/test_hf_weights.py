@@ -17,6 +17,7 @@ from dist_moe.data.tokenizer import byte_tokenizer
 from dist_moe.model.build import build_model, family_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from tests.experts import gated_experts
 from tests.unit.model.samples import ALONE, FAMILIES, logits, perturb, small_model, stored_tensors, tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -222,7 +223,7 @@ def test_trap_T42_experts_are_ordered_as_numbers(tmp_path: Path) -> None:
             experts.down_proj[expert] = expert + 0.5
     theirs.save_pretrained(tmp_path)
     for rank in range(2):
-        local = find_layers(load_weights(tmp_path, Mesh(2, rank, 2)))[0].experts.local
+        local = gated_experts(find_layers(load_weights(tmp_path, Mesh(2, rank, 2)))[0])
         experts = range(rank * 6, rank * 6 + 6)
         assert [weight.unique().tolist() for weight in local.gate_up_proj] == [[e + 0.25] for e in experts]
         assert [weight.unique().tolist() for weight in local.down_proj] == [[e + 0.5] for e in experts]

@@ -19,6 +19,7 @@ from dist_moe.config import Resolved, load_config, resolve
 from dist_moe.model.convert import find_layers
 from dist_moe.train.setup import build_task, tokenize
 from tests.dist.resumable import ROOT, overrides_of, write_text
+from tests.experts import gated_experts
 from tests.folders import make_folder, make_tokenizer
 from tests.unit.model.samples import ALONE, FAMILIES, logits, small_model, tokens
 
@@ -81,8 +82,8 @@ def test_fill_weights_reads_only_the_experts_of_its_rank(tmp_path: Path, save: d
         assert experts == {3 * rank, 3 * rank + 1, 3 * rank + 2} and len(read) == 2 * 3 * 3
         fill_weights(model, mesh, tmp_path)
         for ours, all_of_them in zip(find_layers(model), find_layers(whole), strict=True):
-            every = all_of_them.experts.local.gate_up_proj[3 * rank : 3 * rank + 3]
-            assert torch.equal(ours.experts.local.gate_up_proj, every)
+            every = gated_experts(all_of_them).gate_up_proj[3 * rank : 3 * rank + 3]
+            assert torch.equal(gated_experts(ours).gate_up_proj, every)
 
 
 def change_file(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:

@@ -14,6 +14,7 @@ from dist_moe.model.build import build_model, empty_model, family_rule, material
 from dist_moe.model.convert import find_layers
 from dist_moe.moe import dispatch, experts
 from dist_moe.moe.kernels import kernels_for
+from tests.experts import gated_experts
 from tests.unit.model.samples import ALONE, FAMILIES, small_model, tokens
 
 
@@ -89,7 +90,7 @@ def test_the_padding_row_of_the_embedding_is_zero() -> None:
 def experts_of(model: PreTrainedModel) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """(layer, global id) -> weights of each expert that a model holds."""
     return {
-        (layer.name, expert): (layer.experts.local.gate_up_proj[place], layer.experts.local.down_proj[place])
+        (layer.name, expert): (gated_experts(layer).gate_up_proj[place], gated_experts(layer).down_proj[place])
         for layer in find_layers(model)
         for place, expert in enumerate(layer.experts.mesh.local_experts(layer.experts.num_experts))
     }
