@@ -23,7 +23,7 @@ def inputs(rows: int, padding: int) -> ModelInputs:
     return ModelInputs(tokens_BS, targets_BS, positions_BS, mask_BS if padding else None)
 
 
-def test_the_mean_is_that_of_the_dense_network_without_padding(tmp_path: Path) -> None:
+def test_trap_T58_the_mean_is_that_of_the_dense_network_without_padding(tmp_path: Path) -> None:
     dense: Any = dense_folder(tmp_path, "llama")
     task = LanguageModelTask(upcycled(tmp_path, "llama", ALONE))
     batches = [inputs(2, padding=0), inputs(3, padding=4)]

@@ -149,7 +149,7 @@ def test_no_cell_begins_that_would_end_too_late(tmp_path: Path) -> None:
     assert "0 of 2 runs of the plan are finished. Not measured yet: seed 0 (2 runs)." in place.page.read_text()
 
 
-def test_results_that_are_damaged_or_of_another_plan_are_not_used(tmp_path: Path) -> None:
+def test_trap_T93_results_that_are_damaged_or_of_another_plan_are_not_used(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     place.out.mkdir(parents=True)
     path = place.out / "results.json"

@@ -31,7 +31,7 @@ def test_the_domain_information_is_zero_where_domains_use_the_experts_alike() ->
     assert bits == pytest.approx(0.0, abs=1e-12) and floor == pytest.approx(0.00496, abs=1e-5)
 
 
-def test_the_domain_information_is_the_entropy_of_the_domain_where_experts_reveal_it() -> None:
+def test_trap_T92_the_domain_information_counts_domains_equally() -> None:
     assert domain_information(torch.tensor([[7, 0, 0, 0], [0, 90, 0, 0], [0, 0, 5, 5]]))[0] == pytest.approx(
         math.log2(3)
     )

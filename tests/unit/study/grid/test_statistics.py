@@ -8,7 +8,7 @@ from dist_moe.study.grid.statistics import Results, interval, proportion_interva
 from tests.unit.study.grid.results import result, two_arms
 
 
-def test_the_interval_is_that_of_students_t() -> None:
+def test_trap_T92_the_interval_is_that_of_students_t() -> None:
     found = interval([1.0, 2.0, 3.0])
     # t(0.975, 2 degrees of freedom) = 4.302653; times 1 / sqrt(3).
     assert found.mean == 2.0 and found.half_width == pytest.approx(2.484138, abs=1e-5)
@@ -29,7 +29,7 @@ def test_the_interval_of_a_proportion_is_wilsons() -> None:
     assert proportion_interval(1.0, 50)[1] <= 1.0 + 1e-12
 
 
-def test_differences_are_paired_by_seed_and_averaged_over_cases() -> None:
+def test_trap_T92_differences_are_paired_by_seed_and_averaged_over_cases() -> None:
     results = Results(
         [
             *(result("a", 0, "x", loss=1.0), result("a", 0, "y", loss=3.0), result("a", 1, "x", loss=5.0)),
