@@ -18,7 +18,7 @@ RUN_IDENTITY_FIELDS = (
     "run.seed",
     "model.architecture",
     "model.config",
-    *(f"model.upcycle_{name}" for name in ("experts", "every", "layers", "noise", "router_std")),
+    *(f"model.upcycle_{name}" for name in ("experts", "every", "layers", "noise", "router", "router_std")),
     "router",
     "data",
     "task",

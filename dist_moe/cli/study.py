@@ -178,8 +178,8 @@ def _add_grid(name: str, about: str) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         study = import_module(f"dist_moe.study.{name}").STUDY
-        out = out or Path("runs/study") / name
-        place = Place(plan or default_plan(name), out, runs or Path("runs/study") / name / "runs")
+        own = Path("runs/study") / (name if preset == "small" else f"{name}-{preset}")
+        place = Place(plan or default_plan(name), out or own, runs or own / "runs")
         with report_user_errors():
             if not check:
                 run_study(study, place, Part(preset, case or (), seed or (), minutes), log)

@@ -165,21 +165,24 @@ def versions() -> dict[str, str | None]:
     return result
 
 
-def source_state(file: Path) -> dict[str, str | bool | None]:
+def source_state(file: Path, folder: Path | None = None) -> dict[str, str | bool | None]:
     """Find the git commit of a source file.
 
     Args:
         file: A file of the running code.
+        folder: Count only what is in this folder of the repository; None: all of it.
 
     Returns:
-        `commit` (hexadecimal) and `dirty` (whether tracked files of the repository differ from it); both None if git
-        is not available or does not track the file, as for an installed package.
+        `commit` (hexadecimal), the last one (that changed the folder), and `dirty` (whether tracked files of the
+        repository, or of the folder, differ from it); both None if git is not available or does not track the file, as
+        for an installed package.
     """
     unknown: dict[str, str | bool | None] = {"commit": None, "dirty": None}
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return unknown
-    commit = _git(file.parent, "rev-parse", "HEAD")
-    changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no")
+    within = ("--", str(folder)) if folder is not None else ()
+    commit = _git(file.parent, "log", "-1", "--format=%H", *within)
+    changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no", *within)
     if commit is None or changes is None:
         return unknown
     return {"commit": commit, "dirty": bool(changes)}

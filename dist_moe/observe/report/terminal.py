@@ -11,6 +11,7 @@ from rich.text import Text
 from dist_moe.observe.report.differing import COMMIT, Fact, config_differences, machine_facts, not_comparable
 from dist_moe.observe.report.results import Row, number, result_rows
 from dist_moe.observe.report.runs import RunData
+from dist_moe.text import plain_text
 
 MOST_FACTS = 40
 MACHINE = frozenset({COMMIT, "seed", "workers", "expert parallel", "backend", "processor", "accelerators", "torch"})
@@ -27,7 +28,8 @@ def comparison(runs: Sequence[RunData]) -> Iterator[RenderableType]:
         for problem in run.problems:
             yield Text(f"{run.name}: {problem}", style="yellow")
         if run.errors:
-            yield Text(f"{run.name}: {run.errors[0].exception}: {run.errors[0].message}"[:500], style="red")
+            message = f"{run.name}: {run.errors[0].exception}: {run.errors[0].message}"[:500]
+            yield Text(plain_text(message), style="red")
     differing = config_differences(runs)
     if not differing:
         yield Text("Their configurations are equal.")

@@ -16,6 +16,7 @@ from statistics import fmean, median
 from types import FrameType
 from typing import Any
 
+import dist_moe
 from dist_moe.config.yaml_io import render
 from dist_moe.errors import UserError, needs_folder
 from dist_moe.files import open_no_link
@@ -37,6 +38,7 @@ VERSIONS = ("python", "torch", "deepspeed", "transformers")
 LARGEST_METRICS = 1 << 30
 # A launch lets its workers finish a step and save a checkpoint.
 END_S = 120.0
+PACKAGE = Path(dist_moe.__file__).parent
 Analysis = Callable[[Path], dict[str, Any]]
 
 
@@ -59,13 +61,14 @@ def run_cell(cell: Cell, runs: Path, analyze: Analysis | None = None) -> CellRes
         config = folder / "study.yaml"
         run = {**cell.settings["run"], "dir": str(folder / "run")}
         config.write_text(render({**cell.settings, "run": run}), encoding="utf-8")
+    # Before the run, during which there may be other commits; results are in the repository, and not in the package.
+    source = source_state(Path(__file__), PACKAGE)
     began_s = time.monotonic()
     _launch(cell, config, folder / "output.txt")
     wall_s = time.monotonic() - began_s
     values, curves = read_measures(folder / "run" / "metrics.jsonl")
     loads = analyze(folder / "run") if analyze is not None else {}
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
-    source = source_state(Path(__file__))
     commit, changed = source["commit"], source["dirty"]
     return CellResult(
         *(cell.case, cell.arm, cell.seed, cell.digest),

@@ -8,7 +8,7 @@ from dist_moe.study.grid.statistics import Interval, Results, interval
 from dist_moe.text import counted
 
 Verdict = Literal["does not hold", "not resolved", "holds", "not measured"]
-NO_PAIR = "no seed has both arms"
+NO_PAIR = "no seed has finite results of both arms"
 ORDER: tuple[Verdict, ...] = ("does not hold", "not resolved", "not measured", "holds")
 
 
@@ -53,24 +53,35 @@ def lower_by_factor(
     pairs = results.pairs(case, other, arm, measure.name)
     by_seed = ", ".join(f"{ratio:.1f}" for ratio in ratios.values())
     absolute = ", ".join(f"{first:.3g} to {second:.3g}{measure.unit}" for first, second in pairs.values())
-    lowest, highest = min(ratios.values()), max(ratios.values())
-    verdict: Verdict = "holds" if lowest >= factor else "not resolved" if highest >= factor else "does not hold"
+    verdict: Verdict = "does not hold" if min(ratios.values()) < factor else _if_repeated(len(ratios))
     return Claim(text, verdict, f"factors {by_seed} by seed (from {absolute})")
 
 
 def difference_below(results: Results, text: str, arm: str, other: str, measure: Measure, limit: float) -> Claim:
-    """Claim that arm - other is below `limit`: resolved where the 95 % interval of the paired difference is."""
-    difference = _difference(results, arm, other, measure)
-    if difference is None:
+    """Claim that arm - other is below `limit`; see `judge`."""
+    found = [measure.factor * value for value in results.differences(arm, other, measure.name)]
+    return judge(text, found, measure, limit)
+
+
+def judge(text: str, differences: Sequence[float], measure: Measure, limit: float = 0.0) -> Claim:
+    """Claim that differences, one per seed, are below `limit`: resolved where their 95 % interval is on one side."""
+    if not differences:
         return Claim(text, "not measured", NO_PAIR)
-    return Claim(text, _below(difference, limit), _difference_text(difference, measure))
+    found = interval(differences)
+    verdict: Verdict = "not resolved"
+    if found.half_width is not None and found.high < limit:
+        verdict = "holds"
+    elif found.half_width is not None and found.low >= limit:
+        verdict = "does not hold"
+    return Claim(text, verdict, _difference_text(found, measure))
 
 
 def equal_within(results: Results, text: str, arm: str, other: str, measure: Measure, margin: float) -> Claim:
     """Claim that two arms differ by less than `margin`: resolved where the 95 % interval is within or beyond it."""
-    difference = _difference(results, arm, other, measure)
-    if difference is None:
+    found = [measure.factor * value for value in results.differences(arm, other, measure.name)]
+    if not found:
         return Claim(text, "not measured", NO_PAIR)
+    difference = interval(found)
     verdict: Verdict = "not resolved"
     if -margin < difference.low and difference.high < margin:
         verdict = "holds"
@@ -84,20 +95,14 @@ def below(results: Results, text: str, arm: str, measure: Measure, limit: float)
     values = [measure.factor * value for case in results.cases for value in results.values(case, arm, measure.name)]
     if not values:
         return Claim(text, "not measured", "the arm has no result")
-    verdict: Verdict = "holds" if max(values) < limit else "does not hold" if min(values) >= limit else "not resolved"
+    verdict: Verdict = "does not hold" if max(values) >= limit else _if_repeated(len(values))
     low, high = (f"{value:.{measure.digits}f}" for value in (min(values), max(values)))
     return Claim(text, verdict, f"{low} to {high}{measure.unit} in {counted(len(values), 'run')}")
 
 
-def _difference(results: Results, arm: str, other: str, measure: Measure) -> Interval | None:
-    found = [measure.factor * value for value in results.differences(arm, other, measure.name)]
-    return interval(found) if found else None
-
-
-def _below(difference: Interval, limit: float) -> Verdict:
-    if difference.half_width is None:
-        return "not resolved"
-    return "holds" if difference.high < limit else "does not hold" if difference.low >= limit else "not resolved"
+def _if_repeated(count: int) -> Verdict:
+    """The verdict of what holds in `count` runs: one run resolves nothing."""
+    return "holds" if count > 1 else "not resolved"
 
 
 def _difference_text(difference: Interval, measure: Measure) -> str:

@@ -75,8 +75,9 @@ def row(results: Results, case: str, arm: str, columns: Sequence[Column]) -> lis
     """Build the row of an arm."""
     cells = []
     for column in columns:
-        values = [value * column.factor for value in results.values(case, arm, column.name)]
-        cells.append(format_mean(values, column.digits) if values else "")
+        found = [result.values.get(column.name) for result in results.get(case, arm)]
+        values = [None if value is None else value * column.factor for value in found]
+        cells.append(format_mean(values, column.digits) if any(value is not None for value in values) else "")
     return [arm, *cells]
 
 
@@ -116,7 +117,7 @@ def command_lines(study: Study, preset: str) -> list[str]:
     calls = {
         command: f"everything from the start, in runs/study/{study.name}",
         f"{command} --out docs/study/{study.name}": "the runs that are missing here, and this page again",
-        f"{command} --check": "trains one run of each checked arm again, and compares",
+        f"{command} --check": "trains the first seed of the checked arms again, and compares",
     }
     width = max(map(len, calls))
     lines = [f"{call:<{width}}  # {about}" for call, about in calls.items()]

@@ -18,7 +18,7 @@ from dist_moe.config.resolve import resolve
 from dist_moe.config.yaml_io import read_mapping, render
 from dist_moe.errors import ConfigError, UserError
 from dist_moe.section import Section, broken_fields
-from dist_moe.text import listed
+from dist_moe.text import listed, shown
 
 Settings = dict[str, Any]
 PLAN_FOLDER = Path("configs/study")
@@ -115,7 +115,11 @@ def read_plan(path: Path) -> StudyPlan:
         UserError: It is not a plan.
     """
     settings = read_mapping(path)
-    if isinstance(base := settings.pop("extends", None), str):
+    if (base := settings.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise UserError(
+                f"{path}: extends={shown(base)} should be a text; give the name of a plan in the same folder"
+            )
         settings = merged(read_mapping(path.parent / base), settings)
     try:
         plan = StudyPlan.model_validate(settings)
@@ -123,7 +127,7 @@ def read_plan(path: Path) -> StudyPlan:
         raise UserError(f"{path} is not the plan of a study: {broken_fields(error)}; correct the file") from None
     for key, names, known in (
         ("keep", plan.keep or [], plan.arms),
-        ("checked", plan.checked, plan.arms),
+        ("checked", plan.checked, plan.keep or plan.arms),
         ("only", list(plan.only), plan.arms),
         ("only", [case for cases in plan.only.values() for case in cases], plan.cases),
     ):

@@ -1,7 +1,8 @@
 """Runs a study: trains the cells that have no result, writes results and page after each, and checks single cells."""
 
+import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -12,11 +13,12 @@ from dist_moe.study.grid.cells import Analysis, run_cell
 from dist_moe.study.grid.page import BASELINES, Log, Study, write_page
 from dist_moe.study.grid.plan import PLAN_FOLDER, Cell, check_cells, plan_cells, read_plan
 from dist_moe.study.grid.statistics import Results
-from dist_moe.study.grid.store import CellResult, finished, read_results, results_file, write_results
+from dist_moe.study.grid.store import CellResult, finished, read_results, refuse_others, results_file, write_results
 from dist_moe.text import counted, listed
 
 SPREADS = 4.0
 """A repeated cell may differ from the recorded one by this many standard deviations over seeds."""
+MOST_FAILURES = 3
 TIMES = ("wall_s", "step_ms", "tokens_per_s")
 
 
@@ -79,7 +81,9 @@ def default_plan(name: str) -> Path:
 
 
 def run_study(study: Study, place: Place, part: Part, log: Log) -> Results:
-    """Train the cells without a result, and write results.json, the figures and the page.
+    """Train the cells without a result; write results.json after each, and at the end the figures and the page.
+
+    A cell that fails is left out, and the next ones are trained, up to `MOST_FAILURES` of them.
 
     Args:
         study: Which.
@@ -88,43 +92,82 @@ def run_study(study: Study, place: Place, part: Part, log: Log) -> Results:
         log: Receives a line for each cell.
 
     Raises:
-        UserError: The plan or the results cannot be read, or a run failed; finished cells are kept.
+        UserError: The plan or the results cannot be read, a package is missing, or a run failed.
     """
-    preset, minutes = part.preset, part.minutes
-    cells = plan_cells(read_plan(place.plan), preset)
+    require_packages(study)
+    cells = plan_cells(read_plan(place.plan), part.preset)
     chosen = part.chosen(cells)
-    path = results_file(place.out, preset)
-    with needs_folder(place.out, "--out"):
-        place.out.mkdir(parents=True, exist_ok=True)
-    with file_lock(path.with_suffix(".lock"), wait=False):
-        done = finished(cells, [*_shared(study, place, preset), *read_results(path)])
+    path = results_file(place.out)
+    for option, folder in (("--out", place.out), ("--runs", place.runs)):
+        with needs_folder(folder, option):
+            folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_suffix(".lock"), wait=False), file_lock(place.runs / ".lock", wait=False):
+        recorded = read_results(path)
+        refuse_others(path, cells, recorded)
+        done = finished(cells, [*_shared(study, place), *recorded])
         waiting = [cell for cell in chosen if cell.key not in done]
         log(f"{counted(len(chosen), 'cell')}, {len(chosen) - len(waiting)} of them finished")
-        began_s = time.monotonic()
-        for cell in waiting:
-            if minutes is not None and not _fits(
-                cell, list(done.values()), minutes - (time.monotonic() - began_s) / 60
-            ):
-                log(f"stopped before {cell.name}, which would end after --minutes {minutes:g}; start again to continue")
-                break
-            if cell is waiting[0]:
-                check_cells(waiting)
-            log(f"training {cell.name}")
-            result = run_cell(cell, place.runs, _analysis(cell))
-            done[cell.key] = result
-            write_results(path, study.name, preset, cells, done.values())
-            log(f"{cell.name}: {_summary(study, result)}")
-        baselines = place.out / BASELINES
-        if study.baselines is not None and minutes != 0 and not baselines.exists():
-            study.baselines(baselines, cells, log)
-        results = Results(done[cell.key] for cell in cells if cell.key in done)
-        write_results(path, study.name, preset, cells, done.values())
-        write_page(place.page, study, preset, cells, results, place.out)
+        try:
+            for result in _train(waiting, list(done.values()), place.runs, part.minutes, log):
+                done[result.key] = result
+                write_results(path, study.name, part.preset, cells, done.values())
+                log(f"{name_of(result)}: {_summary(study, result)}")
+            baselines = place.out / BASELINES
+            if study.baselines is not None and part.minutes != 0 and not baselines.exists():
+                study.baselines(baselines, cells, log)
+        finally:
+            results = Results(done[cell.key] for cell in cells if cell.key in done)
+            write_results(path, study.name, part.preset, cells, done.values())
+            write_page(place.page, study, part.preset, cells, results, place.out)
     return results
 
 
-def _shared(study: Study, place: Place, preset: str) -> list[CellResult]:
-    return [result for name in study.shares for result in read_results(results_file(place.out.parent / name, preset))]
+def require_packages(study: Study) -> None:
+    """Check before hours of training that the packages for the page are there.
+
+    Raises:
+        UserError: One is missing.
+    """
+    needed = ["scipy", *(["sklearn"] if study.baselines is not None else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        remedy = "pip install -c constraints.txt '.[study]'"
+        raise UserError(f"the study needs {listed(missing, last='and')}, which is not installed; run {remedy}")
+
+
+def _train(
+    cells: Sequence[Cell], done: list[CellResult], runs: Path, minutes: float | None, log: Log
+) -> Iterator[CellResult]:
+    """Yield the result of each cell, until the time is over. Raises UserError at the end where cells failed."""
+    began_s = time.monotonic()
+    failures: list[str] = []
+    for number, cell in enumerate(cells):
+        if minutes is not None and not _fits(cell, done, minutes - (time.monotonic() - began_s) / 60):
+            log(f"stopped before {cell.name}, which would end after --minutes {minutes:g}; start again to continue")
+            break
+        if number == 0:
+            check_cells(list(cells))
+        log(f"training {cell.name}")
+        try:
+            result = run_cell(cell, runs, _analysis(cell))
+        except UserError as error:
+            failures.append(str(error))
+            log(f"failed: {cell.name}")
+            if len(failures) == MOST_FAILURES:
+                break
+            continue
+        done.append(result)
+        yield result
+    if failures:
+        raise UserError("\n".join([f"{counted(len(failures), 'cell')} failed:", *failures]))
+
+
+def name_of(result: CellResult) -> str:
+    """Name a cell for messages."""
+    return ", ".join([*filter(None, (result.case, result.arm)), f"seed {result.seed}"])
+
+
+def _shared(study: Study, place: Place) -> list[CellResult]:
+    return [result for name in study.shares for result in read_results(results_file(place.out.parent / name))]
 
 
 def _analysis(cell: Cell) -> Analysis | None:
@@ -185,23 +228,33 @@ def check_study(study: Study, place: Place, recorded_in: Path, preset: str, log:
     Raises:
         UserError: A cell to check has no recorded result, or a run failed.
     """
+    require_packages(study)
     plan = read_plan(place.plan)
     cells = plan_cells(plan, preset)
-    path = results_file(recorded_in, preset)
+    path = results_file(recorded_in)
     recorded = Results(finished(cells, read_results(path)).values())
     by_key = {result.key: result for result in recorded.all}
     chosen = [cell for cell in cells if cell.arm in plan.checked and cell.seed == cells[0].seed]
     if missing := [cell.name for cell in chosen if cell.key not in by_key]:
         raise UserError(f"{path} has no result of {missing[0]}; finish the study before --check")
+    with needs_folder(place.runs, "--runs"):
+        place.runs.mkdir(parents=True, exist_ok=True)
     found = []
-    for cell in chosen:
-        log(f"training {cell.name}")
-        repeated = run_cell(cell, place.runs, None)
-        for column in study.columns:
-            old, new = by_key[cell.key].values.get(column.name), repeated.values.get(column.name)
-            if old is None or new is None or column.name in TIMES:
-                continue
-            seeds = recorded.values(cell.case, cell.arm, column.name)
-            accepted = SPREADS * (stdev(seeds) if len(seeds) > 1 else 0.0) + 1e-6 * abs(old)
-            found.append(Checked(cell.name, column.heading, old, new, accepted))
+    with file_lock(place.runs / ".lock", wait=False):
+        for cell in chosen:
+            log(f"training {cell.name}")
+            repeated = run_cell(cell, place.runs, None)
+            found += _compare(study, cell, by_key[cell.key], repeated, recorded)
     return found
+
+
+def _compare(
+    study: Study, cell: Cell, before: CellResult, repeated: CellResult, recorded: Results
+) -> Iterator[Checked]:
+    for column in study.columns:
+        old, new = before.values.get(column.name), repeated.values.get(column.name)
+        if old is None or new is None or column.name in TIMES:
+            continue
+        seeds = recorded.values(cell.case, cell.arm, column.name)
+        accepted = SPREADS * (stdev(seeds) if len(seeds) > 1 else 0.0) + 1e-6 * abs(old)
+        yield Checked(cell.name, column.heading, old, new, accepted)

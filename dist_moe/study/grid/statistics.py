@@ -104,15 +104,15 @@ class Results:
         return found
 
     def differences(self, arm: str, other: str, name: str, cases: Sequence[str] | None = None) -> list[float]:
-        """Return arm minus other, by seed: the mean over the cases in which the seed has both.
+        """Return arm minus other, by seed: the mean over the cases, of the seeds that have both arms in each case.
 
-        Seeds are the repetitions: the cases of one seed are not independent measurements of the arm.
+        Seeds are the repetitions: the cases of one seed are not independent measurements of the arm. A case in which no
+        seed has both arms is left out.
         """
-        by_seed: dict[int, list[float]] = {}
-        for case in self.cases if cases is None else cases:
-            for seed, (first, second) in self.pairs(case, arm, other, name).items():
-                by_seed.setdefault(seed, []).append(first - second)
-        return [fmean(by_seed[seed]) for seed in sorted(by_seed)]
+        found = [self.pairs(case, arm, other, name) for case in (self.cases if cases is None else cases)]
+        present = [pairs for pairs in found if pairs]
+        seeds = set.intersection(*(set(pairs) for pairs in present)) if present else set()
+        return [fmean(pairs[seed][0] - pairs[seed][1] for pairs in present) for seed in sorted(seeds)]
 
     def ratios(self, case: str, numerator: str, denominator: str, name: str) -> dict[int, float]:
         """Return numerator / denominator of a measure by seed."""

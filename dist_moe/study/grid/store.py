@@ -12,6 +12,7 @@ from dist_moe.errors import UserError, needs_folder, reason_of
 from dist_moe.files import write_atomically
 from dist_moe.section import broken_fields
 from dist_moe.study.grid.plan import Cell
+from dist_moe.text import counted
 from dist_moe.untrusted import parse_json, read_text
 
 FORMAT = 1
@@ -53,9 +54,9 @@ class CellResult:
         return self.case, self.arm, self.seed
 
 
-def results_file(out: Path, preset: str) -> Path:
-    """The file of a preset's results."""
-    return out / ("results.json" if preset == "small" else f"results-{preset}.json")
+def results_file(out: Path) -> Path:
+    """The file of the results."""
+    return out / "results.json"
 
 
 def read_results(path: Path) -> list[CellResult]:
@@ -77,17 +78,30 @@ def read_results(path: Path) -> list[CellResult]:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); restore it, or give another --out") from None
 
 
+def refuse_others(path: Path, cells: Sequence[Cell], results: Iterable[CellResult]) -> None:
+    """Refuse a file with results that the plan does not have, and that writing the file again would lose.
+
+    Raises:
+        UserError: There are some.
+    """
+    known = {cell.digest for cell in cells}
+    if others := [result for result in results if result.digest not in known]:
+        raise UserError(
+            f"{path} has {counted(len(others), 'result')} of another plan or preset, which would be lost; give another "
+            "--out, restore the plan, or move the file away"
+        )
+
+
 def write_results(path: Path, study: str, preset: str, cells: Sequence[Cell], results: Iterable[CellResult]) -> None:
-    """Write the results in the order of the plan; those of cells that the plan no longer has are dropped.
+    """Write the results in the order of the plan.
 
     Raises:
         RunFolderError: The file cannot be written.
     """
-    order = {cell.key: (number, cell.digest) for number, cell in enumerate(cells)}
-    kept = [result for result in results if order.get(result.key, (0, ""))[1] == result.digest]
-    kept.sort(key=lambda result: order[result.key][0])
+    order = {cell.key: number for number, cell in enumerate(cells)}
+    ordered = sorted(results, key=lambda result: order[result.key])
     head = {"format": FORMAT, "study": study, "preset": preset, "planned": len(cells)}
-    lines = ",\n".join(json.dumps(asdict(result), allow_nan=False, sort_keys=True) for result in kept)
+    lines = ",\n".join(json.dumps(asdict(result), allow_nan=False, sort_keys=True) for result in ordered)
     text = json.dumps(head)[:-1] + ', "cells": [\n' + lines + "\n]}\n"
     with needs_folder(path, "--out", "file"):
         path.parent.mkdir(parents=True, exist_ok=True)

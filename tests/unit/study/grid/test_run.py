@@ -104,9 +104,13 @@ def test_a_result_that_another_run_contradicts_fails_the_check(tmp_path: Path) -
 @pytest.mark.slow
 def test_a_failed_run_is_reported_with_its_output_and_keeps_nothing(tmp_path: Path) -> None:
     place = make_place(tmp_path, learning_rate=1e30, skip_limit=1, gradient_clipping=0)
-    with pytest.raises(UserError, match=r"none, seed 0 ended with exit code \d+; correct the cause") as error:
-        run_study(STUDY, place, Part("small"), lambda line: None)
-    assert "its output ends:" in str(error.value)
+    log: list[str] = []
+    with pytest.raises(
+        UserError, match=r"2 cells failed:\nnone, seed 0 ended with exit code \d+; correct the"
+    ) as error:
+        run_study(STUDY, place, Part("small"), log.append)
+    assert str(error.value).count("its output ends:") == 2 and log[-1] == "failed: b, seed 0"
+    assert "0 of 2 runs of the plan are finished." in place.page.read_text()
     assert read_results(place.out / "results.json") == []
 
 
@@ -153,10 +157,11 @@ def test_trap_T93_results_that_are_damaged_or_of_another_plan_are_not_used(tmp_p
     place = make_place(tmp_path)
     place.out.mkdir(parents=True)
     path = place.out / "results.json"
-    path.write_text('{"format": 1, "cells": [{"case": "", "arm": "none", "seed": 0, "digest": "x", "values": {}}]}')
-    assert len(read_results(path)) == 1
-    run_study(STUDY, place, Part("small", minutes=0.0), lambda line: None)
-    assert read_results(path) == [], "its digest is not that of the cell"
+    content = '{"format": 1, "cells": [{"case": "", "arm": "none", "seed": 0, "digest": "x", "values": {}}]}'
+    path.write_text(content)
+    with pytest.raises(UserError, match="has 1 result of another plan or preset, which would be lost"):
+        run_study(STUDY, place, Part("small", minutes=0.0), lambda line: None)
+    assert path.read_text() == content and len(read_results(path)) == 1
     for content, words in (("{", "cannot be read"), ('{"format": 2}', "has format=2"), ('{"format": 1}', "cannot be")):
         path.write_text(content)
         with pytest.raises(UserError, match=words):

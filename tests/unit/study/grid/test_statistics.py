@@ -39,6 +39,9 @@ def test_trap_T92_differences_are_paired_by_seed_and_averaged_over_cases() -> No
     assert results.pairs("x", "a", "b", "loss") == {0: (1.0, 0.5)}
     assert results.differences("a", "b", "loss") == [1.0], "the mean of 0.5 and 1.5; seed 1 has no partner"
     assert results.differences("a", "b", "loss", ["y"]) == [1.5]
+    more = Results([*results.all, result("a", 2, "x", loss=10.0)])
+    assert more.differences("a", "b", "loss") == [1.0], "seed 2 has one of the two cases"
+    assert more.differences("a", "b", "loss", ["x"]) == [0.5, 1.0]
     assert results.ratios("x", "a", "b", "loss") == {0: 2.0}
     assert (results.cases, results.arms) == (["x", "y"], ["a", "b"])
 
