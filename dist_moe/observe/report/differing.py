@@ -178,11 +178,8 @@ def not_comparable(runs: Sequence[RunData]) -> list[str]:
     if len(set(tokens.values())) > 1:
         each = listed((f"{name}: {count or 0:,}" for name, count in tokens.items()), last="and", most=4)
         found.append(f"they are trained on different numbers of tokens ({each})")
-    evaluated = {
-        run.name: found.get("tokens", found.get("examples"))
-        for run in runs
-        if run.metrics.validations and (found := run.metrics.validations[-1].metrics) is not None
-    }
+    last = {run.name: run.metrics.validations[-1].metrics for run in runs if run.metrics.validations}
+    evaluated = {name: measured.get("tokens", measured.get("examples")) for name, measured in last.items()}
     if len(set(evaluated.values())) > 1:
         each = listed((f"{name}: {count or 0:,.0f}" for name, count in evaluated.items()), last="and", most=4)
         found.append(f"they are evaluated on different numbers of tokens or texts ({each})")

@@ -239,7 +239,7 @@ def check_study(study: Study, place: Place, recorded_in: Path, preset: str, log:
         raise UserError(f"{path} has no result of {missing[0]}; finish the study before --check")
     with needs_folder(place.runs, "--runs"):
         place.runs.mkdir(parents=True, exist_ok=True)
-    found = []
+    found: list[Checked] = []
     with file_lock(place.runs / ".lock", wait=False):
         for cell in chosen:
             log(f"training {cell.name}")

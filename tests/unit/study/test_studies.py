@@ -36,8 +36,11 @@ def make_result(cell: Cell, number: int) -> CellResult:
         k_histogram_L=[torch.tensor([1000, 1500])] * 2,
         task_metrics={"accuracy": 0.8 + 0.001 * cell.seed, "macro_f1": 0.79, "matthews": 0.6} if cell.case else None,
     )
-    steps = [1.0, 2.0]
-    curves = {"step": steps, "max_vio": [1.0, spread / 1000], "max_vio_floor": [0.1, 0.1]}
+    curves: dict[str, list[float | None]] = {
+        "step": [1.0, 2.0],
+        "max_vio": [1.0, spread / 1000],
+        "max_vio_floor": [0.1, 0.1],
+    }
     loads = {
         "computation": [
             {"ranks": r, "batches": 4, "max_vio": 0.5 + 1 / r, "max_vio_floor": 0.2 / r} for r in (1, 2, 64)
