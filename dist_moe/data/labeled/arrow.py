@@ -52,16 +52,17 @@ def read_arrow(folder: Path) -> Iterator[Example]:
     for name, path in arrow_files(folder):
         try:
             yield from _read_file(pa, name, path)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _unusable(path, f"cannot be read ({reason_of(error)})") from None
 
 
 def _read_file(pa: Any, name: str, path: Path) -> Iterator[Example]:
     split = SPLITS.get(name.partition("/")[0]) if "/" in name else None
-    names, where = _class_names(path.parent / "dataset_info.json"), printable(str(path))
-    columns = None
+    where, columns, names = printable(str(path)), None, []
     for number, row in enumerate(_rows(pa, path), start=1):
-        columns = columns or find_columns(row, where)
+        if columns is None:
+            columns = find_columns(row, where)
+            names = _class_names(path.parent / "dataset_info.json", columns.label)
         if (example := _example(row, columns, names, f"{where}: row {number}", split)) is not None:
             yield example
 
@@ -99,14 +100,14 @@ def _splits(folder: Path) -> list[str]:
     return present
 
 
-def _class_names(path: Path) -> list[str]:
-    """Return the names of a dataset's classes; none where its labels are no ClassLabel."""
+def _class_names(path: Path, label: str) -> list[str]:
+    """Return the names of a dataset's classes; none where the column of the labels is no ClassLabel."""
     if not path.is_file():
         return []
     features = _read(path).get("features")
-    for column in features.values() if isinstance(features, dict) else ():
-        if isinstance(column, dict) and column.get("_type") == "ClassLabel" and isinstance(column.get("names"), list):
-            return [str(name) for name in column["names"]]
+    column = features.get(label) if isinstance(features, dict) else None
+    if isinstance(column, dict) and column.get("_type") == "ClassLabel" and isinstance(column.get("names"), list):
+        return [str(name) for name in column["names"]]
     return []
 
 

@@ -62,6 +62,8 @@ class Columns(NamedTuple):
         texts = [_text(row.get(name), name, where) for name in (self.text, self.text_pair) if name is not None]
         label = label_text(row.get(self.label), self.label, where)
         key = row.get("key")
+        if isinstance(key, str):
+            _check_whole(key, "key", where)
         if key is None:
             key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
         elif not isinstance(key, str):
@@ -83,6 +85,7 @@ def find_columns(names: Collection[str], where: str) -> Columns:
 def label_text(value: Any, name: str, where: str) -> str:
     """Return a label as a text: a name, or a number as it is written. Raises DataError for anything else."""
     if isinstance(value, str) and value.strip():
+        _check_whole(value, name, where)
         return value.strip()
     if isinstance(value, bool | int | float):
         return str(value)
@@ -93,14 +96,19 @@ def label_text(value: Any, name: str, where: str) -> str:
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(where, f"has a field {name!r} that is not a text", f"give the {NEEDED}")
+    _check_whole(value, name, where)
+    return value
+
+
+def _check_whole(value: str, name: str, where: str) -> None:
     if HALF_PAIR.search(value):
         raise DataError(where, f"has a field {name!r} with half of a surrogate pair", "write whole characters")
-    return value
 
 
 def sorted_labels(labels: Collection[str]) -> Sequence[str]:
     """Return the names of classes in a fixed order: by number where all are numbers, else by name."""
     try:
-        return sorted(labels, key=int)
+        # By name, too: "1" and "01" are names of one number.
+        return sorted(labels, key=lambda label: (int(label), label))
     except ValueError:
         return sorted(labels)

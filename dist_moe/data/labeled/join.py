@@ -1,10 +1,12 @@
 """Joins the texts of examples into the token ids of one row each, at most as long as the model's sequences."""
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Encoding
 
 from dist_moe.data.labeled.example import Example
 from dist_moe.data.tokenizer import Tokenizer
@@ -47,13 +49,12 @@ def special_tokens(tokenizer: Tokenizer, is_pair: bool) -> int:
     return own or 1 + is_pair
 
 
-def _join(tokenizer: Tokenizer, first: Any, second: Any, length: int) -> JoinedText:
-    """Join encodings of the `tokenizers` library, of which the second may be None."""
+def _join(tokenizer: Tokenizer, first: Encoding, second: Encoding | None, length: int) -> JoinedText:
     texts = [first] if second is None else [first, second]
     sizes = [len(each) for each in texts]
     kept = shorten(sizes, length - special_tokens(tokenizer, second is not None))
-    for text, size in zip(texts, kept, strict=True):
-        text.truncate(size)
+    texts = [beginning(text, size) for text, size in zip(texts, kept, strict=True)]
+    first, second = texts[0], texts[1] if second is not None else None
     is_cut = kept != sizes
     if not tokenizer.backend.num_special_tokens_to_add(second is not None):
         parts = [[*text.ids, tokenizer.end_id] for text in texts]
@@ -62,6 +63,22 @@ def _join(tokenizer: Tokenizer, first: Any, second: Any, length: int) -> JoinedT
     types = list(joined.type_ids)
     pair_start = types.index(1) if second is not None and 1 in types else len(types)
     return JoinedText(np.array(joined.ids, dtype=np.int64), pair_start, is_cut)
+
+
+def beginning(text: Encoding, size: int) -> Encoding:
+    """Return the first tokens of a text alone.
+
+    `Encoding.truncate` keeps the rest in pieces, and post-processing a pair joins each piece of one text with each of
+    the other: time in the square of the length.
+    """
+    if len(text) <= size:
+        return text
+    names = ("ids", "type_ids", "tokens", "offsets", "special_tokens_mask", "attention_mask")
+    state: dict[str, Any] = {name: getattr(text, name)[:size] for name in names}
+    state |= {"words": text.word_ids[:size], "overflowing": [], "sequence_ranges": {}}
+    part = Encoding()
+    part.__setstate__(json.dumps(state).encode())
+    return part
 
 
 def shorten(sizes: Sequence[int], room: int) -> list[int]:

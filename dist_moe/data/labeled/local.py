@@ -108,10 +108,11 @@ def _read_glue(path: Path, split: SplitName) -> Iterator[Example]:
     where = printable(str(path))
     try:
         with readable(path):
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            # Not as a text file, which would end a line at a carriage return inside a text, too.
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(where, f"is not UTF-8 ({error})", "convert the file to UTF-8") from None
-    rows = [line.rstrip("\r").split("\t") for line in lines]
+    rows = [line.removesuffix("\r").split("\t") for line in lines]
     is_cola = len(rows[0]) == len(COLA_COLUMNS) and rows[0][1] in ("0", "1")
     names = COLA_COLUMNS if is_cola else rows.pop(0)
     columns = find_columns(names, f"{where}:1")

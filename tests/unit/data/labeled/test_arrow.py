@@ -63,6 +63,25 @@ def test_an_unlabeled_row_is_left_out_and_an_unknown_label_refused(tmp_path: Pat
         list(read_labeled(str(tmp_path / "two"), tmp_path))
 
 
+def test_the_names_are_those_of_the_column_of_the_labels(tmp_path: Path) -> None:
+    save(tmp_path / "data", {"text": ["a", "b"], "label": [0, 1]}, ["bad", "good"], files=1)
+    path = tmp_path / "data/dataset_info.json"
+    label = json.loads(path.read_text())["features"]["label"]
+    other = {"names": ["news", "films"], "_type": "ClassLabel"}
+    path.write_text(json.dumps({"features": {"domain": other, "label": label}}))
+    assert [each.label for each in read_labeled(str(tmp_path / "data"), tmp_path)] == ["bad", "good"]
+    path.write_text(json.dumps({"features": {"domain": other}}))
+    assert [each.label for each in read_labeled(str(tmp_path / "data"), tmp_path)] == ["0", "1"]
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "data", {"text": ["a", "qqqq"], "label": [0, 1]}, files=1)
+    (file,) = (path for _, path in arrow_files(tmp_path / "data"))
+    file.write_bytes(file.read_bytes().replace(b"qqqq", b"q\xff\xffq"))
+    with pytest.raises(DataError, match=r"cannot be read .*give a folder that `save_to_disk`"):
+        list(read_labeled(str(tmp_path / "data"), tmp_path))
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "outside", "no train"])
 def test_a_damaged_dataset_is_named(tmp_path: Path, damage: str) -> None:
     save_splits(tmp_path / "data")

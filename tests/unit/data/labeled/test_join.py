@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.data.labeled.example import Example
-from dist_moe.data.labeled.join import join, shorten, special_tokens
+from dist_moe.data.labeled.join import beginning, join, shorten, special_tokens
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer
 from dist_moe.errors import DataError
@@ -51,6 +51,24 @@ def test_the_longer_text_is_cut_first(tmp_path: Path) -> None:
         [3, 2],
         [2, 2],
     ]
+
+
+def test_a_cut_pair_is_joined_without_the_rest_of_its_texts(tmp_path: Path) -> None:
+    """The row is that of `truncate`, which keeps the rest in pieces that are joined with each other."""
+    tokenizer = wordpiece(tmp_path / "model")
+    texts = ("the films is good the film", "the film good " * 9)
+    for length in (4, 8, 100):
+        (joined,) = join([example(*texts)], tokenizer, length)
+        first, second = (tokenizer.backend.encode(text, add_special_tokens=False) for text in texts)
+        kept = shorten([len(first), len(second)], length - 3)
+        parts = [beginning(text, size) for text, size in zip((first, second), kept, strict=True)]
+        assert not any(part.overflowing for part in parts)
+        first.truncate(kept[0])
+        second.truncate(kept[1])
+        assert [part.ids for part in parts] == [first.ids, second.ids]
+        assert joined.ids.tolist() == tokenizer.backend.post_process(first, second).ids
+        assert not tokenizer.backend.post_process(parts[0], parts[1]).overflowing
+        assert joined.pair_start == len(first) + 2 and joined.is_cut == (length < 100)
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_for_labeled_texts_alone(tmp_path: Path) -> None:

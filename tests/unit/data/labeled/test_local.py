@@ -1,11 +1,12 @@
 """Labeled examples in local files: jsonl, csv, tsv, and folders of GLUE tasks."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from dist_moe.data.labeled.example import Example
+from dist_moe.data.labeled.example import Example, sorted_labels
 from dist_moe.data.labeled.sources import fetch_labeled, read_labeled
 from dist_moe.errors import DataError
 
@@ -46,6 +47,29 @@ def test_the_layout_of_each_glue_task_is_read_with_its_own_splits(tmp_path: Path
     assert record.bytes == 2 * len(GLUE[task])
 
 
+def test_a_carriage_return_inside_a_text_of_glue_is_part_of_it(tmp_path: Path) -> None:
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_bytes(b"sentence\tlabel\r\nThey\rdrank.\t1\r\nThey ate.\t0\n")
+    examples = list(read_labeled(str(tmp_path), tmp_path))
+    assert [(each.text, each.label) for each in examples] == 2 * [("They\rdrank.", "1"), ("They ate.", "0")]
+
+
+def test_a_source_that_holds_nothing_out_has_no_splits(tmp_path: Path) -> None:
+    for rows, splits in (("", {None}), ("They ate.\t0\n", {"train", "validation"})):
+        (tmp_path / "train.tsv").write_text("sentence\tlabel\nThey drank.\t1\n")
+        (tmp_path / "dev.tsv").write_text(f"sentence\tlabel\n{rows}")
+        assert {each.split for each in read_labeled(str(tmp_path), tmp_path)} == splits
+    (tmp_path / "dev.tsv").unlink()
+    assert [each.split for each in read_labeled(str(tmp_path), tmp_path)] == [None]
+
+
+def test_names_of_equal_numbers_are_in_one_order() -> None:
+    names = ["2", "+1", "01", "1"]
+    for order in itertools.permutations(names):
+        assert sorted_labels(dict.fromkeys(order)) == ["+1", "01", "1", "2"]
+    assert sorted_labels(["b", "10", "9"]) == ["10", "9", "b"]
+
+
 def test_jsonl_and_tables_give_the_same_examples(tmp_path: Path) -> None:
     rows = [('good, "fine"', "yes", "a"), ("bad\nwords", "", "b")]
     lines = [{"text": text, "text_pair": pair, "label": label, "key": label} for text, pair, label in rows]
@@ -78,7 +102,9 @@ def test_equal_texts_have_one_key_and_numbers_are_labels(tmp_path: Path) -> None
         ('{"text": "x", "label": null}', "neither a text nor a number"),
         ('{"text": "x", "label": " "}', "neither a text nor a number"),
         ('{"text": "\\ud800", "label": 1}', "half of a surrogate pair"),
+        ('{"text": "x", "label": "\\ud800"}', "'label' with half of a surrogate pair"),
         ('{"text": "x", "label": 1, "key": 3}', "'key' that is not a text"),
+        ('{"text": "x", "label": 1, "key": "\\udfff"}', "'key' with half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, rule: str) -> None:

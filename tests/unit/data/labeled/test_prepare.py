@@ -98,6 +98,23 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: list[Any], t
         prepared(write(tmp_path, labels), tmp_path, task)
 
 
+def test_an_evaluation_may_lack_a_class_of_the_model(tmp_path: Path) -> None:
+    task = TaskConfig(kind="classification", labels=["a", "b", "c"])
+    for labels in (["a", "b"] * 30, ["c"] * COUNT):
+        data = prepared(write(tmp_path, labels), tmp_path, task, fraction=None)
+        assert data.labels == ("a", "b", "c")
+        assert {data.labels[int(label)] for label in data.validation.labels_N} == set(labels)
+
+
+@pytest.mark.parametrize("fraction", [0.2, None])
+def test_files_without_an_example_are_refused(tmp_path: Path, fraction: float | None) -> None:
+    path = tmp_path / "none.csv"
+    path.write_text("text,label\n")
+    for task in (CLASSES, TaskConfig(kind="regression")):
+        with pytest.raises(DataError, match=r"^data\.sources have no example; give files with examples$"):
+            prepared(str(path), tmp_path, task, fraction=fraction)
+
+
 def test_an_empty_split_and_a_length_without_room_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leaves the validation split without an example, of 60"):
         prepared(write(tmp_path), tmp_path, fraction=1e-9)
