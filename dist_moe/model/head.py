@@ -4,7 +4,7 @@ Whether a model has one is written in its Hugging Face config, in the fields tha
 id2label, label2id, and classifier_pooling as ModernBERT's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 from torch import nn
@@ -42,6 +42,18 @@ def has_head(config: PretrainedConfig) -> bool:
     return config.problem_type in (CLASSIFICATION, REGRESSION)
 
 
+def problem_of(raw: Mapping[str, Any]) -> str | None:
+    """Return what the head of a model computes, from its config.json; None if it has none."""
+    problem = raw.get("problem_type")
+    return problem if problem in (CLASSIFICATION, REGRESSION) else None
+
+
+def describe_head(config: PretrainedConfig) -> str:
+    """Describe what the weights of a head mean: its classes by index, and the pooling. Raises ValueError."""
+    what = "regression" if config.problem_type == REGRESSION else f"task.labels={list(label_names(config))}"
+    return f"{what} with task.pooling={pooling_of(config)}"
+
+
 def label_names(config: PretrainedConfig) -> tuple[str, ...]:
     """Return the names of the classes of a model with a head, by index; none for a regression."""
     names = {int(index): name for index, name in (config.id2label or {}).items()}
@@ -50,7 +62,8 @@ def label_names(config: PretrainedConfig) -> tuple[str, ...]:
 
 def pooling_of(config: PretrainedConfig) -> PoolingName:
     """Return the pooling of a model with a head. Raises ValueError if it is unknown."""
-    pooling = getattr(config, "classifier_pooling", "mean")
+    # Classes of transformers with a head of this name have no such key, and see the last token.
+    pooling = getattr(config, "classifier_pooling", "last")
     if pooling not in get_args(PoolingName):
         raise ValueError(f"classifier_pooling={pooling} is not {', '.join(get_args(PoolingName))}")
     return cast(PoolingName, pooling)

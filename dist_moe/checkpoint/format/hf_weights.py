@@ -39,7 +39,7 @@ from dist_moe.families.registry import family_of
 from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
-from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, has_head
+from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, describe_head, has_head, problem_of
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
 
@@ -207,11 +207,28 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
     ignored = list(model._keys_to_ignore_on_load_unexpected or ())
     wanted = _rank_tensors(model, mesh, folder)
-    if has_head(model.config) and "problem_type" not in read_raw_config(folder):
-        # A language model, whose head has no place in a model that classifies, and which lacks that one's.
-        del wanted[HEAD_TENSOR]
-        ignored.append(LANGUAGE_MODEL_HEAD)
+    if has_head(model.config):
+        if problem_of(read_raw_config(folder)) is not None:
+            _check_head(model.config, folder)
+        else:
+            # A language model, whose head has no place in a model that classifies, and which lacks that one's.
+            del wanted[HEAD_TENSOR]
+            ignored.append(LANGUAGE_MODEL_HEAD)
     return find_sources(folder, wanted, experts, ignored)
+
+
+def _check_head(config: PretrainedConfig, folder: Path) -> None:
+    """Raise WeightsError where the rows of the folder's head are of other classes, or it sees another pooling."""
+    stored_config, _ = read_config(folder)
+    try:
+        stored = describe_head(stored_config)
+    except ValueError as error:
+        raise WeightsError(f"{folder / 'config.json'} cannot be used ({error}); use another checkpoint") from None
+    if (expected := describe_head(config)) != stored:
+        raise WeightsError(
+            f"{folder} holds a head for {stored}, which differs from the {expected} of the run; set task.labels and "
+            "task.pooling to those of the folder"
+        )
 
 
 def _rank_tensors(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, Tensor]:

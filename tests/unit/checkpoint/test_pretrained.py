@@ -1,5 +1,6 @@
 """Starting from a Hugging Face folder: the first logits are those of transformers, or the folder is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dist_moe.checkpoint.errors import CheckpointError, WeightsError
-from dist_moe.checkpoint.format.hf_weights import fill_weights, find_weights
+from dist_moe.checkpoint.format.hf_weights import fill_weights, find_weights, save_weights
 from dist_moe.checkpoint.pretrained import load_pretrained
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Resolved, load_config, resolve
+from dist_moe.config.sections.task import PoolingName, TaskConfig
 from dist_moe.model.convert import find_layers
+from dist_moe.model.head import head_settings
 from dist_moe.train.setup import build_task, tokenize
 from tests.dist.resumable import ROOT, overrides_of, write_text
 from tests.experts import gated_experts
@@ -130,6 +133,45 @@ def test_fused_experts_of_another_number_are_refused(tmp_path: Path) -> None:
     model: PreTrainedModel = small_model("qwen3_moe", Mesh(2, 0, 2), vocab_size=320, num_experts=6)
     with pytest.raises(WeightsError, match=r"gate_up_proj \[12, 32, 32\] instead of 6 experts"):
         fill_weights(model, Mesh(2, 0, 2), tmp_path)
+
+
+def classifier(labels: tuple[str, ...], pooling: PoolingName | None = None) -> PreTrainedModel:
+    task = TaskConfig(kind="classification", pooling=pooling)
+    return small_model("qwen3_moe", **head_settings(task, labels))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_trap_T43_the_rows_of_a_head_keep_their_classes_and_its_pooling(tmp_path: Path) -> None:
+    save_weights(classifier(("bad", "good"), "last"), ALONE, tmp_path, balanced=False)
+    assert "score.weight" in find_weights(classifier(("bad", "good"), "last"), ALONE, tmp_path)
+    for labels, pooling in ((("good", "bad"), "last"), (("bad", "good"), None), (("bad", "best"), "last")):
+        with pytest.raises(WeightsError) as caught:
+            find_weights(classifier(labels, pooling), ALONE, tmp_path)  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            f"{tmp_path} holds a head for task.labels=['bad', 'good'] with task.pooling=last, which differs from the "
+            f"task.labels={list(labels)} with task.pooling={pooling or 'mean'} of the run; set task.labels and "
+            "task.pooling to those of the folder"
+        )
+    regression = small_model("qwen3_moe", **head_settings(TaskConfig(kind="regression", pooling="last"), ()))
+    with pytest.raises(WeightsError, match=r"which differs from the regression with task\.pooling=last of the run"):
+        find_weights(regression, ALONE, tmp_path)
+    change_config(tmp_path, classifier_pooling="median")
+    with pytest.raises(WeightsError, match=r"config\.json cannot be used \(classifier_pooling=median is not mean, "):
+        find_weights(classifier(("bad", "good"), "last"), ALONE, tmp_path)
+
+
+def test_a_language_model_has_no_head_for_classes(tmp_path: Path) -> None:
+    """Also where its config.json has the key, as some published files do."""
+    make_folder(tmp_path, "qwen3_moe")
+    model = small_model("qwen3_moe", vocab_size=320, **head_settings(TaskConfig(kind="classification"), ("a", "b")))
+    for problem in (None, "multi_label_classification"):
+        change_config(tmp_path, problem_type=problem)
+        found = find_weights(model, ALONE, tmp_path)
+        assert "score.weight" not in found and "model.norm.weight" in found
 
 
 def test_load_pretrained_reports_a_missing_folder(tmp_path: Path) -> None:
