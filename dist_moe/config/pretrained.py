@@ -18,7 +18,7 @@ from dist_moe.config.sections.model import ModelConfig
 from dist_moe.config.sections.run import RunConfig
 from dist_moe.errors import ConfigError, Violation, reason_of
 from dist_moe.families.built_in import BUILT_IN
-from dist_moe.families.dense import DENSE
+from dist_moe.families.dense import DENSE, EXPERTS_KEY, LAYERS_KEY, TOP_K_KEY
 from dist_moe.families.record import Family
 from dist_moe.families.registry import ARCHITECTURES, FAMILIES
 from dist_moe.files import UNSEEN_REMEDY, entries, why_unseen
@@ -282,6 +282,9 @@ def _stated(source: WeightsSource, config: Config, cls: Any, known: set[str]) ->
         return refuse(*refused)
     if raw.get("quantization_config") is not None:
         return refuse("is quantized", "give its weights in bf16 or fp32")
+    upcycled = source.key == PRETRAINED_KEY and ARCHITECTURES[architecture].feed_forward is not None
+    if upcycled and (wrong := _without_experts(raw)):
+        return refuse(wrong, "export it again, or give another folder")
     routing = raw.pop("dist_moe", {})
     raw["model_type"] = architecture
     try:
@@ -297,10 +300,22 @@ def _stated(source: WeightsSource, config: Config, cls: Any, known: set[str]) ->
         return refuse(f"is refused by {cls.__name__} ({reason})", "give another folder")
     family = ARCHITECTURES[architecture]
     violations = _file_violations(source, raw, family)
-    if source.key == PRETRAINED_KEY and family.feed_forward is not None:
+    if upcycled:
         violations += _routing_violations(source, config, routing)
         return Stated(values, violations, (), routing.get("score") if isinstance(routing, dict) else None)
     return Stated(values, violations, _unused_keys(source, raw, cls, family))
+
+
+def _without_experts(raw: Mapping[str, Any]) -> str | None:
+    """Return which key of an upcycled model is not valid, which its config class does not declare; None if all are."""
+    for key in (EXPERTS_KEY, TOP_K_KEY):
+        value = raw.get(key)
+        if type(value) is not int or value < 1:
+            return f"has {key}={shown(value)} in its {SETTINGS}, which is not a positive integer"
+    layers = raw.get(LAYERS_KEY)
+    if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+        return f"has {LAYERS_KEY}={shown(layers)} in its {SETTINGS}, which is not a list of indices of layers"
+    return None
 
 
 def _routing_violations(source: WeightsSource, config: Config, routing: Any) -> list[Violation]:

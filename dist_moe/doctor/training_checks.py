@@ -16,6 +16,7 @@ from torch import Tensor
 from dist_moe.checkpoint.async_saver import AsyncSaver
 from dist_moe.checkpoint.resume import AUTO, Checkpoint, find_checkpoint, load_model, restore
 from dist_moe.checkpoint.snapshot import collect
+from dist_moe.checkpoint.training_state import seed_rng
 from dist_moe.comm.init import set_pg_timeouts
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import Config
@@ -136,6 +137,7 @@ def run_one_step(context: DoctorContext, mesh: Mesh) -> StepChange:
     with small_run(context, mesh, settings) as train_state:
         before = weights_by_name(train_state, mesh)
         batch = sample_batch(context, mesh.rank)
+        seed_rng(context.config.run.seed, 0, mesh.rank)  # dropout
         record = train_step(train_state.engine, train_state.balancer, [batch], LEARNING_RATE)
         after = weights_by_name(train_state, mesh)
     dense, experts = ({name: after[part][name] - value for name, value in before[part].items()} for part in (0, 1))

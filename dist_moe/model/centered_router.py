@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_moe.model.inputs import LabeledInputs, ModelInputs
 from dist_moe.model.tasks.base import Task
+from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.model.upcycled_block import UpcycledBlock
 
 
@@ -39,6 +40,7 @@ def mean_router_inputs(task: Task, batches: Iterable[ModelInputs | LabeledInputs
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_dense(task))
+        stack.enter_context(_loss_on_cpu(task))
         for layer in task.layers:
             stack.callback(layer.router.register_forward_pre_hook(add).remove)
         for inputs in batches:
@@ -61,6 +63,19 @@ def _as_dense(task: Task) -> Iterator[None]:
         for block in blocks:
             block.as_dense = False
         task.train(was_training)
+
+
+@contextlib.contextmanager
+def _loss_on_cpu(task: Task) -> Iterator[None]:
+    """Compute the loss, which is not used, as a CPU can; `model.cross_entropy` may name what needs the run's GPU."""
+    if not isinstance(task, LanguageModelTask) or task.cross_entropy != "liger":
+        yield
+        return
+    task.cross_entropy = "auto"
+    try:
+        yield
+    finally:
+        task.cross_entropy = "liger"
 
 
 @torch.no_grad()

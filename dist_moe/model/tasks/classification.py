@@ -47,7 +47,8 @@ class ClassificationTask(Task):
         hidden_BSD = self.model.base_model(**self._arguments(inputs, is_text_B)).last_hidden_state
         head = head_of(self.model)
         pooled_BD = pool(hidden_BSD, mask_BS, self.pooling)
-        outputs_BC = head(pooled_BD.to(head.weight.dtype)).float()
+        # In fp32 also in a bf16 model: the loss of a text, or the value of a regression, keeps its digits.
+        outputs_BC = nn.functional.linear(pooled_BD, head.weight.float())
         losses_B = self._losses(outputs_BC, inputs.labels_B)
         # A row of padding alone may hold anything, NaN too.
         plain_B = torch.where(is_text_B, losses_B, 0.0)

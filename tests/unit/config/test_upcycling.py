@@ -127,7 +127,7 @@ def test_a_dense_folder_is_not_a_pretrained_moe_model(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [*(name for name in ModelConfig.model_fields if name.startswith("upcycle_"))][1:])
 def test_fields_without_effect_are_refused(name: str) -> None:
-    value = "[1]" if name == "upcycle_layers" else "3"
+    value = {"upcycle_layers": "[1]", "upcycle_router": "centered"}.get(name, "3")
     (found,) = violations(debug(f"model.{name}={value}")).values()
     assert "has no effect without model.upcycle_from; leave it out" in str(found)
 
@@ -159,6 +159,24 @@ def test_an_exported_model_is_opened_with_its_own_routing(tmp_path: Path) -> Non
     write(tmp_path / "model", **UPCYCLED, dist_moe=THRESHOLD)
     (found,) = violations(made(folder, *overrides)).values()
     assert "router.selection=top_k differs from the threshold of model.pretrained; set router.selection" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("num_experts", None, "has num_experts=null in its config.json, which is not a positive integer"),
+        ("num_experts", 0, "has num_experts=0 in its config.json, which is not a positive integer"),
+        ("num_experts_per_tok", "1", "has num_experts_per_tok=1 in its config.json, which is not a positive integer"),
+        ("moe_layers", None, "has moe_layers=null in its config.json, which is not a list of indices of layers"),
+        ("moe_layers", ["3"], 'has moe_layers=["3"] in its config.json, which is not a list of indices of layers'),
+        ("moe_layers", [-1], "has moe_layers=[-1] in its config.json, which is not a list of indices of layers"),
+    ],
+)
+def test_an_exported_model_without_its_experts_is_refused(tmp_path: Path, key: str, value: Any, rule: str) -> None:
+    folder = write(tmp_path / "model", **{**UPCYCLED, key: value})
+    (found,) = violations(made(folder, "model.upcycle_from=null", f"model.pretrained={folder}")).values()
+    assert (found.key, found.rule) == ("model.pretrained", rule)
+    assert found.remedy == "export it again, or give another folder"
 
 
 def test_built_in_models_are_described_by_their_own_files() -> None:

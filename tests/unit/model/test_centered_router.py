@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from dist_moe.errors import ConfigError
 from dist_moe.model.centered_router import center_routers, mean_router_inputs
 from dist_moe.model.inputs import ModelInputs
 from dist_moe.model.tasks.language_model import LanguageModelTask
@@ -43,6 +45,18 @@ def test_trap_T58_the_mean_is_that_of_the_dense_network_without_padding(tmp_path
         torch.testing.assert_close(mean_D, torch.cat(part).mean(dim=0), rtol=1e-4, atol=1e-5)
     blocks = [module for module in task.modules() if hasattr(module, "as_dense")]
     assert len(blocks) == 2 and not any(block.as_dense for block in blocks)
+
+
+def test_the_mean_is_computed_on_the_cpu_where_the_loss_of_the_run_needs_a_gpu(tmp_path: Path) -> None:
+    dense_folder(tmp_path, "llama")
+    model, batch = upcycled(tmp_path, "llama", ALONE), inputs(2, padding=0)
+    task = LanguageModelTask(model, cross_entropy="liger")
+    for mean_D, expected_D in zip(
+        mean_router_inputs(task, [batch]), mean_router_inputs(LanguageModelTask(model), [batch]), strict=True
+    ):
+        assert torch.equal(mean_D, expected_D)
+    with pytest.raises(ConfigError, match="cross_entropy=liger needs a GPU"):
+        task(batch, torch.ones(()))
 
 
 def test_centered_rows_are_orthogonal_to_the_mean_and_keep_the_rest(tmp_path: Path) -> None:

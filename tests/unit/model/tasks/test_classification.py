@@ -105,6 +105,20 @@ def test_the_loss_is_the_sum_of_cross_entropies() -> None:
     torch.testing.assert_close(output.loss.detach(), 0.5 * nll.sum())
 
 
+def test_the_outputs_of_a_bf16_model_are_in_fp32() -> None:
+    task, batch = make_task("qwen3_moe", kind="regression"), inputs()
+    task.bfloat16()
+    assert batch.mask_BS is not None
+    hidden_BSD = task.model.base_model(
+        input_ids=batch.tokens_BS, attention_mask=batch.mask_BS.long(), use_cache=False
+    ).last_hidden_state
+    outputs_BC = task.eval()(batch, ONE).outputs_BC
+    assert outputs_BC is not None and outputs_BC.dtype == torch.float32
+    expected_BC = pool(hidden_BSD, batch.mask_BS, "mean") @ head_of(task.model).weight.float().T
+    torch.testing.assert_close(outputs_BC, expected_BC, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(outputs_BC, outputs_BC.bfloat16().float())
+
+
 def test_class_weights_are_of_training_alone() -> None:
     weights = [0.5, 2.0, 3.0]
     plain, weighted = make_task("qwen3_moe"), make_task("qwen3_moe", class_weights=weights)
