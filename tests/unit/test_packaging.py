@@ -111,7 +111,7 @@ def test_make_alone_lists_every_task() -> None:
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     """The package runs where the extras are not installed; they are imported where something asks for them."""
     # pydantic pins the version of pydantic_core that it needs, and torch's builds for a GPU that of triton.
-    modules = {"liger_kernel", "mpi4py", "pyarrow", "pydantic_core", "triton"} | {
+    modules = {"liger_kernel", "mpi4py", "pyarrow", "pydantic_core", "scipy", "sklearn", "triton"} | {
         {"ruamel-yaml": "ruamel", "pillow": "PIL"}.get(name, name.replace("-", "_"))
         for name in (Requirement(line).name.lower().replace(".", "-") for line in project()[""])
     }

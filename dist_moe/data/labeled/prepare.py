@@ -309,7 +309,8 @@ def _write_split(
             lines.write(json.dumps({"name": example.key, "label": example.label}).encode() + b"\n")
     arrays = {"starts": starts, "pair_starts": pair_starts, "labels": labels_N}
     for kind, values in arrays.items():
-        (folder / f"{split}.{kind}").write_bytes(np.asarray(values, dtype=KINDS[kind]).tobytes())
+        with (folder / f"{split}.{kind}").open("xb") as file:
+            file.write(np.asarray(values, dtype=KINDS[kind]).tobytes())
     return {"examples": len(examples), "tokens": starts[-1], "cut": cut}
 
 

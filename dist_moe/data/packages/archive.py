@@ -126,7 +126,9 @@ def _keep(archive: Archive, partial: Path, path: Path) -> None:
         if name in archive.members:
             target = path / Path(name).name
             unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-            unfinished.write_bytes(content())
+            unfinished.unlink(missing_ok=True)
+            with unfinished.open("xb") as file:
+                file.write(content())
             unfinished.replace(target)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import dist_moe
 from dist_moe.config.yaml_io import render
 from dist_moe.errors import UserError, needs_folder
-from dist_moe.files import open_no_link
+from dist_moe.files import open_no_link, write_atomically
 from dist_moe.observe.record import host, source_state, versions
 from dist_moe.study.grid.plan import Cell
 from dist_moe.study.grid.store import CellResult
@@ -60,7 +60,7 @@ def run_cell(cell: Cell, runs: Path, analyze: Analysis | None = None) -> CellRes
         folder.mkdir(parents=True)
         config = folder / "study.yaml"
         run = {**cell.settings["run"], "dir": str(folder / "run")}
-        config.write_text(render({**cell.settings, "run": run}), encoding="utf-8")
+        write_atomically(config, render({**cell.settings, "run": run}))
     # Before the run, during which there may be other commits; results are in the repository, and not in the package.
     source = source_state(Path(__file__), PACKAGE)
     began_s = time.monotonic()

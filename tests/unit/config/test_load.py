@@ -80,7 +80,7 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("checkpoint={true: x}", "checkpoint.true=x is not a key of checkpoint; the known keys are interval, "),
         ("slurm.time=abc", "slurm.time=abc is not a key of slurm; the known keys are nodes, "),
         ("slurm.time_limit=3", "slurm.time_limit=3 is not a key of slurm; the known keys are nodes, "),
-        ("time=abc", "time=abc is not a section; the sections are run, model, "),
+        ("time=abc", "time=abc is not a section; the sections are run, task, model, "),
         ("checkpoint={2024-01-01: x}", "checkpoint.2024-01-01=x is not a key of checkpoint; the known keys are "),
         ("checkpoint={3: x}", "checkpoint.3=x is not a key of checkpoint; the known keys are interval, "),
         ("foo", "override=foo is not of the form key=value; write for example train.steps=20"),
