@@ -24,8 +24,8 @@ class TaskConfig(Section):
     )
     pooling: PoolingName | None = Field(
         default=None,
-        description="the hidden states that the class or value of a text is computed from: mean (of all tokens), first, "
-        "last, or null (mean)",
+        description="the hidden states that the class or value of a text is computed from: mean (of all tokens), "
+        "first, last, or null (mean)",
     )
     class_weights: Literal["balanced"] | list[Annotated[float, Field(gt=0, le=1e6)]] | None = Field(
         default=None,
