@@ -57,7 +57,7 @@ def fetch_candidates(
         package: The name of the package in an index.
         name: The name of the file.
         size: Its size in bytes; of a larger one, only one byte more is read.
-        target: The file to write, made anew for each place.
+        target: The file to write, created again for each place.
         index: Which index has the package. That of npm is found by the environment and ~/.npmrc, with the certificates
             and the proxy of pip.
     """

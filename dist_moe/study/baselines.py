@@ -11,8 +11,8 @@ import numpy as np
 from dist_moe.config.sections.data import DataConfig
 from dist_moe.data.cache import cache_folder
 from dist_moe.data.labeled.example import Example
+from dist_moe.data.labeled.prepare import divide
 from dist_moe.data.labeled.sources import fetch_labeled, read_labeled
-from dist_moe.data.split import in_validation
 from dist_moe.errors import needs_folder
 from dist_moe.files import write_atomically
 from dist_moe.study.grid.page import Log
@@ -59,12 +59,8 @@ def measure_baselines(sources: Sequence[str], fraction: float, few: int, cache: 
         DataError: A source cannot be fetched or read.
     """
     fetch_labeled(sources, cache)
-    parts: dict[bool, list[Example]] = {False: [], True: []}
-    for source in sources:
-        for example in read_labeled(source, cache):
-            held_out = example.split == "validation" if example.split else in_validation(example.key, fraction)
-            parts[held_out].append(example)
-    train, test = parts[False], parts[True]
+    parts = divide([example for source in sources for example in read_labeled(source, cache)], fraction)
+    train, test = parts["train"], parts["validation"]
     common = Counter(example.label for example in train).most_common(1)[0][0]
     drawn = np.random.Generator(np.random.PCG64(SEED)).permutation(len(train))[:few]
     return Baseline(

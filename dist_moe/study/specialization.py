@@ -30,7 +30,7 @@ Balancing forces every expert to take its share of every batch. Does that blur w
 of the [study of Loss-Free Balancing](loss_free.md) were trained on text of several domains, and every token of the
 held-out text has a domain. For each layer, the *domain information* is the mutual information in bits between the
 domain of a token and the expert that it is sent to, with all domains equally likely: 0 if every domain uses the experts
-alike, and at most log2 of the number of domains if the expert reveals the domain.
+equally, and at most log2 of the number of domains if the expert reveals the domain.
 """
 NOTES = """
 Counted on the held-out text with the model after the last step, its bias included. The floor is the expected domain

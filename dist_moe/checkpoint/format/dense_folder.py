@@ -90,7 +90,7 @@ def fill_upcycled(model: PreTrainedModel, mesh: Mesh, folder: Path, upcycling: U
 def _copies(
     model: PreTrainedModel, layers: list[MoeLayer], mesh: Mesh, feed_forward: FeedForward
 ) -> dict[str, list[Copy]]:
-    """Where each tensor of the dense model goes on this rank, by its name there."""
+    """Return the copies of each tensor of the dense model on this rank, by its name in the dense model."""
     blocks = tuple(f"{layer.name}." for layer in layers)
     elsewhere = [f"{LANGUAGE_MODEL_HEAD}.weight"] if model.config.tie_word_embeddings else []
     elsewhere += [HEAD_TENSOR] if has_head(model.config) else []  # drawn at random

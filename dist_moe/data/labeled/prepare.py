@@ -196,7 +196,7 @@ def _make(
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
     length = settings["length"]
     if length <= (least := special_tokens(tokenizer, any(each.text_pair is not None for each in examples))):
-        rule = f"has no room for a text beside the {counted(least, 'special token')} of a row"
+        rule = f"has no room for a text in addition to the {counted(least, 'special token')} of a row"
         raise DataError(f"data.sequence_length={length}", rule, f"give {least + 1} or more")
     totals = {
         split: _write_split(partial, split, part, label_values(part, labels, task), tokenizer, length, dtype)

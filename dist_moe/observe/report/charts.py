@@ -26,7 +26,7 @@ def charts(runs: Sequence[RunData]) -> list[Chart]:
         Chart(
             "tokens-per-s",
             "Tokens per second",
-            "Over all workers, by the wall time between logged steps, whatever it was spent on.",
+            "Over all workers, by the wall time between logged steps, reports and checkpoints included.",
             _curves(runs, "tokens_per_s", "tokens/s"),
             digits=0,
             from_zero=True,

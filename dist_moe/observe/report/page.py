@@ -1,7 +1,7 @@
 """One self-contained page of HTML about a run or a comparison of runs, which opens without a network.
 
 Everything from the files of a run is treated as untrusted: jinja2 and markupsafe escape it, and a policy in the page
-lets the browser run no other script and load nothing, whatever the escaping would miss.
+lets the browser run no other script and load nothing, even where the escaping misses something.
 """
 
 import base64

@@ -80,7 +80,7 @@ def result_rows(runs: Sequence[RunData]) -> list[Row]:
 
 
 def _metrics_of_the_task(runs: Sequence[RunData]) -> list[Measure]:
-    """Return the numbers of the last evaluations that depend on the task, whatever they are called."""
+    """Return the numbers of the last evaluations that depend on the task, under any name."""
     names = dict.fromkeys(name for run in runs for name in task_metrics(run))
     return [Measure(name, metric_title(name), "of the last evaluation", 4, validation_result) for name in names]
 

@@ -158,7 +158,7 @@ def domain_information(load_DE: Tensor) -> tuple[float, float]:
         load_DE: int64 [D, E], assignments of each domain to each expert.
 
     Returns:
-        The information in bits, 0 (every domain uses the experts alike) to log2 min(D, E); and its expected value for
+        The information in bits, 0 (every domain uses the experts equally) to log2 min(D, E); and its expected value for
         the same numbers of assignments without any relation, (D - 1) (E - 1) / (2 N ln 2) to first order (Miller
         1955), with N the harmonic mean of the domains' assignments times D.
     """
