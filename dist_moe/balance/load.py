@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Shares = Sequence[float] | None
-"""The target shares of E experts, above 0 with the sum 1; None for equal shares."""
+from dist_moe.balance.shares import Shares
 
 
 def max_vio(load_LE: Tensor, shares: Shares = None) -> Tensor:

@@ -54,7 +54,7 @@ def evaluate(
         print(json.dumps(result.metrics.as_dict()))
         return
     shown: dict[str, Path | str] = {"checkpoint": result.checkpoint, "text": result.text}
-    RunConsole(result.metrics.step).summary(result.metrics, shown, None)
+    RunConsole(result.metrics.step).summary(result.metrics, shown, None, result.target_shares)
 
 
 def generate(

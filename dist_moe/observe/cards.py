@@ -3,11 +3,11 @@
 The number of cards does not depend on the model: what a run has for each layer is in pictures and in one table.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dist_moe.balance.shares import TargetShares, equal_shares, extreme_loads
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
 
@@ -167,6 +167,12 @@ CARDS = (
         "The cumulative probability that the experts of a token reach (threshold routing).",
         lambda metrics: metrics.threshold,
     ),
+    Card(
+        f"{DETAILS}/unrouted_percent",
+        "Tokens that took no expert, in percent of the tokens of all layers; shown where some did (expert thresholds).",
+        lambda metrics: metrics.unrouted_percent or None,
+        validation=lambda metrics: metrics.unrouted_percent or None,
+    ),
 )
 TASK_CARDS = {
     "accuracy": "Share of the held-out texts whose class is right.",
@@ -240,22 +246,30 @@ floor is as balanced as it can be; below it by a lasting margin, tokens avoid ea
 
 Colors show the load of an expert / the mean load of its layer: white is the mean, blue less, red and purple up to 5
 times the mean. Above 5 a cell is magenta, without a token black. A picture over steps shows the whole run so far; where
-steps are more than its columns, a column is the sum of several.
+steps are more than its columns, a column is the sum of several. With target shares (`balance.shares`), every measure
+and picture takes the target of an expert instead of the mean.
 """
 
 
-def layers_table(metrics: StepMetrics) -> str:
-    """Return a Markdown table with the numbers of each layer in a step, each followed by its floor in brackets."""
+def layers_table(metrics: StepMetrics, target_shares: TargetShares = equal_shares) -> str:
+    """Return a Markdown table with the numbers of each layer in a step, each followed by its floor in brackets.
+
+    Args:
+        metrics: The step.
+        target_shares: The target shares of the experts of a layer.
+    """
+    has_targets = any(target_shares(len(load)) is not None for load in metrics.load)
     lines = [
         f"Step {metrics.step:,}; the floor of each value is in brackets.",
         "",
         "| layer | MaxVio | MaxVio of a computation batch | deviation, % | rank load | experts per token | least and "
-        "most loaded expert, load / mean | bias |",
+        f"most loaded expert, load / {'target' if has_targets else 'mean'} | bias |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for layer, load in enumerate(metrics.load):
-        mean = sum(load) / len(load) or math.nan
-        extremes = ", ".join(f"{load.index(count)}: {count / mean:.2f}" for count in (min(load), max(load)))
+        extremes = ", ".join(
+            f"{expert}: {ratio:.2f}" for expert, ratio in extreme_loads(load, target_shares(len(load)))
+        )
         bias = metrics.bias_per_layer[layer]
         cells = [
             str(layer),

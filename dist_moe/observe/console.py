@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from dist_moe.balance.shares import TargetShares, equal_shares, extreme_loads
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
 from dist_moe.text import counted
@@ -116,16 +117,23 @@ class RunConsole:
         """Print one evaluation."""
         self.log(evaluation_line(metrics))
 
-    def summary(self, metrics: EvaluationMetrics, paths: Mapping[str, Path | str], tensorboard: Path | None) -> None:
+    def summary(
+        self,
+        metrics: EvaluationMetrics,
+        paths: Mapping[str, Path | str],
+        tensorboard: Path | None,
+        target_shares: TargetShares = equal_shares,
+    ) -> None:
         """Print the results of the run: loss, load of each layer, and the paths of its files.
 
         Args:
             metrics: The last evaluation.
             paths: Files and folders, by a short name.
             tensorboard: The folder of event files; None if there are none.
+            target_shares: The target shares of the experts of a layer.
         """
         self._remove_live_line()
-        self._print(summary_table(metrics))
+        self._print(summary_table(metrics, target_shares))
         trained = f" after {counted(metrics.step, 'step')}" if metrics.step else ""
         unit = (
             "mean squared error"
@@ -196,7 +204,7 @@ def evaluation_line(metrics: EvaluationMetrics) -> str:
     return f"{line}  MaxVio_global {metrics.max_vio_global:.3f} (floor {metrics.max_vio_global_floor:.3f})"
 
 
-def summary_table(metrics: EvaluationMetrics) -> Table:
+def summary_table(metrics: EvaluationMetrics, target_shares: TargetShares = equal_shares) -> Table:
     """Build a table of each layer and their mean: MaxVio_global, its floor, deviation, least and most loaded expert.
 
     Where tokens take different numbers of experts, a column shows the mean number.
@@ -205,7 +213,9 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
     title = f"Load over the validation text ({metrics.tokens:,} {what})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     varies = sum(count > 0 for count in metrics.experts_per_token_histogram) > 1
-    headings = ["layer", "MaxVio_global", "floor", "deviation", "least / mean", "most / mean"]
+    has_targets = any(target_shares(len(load)) is not None for load in metrics.load)
+    extremes = [f"{which} / {'target' if has_targets else 'mean'}" for which in ("least", "most")]
+    headings = ["layer", "MaxVio_global", "floor", "deviation", *extremes]
     for heading in [*headings, "experts\n/token"] if varies else headings:
         table.add_column(heading, justify="right")
     rows = zip(
@@ -217,9 +227,9 @@ def summary_table(metrics: EvaluationMetrics) -> Table:
         strict=True,
     )
     for layer, (load, value, floor, deviation, per_token) in enumerate(rows):
-        mean = sum(load) / len(load)
+        shares = target_shares(len(load))
         extremes = [
-            f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-" for count in (min(load), max(load))
+            f"{ratio:.2f} (expert {expert})" if sum(load) else "-" for expert, ratio in extreme_loads(load, shares)
         ]
         cells = [str(layer), f"{value:.3f}", f"{floor:.3f}", f"{deviation:.2f} %", *extremes, f"{per_token:.2f}"]
         table.add_row(*cells[: len(table.columns)])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_moe.balance.load import Shares
+from dist_moe.balance.shares import Shares
 from dist_moe.observe.measures import mean, measure_load, shared_fields
 
 TASK_METRICS = ("accuracy", "macro_f1", "matthews", "pearson", "spearman")

@@ -13,6 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+from dist_moe.balance.shares import TargetShares, equal_shares
 from dist_moe.errors import needs_folder, reason_of
 from dist_moe.observe.cards import (
     CONFIG_TAG,
@@ -51,10 +52,15 @@ class TensorBoardWriter:
         resumed_step: The step after which a resumed run continues; TensorBoard then hides later steps of previous
             processes. None for a run from the start.
         warn: Called once when the disk fails, and once when it works again; the values in between are lost.
+        target_shares: The target shares of the experts of a layer, for the pictures of the load.
     """
 
     def __init__(
-        self, folder: str | Path, resumed_step: int | None = None, warn: Callable[[str], None] = print
+        self,
+        folder: str | Path,
+        resumed_step: int | None = None,
+        warn: Callable[[str], None] = print,
+        target_shares: TargetShares = equal_shares,
     ) -> None:
         self.folder = Path(folder)
         self._purge_step = None if resumed_step is None else resumed_step + 1
@@ -63,7 +69,7 @@ class TensorBoardWriter:
         self._writers: dict[str, SummaryWriter] = {}
         self._described: set[tuple[str, str]] = set()
         self._failed = False
-        self._load = LoadOverSteps()
+        self._load = LoadOverSteps(target_shares=target_shares)
 
     def __enter__(self) -> Self:
         self._open = True
@@ -150,11 +156,13 @@ class TensorBoardWriter:
         pictures = {
             "experts_over_steps": draw_experts_over_steps(self._load),
             "layers_over_steps": draw_layers_over_steps(self._load),
-            "last_step": draw_load(metrics.load, f"Load of each expert in each MoE layer, in step {metrics.step:,}"),
+            "last_step": self._draw_load(
+                metrics.load, f"Load of each expert in each MoE layer, in step {metrics.step:,}"
+            ),
         }
         images = [_image(f"{PICTURES}/{name}", picture) for name, picture in pictures.items()]
         self._writer(STEPS)._get_file_writer().add_summary(Summary(value=images), metrics.step)
-        self._writer(STEPS).add_text(LAYERS_TAG, layers_table(metrics), metrics.step)
+        self._writer(STEPS).add_text(LAYERS_TAG, layers_table(metrics, self._load.target_shares), metrics.step)
         for name, values in distributions.items():
             self._distribution(metrics.step, f"{DISTRIBUTIONS}/{name}", values)
         if varies(metrics):
@@ -169,12 +177,15 @@ class TensorBoardWriter:
         self._scalars(metrics.step, {VALIDATION: validation_curves(metrics)})
         if not metrics.load:
             return
-        picture = draw_load(metrics.load, f"Load over the validation text, after step {metrics.step:,}")
+        picture = self._draw_load(metrics.load, f"Load over the validation text, after step {metrics.step:,}")
         image = _image(f"{PICTURES}/validation", picture)
         self._writer(STEPS)._get_file_writer().add_summary(Summary(value=[image]), metrics.step)
         if varies(metrics):
             tag = f"{DISTRIBUTIONS}/experts_per_token"
             self._integers(VALIDATION, metrics.step, tag, metrics.experts_per_token_histogram)
+
+    def _draw_load(self, load: Sequence[Sequence[int]], title: str) -> Picture:
+        return draw_load(load, title, self._load.target_shares)
 
     def checkpoint(self, step: int, stall_ms: float) -> None:
         """Write how long training waited for the checkpoint of a step, in milliseconds."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, field_validator
 
+from dist_moe.balance.shares import SUM_TOLERANCE, shares_of_all
 from dist_moe.errors import Violation
 from dist_moe.section import Section
 from dist_moe.text import counted
@@ -271,14 +272,7 @@ class SharesPolicy(BiasPolicy):
         Args:
             experts: Routed experts of a layer. `violations` has checked that the shares are for as many.
         """
-        if self.shares is None or isinstance(self.shares, list):
-            return None if self.shares is None else tuple(self.shares)
-        others = experts - len(self.shares)
-        rest = (1.0 - math.fsum(self.shares.values())) / others if others else 0.0
-        return tuple(self.shares.get(str(expert), rest) for expert in range(experts))
-
-
-SUM_TOLERANCE = 1e-6
+        return None if self.shares is None else shares_of_all(self.shares, experts)
 
 
 def _wrong_shares(shares: list[float] | dict[str, float], routing: RoutingValues) -> Refusal:

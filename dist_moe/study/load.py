@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from dist_moe.balance.shares import shares_in_file
 from dist_moe.errors import UserError, needs_folder, reason_of
+from dist_moe.observe.pictures.over_steps import target_loads
 from dist_moe.observe.pictures.scale import ABOVE_RGB, NO_TOKENS_RGB, TICKS, position, scale_colors
 from dist_moe.text import listed
 from dist_moe.untrusted import parse_json, read_json, read_text
@@ -63,6 +65,7 @@ class LoadHistory:
         floor: Expected MaxVio under uniform random routing, of each step.
         max_vio_per_layer: [S][L].
         load: [S][L][E] assignments.
+        given_shares: `balance.shares` of the run, as its file has it.
     """
 
     label: str
@@ -71,6 +74,7 @@ class LoadHistory:
     floor: list[float]
     max_vio_per_layer: list[list[float]]
     load: list[list[list[int]]]
+    given_shares: Any = None
 
 
 def read_histories(folders: Sequence[Path]) -> list[LoadHistory]:
@@ -82,12 +86,16 @@ def read_histories(folders: Sequence[Path]) -> list[LoadHistory]:
     Raises:
         UserError: A folder has no logged step of an MoE model, or the runs differ in their layers or experts.
     """
-    policies = [_policy(folder) for folder in folders]
+    balances = [_balance(folder) for folder in folders]
+    policies = [str(balance.get("policy", folder.name)) for balance, folder in zip(balances, folders, strict=True)]
     labels = [
         f"{policy} ({folder.name})" if Counter(policies)[policy] > 1 else policy
         for policy, folder in zip(policies, folders, strict=True)
     ]
-    histories = [_read_history(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    histories = [
+        _read_history(folder, label, balance.get("shares"))
+        for folder, label, balance in zip(folders, labels, balances, strict=True)
+    ]
     shapes = {tuple(map(len, history.load[0])) for history in histories}
     if len(shapes) > 1:
         counts = listed(sorted(f"{len(shape)} MoE layers of {listed(set(shape))} experts" for shape in shapes), "and")
@@ -95,15 +103,16 @@ def read_histories(folders: Sequence[Path]) -> list[LoadHistory]:
     return histories
 
 
-def _policy(folder: Path) -> str:
+def _balance(folder: Path) -> dict[str, Any]:
+    """Return the section `balance` of a run; empty where it cannot be read."""
     try:
-        policy = read_json(folder / "run.json", follow=True)["config"]["balance"]["policy"]
+        balance = read_json(folder / "run.json", follow=True)["config"]["balance"]
     except (OSError, ValueError, KeyError, TypeError):
-        return folder.name
-    return str(policy)
+        return {}
+    return balance if isinstance(balance, dict) else {}
 
 
-def _read_history(folder: Path, label: str) -> LoadHistory:
+def _read_history(folder: Path, label: str, given_shares: Any) -> LoadHistory:
     path = folder / "metrics.jsonl"
     try:
         # A run in progress may have written a part of its last line.
@@ -127,6 +136,7 @@ def _read_history(folder: Path, label: str) -> LoadHistory:
         floor=[record.max_vio_floor for record in ordered],
         max_vio_per_layer=[record.max_vio_per_layer for record in ordered],
         load=[record.load for record in ordered],
+        given_shares=given_shares,
     )
 
 
@@ -190,7 +200,8 @@ def draw_load_figure(
     bar.ax.set_yticklabels([f"{tick:g}" for tick in TICKS])
     # One line is longer than one heat map is high.
     between = "\n" if len(maps) == 1 else " "
-    bar.set_label(f"load / mean{between}(black: no tokens)", color=text, fontsize=10)
+    reference = "mean or target" if any(history.given_shares is not None for history in histories) else "mean"
+    bar.set_label(f"load / {reference}{between}(black: no tokens)", color=text, fontsize=10)
     bar.ax.tick_params(colors=text, labelsize=10)
     bar.outline.set_edgecolor(grid)
     with needs_folder(path, "--out", "file"):
@@ -222,7 +233,7 @@ def _draw_curves(axes: Axes, histories: Sequence[LoadHistory], text: str, grid: 
 
 def _draw_experts(axes: Axes, history: LoadHistory, layer: int, color_map: Colormap) -> None:
     load_SE = np.array([of_step[layer] for of_step in history.load], dtype=np.float64)
-    ratio_SE = load_SE / load_SE.mean(axis=1, keepdims=True)
+    ratio_SE = load_SE / target_loads(load_SE, shares_in_file(history.given_shares, load_SE.shape[1]))
     # A column reaches from the step halfway to the previous logged one up to that halfway to the next.
     steps = np.array(history.steps, dtype=np.float64)
     middles = (steps[1:] + steps[:-1]) / 2

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
+from dist_moe.balance.shares import TargetShares
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.checkpoint.format.layout import resolve_path, step_of, weights_folder
@@ -53,11 +54,13 @@ class CheckpointEvaluation:
         checkpoint: The folder that was evaluated.
         text: What text it was evaluated on, in words.
         metrics: The record that a run itself writes at its end.
+        target_shares: The target shares of the experts of a layer, which the measures are relative to.
     """
 
     checkpoint: Path
     text: str
     metrics: EvaluationMetrics
+    target_shares: TargetShares
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> CheckpointEvaluation:
@@ -104,7 +107,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
         text = validation_set(given, data)
         shares = given.balance.target_shares(experts)
         metrics = evaluate(task, text, mesh, dist_context.device, step_of(checkpoint) or 0, shares)
-    return CheckpointEvaluation(checkpoint, describe_text(given, data, text, part), metrics)
+    return CheckpointEvaluation(
+        checkpoint, describe_text(given, data, text, part), metrics, given.balance.target_shares
+    )
 
 
 def read_data(config: Config, part: "Part", model_config: PretrainedConfig, folder: Path) -> RunData:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import Shares, mean_max_vio
+from dist_moe.balance.load import mean_max_vio
+from dist_moe.balance.shares import Shares
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_counts
 

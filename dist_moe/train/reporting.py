@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_moe.balance.counts import unrouted_tokens
-from dist_moe.balance.load import Shares
+from dist_moe.balance.shares import Shares
 from dist_moe.checkpoint.async_saver import Saved
 from dist_moe.checkpoint.format.hf_weights import own_type_of_model
 from dist_moe.checkpoint.format.layout import checkpoints_root
@@ -296,7 +296,8 @@ class Report:
         folder = Path(self.config.run.dir)
         paths = {"metrics": self.recorder.metrics_path}
         paths |= {"checkpoint": checkpoint} if checkpoint is not None else {}
-        self.console.summary(metrics, paths, folder / "tensorboard" if self.board is not None else None)
+        board = folder / "tensorboard" if self.board is not None else None
+        self.console.summary(metrics, paths, board, self.config.balance.target_shares)
 
 
 def describe_data(data: RunData) -> str:
@@ -342,7 +343,9 @@ def open_report(
         recorder = stack.enter_context(RunRecorder(folder, console.warn))
         board = None
         if config.observe.tensorboard:
-            board = stack.enter_context(TensorBoardWriter(folder / "tensorboard", done or None, console.warn))
+            board = stack.enter_context(
+                TensorBoardWriter(folder / "tensorboard", done or None, console.warn, config.balance.target_shares)
+            )
             if continues:
                 board.recall(logged_loads(recorder.metrics_path, done))
         stack.enter_context(console)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_moe.observe.pictures.over_steps import LoadOverSteps
+from dist_moe.balance.shares import TargetShares, equal_shares
+from dist_moe.observe.pictures.over_steps import LoadOverSteps, target_loads
 from dist_moe.observe.pictures.panels import Axes, Panel, Picture, draw_panels
 
 MAX_CELL_PX, MIN_WIDE_CELL_PX = 18, 4
@@ -12,15 +13,22 @@ MAP_WIDTH_PX, MAX_MAP_WIDTH_PX = 768, 1600
 LAYERS_HEIGHT_PX, EXPERTS_HEIGHT_PX = 600, 216
 MOST_PANELS = 4
 RATIO_NAME = "load of the expert / mean load of its layer"
+RATIO_TO_TARGET_NAME = "load of the expert / its target by balance.shares"
 LARGEST_NAME = "largest load / mean load of the layer = MaxVio + 1"
+LARGEST_TO_TARGET_NAME = "largest load / target by balance.shares = MaxVio + 1"
 
 
-def draw_load(load: Sequence[Sequence[int]], title: str = "Load of each expert in each MoE layer") -> Picture:
+def draw_load(
+    load: Sequence[Sequence[int]],
+    title: str = "Load of each expert in each MoE layer",
+    target_shares: TargetShares = equal_shares,
+) -> Picture:
     """Draw the load of every expert of every layer, in one step or one evaluation.
 
     Args:
         load: [L][E] assignments; layers may differ in E.
         title: Of the picture.
+        target_shares: The target shares of the experts of a layer.
 
     Raises:
         ValueError: There is no layer or no expert to draw.
@@ -30,11 +38,15 @@ def draw_load(load: Sequence[Sequence[int]], title: str = "Load of each expert i
         raise ValueError(f"the load has {len(load)} layers and no expert; a heat map needs an MoE model")
     ratio_LE = np.full((len(load), experts), np.nan)
     for layer, row in enumerate(load):
-        mean = sum(row) / len(row) if row else 0
-        ratio_LE[layer, : len(row)] = np.asarray(row, dtype=np.float64) / (mean or 1.0)
+        if sum(row):
+            load_E = np.asarray(row, dtype=np.float64)
+            ratio_LE[layer, : len(row)] = load_E / target_loads(load_E, target_shares(len(row)))
+        else:
+            ratio_LE[layer, : len(row)] = 0.0
     width = _cell_px(experts, MAX_MAP_WIDTH_PX, least=MIN_WIDE_CELL_PX)
     axes = Axes("MoE layer", "expert", range(experts), width, _cell_px(len(load), LAYERS_HEIGHT_PX, least=6))
-    return draw_panels(title, [Panel("", ratio_LE)], axes, RATIO_NAME)
+    name = RATIO_NAME if target_shares(experts) is None else RATIO_TO_TARGET_NAME
+    return draw_panels(title, [Panel("", ratio_LE)], axes, name)
 
 
 def draw_layers_over_steps(history: LoadOverSteps) -> Picture:
@@ -46,7 +58,8 @@ def draw_layers_over_steps(history: LoadOverSteps) -> Picture:
     _require_columns(history)
     axes = _axes(history, "MoE layer", _cell_px(history.layers, LAYERS_HEIGHT_PX, least=6))
     title = "Most loaded expert of each MoE layer over the steps"
-    return draw_panels(title, [Panel("", history.largest_LC())], axes, LARGEST_NAME)
+    name = LARGEST_TO_TARGET_NAME if history.has_targets else LARGEST_NAME
+    return draw_panels(title, [Panel("", history.largest_LC())], axes, name)
 
 
 def draw_experts_over_steps(history: LoadOverSteps, layers: Sequence[int] | None = None) -> Picture:
@@ -71,7 +84,8 @@ def draw_experts_over_steps(history: LoadOverSteps, layers: Sequence[int] | None
     axes = _axes(history, "expert", _cell_px(experts, EXPERTS_HEIGHT_PX, least=1))
     which = "each" if len(panels) == history.layers else f"the {len(panels)} least balanced"
     plural = "s"[: which != "each"]
-    return draw_panels(f"Load of each expert over the steps, in {which} MoE layer{plural}", panels, axes, RATIO_NAME)
+    name = RATIO_TO_TARGET_NAME if history.has_targets else RATIO_NAME
+    return draw_panels(f"Load of each expert over the steps, in {which} MoE layer{plural}", panels, axes, name)
 
 
 def _axes(history: LoadOverSteps, rows: str, cell_height: int) -> Axes:

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.balance.shares import Shares, TargetShares, equal_shares
+
 MAX_COLUMNS = 256
+
+
+def target_loads(load: NDArray[np.float64], shares: Shares) -> NDArray[np.float64]:
+    """Return the target load of each expert, [..., E] -> [..., E]: the mean load, or that of the target shares."""
+    mean = load.mean(axis=-1, keepdims=True)
+    of_each = np.ones(load.shape[-1]) if shares is None else np.asarray(shares) * load.shape[-1]
+    return mean * of_each
 
 
 class LoadOverSteps:
@@ -19,12 +28,13 @@ class LoadOverSteps:
 
     Args:
         max_columns: An even number.
+        target_shares: The target shares of the experts of a layer.
     """
 
-    def __init__(self, max_columns: int = MAX_COLUMNS) -> None:
+    def __init__(self, max_columns: int = MAX_COLUMNS, target_shares: TargetShares = equal_shares) -> None:
         if max_columns < 2 or max_columns % 2:
             raise ValueError(f"max_columns={max_columns}; neighbors are added in pairs; use an even number from 2")
-        self._max_columns = max_columns
+        self._max_columns, self.target_shares = max_columns, target_shares
         self._steps_per_column, self._in_last = 1, 0
         # [columns, experts of all layers]; rows after the last column are unused.
         self._counts = np.zeros((max_columns, 0), dtype=np.int64)
@@ -40,6 +50,11 @@ class LoadOverSteps:
     def layers(self) -> int:
         """The number of MoE layers."""
         return len(self._experts)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the experts have target shares, so that loads are relative to these instead of the mean."""
+        return any(self.target_shares(experts) is not None for experts in self._experts)
 
     def add(self, step: int, load: Sequence[Sequence[int]]) -> None:
         """Add a logged step.
@@ -76,15 +91,15 @@ class LoadOverSteps:
         self._in_last = 0
 
     def ratio_EC(self, layer: int) -> NDArray[np.float64]:
-        """Return the load of each expert of a layer relative to the mean, [E, C]; NaN where no token was routed."""
+        """Return load / target load of each expert of a layer, [E, C]; NaN where no token was routed."""
         first = sum(self._experts[:layer])
         load_CE = self._counts[: len(self), first : first + self._experts[layer]].astype(np.float64)
-        mean_C1 = load_CE.mean(axis=1, keepdims=True)
-        mean_C1[mean_C1 == 0] = np.nan
-        return (load_CE / mean_C1).T
+        target_CE = target_loads(load_CE, self.target_shares(load_CE.shape[1]))
+        target_CE[target_CE == 0] = np.nan
+        return (load_CE / target_CE).T
 
     def largest_LC(self) -> NDArray[np.float64]:
-        """Return the largest load of each layer relative to its mean, which is MaxVio + 1, [L, C]."""
+        """Return the largest load / target load of each layer, which is MaxVio + 1, [L, C]."""
         return np.stack([self.ratio_EC(layer).max(axis=0) for layer in range(self.layers)])
 
     def least_balanced_layers(self, count: int) -> list[int]:

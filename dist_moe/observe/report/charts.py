@@ -59,6 +59,11 @@ def charts(runs: Sequence[RunData]) -> list[Chart]:
         ),
         _bias(runs),
         *_if_it_varies(_plain(runs, "experts_per_token", "Experts per token", "The mean number that a token took.")),
+        *_if_it_varies(
+            _plain(
+                runs, "unrouted_percent", "Tokens without an expert, %", "Of all layers, as expert thresholds allow."
+            )
+        ),
         _plain(runs, "threshold", "Threshold", "The probability that the experts of a token have to reach together."),
         *_if_it_varies(_plain(runs, "auxiliary_loss", "Auxiliary loss", "Routing losses times their coefficients.")),
         _plain(runs, "grad_norm", "Gradient norm", "Before clipping, over all parameters.", log=True),

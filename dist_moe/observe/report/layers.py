@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dist_moe.balance.shares import Shares, extreme_loads
 from dist_moe.observe.report.lines import ValidationLine
 from dist_moe.observe.report.results import number
 from dist_moe.observe.report.runs import RunData
-
-HEADINGS = ("layer", "MaxVio_global", "floor", "deviation, %", "least / mean", "most / mean", "experts per token")
 
 
 class LayerTable(NamedTuple):
@@ -23,14 +22,16 @@ def layer_table(run: RunData, alone: bool) -> LayerTable | None:
     line = run.metrics.validations[-1] if run.metrics.validations else None
     if line is None or not line.load:
         return None
-    rows = [_row(line, layer, load) for layer, load in enumerate(line.load)]
+    shares = [run.target_shares(len(load)) for load in line.load]
+    rows = [_row(line, layer, load, shares[layer]) for layer, load in enumerate(line.load)]
+    extremes = [f"{which} / {'target' if any(shares) else 'mean'}" for which in ("least", "most")]
+    headings = ("layer", "MaxVio_global", "floor", "deviation, %", *extremes, "experts per token")
     title = f"{'' if alone else f'{run.name}, '}after step {line.step:,}"
-    return LayerTable(title, HEADINGS, rows)
+    return LayerTable(title, headings, rows)
 
 
-def _row(line: ValidationLine, layer: int, load: Sequence[int]) -> list[str]:
-    mean = sum(load) / len(load)
-    extremes = [f"{count / mean:.2f} (expert {load.index(count)})" if mean else "-" for count in (min(load), max(load))]
+def _row(line: ValidationLine, layer: int, load: Sequence[int], shares: Shares) -> list[str]:
+    extremes = [f"{ratio:.2f} (expert {expert})" if sum(load) else "-" for expert, ratio in extreme_loads(load, shares)]
     columns = (
         (line.max_vio_global_per_layer, 3),
         (line.max_vio_global_floor_per_layer, 3),

@@ -61,6 +61,7 @@ class StepLine(_Line):
     rank_load: Number = None
     rank_load_floor: Number = None
     experts_per_token: Number = None
+    unrouted_percent: Number = None
     bias_min: Number = None
     """The smallest bias of an expert in any layer after the step; None where no layer has one."""
     bias_max: Number = None

@@ -28,7 +28,7 @@ LAST = 255
 
 
 def palette_ratios() -> NDArray[np.float64]:
-    """Return load / mean load of each color of the palette: 0 without tokens, NaN without a value, inf above."""
+    """Return load / target load of each color of the palette: 0 without tokens, NaN without a value, inf above."""
     scale = ratio_at(np.linspace(0.0, 1.0, LAST - FIRST + 1))
     scale[0] = scale[1] / 4  # above 0, which is the color of no tokens
     return np.concatenate([[0.0, np.nan, np.inf], scale])
@@ -40,7 +40,7 @@ def palette() -> NDArray[np.uint8]:
 
 
 def indices(ratio: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Map load / mean load to the palette, [...] float64 -> [...] uint8. NaN is no value."""
+    """Map load / target load to the palette, [...] float64 -> [...] uint8. NaN is no value."""
     places = np.clip(position(np.nan_to_num(ratio)), 0.0, 1.0)
     found = np.rint(places * (LAST - FIRST)).astype(np.int64) + FIRST
     found[ratio > MAX_RATIO] = ABOVE
@@ -100,7 +100,7 @@ class RunLoads:
     problem: str = ""
 
     def overview(self) -> LoadMap:
-        """Draw the largest load / mean load of each layer, which is MaxVio + 1."""
+        """Draw the largest load / target load of each layer, which is MaxVio + 1."""
         return self._map("layer", self.columns.largest_LC())
 
     def of_layer(self, layer: int) -> LoadMap:
@@ -129,7 +129,7 @@ def _rows(run: RunData) -> int:
 
 
 def _read(index: int, run: RunData, most_columns: int) -> RunLoads:
-    columns, added, problem = LoadOverSteps(most_columns), 0, ""
+    columns, added, problem = LoadOverSteps(most_columns, run.target_shares), 0, ""
     try:
         for line in read_loads(run.folder / "metrics.jsonl", run.metrics):
             columns.add(line.step, line.load)

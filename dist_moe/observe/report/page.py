@@ -194,12 +194,12 @@ def make_page(runs: Sequence[RunData]) -> Page:
         difference_count=counted(len(differing), "field"),
         charts=found,
         maps=list(_map_groups(runs, loads)),
-        map_notes=list(_map_notes(loads)),
+        map_notes=list(_map_notes(runs, loads)),
         scale=draw_scale(),
         layer_tables=[table for table in tables if table is not None],
         settings=config_settings(runs),
         machine=machine_facts(runs),
-        data=_data(found, loads),
+        data=_data(found, loads, _reference(runs)),
     )
 
 
@@ -261,12 +261,13 @@ def _balance_card(run: RunData) -> Iterator[Card]:
         result, where = result_at_end(run, "max_vio"), "in a step at the end of training"
     if result.value is None:
         return
+    of_what = "its target load" if run.has_targets else "the mean load"
     floor = "" if result.floor is None else f" By chance alone it would have {1 + result.floor:.2f}."
     yield Card(
         f"Balance: {'MaxVio_global' if where.startswith('over') else 'MaxVio'}",
         number(result.value, 3),
         _with_floor(result),
-        f"The busiest expert of a layer has {1 + result.value:.2f} times the mean load {where}.{floor}",
+        f"The busiest expert of a layer has {1 + result.value:.2f} times {of_what} {where}.{floor}",
     )
 
 
@@ -285,7 +286,7 @@ def _map_groups(runs: Sequence[RunData], loads: Sequence[RunLoads]) -> Iterator[
 
     most = max(of_run.columns.layers for of_run in loads)
     if most > 1:
-        title = "Busiest expert of each layer: its load / the mean"
+        title = f"Busiest expert of each layer: its load / the {_reference(runs)}"
         yield MapGroup(title, [titled(of_run.overview()) for of_run in loads], collapsed=False)
     shown = shown_layers(loads)
     if most > OPEN_LAYERS:
@@ -302,9 +303,16 @@ def _map_groups(runs: Sequence[RunData], loads: Sequence[RunLoads]) -> Iterator[
     yield MapGroup(title, maps, collapsed=most > OPEN_LAYERS)
 
 
-def _map_notes(loads: Sequence[RunLoads]) -> Iterator[str]:
+def _reference(runs: Sequence[RunData]) -> str:
+    """Return what loads are relative to."""
+    return "mean or target" if any(run.has_targets for run in runs) else "mean"
+
+
+def _map_notes(runs: Sequence[RunData], loads: Sequence[RunLoads]) -> Iterator[str]:
     """Yield how the heat maps are to be read."""
     yield "Load of an expert / mean load of the experts of its layer. MoE layers and experts are counted from 0."
+    if any(run.has_targets for run in runs):
+        yield "Where a run has balance.shares, its loads and measures are relative to the target of each expert."
     joined = [of_run for of_run in loads if not of_run.columns_are_steps]
     if joined:
         yield "A column is the sum of several logged steps where a run has more of them than columns fit."
@@ -314,13 +322,14 @@ def _map_notes(loads: Sequence[RunLoads]) -> Iterator[str]:
     yield from (of_run.problem for of_run in loads if of_run.problem)
 
 
-def _data(found: Sequence[Chart], loads: Sequence[RunLoads]) -> dict[str, Any]:
+def _data(found: Sequence[Chart], loads: Sequence[RunLoads], reference: str) -> dict[str, Any]:
     """Return what the script of the page needs."""
     ratios = [None if math.isnan(ratio) else round(min(ratio, MAX_RATIO), 4) for ratio in palette_ratios().tolist()]
     return {
         "charts": {chart.key: chart.data() for chart in found},
         "palette": palette().tolist(),
         "ratios": ratios,
+        "reference": reference,
         "above": ABOVE,
         "scale": list(range(FIRST, LAST + 1)),
         "runs": {

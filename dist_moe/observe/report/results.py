@@ -130,6 +130,11 @@ def _experts_per_token(run: RunData, key: str) -> Result:
     return result_at_end(run, key) if found.value is None else found
 
 
+def _if_any_unrouted(run: RunData, key: str) -> Result:
+    found = _experts_per_token(run, key)
+    return found if found.value or any(step.unrouted_percent for step in run.metrics.steps) else Result(None)
+
+
 def _of_last_step(run: RunData, key: str) -> Result:
     value = getattr(run.metrics.steps[-1], key) if run.metrics.steps else None
     return Result(None if value is None else float(value))
@@ -190,6 +195,13 @@ MEASURES = (
         result_at_end,
     ),
     Measure("experts_per_token", "experts per token", "that a token takes", 2, _experts_per_token),
+    Measure(
+        "unrouted_percent",
+        "tokens without an expert, %",
+        "of the tokens of all layers, as expert thresholds allow",
+        2,
+        _if_any_unrouted,
+    ),
     Measure(
         "tokens_per_s",
         "tokens/s",

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dist_moe.balance.shares import Shares, shares_in_file
 from dist_moe.errors import UserError, reason_of
 from dist_moe.observe.report.lines import EventLine, Metrics, StepLine, read_events, read_metrics
 from dist_moe.text import listed, plain_text
@@ -64,6 +65,15 @@ class RunData:
         """The configuration, every field filled in; empty where it is not known."""
         config = self.value("config")
         return config if isinstance(config, Mapping) else {}
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the experts of the run have targets of their own (`balance.shares`)."""
+        return self.value("config", "balance", "shares") is not None
+
+    def target_shares(self, experts: int) -> Shares:
+        """Return the target shares of the experts of a layer; None for equal ones, and where they cannot be read."""
+        return shares_in_file(self.value("config", "balance", "shares"), experts)
 
     @property
     def taken(self) -> list[StepLine]:

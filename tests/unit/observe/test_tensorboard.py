@@ -160,6 +160,26 @@ def test_without_threshold_routing_there_is_no_curve_of_it(tmp_path: Path) -> No
     assert dict(zip(value.bucket_limit, value.bucket, strict=True)) == {1.5: 60, 2.5: 25, 3.5: 10}
 
 
+def test_tokens_without_an_expert_have_a_curve(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer:
+        writer.step(replace(step_sample(), unrouted_percent=12.5))
+    assert scalars(read(tmp_path), "3_details/unrouted_percent") == [(10, 12.5)]
+
+
+def test_with_target_shares_pictures_and_table_are_relative_to_the_targets(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path, target_shares=lambda experts: (0.4, 0.3, 0.2, 0.1)) as writer:
+        writer.step(step_sample(loads=([40, 30, 20, 10],)))
+        writer.pictures(step_sample(loads=([40, 30, 20, 10],)), NO_DISTRIBUTIONS)
+    events = read(tmp_path)
+    (image,) = events.Images("2_load_pictures/last_step")
+    picture = draw_load(
+        [[40, 30, 20, 10]], "Load of each expert in each MoE layer, in step 10", lambda _: (0.4, 0.3, 0.2, 0.1)
+    )
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")), picture.pixels)
+    table = events.Tensors("2_layers/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "load / target" in table and "0: 1.00, 0: 1.00" in table
+
+
 def test_a_distribution_has_all_its_values(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(3, 100))
     with TensorBoardWriter(tmp_path) as writer:

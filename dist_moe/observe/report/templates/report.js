@@ -111,7 +111,7 @@ function loadText(index) {
   const ratio = data.ratios[index];
   if (ratio === null) return "no value";
   if (ratio === 0) return "no tokens";
-  return index === data.above ? `more than ${ratio} × mean` : `${format(ratio, 2)} × mean`;
+  return index === data.above ? `more than ${ratio} × ${data.reference}` : `${format(ratio, 2)} × ${data.reference}`;
 }
 
 // To protect against tracking, a browser may give other pixels than those of the image; then no load is shown.

@@ -65,6 +65,12 @@ def test_a_few_layers_are_all_shown_in_order() -> None:
     assert len(draw_experts_over_steps(many_layers(3, 8, 20, worst=2), layers=[2]).tops) == 1
 
 
+def test_with_target_shares_a_load_on_its_target_has_the_color_of_1() -> None:
+    picture = draw_load([[60, 20], [20, 60]], target_shares=lambda _: (0.75, 0.25))
+    assert picture.color(0, 0, 0) == picture.color(0, 0, 1) == color(1.0)
+    assert picture.color(0, 1, 0) == color(1 / 3) and picture.color(0, 1, 1) == color(3.0)
+
+
 @pytest.mark.parametrize("load", [[], [[]]])
 def test_a_model_without_experts_has_no_picture(load: list[list[int]]) -> None:
     history = LoadOverSteps()

@@ -58,3 +58,11 @@ def test_another_model_and_an_odd_number_of_columns_are_refused() -> None:
         found.add(20, [[1, 1]])
     with pytest.raises(ValueError, match="use an even number"):
         LoadOverSteps(3)
+
+
+def test_loads_are_relative_to_the_targets_of_the_experts() -> None:
+    found = LoadOverSteps(target_shares=lambda experts: (0.5, 0.25, 0.25) if experts == 3 else None)
+    found.add(1, [[20, 10, 10], [30, 10]])
+    assert found.has_targets and not history(1).has_targets
+    assert found.ratio_EC(0).tolist() == [[1.0], [1.0], [1.0]] and found.ratio_EC(1).tolist() == [[1.5], [0.5]]
+    assert found.largest_LC().tolist() == [[1.0], [1.5]]

@@ -255,3 +255,22 @@ def test_an_even_load_is_drawn_in_the_color_of_the_mean(tmp_path: Path) -> None:
     content = base64.b64decode(str(image["href"]).partition(",")[2])
     with Image.open(io.BytesIO(content)) as opened:
         assert np.abs(np.asarray(opened.convert("RGB")).astype(int) - 247).max() <= 3
+
+
+def test_loads_of_a_run_with_target_shares_are_relative_to_these(tmp_path: Path) -> None:
+    loads = (([40, 20, 10, 10], [40, 20, 10, 10]),) * 4
+    page = page_of(write_run(tmp_path / "run", ["balance.shares=[0.5, 0.25, 0.125, 0.125]"], loads=loads))
+    image = [attributes for tag, attributes in page.elements if tag == "image"][-1]
+    with Image.open(io.BytesIO(base64.b64decode(str(image["href"]).partition(",")[2]))) as opened:
+        assert np.abs(np.asarray(opened.convert("RGB")).astype(int) - 247).max() <= 3
+    assert page.data["reference"] == "mean or target" and "relative to the target of each expert" in page.text
+    assert "least / target\nmost / target" in page.text and "times its target load" in page.text
+
+
+@pytest.mark.parametrize("shares", ["much", [1, 2], {"0": "all"}, [[]]])
+def test_damaged_shares_leave_the_mean(tmp_path: Path, shares: object) -> None:
+    folder = write_run(tmp_path / "run", loads=(EVEN,) * 4)
+    description = json.loads((folder / "run.json").read_text())
+    description["config"]["balance"]["shares"] = shares
+    change_json(folder / "run.json", config=description["config"])
+    assert "least / mean\nmost / mean" in page_of(folder).text

@@ -67,7 +67,15 @@ def test_every_result_of_an_evaluation_is_that_of_the_record(tmp_path: Path) -> 
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     for key in ("validation_loss", "bits_per_byte", "max_vio_global", "load_deviation_percent", "experts_per_token"):
         assert found[key] == [(record[key], record.get(f"{key}_floor"))]
-    assert set(found) == {measure.key for measure in MEASURES}
+    assert set(found) == {measure.key for measure in MEASURES} - {"unrouted_percent"}, "every token took an expert"
+
+
+def test_tokens_without_an_expert_have_a_row(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, evaluated=False)
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "unrouted_percent": 12.5}) + "\n" for line in lines))
+    assert results_of(*read_runs([folder]))["unrouted_percent"] == [(12.5, None)]
 
 
 def test_the_comparison_has_results_floors_and_differences(tmp_path: Path) -> None:
