@@ -6,11 +6,12 @@ Dense parameters are replicated on every rank; the experts are divided among the
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from dist_moe.comm.mesh import Mesh
@@ -20,7 +21,7 @@ from dist_moe.config import Config, Resolved
 from dist_moe.doctor.context import DoctorContext, experts_per_token
 from dist_moe.doctor.finding import Finding, Outcome
 from dist_moe.engine.optimizer_shards import moment_names
-from dist_moe.model.build import empty_model, routing_rule
+from dist_moe.model.build import empty_model, freeze_layers, routing_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.model.cross_entropy import choose_cross_entropy, chunk_rows, output_head
 from dist_moe.text import counted, format_bytes
@@ -42,6 +43,8 @@ class ModelShape:
         expert_size: Width of an expert's hidden layer.
         vocabulary: Tokens of the vocabulary.
         linear_head: Whether the logits are a linear function of the last hidden states.
+        frozen_dense, frozen_experts: Those of `dense` and `experts` that are not trained (`train.frozen_layers`).
+        frozen_layers: Those of `layers` that have no backward pass.
     """
 
     dense: int
@@ -52,6 +55,9 @@ class ModelShape:
     expert_size: int
     vocabulary: int
     linear_head: bool = True
+    frozen_dense: int = 0
+    frozen_experts: int = 0
+    frozen_layers: int = 0
 
 
 def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
@@ -59,8 +65,10 @@ def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
     config = resolved.config
     settings = AutoConfig.for_model(config.model.architecture, **{**resolved.model_config, "vocab_size": vocabulary})
     model = empty_model(settings, routing_rule(config.router, config.balance), Mesh(1, 0, 1))
-    experts = sum(p.numel() for layer in find_layers(model) for p in layer.experts.local.parameters())
-    total = sum(p.numel() for p in model.parameters())
+    freeze_layers(model, config.train.frozen_layers)
+    of_experts = [p for layer in find_layers(model) for p in layer.experts.local.parameters()]
+    experts, frozen_experts = _total(of_experts), _total(p for p in of_experts if not p.requires_grad)
+    total, frozen = _total(model.parameters()), _total(p for p in model.parameters() if not p.requires_grad)
     return ModelShape(
         dense=total - experts,
         experts=experts,
@@ -70,7 +78,14 @@ def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
         expert_size=getattr(settings, "moe_intermediate_size", settings.intermediate_size),
         vocabulary=vocabulary,
         linear_head=output_head(model) is not None,
+        frozen_dense=frozen - frozen_experts,
+        frozen_experts=frozen_experts,
+        frozen_layers=config.train.frozen_layers,
     )
+
+
+def _total(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 @dataclass(frozen=True)
@@ -98,13 +113,14 @@ def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool, d
 
     Weights and gradients are counted whole at every ZeRO stage, since ZeRO 2 frees gradients only during the backward.
     Master weights (fp32 copies, which ZeRO 1 and 2 also keep in fp32 training) and moments are divided among the ranks
-    that hold the same parameters at ZeRO 1 and 2.
+    that hold the same parameters at ZeRO 1 and 2. Parameters that are not trained have a weight alone.
     """
     stage, item = config.parallel.zero_stage, 2 if bf16 else FP32_BYTES
     experts, moments = shape.experts // mesh.expert_parallel, moment_count(config)
-    parameters, share = shape.dense + experts, (shape.dense + shape.experts) // mesh.world_size
-    owned = parameters if stage == 0 else share
-    fixed = parameters * item + owned * (int(bf16 or stage > 0) + moments) * FP32_BYTES
+    trained_dense, trained_experts = shape.dense - shape.frozen_dense, shape.experts - shape.frozen_experts
+    share = (trained_dense + trained_experts) // mesh.world_size
+    owned = trained_dense + trained_experts // mesh.expert_parallel if stage == 0 else share
+    fixed = (shape.dense + experts) * item + owned * (int(bf16 or stage > 0) + moments) * FP32_BYTES
     fixed += _gradient_bytes(config, shape, mesh, item)
     # The first rank that holds a weight writes it; master weights and moments are written by all ranks in equal parts.
     written = share * (int(bf16) + moments) * FP32_BYTES
@@ -119,8 +135,8 @@ def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool, d
 def _gradient_bytes(config: Config, shape: ModelShape, mesh: Mesh, item: int) -> int:
     """Return the size of the gradients; at ZeRO 1 those of a group of one rank are in fp32 (`FlatGradients`)."""
     parts = (
-        (shape.dense, mesh.world_size),
-        (shape.experts // mesh.expert_parallel, mesh.world_size // mesh.expert_parallel),
+        (shape.dense - shape.frozen_dense, mesh.world_size),
+        ((shape.experts - shape.frozen_experts) // mesh.expert_parallel, mesh.world_size // mesh.expert_parallel),
     )
     wide = config.parallel.zero_stage == 1
     return sum(numel * (FP32_BYTES if wide and ranks == 1 else item) for numel, ranks in parts)
@@ -136,12 +152,13 @@ def _activation_bytes(config: Config, shape: ModelShape, item: int, device: torc
 
     Per token, a layer keeps about 16 widths of the model, and for each expert that the token takes 2 widths of the
     model and 4 of the expert. With activation checkpointing each layer keeps its input, and one layer at a time keeps
-    everything.
+    everything. A layer that is not trained keeps nothing for a backward pass.
     """
     tokens = config.train.sequences_per_forward * config.data.sequence_length
     layer = 16 * shape.hidden_size + shape.experts_per_token * (2 * shape.hidden_size + 4 * shape.expert_size)
-    recomputed = shape.layers * shape.hidden_size + layer
-    kept = recomputed if config.train.activation_checkpointing else shape.layers * layer
+    trained = shape.layers - shape.frozen_layers
+    recomputed = trained * shape.hidden_size + layer
+    kept = recomputed if config.train.activation_checkpointing else trained * layer
     return tokens * kept * item + _loss_bytes(config, shape, tokens, item, device)
 
 
@@ -170,8 +187,9 @@ def _loss_bytes(config: Config, shape: ModelShape, tokens: int, item: int, devic
 
 def checkpoint_bytes(config: Config, shape: ModelShape, bf16: bool) -> int:
     """Return the size of one checkpoint: weights, moments, and in bf16 training the fp32 master weights."""
-    weights = 2 + FP32_BYTES if bf16 else FP32_BYTES
-    return (shape.dense + shape.experts) * (weights + moment_count(config) * FP32_BYTES)
+    weights = (shape.dense + shape.experts) * (2 if bf16 else FP32_BYTES)
+    trained = shape.dense + shape.experts - shape.frozen_dense - shape.frozen_experts
+    return weights + trained * (int(bf16) + moment_count(config)) * FP32_BYTES
 
 
 def max_checkpoints(config: Config) -> int:

@@ -9,6 +9,7 @@ import pytest
 from tests.browser.chromium import Chromium, OpenedPage
 from tests.browser.conftest import PICTURES
 from tests.browser.runs import dist_moe
+from tests.unit.observe.report.sample_runs import hostile_run
 
 CURVES = """() => [...document.querySelectorAll('svg.chart')].map((chart) => {
   const [x, y, width, height] = JSON.parse(document.getElementById('data').textContent).charts[chart.id].box;
@@ -111,3 +112,15 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(browser: Chromium, pages: d
     with browser.open(str(pages["both"]), width=390, height=800) as opened:
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390
         opened.picture(PICTURES / "report-narrow.png")
+
+
+def test_trap_T90_a_hostile_run_runs_no_script_and_loads_nothing(browser: Chromium, tmp_path: Path) -> None:
+    run = hostile_run(tmp_path / "<img src=x onerror=alert(1)>")
+    dist_moe(tmp_path, "report", str(run), "--out", "page.html")
+    with browser.open(str(tmp_path / "page.html")) as opened:
+        dialogs: list[str] = []
+        opened.page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        opened.page.wait_for_timeout(500)
+        assert (dialogs, opened.errors, opened.hosts - {""}) == ([], [], set())
+        assert opened.count("img, iframe, object, b") == 0 and opened.count("svg.chart") > 3
+        assert "<script>alert(1)</script>" in opened.page.inner_text("body")

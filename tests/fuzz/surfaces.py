@@ -37,6 +37,7 @@ from tests.fuzz.readers import (
     send_to_launch,
     tokenizer_json,
 )
+from tests.fuzz.result_surfaces import labeled_surfaces, result_surfaces
 from tests.fuzz.surface import Surface
 
 HOSTFILES = (
@@ -101,7 +102,9 @@ MESSAGES = (
 
 def all_surfaces() -> list[Surface]:
     """Return every surface."""
-    return [*config_surfaces(), *launch_surfaces(), *checkpoint_surfaces(), *folder_surfaces(), *data_surfaces()]
+    of_runs = [*folder_surfaces(), *result_surfaces()]
+    of_texts = [*data_surfaces(), *labeled_surfaces()]
+    return [*config_surfaces(), *launch_surfaces(), *checkpoint_surfaces(), *of_runs, *of_texts]
 
 
 def config_surfaces() -> list[Surface]:

@@ -212,12 +212,18 @@ def _make(
         "tokenizer_sha256": file_sha256(partial / "tokenizer" / "tokenizer.json"),
         "labels": labels,
         "splits": totals,
-        "notes": [note for split, total in totals.items() if (note := _cut_note(split, total, length))],
+        "notes": [
+            *(note for split, total in totals.items() if (note := _cut_note(split, total, length))),
+            *([OWN_SPLITS] if fraction is not None and all(each.split for each in examples) else []),
+        ],
         "files": {path.name: path.stat().st_size for path in paths},
         "digests": {path.name: content_digest(path) for path in paths},
     }
     write_atomically(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     partial.rename(folder)
+
+
+OWN_SPLITS = "the validation split is that of the sources; data.validation_fraction does not apply"
 
 
 def divide(examples: Sequence[Example], fraction: float | None) -> dict[str, list[Example]]:

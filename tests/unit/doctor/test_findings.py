@@ -142,6 +142,15 @@ def test_estimate_memory_by_hand(
     assert sum(copies) == checkpoint_bytes(asynchronous, SHAPE, bf16)
 
 
+def test_parameters_that_are_not_trained_have_a_weight_alone() -> None:
+    frozen = replace(SHAPE, frozen_dense=400, frozen_experts=1000, frozen_layers=1)
+    config = config_with("parallel.zero_stage=0", "parallel.expert_parallel=2", "checkpoint.asynchronous=false")
+    whole, part = (estimate_memory(config, shape, Mesh(2, 0, 2), False, CPU) for shape in (SHAPE, frozen))
+    assert whole.fixed - part.fixed == (4 + 8) * (400 + 1000 // 2)
+    assert part.activations < whole.activations
+    assert checkpoint_bytes(config, SHAPE, True) - checkpoint_bytes(config, frozen, True) == 12 * (400 + 1000)
+
+
 @pytest.mark.parametrize(
     ("mesh", "stage", "gradient_bytes"),
     [

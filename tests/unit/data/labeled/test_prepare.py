@@ -9,7 +9,7 @@ import pytest
 
 from dist_moe.config.sections.task import TaskConfig
 from dist_moe.data.labeled.example import Example
-from dist_moe.data.labeled.prepare import LabeledData, divide, place_of, prepare_labeled
+from dist_moe.data.labeled.prepare import OWN_SPLITS, LabeledData, divide, place_of, prepare_labeled
 from dist_moe.data.labeled.stream import ExampleStream
 from dist_moe.data.split import in_validation
 from dist_moe.data.stream import Rows
@@ -51,6 +51,15 @@ def test_every_example_is_in_the_split_of_its_key_once(tmp_path: Path) -> None:
     assert texts == [(f"{number} " * (1 + number % 7))[:15] for number in held_out]
     cut = sum(2 * (1 + number % 7) + (number > 9) * (1 + number % 7) > 15 for number in range(COUNT))
     assert sum(int(note.split()[0]) for note in data.notes) == cut
+
+
+def test_sources_with_splits_of_their_own_say_that_the_fraction_does_not_apply(tmp_path: Path) -> None:
+    for name, count in (("train.tsv", 9), ("dev.tsv", 3)):
+        rows = "".join(f"text {number}\t{number % 2}\n" for number in range(count))
+        (tmp_path / name).write_text(f"sentence\tlabel\n{rows}")
+    data = prepared(str(tmp_path), tmp_path / "cache")
+    assert (data.train.count, data.validation.count) == (9, 3)
+    assert data.notes == (OWN_SPLITS,) and OWN_SPLITS not in prepared(write(tmp_path), tmp_path / "cache").notes
 
 
 def test_the_first_held_out_examples_are_of_all_classes_where_a_source_is_sorted() -> None:

@@ -14,6 +14,7 @@ DEBUG = Path(__file__).resolve().parents[4] / "configs/debug.yaml"
 EVEN, UNEVEN = ([20, 20, 20, 20], [15, 15, 15, 15]), ([20, 20, 40, 0], [60, 0, 0, 0])
 STEPS = (1, 10, 20, 30)
 LAYOUT = {"workers": 2, "expert_parallel": 2, "corpus": "0123456789abcdef", "launcher": "torchrun"}
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}\x1b[31m\u202e\ud800"
 VOID = {"meta", "path", "image", "rect", "line", "circle", "img", "br", "link"}
 
 
@@ -41,6 +42,38 @@ def write_run(
 def change_json(path: Path, **values: Any) -> None:
     """Replace top-level values of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def hostile_run(folder: Path) -> Path:
+    """Write a run with hostile text in every place that a report shows."""
+    write_run(folder)
+    description = json.loads((folder / "run.json").read_text())
+    description["config"] |= {HOSTILE: {HOSTILE: HOSTILE}}
+    description["config"]["balance"]["policy"] = HOSTILE
+    change_json(
+        folder / "run.json",
+        config=description["config"],
+        started=HOSTILE,
+        argv=[HOSTILE, HOSTILE],
+        versions={HOSTILE: HOSTILE, "torch": HOSTILE},
+        source={"commit": HOSTILE, "dirty": True},
+        host={"cpu": HOSTILE, "cores": HOSTILE, "accelerators": [HOSTILE], "system": HOSTILE},
+        world={"workers": HOSTILE, "corpus": HOSTILE, "launcher": HOSTILE, "device": HOSTILE},
+    )
+    with RunRecorder(folder) as recorder:
+        for step in (30, 40):
+            recorder.write({**evaluation_sample(step=step).as_dict(), "<b>accuracy</b>": 0.5 + step / 1000})
+        recorder.write({"event": HOSTILE, "step": 1})
+    events = [{"event": "start", "step": 5, "time": HOSTILE[:40], "resumed_from": HOSTILE}]
+    events += [{"event": "warning", "step": 6, "text": HOSTILE}, {"event": "start", "step": HOSTILE}]
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+    (folder / "errors").mkdir()
+    message = json.dumps(HOSTILE)
+    (folder / "errors/rank-0.txt").write_text(
+        f"time: 2026-01-01T00:00:00+00:00\nrank: 0\ncode: 1\nexception: <b>E</b>\nmessage: {message}\n\n"
+    )
+    return folder
 
 
 class Markup(html.parser.HTMLParser):

@@ -17,10 +17,8 @@ from dist_moe.observe.record import RunRecorder
 from dist_moe.observe.report import load_maps
 from dist_moe.observe.report.page import make_page, render, write_page
 from dist_moe.observe.report.runs import read_runs
-from tests.unit.observe.report.sample_runs import EVEN, STEPS, Markup, change_json, write_run
+from tests.unit.observe.report.sample_runs import EVEN, STEPS, Markup, change_json, hostile_run, write_run
 from tests.unit.observe.samples import evaluation_sample, step_sample
-
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}\x1b[31m\u202e\ud800"
 
 
 def page_of(*folders: Path) -> Markup:
@@ -106,38 +104,6 @@ def test_runs_that_cannot_be_compared_are_said_to_be_so(tmp_path: Path) -> None:
         "their numbers of workers differ (2 and 4), so the speeds are not comparable",
     ):
         assert reason in text
-
-
-def hostile_run(folder: Path) -> Path:
-    """Write a run with hostile text in every place that a report shows."""
-    write_run(folder)
-    description = json.loads((folder / "run.json").read_text())
-    description["config"] |= {HOSTILE: {HOSTILE: HOSTILE}}
-    description["config"]["balance"]["policy"] = HOSTILE
-    change_json(
-        folder / "run.json",
-        config=description["config"],
-        started=HOSTILE,
-        argv=[HOSTILE, HOSTILE],
-        versions={HOSTILE: HOSTILE, "torch": HOSTILE},
-        source={"commit": HOSTILE, "dirty": True},
-        host={"cpu": HOSTILE, "cores": HOSTILE, "accelerators": [HOSTILE], "system": HOSTILE},
-        world={"workers": HOSTILE, "corpus": HOSTILE, "launcher": HOSTILE, "device": HOSTILE},
-    )
-    with RunRecorder(folder) as recorder:
-        for step in (30, 40):
-            recorder.write({**evaluation_sample(step=step).as_dict(), "<b>accuracy</b>": 0.5 + step / 1000})
-        recorder.write({"event": HOSTILE, "step": 1})
-    events = [{"event": "start", "step": 5, "time": HOSTILE[:40], "resumed_from": HOSTILE}]
-    events += [{"event": "warning", "step": 6, "text": HOSTILE}, {"event": "start", "step": HOSTILE}]
-    with (folder / "events.jsonl").open("a") as file:
-        file.writelines(json.dumps(event) + "\n" for event in events)
-    (folder / "errors").mkdir()
-    message = json.dumps(HOSTILE)
-    (folder / "errors/rank-0.txt").write_text(
-        f"time: 2026-01-01T00:00:00+00:00\nrank: 0\ncode: 1\nexception: <b>E</b>\nmessage: {message}\n\n"
-    )
-    return folder
 
 
 def test_trap_T90_nothing_of_a_run_becomes_markup_or_a_script(tmp_path: Path) -> None:
