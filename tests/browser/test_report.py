@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Dialog
 
 from tests.browser.chromium import Chromium, OpenedPage
 from tests.browser.conftest import PICTURES
@@ -119,7 +120,12 @@ def test_trap_T90_a_hostile_run_runs_no_script_and_loads_nothing(browser: Chromi
     dist_moe(tmp_path, "report", str(run), "--out", "page.html")
     with browser.open(str(tmp_path / "page.html")) as opened:
         dialogs: list[str] = []
-        opened.page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+
+        def note(dialog: Dialog) -> None:
+            dialogs.append(dialog.message)
+            dialog.dismiss()
+
+        opened.page.on("dialog", note)
         opened.page.wait_for_timeout(500)
         assert (dialogs, opened.errors, opened.hosts - {""}) == ([], [], set())
         assert opened.count("img, iframe, object, b") == 0 and opened.count("svg.chart") > 3
