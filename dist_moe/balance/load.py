@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_moe.balance.shares import Shares
+from dist_moe.policies.shares import Shares
 
 
 def max_vio(load_LE: Tensor, shares: Shares = None) -> Tensor:

@@ -1,37 +1,41 @@
 """Tokenizes documents into memory-mapped files, once for all processes, and opens them."""
 
-import hashlib
 import json
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tokenizers
 
-from dist_moe.data.cache import file_sha256, needs_cache
 from dist_moe.data.files import is_text_file
 from dist_moe.data.load_tokenizer import load_tokenizer
-from dist_moe.data.mmap_files import MmapFile, content_digest, same_content
+from dist_moe.data.mmap_files import MmapFile
 from dist_moe.data.source_manifest import write_source_manifest
 from dist_moe.data.sources import SourceRecord, fetch_sources, read_sources
 from dist_moe.data.split import SALT, Documents, Part, Split, choose_split
+from dist_moe.data.token_folder import (
+    Settings,
+    made_once,
+    make_tokenizer,
+    read_record,
+    sources_of,
+    token_dtype,
+    tokenizer_settings,
+    tokens_are_whole,
+    write_record,
+)
 from dist_moe.data.tokenizer import (
     PIECE_CHARACTERS,
     TRAINING_CHARACTERS,
     Tokenizer,
-    byte_tokenizer,
     cut_pieces,
-    train_bpe,
 )
 from dist_moe.data.writer import SplitWriter
 from dist_moe.errors import DataError
-from dist_moe.files import file_lock, write_atomically
 
 # Part of the fingerprint: increase it when the files, or how they are made, change.
 FORMAT = 1
@@ -115,44 +119,17 @@ def prepare(
     if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise DataError(f"data.validation_fraction={validation_fraction}", "is not between 0 and 1", "use 0.1")
     records = fetch_sources(sources, cache)
-    settings: dict[str, Any] = {
+    settings: Settings = {
         "format": FORMAT,
         "sources": [[record.name, record.version, record.sha256] for record in records],
-        "tokenizer": tokenizer,
         "validation_fraction": validation_fraction,
         "salt": SALT,
     }
     if any(map(is_text_file, sources)):
         settings |= {"domains": "stems"}  # tokens of an earlier version have the folder's name
-    if tokenizer == "bpe":
-        settings |= {"vocabulary": vocabulary, "tokenizers": tokenizers.__version__}
-    given = None
-    if tokenizer == "pretrained":
-        given = pretrained_tokenizer(pretrained, vocabulary)
-        digest = hashlib.sha256(given.files["tokenizer.json"].encode()).hexdigest()
-        settings |= {"tokenizer_sha256": digest, "end": given.end_id, "tokenizers": tokenizers.__version__}
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache / "tokens" / fingerprint
-    # Without the lock, which a cache on a read-only disk does not allow.
-    if not tokens_are_whole(folder):
-        with needs_cache(cache), file_lock(folder.with_name(fingerprint + ".lock")):
-            if not tokens_are_whole(folder):
-                _make(folder, records, settings | {"fingerprint": fingerprint}, cache, given)
-    return _open(folder)
-
-
-def pretrained_tokenizer(folder: Path | None, vocabulary: int, byte_level: bool = True) -> Tokenizer:
-    """Load the tokenizer of a pretrained model, and check that the model has an embedding for each of its ids.
-
-    byte_level: as `load_tokenizer`.
-    """
-    if folder is None:
-        raise DataError("data.tokenizer=pretrained", "needs a pretrained model", "set model.pretrained")
-    tokenizer = load_tokenizer(folder, byte_level)
-    if tokenizer.vocab_size > vocabulary:
-        rule = f"has {tokenizer.vocab_size} tokens, and the model {vocabulary}"
-        raise DataError(str(folder / "tokenizer.json"), rule, "give the folder of a model with its own tokenizer")
-    return tokenizer
+    given, of_tokenizer = tokenizer_settings(tokenizer, vocabulary, pretrained)
+    write = partial(_write, records=records, cache=cache, given=given)
+    return _open(made_once(cache, settings | of_tokenizer, write))
 
 
 def open_tokenized(folder: Path) -> TokenizedData:
@@ -163,15 +140,14 @@ def open_tokenized(folder: Path) -> TokenizedData:
 
 
 def _open(folder: Path) -> TokenizedData:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    record = read_record(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     files: list[MmapFile] = []
-    corpora = [_open_split(folder, split, manifest, tokenizer.end_id, files) for split in manifest["splits"]]
-    records = tuple(SourceRecord(**record) for record in manifest["records"])
+    corpora = [_open_split(folder, split, record, tokenizer.end_id, files) for split in record["splits"]]
     return TokenizedData(
-        *(tokenizer, corpora[0], corpora[-1], records, manifest["settings"]["fingerprint"], folder),
+        *(tokenizer, corpora[0], corpora[-1], sources_of(record), record["settings"]["fingerprint"], folder),
         files=tuple(files),
-        notes=tuple(manifest.get("notes", ())),
+        notes=tuple(record.get("notes", ())),
     )
 
 
@@ -187,70 +163,36 @@ def document_names(folder: Path, split: str, indices: Collection[int]) -> dict[i
         return {}
 
 
-def _open_split(folder: Path, split: str, manifest: dict[str, Any], end_id: int, files: list[MmapFile]) -> Corpus:
+def _open_split(folder: Path, split: str, record: dict[str, Any], end_id: int, files: list[MmapFile]) -> Corpus:
     def map_array(kind: str, dtype: str) -> np.ndarray:
         files.append(MmapFile(folder / f"{split}.{kind}"))
         return files[-1].array(dtype)
 
     return Corpus(
-        tokens=map_array("tokens", manifest["dtype"]),
+        tokens=map_array("tokens", record["dtype"]),
         starts_N1=map_array("starts", "int64"),
         domains_N=map_array("domains", "int64"),
-        domains=tuple(manifest["domains"]),
+        domains=tuple(record["domains"]),
         end_id=end_id,
-        text_bytes=manifest["splits"][split]["text_bytes"],
+        text_bytes=record["splits"][split]["text_bytes"],
     )
 
 
-def tokens_are_whole(folder: Path) -> bool:
-    """Whether all files have the sizes and digests of the manifest, and the tokenizer its hash.
-
-    A manifest of an earlier version has no digests of the token files; then only their sizes are compared.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-        tokenizer_sha256 = file_sha256(folder / "tokenizer" / "tokenizer.json")
-        whole = sizes == manifest["files"] and tokenizer_sha256 == manifest["tokenizer_sha256"]
-        return whole and same_content(folder, manifest.get("digests", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _make(
-    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, given: Tokenizer | None
-) -> None:
-    """Write a temporary folder, then rename it; what a killed process left, or a damaged folder, is removed first."""
-    partial = folder.with_name(folder.name + ".partial")
-    for leftover in (partial, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir()
-    _write(partial, records, settings, cache, given)
-    partial.rename(folder)
-
-
 def _write(
-    folder: Path, records: Sequence[SourceRecord], settings: dict[str, Any], cache: Path, given: Tokenizer | None
+    folder: Path, settings: Settings, records: Sequence[SourceRecord], cache: Path, given: Tokenizer | None
 ) -> None:
-    """Write the token files and, last, the manifest that marks them as complete.
+    """Write the token files and, last, their record.
 
     given: the tokenizer, where it is not made here.
     """
     documents = partial(read_sources, [record.name for record in records], cache)
     split = choose_split(documents, settings["validation_fraction"])
-    if given is not None:
-        tokenizer = given
-    elif settings["tokenizer"] == "bpe":
-        tokenizer = train_bpe(_training_pieces(split, documents, records), settings["vocabulary"])
-    else:
-        tokenizer = byte_tokenizer()
+    tokenizer = make_tokenizer(settings, given, partial(_training_pieces, split, documents, records))
     tokenizer.save(folder / "tokenizer")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
     domains: dict[str, int] = {}
     names = UNDIVIDED if settings["validation_fraction"] is None else SPLITS
     with ExitStack() as stack:
-        writers = [stack.enter_context(SplitWriter(folder, name, dtype)) for name in names]
+        writers = [stack.enter_context(SplitWriter(folder, name, token_dtype(tokenizer))) for name in names]
         for piece, ids in _encoded(split.parts(documents()), tokenizer):
             writer = writers[piece.part.held_out]
             writer.add(ids, piece.text)
@@ -261,21 +203,9 @@ def _write(
     for writer in writers:
         _refuse_short(writer)
     write_source_manifest(folder, records)
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    manifest = {
-        "settings": settings,
-        "records": [asdict(record) for record in records],
-        "dtype": dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
-        "domains": list(domains),
-        "splits": {writer.split: writer.totals() for writer in writers},
-        "files": {path.name: path.stat().st_size for path in paths},
-        "digests": {path.name: content_digest(path) for path in paths},
-    }
-    if split.note:
-        manifest["notes"] = [split.note]
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    splits = {writer.split: writer.totals() for writer in writers}
+    notes = {"notes": [split.note]} if split.note else {}
+    write_record(folder, settings, records, tokenizer, domains=list(domains), splits=splits, **notes)
 
 
 def _training_pieces(split: Split, documents: Documents, records: Sequence[SourceRecord]) -> Iterator[str]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_moe.balance.shares import TargetShares, equal_shares, extreme_loads
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
+from dist_moe.policies.shares import TargetShares, equal_shares, extreme_loads
 
 OVERVIEW, PICTURES, DETAILS, DISTRIBUTIONS = "1_overview", "2_load_pictures", "3_details", "4_distributions"
 GUIDE_TAG, LAYERS_TAG, CONFIG_TAG = "1_guide", "2_layers", "3_config"

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dist_moe.balance.shares import TargetShares, equal_shares, extreme_loads
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
+from dist_moe.policies.shares import TargetShares, equal_shares, extreme_loads
 from dist_moe.text import counted
 
 LIVE_TEXT_WIDTH = 44

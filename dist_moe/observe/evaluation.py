@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_moe.balance.shares import Shares
 from dist_moe.observe.measures import mean, measure_load, shared_fields
+from dist_moe.policies.shares import Shares
 
 TASK_METRICS = ("accuracy", "macro_f1", "matthews", "pearson", "spearman")
 # Of a task with labeled texts, metrics.jsonl has no bytes, and counts texts.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dist_moe.balance.load import max_vio_floor, rank_load
-from dist_moe.balance.shares import Shares
 from dist_moe.observe.measures import LoadMeasures, mean, measure_load, per_layer, shared_fields
+from dist_moe.policies.shares import Shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from dist_moe.balance.shares import TargetShares, equal_shares
 from dist_moe.errors import needs_folder, reason_of
 from dist_moe.observe.cards import (
     CONFIG_TAG,
@@ -37,6 +36,7 @@ from dist_moe.observe.pictures.canvas import encode_png
 from dist_moe.observe.pictures.load import draw_experts_over_steps, draw_layers_over_steps, draw_load
 from dist_moe.observe.pictures.over_steps import LoadOverSteps
 from dist_moe.observe.pictures.panels import Picture
+from dist_moe.policies.shares import TargetShares, equal_shares
 
 PROBE_BYTES = 1 << 16
 STEPS, FLOOR, VALIDATION = "", "floor", "validation"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, field_validator
 
-from dist_moe.balance.shares import SUM_TOLERANCE, shares_of_all
 from dist_moe.errors import Violation
+from dist_moe.policies.shares import SUM_TOLERANCE, shares_of_all
 from dist_moe.section import Section
 from dist_moe.text import counted
 

@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from dist_moe.balance.shares import shares_in_file
 from dist_moe.errors import UserError, needs_folder, reason_of
 from dist_moe.observe.pictures.over_steps import target_loads
 from dist_moe.observe.pictures.scale import ABOVE_RGB, NO_TOKENS_RGB, TICKS, position, scale_colors
+from dist_moe.policies.shares import shares_in_file
 from dist_moe.text import listed
 from dist_moe.untrusted import parse_json, read_json, read_text
 

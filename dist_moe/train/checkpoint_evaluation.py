@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from dist_moe.balance.shares import TargetShares
 from dist_moe.checkpoint.errors import CheckpointError
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.checkpoint.format.layout import resolve_path, step_of, weights_folder
@@ -32,6 +31,7 @@ from dist_moe.model.head import has_head, label_names
 from dist_moe.model.tasks.classification import ClassificationTask
 from dist_moe.model.tasks.language_model import LanguageModelTask
 from dist_moe.observe.evaluation import EvaluationMetrics
+from dist_moe.policies.shares import TargetShares
 from dist_moe.text import counted, listed
 from dist_moe.train.evaluate import ValidationSet, evaluate, validation_set
 from dist_moe.worker.rank_info import rank_info_from_env

@@ -178,7 +178,7 @@ def _tokenizer_violations(config: Config) -> list[Violation]:
     folder = tokenizer_folder(config)
     if folder is None or not os.path.isdir(folder):
         return []  # the rules of model.pretrained report it
-    from dist_moe.data.corpus import pretrained_tokenizer  # imports torch
+    from dist_moe.data.token_folder import pretrained_tokenizer  # imports torch
 
     try:
         pretrained_tokenizer(folder, text_vocabulary(config), byte_level=config.task.kind == "language_model")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts, unrouted_tokens
-from dist_moe.balance.shares import Shares
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_counts, all_reduce_scalars
 from dist_moe.config import Config
@@ -21,6 +20,7 @@ from dist_moe.model.inputs import model_inputs
 from dist_moe.model.tasks.base import Output
 from dist_moe.model.tasks.metrics import task_metrics
 from dist_moe.observe.evaluation import EvaluationMetrics, evaluation_metrics
+from dist_moe.policies.shares import Shares
 
 
 @dataclass(frozen=True)

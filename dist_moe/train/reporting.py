@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_moe.balance.counts import unrouted_tokens
-from dist_moe.balance.shares import Shares
 from dist_moe.checkpoint.async_saver import Saved
 from dist_moe.checkpoint.format.hf_weights import own_type_of_model
 from dist_moe.checkpoint.format.layout import checkpoints_root
@@ -33,6 +32,7 @@ from dist_moe.observe.pictures.logged_load import logged_loads
 from dist_moe.observe.record import RunRecorder, archive_previous_run
 from dist_moe.observe.routing.observer import Distributions, bias_distribution
 from dist_moe.observe.tensorboard import TensorBoardWriter
+from dist_moe.policies.shares import Shares
 from dist_moe.policies.unbalanced import Unbalanced
 from dist_moe.text import counted, listed
 from dist_moe.train.microbatch_vio import microbatch_max_vio

@@ -2,29 +2,37 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tokenizers
 
 from dist_moe.config.sections.task import TaskConfig
-from dist_moe.data.cache import file_sha256, needs_cache
-from dist_moe.data.corpus import SPLITS, pretrained_tokenizer, tokens_are_whole
+from dist_moe.data.corpus import SPLITS
 from dist_moe.data.labeled.example import Example, sorted_labels
 from dist_moe.data.labeled.join import join, special_tokens
 from dist_moe.data.labeled.sources import fetch_labeled, labeled_source_files, read_labeled
 from dist_moe.data.load_tokenizer import load_tokenizer
-from dist_moe.data.mmap_files import MmapFile, content_digest
+from dist_moe.data.mmap_files import MmapFile
 from dist_moe.data.source_manifest import write_source_manifest
 from dist_moe.data.sources import SourceRecord
 from dist_moe.data.split import SALT, in_validation
-from dist_moe.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from dist_moe.data.token_folder import (
+    Settings,
+    made_once,
+    make_tokenizer,
+    read_record,
+    sources_of,
+    token_dtype,
+    tokenizer_settings,
+    write_record,
+)
+from dist_moe.data.tokenizer import Tokenizer
 from dist_moe.errors import DataError
-from dist_moe.files import file_lock, write_atomically
 from dist_moe.text import counted, listed
 
 # Part of the fingerprint: increase it when the files, or how they are made, change.
@@ -111,36 +119,23 @@ def prepare_labeled(
         DataError: A source or the tokenizer cannot be used, a label is unknown, or a split would be empty.
     """
     records = fetch_labeled(sources, cache)
-    settings: dict[str, Any] = {
+    settings: Settings = {
         "labeled_format": FORMAT,
         "task": task.kind,
         "labels": task.labels,
         "sources": [[record.name, record.version, record.sha256] for record in records],
-        "tokenizer": tokenizer,
         "tokenizers": tokenizers.__version__,
         "length": length,
         "validation_fraction": validation_fraction,
         "salt": SALT,
     }
-    given = None
-    if tokenizer == "bpe":
-        settings |= {"vocabulary": vocabulary}
-    elif tokenizer == "pretrained":
-        given = pretrained_tokenizer(pretrained, vocabulary, byte_level=False)
-        digest = hashlib.sha256(given.files["tokenizer.json"].encode()).hexdigest()
-        settings |= {"tokenizer_sha256": digest, "end": given.end_id}
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache / "tokens" / fingerprint
-    # Without the lock, which a cache on a read-only disk does not allow.
-    if not tokens_are_whole(folder):
-        with needs_cache(cache), file_lock(folder.with_name(fingerprint + ".lock")):
-            if not tokens_are_whole(folder):
-                _make(folder, records, task, settings | {"fingerprint": fingerprint}, cache, given)
-    return _open(folder)
+    given, of_tokenizer = tokenizer_settings(tokenizer, vocabulary, pretrained, byte_level=False)
+    write = partial(_write, records=records, task=task, cache=cache, given=given)
+    return _open(made_once(cache, settings | of_tokenizer, write))
 
 
 def _open(folder: Path) -> LabeledData:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    record = read_record(folder)
     tokenizer = load_tokenizer(folder / "tokenizer", byte_level=False)
     files: list[MmapFile] = []
 
@@ -151,76 +146,51 @@ def _open(folder: Path) -> LabeledData:
     def open_split(split: str) -> Examples:
         starts_N1, pair_starts_N, labels_N = (map_array(split, kind, dtype) for kind, dtype in KINDS.items())
         return Examples(
-            map_array(split, "tokens", manifest["dtype"]), starts_N1, pair_starts_N, labels_N, tokenizer.end_id
+            map_array(split, "tokens", record["dtype"]), starts_N1, pair_starts_N, labels_N, tokenizer.end_id
         )
 
-    splits = [open_split(split) for split in manifest["splits"]]
+    splits = [open_split(split) for split in record["splits"]]
     return LabeledData(
         tokenizer,
         splits[0],
         splits[-1],
-        tuple(manifest["labels"]),
-        tuple(SourceRecord(**record) for record in manifest["records"]),
-        manifest["settings"]["fingerprint"],
+        tuple(record["labels"]),
+        sources_of(record),
+        record["settings"]["fingerprint"],
         folder,
         tuple(files),
-        tuple(manifest["notes"]),
+        tuple(record["notes"]),
     )
 
 
-def _make(
+def _write(
     folder: Path,
+    settings: Settings,
     records: Sequence[SourceRecord],
     task: TaskConfig,
-    settings: dict[str, Any],
     cache: Path,
     given: Tokenizer | None,
 ) -> None:
-    """Write a temporary folder, then rename it; what a killed process left, or a damaged folder, is removed first."""
-    partial = folder.with_name(folder.name + ".partial")
-    for leftover in (partial, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir()
+    """Write the files of the examples and, last, their record."""
     fraction = settings["validation_fraction"]
     examples = [example for record in records for example in read_labeled(record.name, cache)]
     splits = divide(examples, fraction)
     labels = class_names(splits, task)
-    if given is not None:
-        tokenizer = given
-    elif settings["tokenizer"] == "bpe":
-        tokenizer = train_bpe(_texts(next(iter(splits.values()))), settings["vocabulary"])
-    else:
-        tokenizer = byte_tokenizer()
-    tokenizer.save(partial / "tokenizer")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
+    tokenizer = make_tokenizer(settings, given, partial(_texts, next(iter(splits.values()))))
+    tokenizer.save(folder / "tokenizer")
     length = settings["length"]
     if length <= (least := special_tokens(tokenizer, any(each.text_pair is not None for each in examples))):
         rule = f"has no room for a text in addition to the {counted(least, 'special token')} of a row"
         raise DataError(f"data.sequence_length={length}", rule, f"give {least + 1} or more")
     totals = {
-        split: _write_split(partial, split, part, label_values(part, labels, task), tokenizer, length, dtype)
+        split: _write_split(folder, split, part, label_values(part, labels, task), tokenizer, length)
         for split, part in splits.items()
     }
-    write_source_manifest(partial, records, labeled_source_files)
-    paths = [path for path in sorted(partial.iterdir()) if path.is_file()]
-    manifest = {
-        "settings": settings,
-        "records": [asdict(record) for record in records],
-        "dtype": dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": file_sha256(partial / "tokenizer" / "tokenizer.json"),
-        "labels": labels,
-        "splits": totals,
-        "notes": [
-            *(note for split, total in totals.items() if (note := _cut_note(split, total, length))),
-            *([OWN_SPLITS] if fraction is not None and all(each.split for each in examples) else []),
-        ],
-        "files": {path.name: path.stat().st_size for path in paths},
-        "digests": {path.name: content_digest(path) for path in paths},
-    }
-    write_atomically(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    partial.rename(folder)
+    write_source_manifest(folder, records, labeled_source_files)
+    notes = [note for split, total in totals.items() if (note := _cut_note(split, total, length))]
+    if fraction is not None and all(each.split for each in examples):
+        notes.append(OWN_SPLITS)
+    write_record(folder, settings, records, tokenizer, labels=labels, splits=totals, notes=notes)
 
 
 OWN_SPLITS = "the validation split is that of the sources; data.validation_fraction does not apply"
@@ -302,13 +272,12 @@ def _write_split(
     labels_N: np.ndarray,
     tokenizer: Tokenizer,
     length: int,
-    dtype: np.dtype,
 ) -> dict[str, int]:
     """Write the arrays of a split and the list of its examples; return its totals."""
     starts, pair_starts, cut = [0], [], 0
     with (folder / f"{split}.tokens").open("xb") as tokens, (folder / f"{split}.documents.jsonl").open("xb") as lines:
         for example, joined in zip(examples, join(examples, tokenizer, length), strict=True):
-            tokens.write(joined.ids.astype(dtype).tobytes())
+            tokens.write(joined.ids.astype(token_dtype(tokenizer)).tobytes())
             starts.append(starts[-1] + len(joined.ids))
             pair_starts.append(joined.pair_start)
             cut += joined.is_cut

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_moe.balance.shares import TargetShares, equal_shares
 from dist_moe.observe.pictures.over_steps import LoadOverSteps, target_loads
 from dist_moe.observe.pictures.panels import Axes, Panel, Picture, draw_panels
+from dist_moe.policies.shares import TargetShares, equal_shares
 
 MAX_CELL_PX, MIN_WIDE_CELL_PX = 18, 4
 MAP_WIDTH_PX, MAX_MAP_WIDTH_PX = 768, 1600

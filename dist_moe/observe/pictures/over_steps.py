@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.balance.shares import Shares, TargetShares, equal_shares
+from dist_moe.policies.shares import Shares, TargetShares, equal_shares
 
 MAX_COLUMNS = 256
 

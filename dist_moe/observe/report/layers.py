@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dist_moe.balance.shares import Shares, extreme_loads
 from dist_moe.observe.report.lines import ValidationLine
 from dist_moe.observe.report.results import number
 from dist_moe.observe.report.runs import RunData
+from dist_moe.policies.shares import Shares, extreme_loads
 
 
 class LayerTable(NamedTuple):

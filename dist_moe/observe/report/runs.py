@@ -7,9 +7,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dist_moe.balance.shares import Shares, shares_in_file
 from dist_moe.errors import UserError, reason_of
 from dist_moe.observe.report.lines import EventLine, Metrics, StepLine, read_events, read_metrics
+from dist_moe.policies.shares import Shares, shares_in_file
 from dist_moe.text import listed, plain_text
 from dist_moe.untrusted import parse_json, read_text
 from dist_moe.worker.contract import ErrorReport

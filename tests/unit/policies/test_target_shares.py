@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dist_moe.balance.shares import equal_shares, extreme_loads, shares_in_file, shares_of_all
+from dist_moe.policies.shares import equal_shares, extreme_loads, shares_in_file, shares_of_all
 
 
 def test_experts_without_a_share_have_equal_parts_of_the_rest() -> None:
