@@ -16,6 +16,7 @@ from dist_moe.cli.options import Verbose
 from dist_moe.cli.results import compare, evaluate, generate, report
 from dist_moe.cli.run import launch, train
 from dist_moe.cli.study import study_app
+from dist_moe.interpreter import hide_unused_packages
 from dist_moe.status import open_closed_streams, write_any_character
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -60,6 +61,8 @@ def main() -> None:
     if foreign := foreign_package():
         print(foreign, file=sys.stderr)
         raise SystemExit(2)
+    if "study" not in sys.argv:
+        hide_unused_packages()
     set_up_terminal(os.environ, sys.stdout, sys.stderr)
     with report_lost_output():
         app(prog_name="dist-moe")

@@ -1,9 +1,13 @@
 """Tests of the block without garbage collections, in processes of their own, since pytest's has torch."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from dist_moe.interpreter import UNUSED_PACKAGES
 
 PROGRAM = """
 import gc
@@ -15,8 +19,9 @@ with without_collections(), without_collections():
     {work}
 print(inside, gc.isenabled(), gc.get_freeze_count() > 0)
 """
+DEBUG = Path(__file__).resolve().parents[2] / "configs/debug.yaml"
 NOT_FOR_TRAINING = {
-    *("matplotlib", "scipy", "pandas", "torchvision", "setuptools", "mpi4py", "typer"),
+    *("matplotlib", *UNUSED_PACKAGES, "pandas", "torchvision", "setuptools", "mpi4py", "typer"),
     *("torch._inductor.compile_fx", "torch._functorch.aot_autograd", "torch.distributed.elastic"),
 }
 """What a worker might import by accident, for 0.1 to 2 s."""
@@ -52,11 +57,27 @@ except ImportError:
 
 
 def test_trap_T56_a_worker_loads_nothing_that_training_does_not_use() -> None:
-    # transformers imports the packages of the extra `study` where they are installed, as they are for the tests.
-    hidden = "import sys; sys.modules.update(dict.fromkeys(('scipy', 'sklearn')))"
+    hidden = "import sys; from dist_moe.interpreter import hide_unused_packages; hide_unused_packages()"
     shown = "print(*(name for name, module in sys.modules.items() if module is not None))"
     argv = [sys.executable, "-c", f"{hidden}; import dist_moe.train.loop; {shown}"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300)
     imported = set(done.stdout.split())
     assert {"torch", "transformers.modeling_utils", "deepspeed", "PIL.Image", "tensorboard"} <= imported
     assert imported & NOT_FOR_TRAINING == set()
+
+
+def test_a_command_does_not_import_packages_that_it_does_not_use() -> None:
+    """They are installed, or the test cannot fail."""
+    assert all(importlib.util.find_spec(name) for name in UNUSED_PACKAGES)
+    argv = [sys.executable, "-X", "importtime", "-m", "dist_moe", "config", str(DEBUG)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "transformers" in imported and not imported & set(UNUSED_PACKAGES)
+
+
+def test_a_package_that_is_in_use_stays() -> None:
+    program = "import sys, scipy; from dist_moe.interpreter import hide_unused_packages; hide_unused_packages()"
+    shown = "print(sys.modules['scipy'] is scipy, sys.modules['sklearn'])"
+    argv = [sys.executable, "-c", f"{program}; {shown}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True", "None"]
