@@ -16,8 +16,9 @@ from dist_moe.study.tables import markdown_table
 TOP_K = ("top-1", "top-2", "top-3", "top-4")
 THRESHOLDS = ("threshold 0.3", "threshold 0.4", "threshold 0.5")
 BUDGETS = ("budget 1.5", "budget 2", "budget 3")
-LENGTHS = {"top-2": (200, 300, 400), "budget 2": (200, 300, 400)}
-"""Steps of the arms that are trained for several."""
+STEPS, SHORTER, LONGER = 200, 130, 270
+LENGTHS = {arm: (SHORTER, STEPS, LONGER) for arm in ("top-2", "budget 2")}
+"""Steps of the arms that are trained for several; all others for `STEPS`."""
 SERIES = {
     "top-K": ("#0072B2", "o", TOP_K),
     "threshold": ("#D55E00", "v", THRESHOLDS),
@@ -30,8 +31,8 @@ MARGIN = 0.01
 
 INTRODUCTION = """
 Threshold routing gives a token as many experts as it needs until their probability passes a threshold. Its paper
-trains large models and states that fewer experts per token then give better results than top-2. Here the quick
-start's model is trained with both, and asked twice: what is the loss at *equal experts per token* (which is equal work
+trains large models and states that fewer experts per token then give better results than top-2. Here a
+small model is trained with both, and asked twice: what is the loss at *equal experts per token* (which is equal work
 in the experts), and what is it at *equal time*? A *budget* is threshold routing with a controller that moves the
 threshold until a token takes the given number of experts on average; *threshold* keeps the number fixed that the
 configuration gives. Both are balanced by adaptive expert weights, top-K by Loss-Free Balancing.
@@ -41,12 +42,12 @@ Loss and experts per token are those of the whole held-out text after the last s
 numbers of experts is interpolated linearly between the arms, by seed. The time of a run is the median of its step times
 multiplied by its steps: it leaves out the start, and a few steps that other work on the machine delayed; the arms ran
 one after the other, so their times compare only on a machine without other work. A schedule of the learning rate
-belongs to each number of steps, so that each run is complete. At equal time a budget is read between its runs of 200,
-300 and 400 steps by a line in the logarithm of the time, and not beyond them. Top-1 has gate weights that are not
+belongs to each number of steps, so that each run is complete. At equal time a budget is read between its runs of 130,
+200 and 270 steps by a line in the logarithm of the time, and not beyond them. Top-1 has gate weights that are not
 normalized, since a normalized weight of one expert is 1 and teaches the router nothing.
 """
 TIME = """
-Seconds of training against loss, mean over seeds. The lines join runs of 200, 300 and 400 steps.
+Seconds of training against loss, mean over seeds. The lines join runs of 130, 200 and 270 steps.
 """
 
 
@@ -115,7 +116,7 @@ def time_s(results: Results, arm: str, steps: int) -> dict[int, float]:
 
 
 def _at_equal_time(results: Results) -> Claim:
-    text = "At the time that top-2 takes for 300 steps, the loss of budget 2 is lower than that of top-2"
+    text = "At the time that top-2 takes for 200 steps, the loss of budget 2 is lower than that of top-2"
     points: dict[int, list[tuple[float, float]]] = {}
     for name, steps in _lengths("budget 2"):
         times = time_s(results, name, steps)
@@ -124,7 +125,7 @@ def _at_equal_time(results: Results) -> Claim:
             if loss is not None and result.seed in times:
                 points.setdefault(result.seed, []).append((times[result.seed], loss))
     found = []
-    for seed, seconds in time_s(results, "top-2", 300).items():
+    for seed, seconds in time_s(results, "top-2", STEPS).items():
         known = sorted(points.get(seed, []))
         losses = results.pairs("", "top-2", "top-2", "validation_loss")
         # No extrapolation: the time must be within those of the runs.
@@ -136,7 +137,7 @@ def _at_equal_time(results: Results) -> Claim:
 
 def _lengths(arm: str) -> list[tuple[str, int]]:
     """The names of the arms of one kind with their steps."""
-    return [(arm if steps == 300 else f"{arm}, {steps} steps", steps) for steps in LENGTHS[arm]]
+    return [(arm if steps == STEPS else f"{arm}, {steps} steps", steps) for steps in LENGTHS[arm]]
 
 
 def sections(results: Results, folder: Path) -> list[str]:
