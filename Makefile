@@ -18,7 +18,7 @@ BROWSER_STAMP := $(VENV)/.installed-browser
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench bench-quick bench-check test test-all test-cluster test-browser docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
+.PHONY: help setup train bench bench-quick bench-check test test-change test-all test-cluster test-browser docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-check: $(STAMP) ## the same, and compare the ratios with those in benchmar
 
 test: $(STAMP) ## run the fast tests, a covering subset of all; those for a GPU only where there is one
 	$(PYTEST) -m "not slow and not full" $(ARGS)
+
+test-change: $(STAMP) ## run what a change must pass: fast and slow tests, with a covering subset of their parameters
+	$(PYTEST) -m "not full" $(ARGS)
 
 test-all: $(STAMP) ## run all tests on one machine: every fault, launcher and combination of parameters too
 	$(PYTEST) $(ARGS)

@@ -74,6 +74,7 @@ def test_more_workers_than_cores_are_not_measured(tmp_path: Path) -> None:
     assert row.reason.startswith("needs 1000 cores")
 
 
+@pytest.mark.slow
 def test_every_block_is_measured_beside_its_limit() -> None:
     programs = ("ours", "autoep", "hf", "loop", "classic", "ours-threshold")
     case = BlockCase(

@@ -125,6 +125,7 @@ def test_trap_T44_the_memory_of_a_rule_is_restored_on_another_layout(
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_memory_resumes_with_an_empty_one(ranks: RankPool, text: Path, tmp_path: Path) -> None:
     """One of another policy, as of a version without memories; a line of the log says so."""
     ranks.run(train, 1, text, tmp_path / "old", ("train.steps=2",))

@@ -60,7 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
 def test_the_commands_of_a_block_run_as_printed(block: Block, folders: dict[Path, Path]) -> None:
     folder = folders[block.path]
     search = os.pathsep.join([str(folder / PROGRAM_FOLDER), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": search, "OMP_NUM_THREADS": "1", "DIST_MOE_CACHE": str(folder / "cache")}
+    of_make = {"ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"}  # those of `make test-all ARGS=...`
+    outside = {name: value for name, value in os.environ.items() if name not in of_make}
+    environment = outside | {"PATH": search, "OMP_NUM_THREADS": "1", "DIST_MOE_CACHE": str(folder / "cache")}
     argv = ["bash", "-euo", "pipefail", "-c", block.text]
     done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

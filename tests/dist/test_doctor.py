@@ -57,7 +57,8 @@ def doctor(text: Path, run: Path, *words: str) -> subprocess.CompletedProcess[st
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=150)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", slow("deepspeed")])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_the_debug_run_passes_and_leaves_no_files(tmp_path: Path, launcher: str) -> None:
     text = write_text(tmp_path)
     done = doctor(text, tmp_path / "run", "--launcher", launcher, "--json", str(tmp_path / "found.json"))

@@ -89,6 +89,7 @@ def test_the_layer_the_rank_and_the_documents_are_named(
         assert re.fullmatch(r"[0-9a-f]{16}(, [0-9a-f]{16})*", names[1].removesuffix(" (and later on rank 0)"))
 
 
+@pytest.mark.slow
 def test_a_run_that_only_skips_ends_and_leaves_its_checkpoints(text: Path, tmp_path: Path) -> None:
     """A learning rate at which the weights leave what can be squared: three skipped steps, and an error."""
     run = tmp_path / "run"

@@ -181,6 +181,7 @@ def test_load_pretrained_reports_a_missing_folder(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "nowhere", small_model("qwen3_moe"), ALONE)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_start_from_a_folder_that_does_not_match(text: Path, tmp_path: Path) -> None:
     folder, run = tmp_path / "model", tmp_path / "run"
     make_folder(folder, "deepseek_v3")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 OURS = ("-m", "dist_moe.launch.deepspeed_host")
 HEAVY = {"torch._C", "numpy", "deepspeed.comm", "deepspeed.runtime"}
@@ -65,6 +67,7 @@ def environments(launcher: Sequence[str], folder: Path) -> list[dict[str, str]]:
     return [{name: value for name, value in each.items() if name not in NOT_OF_THE_LAUNCHER} for each in found]
 
 
+@pytest.mark.slow
 def test_workers_get_the_environment_that_the_program_deepspeed_gives_them(tmp_path: Path) -> None:
     world_info = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
     ours = environments((*OURS, f"--world_info={world_info}"), tmp_path / "ours")

@@ -133,6 +133,7 @@ def page_faults(mode: str) -> tuple[bool, int]:
     return kept == "True", int(count)
 
 
+@pytest.mark.slow
 def test_trap_T73_memory_that_is_kept_causes_no_page_faults() -> None:
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("not glibc")

@@ -17,6 +17,9 @@ from dist_moe.study.controllers.variants import VARIANTS
 SMALL = Plan((LayerSize(8, 2, 256, 128),), seeds=2, before=20, after=12)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Run `dist-moe study controllers --quick` -> its folder and its output."""
