@@ -47,6 +47,19 @@ def write_text(folder: Path) -> Path:
     return path
 
 
+def write_examples(folder: Path) -> Path:
+    """Write 90 sentences of different lengths, whose class a word decides -> the file."""
+    path = folder / "examples.jsonl"
+    words = {"good": "wonderful", "bad": "dreadful", "fair": "middling"}
+    rows = []
+    for number in range(90):
+        label = list(words)[number % 3]
+        text = " ".join(["film", words[label], *(["indeed"] * (number % 5))])
+        rows.append({"text": text, "label": label, "key": str(number)})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
 def overrides_of(text: Path, folder: Path, *further: str) -> list[str]:
     """The overrides of a run on this text into this folder; later ones win."""
     return [*SMALL, f"data.sources=[{text}]", f"run.dir={folder}", *further]

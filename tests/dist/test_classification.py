@@ -16,7 +16,7 @@ from dist_moe.train.generate import generate
 from tests.dense import dense_folder
 from tests.dist.loaded import run_loaded
 from tests.dist.pool import RankPool
-from tests.dist.resumable import overrides_of, same_bits, started, steps, train
+from tests.dist.resumable import overrides_of, same_bits, started, steps, train, write_examples
 from tests.folders import make_wordpiece
 from tests.selection import full
 
@@ -39,16 +39,7 @@ LAYOUTS = {  # workers, overrides
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of different lengths, whose class a word decides."""
-    path = tmp_path_factory.mktemp("examples") / "examples.jsonl"
-    words = {"good": "wonderful", "bad": "dreadful", "fair": "middling"}
-    rows = []
-    for number in range(90):
-        label = list(words)[number % 3]
-        text = " ".join(["film", words[label], *(["indeed"] * (number % 5))])
-        rows.append({"text": text, "label": label, "key": str(number)})
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return write_examples(tmp_path_factory.mktemp("examples"))
 
 
 def validation(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.resumable import ROOT, write_text
+from tests.faults.encoder import encoder_run
 from tests.faults.job import job
 from tests.faults.processes import ProcessFault, inject, plan
 from tests.faults.row import REQUIRED, Row, markdown, missing, read_rows
@@ -46,6 +47,21 @@ def test_a_run_with_a_process_fault_equals_the_undisturbed_run(
     """A signal that comes too late for the save is sent again at another moment; it must be in time once."""
     for number in range(TRIES):
         row = inject(fault.of_try(number), text, tmp_path / f"run-{number}", undisturbed)
+        assert row.failures == []
+        if row.evidence:
+            return
+    pytest.fail(f"{fault.kind} never took effect")
+
+
+@pytest.mark.slow
+def test_an_upcycled_encoder_that_classifies_survives_a_kill_in_a_save(tmp_path: Path) -> None:
+    """Balanced by a rule with memory, whose state is in the checkpoint too."""
+    examples, changes = encoder_run(tmp_path)
+    with job(examples, tmp_path / "undisturbed", 2, None, *changes) as running:
+        assert running.wait() == [0, 0]
+    fault = ProcessFault(KILL, "worker", None, during_save=True, resumed_workers=2, asynchronous=True, seed=50)
+    for number in range(TRIES):
+        row = inject(fault.of_try(number), examples, tmp_path / f"run-{number}", tmp_path / "undisturbed", changes)
         assert row.failures == []
         if row.evidence:
             return

@@ -1,8 +1,9 @@
 """The fault campaign, `python -m tests.faults`: injects faults into runs, and exits with 1 unless they survive.
 
-- 53 process faults: signals to a worker or to the launch of two real workers, 28 of them during a save; the run resumes
-  with as many, fewer or more workers. On the same layout the last checkpoint and all metrics must be those of the
-  undisturbed run bit for bit, on another the losses to 1e-4, and no complete checkpoint may be lost.
+- 56 process faults: signals to a worker or to the launch of two real workers, 30 of them during a save, three of an
+  upcycled encoder that classifies; the run resumes with as many, fewer or more workers. On the same layout the last
+  checkpoint and all metrics must be those of the undisturbed run bit for bit, on another the losses to 1e-4, and no
+  complete checkpoint may be lost.
 - 231 file faults in one process: damage to the newest checkpoint, which must be refused by its path, with the file
   named, and passed over otherwise; and small disks that are full, read-only or unmounted during a save.
 
@@ -27,6 +28,7 @@ from dist_moe.comm.init import init_distributed
 from dist_moe.worker.rank_info import RankInfo
 from tests.dist.resumable import write_text
 from tests.faults import disks, files, processes
+from tests.faults.encoder import encoder_run
 from tests.faults.job import job
 from tests.faults.row import GROUPS, Row, markdown, missing, read_rows
 
@@ -76,9 +78,10 @@ def kinds_of(group: Group, seed: int) -> list[str]:
 
 def process_faults(folder: Path, seed: int, rows: Path, count: int | None, console: Console) -> None:
     """Inject the faults of two real workers."""
-    text, undisturbed = write_text(folder), folder / "undisturbed"
-    with job(text, undisturbed, 2, None) as running:
-        assert running.wait() == [0, 0], (folder / "undisturbed.log").read_text()
+    runs = {False: (write_text(folder), ()), True: encoder_run(folder)}
+    for of_encoder, (text, changes) in runs.items():
+        with job(text, folder / f"undisturbed-{of_encoder}", 2, None, *changes) as running:
+            assert running.wait() == [0, 0], f"undisturbed-{of_encoder}"
     kinds: dict[str, int] = {}
     for fault in processes.plan(seed):
         kinds[fault.kind] = kinds.get(fault.kind, 0) + 1
@@ -86,7 +89,9 @@ def process_faults(folder: Path, seed: int, rows: Path, count: int | None, conso
 
             def inject(number: int, fault: processes.ProcessFault = fault) -> Row:
                 run = folder / f"process-{fault.seed}-{number}"
-                return processes.inject(fault.of_try(number), text, run, undisturbed)
+                text, changes = runs[fault.of_encoder]
+                undisturbed = folder / f"undisturbed-{fault.of_encoder}"
+                return processes.inject(fault.of_try(number), text, run, undisturbed, changes)
 
             inject_until_confirmed("process", fault.kind, fault.seed, inject, rows, console)
 

@@ -37,6 +37,7 @@ class ProcessFault:
         resumed_workers: How many workers resume the run; 0 if the launcher restarts it.
         asynchronous: As checkpoint.asynchronous.
         seed: Determines the moment and the rank.
+        of_encoder: Whether the run is that of `encoder_run`.
     """
 
     signum: signal.Signals
@@ -46,6 +47,7 @@ class ProcessFault:
     resumed_workers: int
     asynchronous: bool
     seed: int
+    of_encoder: bool = False
 
     def of_try(self, number: int) -> "ProcessFault":
         """The same fault at another moment."""
@@ -55,11 +57,12 @@ class ProcessFault:
     def kind(self) -> str:
         """The fault in words."""
         target = {"worker": "a worker", "launch": "the launch"}.get(self.target, "the launch and a worker")
-        return f"{self.signum.name} to {target} ({self.launcher or 'started directly'})"
+        of_encoder = ", an upcycled encoder" if self.of_encoder else ""
+        return f"{self.signum.name} to {target} ({self.launcher or 'started directly'}{of_encoder})"
 
 
 def plan(seed: int) -> list[ProcessFault]:
-    """53 faults; the seed determines only their moments, so that every campaign has the same kinds."""
+    """56 faults; the seed determines only their moments, so that every campaign has the same kinds."""
     kill, stop, term, usr1 = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR1
     kinds = [
         (kill, "worker", None, True, 2, 12),
@@ -92,13 +95,28 @@ def plan(seed: int) -> list[ProcessFault]:
             faults.append(
                 ProcessFault(signum, target, launcher, during_save, resumed_workers, asynchronous, fault_seed)
             )
+    of_encoder = [(kill, True, 2), (kill, False, 1), (stop, True, 2)]
+    for signum, during_save, resumed_workers in of_encoder:
+        fault_seed = seed * 100_000 + len(faults) * 10
+        faults.append(ProcessFault(signum, "worker", None, during_save, resumed_workers, True, fault_seed, True))
     return faults
 
 
-def inject(fault: ProcessFault, text: Path, run: Path, undisturbed: Path) -> Row:
-    """Start two workers, inject the fault, resume the run to its end, and compare it with the undisturbed run."""
+def inject(fault: ProcessFault, text: Path, run: Path, undisturbed: Path, changes: Sequence[str] = ()) -> Row:
+    """Start two workers, inject the fault, resume the run to its end, and compare it with the undisturbed run.
+
+    Args:
+        fault: What is injected.
+        text: What the run is trained on.
+        run: Its run.dir.
+        undisturbed: The run.dir of the undisturbed run.
+        changes: The overrides of both.
+    """
     started_s, draw = time.monotonic(), random.Random(fault.seed)
-    overrides = (f"checkpoint.asynchronous={str(fault.asynchronous).lower()}",)
+    overrides = (
+        *changes,
+        f"checkpoint.asynchronous={str(fault.asynchronous).lower()}",
+    )
     with job(text, run, 2, fault.launcher, *overrides) as running:
         injected = send_signal(fault, running, draw)
         failures = list(injected.failures)
