@@ -13,6 +13,7 @@ import pytest
 import dist_moe
 from tests.cluster.conftest import Launch, Start, count_step, logged, until_gone, write_config
 from tests.cluster.hosts import Host, hosts, inner
+from tests.selection import only_first
 
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 LONG = 100_000
@@ -24,6 +25,12 @@ time.sleep(99)
 """
 READY_S = 60.0
 """A preflight with an ssh that gives up after 10 s, and the imports of a busy machine."""
+
+
+def launchers_from(first: int) -> list[str]:
+    """All launchers, another one first, so that each is the first of one test."""
+    names = list(LAUNCHERS)
+    return names[first:] + names[:first]
 
 
 def worker_of(host: Host, rank: int) -> int:
@@ -48,7 +55,7 @@ def worker_of(host: Host, rank: int) -> int:
     raise AssertionError(f"no worker of rank {rank} is on {host.name}")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", only_first(launchers_from(0)))
 def test_a_killed_rank_of_another_host_is_reported(start: Start, three: list[Host], launcher: str) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
     launch.wait_for_step(2)
@@ -61,7 +68,7 @@ def test_a_killed_rank_of_another_host_is_reported(start: Start, three: list[Hos
     assert not until_gone(three)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", only_first(launchers_from(1)))
 def test_a_request_to_stop_reaches_every_host_and_the_run_resumes(
     start: Start, three: list[Host], launcher: str
 ) -> None:
@@ -81,7 +88,7 @@ def test_a_request_to_stop_reaches_every_host_and_the_run_resumes(
     assert logged(run)[-3:] == [stopped + 1, stopped + 2, stopped + 2], "two steps and the evaluation"
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", only_first(launchers_from(2)))
 def test_a_second_ctrl_c_ends_every_process_of_every_host(start: Start, three: list[Host], launcher: str) -> None:
     launch = start((1, 1), "--launcher", launcher, steps=LONG)
     launch.wait_for_step(2)
@@ -94,7 +101,7 @@ def test_a_second_ctrl_c_ends_every_process_of_every_host(start: Start, three: l
     assert not until_gone(three)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", only_first(launchers_from(0)))
 def test_ctrl_c_before_the_workers_have_started_leaves_no_process(
     start: Start, three: list[Host], launcher: str
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.conftest import ROOT, Start, write_config
 from tests.cluster.hosts import Host
+from tests.selection import cross
 
 LAYOUTS = {"2 hosts x 2": (2, 2), "3 hosts x 1": (1, 1, 1)}
 LAUNCHERS = {
@@ -52,8 +53,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@cross(("layout", list(LAYOUTS)), ("launcher", list(LAUNCHERS)), strength=1)
 def test_the_losses_are_those_of_one_host(
     start: Start, alone: list[float], tmp_path: Path, launcher: str, layout: str
 ) -> None:

@@ -12,6 +12,7 @@ from dist_moe.worker.network import free_port
 from tests.cluster.conftest import ROOT, Start
 from tests.cluster.hosts import environment
 from tests.cluster.test_launchers import alone, assert_close_losses, losses  # noqa: F401  (a fixture)
+from tests.selection import cross
 
 LIBRARIES = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu"
 FAMILIES = ("openmpi", "mpich")
@@ -44,8 +45,7 @@ def test_every_collective_gives_what_gloo_gives(tmp_path: Path, family: str) -> 
     assert job.returncode == 0 and job.stdout.count(" agreed") == 2, job.stdout + job.stderr
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@cross(("layout", list(LAYOUTS)), ("family", list(FAMILIES)), strength=1)
 def test_the_losses_are_those_of_one_process(
     start: Start,
     alone: list[float],  # noqa: F811
