@@ -43,6 +43,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model, with its tokenizer, on its validation text, or on any text by data.sources=[my.txt]."""
     from dist_moe.observe.console import RunConsole
+    from dist_moe.observe.record import to_json
     from dist_moe.train.checkpoint_evaluation import evaluate_checkpoint
     from dist_moe.worker.rank_info import rank_info_from_env
 
@@ -51,7 +52,7 @@ def evaluate(
     if rank_info_from_env(os.environ, alone_in_batch=True).rank != 0:
         return
     if as_json:
-        print(json.dumps(result.metrics.as_dict()))
+        print(to_json(result.metrics.as_dict()))
         return
     shown: dict[str, Path | str] = {"checkpoint": result.checkpoint, "text": result.text}
     RunConsole(result.metrics.step).summary(result.metrics, shown, None, result.target_shares)

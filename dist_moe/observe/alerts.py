@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dist_moe.observe.metrics import StepMetrics
+from dist_moe.policies.shares import TargetShares, equal_shares, target_loads
 from dist_moe.text import counted, listed
 
 # With ten assignments expected, chance leaves an expert empty once in exp(10) = 22,000 counts.
@@ -11,7 +12,7 @@ MIN_EXPECTED_ASSIGNMENTS = 10
 EARLY_STEPS = 100
 """In the first steps of a run the load is uneven under every policy: the routers have learned nothing yet."""
 MOST_LISTED = 8
-REMEDY = "raise balance.rate, or choose another balance.policy (docs/policies.md)"
+CHOOSE_ANOTHER = "choose another balance.policy (docs/policies.md)"
 
 
 @dataclass
@@ -47,17 +48,29 @@ class LoadAlerts:
         patience: Consecutive logged steps with a problem before a warning (`observe.max_vio_patience`).
         early_steps: First steps of the run that do not count.
         balanced: Whether the run balances at all; there is no warning if it does not.
+        has_rate: Whether the policy has a rate that can be raised.
+        target_shares: The target shares of the experts of a layer.
 
     Raises:
         ValueError: patience is below 1.
     """
 
-    def __init__(self, limit: float, patience: int, early_steps: int = EARLY_STEPS, balanced: bool = True) -> None:
+    def __init__(
+        self,
+        limit: float,
+        patience: int,
+        early_steps: int = EARLY_STEPS,
+        balanced: bool = True,
+        has_rate: bool = True,
+        target_shares: TargetShares = equal_shares,
+    ) -> None:
         if patience < 1:
             raise ValueError(f"patience={patience}; it is a number of logged steps, at least 1; use 1 to warn at once")
         self.limit = limit
         self.patience = patience
         self.early_steps, self.balanced = early_steps, balanced
+        self._remedy = f"raise balance.rate, or {CHOOSE_ANOTHER}" if has_rate else CHOOSE_ANOTHER
+        self._target_shares = target_shares
         self._dead, self._uneven = _Problem(), _Problem()
 
     def check(self, metrics: StepMetrics) -> list[str]:
@@ -70,15 +83,14 @@ class LoadAlerts:
         dead = [
             (layer, expert)
             for layer, load in enumerate(metrics.load)
-            if sum(load) >= MIN_EXPECTED_ASSIGNMENTS * len(load)
-            for expert, count in enumerate(load)
-            if count == 0
+            for expert, target in enumerate(target_loads(load, self._target_shares(len(load))))
+            if target >= MIN_EXPECTED_ASSIGNMENTS and load[expert] == 0
         ]
         due = self._dead.update(dead, metrics.step, self.patience)
         if not due:
             return []
         names = listed((f"{expert} of layer {layer}" for layer, expert in due), last="and", most=MOST_LISTED)
-        return [f"no tokens for expert {names} {self._dead.lasting(due, metrics.step)}; {REMEDY}"]
+        return [f"no tokens for expert {names} {self._dead.lasting(due, metrics.step)}; {self._remedy}"]
 
     def _uneven_layers(self, metrics: StepMetrics) -> list[str]:
         values = list(zip(metrics.max_vio_per_layer, metrics.max_vio_floor_per_layer, strict=True))
@@ -92,5 +104,5 @@ class LoadAlerts:
         return [
             f"load of layer{'s'[: len(due) > 1]} {names} is uneven {self._uneven.lasting(due, metrics.step)} "
             f"({counted(self.patience, 'logged step')}): MaxVio {value:.2f} in layer {worst} (floor {floor:.2f}), "
-            f"above {max(self.limit, floor):.3g}; {REMEDY}"
+            f"above {max(self.limit, floor):.3g}; {self._remedy}"
         ]

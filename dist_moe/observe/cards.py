@@ -3,10 +3,12 @@
 The number of cards does not depend on the model: what a run has for each layer is in pictures and in one table.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dist_moe.config.differences import set_values
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
 from dist_moe.policies.shares import TargetShares, equal_shares, extreme_loads
@@ -49,7 +51,7 @@ def _worst_layer(metrics: StepMetrics) -> int:
 
 def _largest_bias(metrics: StepMetrics) -> float | None:
     ranges = [bias for bias in metrics.bias_per_layer if bias is not None]
-    return max((max(abs(bias.min), abs(bias.max)) for bias in ranges), default=None)
+    return max((max(abs(bias.min), abs(bias.max)) for bias in ranges), default=None) or None
 
 
 def varies(metrics: StepMetrics | EvaluationMetrics) -> bool:
@@ -61,8 +63,9 @@ _FLOOR = "The curve `floor` is the mean of this value if every token chose its e
 CARDS = (
     Card(
         f"{OVERVIEW}/loss",
-        "Mean of -ln p over the label tokens of the global batch, in nats, without the auxiliary loss. The curve "
-        "`validation` is that of the held-out text.",
+        "Without the auxiliary loss. Of a language model: mean of -ln p over the label tokens of the global batch, in "
+        "nats per token; of a classification: over its texts, with `task.class_weights`; of a regression: the mean "
+        "squared error. The curve `validation` is that of the held-out text, without class weights.",
         lambda metrics: metrics.loss,
         validation=lambda metrics: metrics.validation_loss,
         of_load=False,
@@ -98,7 +101,7 @@ CARDS = (
     Card(
         f"{DETAILS}/balance_rate",
         "Step size of the update of the selection bias (`balance.rate` by its schedule).",
-        lambda metrics: metrics.balance_rate,
+        lambda metrics: metrics.balance_rate or None,
     ),
     Card(
         f"{DETAILS}/bias_largest",
@@ -153,13 +156,13 @@ CARDS = (
         f"{DETAILS}/rank_load",
         "Rows that the most loaded expert-parallel rank receives / their mean, mean over the layers: 1 is balanced, "
         f"and always so with one rank. {_FLOOR}",
-        lambda metrics: metrics.rank_load,
-        lambda metrics: metrics.rank_load_floor,
+        lambda metrics: metrics.rank_load if metrics.rank_load != 1.0 else None,  # as with one rank
+        lambda metrics: metrics.rank_load_floor if metrics.rank_load != 1.0 else None,
     ),
     Card(
         f"{DETAILS}/skipped_steps",
         "Steps without an update since step 0, because a loss or gradient was not finite.",
-        lambda metrics: metrics.skipped_steps,
+        lambda metrics: metrics.skipped_steps or None,
         of_load=False,
     ),
     Card(
@@ -182,10 +185,25 @@ TASK_CARDS = {
     "spearman": "Rank correlation (Spearman) of the predicted with the given values of the held-out texts.",
 }
 """Of tasks with labeled texts, in the overview."""
+PICTURE_DESCRIPTIONS = {
+    "experts_over_steps": "Load of each expert of a layer / the mean of its layer, over the steps of the run: all "
+    "layers where these are at most four, else the four that are least balanced now.",
+    "layers_over_steps": "Load of the most loaded expert of each layer / the mean of its layer, over the steps.",
+    "last_step": "Load of each expert of each layer / the mean of its layer, in this step.",
+    "validation": "Load of each expert of each layer / the mean of its layer, over the held-out text.",
+}
+DISTRIBUTION_DESCRIPTIONS = {
+    "selection_bias": "Selection bias of each expert of each layer.",
+    "router_scores": "Scores of the router for sampled tokens, before the selection bias.",
+    "gate_weights": "Gate weights of the experts that sampled tokens took.",
+    "experts_per_token": "How many tokens took 1, 2, 3 ... experts, over all layers.",
+}
 STALL_DESCRIPTION = "Milliseconds that training waited for a checkpoint; the rest is written while it continues."
 DESCRIPTIONS: dict[str, str] = {
     **{card.tag: card.description for card in CARDS},
     **{f"{OVERVIEW}/{name}": description for name, description in TASK_CARDS.items()},
+    **{f"{PICTURES}/{name}": description for name, description in PICTURE_DESCRIPTIONS.items()},
+    **{f"{DISTRIBUTIONS}/{name}": description for name, description in DISTRIBUTION_DESCRIPTIONS.items()},
     STALL_TAG: STALL_DESCRIPTION,
 }
 
@@ -212,8 +230,8 @@ def _present(values: Mapping[str, float | None]) -> dict[str, float]:
 GUIDE = f"""\
 # What is shown here
 
-Each card of **Time Series** has an explanation behind its (i). The curve with the name of the run is that of the steps;
-`floor` is what chance alone gives, and `validation` is the held-out text.
+Each card of **Time Series** has an explanation, shown by its (i). The curve with the name of the run is that of the
+steps; `floor` is what chance alone gives, and `validation` is the held-out text.
 
 | group | what is in it |
 |---|---|
@@ -240,6 +258,7 @@ floor is as balanced as it can be; below it by a lasting margin, tokens avoid ea
 | `load_deviation_percent` | 0 | expected standard deviation of the shares |
 | `rank_load` | 1 | expected load of the fullest rank / mean |
 | `dead_experts` | 0 | expected number of experts without a token |
+| `accuracy`, `macro_f1`, `matthews`, `pearson`, `spearman` of a task with labels | | none |
 | `loss`, `tokens_per_s` and the others | | none |
 
 # The pictures
@@ -286,39 +305,30 @@ def layers_table(metrics: StepMetrics, target_shares: TargetShares = equal_share
     return "\n".join(lines) + "\n"
 
 
-# The fields that users change between runs; the whole configuration is a text.
-HYPER_PARAMETERS = (
-    "model.architecture",
-    "train.steps",
-    "train.global_batch_size",
-    "train.learning_rate",
-    "data.sequence_length",
-    "router.selection",
-    "router.score",
-    "balance.policy",
-    "balance.rate",
-    "parallel.expert_parallel",
-    "parallel.zero_stage",
-    "run.seed",
-)
+MOST_HYPER_PARAMETERS, MOST_CHARACTERS = 40, 200
+NOT_COMPARED = ("run.dir", "kubernetes.", "slurm.", "cluster.", "checkpoint.", "observe.")
+"""Fields of the configuration that have no column in the table of runs."""
+ALWAYS_COMPARED = ("model.architecture", "balance.policy", "parallel.expert_parallel", "run.seed")
 # Tag and curve of the values in the table of runs, with their names there.
 RESULTS = {
     (f"{OVERVIEW}/loss", "validation"): "validation loss",
+    (f"{OVERVIEW}/accuracy", "validation"): "accuracy",
+    (f"{OVERVIEW}/pearson", "validation"): "Pearson",
     (f"{OVERVIEW}/max_vio", "validation"): "MaxVio_global",
     (f"{OVERVIEW}/tokens_per_s", ""): "tokens/s",
 }
 
 
 def hyper_parameters(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Return the fields of the table of runs; those that the configuration has, and that are not null.
+    """Return the fields of the table of runs: a few that every run has, and those that differ from their defaults.
 
     Args:
         config: Nested plain values.
     """
-    found: dict[str, bool | int | float | str] = {}
-    for key in HYPER_PARAMETERS:
-        section, _, field = key.partition(".")
-        value = (config.get(section) or {}).get(field)
-        if value is not None:
-            found[key] = value if isinstance(value, bool | int | float) else str(value)
-    return found
+    always = {key: (config.get(key.partition(".")[0]) or {}).get(key.partition(".")[2]) for key in ALWAYS_COMPARED}
+    given = {key: value for key, value in set_values(config).items() if not key.startswith(NOT_COMPARED)}
+    found = {key: value for key, value in {**always, **given}.items() if value is not None}
+    return {
+        key: value if isinstance(value, bool | int | float) else str(value)[:MOST_CHARACTERS]
+        for key, value in itertools.islice(found.items(), MOST_HYPER_PARAMETERS)
+    }

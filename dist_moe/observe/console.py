@@ -179,8 +179,9 @@ def step_line(metrics: StepMetrics, steps: int, remaining_s: float | None) -> st
     if metrics.threshold is not None:
         parts.append(f"experts/token {metrics.experts_per_token:.2f}")
         parts.append(f"threshold {metrics.threshold:.3f}")
-    if metrics.unrouted_percent:
-        parts.append(f"experts/token {metrics.experts_per_token:.2f} (none: {metrics.unrouted_percent:.1f} %)")
+    elif sum(count > 0 for count in metrics.experts_per_token_histogram) > 1 or metrics.unrouted_percent:
+        none = f" (none: {metrics.unrouted_percent:.1f} %)" if metrics.unrouted_percent else ""
+        parts.append(f"experts/token {metrics.experts_per_token:.2f}{none}")
     if metrics.auxiliary_loss:
         parts.append(f"auxiliary loss {metrics.auxiliary_loss:.3g}")
     if metrics.skipped_steps:

@@ -107,7 +107,7 @@ class RunRecorder:
         if self._lines is None:
             raise RuntimeError(f"{self.metrics_path} is not open; write inside `with RunRecorder(...)`")
         # Encode the whole line first, so that an error writes no part of it.
-        self._lines.write(_json(record))
+        self._lines.write(to_json(record))
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to events.jsonl immediately, with the time.
@@ -122,7 +122,7 @@ class RunRecorder:
         """
         if self._events is None:
             raise RuntimeError(f"{self.events_path} is not open; write inside `with RunRecorder(...)`")
-        self._events.write(_json({"event": kind, "time": _now(), "step": step, **values}))
+        self._events.write(to_json({"event": kind, "time": _now(), "step": step, **values}))
 
     def describe(self, config: Mapping[str, Any], config_yaml: str, layout: Mapping[str, Any]) -> None:
         """Write run.json and config.yaml, replacing those of a previous start in the same folder.
@@ -146,7 +146,7 @@ class RunRecorder:
         }
         with needs_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "run.json", _json(description, indent=2) + "\n")
+            write_atomically(self.folder / "run.json", to_json(description, indent=2) + "\n")
             write_atomically(self.folder / "config.yaml", config_yaml)
 
 
@@ -217,7 +217,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON, with null for a number that is not finite."""
     encode = functools.partial(json.dumps, allow_nan=False, ensure_ascii=False, indent=indent)
     try:
         return encode(value)

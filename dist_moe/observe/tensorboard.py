@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
@@ -161,7 +161,7 @@ class TensorBoardWriter:
             ),
         }
         images = [_image(f"{PICTURES}/{name}", picture) for name, picture in pictures.items()]
-        self._writer(STEPS)._get_file_writer().add_summary(Summary(value=images), metrics.step)
+        self._summary(STEPS, metrics.step, images)
         self._writer(STEPS).add_text(LAYERS_TAG, layers_table(metrics, self._load.target_shares), metrics.step)
         for name, values in distributions.items():
             self._distribution(metrics.step, f"{DISTRIBUTIONS}/{name}", values)
@@ -179,7 +179,7 @@ class TensorBoardWriter:
             return
         picture = self._draw_load(metrics.load, f"Load over the validation text, after step {metrics.step:,}")
         image = _image(f"{PICTURES}/validation", picture)
-        self._writer(STEPS)._get_file_writer().add_summary(Summary(value=[image]), metrics.step)
+        self._summary(STEPS, metrics.step, [image])
         if varies(metrics):
             tag = f"{DISTRIBUTIONS}/experts_per_token"
             self._integers(VALIDATION, metrics.step, tag, metrics.experts_per_token_histogram)
@@ -202,49 +202,47 @@ class TensorBoardWriter:
         """Write all values of a step as one event a file; the queue of the writer takes 0.1 ms for each event."""
         for curve, values in curves.items():
             if values:
-                summary = Summary(value=[self._scalar(curve, tag, value) for tag, value in values.items()])
-                self._writer(curve)._get_file_writer().add_summary(summary, step)
+                self._summary(curve, step, [self._scalar(curve, tag, value) for tag, value in values.items()])
 
     def _scalar(self, curve: str, tag: str, value: float) -> Summary.Value:
         # TensorBoard keeps the description of the first value.
         if (curve, tag) in self._described:
             return Summary.Value(tag=tag, simple_value=value)
         self._described.add((curve, tag))
-        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-        described = SummaryMetadata(summary_description=DESCRIPTIONS[tag], plugin_data=plugin)
-        return Summary.Value(tag=tag, simple_value=value, metadata=described)
+        return Summary.Value(tag=tag, simple_value=value, metadata=_described(tag, "scalars"))
 
     def _distribution(self, step: int, tag: str, values: NDArray[np.float64]) -> None:
         if not values.size:
             return
         counts, edges = np.histogram(values, HISTOGRAM_BINS)
-        self._writer(STEPS).add_histogram_raw(
-            tag,
+        histogram = HistogramProto(
             min=float(values.min()),
             max=float(values.max()),
             num=values.size,
             sum=float(values.sum()),
             sum_squares=float((values**2).sum()),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
+            bucket_limit=edges[1:].tolist(),
+            bucket=counts.tolist(),
         )
+        self._summary(STEPS, step, [_histogram(tag, histogram)])
 
     def _integers(self, curve: str, step: int, tag: str, counts: Sequence[int]) -> None:
         """Write one bar for each integer from 1, as high as its count; there is one that is not 0."""
         present = [number for number, count in enumerate(counts, start=1) if count]
         numbers = range(1, len(counts) + 1)
-        self._writer(curve).add_histogram_raw(
-            tag,
+        histogram = HistogramProto(
             min=present[0],
             max=present[-1],
             num=sum(counts),
             sum=sum(number * count for number, count in zip(numbers, counts, strict=True)),
             sum_squares=sum(number**2 * count for number, count in zip(numbers, counts, strict=True)),
-            bucket_limits=[number + 0.5 for number in numbers],
-            bucket_counts=list(counts),
-            global_step=step,
+            bucket_limit=[number + 0.5 for number in numbers],
+            bucket=list(counts),
         )
+        self._summary(curve, step, [_histogram(tag, histogram)])
+
+    def _summary(self, curve: str, step: int, values: Sequence[Summary.Value]) -> None:
+        self._writer(curve)._get_file_writer().add_summary(Summary(value=values), step)
 
 
 def _table_of_runs(values: Mapping[str, bool | int | float | str]) -> list[Summary.Value]:
@@ -296,4 +294,14 @@ def _image(tag: str, picture: Picture) -> Summary.Value:
     encoded = Summary.Image(
         height=height, width=width, colorspace=channels, encoded_image_string=encode_png(picture.pixels)
     )
-    return Summary.Value(tag=tag, image=encoded)
+    return Summary.Value(tag=tag, image=encoded, metadata=_described(tag, "images"))
+
+
+def _histogram(tag: str, histogram: HistogramProto) -> Summary.Value:
+    return Summary.Value(tag=tag, histo=histogram, metadata=_described(tag, "histograms"))
+
+
+def _described(tag: str, plugin: str) -> SummaryMetadata:
+    return SummaryMetadata(
+        summary_description=DESCRIPTIONS[tag], plugin_data=SummaryMetadata.PluginData(plugin_name=plugin)
+    )

@@ -49,6 +49,17 @@ def shares_in_file(given: Any, experts: int) -> Shares:
     return shares if min(shares) > 0 and abs(math.fsum(shares) - 1) <= SUM_TOLERANCE else None
 
 
+def target_loads(load: Sequence[int], shares: Shares = None) -> list[float]:
+    """Return the target load of each expert of a layer: the mean load, or that of the target shares.
+
+    Args:
+        load: [E] assignments.
+        shares: The target shares.
+    """
+    total = sum(load)
+    return [total / len(load)] * len(load) if shares is None else [total * share for share in shares]
+
+
 def extreme_loads(load: Sequence[int], shares: Shares = None) -> list[tuple[int, float]]:
     """Find the least and the most loaded expert of a layer.
 
@@ -59,7 +70,7 @@ def extreme_loads(load: Sequence[int], shares: Shares = None) -> list[tuple[int,
     Returns:
         [(expert, load / target load)], the least first; NaN for a layer that received no assignment.
     """
-    total = sum(load)
-    targets = [total / len(load)] * len(load) if shares is None else [total * share for share in shares]
-    ratios = [count / target if total else math.nan for count, target in zip(load, targets, strict=True)]
+    has_load = sum(load) > 0
+    targets = target_loads(load, shares)
+    ratios = [count / target if has_load else math.nan for count, target in zip(load, targets, strict=True)]
     return [(ratios.index(ratio), ratio) for ratio in (min(ratios), max(ratios))]

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from dist_moe.errors import UserError, needs_folder, reason_of
-from dist_moe.observe.pictures.over_steps import target_loads
+from dist_moe.observe.pictures.over_steps import targets_of
 from dist_moe.observe.pictures.scale import ABOVE_RGB, NO_TOKENS_RGB, TICKS, position, scale_colors
 from dist_moe.policies.shares import shares_in_file
 from dist_moe.text import listed
@@ -233,7 +233,7 @@ def _draw_curves(axes: Axes, histories: Sequence[LoadHistory], text: str, grid: 
 
 def _draw_experts(axes: Axes, history: LoadHistory, layer: int, color_map: Colormap) -> None:
     load_SE = np.array([of_step[layer] for of_step in history.load], dtype=np.float64)
-    ratio_SE = load_SE / target_loads(load_SE, shares_in_file(history.given_shares, load_SE.shape[1]))
+    ratio_SE = load_SE / targets_of(load_SE, shares_in_file(history.given_shares, load_SE.shape[1]))
     # A column reaches from the step halfway to the previous logged one up to that halfway to the next.
     steps = np.array(history.steps, dtype=np.float64)
     middles = (steps[1:] + steps[:-1]) / 2

@@ -75,6 +75,8 @@ class Report:
             config.observe.max_vio_patience,
             early_steps=max(EARLY_STEPS, config.train.warmup_length),
             balanced=config.balance.policy != UNBALANCED,
+            has_rate=config.balance.has_rate,
+            target_shares=config.balance.target_shares,
         )
         self._checkpoint = checkpoint
         self._done = 0 if checkpoint is None else checkpoint.counters.step

@@ -5,7 +5,7 @@ import importlib.util
 from dist_moe.config.schema import Config
 from dist_moe.errors import Violation
 
-ARROW_EXTRA = "pip install 'dist-moe-train[arrow]'"
+ARROW_EXTRA = "pip install -c constraints.txt '.[arrow]'"
 
 
 def has_pyarrow() -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_moe.config.checks.packages import ARROW_EXTRA
 from dist_moe.data.labeled.example import LABEL_COLUMNS, TEXT_COLUMNS, Columns, Example, SplitName, find_columns
 from dist_moe.errors import DataError, reason_of
 from dist_moe.text import listed, shown
@@ -47,7 +48,7 @@ def read_arrow(folder: Path) -> Iterator[Example]:
     try:
         import pyarrow as pa
     except ImportError:
-        remedy = "install it: pip install 'dist-moe-train[arrow]'"
+        remedy = f"install it: {ARROW_EXTRA}"
         raise DataError(f"data source {printable(str(folder))!r}", "needs the package pyarrow", remedy) from None
     for name, path in arrow_files(folder):
         try:
@@ -79,9 +80,9 @@ def _example(
     row: dict[str, Any], columns: Columns, names: list[str], where: str, split: SplitName | None
 ) -> Example | None:
     label = row[columns.label]
+    if type(label) is int and label == NO_LABEL:
+        return None
     if names and type(label) is int:
-        if label == NO_LABEL:
-            return None
         if not 0 <= label < len(names):
             rule = f"has the label {label}, and its dataset_info.json {len(names)} names"
             raise DataError(where, rule, "save the dataset again")

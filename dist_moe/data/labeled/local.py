@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.data.files import READ_FOLDER, readable
-from dist_moe.data.labeled.example import NEEDED, Example, SplitName, find_columns
+from dist_moe.data.labeled.example import NEEDED, Columns, Example, SplitName, find_columns
 from dist_moe.errors import DataError, reason_of
 from dist_moe.files import matching_paths
 from dist_moe.text import listed
 from dist_moe.untrusted import printable, unique_keys
 
+LARGEST_CELL = 1 << 26
+"""The most characters of a cell of a table."""
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 GLUE_FILES: Mapping[str, SplitName] = {
     "train.tsv": "train",
@@ -80,13 +82,23 @@ def _read_jsonl(path: Path) -> Iterator[Example]:
                 raise DataError(where, f"is not valid JSON in UTF-8 ({error})", f"give the {NEEDED}") from None
             if not isinstance(row, dict):
                 raise DataError(where, "is not an object", f"give the {NEEDED}")
-            columns = columns or find_columns(row.keys(), where)
+            found = find_columns(row.keys(), where)
+            columns = columns or found
+            if found != columns:
+                rule = f"has {_fields(found)}, and the first line of the file {_fields(columns)}"
+                raise DataError(where, rule, "give every line the same fields")
             yield columns.example(row, where)
+
+
+def _fields(columns: Columns) -> str:
+    """Name the fields of an example."""
+    return listed([repr(name) for name in columns if name is not None], last="and")
 
 
 def _read_table(path: Path) -> Iterator[Example]:
     """Yield the examples of a table with a header, its cells quoted where they need to be."""
     where = printable(str(path))
+    csv.field_size_limit(LARGEST_CELL)  # of the module, whose own limit is shorter than some articles
     with readable(path), path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_moe.observe.pictures.over_steps import LoadOverSteps, target_loads
+from dist_moe.observe.pictures.over_steps import LoadOverSteps, targets_of
 from dist_moe.observe.pictures.panels import Axes, Panel, Picture, draw_panels
 from dist_moe.policies.shares import TargetShares, equal_shares
 
@@ -40,7 +40,7 @@ def draw_load(
     for layer, row in enumerate(load):
         if sum(row):
             load_E = np.asarray(row, dtype=np.float64)
-            ratio_LE[layer, : len(row)] = load_E / target_loads(load_E, target_shares(len(row)))
+            ratio_LE[layer, : len(row)] = load_E / targets_of(load_E, target_shares(len(row)))
         else:
             ratio_LE[layer, : len(row)] = 0.0
     width = _cell_px(experts, MAX_MAP_WIDTH_PX, least=MIN_WIDE_CELL_PX)

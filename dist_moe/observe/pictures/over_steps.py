@@ -13,7 +13,7 @@ from dist_moe.policies.shares import Shares, TargetShares, equal_shares
 MAX_COLUMNS = 256
 
 
-def target_loads(load: NDArray[np.float64], shares: Shares) -> NDArray[np.float64]:
+def targets_of(load: NDArray[np.float64], shares: Shares) -> NDArray[np.float64]:
     """Return the target load of each expert, [..., E] -> [..., E]: the mean load, or that of the target shares."""
     mean = load.mean(axis=-1, keepdims=True)
     of_each = np.ones(load.shape[-1]) if shares is None else np.asarray(shares) * load.shape[-1]
@@ -94,7 +94,7 @@ class LoadOverSteps:
         """Return load / target load of each expert of a layer, [E, C]; NaN where no token was routed."""
         first = sum(self._experts[:layer])
         load_CE = self._counts[: len(self), first : first + self._experts[layer]].astype(np.float64)
-        target_CE = target_loads(load_CE, self.target_shares(load_CE.shape[1]))
+        target_CE = targets_of(load_CE, self.target_shares(load_CE.shape[1]))
         target_CE[target_CE == 0] = np.nan
         return (load_CE / target_CE).T
 

@@ -171,9 +171,13 @@ def _loss_over_time(runs: Sequence[RunData]) -> Iterator[Chart]:
         return
     lines = []
     for index, run in enumerate(runs):
-        minutes, before, points = 0.0, 0, []
+        minutes, before = 0.0, 0
+        points: list[tuple[float, float | None]] = []
         for step in run.metrics.steps:
-            minutes += (step.step - before) * (step.step_ms or 0.0) / 60_000
+            if step.step_ms is None:  # of a version that did not measure it
+                points.clear()
+                break
+            minutes += (step.step - before) * step.step_ms / 60_000
             before = step.step
             points.append((minutes, step.loss))
         lines.append(Line(run.name, f"run-{index}", points))

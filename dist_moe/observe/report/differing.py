@@ -192,6 +192,7 @@ def not_comparable(runs: Sequence[RunData]) -> list[str]:
 
 _SAME_LOSS: Mapping[tuple[str, ...], str] = {
     ("config", "task", "kind"): "their tasks differ",
+    ("config", "task", "class_weights"): "their class weights, which the training loss has, differ",
     CORPUS: "their texts or tokenizers differ",
     ("config", "data", "sequence_length"): "their sequence lengths differ",
 }

@@ -6,6 +6,7 @@ line, a disk may have lost some, and a file may come from another version.
 
 import os
 import stat
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,15 +220,17 @@ def read_events(path: Path) -> tuple[list[EventLine], list[str]]:
         OSError: The file cannot be read.
         ValueError: It is not a regular file.
     """
-    events, faults = list[EventLine](), _Faults(path.name)
+    # The last ones tell how the run ended.
+    events, faults, count = deque[EventLine](maxlen=MOST_EVENTS), _Faults(path.name), 0
     for number, _, line in _lines(path, faults):
         try:
             events.append(EventLine.model_validate(parse_json(line)))
+            count += 1
         except ValueError as error:
             faults.add(number, _fault_of(error))
-        if len(events) >= MOST_EVENTS:
-            break
-    return events, faults.problems()
+    surplus = count - len(events)
+    left_out = [f"{path.name}: the first {surplus:,} of {counted(count, 'event')} are left out"] if surplus else []
+    return list(events), [*faults.problems(), *left_out]
 
 
 def read_loads(path: Path, metrics: Metrics) -> Iterator[LoadLine]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,7 +151,7 @@ def _read_run(folder: Path, name: str) -> RunData:
         description=description or {},
         metrics=found,
         events=lines,
-        errors=_read_errors(folder),
+        errors=_of_last_start(_read_errors(folder), lines),
         problems=[plain_text(problem) for problem in (*problems, *found.problems, *of_events)],
     )
 
@@ -192,6 +193,16 @@ def _no_run(folder: Path, problems: Sequence[str]) -> str:
     if above is not None:
         return f"{folder} is inside the run {above}; name that folder"
     return f"{folder} is not a run ({listed(problems, last='and')}); name the run.dir of a run that has started"
+
+
+def _of_last_start(errors: Sequence[ErrorReport], events: Sequence[EventLine]) -> list[ErrorReport]:
+    """Leave out errors from before the last start, which a rank left that the resumed run does not have."""
+    starts = [event.time for event in events if event.event == "start"]
+    try:
+        began = datetime.fromisoformat(starts[-1]).timestamp() if starts else 0.0
+    except (ValueError, OverflowError):
+        began = 0.0
+    return [error for error in errors if error.time >= began]
 
 
 def _read_errors(folder: Path) -> list[ErrorReport]:

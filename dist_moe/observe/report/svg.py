@@ -92,10 +92,11 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
     if len(points) <= most:
         return list(points)
     low, high = points[0][0], points[-1][0]
+    width = (high - low) or 1.0  # all at one place: one interval
     buckets = (most - 2) // 2
 
     def bucket(point: tuple[float, float]) -> int:
-        return min(buckets - 1, int((point[0] - low) / (high - low) * buckets))
+        return min(buckets - 1, int((point[0] - low) / width * buckets))
 
     kept = {points[0], points[-1]}
     for _, members in groupby(points, key=bucket):

@@ -53,19 +53,19 @@ def _results(runs: Sequence[RunData]) -> Table:
         values, floors = zip(
             *((number(value, digits), number(floor, digits)) for value, floor in row.results), strict=True
         )
-        table.add_row(Text(row.measure.title), *map(Text, values), *([_difference(row)] if two else []))
+        table.add_row(Text(row.measure.title), *map(Text, values), *([difference_text(row)] if two else []))
         if any(result.floor is not None for result in row.results):
             table.add_row("  floor", *map(Text, floors), style="dim")
     return table
 
 
-def _difference(row: Row) -> str:
+def difference_text(row: Row) -> str:
     """Format what the second of two runs has more than the first."""
     one, other = (result.value for result in row.results)
     if one is None or other is None or row.measure.key in WITHOUT_DIFFERENCE:
         return ""
     text = f"{'+' if other >= one else '-'}{number(abs(other - one), row.measure.digits)}"
-    return f"{text} ({other / one - 1:+.1%})" if one else text
+    return f"{text} ({(other - one) / abs(one):+.1%})" if one else text
 
 
 def _facts(title: str, facts: Sequence[Fact], runs: Sequence[RunData]) -> Table:

@@ -23,4 +23,4 @@ def test_a_trace_without_pyarrow_is_refused_in_words(
     (violation,) = found
     assert (violation.key, violation.value) == ("observe.trace_interval", 5)
     assert "pyarrow is not installed" in violation.rule
-    assert "pip install 'dist-moe-train[arrow]'" in violation.remedy and "set it to 0" in violation.remedy
+    assert "pip install -c constraints.txt '.[arrow]'" in violation.remedy and "set it to 0" in violation.remedy

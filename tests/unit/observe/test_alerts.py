@@ -2,9 +2,10 @@
 
 import pytest
 
-from dist_moe.observe.alerts import EARLY_STEPS, REMEDY, LoadAlerts
+from dist_moe.observe.alerts import CHOOSE_ANOTHER, EARLY_STEPS, LoadAlerts
 from tests.unit.observe.samples import step_sample
 
+REMEDY = f"raise balance.rate, or {CHOOSE_ANOTHER}"
 EVEN = [100, 100, 100, 100]
 UNEVEN = [370, 10, 10, 10]  # MaxVio 2.7
 DEAD = [200, 0, 100, 100]  # MaxVio 1.0
@@ -33,6 +34,20 @@ def test_dead_experts_of_one_step_are_one_line() -> None:
 def test_an_empty_expert_is_not_reported_where_few_tokens_are_expected() -> None:
     assert alerts_of(limit=5.0, patience=1).check(step_sample(loads=([20, 0, 9], [0, 0, 0]))) == []
     assert len(alerts_of(limit=5.0, patience=1).check(step_sample(loads=([20, 0, 10],)))) == 1
+
+
+def test_without_a_rate_none_is_to_be_raised() -> None:
+    alerts = LoadAlerts(5.0, 1, early_steps=0, has_rate=False)
+    (warning,) = alerts.check(step_sample(step=7, loads=(EVEN, DEAD)))
+    assert warning.endswith(f"in step 7; {CHOOSE_ANOTHER}")
+
+
+def test_an_expert_with_a_small_target_may_be_empty() -> None:
+    shares = (0.5, 0.001, 0.25, 0.249)
+    alerts = LoadAlerts(5.0, 1, early_steps=0, target_shares=lambda _: shares)
+    assert alerts.check(step_sample(step=7, loads=(EVEN, DEAD))) == []
+    others = LoadAlerts(5.0, 1, early_steps=0, target_shares=lambda _: (0.4, 0.1, 0.25, 0.25))
+    assert others.check(step_sample(step=7, loads=(EVEN, DEAD))) != []
 
 
 def test_max_vio_above_the_limit_is_reported_after_patience_consecutive_steps() -> None:

@@ -54,6 +54,24 @@ def test_a_carriage_return_inside_a_text_of_glue_is_part_of_it(tmp_path: Path) -
     assert [(each.text, each.label) for each in examples] == 2 * [("They\rdrank.", "1"), ("They ate.", "0")]
 
 
+def test_a_line_with_other_fields_than_the_first_is_refused(tmp_path: Path) -> None:
+    """A second text that only some lines have would be lost."""
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "text_pair": "c", "label": "y"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"a.jsonl:2 has 'text', 'text_pair' and 'label', and the first"):
+        list(read_labeled(str(path), tmp_path))
+    path.write_text("\n".join(json.dumps({**row, "text_pair": "c", "more": n}) for n, row in enumerate(rows)))
+    assert [each.text_pair for each in read_labeled(str(path), tmp_path)] == ["c", "c"]
+
+
+def test_a_cell_may_be_longer_than_the_limit_of_the_csv_module(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\n{'long ' * 40_000},x\n")
+    (example,) = read_labeled(str(path), tmp_path)
+    assert len(example.text) == 200_000
+
+
 def test_a_source_that_holds_nothing_out_has_no_splits(tmp_path: Path) -> None:
     for rows, splits in (("", {None}), ("They ate.\t0\n", {"train", "validation"})):
         (tmp_path / "train.tsv").write_text("sentence\tlabel\nThey drank.\t1\n")

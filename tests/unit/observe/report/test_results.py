@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from dist_moe.cli.main import app
 from dist_moe.observe.record import RunRecorder
+from dist_moe.observe.report.charts import charts
 from dist_moe.observe.report.differing import checkpoints, history, machine_facts, warnings
-from dist_moe.observe.report.results import MEASURES, result_rows
+from dist_moe.observe.report.results import MEASURES, Result, Row, result_rows
 from dist_moe.observe.report.runs import RunData, read_runs
-from dist_moe.observe.report.terminal import comparison, comparison_values
+from dist_moe.observe.report.terminal import comparison, comparison_values, difference_text
 from tests.unit.observe.report.sample_runs import UNEVEN, change_json, write_run
 from tests.unit.observe.samples import step_sample
 
@@ -68,6 +69,22 @@ def test_every_result_of_an_evaluation_is_that_of_the_record(tmp_path: Path) -> 
     for key in ("validation_loss", "bits_per_byte", "max_vio_global", "load_deviation_percent", "experts_per_token"):
         assert found[key] == [(record[key], record.get(f"{key}_floor"))]
     assert set(found) == {measure.key for measure in MEASURES} - {"unrouted_percent"}, "every token took an expert"
+
+
+def test_a_difference_of_negative_numbers_has_its_sign() -> None:
+    def difference(one: float, other: float) -> str:
+        return difference_text(Row(MEASURES[0], (Result(one), Result(other))))
+
+    assert difference(-0.2, -0.1) == "+0.1000 (+50.0%)" and difference(-0.1, -0.2) == "-0.1000 (-100.0%)"
+
+
+def test_runs_without_step_times_have_no_curve_over_time(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    path = runs[0] / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "step_ms": None}) + "\n" for line in lines))
+    (chart,) = (each for each in charts(read_runs(runs)) if each.key == "loss-over-time")
+    assert [len(line.finite()) for line in chart.lines] == [0, 4]
 
 
 def test_tokens_without_an_expert_have_a_row(tmp_path: Path) -> None:

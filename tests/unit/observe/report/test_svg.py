@@ -72,6 +72,11 @@ def test_many_points_are_thinned_to_extremes_that_were_there(values: list[float]
     assert {max(value for _, value in found), min(value for _, value in found)} == {max(values), min(values)}
 
 
+def test_many_points_at_one_place_are_thinned_to_their_extremes() -> None:
+    points = [(2.0, float(number % 97)) for number in range(700)]
+    assert thinned(points) == [(2.0, 0.0), (2.0, float(699 % 97)), (2.0, 96.0)]
+
+
 def test_names_are_escaped() -> None:
     made = Chart("a", "<b>", "", [Line("<i>&", "run-0", [(1, 1.0)])])
     assert "<b>" not in draw(made) and "&lt;i&gt;&amp;" in legend(made.lines)
