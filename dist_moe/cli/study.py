@@ -179,7 +179,7 @@ def _add_grid(name: str, about: str) -> None:
 
         study = import_module(f"dist_moe.study.{name}").STUDY
         own = Path("runs/study") / (name if preset == "small" else f"{name}-{preset}")
-        place = Place(plan or default_plan(name), out or own, runs or own / "runs")
+        place = Place(plan or default_plan(name), out or own, runs or own / ("check" if check else "runs"))
         with report_user_errors():
             if not check:
                 run_study(study, place, Part(preset, case or (), seed or (), minutes), log)

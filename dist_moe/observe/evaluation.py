@@ -14,6 +14,7 @@ from dist_moe.observe.measures import mean, measure_load, shared_fields
 from dist_moe.policies.shares import Shares
 
 TASK_METRICS = ("accuracy", "macro_f1", "matthews", "pearson", "spearman")
+OF_LABELS = (*TASK_METRICS, "correct_examples")
 # Of a task with labeled texts, metrics.jsonl has no bytes, and counts texts.
 OF_BYTES, TEXT_FIELDS = ("bits_per_byte", "bytes"), {"tokens": "examples"}
 
@@ -54,6 +55,7 @@ class EvaluationMetrics:
     matthews: float | None = None
     pearson: float | None = None
     spearman: float | None = None
+    correct_examples: str | None = None  # of classes: which are right, a bit for each example in hexadecimal digits
 
     @property
     def task_metrics(self) -> dict[str, float]:
@@ -62,7 +64,7 @@ class EvaluationMetrics:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record of metrics.jsonl: `"event": "validation"` and all fields that the task has."""
-        fields = {name: value for name, value in asdict(self).items() if name not in TASK_METRICS or value is not None}
+        fields = {name: value for name, value in asdict(self).items() if name not in OF_LABELS or value is not None}
         if self.task_metrics:
             fields = {TEXT_FIELDS.get(name, name): value for name, value in fields.items() if name not in OF_BYTES}
         return {"event": "validation", **fields}
@@ -77,6 +79,7 @@ def evaluation_metrics(
     load_L: Sequence[Tensor],
     k_histogram_L: Sequence[Tensor],
     task_metrics: Mapping[str, float] | None = None,
+    correct_examples: str | None = None,
     shares: Shares = None,
     unrouted_L: Sequence[int] | None = None,
 ) -> EvaluationMetrics:
@@ -90,6 +93,7 @@ def evaluation_metrics(
         load_L: L tensors [E] int64, counts of the whole evaluation.
         k_histogram_L: L tensors [K] int64, tokens of the whole evaluation that took 1, 2, .. K experts.
         task_metrics: Those of labeled texts, by their names in the record; None for a language model.
+        correct_examples: Which of them have the right class, see `EvaluationMetrics`; None without classes.
         shares: The target shares of the experts of every layer; None for equal shares.
         unrouted_L: For each layer the tokens that took no expert; None for none.
 
@@ -112,4 +116,5 @@ def evaluation_metrics(
         max_vio_global_floor_per_layer=measures.max_vio_floor_per_layer,
         **shared_fields(measures, k_histogram_L, unrouted_L),
         **dict[str, Any](task_metrics or {}),
+        correct_examples=correct_examples,
     )

@@ -34,8 +34,8 @@ Threshold routing gives a token as many experts as it needs until their probabil
 trains large models and states that fewer experts per token then give better results than top-2. Here a
 small model is trained with both, and asked twice: what is the loss at *equal experts per token* (which is equal work
 in the experts), and what is it at *equal time*? A *budget* is threshold routing with a controller that moves the
-threshold until a token takes the given number of experts on average; *threshold* keeps the number fixed that the
-configuration gives. Both are balanced by adaptive expert weights, top-K by Loss-Free Balancing.
+threshold until a token takes the given number of experts on average; *threshold* keeps the threshold fixed, and the
+number of experts follows from the router. Both are balanced by adaptive expert weights, top-K by Loss-Free Balancing.
 """
 NOTES = """
 Loss and experts per token are those of the whole held-out text after the last step. The loss of top-K between whole

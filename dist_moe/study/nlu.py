@@ -8,7 +8,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dist_moe.study.baselines import write_baselines
-from dist_moe.study.grid.claims import Claim, Measure, below, difference_below, equal_within, lower_by_factor
+from dist_moe.study.grid.claims import (
+    Claim,
+    Measure,
+    below,
+    difference_below,
+    equal_within,
+    equal_within_cases,
+    lower_by_factor,
+)
 from dist_moe.study.grid.page import BASELINES, Column, Study, paragraphs
 from dist_moe.study.grid.statistics import Results, proportion_interval
 from dist_moe.study.tables import markdown_table
@@ -19,7 +27,7 @@ TOP_2_BALANCED = "top-2 + loss-free"
 THRESHOLD = "threshold 0.4"
 WEIGHTS = "threshold 0.4 + weights 0.1"
 BUDGET = "budget 1.8 + weights 0.1"
-CENTERED = "threshold 0.4, centered router"
+CENTERED = "budget 1.8, centered router"
 DENSE = "dense"
 FACTOR = 10.0
 MARGIN = 1.0
@@ -42,20 +50,24 @@ NOTES = """
 Accuracy, load and experts per token are those of held-out examples after the last step (at most 1,200 of a task, which
 are split off by film, page or paragraph, never by position). A run reads 1,920 examples once. The 95 % interval of an
 accuracy is Wilson's, of one run; it takes the examples as independent, and those of one film, page or paragraph are
-not, so it is somewhat too narrow. Intervals of differences are of Student's t over seeds, of the mean over the tasks,
+not, so it is too narrow, most of all for vitaminc, whose 7,397 held-out pairs are of 295 pages. bbc_news has 257
+held-out articles. A text is cut to its first 64 (reviews) or 96 tokens: 7 % of the pairs of vitaminc, 4 % of qnli_like
+and all articles are. Intervals of differences are of Student's t over seeds, of the mean over the tasks,
 paired by seed. The load deviation is the standard deviation of the experts' shares of the assignments, in percent of
 them, which is the paper's measure; its floor is the value under uniform random routing. Rates and thresholds are those
-of a prototype on one of the tasks; nothing was chosen by the numbers of this page.
+of a prototype on one of the tasks; nothing was chosen by the numbers of this page. For accuracies the tasks are fixed,
+and the variance over seeds is pooled within them (Student's t with tasks times seeds less tasks degrees of freedom).
 """
 BASELINE_TEXT = """
-Accuracy on all held-out examples of a logistic regression on TF-IDF of words and pairs of words, trained on as many
-examples as a run reads (few), and on all.
+Accuracy on all held-out examples, also where the runs are evaluated on 1,200 of them, of a logistic regression on
+TF-IDF of words and pairs of words in whole texts, trained on as many examples as a run reads (few), and on all.
 """
 CONTROLS = """
 Three controls tell what adaptive weights are needed for. *Top-2 with a bias* is balanced without them. A *budget* takes
 the same number of experts with and without weights, since weights alone raise the number that a fixed threshold gives.
 And a *centered router*, whose rows are orthogonal to the mean token at the start, removes the imbalance that the mean
-direction of an encoder's states causes, without any balancing.
+direction of an encoder's states causes, without any balancing; its logits are smaller, so that a token takes more
+experts at a fixed threshold, and it is compared at a budget.
 """
 
 
@@ -73,7 +85,7 @@ def claims(results: Results) -> list[Claim]:
         )
         for case in results.cases
     ]
-    as_accurate = partial(equal_within, results, measure=ACCURACY, margin=MARGIN)
+    as_accurate = partial(equal_within_cases, results, measure=ACCURACY, margin=MARGIN)
     lower = partial(difference_below, results, limit=0.0)
     return [
         *found,
@@ -105,8 +117,8 @@ def claims(results: Results) -> list[Claim]:
             DEVIATION,
         ),
         lower(
-            "Control: a centered router alone has a higher deviation than adaptive weights",
-            WEIGHTS,
+            "Control: at equal experts per token, a centered router alone has a higher deviation than adaptive weights",
+            BUDGET,
             CENTERED,
             DEVIATION,
         ),

@@ -34,7 +34,9 @@ equally, and at most log2 of the number of domains if the expert reveals the dom
 """
 NOTES = """
 Counted on the held-out text with the model after the last step, its bias included. The floor is the expected domain
-information of the same number of assignments without any relation between domain and expert (Miller's correction). An
+information of the same number of independent assignments without any relation between domain and expert (Miller's
+correction). Tokens of one document are alike, though, and some domains have few documents of held-out text; *by chance*
+is the domain information of the same documents when they are given to the domains at random, mean over 200 drawings. An
 auxiliary loss per micro-batch asks for balance within a few sequences, which often are of one domain; a bias that is
 moved by the load of the global batch asks for balance over all of them.
 """
@@ -87,15 +89,26 @@ def sections(results: Results, folder: Path) -> list[str]:
             cells = [format_mean([bits for bits, _ in layer], 3) for layer in layers]
             mean = format_mean([fmean(bits for bits, _ in layer) for layer in by_seed], 3)
             floor = fmean(floor for layer in by_seed for _, floor in layer)
-            rows.append([arm, *cells, mean, f"{floor:.4f}"])
-    count = max((len(row) - 3 for row in rows), default=0)
-    headings = ["arm", *(f"layer {layer}" for layer in range(count)), "mean", "floor"]
-    lines += [*markdown_table(headings, rows), "", "### Domains and experts", ""]
+            chance = [fmean(result.loads["information_by_chance"]) for result in results.get("", arm)]
+            rows.append([arm, *cells, mean, format_mean(chance, 3), f"{floor:.4f}"])
+    count = max((len(row) - 4 for row in rows), default=0)
+    headings = ["arm", *(f"layer {layer}" for layer in range(count)), "mean", "by chance", "floor"]
+    lines += [*markdown_table(headings, rows), "", *_held_out(results), "### Domains and experts", ""]
     drawn = [arm for arm in (NONE, AUXILIARY, LOSS_FREE) if information(results, arm)]
     if drawn:
         _draw(folder / "domains.png", results, drawn)
         lines += [*paragraphs(FIGURE), f"![Share of each expert in each domain]({folder.name}/domains.png)", ""]
     return lines
+
+
+def _held_out(results: Results) -> list[str]:
+    """Write the table of the documents and tokens of each domain, which are those of every run."""
+    loads = next((result.loads for result in results.all if "by_domain" in result.loads), None)
+    if loads is None:
+        return []
+    columns = (loads["domains"], loads["documents_by_domain"], loads["tokens_by_domain"])
+    rows = [[name, f"{documents:,}", f"{tokens:,}"] for name, documents, tokens in zip(*columns, strict=True)]
+    return [*markdown_table(["domain", "documents held out", "tokens"], rows), ""]
 
 
 FIGURE = """

@@ -107,6 +107,8 @@ def evaluate(
     summed = all_reduce_routing_counts(routing_counts or [], device)
     totals = Sums(*(sum(column) for column in zip(*sums, strict=True)))
     total = all_reduce_scalars(totals._asdict(), device)
+    if predictions is not None:
+        predictions.gather(device)
     return evaluation_metrics(
         step=step,
         total_nats=total["nats"],
@@ -114,7 +116,8 @@ def evaluate(
         text_bytes=int(total["text_bytes"]),
         load_L=[layer_counts.load_E.cpu() for layer_counts in summed],
         k_histogram_L=[layer_counts.k_histogram_K.cpu() for layer_counts in summed],
-        task_metrics=None if predictions is None else predictions.metrics(device),
+        task_metrics=None if predictions is None else predictions.metrics(),
+        correct_examples=None if predictions is None else predictions.correct_examples(),
         shares=shares,
         unrouted_L=unrouted_tokens(summed),
     )
@@ -162,8 +165,8 @@ class Predictions:
             self._values_N[inside] = values_B[:count].double().cpu()
             self._seen_N[inside] += 1
 
-    def metrics(self, device: torch.device) -> dict[str, float]:
-        """Return the metrics over the examples of all ranks. A collective call.
+    def gather(self, device: torch.device) -> None:
+        """Take the values of the other ranks. A collective call.
 
         Raises:
             RuntimeError: An example was not evaluated exactly once.
@@ -172,5 +175,17 @@ class Predictions:
         bits_N, seen_N = all_reduce_counts([self._values_N.view(torch.int64), self._seen_N], device)
         if not bool((seen_N == 1).all()):
             raise RuntimeError("an example was not evaluated exactly once")
-        values_N = bits_N.cpu().view(torch.float64).numpy()
-        return dict(task_metrics(np.asarray(self._labels_N), values_N, self._classes))
+        self._values_N = bits_N.cpu().view(torch.float64)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics over all examples, after `gather`."""
+        return dict(task_metrics(np.asarray(self._labels_N), self._values_N.numpy(), self._classes))
+
+    def correct_examples(self) -> str | None:
+        """Return which examples have the right class, after `gather`: a bit for each in hexadecimal digits.
+
+        The first example is the highest bit of the first digit; zeros fill the last byte. None for a regression.
+        """
+        if not self._classes:
+            return None
+        return np.packbits(self._values_N.numpy() == np.asarray(self._labels_N)).tobytes().hex()

@@ -133,7 +133,10 @@ def test_trap_T30_each_example_is_evaluated_once_over_all_ranks(
     expected, _ = ranks.run(evaluated, 1, overrides)[0]
     found = ranks.run(evaluated, 4, overrides)
     assert sum(own for _, own in found) == expected["examples"] == 7
+    right = bin(int(expected["correct_examples"], 16)).count("1")
+    assert right / 7 == pytest.approx(expected["accuracy"]) and len(expected["correct_examples"]) == 2
     for record, _ in found:
+        assert record["correct_examples"] == expected["correct_examples"]
         assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
         assert (record["accuracy"], record["load"]) == (expected["accuracy"], expected["load"])
 

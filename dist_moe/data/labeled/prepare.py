@@ -36,7 +36,7 @@ from dist_moe.errors import DataError
 from dist_moe.text import counted, listed
 
 # Part of the fingerprint: increase it when the files, or how they are made, change.
-FORMAT = 3
+FORMAT = 4
 KINDS = {"starts": "int64", "pair_starts": "int64", "labels": "float64"}
 
 
@@ -199,8 +199,8 @@ OWN_SPLITS = "the validation split is that of the sources; data.validation_fract
 def divide(examples: Sequence[Example], fraction: float | None) -> dict[str, list[Example]]:
     """Return the examples of each split: those of their source where it has both, else by a hash of their keys.
 
-    What is held out is ordered by another hash of the keys, so that its first part, which a run may evaluate alone, is
-    not of one class where a source is sorted.
+    What is held out is ordered by another hash, of key and texts, so that its first part, which a run may evaluate
+    alone, is of all classes and keys also where a source is sorted.
 
     Raises:
         DataError: A split is empty, or there is no example.
@@ -221,7 +221,8 @@ def divide(examples: Sequence[Example], fraction: float | None) -> dict[str, lis
 
 def place_of(example: Example) -> bytes:
     """Return what held-out examples are sorted by."""
-    return hashlib.sha256(f"order:{example.key}".encode("utf-8", "surrogateescape")).digest()
+    parts = ("order", example.key, example.text, example.text_pair or "")
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).digest()
 
 
 def class_names(splits: dict[str, list[Example]], task: TaskConfig) -> list[str]:

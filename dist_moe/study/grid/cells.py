@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import dist_moe
 from dist_moe.config.yaml_io import render
@@ -33,9 +33,18 @@ CURVES = (
     "max_vio_computation",
     "max_vio_computation_floor",
     "load_deviation_percent",
+    "load_deviation_percent_floor",
+    "load_cov",
+    "dead_experts",
+    "rank_load",
+    "experts_per_token",
+    "threshold",
 )
+LISTS = ("load", "experts_per_token_histogram", "correct_examples")
+"""What is kept of the last evaluation, besides its numbers: its load, values of each layer, and what was right."""
 VERSIONS = ("python", "torch", "deepspeed", "transformers")
 LARGEST_METRICS = 1 << 30
+CURVE_DIGITS = 5
 # A launch lets its workers finish a step and save a checkpoint.
 END_S = 120.0
 PACKAGE = Path(dist_moe.__file__).parent
@@ -66,7 +75,7 @@ def run_cell(cell: Cell, runs: Path, analyze: Analysis | None = None) -> CellRes
     began_s = time.monotonic()
     _launch(cell, config, folder / "output.txt")
     wall_s = time.monotonic() - began_s
-    values, curves = read_measures(folder / "run" / "metrics.jsonl")
+    values, curves, evaluation = read_measures(folder / "run" / "metrics.jsonl")
     loads = analyze(folder / "run") if analyze is not None else {}
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
     commit, changed = source["commit"], source["dirty"]
@@ -74,7 +83,7 @@ def run_cell(cell: Cell, runs: Path, analyze: Analysis | None = None) -> CellRes
         *(cell.case, cell.arm, cell.seed, cell.digest),
         values={**values, "wall_s": round(wall_s, 1)},
         curves=curves,
-        loads=loads,
+        loads={**loads, "evaluation": evaluation},
         commit=commit if isinstance(commit, str) else None,
         changed=changed if isinstance(changed, bool) else None,
         made=_made(),
@@ -138,11 +147,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def read_measures(metrics: Path) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
-    """Read the measures of a finished run from its metrics.jsonl.
+class Measures(NamedTuple):
+    """What is kept of the metrics.jsonl of a run: `CellResult.values`, `.curves`, and lists of its last evaluation."""
 
-    Returns:
-        `CellResult.values` and `CellResult.curves`.
+    values: dict[str, float | None]
+    curves: dict[str, list[float | None]]
+    evaluation: dict[str, Any]
+
+
+def read_measures(metrics: Path) -> Measures:
+    """Read the measures of a finished run from its metrics.jsonl.
 
     Raises:
         UserError: The file has no step or no evaluation.
@@ -159,12 +173,18 @@ def read_measures(metrics: Path) -> tuple[dict[str, float | None], dict[str, lis
     for name in ("max_vio", "max_vio_floor", "max_vio_computation", "max_vio_computation_floor"):
         second_half = [record[name] for record in steps[len(steps) // 2 :] if record.get(name) is not None]
         values[f"train_{name}"] = _rounded(fmean(second_half)) if second_half else None
-    curves = {name: [_rounded(record.get(name)) for record in steps] for name in ("step", *CURVES) if name in steps[0]}
+    values["train_experts_per_token"] = _rounded(fmean(record["experts_per_token"] for record in steps))
+    curves = {
+        name: [_rounded(record.get(name), CURVE_DIGITS) for record in steps]
+        for name in ("step", *CURVES)
+        if name in steps[0]
+    }
     if len(evaluations) > 1:
         for name in ("step", "validation_loss", "accuracy"):
             if name in evaluations[0]:
                 curves[f"evaluation_{name}"] = [_rounded(record[name]) for record in evaluations]
-    return values, curves
+    kept = (name for name in evaluations[-1] if name in LISTS or name.endswith("_per_layer"))
+    return Measures(values, curves, {name: _finite(evaluations[-1][name]) for name in kept})
 
 
 def scalars(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
@@ -180,8 +200,15 @@ def scalars(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     return values
 
 
-def _rounded(value: float | None) -> float | None:
-    """Round to 7 significant digits, which keeps the file of results small; None for what JSON cannot express."""
+def _rounded(value: float | None, digits: int = 7) -> float | None:
+    """Round to significant digits, which keeps the file of results small; None for what JSON cannot express."""
     if value is None or not math.isfinite(value):
         return None
-    return json.loads(f"{value:.7g}")
+    return json.loads(f"{value:.{digits}g}")
+
+
+def _finite(value: Any) -> Any:
+    """Round the floats of a list, and replace those that JSON cannot express."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return _rounded(value) if isinstance(value, float) else value

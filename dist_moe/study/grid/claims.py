@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dist_moe.study.grid.statistics import Interval, Results, interval
+from dist_moe.study.grid.statistics import Interval, Results, interval, interval_within_groups
 from dist_moe.text import counted
 
 Verdict = Literal["does not hold", "not resolved", "holds", "not measured"]
@@ -82,12 +82,30 @@ def equal_within(results: Results, text: str, arm: str, other: str, measure: Mea
     if not found:
         return Claim(text, "not measured", NO_PAIR)
     difference = interval(found)
-    verdict: Verdict = "not resolved"
+    return Claim(text, _within(difference, margin), _difference_text(difference, measure))
+
+
+def equal_within_cases(results: Results, text: str, arm: str, other: str, measure: Measure, margin: float) -> Claim:
+    """As `equal_within`, for the mean over fixed cases, with the variance over seeds pooled within the cases."""
+    pairs = [results.pairs(case, arm, other, measure.name) for case in results.cases]
+    groups = [[measure.factor * (first - second) for first, second in by_seed.values()] for by_seed in pairs]
+    if not any(groups):
+        return Claim(text, "not measured", NO_PAIR)
+    difference = interval_within_groups(groups)
+    by_case = "; ".join(
+        f"{case} {', '.join(f'{value:+.{measure.digits}f}' for value in group)}"
+        for case, group in zip(results.cases, groups, strict=True)
+        if group
+    )
+    evidence = f"{difference.text(measure.digits)}{measure.unit} (95 % interval; by seed: {by_case})"
+    return Claim(text, _within(difference, margin), evidence)
+
+
+def _within(difference: Interval, margin: float) -> Verdict:
+    """Whether a 95 % interval is within a margin, or beyond it."""
     if -margin < difference.low and difference.high < margin:
-        verdict = "holds"
-    elif difference.low > margin or difference.high < -margin:
-        verdict = "does not hold"
-    return Claim(text, verdict, _difference_text(difference, measure))
+        return "holds"
+    return "does not hold" if difference.low > margin or difference.high < -margin else "not resolved"
 
 
 def below(results: Results, text: str, arm: str, measure: Measure, limit: float) -> Claim:

@@ -83,7 +83,7 @@ def default_plan(name: str) -> Path:
 def run_study(study: Study, place: Place, part: Part, log: Log) -> Results:
     """Train the cells without a result; write results.json after each, and at the end the figures and the page.
 
-    A cell that fails is left out, and the next ones are trained, up to `MOST_FAILURES` of them.
+    A cell that fails is left out, and the next ones are trained, until `MOST_FAILURES` in a row fail.
 
     Args:
         study: Which.
@@ -107,14 +107,14 @@ def run_study(study: Study, place: Place, part: Part, log: Log) -> Results:
         done = finished(cells, [*_shared(study, place), *recorded])
         waiting = [cell for cell in chosen if cell.key not in done]
         log(f"{counted(len(chosen), 'cell')}, {len(chosen) - len(waiting)} of them finished")
+        baselines = place.out / BASELINES
+        if study.baselines is not None and part.minutes != 0 and not baselines.exists():
+            study.baselines(baselines, cells, log)
         try:
             for result in _train(waiting, list(done.values()), place.runs, part.minutes, log):
                 done[result.key] = result
                 write_results(path, study.name, part.preset, cells, done.values())
                 log(f"{name_of(result)}: {_summary(study, result)}")
-            baselines = place.out / BASELINES
-            if study.baselines is not None and part.minutes != 0 and not baselines.exists():
-                study.baselines(baselines, cells, log)
         finally:
             results = Results(done[cell.key] for cell in cells if cell.key in done)
             write_results(path, study.name, part.preset, cells, done.values())
@@ -140,6 +140,7 @@ def _train(
     """Yield the result of each cell, until the time is over. Raises UserError at the end where cells failed."""
     began_s = time.monotonic()
     failures: list[str] = []
+    in_a_row = 0
     for number, cell in enumerate(cells):
         if minutes is not None and not _fits(cell, done, minutes - (time.monotonic() - began_s) / 60):
             log(f"stopped before {cell.name}, which would end after --minutes {minutes:g}; start again to continue")
@@ -152,9 +153,11 @@ def _train(
         except UserError as error:
             failures.append(str(error))
             log(f"failed: {cell.name}")
-            if len(failures) == MOST_FAILURES:
+            in_a_row += 1
+            if in_a_row == MOST_FAILURES:
                 break
             continue
+        in_a_row = 0
         done.append(result)
         yield result
     if failures:

@@ -22,8 +22,8 @@ from dist_moe.comm.init import init_distributed
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import load_stored_config
 from dist_moe.data.cache import cache_folder
-from dist_moe.data.corpus import TokenizedData, prepare
-from dist_moe.data.stream import Stream
+from dist_moe.data.corpus import Corpus, TokenizedData, prepare
+from dist_moe.data.stream import PADDING, Stream
 from dist_moe.model.attention import documents_arguments
 from dist_moe.model.inputs import ModelInputs, model_inputs
 from dist_moe.model.tasks.language_model import LanguageModelTask
@@ -32,6 +32,7 @@ from dist_moe.worker.rank_info import rank_info_from_env
 GROUP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 SEED = 0
 FORWARD_SEQUENCES = 16
+PERMUTATIONS = 200
 TIMEOUT_S = 600.0
 
 
@@ -40,15 +41,37 @@ class SequenceLoads(NamedTuple):
 
     Attributes:
         load_NLE: int64 [N, L, E], assignments of each sequence.
-        load_LDE: int64 [L, D, E], assignments of the tokens of each domain.
-        tokens_D: int64 [D], tokens of each domain.
-        domains: The names of the domains.
+        load_CLE: int64 [C, L, E], assignments of the tokens of each document.
+        tokens_C: int64 [C], tokens of each document.
+        domain_C: int64 [C], the domain of each document.
+        domains: The names of the D domains.
     """
 
     load_NLE: Tensor
-    load_LDE: Tensor
-    tokens_D: Tensor
+    load_CLE: Tensor
+    tokens_C: Tensor
+    domain_C: Tensor
     domains: tuple[str, ...]
+
+    @property
+    def tokens_D(self) -> Tensor:
+        """int64 [D], tokens of each domain."""
+        return torch.zeros(len(self.domains), dtype=torch.int64).index_add_(0, self.domain_C, self.tokens_C)
+
+    @property
+    def documents_D(self) -> Tensor:
+        """int64 [D], documents of each domain that have a token."""
+        return torch.bincount(self.domain_C[self.tokens_C > 0], minlength=len(self.domains))
+
+    def load_LDE(self, domain_C: Tensor | None = None) -> Tensor:
+        """Return the assignments of the tokens of each domain, int64 [L, D, E].
+
+        Args:
+            domain_C: The domain of each document, in place of its own.
+        """
+        layers, experts = self.load_CLE.shape[1:]
+        found_DLE = torch.zeros(len(self.domains), layers, experts, dtype=torch.int64)
+        return found_DLE.index_add_(0, self.domain_C if domain_C is None else domain_C, self.load_CLE).transpose(0, 1)
 
 
 def analyze_run(run: Path) -> dict[str, Any]:
@@ -58,8 +81,9 @@ def analyze_run(run: Path) -> dict[str, Any]:
         run: `run.dir`.
 
     Returns:
-        `computation` (see `computation_batches`), `domains`, `tokens_by_domain` and `by_domain` ([L][D][E]
-        assignments).
+        `computation` (see `computation_batches`), `sequences_per_forward`, `domains`, `tokens_by_domain`,
+        `documents_by_domain`, `by_domain` ([L][D][E] assignments) and `information_by_chance` ([L] bits, see
+        `information_by_chance`).
     """
     checkpoint = resolve_path(run, read=("model/",))
     config = load_stored_config(checkpoint / "config.yaml")
@@ -71,15 +95,18 @@ def analyze_run(run: Path) -> dict[str, Any]:
         counted = count_sequences(task, data, config.data.sequence_length)
     return {
         "computation": computation_batches(counted.load_NLE, config.train.sequences_per_forward),
+        "sequences_per_forward": config.train.sequences_per_forward,
         "domains": list(counted.domains),
         "tokens_by_domain": counted.tokens_D.tolist(),
-        "by_domain": counted.load_LDE.tolist(),
+        "documents_by_domain": counted.documents_D.tolist(),
+        "by_domain": counted.load_LDE().tolist(),
+        "information_by_chance": information_by_chance(counted),
     }
 
 
 @torch.no_grad()
 def count_sequences(task: LanguageModelTask, data: TokenizedData, length: int) -> SequenceLoads:
-    """Count the assignments of each sequence and domain of the validation split.
+    """Count the assignments of each sequence and document of the validation split.
 
     Args:
         task: The model, in one process.
@@ -88,25 +115,32 @@ def count_sequences(task: LanguageModelTask, data: TokenizedData, length: int) -
     """
     stream = Stream(data.validation, length, seed=SEED)
     task.eval()
-    domains = data.validation.domains
+    domain_C = torch.from_numpy(np.array(data.validation.domains_N, dtype=np.int64))
     layers, experts = len(task.layers), task.layers[0].router.num_experts
     load_NLE = torch.zeros(stream.rows_per_epoch, layers, experts, dtype=torch.int64)
-    load_LDE = torch.zeros(layers, len(domains), experts, dtype=torch.int64)
-    tokens_D = torch.zeros(len(domains), dtype=torch.int64)
+    load_CLE = torch.zeros(len(domain_C), layers, experts, dtype=torch.int64)
+    tokens_C = torch.zeros(len(domain_C), dtype=torch.int64)
     for first in range(0, stream.rows_per_epoch, FORWARD_SEQUENCES):
         rows = min(FORWARD_SEQUENCES, stream.rows_per_epoch - first)
         batch = stream.rows_in_file_order(first, rows)
-        domain_T = batch.domains_BS.flatten()
+        document_T = documents_of(data.validation, first * length, rows * length)
         sequence_T = torch.arange(first, first + rows).repeat_interleave(length)
-        tokens_D += torch.bincount(domain_T[domain_T >= 0], minlength=len(domains))
+        tokens_C += torch.bincount(document_T[document_T >= 0], minlength=len(domain_C))
         for layer, ids_TK in enumerate(_routed_ids(task, model_inputs(batch, torch.device("cpu")))):
             taken_TK = ids_TK >= 0
             experts_A = ids_TK[taken_TK]
             sequence_A = sequence_T[:, None].expand_as(ids_TK)[taken_TK]
-            domain_A = domain_T[:, None].expand_as(ids_TK)[taken_TK]
+            document_A = document_T[:, None].expand_as(ids_TK)[taken_TK]
             load_NLE[:, layer] += _joint_counts(sequence_A, experts_A, load_NLE.shape[0], experts)
-            load_LDE[layer] += _joint_counts(domain_A, experts_A, len(domains), experts)
-    return SequenceLoads(load_NLE, load_LDE, tokens_D, domains)
+            load_CLE[:, layer] += _joint_counts(document_A, experts_A, len(domain_C), experts)
+    return SequenceLoads(load_NLE, load_CLE, tokens_C, domain_C, data.validation.domains)
+
+
+def documents_of(corpus: Corpus, first: int, count: int) -> Tensor:
+    """Return the document of each of `count` positions of a text in file order, from `first` on; -1 at padding."""
+    at_T = np.arange(first, first + count)
+    document_T = np.searchsorted(corpus.starts_N1, at_T, side="right") - 1
+    return torch.from_numpy(np.where(at_T < len(corpus.tokens) - 1, document_T, PADDING))
 
 
 def _routed_ids(task: LanguageModelTask, inputs: ModelInputs) -> list[Tensor]:
@@ -173,3 +207,23 @@ def domain_information(load_DE: Tensor) -> tuple[float, float]:
     size = domains * domains / float((1 / totals_D).sum())
     floor = (domains - 1) * (experts - 1) / (2 * size * math.log(2))
     return max(0.0, float(entropy) / math.log(2)), floor
+
+
+def information_by_chance(counted: SequenceLoads) -> list[float]:
+    """Compute the domain information of documents that belong to the domains by chance.
+
+    Tokens of one document are alike, whatever its domain, so a domain of few documents has its own distribution over
+    the experts by chance alone; the floor of `domain_information`, of independent tokens, is far below that.
+
+    Returns:
+        Its mean over `PERMUTATIONS` random assignments of the documents to the domains, each with as many documents as
+        it has, in bits, for each layer.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    present_C = (counted.tokens_C > 0).nonzero().flatten()
+    found: list[list[float]] = []
+    for _ in range(PERMUTATIONS):
+        domain_C = counted.domain_C.clone()
+        domain_C[present_C] = domain_C[present_C[torch.randperm(len(present_C), generator=generator)]]
+        found.append([domain_information(load_DE)[0] for load_DE in counted.load_LDE(domain_C)])
+    return [round(math.fsum(column) / len(column), 6) for column in zip(*found, strict=True)]

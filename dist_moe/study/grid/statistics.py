@@ -56,6 +56,30 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(fmean(values), quantile * stdev(values) / math.sqrt(len(values)), tuple(values))
 
 
+def interval_within_groups(groups: Sequence[Sequence[float]]) -> Interval:
+    """Compute the 95 % confidence interval of the mean of group means, with the variance within groups pooled.
+
+    Groups, such as tasks, are fixed: only their repetitions vary. With n values in each of G groups, Student's t
+    distribution has G (n - 1) degrees of freedom.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    present = [group for group in groups if group]
+    if not present:
+        raise ValueError("no values; an interval needs at least one")
+    values = tuple(value for group in present for value in group)
+    mean = fmean(fmean(group) for group in present)
+    freedom = len(values) - len(present)
+    if freedom == 0:
+        return Interval(mean, None, values)
+    from scipy.stats import t
+
+    squares = math.fsum((value - fmean(group)) ** 2 for group in present for value in group)
+    error = math.sqrt(squares / freedom * math.fsum(1 / len(group) for group in present)) / len(present)
+    return Interval(mean, float(t.ppf(0.5 + CONFIDENCE / 2, freedom)) * error, values)
+
+
 def proportion_interval(proportion: float, count: int) -> tuple[float, float]:
     """Compute Wilson's 95 % confidence interval of a proportion.
 

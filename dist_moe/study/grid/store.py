@@ -31,7 +31,8 @@ class CellResult:
         values: Measures by name: each number of the run's last evaluation, `NAME_worst` for the largest of its layers,
             and those of `grid.cells`. None: not finite.
         curves: Measures of the logged steps by name, with their step numbers as `step`.
-        loads: Counts by domain and MaxVio of computation batches; see `grid.sequence_loads`.
+        loads: `evaluation`, the lists of the run's last evaluation (its load, values by layer, which examples were
+            right); of a language model also what `grid.sequence_loads` counts.
         commit: Of the code.
         changed: Whether files of the code differed from the commit.
         made: When, on what processor, and with which versions.

@@ -15,7 +15,7 @@ from dist_moe.study.grid.store import CellResult
 
 PLANS = Path(__file__).parents[3] / "configs" / "study"
 STUDIES = ("nlu", "loss_free", "dynamic", "specialization")
-HARD_TO_BALANCE = {"none", "none, softmax gate", "threshold 0.4", "budget 1.8", "top-2"}
+HARD_TO_BALANCE = {"none", "none, softmax gate", "threshold 0.4", "budget 1.8", "top-2", "budget 1.8, centered router"}
 
 
 def batch(ranks: int, max_vio: float) -> dict[str, float]:
@@ -47,6 +47,8 @@ def make_result(cell: Cell, number: int) -> CellResult:
         ],
         "domains": ["python", "drama"],
         "tokens_by_domain": [2000, 2000],
+        "documents_by_domain": [20, 3],
+        "information_by_chance": [0.02, 0.03],
         "by_domain": [[[900, 600, 300, 200], [200, 300, 600, 900]]] * 2,
     }
     values = {**scalars(metrics.as_dict()), "step_ms": 500.0 + cell.seed, "wall_s": 60.0}

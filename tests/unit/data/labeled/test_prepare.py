@@ -40,7 +40,8 @@ def prepared(
 def test_every_example_is_in_the_split_of_its_key_once(tmp_path: Path) -> None:
     data = prepared(write(tmp_path), tmp_path)
     held_out = [number for number in range(COUNT) if in_validation(f"film {number // 2}", 0.2)]
-    held_out.sort(key=lambda number: place_of(Example(f"film {number // 2}", "", None, "")))
+    texts_of = [f"{number} " * (1 + number % 7) for number in range(COUNT)]
+    held_out.sort(key=lambda number: place_of(Example(f"film {number // 2}", texts_of[number], None, "")))
     assert data.labels == ("bad", "good", "so-so")
     assert data.validation.labels_N.tolist() == [number % 3 for number in held_out]
     assert data.train.count == COUNT - len(held_out)
@@ -67,6 +68,13 @@ def test_the_first_held_out_examples_are_of_all_classes_where_a_source_is_sorted
     first = divide(examples, 0.5)["validation"][:30]
     assert {each.label for each in first} == {"0", "1", "2"}
     assert divide(examples, None)["all"] != examples
+
+
+def test_the_first_held_out_examples_are_of_many_keys_where_keys_have_many_examples() -> None:
+    examples = [Example(f"page {number // 100}", str(number), None, "a", "validation") for number in range(900)]
+    examples.append(Example("other", "", None, "a", "train"))
+    first = divide(examples, 0.5)["validation"][:90]
+    assert len({each.key for each in first}) == 9
 
 
 def test_tokens_are_made_again_exactly_where_they_would_differ(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from dist_moe.study.grid.claims import (
     claim_lines,
     difference_below,
     equal_within,
+    equal_within_cases,
     lower_by_factor,
 )
 from dist_moe.study.grid.statistics import Results
 from tests.unit.study.grid.results import result, two_arms
 
 LOSS = Measure("loss", 2, " nats")
+SEEDS = ((0, 0.01), (1, -0.01), (2, 0.02))
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,18 @@ def test_missing_arms_are_not_measured_and_what_does_not_hold_comes_first() -> N
         *("**Does not hold**", "- bad: 2.", "**Not measured**", "- 1: no seed has finite results of both arms."),
         *("**Holds**", "- good: 1."),
     ]
+
+
+def test_arms_are_equal_within_a_margin_over_fixed_cases() -> None:
+    """The cases differ by more than the margin, and the seeds within a case do not."""
+    found = [
+        result("a", seed, case, loss=base + step) for case, base in (("x", 1.0), ("y", 5.0)) for seed, step in SEEDS
+    ]
+    found += [result("b", seed, case, loss=base) for case, base in (("x", 1.0), ("y", 5.0)) for seed, _ in SEEDS]
+    equal = equal_within_cases(Results(found), "equal", "a", "b", Measure("loss", 2), margin=0.1)
+    assert equal.verdict == "holds" and "x +0.01, -0.01, +0.02; y +0.01, -0.01, +0.02" in equal.evidence
+    assert (
+        equal_within_cases(Results(found), "equal", "a", "b", Measure("loss", 2), margin=0.001).verdict
+        == "not resolved"
+    )
+    assert equal_within_cases(Results([]), "equal", "a", "b", Measure("loss", 2), margin=1.0).verdict == "not measured"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dist_moe.study.grid.statistics import Results, interval, proportion_interval
+from dist_moe.study.grid.statistics import Results, interval, interval_within_groups, proportion_interval
 from tests.unit.study.grid.results import result, two_arms
 
 
@@ -50,3 +50,12 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     results = Results([result("a", 0, loss=None), result("a", 1, loss=2.0), result("b", 0, loss=1.0)])
     assert results.values("", "a", "loss") == [2.0] and results.pairs("", "a", "b", "loss") == {}
     assert two_arms([1.0], [0.0]).ratios("", "a", "b", "loss") == {}, "no division by 0"
+
+
+def test_the_variance_within_fixed_groups_is_pooled() -> None:
+    found = interval_within_groups([[1.0, 3.0], [10.0, 14.0], []])
+    # Squares within groups 2 + 8 over 2 degrees of freedom: 5; the mean of two means has the variance (5/2 + 5/2) / 4.
+    assert found.mean == 7.0 and found.half_width == pytest.approx(4.302653 * math.sqrt(5 / 4), rel=1e-6)
+    assert interval_within_groups([[1.0], [3.0]]).half_width is None
+    with pytest.raises(ValueError, match="at least one"):
+        interval_within_groups([[], []])
