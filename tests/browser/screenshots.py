@@ -1,4 +1,4 @@
-"""Writes the pictures of the documentation from real runs: `python -m tests.browser.screenshots`.
+"""Writes the pictures of reports in the documentation from real runs: `python -m tests.browser.screenshots`.
 
 It trains the quick start and the short runs of the tests, which takes seven minutes on two cores, or takes the runs
 of an earlier call.

@@ -16,7 +16,7 @@ from dist_moe.checkpoint.format.hf_weights import fill_weights, load_weights, sa
 from dist_moe.comm.mesh import Mesh
 from dist_moe.families.dense import DENSE
 from dist_moe.model.convert import find_layers
-from dist_moe.moe.select import RandomRouting, Rule, ThresholdRouting, TopK
+from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from tests.dense import EXPERTS, SHAPES, dense_folder, outputs, upcycled
 from tests.unit.model.samples import ALONE, tokens
 
@@ -25,7 +25,11 @@ RULES: dict[str, Rule] = {
     "top-2": TopK(2, "softmax"),
     "top-2 normalized": TopK(2, "softmax", normalize=True),
     "sigmoid, scaled": TopK(3, "sigmoid", routed_scaling_factor=2.5),
+    "softmax of the selected": TopK(2, "softmax_selected"),
+    "sqrt-softplus": TopK(2, "sqrt_softplus", normalize=True),
+    "groups": TopK(2, "sigmoid", groups=2, topk_groups=1),
     "threshold": ThresholdRouting(0.4, EXPERTS),
+    "expert thresholds": ExpertThreshold(2, EXPERTS, 1, "sigmoid"),
     "random": RandomRouting(2, 0.0, "softmax"),
 }
 CASES = [*((name, "top-2") for name in DENSE), *((name, rule) for name in ("bert", "llama") for rule in RULES)]
