@@ -10,7 +10,10 @@ UNUSED_PACKAGES = ("scipy", "sklearn")
 
 
 def hide_unused_packages() -> None:
-    """Let this process not find `UNUSED_PACKAGES`, unless it has imported them: a sixth of the start of a worker."""
+    """Make `UNUSED_PACKAGES` impossible to import in this process, unless it has imported them.
+
+    They would take a sixth of the start of a worker.
+    """
     for name in UNUSED_PACKAGES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None: it cannot be imported
 

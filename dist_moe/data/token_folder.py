@@ -1,4 +1,4 @@
-"""Folders of tokenized data in the cache: made once for all processes, and complete or not there."""
+"""Folders of tokenized data in the cache: made once for all processes, and either complete or absent."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def _emptied(folder: Path) -> Path:
 def tokenizer_settings(
     kind: str, vocabulary: int, pretrained: Path | None, byte_level: bool = True
 ) -> tuple[Tokenizer | None, Settings]:
-    """Return the pretrained tokenizer, None for another kind, and what of a tokenizer decides the tokens.
+    """Return the pretrained tokenizer (None for another kind), and the settings of a tokenizer that decide the tokens.
 
     Args:
         kind: bytes, bpe or pretrained.

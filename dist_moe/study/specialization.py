@@ -35,10 +35,10 @@ equally, and at most log2 of the number of domains if the expert reveals the dom
 NOTES = """
 Counted on the held-out text with the model after the last step, its bias included. The floor is the expected domain
 information of the same number of independent assignments without any relation between domain and expert (Miller's
-correction). Tokens of one document are alike, though, and some domains have few documents of held-out text; *by chance*
-is the domain information of the same documents when they are given to the domains at random, mean over 200 drawings. An
-auxiliary loss per micro-batch asks for balance within a few sequences, which often are of one domain; a bias that is
-moved by the load of the global batch asks for balance over all of them.
+correction). Tokens of one document use similar experts, though, and some domains have few documents of held-out text:
+*by chance* is the domain information of the same documents when they are given to the domains at random, mean over 200
+drawings. An auxiliary loss per micro-batch asks for balance within a few sequences, which often are of one domain; a
+bias that is moved by the load of the global batch asks for balance over all of them.
 """
 
 

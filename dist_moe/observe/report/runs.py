@@ -196,7 +196,7 @@ def _no_run(folder: Path, problems: Sequence[str]) -> str:
 
 
 def _of_last_start(errors: Sequence[ErrorReport], events: Sequence[EventLine]) -> list[ErrorReport]:
-    """Leave out errors from before the last start, which a rank left that the resumed run does not have."""
+    """Leave out errors from before the last start: a resumed run with fewer workers leaves the files of other ranks."""
     starts = [event.time for event in events if event.event == "start"]
     try:
         began = datetime.fromisoformat(starts[-1]).timestamp() if starts else 0.0

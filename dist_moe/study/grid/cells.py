@@ -41,7 +41,7 @@ CURVES = (
     "threshold",
 )
 LISTS = ("load", "experts_per_token_histogram", "correct_examples")
-"""What is kept of the last evaluation, besides its numbers: its load, values of each layer, and what was right."""
+"""What is kept of the last evaluation in addition to its numbers: load, values of each layer, what was right."""
 VERSIONS = ("python", "torch", "deepspeed", "transformers")
 LARGEST_METRICS = 1 << 30
 CURVE_DIGITS = 5

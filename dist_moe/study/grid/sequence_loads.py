@@ -212,7 +212,7 @@ def domain_information(load_DE: Tensor) -> tuple[float, float]:
 def information_by_chance(counted: SequenceLoads) -> list[float]:
     """Compute the domain information of documents that belong to the domains by chance.
 
-    Tokens of one document are alike, whatever its domain, so a domain of few documents has its own distribution over
+    Tokens of one document use similar experts in any domain, so a domain of few documents has its own distribution over
     the experts by chance alone; the floor of `domain_information`, of independent tokens, is far below that.
 
     Returns:
