@@ -204,9 +204,12 @@ def _draw(path: Path, results: Results) -> None:
             axes.axvline(fmean(floors), color="gray", linewidth=1, linestyle="--", label="floor of the deviation")
         axes.set_title(case, fontsize=10)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("load deviation, %, mean over layers")
         axes.set_ylabel("accuracy, %")
         axes.grid(True, linewidth=0.4, alpha=0.6)
+    for axes in grid.flat[len(results.cases) :]:
+        axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)

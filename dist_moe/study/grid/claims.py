@@ -97,7 +97,8 @@ def equal_within_cases(results: Results, text: str, arm: str, other: str, measur
         for case, group in zip(results.cases, groups, strict=True)
         if group
     )
-    evidence = f"{difference.text(measure.digits)}{measure.unit} (95 % interval; by seed: {by_case})"
+    how = "with one seed" if difference.half_width is None else "95 % interval; by seed"
+    evidence = f"{difference.text(measure.digits)}{measure.unit} ({how}: {by_case})"
     return Claim(text, _within(difference, margin), evidence)
 
 
