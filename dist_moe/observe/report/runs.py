@@ -196,13 +196,18 @@ def _no_run(folder: Path, problems: Sequence[str]) -> str:
 
 
 def _of_last_start(errors: Sequence[ErrorReport], events: Sequence[EventLine]) -> list[ErrorReport]:
-    """Leave out errors from before the last start: a resumed run with fewer workers leaves the files of other ranks."""
-    starts = [event.time for event in events if event.event == "start"]
+    """Leave out the errors of ranks that the last start no longer had; each of its workers has removed its own.
+
+    One that is later than that start is of a process that failed before it could record its own start.
+    """
+    start = next((event for event in reversed(events) if event.event == "start"), None)
+    if start is None or start.workers is None:
+        return list(errors)
     try:
-        began = datetime.fromisoformat(starts[-1]).timestamp() if starts else 0.0
+        began = datetime.fromisoformat(start.time).timestamp()
     except (ValueError, OverflowError):
-        began = 0.0
-    return [error for error in errors if error.time >= began]
+        return list(errors)
+    return [error for error in errors if error.rank < start.workers or error.time >= began]
 
 
 def _read_errors(folder: Path) -> list[ErrorReport]:

@@ -178,13 +178,16 @@ def test_runs_are_named_by_the_ends_of_their_paths_that_differ(tmp_path: Path) -
 def test_an_error_from_before_the_last_start_is_over(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "errors").mkdir()
-    for rank, year in ((3, 2020), (1, 2999)):
+    for rank, year in ((3, 2020), (1, 2020)):  # of two workers, the second wrote its own before rank 0 the start
         text = f'time: {year}-01-01T00:00:00+00:00\nrank: {rank}\ncode: 1\nexception: E\nmessage: "m"\n\n'
         (tmp_path / f"errors/rank-{rank}.txt").write_text(text)
     (run,) = read_runs([tmp_path])
     assert [error.rank for error in run.errors] == [1] and run.state == RunState.FAILED
     (tmp_path / "errors/rank-1.txt").unlink()
     assert read_runs([tmp_path])[0].state == RunState.FINISHED
+    later = (tmp_path / "errors/rank-3.txt").read_text().replace("2020", "2999")
+    (tmp_path / "errors/rank-3.txt").write_text(later)
+    assert read_runs([tmp_path])[0].state == RunState.FAILED, "of a start with more workers that came no further"
 
 
 def test_of_many_events_the_last_ones_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +206,7 @@ def test_errors_of_workers_are_shown_the_earliest_first(tmp_path: Path) -> None:
     (folder / "errors").mkdir()
     for rank, second in ((0, 5), (1, 2)):
         (folder / f"errors/rank-{rank}.txt").write_text(
-            f"time: 2999-01-01T00:00:0{second}+00:00\nrank: {rank}\ncode: 1\nexception: ValueError\n"
+            f"time: 2026-01-01T00:00:0{second}+00:00\nrank: {rank}\ncode: 1\nexception: ValueError\n"
             f"message: {json.dumps(f'boom {rank}')}\n\ntrace"
         )
     page = make_page(read_runs([folder]))
