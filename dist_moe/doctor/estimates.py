@@ -59,6 +59,16 @@ class ModelShape:
     frozen_experts: int = 0
     frozen_layers: int = 0
 
+    @property
+    def trained_dense(self) -> int:
+        """Those of `dense` that are trained."""
+        return self.dense - self.frozen_dense
+
+    @property
+    def trained_experts(self) -> int:
+        """Those of `experts` that are trained."""
+        return self.experts - self.frozen_experts
+
 
 def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
     """Count the parameters of the model on the meta device, which takes no memory."""
@@ -117,9 +127,8 @@ def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool, d
     """
     stage, item = config.parallel.zero_stage, 2 if bf16 else FP32_BYTES
     experts, moments = shape.experts // mesh.expert_parallel, moment_count(config)
-    trained_dense, trained_experts = shape.dense - shape.frozen_dense, shape.experts - shape.frozen_experts
-    share = (trained_dense + trained_experts) // mesh.world_size
-    owned = trained_dense + trained_experts // mesh.expert_parallel if stage == 0 else share
+    share = (shape.trained_dense + shape.trained_experts) // mesh.world_size
+    owned = shape.trained_dense + shape.trained_experts // mesh.expert_parallel if stage == 0 else share
     fixed = (shape.dense + experts) * item + owned * (int(bf16 or stage > 0) + moments) * FP32_BYTES
     fixed += _gradient_bytes(config, shape, mesh, item)
     # The first rank that holds a weight writes it; master weights and moments are written by all ranks in equal parts.
@@ -135,8 +144,8 @@ def estimate_memory(config: Config, shape: ModelShape, mesh: Mesh, bf16: bool, d
 def _gradient_bytes(config: Config, shape: ModelShape, mesh: Mesh, item: int) -> int:
     """Return the size of the gradients; at ZeRO 1 those of a group of one rank are in fp32 (`FlatGradients`)."""
     parts = (
-        (shape.dense - shape.frozen_dense, mesh.world_size),
-        ((shape.experts - shape.frozen_experts) // mesh.expert_parallel, mesh.world_size // mesh.expert_parallel),
+        (shape.trained_dense, mesh.world_size),
+        (shape.trained_experts // mesh.expert_parallel, mesh.world_size // mesh.expert_parallel),
     )
     wide = config.parallel.zero_stage == 1
     return sum(numel * (FP32_BYTES if wide and ranks == 1 else item) for numel, ranks in parts)
@@ -188,7 +197,7 @@ def _loss_bytes(config: Config, shape: ModelShape, tokens: int, item: int, devic
 def checkpoint_bytes(config: Config, shape: ModelShape, bf16: bool) -> int:
     """Return the size of one checkpoint: weights, moments, and in bf16 training the fp32 master weights."""
     weights = (shape.dense + shape.experts) * (2 if bf16 else FP32_BYTES)
-    trained = shape.dense + shape.experts - shape.frozen_dense - shape.frozen_experts
+    trained = shape.trained_dense + shape.trained_experts
     return weights + trained * (int(bf16) + moment_count(config)) * FP32_BYTES
 
 

@@ -275,10 +275,10 @@ def _write_split(
     length: int,
 ) -> dict[str, int]:
     """Write the arrays of a split and the list of its examples; return its totals."""
-    starts, pair_starts, cut = [0], [], 0
+    dtype, starts, pair_starts, cut = token_dtype(tokenizer), [0], [], 0
     with (folder / f"{split}.tokens").open("xb") as tokens, (folder / f"{split}.documents.jsonl").open("xb") as lines:
         for example, joined in zip(examples, join(examples, tokenizer, length), strict=True):
-            tokens.write(joined.ids.astype(token_dtype(tokenizer)).tobytes())
+            tokens.write(joined.ids.astype(dtype).tobytes())
             starts.append(starts[-1] + len(joined.ids))
             pair_starts.append(joined.pair_start)
             cut += joined.is_cut
