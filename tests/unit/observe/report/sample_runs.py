@@ -14,7 +14,7 @@ DEBUG = Path(__file__).resolve().parents[4] / "configs/debug.yaml"
 EVEN, UNEVEN = ([20, 20, 20, 20], [15, 15, 15, 15]), ([20, 20, 40, 0], [60, 0, 0, 0])
 STEPS = (1, 10, 20, 30)
 LAYOUT = {"workers": 2, "expert_parallel": 2, "corpus": "0123456789abcdef", "launcher": "torchrun"}
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}\x1b[31m\u202e\ud800"
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7654321*1234567}}\x1b[31m\u202e\ud800"
 VOID = {"meta", "path", "image", "rect", "line", "circle", "img", "br", "link"}
 
 
