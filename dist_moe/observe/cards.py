@@ -11,6 +11,7 @@ from typing import Any
 from dist_moe.config.differences import set_values
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
+from dist_moe.observe.pictures.load import MOST_LAYERS
 from dist_moe.policies.shares import TargetShares, equal_shares, extreme_loads
 
 OVERVIEW, PICTURES, DETAILS, DISTRIBUTIONS = "1_overview", "2_load_pictures", "3_details", "4_distributions"
@@ -186,8 +187,12 @@ TASK_CARDS = {
 }
 """Of tasks with labeled texts, in the overview."""
 PICTURE_DESCRIPTIONS = {
-    "experts_over_steps": "Load of each expert of a layer / the mean of its layer, over the steps of the run: all "
-    "layers where these are at most four, else the four that are least balanced now.",
+    **{
+        f"experts_over_steps_{number}": "Load of each expert of one layer / the mean of the layer, over the steps of "
+        "the run. All layers have such a picture where these are at most four, else the four that are least balanced "
+        "now, worst first; the title names the layer."
+        for number in range(1, MOST_LAYERS + 1)
+    },
     "layers_over_steps": "Load of the most loaded expert of each layer / the mean of its layer, over the steps.",
     "last_step": "Load of each expert of each layer / the mean of its layer, in this step.",
     "validation": "Load of each expert of each layer / the mean of its layer, over the held-out text.",

@@ -30,7 +30,12 @@ RECORDED_DISTRIBUTIONS = (
     "numpy",
     "tensorboard",
 )
-RUN_FILES = ("checkpoints", "tensorboard", "trace", "metrics.jsonl", "events.jsonl", "run.json", "config.yaml")
+RUN_FILES = (
+    *("checkpoints", "trace", "metrics.jsonl", "events.jsonl", "run.json", "config.yaml"),
+    *("events.out.tfevents.*", "floor", "validation"),  # of TensorBoard
+    "tensorboard",  # where earlier versions wrote these
+)
+"""What a run writes into run.dir, as patterns of names."""
 
 
 def archive_previous_run(folder: Path) -> Path | None:
@@ -41,14 +46,14 @@ def archive_previous_run(folder: Path) -> Path | None:
     Returns:
         The new folder; None if there was no previous run.
     """
-    present = [name for name in RUN_FILES if (folder / name).exists()]
+    present = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
     if not present:
         return None
     number = 1 + sum(1 for _ in folder.glob("earlier-*"))
     archive = folder / f"earlier-{number}"
     archive.mkdir()
-    for name in present:
-        (folder / name).rename(archive / name)
+    for path in present:
+        path.rename(archive / path.name)
     return archive
 
 

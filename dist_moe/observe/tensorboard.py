@@ -33,9 +33,9 @@ from dist_moe.observe.cards import (
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import StepMetrics
 from dist_moe.observe.pictures.canvas import encode_png
-from dist_moe.observe.pictures.load import draw_experts_over_steps, draw_layers_over_steps, draw_load
+from dist_moe.observe.pictures.heat_map import Picture
+from dist_moe.observe.pictures.load import draw_experts_over_steps, draw_layers_over_steps, draw_load, shown_layers
 from dist_moe.observe.pictures.over_steps import LoadOverSteps
-from dist_moe.observe.pictures.panels import Picture
 from dist_moe.policies.shares import TargetShares, equal_shares
 
 PROBE_BYTES = 1 << 16
@@ -154,7 +154,10 @@ class TensorBoardWriter:
 
     def _pictures(self, metrics: StepMetrics, distributions: Mapping[str, NDArray[np.float64]]) -> None:
         pictures = {
-            "experts_over_steps": draw_experts_over_steps(self._load),
+            **{
+                f"experts_over_steps_{number}": draw_experts_over_steps(self._load, layer)
+                for number, layer in enumerate(shown_layers(self._load), start=1)
+            },
             "layers_over_steps": draw_layers_over_steps(self._load),
             "last_step": self._draw_load(
                 metrics.load, f"Load of each expert in each MoE layer, in step {metrics.step:,}"

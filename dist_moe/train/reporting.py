@@ -298,8 +298,9 @@ class Report:
         folder = Path(self.config.run.dir)
         paths = {"metrics": self.recorder.metrics_path}
         paths |= {"checkpoint": checkpoint} if checkpoint is not None else {}
-        board = folder / "tensorboard" if self.board is not None else None
-        self.console.summary(metrics, paths, board, self.config.balance.target_shares)
+        self.console.summary(
+            metrics, paths, folder if self.board is not None else None, self.config.balance.target_shares
+        )
 
 
 def describe_data(data: RunData) -> str:
@@ -346,7 +347,7 @@ def open_report(
         board = None
         if config.observe.tensorboard:
             board = stack.enter_context(
-                TensorBoardWriter(folder / "tensorboard", done or None, console.warn, config.balance.target_shares)
+                TensorBoardWriter(folder, done or None, console.warn, config.balance.target_shares)
             )
             if continues:
                 board.recall(logged_loads(recorder.metrics_path, done))

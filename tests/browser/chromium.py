@@ -34,10 +34,10 @@ class OpenedPage:
         """Return the number of elements."""
         return len(self.page.query_selector_all(selector))
 
-    def picture(self, path: Path, height: int | None = None) -> Path:
+    def picture(self, path: Path, height: int | None = None, width: int = WIDTH) -> Path:
         """Save what is visible as a PNG, or the whole page, cut at a height."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        clip: Any = None if height is None else {"x": 0, "y": 0, "width": WIDTH, "height": height}
+        clip: Any = None if height is None else {"x": 0, "y": 0, "width": width, "height": height}
         self.page.screenshot(path=path, full_page=height is None, clip=clip, animations="disabled", timeout=TIMEOUT_MS)
         return path
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.faults.encoder import encoder_run
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).parent / "dist-moe"
 LIMIT_S = 900
@@ -39,3 +41,11 @@ def train(folder: Path, name: str, *changes: str, config: str = "configs/debug.y
     """Train on two workers, with runs/NAME in the folder as its run.dir -> that folder."""
     dist_moe(folder, "launch", str(ROOT / config), "--workers", "2", f"run.dir=runs/{name}", *changes)
     return folder / "runs" / name
+
+
+def train_classification(folder: Path) -> Path:
+    """Train an upcycled encoder that classifies, as runs/classification in the folder -> that folder."""
+    encoder = folder / "encoder"
+    encoder.mkdir()
+    examples, changes = encoder_run(encoder)
+    return train(folder, "classification", f"data.sources=[{examples}]", *changes, *SHORT, "train.steps=12")

@@ -123,7 +123,7 @@ def test_two_containers_train_together_to_the_end(images: Images, composed: Ende
 def test_tensorboard_stays_and_shows_the_run(images: Images, composed: Ended) -> None:
     assert composed.code == 0
     tags = json.loads(images.engine.fetch(f"{PAGE}/data/plugin/scalars/tags"))
-    assert "train/loss" in tags["debug/tensorboard"], tags
+    assert "1_overview/loss" in tags["debug"], tags
     container = output_of(images.engine.outside(*COMPOSE.split(), "ps", "-q", "tensorboard"))
     assert health(images, container) == "healthy"
 

@@ -152,4 +152,4 @@ def test_tensorboard_gets_ready_and_reads_the_claimed_volume(images: Images, obj
     url = "http://127.0.0.1:6006/data/plugin/scalars/tags"
     read = f"import urllib.request; print(urllib.request.urlopen({url!r}).read().decode())"
     tags = json.loads(images.engine.podman("exec", number, "python", "-c", read))
-    assert "train/loss" in tags["debug/tensorboard"]
+    assert "1_overview/loss" in tags["debug"]

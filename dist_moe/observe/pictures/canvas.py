@@ -11,7 +11,7 @@ Pixels = NDArray[np.uint8]
 """[H, W, 3]."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-FONT_PX, LINE_PX = 13, 18
+FONT_PX, LINE_PX = 18, 24
 BACKGROUND_RGB, TEXT_RGB = (255, 255, 255), (40, 40, 40)
 
 
@@ -24,6 +24,17 @@ def font() -> Font:
 def text_width(text: str) -> int:
     """Return the width of a text in pixels."""
     return int(np.ceil(font().getlength(text)))
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Return the lines of a text between its words, each at most `width` pixels wide; one word may be wider."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, anchor: str = "la") -> None:

@@ -1,17 +1,19 @@
-"""The pictures of the load: layer by expert of one step, layer by step, and expert by step of single layers."""
+"""The pictures of the load: layer by expert of one step, layer by step, and expert by step of one layer."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dist_moe.observe.pictures.heat_map import Axes, Picture, draw_heat_map
 from dist_moe.observe.pictures.over_steps import LoadOverSteps, targets_of
-from dist_moe.observe.pictures.panels import Axes, Panel, Picture, draw_panels
 from dist_moe.policies.shares import TargetShares, equal_shares
 
-MAX_CELL_PX, MIN_WIDE_CELL_PX = 18, 4
-MAP_WIDTH_PX, MAX_MAP_WIDTH_PX = 768, 1600
-LAYERS_HEIGHT_PX, EXPERTS_HEIGHT_PX = 600, 216
-MOST_PANELS = 4
+MAP_WIDTH_PX, MAP_HEIGHT_PX = 480, 176
+MAX_CELL_HEIGHT_PX, MAX_CELL_WIDTH_PX = 32, 60
+MIN_CELL_WIDTH_PX = 2  # of an expert
+MOST_LAYERS = 4
+"""Layers whose experts are drawn over the steps."""
 RATIO_NAME = "load of the expert / mean load of its layer"
 RATIO_TO_TARGET_NAME = "load of the expert / its target by balance.shares"
 LARGEST_NAME = "largest load / mean load of the layer = MaxVio + 1"
@@ -43,10 +45,9 @@ def draw_load(
             ratio_LE[layer, : len(row)] = load_E / targets_of(load_E, target_shares(len(row)))
         else:
             ratio_LE[layer, : len(row)] = 0.0
-    width = _cell_px(experts, MAX_MAP_WIDTH_PX, least=MIN_WIDE_CELL_PX)
-    axes = Axes("MoE layer", "expert", range(experts), width, _cell_px(len(load), LAYERS_HEIGHT_PX, least=6))
+    axes = Axes("MoE layer", "expert", range(experts), _cell_width(experts, MIN_CELL_WIDTH_PX), _cell_height(len(load)))
     name = RATIO_NAME if target_shares(experts) is None else RATIO_TO_TARGET_NAME
-    return draw_panels(title, [Panel("", ratio_LE)], axes, name)
+    return draw_heat_map(title, ratio_LE, axes, name)
 
 
 def draw_layers_over_steps(history: LoadOverSteps) -> Picture:
@@ -56,45 +57,48 @@ def draw_layers_over_steps(history: LoadOverSteps) -> Picture:
         ValueError: The history has no step of an MoE model.
     """
     _require_columns(history)
-    axes = _axes(history, "MoE layer", _cell_px(history.layers, LAYERS_HEIGHT_PX, least=6))
     title = "Most loaded expert of each MoE layer over the steps"
     name = LARGEST_TO_TARGET_NAME if history.has_targets else LARGEST_NAME
-    return draw_panels(title, [Panel("", history.largest_LC())], axes, name)
+    return _over_steps(history, title, history.largest_LC(), "MoE layer", name)
 
 
-def draw_experts_over_steps(history: LoadOverSteps, layers: Sequence[int] | None = None) -> Picture:
-    """Draw the load of every expert over the steps, one heat map for each layer.
+def shown_layers(history: LoadOverSteps) -> list[int]:
+    """Return the layers whose experts are drawn: all of at most 4, else the 4 least balanced now, worst first."""
+    if history.layers <= MOST_LAYERS:
+        return list(range(history.layers))
+    return history.least_balanced_layers(MOST_LAYERS)
+
+
+def draw_experts_over_steps(history: LoadOverSteps, layer: int) -> Picture:
+    """Draw the load of every expert of a layer over the steps.
 
     Args:
         history: The load of the run.
-        layers: Those to draw; None for all of at most 4, or the 4 that are least balanced now.
+        layer: Of the model's MoE layers, from 0.
 
     Raises:
         ValueError: The history has no step of an MoE model.
     """
     _require_columns(history)
-    if layers is None:
-        few = history.layers <= MOST_PANELS
-        layers = range(history.layers) if few else history.least_balanced_layers(MOST_PANELS)
-    panels = []
-    for layer in layers:
-        ratio_EC = history.ratio_EC(layer)
-        panels.append(Panel(f"MoE layer {layer}: MaxVio {ratio_EC[:, -1].max() - 1:.2f} at the end", ratio_EC))
-    experts = max(len(panel.ratio_RC) for panel in panels)
-    axes = _axes(history, "expert", _cell_px(experts, EXPERTS_HEIGHT_PX, least=1))
-    which = "each" if len(panels) == history.layers else f"the {len(panels)} least balanced"
-    plural = "s"[: which != "each"]
+    ratio_EC = history.ratio_EC(layer)
+    title = f"Experts of MoE layer {layer} over the steps; MaxVio {ratio_EC[:, -1].max() - 1:.2f} at the end"
     name = RATIO_TO_TARGET_NAME if history.has_targets else RATIO_NAME
-    return draw_panels(f"Load of each expert over the steps, in {which} MoE layer{plural}", panels, axes, name)
+    return _over_steps(history, title, ratio_EC, "expert", name)
 
 
-def _axes(history: LoadOverSteps, rows: str, cell_height: int) -> Axes:
-    width = _cell_px(len(history), MAP_WIDTH_PX, least=1, largest=3 * MAX_CELL_PX)
-    return Axes(rows, "step", history.steps, width, cell_height, grid=False)
+def _over_steps(
+    history: LoadOverSteps, title: str, ratio_RC: NDArray[np.float64], rows: str, scale_name: str
+) -> Picture:
+    axes = Axes(rows, "step", history.steps, _cell_width(len(history), 1), _cell_height(len(ratio_RC)), grid=False)
+    return draw_heat_map(title, ratio_RC, axes, scale_name)
 
 
-def _cell_px(cells: int, room_px: int, least: int, largest: int = MAX_CELL_PX) -> int:
-    return max(least, min(largest, room_px // cells))
+def _cell_width(columns: int, least: int) -> int:
+    return max(least, min(MAX_CELL_WIDTH_PX, MAP_WIDTH_PX // columns))
+
+
+def _cell_height(rows: int) -> int:
+    return max(1, min(MAX_CELL_HEIGHT_PX, MAP_HEIGHT_PX // rows))
 
 
 def _require_columns(history: LoadOverSteps) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from dist_moe.observe.record import RunRecorder, host, source_state, versions
-from tests.unit.observe.samples import step_sample
+from dist_moe.observe.record import RunRecorder, archive_previous_run, host, source_state, versions
+from dist_moe.observe.tensorboard import TensorBoardWriter
+from tests.unit.observe.samples import evaluation_sample, step_sample
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -153,3 +154,19 @@ def test_a_name_that_is_not_utf8_is_written_as_an_escape(tmp_path: Path) -> None
     with RunRecorder(tmp_path) as recorder:
         recorder.event("warning", 1, text="a\udc80b")
     assert json.loads((tmp_path / "events.jsonl").read_text())["text"] == "a\udc80b"
+
+
+def test_all_files_of_a_run_are_archived_and_those_of_others_stay(tmp_path: Path) -> None:
+    assert archive_previous_run(tmp_path) is None
+    for number in (1, 2):
+        with TensorBoardWriter(tmp_path) as board:
+            board.step(step_sample())
+            board.evaluation(evaluation_sample())
+        with RunRecorder(tmp_path) as recorder:
+            recorder.describe({}, "", layout={})
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        before = {path.name for path in tmp_path.iterdir()} - {"logs", "earlier-1"}
+        assert {"metrics.jsonl", "floor", "validation"} < before and any("tfevents" in name for name in before)
+        assert archive_previous_run(tmp_path) == tmp_path / f"earlier-{number}"
+        assert {path.name for path in (tmp_path / f"earlier-{number}").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"earlier-1", "earlier-2", "logs"}

@@ -101,7 +101,7 @@ def test_trap_T74_the_number_of_cards_does_not_grow_with_the_layers(tmp_path: Pa
                 cards[kind] |= set(tags)
     # Without skipped steps and with one rank, there is no card of these.
     assert len(cards["scalars"]) == 13 and not cards["scalars"] & {"3_details/skipped_steps", "3_details/rank_load"}
-    assert len(cards["images"]) == 4 and len(cards["histograms"]) == 1
+    assert len(cards["images"]) == min(layers, 4) + 3 and len(cards["histograms"]) == 1
     assert {tag.partition("/")[0] for tag in cards["tensors"]} == {"1_guide", "2_layers", "3_config", "_hparams_"}
     first = sorted({tag.partition("/")[0] for tag in cards["scalars"] | cards["images"]})
     assert first == ["1_overview", "2_load_pictures", "3_details"]
@@ -208,7 +208,8 @@ def test_the_pictures_of_the_load_are_read_back_pixel_by_pixel(tmp_path: Path) -
     for step, loads in ((5, UNEVEN), (10, ([0, 60, 0], [20, 20, 20, 20])), (20, UNEVEN)):
         history.add(step, loads)
     expected = {
-        "experts_over_steps": draw_experts_over_steps(history),
+        "experts_over_steps_1": draw_experts_over_steps(history, 0),
+        "experts_over_steps_2": draw_experts_over_steps(history, 1),
         "layers_over_steps": draw_layers_over_steps(history),
         "last_step": draw_load(UNEVEN, "Load of each expert in each MoE layer, in step 20"),
         "validation": draw_load(UNEVEN, "Load over the validation text, after step 20"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_moe.observe.pictures.load import draw_experts_over_steps, draw_layers_over_steps, draw_load
+from dist_moe.observe.pictures.load import draw_experts_over_steps, draw_layers_over_steps, draw_load, shown_layers
 from dist_moe.observe.pictures.over_steps import LoadOverSteps
 from dist_moe.observe.pictures.scale import EMPTY_RGB, NO_TOKENS_RGB, colors
 
@@ -29,46 +29,54 @@ def test_each_cell_has_the_color_of_its_own_expert_and_layer() -> None:
     picture = draw_load(loads)
     for layer, row in enumerate(loads):
         for expert, count in enumerate(row):
-            assert picture.color(0, layer, expert) == color(count / (sum(row) / len(row))), (layer, expert)
-    assert picture.color(0, 3, 2) == EMPTY_RGB
-    assert picture.color(0, 0, 0) == picture.color(0, 2, 2) == NO_TOKENS_RGB
+            assert picture.color(layer, expert) == color(count / (sum(row) / len(row))), (layer, expert)
+    assert picture.color(3, 2) == EMPTY_RGB
+    assert picture.color(0, 0) == picture.color(2, 2) == NO_TOKENS_RGB
 
 
-@pytest.mark.parametrize(("layers", "experts"), [(1, 4), (3, 8), (60, 256), (12, 896)])
-def test_every_picture_fits_a_screen(layers: int, experts: int) -> None:
+@pytest.mark.parametrize(("layers", "experts", "most_rows"), [(1, 4, 4), (3, 8, 8), (60, 256, 256), (12, 896, 896)])
+def test_every_picture_is_legible_in_a_card_of_tensorboard(layers: int, experts: int, most_rows: int) -> None:
     history = many_layers(layers, experts, 300, worst=0)
-    pictures = [draw_load([[1] * experts] * layers), draw_layers_over_steps(history), draw_experts_over_steps(history)]
-    for picture, height in zip(pictures, (800, 800, 4000), strict=True):
-        assert 150 < picture.pixels.shape[0] < height and 600 < picture.pixels.shape[1] < 3700
+    pictures = [
+        draw_load([[1] * experts] * layers),
+        draw_layers_over_steps(history),
+        draw_experts_over_steps(history, 0),
+    ]
+    for picture, rows in zip(pictures, (layers, layers, most_rows), strict=True):
+        height, width = picture.pixels.shape[:2]
+        assert 500 < width < (600 if experts <= 240 else 2 * experts + 100)
+        assert 200 < height < 180 + max(rows, 176), "a card shows 190 pixels of height"
 
 
 def test_the_layers_over_steps_show_the_most_loaded_expert_of_each() -> None:
     picture = draw_layers_over_steps(many_layers(60, 8, 20, worst=41))
     mean = (7 * 80 + 320) / 8
-    assert picture.color(0, 41, 19) == color(320 / mean) != picture.color(0, 41, 9) == color(1.0)
-    assert {picture.color(0, layer, 19) for layer in range(60) if layer != 41} == {color(1.0)}
+    assert picture.color(41, 19) == color(320 / mean) != picture.color(41, 9) == color(1.0)
+    assert {picture.color(layer, 19) for layer in range(60) if layer != 41} == {color(1.0)}
 
 
 def test_trap_T74_the_experts_over_steps_show_the_worst_layers_first() -> None:
-    picture = draw_experts_over_steps(many_layers(60, 8, 20, worst=41))
+    history = many_layers(60, 8, 20, worst=41)
     mean = (7 * 80 + 320) / 8
-    assert len(picture.tops) == 4
-    assert picture.color(0, 3, 19) == color(320 / mean)
-    assert picture.color(0, 2, 19) == color(80 / mean)
-    assert picture.color(0, 3, 9) == picture.color(1, 3, 19) == color(1.0)
+    layers = shown_layers(history)
+    assert len(layers) == 4 and layers[0] == 41
+    worst, other = (draw_experts_over_steps(history, layer) for layer in layers[:2])
+    assert worst.color(3, 19) == color(320 / mean)
+    assert worst.color(2, 19) == color(80 / mean)
+    assert worst.color(3, 9) == other.color(3, 19) == color(1.0)
 
 
 def test_a_few_layers_are_all_shown_in_order() -> None:
-    picture = draw_experts_over_steps(many_layers(3, 8, 20, worst=2))
-    assert len(picture.tops) == 3
-    assert picture.color(2, 3, 19) != picture.color(0, 3, 19) == picture.color(1, 3, 19) == color(1.0)
-    assert len(draw_experts_over_steps(many_layers(3, 8, 20, worst=2), layers=[2]).tops) == 1
+    history = many_layers(3, 8, 20, worst=2)
+    assert shown_layers(history) == [0, 1, 2]
+    pictures = [draw_experts_over_steps(history, layer) for layer in range(3)]
+    assert pictures[2].color(3, 19) != pictures[0].color(3, 19) == pictures[1].color(3, 19) == color(1.0)
 
 
 def test_with_target_shares_a_load_on_its_target_has_the_color_of_1() -> None:
     picture = draw_load([[60, 20], [20, 60]], target_shares=lambda _: (0.75, 0.25))
-    assert picture.color(0, 0, 0) == picture.color(0, 0, 1) == color(1.0)
-    assert picture.color(0, 1, 0) == color(1 / 3) and picture.color(0, 1, 1) == color(3.0)
+    assert picture.color(0, 0) == picture.color(0, 1) == color(1.0)
+    assert picture.color(1, 0) == color(1 / 3) and picture.color(1, 1) == color(3.0)
 
 
 @pytest.mark.parametrize("load", [[], [[]]])
@@ -79,4 +87,4 @@ def test_a_model_without_experts_has_no_picture(load: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="needs one of an MoE model"):
         draw_layers_over_steps(history)
     with pytest.raises(ValueError, match="needs one of an MoE model"):
-        draw_experts_over_steps(history)
+        draw_experts_over_steps(history, 0)
