@@ -1,5 +1,6 @@
 """The study of threshold routing at equal experts per token and at equal time (Huang et al. 2024, arXiv 2403.07652)."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -39,12 +40,13 @@ number of experts follows from the router. Both are balanced by adaptive expert 
 """
 NOTES = """
 Loss and experts per token are those of the whole held-out text after the last step. The loss of top-K between whole
-numbers of experts is interpolated linearly between the arms, by seed. The time of a run is the median of its step times
-multiplied by its steps: it leaves out the start, and a few steps that other work on the machine delayed; the arms ran
-one after the other, so their times compare only on a machine without other work. A schedule of the learning rate
-belongs to each number of steps, so that each run is complete. At equal time a budget is read between its runs of 130,
-200 and 270 steps by a line in the logarithm of the time, and not beyond them. Top-1 has gate weights that are not
-normalized, since a normalized weight of one expert is 1 and teaches the router nothing.
+numbers of experts is interpolated linearly between the arms, by seed, and that of fixed thresholds between theirs. The
+time of a run is the median of its step times multiplied by its steps: it leaves out the start, and a few steps that
+other work on the machine delayed; the arms ran one after the other, so their times compare only on a machine without
+other work. A schedule of the learning rate belongs to each number of steps, so that each run is complete. At equal time
+a budget is read between its runs of 130, 200 and 270 steps by a line in the logarithm of the time, and not beyond them.
+Top-1 has gate weights that are not normalized, since a normalized weight of one expert is 1 and teaches the router
+nothing.
 """
 TIME = """
 Seconds of training against loss, mean over seeds. The lines join runs of 130, 200 and 270 steps.
@@ -55,8 +57,9 @@ def claims(results: Results) -> list[Claim]:
     """Judge what threshold routing gives."""
     lower = partial(difference_below, results, limit=0.0)
     return [
-        _at_equal_experts(results, "threshold 0.4"),
-        _at_equal_experts(results, "budget 2"),
+        _at_equal_experts(results, "threshold 0.4", TOP_K, "top-K"),
+        _at_equal_experts(results, "budget 2", TOP_K, "top-K"),
+        *(_at_equal_experts(results, budget, THRESHOLDS, "fixed thresholds") for budget in BUDGETS),
         _at_equal_time(results),
         lower("At a budget of 2 experts, the loss is lower than that of top-2", "budget 2", "top-2", LOSS),
         lower("The same with the same gate (softmax) in both", "budget 2", "top-2, softmax gate", LOSS),
@@ -81,26 +84,27 @@ def claims(results: Results) -> list[Claim]:
     ]
 
 
-def top_k_loss(results: Results, seed: int, experts: float) -> float | None:
-    """Interpolate the loss of top-K of one seed at a number of experts per token; None beyond the arms."""
+def loss_at(results: Results, arms: Sequence[str], seed: int, experts: float) -> float | None:
+    """Interpolate the loss of arms of one seed at a number of experts per token; None beyond the arms."""
     points = []
-    for arm in TOP_K:
+    for arm in arms:
         for result in results.get("", arm):
             loss, taken = result.values.get("validation_loss"), result.values.get("experts_per_token")
             if result.seed == seed and loss is not None and taken is not None:
                 points.append((taken, loss))
+    points.sort()
     if len(points) < 2 or not points[0][0] <= experts <= points[-1][0]:
         return None
     taken_A, loss_A = np.array(points).T
     return float(np.interp(experts, taken_A, loss_A))
 
 
-def _at_equal_experts(results: Results, arm: str) -> Claim:
-    text = f"At equal experts per token, the loss of {arm} is lower than that of top-K"
+def _at_equal_experts(results: Results, arm: str, others: Sequence[str], name: str) -> Claim:
+    text = f"At equal experts per token, the loss of {arm} is lower than that of {name}"
     found = []
     for result in results.get("", arm):
         experts, loss = result.values.get("experts_per_token"), result.values.get("validation_loss")
-        other = None if experts is None else top_k_loss(results, result.seed, experts)
+        other = None if experts is None else loss_at(results, others, result.seed, experts)
         if loss is not None and other is not None:
             found.append(loss - other)
     return judge(text, found, LOSS)

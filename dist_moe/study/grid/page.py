@@ -132,7 +132,7 @@ def progress_lines(cells: Sequence[Cell], results: Results) -> list[str]:
     text = f"{len(cells) - len(missing)} of {len(cells)} runs of the plan are finished. Not measured yet: "
     by_part = Counter((cell.case, f"seed {cell.seed}") for cell in missing)
     parts = [f"{', '.join(filter(None, part))} ({counted(number, 'run')})" for part, number in by_part.items()]
-    return [*textwrap.wrap(text + "; ".join(parts) + ".", WIDTH), ""]
+    return [*_lines(text + "; ".join(parts) + "."), ""]
 
 
 def origin_lines(results: Results) -> list[str]:
@@ -157,7 +157,7 @@ def origin_lines(results: Results) -> list[str]:
         f"{counted(len(results.all), 'run')}, {hours:.1f} hours together, seeds {seeds}. Machines (runs): "
         f"{_counts(machines)}. Versions: {_counts(versions)}. Commits, with + for changed files: {_counts(commits)}."
     )
-    return [*textwrap.wrap(text, WIDTH), ""]
+    return [*_lines(text), ""]
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -171,5 +171,10 @@ def paragraphs(text: str) -> list[str]:
         if not part:
             continue
         kept = part.lstrip().startswith(("- ", "|", "```", "#"))
-        lines += [*(part.split("\n") if kept else textwrap.wrap(" ".join(part.split()), WIDTH)), ""]
+        lines += [*(part.split("\n") if kept else _lines(" ".join(part.split()))), ""]
     return lines
+
+
+def _lines(text: str) -> list[str]:
+    # A line break after a hyphen would become a space.
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)

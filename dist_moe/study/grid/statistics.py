@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from dist_moe.study.grid.store import CellResult
 
@@ -93,6 +94,51 @@ def proportion_interval(proportion: float, count: int) -> tuple[float, float]:
     middle = (proportion + z * z / (2 * count)) / (1 + z * z / count)
     width = z / (1 + z * z / count) * math.sqrt(proportion * (1 - proportion) / count + z * z / (4 * count * count))
     return middle - width, middle + width
+
+
+class PairedExamples(NamedTuple):
+    """Two runs compared by the examples that both have classified.
+
+    Attributes:
+        only_first, only_second: Examples that one of the runs alone has right.
+        difference: Accuracy of the first minus that of the second.
+        half_width: Of its 95 % interval (normal approximation for paired proportions).
+        p_value: Of McNemar's test in its exact form: both runs are equally often right alone.
+    """
+
+    only_first: int
+    only_second: int
+    difference: float
+    half_width: float
+    p_value: float
+
+
+def compare_examples(first: str, second: str, count: int) -> PairedExamples:
+    """Compare two runs by example.
+
+    Args:
+        first, second: `EvaluationMetrics.correct_examples` of the same examples in the same order.
+        count: Examples.
+
+    Raises:
+        ValueError: The runs have different numbers of examples, or there is none.
+    """
+    if len(first) != len(second) or not 0 < count <= 4 * len(first):
+        raise ValueError(
+            f"two runs with {4 * len(first)} and {4 * len(second)} bits of {count} examples; "
+            "compare evaluations of the same examples"
+        )
+    from scipy.stats import binomtest, norm
+
+    only_first = (int(first, 16) & ~int(second, 16)).bit_count()
+    only_second = (int(second, 16) & ~int(first, 16)).bit_count()
+    apart = only_first + only_second
+    difference = (only_first - only_second) / count
+    deviation = math.sqrt(max(0.0, apart / count - difference**2) / count)
+    p_value = float(binomtest(only_first, apart).pvalue) if apart else 1.0
+    return PairedExamples(
+        only_first, only_second, difference, float(norm.ppf(0.5 + CONFIDENCE / 2)) * deviation, p_value
+    )
 
 
 class Results:

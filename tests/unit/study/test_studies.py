@@ -1,17 +1,21 @@
 """Tests of the studies' claims, tables and figures, on results with the fields of real evaluations."""
 
 import importlib
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from dist_moe.observe.evaluation import evaluation_metrics
+from dist_moe.study.dynamic import THRESHOLDS, loss_at
 from dist_moe.study.grid.cells import scalars
 from dist_moe.study.grid.page import Study, write_page
 from dist_moe.study.grid.plan import Cell, plan_cells, read_plan
 from dist_moe.study.grid.statistics import Results
 from dist_moe.study.grid.store import CellResult
+from tests.unit.study.grid.results import with_values
 
 PLANS = Path(__file__).parents[3] / "configs" / "study"
 STUDIES = ("nlu", "loss_free", "dynamic", "specialization")
@@ -88,6 +92,37 @@ def test_the_accuracies_of_all_runs_have_intervals(tmp_path: Path) -> None:
     # 80 % of 1,200: Wilson's interval is 0.7764 to 0.8217.
     row = "| rotten_tomatoes, top-2 | 0 | 80.00 | 77.6 to 82.2 |"
     assert row in (tmp_path / "page.md").read_text()
+
+
+def test_runs_are_compared_by_the_examples_that_only_one_of_them_has_right(tmp_path: Path) -> None:
+    study, cells, made = all_results("nlu")
+    all_right, four_wrong = "f" * 300, "0" + "f" * 299
+    right = {"top-2": all_right, "threshold 0.4 + weights 0.1": four_wrong}
+    made = [
+        CellResult(**{**vars(one), "loads": {"evaluation": {"correct_examples": right.get(one.arm, all_right)}}})
+        for one in made
+    ]
+    (tmp_path / "nlu").mkdir()
+    found = {"majority": 0.5, "linear_few": 0.6, "linear": 0.7, "few": 1920, "examples": 9000, "held_out": 1313}
+    (tmp_path / "nlu" / "baselines.json").write_text(json.dumps({"rotten_tomatoes": found}))
+    write_page(tmp_path / "page.md", study, "small", cells, Results(made), tmp_path / "nlu")
+    page = (tmp_path / "page.md").read_text()
+    # -4 / 1200; 1.96 * sqrt((4 / 1200 - (4 / 1200)**2) / 1200); 2 / 2**4.
+    assert page.count(" | 0 | 4 | -0.33 ± 0.33 | 0.12 |") == 12, "four tasks, three seeds"
+    assert "| rotten_tomatoes | 50.0 | 60.0 | 70.0 | 80.1 | 80.1 | 80.1 | 1,920 | 9,000 | 1,313 |" in page
+    assert not re.search(r"[a-z]- [a-z]", page, re.IGNORECASE), "no word is broken at its hyphen"
+
+
+def test_the_loss_between_arms_is_read_on_a_line_and_not_beyond_them() -> None:
+    made = Results(
+        [
+            with_values("threshold 0.5", 0, "", {"experts_per_token": 2.0, "validation_loss": 3.0}),
+            with_values("threshold 0.3", 0, "", {"experts_per_token": 1.0, "validation_loss": 4.0}),
+            with_values("threshold 0.4", 1, "", {"experts_per_token": 1.5, "validation_loss": 9.0}),
+        ]
+    )
+    assert loss_at(made, THRESHOLDS, 0, 1.25) == pytest.approx(3.75)
+    assert loss_at(made, THRESHOLDS, 0, 2.1) is None and loss_at(made, THRESHOLDS, 1, 1.5) is None
 
 
 @pytest.mark.parametrize("name", STUDIES)

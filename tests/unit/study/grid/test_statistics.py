@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from dist_moe.study.grid.statistics import Results, interval, interval_within_groups, proportion_interval
+from dist_moe.study.grid.statistics import (
+    Results,
+    compare_examples,
+    interval,
+    interval_within_groups,
+    proportion_interval,
+)
 from tests.unit.study.grid.results import result, two_arms
 
 
@@ -59,3 +65,18 @@ def test_the_variance_within_fixed_groups_is_pooled() -> None:
     assert interval_within_groups([[1.0], [3.0]]).half_width is None
     with pytest.raises(ValueError, match="at least one"):
         interval_within_groups([[], []])
+
+
+def test_runs_are_compared_by_example() -> None:
+    # 10 examples: 0b1111_1100_00 against 0b1010_1111_00, padded to 12 bits.
+    found = compare_examples("fc0", "af0", 10)
+    assert (found.only_first, found.only_second) == (2, 2)
+    assert (found.difference, found.p_value) == (0.0, 1.0)
+    assert found.half_width == pytest.approx(1.959964 * math.sqrt(0.4 / 10), abs=1e-6)
+    found = compare_examples("fff", "003", 12)
+    # Ten against none: 2 / 2**10.
+    assert found.p_value == pytest.approx(2 / 1024) and found.difference == pytest.approx(10 / 12)
+    assert compare_examples("fff", "fff", 12).p_value == 1.0
+    for first, second, count in (("fff", "ff", 8), ("f", "f", 5), ("", "", 0)):
+        with pytest.raises(ValueError, match="the same examples"):
+            compare_examples(first, second, count)
