@@ -4,7 +4,7 @@ import codecs
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ UNPACKED_WITH = {
 RECORDS = (".parquet", ".arrow", ".json", ".csv", ".tsv")
 READ_FOLDER = "give this user permission to read it, or a pattern without it"
 TO_JSONL = 'write its texts as one JSON object per line, {"text": "..."}, in a .jsonl file'
+DOCUMENT_LINES = 'write one JSON object per line, {"text": "..."}, with "name" and "domain" if you have them'
+LEAVE_OUT = "leave it out, for example by a glob that ends in .txt or .jsonl"
 READ_BYTES = 1 << 20
 # A line is parsed as a whole, at several times its size in memory.
 LONGEST_LINE = 1 << 26
@@ -90,10 +92,17 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(_shown(path), rule, "make it readable for this user, or leave it out") from error
 
 
-def local_files(pattern: str) -> list[tuple[str, Path]]:
-    """Return (name, path) of the .txt and .jsonl files that a path or glob (with `**` too) matches, sorted by name.
+def local_files(
+    pattern: str, suffixes: Sequence[str] = SUFFIXES, remedy_of: Callable[[Path], str] | None = None
+) -> list[tuple[str, Path]]:
+    """Return (name, path) of the files that a path or glob (with `**` too) matches, sorted by name.
 
     The name is the path below the fixed folder of the pattern, so moving that folder changes no name.
+
+    Args:
+        pattern: Of paths.
+        suffixes: Of the files that can be read.
+        remedy_of: Returns what to do about a file with another suffix; None for documents.
 
     Raises:
         DataError: The pattern matches something else, a link to nothing, or a file twice under two names, or it looks
@@ -105,35 +114,38 @@ def local_files(pattern: str) -> list[tuple[str, Path]]:
     except OSError as error:
         rule = f"has a folder that cannot be read ({reason_of(error)}: {printable(str(error.filename))})"
         raise DataError(f"data source {printable(pattern)!r}", rule, READ_FOLDER) from error
-    _refuse_others(pattern, paths)
+    if remedy_of is None:
+        is_given_by_name = len(paths) == 1 and str(paths[0]) == pattern
+
+        def remedy_of(path: Path) -> str:
+            is_convertible = is_given_by_name or path.suffix in {*UNPACKED_WITH, *RECORDS}
+            return conversion(path) if is_convertible else LEAVE_OUT
+
+    _refuse_others(pattern, paths, suffixes, remedy_of)
     _refuse_twice(paths)
     return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
 
 
-def _refuse_others(pattern: str, paths: list[Path]) -> None:
+def _refuse_others(pattern: str, paths: list[Path], suffixes: Sequence[str], remedy_of: Callable[[Path], str]) -> None:
     """Refuse files that would not be read: nothing is left out without a word."""
     others: list[Path] = []
     missing: list[Path] = []
     special: list[Path] = []
     for path in sorted(paths):
-        if path.suffix not in SUFFIXES:
+        if path.suffix not in suffixes:
             others.append(path)
         elif not path.exists():
             missing.append(path)
         elif not path.is_file():
             special.append(path)
     for found, rule, remedy in (
-        (others, "which is not .txt or .jsonl", "leave it out, for example by a glob that ends in .txt or .jsonl"),
-        (missing, "a link to a file that does not exist", "remove the link, or restore the file"),
-        (special, "which is not a regular file", "leave it out, or write its content to a file"),
+        (others, f"which is not {listed(suffixes)}", remedy_of),
+        (missing, "a link to a file that does not exist", lambda _: "remove the link, or restore the file"),
+        (special, "which is not a regular file", lambda _: "leave it out, or write its content to a file"),
     ):
-        if not found:
-            continue
-        names = listed([_shown(path) for path in found], last="and", most=3)
-        is_given_by_name = len(paths) == 1 and str(paths[0]) == pattern
-        convertible = found is others and (is_given_by_name or found[0].suffix in {*UNPACKED_WITH, *RECORDS})
-        hint = conversion(found[0]) if convertible else remedy
-        raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", hint)
+        if found:
+            names = listed([_shown(path) for path in found], last="and", most=3)
+            raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", remedy(found[0]))
 
 
 def _refuse_twice(paths: Iterable[Path]) -> None:
@@ -186,31 +198,48 @@ def read_local(pattern: str, files: list[tuple[str, Path]]) -> Iterator[Document
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
+    for location, entry in json_lines(path, DOCUMENT_LINES):
+        yield _document(entry, path, location)
+
+
+def json_lines(path: Path, remedy: str) -> Iterator[tuple[str, Any]]:
+    """Yield (file:line, value) of each line of a .jsonl file that is not empty.
+
+    Args:
+        path: In UTF-8.
+        remedy: What to write instead of a line that is not JSON.
+
+    Raises:
+        DataError: With file:line, where a line is too long or not JSON, or has a key twice.
+    """
     with readable(path), path.open("rb") as lines:
         number = 0
         while line := lines.readline(LONGEST_LINE + 1):
             number += 1
             if line.strip():
-                yield _parse(line, path, f"{_shown(path)}:{number}")
+                location = f"{_shown(path)}:{number}"
+                yield location, _parse(line, location, remedy)
 
 
-def _parse(line: bytes, path: Path, location: str) -> Document:
-    remedy = 'write one JSON object per line, {"text": "..."}, with "name" and "domain" if you have them'
+def _parse(line: bytes, location: str, remedy: str) -> Any:
     if len(line) > LONGEST_LINE:
         rule = f"is longer than {format_bytes(LONGEST_LINE)}"
-        raise DataError(location, rule, "divide the text into several lines, or give it as a .txt file")
+        raise DataError(location, rule, "divide the text into several lines, or give a document as a .txt file")
     try:
-        entry: Any = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except RecursionError:
         raise DataError(location, "is JSON that nests too deeply", remedy) from None
     except ValueError as error:
         raise DataError(location, f"is not valid JSON in UTF-8 ({error})", remedy) from error
+
+
+def _document(entry: Any, path: Path, location: str) -> Document:
     if not isinstance(entry, dict) or "text" not in entry:
-        raise DataError(location, "is not an object with the field 'text'", remedy)
+        raise DataError(location, "is not an object with the field 'text'", DOCUMENT_LINES)
     for key in ("text", "name", "domain"):
         value = entry.get(key, "")
         if not isinstance(value, str):
-            raise DataError(location, f"has a field {key!r} that is not a string", remedy)
+            raise DataError(location, f"has a field {key!r} that is not a string", DOCUMENT_LINES)
         if HALF_PAIR.search(value):
             raise DataError(location, f"has a field {key!r} with half of a surrogate pair", "write whole characters")
     content_hash = hashlib.sha256(entry["text"].encode()).hexdigest()[:16]

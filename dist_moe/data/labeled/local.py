@@ -1,17 +1,14 @@
 """Labeled examples in local files: .jsonl, .csv, .tsv, and the folder of a GLUE task."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from dist_moe.data.files import READ_FOLDER, readable
+from dist_moe.data.files import json_lines, local_files, readable
 from dist_moe.data.labeled.example import NEEDED, Columns, Example, SplitName, find_columns
-from dist_moe.errors import DataError, reason_of
-from dist_moe.files import matching_paths
+from dist_moe.errors import DataError
 from dist_moe.text import listed
-from dist_moe.untrusted import printable, unique_keys
+from dist_moe.untrusted import printable
 
 LARGEST_CELL = 1 << 26
 """The most characters of a cell of a table."""
@@ -38,16 +35,7 @@ def labeled_files(pattern: str) -> list[tuple[str, Path]]:
     folder = Path(pattern)
     if is_glue_folder(folder):
         return [(name, folder / name) for name in GLUE_FILES if (folder / name).is_file()]
-    try:
-        folder, paths = matching_paths(pattern)
-        paths = [path for path in paths if not path.is_dir()]
-    except OSError as error:
-        rule = f"has a folder that cannot be read ({reason_of(error)}: {printable(str(error.filename))})"
-        raise DataError(f"data source {printable(pattern)!r}", rule, READ_FOLDER) from error
-    if others := [printable(str(path)) for path in sorted(paths) if path.suffix not in SUFFIXES]:
-        rule = f"matches {listed(others, last='and', most=3)}, which is not {listed(SUFFIXES)}"
-        raise DataError(f"data source {printable(pattern)!r}", rule, f"give files with the {NEEDED}")
-    return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+    return local_files(pattern, SUFFIXES, lambda _: f"give files with the {NEEDED}")
 
 
 def read_labeled_files(files: list[tuple[str, Path]], in_splits: bool) -> Iterator[Example]:
@@ -71,23 +59,15 @@ def read_labeled_files(files: list[tuple[str, Path]], in_splits: bool) -> Iterat
 
 def _read_jsonl(path: Path) -> Iterator[Example]:
     columns = None
-    with readable(path), path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{printable(str(path))}:{number}"
-            try:
-                row: Any = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-            except (ValueError, RecursionError) as error:
-                raise DataError(where, f"is not valid JSON in UTF-8 ({error})", f"give the {NEEDED}") from None
-            if not isinstance(row, dict):
-                raise DataError(where, "is not an object", f"give the {NEEDED}")
-            found = find_columns(row.keys(), where)
-            columns = columns or found
-            if found != columns:
-                rule = f"has {_fields(found)}, and the first line of the file {_fields(columns)}"
-                raise DataError(where, rule, "give every line the same fields")
-            yield columns.example(row, where)
+    for where, row in json_lines(path, f"give the {NEEDED}"):
+        if not isinstance(row, dict):
+            raise DataError(where, "is not an object", f"give the {NEEDED}")
+        found = find_columns(row.keys(), where)
+        columns = columns or found
+        if found != columns:
+            rule = f"has {_fields(found)}, and the first line of the file {_fields(columns)}"
+            raise DataError(where, rule, "give every line the same fields")
+        yield columns.example(row, where)
 
 
 def _fields(columns: Columns) -> str:

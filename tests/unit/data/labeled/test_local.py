@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dist_moe.data import files
 from dist_moe.data.labeled.example import Example, sorted_labels
 from dist_moe.data.labeled.sources import fetch_labeled, read_labeled
 from dist_moe.errors import DataError
@@ -162,3 +165,36 @@ def test_what_is_no_labeled_source_is_refused(tmp_path: Path, name: str, message
         fetch_labeled([name.format(folder=tmp_path)], tmp_path)
     with pytest.raises(DataError, match="repeats bbc_news"):
         fetch_labeled(["bbc_news", "bbc_news"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda folder: os.mkfifo(folder / "b.jsonl"), "which is not a regular file"),
+        (lambda folder: (folder / "b.jsonl").symlink_to("none.jsonl"), "a link to a file that does not exist"),
+        (lambda folder: (folder / "b.jsonl").hardlink_to(folder / "a.jsonl"), "are one file, whose text would count"),
+    ],
+)
+def test_pipes_lost_links_and_a_file_of_two_names_are_refused(
+    tmp_path: Path, make: Callable[[Path], None], rule: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n')
+    make(tmp_path)
+    with pytest.raises(DataError, match=rule):
+        list(read_labeled(f"{tmp_path}/*.jsonl", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("[" * 100_000, "a.jsonl:2 is JSON that nests too deeply"),
+        (json.dumps({"text": "x" * 900, "label": 1}), "a.jsonl:2 is longer than 800 bytes"),
+    ],
+)
+def test_a_line_that_would_take_too_much_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, rule: str
+) -> None:
+    monkeypatch.setattr(files, "LONGEST_LINE", 800 if "longer" in rule else 1 << 26)
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n' + line + "\n")
+    with pytest.raises(DataError, match=rule):
+        list(read_labeled(f"{tmp_path}/a.jsonl", tmp_path))
