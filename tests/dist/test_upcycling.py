@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from dist_moe.checkpoint.export import export
 from dist_moe.comm.mesh import make_mesh
+from dist_moe.config import load_config, resolve
+from dist_moe.data.labeled.prepare import LabeledData
+from dist_moe.data.stream import IGNORE_INDEX, Stream
 from dist_moe.moe.select import Rule, ThresholdRouting, TopK
+from dist_moe.train.setup import tokenize
 from tests.dense import EXPERTS, dense_folder, outputs, upcycled
 from tests.dist.pool import RankPool
-from tests.dist.resumable import same_bits, steps, tensors, train, write_text
+from tests.dist.resumable import ROOT, overrides_of, same_bits, steps, tensors, train, write_text
 from tests.selection import only_first
 from tests.unit.model.samples import tokens
 
@@ -56,6 +62,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_of(folder: Path, *overrides: str) -> tuple[str, ...]:
     fixed = ("model.architecture=qwen3", "model.config={}", f"model.upcycle_from={folder}", "model.upcycle_every=2")
     return (*fixed, "model.upcycle_noise=0.01", "train.schedule_steps=20", *overrides)
+
+
+ROUTING = {
+    "top-1": ("router.top_k=1",),
+    "top-2": ("router.top_k=2",),
+    "threshold": ("router.selection=threshold", "balance.policy=adaptive_weight", "balance.rate=0.05"),
+    "budget": ("router.selection=threshold", "router.target_experts_per_token=1.8", "balance.policy=none"),
+}
+
+
+@torch.no_grad()
+def dense_loss(folder: Path, text: Path, overrides: tuple[str, ...]) -> float:
+    """The mean loss of the dense model on the first global batch, each document on its own."""
+    config = resolve(load_config(ROOT / "configs/debug.yaml", overrides_of(text, folder, *overrides)), 2).config
+    data = tokenize(config)
+    assert not isinstance(data, LabeledData)
+    batch = Stream(data.train, config.data.sequence_length, config.run.seed).batch(0, config.train.global_batch_size)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total = torch.zeros(())
+    for tokens_S, targets_S, documents_S in zip(batch.tokens_BS, batch.targets_BS, batch.documents_BS, strict=True):
+        for document in range(int(documents_S.max()) + 1):
+            own = documents_S == document
+            logits_SV = model(tokens_S[own][None]).logits[0]
+            total += functional.cross_entropy(logits_SV, targets_S[own], reduction="sum", ignore_index=IGNORE_INDEX)
+    return float(total / batch.label_count)
+
+
+@pytest.mark.parametrize("routing", ROUTING)
+def test_trap_T58_the_first_logged_loss_is_that_of_the_dense_model(
+    ranks: RankPool, text: Path, folder: Path, tmp_path: Path, routing: str
+) -> None:
+    """With expert parallelism, the first step logs the loss before any update."""
+    overrides = (*run_of(folder, *ROUTING[routing]), "model.upcycle_noise=0.0")
+    ranks.run(train, 2, text, tmp_path, (*overrides, "train.steps=1"))
+    (first,) = steps(tmp_path).values()
+    assert first["loss"] == pytest.approx(dense_loss(folder, text, overrides), abs=1e-5)
 
 
 KINDS = {
