@@ -43,7 +43,7 @@ class UnseenPathError(UserError, OSError):
         return f"{self.filename} cannot be looked at ({self.strerror}); {UNSEEN_REMEDY}"
 
 
-def look(path: str | Path) -> os.stat_result | None:
+def status_of(path: str | Path) -> os.stat_result | None:
     """Return the status of what is at a path, links followed; None if nothing is.
 
     Raises:
@@ -59,18 +59,18 @@ def look(path: str | Path) -> os.stat_result | None:
 
 def exists(path: str | Path) -> bool:
     """Whether something is at a path. Raises UnseenPathError, where the method of Path raises any OSError."""
-    return look(path) is not None
+    return status_of(path) is not None
 
 
 def is_file(path: str | Path) -> bool:
     """Whether a regular file is at a path; as `exists`."""
-    status = look(path)
+    status = status_of(path)
     return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def is_folder(path: str | Path) -> bool:
     """Whether a folder is at a path; as `exists`."""
-    status = look(path)
+    status = status_of(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
@@ -87,7 +87,7 @@ def entries(folder: Path) -> list[Path]:
 def why_unseen(path: str | Path) -> str:
     """Return why a path cannot be looked at, worded to follow it; "" if it can."""
     try:
-        look(path)
+        status_of(path)
     except UnseenPathError as error:
         return f"cannot be looked at ({error.strerror})"
     return ""
@@ -223,17 +223,17 @@ def _matches(folder: Path, parts: Sequence[str]) -> list[Path]:
     for index, part in enumerate(parts):
         if index and parts[index - 1] == "**":
             continue  # these folders are already looked at
-        look = os.listdir if glob.has_magic(part) else os.lstat
-        _look_into(folder, parts[: index + 1] if part == "**" else parts[:index], look)
+        read = os.listdir if glob.has_magic(part) else os.lstat
+        _require_readable(folder, parts[: index + 1] if part == "**" else parts[:index], read)
     return [folder / name for name in glob.iglob(os.path.join(*parts), root_dir=folder, recursive=True)]
 
 
-def _look_into(folder: Path, parts: Sequence[str], look: Callable[[str], object]) -> None:
-    """Look into each folder that a pattern matches, as `glob` does later. Raises OSError where one is not readable."""
+def _require_readable(folder: Path, parts: Sequence[str], read: Callable[[str], object]) -> None:
+    """Read each folder that a pattern matches, as `glob` does later. Raises OSError where one is not readable."""
     names = glob.iglob(os.path.join(*parts, ""), root_dir=folder, recursive=True) if parts else [""]
     for name in names:
         try:
-            look(os.path.join(folder, name, "."))  # the dot needs the permission to look at files
+            read(os.path.join(folder, name, "."))  # the dot needs the permission to look at files
         except OSError as error:
             if error.errno not in NO_MATCH:
                 raise

@@ -60,7 +60,7 @@ def print_config(
 
 
 def check_config(
-    config: Path, overrides: list[str] | None, workers: int, look: bool = True, notices: bool = True
+    config: Path, overrides: list[str] | None, workers: int, check_files: bool = True, notices: bool = True
 ) -> "Resolved":
     """Check everything that can be checked before a process starts.
 
@@ -68,7 +68,7 @@ def check_config(
         config: The YAML file.
         overrides: Values that replace those of the file.
         workers: The number of workers.
-        look: Whether the files that the configuration names are looked at on this host.
+        check_files: Whether the files that the configuration names are checked on this host.
         notices: Whether to print what is valid and not used as it is written.
 
     Raises:
@@ -76,8 +76,8 @@ def check_config(
     """
     from dist_moe.config import load_config, resolve
 
-    look_at = files_violations if look else None
-    resolved = resolve(load_config(config, overrides or (), workers, look_at), workers, look_at)
+    further_check = files_violations if check_files else None
+    resolved = resolve(load_config(config, overrides or (), workers, further_check), workers, further_check)
     if notices:
         print_notices(resolved)
     return resolved

@@ -72,7 +72,7 @@ def launch(
             # The workers of this host begin with the whole check, which imports torch; one import fewer before they do.
             check_before_start(settings, job.workers)
         else:
-            check_config(config, overrides, job.workers, look=job.runs_here, notices=dry_run or job.submits)
+            check_config(config, overrides, job.workers, check_files=job.runs_here, notices=dry_run or job.submits)
         if dry_run:
             print(*job.dry_run(os.environ), sep="\n")
             return
@@ -133,8 +133,8 @@ def train(
     with report_user_errors():
         rank_info = rank_info_from_env(os.environ)
         # The launch has looked already.
-        look = None if os.environ.get(LAUNCH_VARIABLE) else data_violations
-        settings = load_config(config, overrides or (), rank_info.world_size, look)
+        further_check = None if os.environ.get(LAUNCH_VARIABLE) else data_violations
+        settings = load_config(config, overrides or (), rank_info.world_size, further_check)
         launched = fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)
         lock = ExitStack()
         lock.enter_context(lock_for_worker(Path(settings.run.dir), rank_info.rank, launched))
@@ -142,7 +142,7 @@ def train(
             print_status("loading torch and transformers, and checking the model")
     with lock, report_failure(settings.run.dir, rank_info.rank):
         with without_collections():
-            resolved = resolve(settings, rank_info.world_size, look)
+            resolved = resolve(settings, rank_info.world_size, further_check)
             print_notices(resolved)
             set_accelerator(settings.parallel.backend, rank_info)
             from dist_moe.train.loop import run

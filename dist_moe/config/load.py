@@ -13,14 +13,17 @@ from dist_moe.config.deepspeed_keys.file import (
 from dist_moe.config.messages import validate, validate_rest
 from dist_moe.config.pretrained import fill_architecture
 from dist_moe.config.renamed_keys import drop_defaults_of_other_policies, upgrade_keys
-from dist_moe.config.resolve import Look, cross_field_violations, independent_of
+from dist_moe.config.resolve import FurtherCheck, cross_field_violations, independent_of
 from dist_moe.config.schema import Config
 from dist_moe.config.yaml_io import apply_overrides, read_mapping, render
 from dist_moe.errors import ConfigError, Violation
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), workers: int | None = None, look: Look | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    workers: int | None = None,
+    further_check: FurtherCheck | None = None,
 ) -> Config:
     """Read the YAML file, apply the overrides, and validate the whole.
 
@@ -31,7 +34,7 @@ def load_config(
         path: The YAML file of a run.
         overrides: Texts like `train.steps=20`; the value is parsed as YAML, and a later one wins.
         workers: The processes of the run, all hosts together, where they are known: rules that depend on them.
-        look: As `resolve` takes it; called here only where something else is wrong.
+        further_check: As `resolve` takes it; called here only where something else is wrong.
 
     Raises:
         ConfigError: With everything that is wrong: a file that cannot be read, invalid YAML, an override without `=`,
@@ -58,7 +61,7 @@ def load_config(
         return config
     if workers is None:
         broken.add("workers")
-    later += cross_field_violations(config, workers or 1) + (look(config) if look is not None else [])
+    later += cross_field_violations(config, workers or 1) + (further_check(config) if further_check is not None else [])
     raise ConfigError([*violations, *independent_of(broken, config, later)])
 
 

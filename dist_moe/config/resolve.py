@@ -44,7 +44,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "slurm.signal_s": ("slurm.minutes",),
 }
 
-Look = Callable[[Config], list[Violation]]
+FurtherCheck = Callable[[Config], list[Violation]]
 """A further check, of what a configuration names: what is wrong."""
 
 
@@ -73,7 +73,7 @@ class Resolved:
     notices: tuple[str, ...] = field(default=(), compare=False)
 
 
-def resolve(config: Config, workers: int, look: Look | None = None) -> Resolved:
+def resolve(config: Config, workers: int, further_check: FurtherCheck | None = None) -> Resolved:
     """Check every rule that joins fields or depends on the number of workers, and fill in what follows.
 
     Builds the model on the meta device and runs it on two tokens. Needs neither a GPU nor a process group, but imports
@@ -82,7 +82,7 @@ def resolve(config: Config, workers: int, look: Look | None = None) -> Resolved:
     Args:
         config: The configuration.
         workers: Processes, all hosts together.
-        look: A further check, whose violations are reported with the others.
+        further_check: A further check, whose violations are reported with the others.
 
     Raises:
         ConfigError: With all violations at once.
@@ -90,7 +90,7 @@ def resolve(config: Config, workers: int, look: Look | None = None) -> Resolved:
     if workers < 1:
         raise ConfigError([Violation("workers", workers, "is not positive", "give 1 or more")])
     reading = read_model(config)
-    violations = _violations(config, workers, reading) + (look(config) if look is not None else [])
+    violations = _violations(config, workers, reading) + (further_check(config) if further_check is not None else [])
     facts = reading.facts
     if violations or facts is None:
         raise ConfigError(violations)

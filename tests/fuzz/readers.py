@@ -63,7 +63,9 @@ def by_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Path]
 def read_config(content: bytes, folder: Path) -> object:
     """Read a configuration, and check whether it fits two workers."""
     path = write(folder / "run.yaml", content)
-    return resolve(load_config(path, workers=2, look=data_violations), workers=2, look=data_violations)
+    return resolve(
+        load_config(path, workers=2, further_check=data_violations), workers=2, further_check=data_violations
+    )
 
 
 def read_override(override: tuple[str, Any], folder: Path) -> object:
@@ -76,7 +78,9 @@ def read_argument(argument: bytes, folder: Path) -> object:
     """Read an argument `section.key=value` as Python gives it, whose bytes need not be UTF-8."""
     overrides = [os.fsdecode(argument)]
     return resolve(
-        load_config(QUICK_START, overrides, workers=2, look=data_violations), workers=2, look=data_violations
+        load_config(QUICK_START, overrides, workers=2, further_check=data_violations),
+        workers=2,
+        further_check=data_violations,
     )
 
 

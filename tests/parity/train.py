@@ -78,7 +78,7 @@ def train_and_find_closest(rank: int, world_size: int, changes: list[str]) -> fl
     """Train, and give the smallest distance between the last expert that a token took and the next one."""
     closest = float("inf")
 
-    def look(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def record_call(module: nn.Module, inputs: Any, outputs: Any) -> None:
         nonlocal closest
         if isinstance(module, Router) and module.training:
             logits_TE, _, ids_TK = outputs
@@ -86,7 +86,7 @@ def train_and_find_closest(rank: int, world_size: int, changes: list[str]) -> fl
             chosen_T = (ids_TK[:, 0] >= 0) | module.may_take_none
             closest = min(closest, closest_choice(module, logits_TE.detach()[chosen_T]))
 
-    with register_module_forward_hook(look):
+    with register_module_forward_hook(record_call):
         train_worker(rank, world_size, changes)
     return closest
 

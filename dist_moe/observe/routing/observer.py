@@ -1,4 +1,4 @@
-"""Looks at the routing of single steps: of those that are traced, and of those whose distributions are drawn.
+"""Observes the routing of single steps: of those that are traced, and of those whose distributions are drawn.
 
 Shapes: B sequences, S positions, T = B * S tokens, E experts, K experts a token takes.
 """
@@ -89,14 +89,14 @@ class RoutingObserver:
             self._trace.begin(step)
         remaining = iter(zip(batches, sequences, strict=True))
 
-        def look(records: Sequence[RouterRecord]) -> None:
+        def record_forward(records: Sequence[RouterRecord]) -> None:
             batch, numbers = next(remaining)
             if self._distributions == {}:
                 self._distributions = distributions(self._routers, records)
             if self._trace is not None and self._traced:
                 self._trace.add(tokens_of(batch), numbers, records)
 
-        return look
+        return record_forward
 
     def finish(self, step: int, taken: bool) -> Distributions | None:
         """End a step: write its trace.

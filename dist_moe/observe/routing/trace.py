@@ -101,7 +101,7 @@ class TraceRecorder:
         self._step = self._micro_batch = 0
         self._failed = False
         try:
-            self._set_later_aside(steps_done)
+            self._move_repeated_steps(steps_done)
         except OSError as error:
             self._warn(error)
 
@@ -187,7 +187,7 @@ class TraceRecorder:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _set_later_aside(self, steps_done: int) -> None:
+    def _move_repeated_steps(self, steps_done: int) -> None:
         """Move the files of later steps away, those of this rank, and of ranks that no longer exist."""
         for table in TABLES:
             for path, step, rank in _files(self.folder / table):

@@ -1,20 +1,24 @@
 """The page of a study: Markdown that is written from its plan and its results alone."""
 
+import json
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_moe.errors import needs_folder
 from dist_moe.files import write_atomically
 from dist_moe.study.grid.claims import Claim, claim_lines
-from dist_moe.study.grid.plan import Cell
+from dist_moe.study.grid.plan import Cell, Settings
 from dist_moe.study.grid.statistics import Results
 from dist_moe.study.tables import format_mean, markdown_table
 from dist_moe.text import counted
 
 WIDTH = 120
+SMALL = "small"
+"""The preset that the texts of the studies describe."""
 BASELINES = "baselines.json"
 Log = Callable[[str], None]
 
@@ -81,7 +85,15 @@ def row(results: Results, case: str, arm: str, columns: Sequence[Column]) -> lis
     return [arm, *cells]
 
 
-def write_page(path: Path, study: Study, preset: str, cells: Sequence[Cell], results: Results, folder: Path) -> None:
+def write_page(
+    path: Path,
+    study: Study,
+    preset: str,
+    cells: Sequence[Cell],
+    results: Results,
+    folder: Path,
+    changes: Settings | None = None,
+) -> None:
     """Write the page and its figures.
 
     Args:
@@ -91,13 +103,14 @@ def write_page(path: Path, study: Study, preset: str, cells: Sequence[Cell], res
         cells: All that are planned.
         results: Of the finished ones.
         folder: For the figures, in or below that of the page.
+        changes: Of the configuration by the preset, which the texts of the study do not know of.
 
     Raises:
         RunFolderError: A file cannot be written.
     """
     with needs_folder(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {study.title}", "", *paragraphs(study.introduction)]
+    lines = [f"# {study.title}", "", *paragraphs(study.introduction), *preset_lines(preset, changes or {})]
     lines += [*command_lines(study, preset), *progress_lines(cells, results)]
     if results.all:
         lines += ["## What holds, and what does not", "", *claim_lines(study.claims(results))]
@@ -111,9 +124,28 @@ def write_page(path: Path, study: Study, preset: str, cells: Sequence[Cell], res
         write_atomically(path, "\n".join(lines).rstrip() + "\n")
 
 
+def preset_lines(preset: str, changes: Settings) -> list[str]:
+    """Say by which fields the results are of other runs than the texts describe."""
+    if preset == SMALL:
+        return []
+    fields = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in _flat(changes))
+    return paragraphs(
+        f"The sizes in the texts of this page are those of the preset `{SMALL}`. The results are of the preset "
+        f"`{preset}`, which has {fields or 'the same sizes'}."
+    )
+
+
+def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(dict(value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def command_lines(study: Study, preset: str) -> list[str]:
     """Say what to type."""
-    command = f"dist-moe study {study.name.replace('_', '-')}" + ("" if preset == "small" else f" --preset {preset}")
+    command = f"dist-moe study {study.name.replace('_', '-')}" + ("" if preset == SMALL else f" --preset {preset}")
     calls = {
         command: f"everything from the start, in runs/study/{study.name}",
         f"{command} --out docs/study/{study.name}": "the runs that are missing here, and this page again",

@@ -95,7 +95,8 @@ def run_study(study: Study, place: Place, part: Part, log: Log) -> Results:
         UserError: The plan or the results cannot be read, a package is missing, or a run failed.
     """
     require_packages(study)
-    cells = plan_cells(read_plan(place.plan), part.preset)
+    plan = read_plan(place.plan)
+    cells = plan_cells(plan, part.preset)
     chosen = part.chosen(cells)
     path = results_file(place.out)
     for option, folder in (("--out", place.out), ("--runs", place.runs)):
@@ -118,7 +119,8 @@ def run_study(study: Study, place: Place, part: Part, log: Log) -> Results:
         finally:
             results = Results(done[cell.key] for cell in cells if cell.key in done)
             write_results(path, study.name, part.preset, cells, done.values())
-            write_page(place.page, study, part.preset, cells, results, place.out)
+            changes = plan.presets[part.preset].config
+            write_page(place.page, study, part.preset, cells, results, place.out, changes)
     return results
 
 

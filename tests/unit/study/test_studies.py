@@ -113,6 +113,19 @@ def test_runs_are_compared_by_the_examples_that_only_one_of_them_has_right(tmp_p
     assert not re.search(r"[a-z]- [a-z]", page, re.IGNORECASE), "no word is broken at its hyphen"
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_page_of_another_preset_says_what_its_runs_have(tmp_path: Path, name: str) -> None:
+    study, cells, made = all_results(name)
+    changes = {"model": {"upcycle_layers": None, "config": {"hidden_size": 768}}, "train": {"steps": 1000}}
+    write_page(tmp_path / "page.md", study, "full", cells, Results(made), tmp_path / name, changes)
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    fields = "`model.upcycle_layers=null`, `model.config.hidden_size=768`, `train.steps=1000`"
+    assert f"those of the preset `small`. The results are of the preset `full`, which has {fields}." in page
+    assert f"dist-moe study {name.replace('_', '-')} --preset full" in page
+    write_page(tmp_path / "small.md", study, "small", cells, Results(made), tmp_path / name)
+    assert "preset `small`" not in (tmp_path / "small.md").read_text()
+
+
 def test_the_loss_between_arms_is_read_on_a_line_and_not_beyond_them() -> None:
     made = Results(
         [

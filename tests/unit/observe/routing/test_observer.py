@@ -69,10 +69,10 @@ def test_only_steps_that_are_drawn_or_traced_are_observed(tmp_path: Path) -> Non
     for which in (rank_0, rank_1, traced, silent):
         steps = []
         for step in range(1, 21):
-            look = which.begin(step, [batch()], [range(2)])
-            if look is not None:
+            record_forward = which.begin(step, [batch()], [range(2)])
+            if record_forward is not None:
                 steps.append(step)
-                look(routed())
+                record_forward(routed())
             drawn = which.finish(step, taken=True)
             assert (drawn is not None) == (which is rank_0 and step in (10, 20))
         found.append(steps)
