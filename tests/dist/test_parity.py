@@ -16,7 +16,7 @@ from tests.parity.case import LAUNCHERS, POOL, Case, covering, every_case, other
 from tests.parity.check import check_checkpointing, check_controls, check_launched, check_pool
 from tests.parity.reference import References
 from tests.parity.report import Row, show
-from tests.parity.setting import CLIPPING
+from tests.parity.setting import clipping
 from tests.parity.trace import Trace, compare, read_trace
 from tests.parity.train import train
 from tests.selection import full, only_first, slow
@@ -24,7 +24,7 @@ from tests.selection import full, only_first, slow
 PAIRS = covering(every_case(POOL), 2)
 OTHERS = other_routings([Case(POOL, 4, 2, 2, 3, "sgd"), Case(POOL, 2, 2, 0, 1, "adamw")])
 TWICE = Case(POOL, 4, 4, 2, 1, "adamw")
-QUICK = [*covering(PAIRS, 1), OTHERS[0], OTHERS[3]]
+QUICK = [*covering(PAIRS, 1), OTHERS[0], OTHERS[3], OTHERS[-2]]
 CONTROLS = [Case(POOL, 4, 4, 0, 1, "sgd"), Case(POOL, 2, 2, 2, 1, "adamw")]
 LAUNCHED = Case(POOL, 2, 2, 1, 3, "adamw")
 
@@ -60,7 +60,7 @@ def test_trap_T50_losses_and_norms_are_those_of_one_worker(
     """T22, T24, T47, T48, T50: 20 steps, clipped in every one, under SGD and under AdamW."""
     reference = references[case]
     known[case] = train(ranks, case, reference.seed).trace
-    difference = compare(known[case], reference.trace)
+    difference = compare(known[case], reference.trace, clipping(case.routing))
     assert not difference.faults(), difference
 
 
@@ -106,6 +106,7 @@ def test_the_small_set_covers_every_pair() -> None:
         assert {(getattr(case, first), getattr(case, second)) for case in PAIRS} == wanted
 
 
+CLIPPING = 0.1
 LONG = 2.5 * CLIPPING
 TRACE = Trace(
     losses=(5.0, 4.0, 4.0),
@@ -129,19 +130,19 @@ TRACE = Trace(
     ],
 )
 def test_a_difference_is_a_fault(change: dict[str, Any], fault: str) -> None:
-    assert not compare(TRACE, TRACE).faults()
-    faults = compare(dataclasses.replace(TRACE, **change), TRACE).faults()
+    assert not compare(TRACE, TRACE, CLIPPING).faults()
+    faults = compare(dataclasses.replace(TRACE, **change), TRACE, CLIPPING).faults()
     assert any(found.startswith(fault) for found in faults), faults
 
 
 def test_a_gradient_that_is_hardly_clipped_is_a_fault() -> None:
     short = dataclasses.replace(TRACE, norms=(LONG, 1.9 * CLIPPING))
-    assert compare(short, short).faults() == ["clipping keeps 0.53 of a gradient, more than half"]
+    assert compare(short, short, CLIPPING).faults() == ["clipping keeps 0.53 of a gradient, more than half"]
 
 
 def test_a_later_assignment_may_differ_and_then_a_bias() -> None:
     changed = dataclasses.replace(TRACE, loads=(TRACE.loads[0], ((500, 500), (502, 498))), biases={"a": (0.1, -0.12)})
-    assert not compare(changed, TRACE).faults()
+    assert not compare(changed, TRACE, CLIPPING).faults()
     assert changed.unequal(TRACE) == ["loads", "biases"]
 
 
@@ -152,7 +153,7 @@ def test_a_run_that_did_not_log_every_step_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_fault_fails_the_whole() -> None:
-    good = Row(TWICE, "parity", compare(TRACE, TRACE), "", [], 1.0)
+    good = Row(TWICE, "parity", compare(TRACE, TRACE, CLIPPING), "", [], 1.0)
     bad = dataclasses.replace(good, faults=["losses differ"])
     console = Console(record=True, file=io.StringIO(), width=160)
     assert show([good, good], console)

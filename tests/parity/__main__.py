@@ -6,8 +6,9 @@ What is crossed:
   accumulation, SGD and AdamW (72 cases) trains 20 steps twice in a pool of warm processes, through
   `dist_moe.train.loop.run`. Losses and gradient norms are those of one worker to 1e-4 (relative), loads are equal
   in step 1 and then differ in at most 0.1 % of the assignments, and both runs are equal bit for bit.
-- The other routings (threshold routing; the same with adaptive weights and a budget; quantile; the auxiliary loss over
-  the global batch) train on layouts in which every pair of values occurs, and are held to the same.
+- The other routings (threshold routing; the same with adaptive weights and a budget; quantile, EMA quantile, momentum
+  and expert thresholds; the auxiliary loss over the global batch), an upcycled decoder, and an upcycled encoder that
+  classifies, train on layouts in which every pair of values occurs, and are held to the same.
 - The launchers deepspeed, torchrun and mpirun (with the MPI backend) start `dist-moe launch` on cases in which every
   combination of any THREE of launcher, workers, expert parallel, stage, accumulation and optimizer occurs. Each is held
   to the same, and is equal bit for bit to the same case in the pool, or over MPI to a second run of itself.

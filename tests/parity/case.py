@@ -14,7 +14,10 @@ LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 OVER_MPI = "mpirun"
 """Its workers exchange by MPI, which adds in another order than the pool's gloo."""
 LOSS_FREE = "loss_free"
-OTHERS = ("threshold", "adaptive_weight", "quantile", "auxiliary", "upcycled", "momentum", "expert_threshold")
+OTHERS = (
+    *("threshold", "adaptive_weight", "quantile", "auxiliary", "momentum", "ema_quantile", "expert_threshold"),
+    *("upcycled", "classification"),
+)
 """The keys of setting.ROUTING."""
 
 Values = frozenset[tuple[int, object]]  # (place of the field, its value)

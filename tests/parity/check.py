@@ -7,6 +7,7 @@ from tests.dist.pool import RankPool
 from tests.parity.case import OVER_MPI, POOL, Case
 from tests.parity.reference import Reference, References
 from tests.parity.report import Row
+from tests.parity.setting import clipping
 from tests.parity.trace import Trace, compare
 from tests.parity.train import train, train_with_wrong_experts
 
@@ -23,7 +24,7 @@ def check_pool(pool: RankPool, cases: list[Case], references: References, known:
         reference = references[case]
         expected = pooled(pool, case, reference, known)
         again = train(pool, case, reference.seed)
-        difference = compare(again.trace, reference.trace)
+        difference = compare(again.trace, reference.trace, clipping(case.routing))
         unequal = [f"{name} of two runs differ" for name in again.trace.unequal(expected)]
         tell(Row(case, "parity", difference, "a first run", difference.faults() + unequal, again.seconds))
 
@@ -38,7 +39,7 @@ def check_launched(
     for case in cases:
         reference = references[case]
         trained = train(pool, case, reference.seed)
-        difference = compare(trained.trace, reference.trace)
+        difference = compare(trained.trace, reference.trace, clipping(case.routing))
         if case.start == OVER_MPI:
             other, expected = "a first run", train(pool, case, reference.seed).trace
         else:
@@ -52,7 +53,7 @@ def check_controls(pool: RankPool, cases: list[Case], references: References, te
     for case in cases:
         reference = references[case]
         trained = train(pool, case, reference.seed, worker=train_with_wrong_experts)
-        difference = compare(trained.trace, reference.trace)
+        difference = compare(trained.trace, reference.trace, clipping(case.routing))
         found = " ".join(difference.faults())
         missed = [f"a wrong gradient is not seen in the {name}" for name in ("losses", "norms") if name not in found]
         what = f"control: expert gradients x {case.expert_parallel}"
@@ -67,7 +68,7 @@ def check_checkpointing(
         reference = references[case]
         expected = pooled(pool, case, reference, known)
         trained = train(pool, case, reference.seed, ("train.activation_checkpointing=true",))
-        difference = compare(trained.trace, reference.trace)
+        difference = compare(trained.trace, reference.trace, clipping(case.routing))
         unequal = [f"{name} differ from the run without" for name in trained.trace.unequal(expected)]
         faults = difference.faults() + unequal
         tell(Row(case, "activation checkpointing", difference, "without it", faults, trained.seconds))

@@ -27,7 +27,6 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CONFIG = CONFIGS / "debug.yaml"
 STEPS = 20
 GLOBAL_BATCH = 12
-CLIPPING = 0.1
 FIRST_SEED = {
     ("adamw", "loss_free"): 13,
     ("sgd", "loss_free"): 29,
@@ -39,6 +38,10 @@ FIRST_SEED = {
     ("sgd", "quantile"): 8,
     ("adamw", "auxiliary"): 2,
     ("sgd", "auxiliary"): 19,
+    ("adamw", "ema_quantile"): 25,
+    ("sgd", "ema_quantile"): 1,
+    ("adamw", "classification"): 0,
+    ("sgd", "classification"): 1,
     ("adamw", "upcycled"): 1,
     ("sgd", "upcycled"): 1,
     ("adamw", "momentum"): 7,
@@ -47,15 +50,21 @@ FIRST_SEED = {
     ("sgd", "expert_threshold"): 0,
 }
 THRESHOLD = ("router.selection=threshold", "router.score=softmax", "router.threshold=0.3", "router.max_experts=6")
+UPCYCLED = ("model.config={}", "model.upcycle_noise=0.01")
 ROUTING = {
     "loss_free": (),
     "threshold": (*THRESHOLD, "balance.policy=none"),
     "adaptive_weight": (*THRESHOLD, "balance.policy=adaptive_weight", "router.target_experts_per_token=3"),
     "quantile": ("balance.policy=quantile",),
     "momentum": ("balance.policy=momentum",),
+    "ema_quantile": ("balance.policy=ema_quantile",),
     "expert_threshold": ("router.selection=expert_threshold", "balance.policy=expert_threshold"),
     "auxiliary": ("balance.policy=auxiliary", "balance.auxiliary_loss=0.1", "balance.auxiliary_scope=global_batch"),
-    "upcycled": ("model.architecture=llama", "model.config={}", "model.upcycle_every=2", "model.upcycle_noise=0.01"),
+    "upcycled": ("model.architecture=llama", *UPCYCLED, "model.upcycle_every=2"),
+    "classification": (
+        *("model.architecture=bert", *UPCYCLED, "task.kind=classification", "data.validation_fraction=0.2"),
+        *(*THRESHOLD, "balance.policy=adaptive_weight"),
+    ),
 }
 """What each routing changes: the router, the balancer, or both; or the model, which is made of a dense one."""
 CLOSEST = 5e-6
@@ -75,7 +84,6 @@ def warmup_steps() -> int:
 
 def overrides(case: Case, seed: int, folder: Path) -> list[str]:
     """The values that replace those of CONFIG; the run writes into `folder`."""
-    upcycled = [f"model.upcycle_from={write_dense(folder / 'dense')}"] if case.routing == "upcycled" else []
     return [
         f"run.dir={folder}",
         f"run.seed={seed}",
@@ -91,7 +99,7 @@ def overrides(case: Case, seed: int, folder: Path) -> list[str]:
         f"train.warmup_steps={warmup_steps()}",
         f"train.learning_rate={LEARNING_RATE[case.optimizer]}",
         f"train.optimizer={case.optimizer}",
-        f"train.gradient_clipping={CLIPPING}",
+        f"train.gradient_clipping={clipping(case.routing)}",
         f"train.global_batch_size={GLOBAL_BATCH}",
         f"train.micro_batch_size={GLOBAL_BATCH // (case.workers * case.micro_batches)}",
         "train.precision=fp32",
@@ -100,16 +108,28 @@ def overrides(case: Case, seed: int, folder: Path) -> list[str]:
         "observe.tensorboard=false",
         f"observe.validation_sequences={GLOBAL_BATCH}",
         *ROUTING[case.routing],
-        *upcycled,
+        *written(case.routing, folder),
     ]
 
 
-def write_dense(folder: Path) -> Path:
-    """Write a dense model, the same one each time."""
+def written(routing: str, folder: Path) -> list[str]:
+    """Write the dense model and the examples of a routing that has them, the same each time -> their overrides."""
+    if routing not in ("upcycled", "classification"):
+        return []
     from tests.dense import dense_folder  # imports transformers
+    from tests.dist.resumable import write_examples
 
-    dense_folder(folder, "llama", vocab_size=257, max_position_embeddings=256)
-    return folder
+    shape = {"vocab_size": 257, "max_position_embeddings": 256}
+    if routing == "upcycled":
+        dense_folder(folder / "dense", "llama", **shape)
+        return [f"model.upcycle_from={folder / 'dense'}"]
+    dense_folder(folder / "dense", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)
+    return [f"model.upcycle_from={folder / 'dense'}", f"data.sources=[{write_examples(folder)}]"]
+
+
+def clipping(routing: str) -> float:
+    """The largest norm after clipping; short examples are learned in a few steps, and then have small gradients."""
+    return 0.01 if routing == "classification" else 0.1
 
 
 def closest_allowed(routing: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from tests.parity.setting import CLIPPING, STEPS
+from tests.parity.setting import STEPS
 
 TOLERANCE = 1e-4
 """Largest relative difference of a loss or a gradient norm from the reference."""
@@ -85,8 +85,8 @@ def read_trace(folder: Path) -> Trace:
     )
 
 
-def compare(trace: Trace, reference: Trace) -> Difference:
-    """The difference of a run from the reference."""
+def compare(trace: Trace, reference: Trace, clipping: float) -> Difference:
+    """The difference of a run, which clips to a norm of `clipping`, from the reference."""
     shares = [_share(ours, theirs) for ours, theirs in zip(trace.loads, reference.loads, strict=True)]
     return Difference(
         loss=_largest(trace.losses, reference.losses),
@@ -94,7 +94,7 @@ def compare(trace: Trace, reference: Trace) -> Difference:
         first=trace.loads[0] == reference.loads[0],
         share=max(shares),
         biases=trace.biases == reference.biases,
-        shortest=min(trace.norms) / CLIPPING,
+        shortest=min(trace.norms) / clipping,
     )
 
 
