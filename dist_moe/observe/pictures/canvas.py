@@ -11,7 +11,7 @@ Pixels = NDArray[np.uint8]
 """[H, W, 3]."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-FONT_PX, LINE_PX = 18, 24
+FONT_PX, LINE_PX = 11, 13
 BACKGROUND_RGB, TEXT_RGB = (255, 255, 255), (40, 40, 40)
 
 

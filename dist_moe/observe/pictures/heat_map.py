@@ -1,6 +1,7 @@
 """A heat map with a title, named and numbered axes, and the color scale below.
 
-TensorBoard shows a picture in about 330 x 190 pixels, so a picture is small, wider than high, and has large text.
+TensorBoard shows a picture in a card of about 345 x 215 pixels, and scales larger ones down without smoothing, which
+breaks their text. So a picture of up to 256 columns and 128 rows has that size.
 
 Shapes: R rows and C columns of the map.
 """
@@ -34,9 +35,9 @@ from dist_moe.observe.pictures.scale import (
     scale_colors,
 )
 
-PADDING_PX, GAP_PX = 10, 6
-SCALE_WIDTH_PX, SCALE_HEIGHT_PX = 250, 18
-MIN_INNER_PX = 480  # room for the color scale with its legend, and the texts
+PADDING_PX, GAP_PX = 6, 4
+SCALE_WIDTH_PX, SCALE_HEIGHT_PX = 140, 12
+MIN_INNER_PX = 290  # room for the color scale with its legend, and the texts
 MIN_PX_FOR_GRID = 6  # cells at least as high and wide have a line between them
 
 
@@ -97,14 +98,14 @@ def draw_heat_map(title: str, ratio_RC: NDArray[np.float64], axes: Axes, scale_n
     title_lines, scale_lines = wrap(title, left + inner - PADDING_PX), wrap(scale_name, inner)
     top = PADDING_PX + len(title_lines) * LINE_PX + GAP_PX
     bottom = top + rows * height
-    scale_top = bottom + 2 * LINE_PX + GAP_PX
+    scale_top = bottom + LINE_PX + GAP_PX
     below = SCALE_HEIGHT_PX + (1 + len(scale_lines)) * LINE_PX + PADDING_PX
     image = Image.new("RGB", (left + inner + PADDING_PX, scale_top + below), BACKGROUND_RGB)
     draw = ImageDraw.Draw(image)
     _write_lines(draw, PADDING_PX, PADDING_PX, title_lines)
     _number_rows(draw, rows, height, left, top)
-    write_upwards(image, PADDING_PX - 4, (top + bottom) // 2, axes.rows)
-    _number_columns(draw, axes, left, bottom)
+    write_upwards(image, PADDING_PX - 2, (top + bottom) // 2, axes.rows)
+    _number_columns(draw, axes, left, bottom, left + inner)
     _draw_scale(draw, left, scale_top)
     _write_lines(draw, left, scale_top + SCALE_HEIGHT_PX + LINE_PX, scale_lines)
     pixels = np.array(image)
@@ -132,14 +133,15 @@ def _number_rows(draw: ImageDraw.ImageDraw, rows: int, height: int, left: int, t
         write(draw, left - GAP_PX, top + row * height + height / 2, str(row), "rm")
 
 
-def _number_columns(draw: ImageDraw.ImageDraw, axes: Axes, left: int, bottom: int) -> None:
-    widest = text_width(str(max(axes.column_numbers, default=0)))
-    columns = len(axes.column_numbers)
-    for column in range(0, columns, _step(widest + 8, axes.cell_width)):
+def _number_columns(draw: ImageDraw.ImageDraw, axes: Axes, left: int, bottom: int, right: int) -> None:
+    """Number columns below them, and name the axis at the right end of that line."""
+    y, widest = bottom + LINE_PX // 2 + 1, text_width(str(max(axes.column_numbers, default=0)))
+    last = right - text_width(axes.columns) - 2 * GAP_PX
+    for column in range(0, len(axes.column_numbers), _step(widest + 8, axes.cell_width)):
         middle = left + column * axes.cell_width + axes.cell_width / 2
-        write(draw, middle, bottom + LINE_PX // 2, str(axes.column_numbers[column]), "mm")
-    middle = left + max(columns * axes.cell_width, text_width(axes.columns)) / 2
-    write(draw, middle, bottom + LINE_PX + LINE_PX // 2, axes.columns, "mm")
+        if middle + widest / 2 <= last:
+            write(draw, middle, y, str(axes.column_numbers[column]), "mm")
+    write(draw, right, y, axes.columns, "rm")
 
 
 def _step(needed_px: int, cell_px: int) -> int:
@@ -159,10 +161,10 @@ def _draw_scale(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
         draw.line([(left + offset, top), (left + offset, top + SCALE_HEIGHT_PX - 1)], tuple(color))
     for tick, place in zip(TICKS, position(np.array(TICKS)).tolist(), strict=True):
         x = left + round(place * (SCALE_WIDTH_PX - 1))
-        draw.line([(x, top + SCALE_HEIGHT_PX), (x, top + SCALE_HEIGHT_PX + 3)], TEXT_RGB)
-        write(draw, x, top + SCALE_HEIGHT_PX + LINE_PX // 2 + 3, f"{tick:g}", "mm")
-    x = left + SCALE_WIDTH_PX + 14
+        draw.line([(x, top + SCALE_HEIGHT_PX), (x, top + SCALE_HEIGHT_PX + 2)], TEXT_RGB)
+        write(draw, x, top + SCALE_HEIGHT_PX + LINE_PX // 2 + 2, f"{tick:g}", "mm")
+    x = left + SCALE_WIDTH_PX + 12
     for color, text in ((ABOVE_RGB, f"above {MAX_RATIO:g}"), (NO_TOKENS_RGB, "no tokens")):
         draw.rectangle((x, top, x + SCALE_HEIGHT_PX - 1, top + SCALE_HEIGHT_PX - 1), fill=color)
         write(draw, x + SCALE_HEIGHT_PX + GAP_PX, top + SCALE_HEIGHT_PX // 2, text, "lm")
-        x += SCALE_HEIGHT_PX + GAP_PX + text_width(text) + 12
+        x += SCALE_HEIGHT_PX + GAP_PX + text_width(text) + 8

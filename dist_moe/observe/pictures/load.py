@@ -9,9 +9,8 @@ from dist_moe.observe.pictures.heat_map import Axes, Picture, draw_heat_map
 from dist_moe.observe.pictures.over_steps import LoadOverSteps, targets_of
 from dist_moe.policies.shares import TargetShares, equal_shares
 
-MAP_WIDTH_PX, MAP_HEIGHT_PX = 480, 176
-MAX_CELL_HEIGHT_PX, MAX_CELL_WIDTH_PX = 32, 60
-MIN_CELL_WIDTH_PX = 2  # of an expert
+MAP_WIDTH_PX, MAP_HEIGHT_PX = 290, 128
+MAX_CELL_HEIGHT_PX, MAX_CELL_WIDTH_PX = 20, 36
 MOST_LAYERS = 4
 """Layers whose experts are drawn over the steps."""
 RATIO_NAME = "load of the expert / mean load of its layer"
@@ -45,7 +44,7 @@ def draw_load(
             ratio_LE[layer, : len(row)] = load_E / targets_of(load_E, target_shares(len(row)))
         else:
             ratio_LE[layer, : len(row)] = 0.0
-    axes = Axes("MoE layer", "expert", range(experts), _cell_width(experts, MIN_CELL_WIDTH_PX), _cell_height(len(load)))
+    axes = Axes("MoE layer", "expert", range(experts), _cell_width(experts), _cell_height(len(load)))
     name = RATIO_NAME if target_shares(experts) is None else RATIO_TO_TARGET_NAME
     return draw_heat_map(title, ratio_LE, axes, name)
 
@@ -89,12 +88,12 @@ def draw_experts_over_steps(history: LoadOverSteps, layer: int) -> Picture:
 def _over_steps(
     history: LoadOverSteps, title: str, ratio_RC: NDArray[np.float64], rows: str, scale_name: str
 ) -> Picture:
-    axes = Axes(rows, "step", history.steps, _cell_width(len(history), 1), _cell_height(len(ratio_RC)), grid=False)
+    axes = Axes(rows, "step", history.steps, _cell_width(len(history)), _cell_height(len(ratio_RC)), grid=False)
     return draw_heat_map(title, ratio_RC, axes, scale_name)
 
 
-def _cell_width(columns: int, least: int) -> int:
-    return max(least, min(MAX_CELL_WIDTH_PX, MAP_WIDTH_PX // columns))
+def _cell_width(columns: int) -> int:
+    return max(1, min(MAX_CELL_WIDTH_PX, MAP_WIDTH_PX // columns))
 
 
 def _cell_height(rows: int) -> int:

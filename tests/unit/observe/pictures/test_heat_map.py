@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dist_moe.observe.pictures.canvas import BACKGROUND_RGB, LINE_PX, text_width, wrap
-from dist_moe.observe.pictures.heat_map import Axes, draw_heat_map
+from dist_moe.observe.pictures.heat_map import PADDING_PX, Axes, draw_heat_map
 from dist_moe.observe.pictures.scale import ABOVE_RGB, NO_TOKENS_RGB, colors, scale_colors
 
 
@@ -18,15 +18,14 @@ def test_title_axes_and_scale_are_drawn() -> None:
     pixels, top, left = picture.pixels, picture.top, picture.left
     bottom = top + 4 * picture.cell_height
     assert dark(pixels[: top - 2]), "title"
-    assert dark(pixels[top:bottom, 26 : left - 1]), "row numbers"
-    assert dark(pixels[top:bottom, :26]), "name of the rows"
-    for line in range(2):
-        below = pixels[bottom + line * LINE_PX : bottom + (line + 1) * LINE_PX, left:]
-        assert dark(below), ("numbers", "name of the columns")[line]
-    legend = pixels[bottom + 2 * LINE_PX :]
+    assert dark(pixels[top:bottom, PADDING_PX + LINE_PX : left - 1]), "row numbers"
+    assert dark(pixels[top:bottom, : PADDING_PX + LINE_PX]), "name of the rows"
+    line = pixels[bottom : bottom + LINE_PX + 2]
+    assert dark(line[:, left : left + 18]) and dark(line[:, -PADDING_PX - 20 :]), "numbers, and the name at their right"
+    legend = pixels[bottom + LINE_PX + 2 :]
     for color in (NO_TOKENS_RGB, ABOVE_RGB, *scale_colors(np.array([0.0, 1.0])).tolist()):
         assert (legend == color).all(axis=-1).any()
-    assert dark(legend[-LINE_PX - 10 :, left:]), "name of the scale"
+    assert dark(legend[-LINE_PX - PADDING_PX :, left:]), "name of the scale"
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (edges == BACKGROUND_RGB).all()
 

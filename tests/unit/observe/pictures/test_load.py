@@ -44,8 +44,8 @@ def test_every_picture_is_legible_in_a_card_of_tensorboard(layers: int, experts:
     ]
     for picture, rows in zip(pictures, (layers, layers, most_rows), strict=True):
         height, width = picture.pixels.shape[:2]
-        assert 500 < width < (600 if experts <= 240 else 2 * experts + 100)
-        assert 200 < height < 180 + max(rows, 176), "a card shows 190 pixels of height"
+        assert 300 < width <= (345 if experts <= 256 else experts + 60), "a card has 345 pixels of width"
+        assert 100 < height <= max(215, 90 + rows), "a card has 215 pixels of height for a picture"
 
 
 def test_the_layers_over_steps_show_the_most_loaded_expert_of_each() -> None:
