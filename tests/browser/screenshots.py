@@ -17,7 +17,7 @@ from tests.browser.tensorboard import tensorboard, wait_for_pictures
 
 SCHEMES = {"light": "", "dark": "-dark"}
 QUICK_START, DEBUG = "configs/quickstart.yaml", "configs/debug.yaml"
-DASHBOARD_WIDTH, DASHBOARD_HEIGHT = 1500, 1640
+DASHBOARD_WIDTH, DASHBOARD_HEIGHT = 1500, 2000
 CURVES_MS = 5000
 """Until TensorBoard has drawn its curves, which are no elements of the page."""
 
