@@ -224,7 +224,7 @@ def json_lines(path: Path, remedy: str) -> Iterator[tuple[str, Any]]:
 def _parse(line: bytes, location: str, remedy: str) -> Any:
     if len(line) > LONGEST_LINE:
         rule = f"is longer than {format_bytes(LONGEST_LINE)}"
-        raise DataError(location, rule, "divide the text into several lines, or give a document as a .txt file")
+        raise DataError(location, rule, "write shorter ones; a long document may be a .txt file of its own")
     try:
         return json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except RecursionError:

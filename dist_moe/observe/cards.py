@@ -190,7 +190,7 @@ PICTURE_DESCRIPTIONS = {
     **{
         f"experts_over_steps_{number}": "Load of each expert of one layer / the mean of the layer, over the steps of "
         "the run. All layers have such a picture where these are at most four, else the four that are least balanced "
-        "now, worst first; the title names the layer."
+        "in the last quarter of the run, worst first; the title names the layer."
         for number in range(1, MOST_LAYERS + 1)
     },
     "layers_over_steps": "Load of the most loaded expert of each layer / the mean of its layer, over the steps.",

@@ -36,6 +36,8 @@ RUN_FILES = (
     "tensorboard",  # where earlier versions wrote these
 )
 """What a run writes into run.dir, as patterns of names."""
+CURVES = ("floor", "validation", "tensorboard")
+"""Names of its folders of event files, which a folder of other files may have, too."""
 
 
 def archive_previous_run(folder: Path) -> Path | None:
@@ -46,7 +48,8 @@ def archive_previous_run(folder: Path) -> Path | None:
     Returns:
         The new folder; None if there was no previous run.
     """
-    present = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+    found = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+    present = [path for path in found if path.name not in CURVES or any(path.glob("events.out.tfevents.*"))]
     if not present:
         return None
     number = 1 + sum(1 for _ in folder.glob("earlier-*"))
@@ -55,6 +58,17 @@ def archive_previous_run(folder: Path) -> Path | None:
     for path in present:
         path.rename(archive / path.name)
     return archive
+
+
+def board_folder(folder: Path, continues: bool) -> Path:
+    """Return where the event files of TensorBoard are written.
+
+    Args:
+        folder: run.dir.
+        continues: Whether the run goes on with earlier files, which an earlier version kept in a folder `tensorboard`.
+    """
+    earlier = folder / "tensorboard"
+    return earlier if continues and any(earlier.glob("events.out.tfevents.*")) else folder
 
 
 class RunRecorder:

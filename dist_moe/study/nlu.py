@@ -1,5 +1,6 @@
 """The study of adaptive expert weights on language understanding (Front. Neurorobotics 19:1590994)."""
 
+import re
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -178,7 +179,7 @@ def _paired_lines(results: Results) -> list[str]:
     for case in results.cases:
         for seed in results.pairs(case, WEIGHTS, TOP_2, "accuracy"):
             first, second = (_correct_examples(results, case, arm, seed) for arm in (WEIGHTS, TOP_2))
-            if first is None or second is None:
+            if first is None or second is None or first[1] != second[1] or len(first[0]) != len(second[0]):
                 continue
             found = compare_examples(first[0], second[0], first[1])
             difference = f"{100 * found.difference:+.2f} ± {100 * found.half_width:.2f}"
@@ -194,8 +195,16 @@ def _paired_lines(results: Results) -> list[str]:
 def _correct_examples(results: Results, case: str, arm: str, seed: int) -> tuple[str, int] | None:
     """Return which examples a run has right, and their number."""
     for result in results.get(case, arm):
-        correct, count = result.loads.get("evaluation", {}).get("correct_examples"), result.values.get("examples")
-        if result.seed == seed and isinstance(correct, str) and count:
+        evaluation, count = result.loads.get("evaluation"), result.values.get("examples")
+        correct = evaluation.get("correct_examples") if isinstance(evaluation, dict) else None
+        if (
+            result.seed != seed
+            or count is None
+            or not isinstance(correct, str)
+            or not re.fullmatch("[0-9a-f]+", correct)
+        ):
+            continue
+        if 0 < int(count) <= 4 * len(correct):
             return correct, int(count)
     return None
 

@@ -29,7 +29,7 @@ from dist_moe.observe.console import RunConsole
 from dist_moe.observe.evaluation import EvaluationMetrics
 from dist_moe.observe.metrics import Progress, StepMetrics, step_metrics
 from dist_moe.observe.pictures.logged_load import logged_loads
-from dist_moe.observe.record import RunRecorder, archive_previous_run
+from dist_moe.observe.record import RunRecorder, archive_previous_run, board_folder
 from dist_moe.observe.routing.observer import Distributions, bias_distribution
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from dist_moe.policies.shares import Shares
@@ -295,12 +295,10 @@ class Report:
         self.recorder.event("finished", self._done)
         if self.board is not None:
             self.board.evaluation(metrics)
-        folder = Path(self.config.run.dir)
         paths = {"metrics": self.recorder.metrics_path}
         paths |= {"checkpoint": checkpoint} if checkpoint is not None else {}
-        self.console.summary(
-            metrics, paths, folder if self.board is not None else None, self.config.balance.target_shares
-        )
+        board = None if self.board is None else self.board.folder
+        self.console.summary(metrics, paths, board, self.config.balance.target_shares)
 
 
 def describe_data(data: RunData) -> str:
@@ -347,7 +345,9 @@ def open_report(
         board = None
         if config.observe.tensorboard:
             board = stack.enter_context(
-                TensorBoardWriter(folder, done or None, console.warn, config.balance.target_shares)
+                TensorBoardWriter(
+                    board_folder(folder, continues), done or None, console.warn, config.balance.target_shares
+                )
             )
             if continues:
                 board.recall(logged_loads(recorder.metrics_path, done))

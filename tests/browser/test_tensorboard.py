@@ -15,7 +15,7 @@ MOST_CURVES = 25
 HEIGHT = 6400
 """Of a window that shows all cards; those out of sight have no data."""
 STEPS = {"debug": 20, "deep": 16, "classification": 12}
-LAYERS = {"debug": 3, "deep": 60, "classification": 4}
+LAYERS = {"debug": 2, "deep": 60, "classification": 4}
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_moe.config.sections.data import BUILT_IN, LABELED
+from dist_moe.data.files import refuse_same_files
 from dist_moe.data.labeled.arrow import arrow_files, is_dataset_folder, read_arrow
 from dist_moe.data.labeled.example import Example
 from dist_moe.data.labeled.local import is_glue_folder, labeled_files, read_labeled_files
@@ -44,6 +45,7 @@ def fetch_labeled(names: Sequence[str], cache: Path) -> list[SourceRecord]:
     """
     if repeated := repeated_names(names):
         raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "give each source once")
+    refuse_same_files((f"{name} ({path})", path) for name in names for _, path in labeled_source_files(name) or ())
     return [_record(name, cache) for name in names]
 
 

@@ -36,8 +36,8 @@ from dist_moe.observe.pictures.scale import (
 )
 
 PADDING_PX, GAP_PX = 6, 4
-SCALE_WIDTH_PX, SCALE_HEIGHT_PX = 140, 12
-MIN_INNER_PX = 290  # room for the color scale with its legend, and the texts
+SCALE_WIDTH_PX, SCALE_HEIGHT_PX = 130, 12
+MIN_INNER_PX = 280  # room for the color scale with its legend, and the texts
 MIN_PX_FOR_GRID = 6  # cells at least as high and wide have a line between them
 
 
@@ -93,7 +93,9 @@ def draw_heat_map(title: str, ratio_RC: NDArray[np.float64], axes: Axes, scale_n
     """
     rows, columns = ratio_RC.shape
     height, width = max(axes.cell_height, math.ceil(text_width(axes.rows) / rows)), axes.cell_width
-    left = PADDING_PX + LINE_PX + text_width(str(rows - 1)) + GAP_PX
+    first_number = text_width(str(axes.column_numbers[0])) // 2 if axes.column_numbers else 0
+    of_rows, of_columns = LINE_PX + text_width(str(rows - 1)), text_width(axes.columns) + first_number
+    left = PADDING_PX + max(of_rows, of_columns) + GAP_PX
     inner = max(columns * width, MIN_INNER_PX)
     title_lines, scale_lines = wrap(title, left + inner - PADDING_PX), wrap(scale_name, inner)
     top = PADDING_PX + len(title_lines) * LINE_PX + GAP_PX
@@ -105,7 +107,7 @@ def draw_heat_map(title: str, ratio_RC: NDArray[np.float64], axes: Axes, scale_n
     _write_lines(draw, PADDING_PX, PADDING_PX, title_lines)
     _number_rows(draw, rows, height, left, top)
     write_upwards(image, PADDING_PX - 2, (top + bottom) // 2, axes.rows)
-    _number_columns(draw, axes, left, bottom, left + inner)
+    _number_columns(draw, axes, left, bottom, left - first_number - GAP_PX)
     _draw_scale(draw, left, scale_top)
     _write_lines(draw, left, scale_top + SCALE_HEIGHT_PX + LINE_PX, scale_lines)
     pixels = np.array(image)
@@ -133,15 +135,13 @@ def _number_rows(draw: ImageDraw.ImageDraw, rows: int, height: int, left: int, t
         write(draw, left - GAP_PX, top + row * height + height / 2, str(row), "rm")
 
 
-def _number_columns(draw: ImageDraw.ImageDraw, axes: Axes, left: int, bottom: int, right: int) -> None:
-    """Number columns below them, and name the axis at the right end of that line."""
+def _number_columns(draw: ImageDraw.ImageDraw, axes: Axes, left: int, bottom: int, name_right: int) -> None:
+    """Number columns below them while the numbers fit, as rows, after the name of the axis."""
     y, widest = bottom + LINE_PX // 2 + 1, text_width(str(max(axes.column_numbers, default=0)))
-    last = right - text_width(axes.columns) - 2 * GAP_PX
     for column in range(0, len(axes.column_numbers), _step(widest + 8, axes.cell_width)):
         middle = left + column * axes.cell_width + axes.cell_width / 2
-        if middle + widest / 2 <= last:
-            write(draw, middle, y, str(axes.column_numbers[column]), "mm")
-    write(draw, right, y, axes.columns, "rm")
+        write(draw, middle, y, str(axes.column_numbers[column]), "mm")
+    write(draw, name_right, y, axes.columns, "rm")
 
 
 def _step(needed_px: int, cell_px: int) -> int:

@@ -9,7 +9,7 @@ from dist_moe.observe.pictures.heat_map import Axes, Picture, draw_heat_map
 from dist_moe.observe.pictures.over_steps import LoadOverSteps, targets_of
 from dist_moe.policies.shares import TargetShares, equal_shares
 
-MAP_WIDTH_PX, MAP_HEIGHT_PX = 290, 128
+MAP_WIDTH_PX, MAP_HEIGHT_PX = 280, 128
 MAX_CELL_HEIGHT_PX, MAX_CELL_WIDTH_PX = 20, 36
 MOST_LAYERS = 4
 """Layers whose experts are drawn over the steps."""
@@ -62,7 +62,7 @@ def draw_layers_over_steps(history: LoadOverSteps) -> Picture:
 
 
 def shown_layers(history: LoadOverSteps) -> list[int]:
-    """Return the layers whose experts are drawn: all of at most 4, else the 4 least balanced now, worst first."""
+    """Return the layers whose experts are drawn: all of at most 4, else the 4 least balanced ones, worst first."""
     if history.layers <= MOST_LAYERS:
         return list(range(history.layers))
     return history.least_balanced_layers(MOST_LAYERS)
@@ -80,7 +80,7 @@ def draw_experts_over_steps(history: LoadOverSteps, layer: int) -> Picture:
     """
     _require_columns(history)
     ratio_EC = history.ratio_EC(layer)
-    title = f"Experts of MoE layer {layer} over the steps; MaxVio {ratio_EC[:, -1].max() - 1:.2f} at the end"
+    title = f"Experts of MoE layer {layer} over the steps; MaxVio now {ratio_EC[:, -1].max() - 1:.2f}"
     name = RATIO_TO_TARGET_NAME if history.has_targets else RATIO_NAME
     return _over_steps(history, title, ratio_EC, "expert", name)
 

@@ -103,7 +103,7 @@ def write_page(
         cells: All that are planned.
         results: Of the finished ones.
         folder: For the figures, in or below that of the page.
-        changes: Of the configuration by the preset, which the texts of the study do not know of.
+        changes: Fields by which the runs of the preset differ, which the texts of the study do not know of.
 
     Raises:
         RunFolderError: A file cannot be written.

@@ -138,6 +138,15 @@ def read_plan(path: Path) -> StudyPlan:
     return plan.model_copy(update={"arms": {arm: plan.arms[arm] for arm in plan.keep}})
 
 
+def preset_changes(plan: StudyPlan, preset: str) -> Settings:
+    """Return in what the runs of a preset differ from those of a plan without one, as fields of a configuration."""
+    size, default = plan.presets[preset], Preset()
+    changes = {
+        name: getattr(size, name) for name in ("workers", "seeds") if getattr(size, name) != getattr(default, name)
+    }
+    return {**changes, **size.config}
+
+
 def plan_cells(plan: StudyPlan, preset: str) -> list[Cell]:
     """Make the cells of a preset, seed by seed, so that an unfinished study has the same number of seeds in each arm.
 

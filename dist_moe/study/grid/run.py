@@ -11,7 +11,7 @@ from dist_moe.errors import UserError, needs_folder
 from dist_moe.files import file_lock
 from dist_moe.study.grid.cells import Analysis, run_cell
 from dist_moe.study.grid.page import BASELINES, Log, Study, write_page
-from dist_moe.study.grid.plan import PLAN_FOLDER, Cell, check_cells, plan_cells, read_plan
+from dist_moe.study.grid.plan import PLAN_FOLDER, Cell, check_cells, plan_cells, preset_changes, read_plan
 from dist_moe.study.grid.statistics import Results
 from dist_moe.study.grid.store import CellResult, finished, read_results, refuse_others, results_file, write_results
 from dist_moe.text import counted, listed
@@ -119,7 +119,7 @@ def run_study(study: Study, place: Place, part: Part, log: Log) -> Results:
         finally:
             results = Results(done[cell.key] for cell in cells if cell.key in done)
             write_results(path, study.name, part.preset, cells, done.values())
-            changes = plan.presets[part.preset].config
+            changes = preset_changes(plan, part.preset)
             write_page(place.page, study, part.preset, cells, results, place.out, changes)
     return results
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dist_moe.observe.record import RunRecorder, archive_previous_run, host, source_state, versions
+from dist_moe.observe.record import RunRecorder, archive_previous_run, board_folder, host, source_state, versions
 from dist_moe.observe.tensorboard import TensorBoardWriter
 from tests.unit.observe.samples import evaluation_sample, step_sample
 
@@ -170,3 +170,16 @@ def test_all_files_of_a_run_are_archived_and_those_of_others_stay(tmp_path: Path
         assert archive_previous_run(tmp_path) == tmp_path / f"earlier-{number}"
         assert {path.name for path in (tmp_path / f"earlier-{number}").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"earlier-1", "earlier-2", "logs"}
+
+
+def test_folders_of_others_with_the_names_of_curves_stay(tmp_path: Path) -> None:
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "held_out.jsonl").touch()
+    assert archive_previous_run(tmp_path) is None
+    with TensorBoardWriter(tmp_path / "tensorboard") as board:  # of an earlier version
+        board.step(step_sample())
+    assert board_folder(tmp_path, continues=True) == tmp_path / "tensorboard"
+    assert board_folder(tmp_path, continues=False) == tmp_path
+    assert archive_previous_run(tmp_path) == tmp_path / "earlier-1"
+    assert {path.name for path in tmp_path.iterdir()} == {"validation", "earlier-1"}
+    assert board_folder(tmp_path, continues=True) == tmp_path

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,12 @@ def test_runs_are_compared_by_the_examples_that_only_one_of_them_has_right(tmp_p
     # -4 / 1200; 1.96 * sqrt((4 / 1200 - (4 / 1200)**2) / 1200); 2 / 2**4.
     assert page.count(" | 0 | 4 | -0.33 ± 0.33 | 0.12 |") == 12, "four tasks, three seeds"
     assert "| rotten_tomatoes | 50.0 | 60.0 | 70.0 | 80.1 | 80.1 | 80.1 | 1,920 | 9,000 | 1,313 |" in page
-    assert not re.search(r"[a-z]- [a-z]", page, re.IGNORECASE), "no word is broken at its hyphen"
+    assert not re.search(r"[a-z]-\n[a-z]", page, re.IGNORECASE), "no word is broken at its hyphen"
+    damages: tuple[Any, ...] = (None, [], *({"correct_examples": each} for each in (None, "zz", "f")))
+    for damaged in damages:
+        broken = [CellResult(**{**vars(one), "loads": {"evaluation": damaged}}) for one in made]
+        write_page(tmp_path / "page.md", study, "small", cells, Results(broken), tmp_path / "nlu")
+        assert "Compared by example" not in (tmp_path / "page.md").read_text()
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -198,3 +198,11 @@ def test_a_line_that_would_take_too_much_memory_is_refused(
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n' + line + "\n")
     with pytest.raises(DataError, match=rule):
         list(read_labeled(f"{tmp_path}/a.jsonl", tmp_path))
+
+
+def test_a_file_of_two_sources_is_refused(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "x", "label": 1}\n')
+    with pytest.raises(DataError, match="are one file, whose text would count twice"):
+        fetch_labeled([f"{tmp_path}/a.jsonl", f"{tmp_path}/*.jsonl"], tmp_path)
+    assert len(fetch_labeled([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], tmp_path)) == 2

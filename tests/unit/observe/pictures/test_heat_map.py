@@ -21,7 +21,8 @@ def test_title_axes_and_scale_are_drawn() -> None:
     assert dark(pixels[top:bottom, PADDING_PX + LINE_PX : left - 1]), "row numbers"
     assert dark(pixels[top:bottom, : PADDING_PX + LINE_PX]), "name of the rows"
     line = pixels[bottom : bottom + LINE_PX + 2]
-    assert dark(line[:, left : left + 18]) and dark(line[:, -PADDING_PX - 20 :]), "numbers, and the name at their right"
+    cells = [line[:, left + column * 18 : left + column * 18 + 18] for column in range(8)]
+    assert all(map(dark, cells)) and dark(line[:, : left - 8]), "each column is numbered, after the name of the axis"
     legend = pixels[bottom + LINE_PX + 2 :]
     for color in (NO_TOKENS_RGB, ABOVE_RGB, *scale_colors(np.array([0.0, 1.0])).tolist()):
         assert (legend == color).all(axis=-1).any()
