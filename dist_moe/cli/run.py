@@ -132,7 +132,7 @@ def train(
 
     with report_user_errors():
         rank_info = rank_info_from_env(os.environ)
-        # The launch has looked already.
+        # The launch has checked already.
         further_check = None if os.environ.get(LAUNCH_VARIABLE) else data_violations
         settings = load_config(config, overrides or (), rank_info.world_size, further_check)
         launched = fork_agent(rank_info.rank, rank_info.world_size, settings.run.dir)

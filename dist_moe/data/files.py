@@ -4,7 +4,7 @@ import codecs
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,7 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(_shown(path), rule, "make it readable for this user, or leave it out") from error
 
 
-def local_files(
-    pattern: str, suffixes: Sequence[str] = SUFFIXES, remedy_of: Callable[[Path], str] | None = None
-) -> list[tuple[str, Path]]:
+def local_files(pattern: str, suffixes: Sequence[str] = SUFFIXES, remedy: str = "") -> list[tuple[str, Path]]:
     """Return (name, path) of the files that a path or glob (with `**` too) matches, sorted by name.
 
     The name is the path below the fixed folder of the pattern, so moving that folder changes no name.
@@ -102,7 +100,7 @@ def local_files(
     Args:
         pattern: Of paths.
         suffixes: Of the files that can be read.
-        remedy_of: Returns what to do about a file with another suffix; None for documents.
+        remedy: What to do about a file with another suffix; "" for documents, whose remedy depends on the file.
 
     Raises:
         DataError: The pattern matches something else, a link to nothing, or a file twice under two names, or it looks
@@ -114,19 +112,12 @@ def local_files(
     except OSError as error:
         rule = f"has a folder that cannot be read ({reason_of(error)}: {printable(str(error.filename))})"
         raise DataError(f"data source {printable(pattern)!r}", rule, READ_FOLDER) from error
-    if remedy_of is None:
-        is_given_by_name = len(paths) == 1 and str(paths[0]) == pattern
-
-        def remedy_of(path: Path) -> str:
-            is_convertible = is_given_by_name or path.suffix in {*UNPACKED_WITH, *RECORDS}
-            return conversion(path) if is_convertible else LEAVE_OUT
-
-    _refuse_others(pattern, paths, suffixes, remedy_of)
+    _refuse_others(pattern, paths, suffixes, remedy)
     _refuse_twice(paths)
     return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
 
 
-def _refuse_others(pattern: str, paths: list[Path], suffixes: Sequence[str], remedy_of: Callable[[Path], str]) -> None:
+def _refuse_others(pattern: str, paths: list[Path], suffixes: Sequence[str], remedy: str) -> None:
     """Refuse files that would not be read: nothing is left out without a word."""
     others: list[Path] = []
     missing: list[Path] = []
@@ -138,14 +129,18 @@ def _refuse_others(pattern: str, paths: list[Path], suffixes: Sequence[str], rem
             missing.append(path)
         elif not path.is_file():
             special.append(path)
-    for found, rule, remedy in (
-        (others, f"which is not {listed(suffixes)}", remedy_of),
-        (missing, "a link to a file that does not exist", lambda _: "remove the link, or restore the file"),
-        (special, "which is not a regular file", lambda _: "leave it out, or write its content to a file"),
+    if others and not remedy:
+        is_given_by_name = len(paths) == 1 and str(paths[0]) == pattern
+        is_convertible = is_given_by_name or others[0].suffix in {*UNPACKED_WITH, *RECORDS}
+        remedy = conversion(others[0]) if is_convertible else LEAVE_OUT
+    for found, rule, hint in (
+        (others, f"which is not {listed(suffixes)}", remedy),
+        (missing, "a link to a file that does not exist", "remove the link, or restore the file"),
+        (special, "which is not a regular file", "leave it out, or write its content to a file"),
     ):
         if found:
             names = listed([_shown(path) for path in found], last="and", most=3)
-            raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", remedy(found[0]))
+            raise DataError(f"data source {printable(pattern)!r}", f"matches {names}, {rule}", hint)
 
 
 def _refuse_twice(paths: Iterable[Path]) -> None:

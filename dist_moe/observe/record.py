@@ -30,9 +30,11 @@ RECORDED_DISTRIBUTIONS = (
     "numpy",
     "tensorboard",
 )
+EVENT_FILES = "events.out.tfevents.*"
+"""Pattern of the names that TensorBoard's writer gives to its files."""
 RUN_FILES = (
     *("checkpoints", "trace", "metrics.jsonl", "events.jsonl", "run.json", "config.yaml"),
-    *("events.out.tfevents.*", "floor", "validation"),  # of TensorBoard
+    *(EVENT_FILES, "floor", "validation"),  # of TensorBoard
     "tensorboard",  # where earlier versions wrote these
 )
 """What a run writes into run.dir, as patterns of names."""
@@ -49,7 +51,7 @@ def archive_previous_run(folder: Path) -> Path | None:
         The new folder; None if there was no previous run.
     """
     found = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
-    present = [path for path in found if path.name not in CURVES or any(path.glob("events.out.tfevents.*"))]
+    present = [path for path in found if path.name not in CURVES or _has_event_files(path)]
     if not present:
         return None
     number = 1 + sum(1 for _ in folder.glob("earlier-*"))
@@ -65,10 +67,14 @@ def board_folder(folder: Path, continues: bool) -> Path:
 
     Args:
         folder: run.dir.
-        continues: Whether the run goes on with earlier files, which an earlier version kept in a folder `tensorboard`.
+        continues: Whether the run is resumed; one that an earlier version started has its event files in `tensorboard`.
     """
     earlier = folder / "tensorboard"
-    return earlier if continues and any(earlier.glob("events.out.tfevents.*")) else folder
+    return earlier if continues and _has_event_files(earlier) else folder
+
+
+def _has_event_files(folder: Path) -> bool:
+    return any(folder.glob(EVENT_FILES))
 
 
 class RunRecorder:

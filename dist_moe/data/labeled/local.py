@@ -35,7 +35,7 @@ def labeled_files(pattern: str) -> list[tuple[str, Path]]:
     folder = Path(pattern)
     if is_glue_folder(folder):
         return [(name, folder / name) for name in GLUE_FILES if (folder / name).is_file()]
-    return local_files(pattern, SUFFIXES, lambda _: f"give files with the {NEEDED}")
+    return local_files(pattern, SUFFIXES, f"give files with the {NEEDED}")
 
 
 def read_labeled_files(files: list[tuple[str, Path]], in_splits: bool) -> Iterator[Example]:

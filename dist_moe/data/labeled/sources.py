@@ -45,8 +45,9 @@ def fetch_labeled(names: Sequence[str], cache: Path) -> list[SourceRecord]:
     """
     if repeated := repeated_names(names):
         raise DataError(f"data.sources={list(names)}", f"repeats {', '.join(repeated)}", "give each source once")
-    refuse_same_files((f"{name} ({path})", path) for name in names for _, path in labeled_source_files(name) or ())
-    return [_record(name, cache) for name in names]
+    files = {name: labeled_source_files(name) or [] for name in names}
+    refuse_same_files((f"{name} ({path})", path) for name in names for _, path in files[name])
+    return [_record(name, files[name], cache) for name in names]
 
 
 def read_labeled(name: str, cache: Path) -> Iterator[Example]:
@@ -89,7 +90,7 @@ def labeled_source_files(name: str) -> list[tuple[str, Path]] | None:
     raise DataError(source, rule, remedy)
 
 
-def _record(name: str, cache: Path) -> SourceRecord:
+def _record(name: str, files: list[tuple[str, Path]], cache: Path) -> SourceRecord:
     if (package := PACKAGES.get(name)) is not None:
         return archive_record(name, package.archive, cache)
-    return files_record(name, "local", labeled_source_files(name) or [])
+    return files_record(name, "local", files)

@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ from typing import Any
 from dist_moe.errors import needs_folder
 from dist_moe.files import write_atomically
 from dist_moe.study.grid.claims import Claim, claim_lines
-from dist_moe.study.grid.plan import Cell, Settings
+from dist_moe.study.grid.plan import SMALL, Cell
 from dist_moe.study.grid.statistics import Results
 from dist_moe.study.tables import format_mean, markdown_table
 from dist_moe.text import counted
 
 WIDTH = 120
-SMALL = "small"
-"""The preset that the texts of the studies describe."""
 BASELINES = "baselines.json"
 Log = Callable[[str], None]
 
@@ -92,7 +90,7 @@ def write_page(
     cells: Sequence[Cell],
     results: Results,
     folder: Path,
-    changes: Settings | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page and its figures.
 
@@ -103,7 +101,7 @@ def write_page(
         cells: All that are planned.
         results: Of the finished ones.
         folder: For the figures, in or below that of the page.
-        changes: Fields by which the runs of the preset differ, which the texts of the study do not know of.
+        changes: `preset_changes`, which the texts of the study do not know of.
 
     Raises:
         RunFolderError: A file cannot be written.
@@ -124,23 +122,15 @@ def write_page(
         write_atomically(path, "\n".join(lines).rstrip() + "\n")
 
 
-def preset_lines(preset: str, changes: Settings) -> list[str]:
+def preset_lines(preset: str, changes: Mapping[str, Any]) -> list[str]:
     """Say by which fields the results are of other runs than the texts describe."""
     if preset == SMALL:
         return []
-    fields = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in _flat(changes))
+    fields = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in changes.items())
     return paragraphs(
         f"The sizes in the texts of this page are those of the preset `{SMALL}`. The results are of the preset "
         f"`{preset}`, which has {fields or 'the same sizes'}."
     )
-
-
-def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(dict(value), f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def command_lines(study: Study, preset: str) -> list[str]:

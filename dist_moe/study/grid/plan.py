@@ -13,15 +13,18 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from dist_moe.config.differences import differences
 from dist_moe.config.load import load_config
 from dist_moe.config.resolve import resolve
 from dist_moe.config.yaml_io import read_mapping, render
-from dist_moe.errors import ConfigError, UserError
+from dist_moe.errors import ABSENT, ConfigError, UserError
 from dist_moe.section import Section, broken_fields
 from dist_moe.text import listed, shown
 
 Settings = dict[str, Any]
 PLAN_FOLDER = Path("configs/study")
+SMALL = "small"
+"""The preset that the texts of the studies describe."""
 
 
 class Preset(Section):
@@ -138,13 +141,13 @@ def read_plan(path: Path) -> StudyPlan:
     return plan.model_copy(update={"arms": {arm: plan.arms[arm] for arm in plan.keep}})
 
 
-def preset_changes(plan: StudyPlan, preset: str) -> Settings:
-    """Return in what the runs of a preset differ from those of a plan without one, as fields of a configuration."""
-    size, default = plan.presets[preset], Preset()
-    changes = {
-        name: getattr(size, name) for name in ("workers", "seeds") if getattr(size, name) != getattr(default, name)
-    }
-    return {**changes, **size.config}
+def preset_changes(plan: StudyPlan, preset: str) -> dict[str, Any]:
+    """Return in what the runs of a preset differ from those of `SMALL`: values by dotted key."""
+    found, small = (
+        {"workers": size.workers, "seeds": size.seeds, **merged(plan.config, size.config)}
+        for size in (plan.presets[preset], plan.presets.get(SMALL, Preset()))
+    )
+    return {key: value for key, value, _ in differences(found, small) if value is not ABSENT}
 
 
 def plan_cells(plan: StudyPlan, preset: str) -> list[Cell]:

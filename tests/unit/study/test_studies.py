@@ -13,7 +13,7 @@ from dist_moe.observe.evaluation import evaluation_metrics
 from dist_moe.study.dynamic import THRESHOLDS, loss_at
 from dist_moe.study.grid.cells import scalars
 from dist_moe.study.grid.page import Study, write_page
-from dist_moe.study.grid.plan import Cell, plan_cells, read_plan
+from dist_moe.study.grid.plan import Cell, plan_cells, preset_changes, read_plan
 from dist_moe.study.grid.statistics import Results
 from dist_moe.study.grid.store import CellResult
 from tests.unit.study.grid.results import with_values
@@ -122,7 +122,7 @@ def test_runs_are_compared_by_the_examples_that_only_one_of_them_has_right(tmp_p
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_page_of_another_preset_says_what_its_runs_have(tmp_path: Path, name: str) -> None:
     study, cells, made = all_results(name)
-    changes = {"model": {"upcycle_layers": None, "config": {"hidden_size": 768}}, "train": {"steps": 1000}}
+    changes = {"model.upcycle_layers": None, "model.config.hidden_size": 768, "train.steps": 1000}
     write_page(tmp_path / "page.md", study, "full", cells, Results(made), tmp_path / name, changes)
     page = " ".join((tmp_path / "page.md").read_text().split())
     fields = "`model.upcycle_layers=null`, `model.config.hidden_size=768`, `train.steps=1000`"
@@ -130,6 +130,10 @@ def test_the_page_of_another_preset_says_what_its_runs_have(tmp_path: Path, name
     assert f"dist-moe study {name.replace('_', '-')} --preset full" in page
     write_page(tmp_path / "small.md", study, "small", cells, Results(made), tmp_path / name)
     assert "preset `small`" not in (tmp_path / "small.md").read_text()
+    plan = read_plan(PLANS / f"{name}.yaml")
+    assert preset_changes(plan, "small") == {}
+    found = preset_changes(plan, "full")
+    assert found["seeds"] == [0, 1, 2, 3, 4] and found["train.precision"] == "bf16"
 
 
 def test_the_loss_between_arms_is_read_on_a_line_and_not_beyond_them() -> None:
