@@ -14,7 +14,7 @@ from benchmarks.row import Row
 from benchmarks.step.programs import PROGRAMS, Place, prepare
 from benchmarks.step.session import CannotRun, Session, SessionError, Turn
 from benchmarks.step.setting import STEPS_OF_TEXT
-from dist_moe.balance.load import max_vio, max_vio_floor
+from dist_moe.balancing.load import max_vio, max_vio_floor
 
 Log = Callable[[str], None]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_moe.balance.load import max_vio
+from dist_moe.balancing.load import max_vio
 from dist_moe.checkpoint.errors import USE_ANOTHER, CheckpointError
 from dist_moe.checkpoint.format.hf_folder import (
     EXPERT_PATTERN,

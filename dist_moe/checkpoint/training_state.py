@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer
+from dist_moe.balancing.balancer import Balancer
 from dist_moe.checkpoint.errors import USE_ANOTHER, CheckpointError
 from dist_moe.checkpoint.format.hf_folder import read_tensors
 from dist_moe.checkpoint.format.hf_weights import parameter_slices

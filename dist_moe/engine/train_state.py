@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from dist_moe.balance.balancer import Balancer
+from dist_moe.balancing.balancer import Balancer
 from dist_moe.config import Config
 from dist_moe.data.corpus import TokenizedData
 from dist_moe.data.labeled.prepare import LabeledData

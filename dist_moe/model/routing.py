@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import RoutingCounts, count_routing
-from dist_moe.balance.losses import (
+from dist_moe.balancing.counts import RoutingCounts, count_routing
+from dist_moe.balancing.losses import (
     RoutingLosses,
     balance_loss,
     entropy_loss,
@@ -13,7 +13,7 @@ from dist_moe.balance.losses import (
     sequence_balance_loss,
     z_loss,
 )
-from dist_moe.balance.margins import count_margins
+from dist_moe.balancing.margins import count_margins
 from dist_moe.moe.records import RouterRecord
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, gate_scores, select

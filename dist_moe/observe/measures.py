@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
-from dist_moe.balance.load import (
+from dist_moe.balancing.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
+from dist_moe.balancing.load import (
     Shares,
     cov_floor,
     dead_experts,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import max_vio_floor, rank_load
+from dist_moe.balancing.load import max_vio_floor, rank_load
 from dist_moe.observe.measures import LoadMeasures, mean, measure_load, per_layer, shared_fields
 from dist_moe.policies.shares import Shares
 

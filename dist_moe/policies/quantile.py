@@ -6,7 +6,7 @@ b_i = -quantile_{1 - K/E}(m_i). There is no rate. Across ranks the margins are c
 exact; a mean of local quantiles would be another number.
 
 Source: J. Su, "MoE travelogue 6: optimal allocation", 2026, kexue.fm/archives/11619, where it follows
-from an allocation problem. The histogram is ours (`dist_moe.balance.margins`).
+from an allocation problem. The histogram is ours (`dist_moe.balancing.margins`).
 
 Shapes: E experts, K experts a token takes, Q bins.
 """

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts, unrouted_tokens
+from dist_moe.balancing.counts import RoutingCounts, add_counts, all_reduce_routing_counts, unrouted_tokens
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_counts, all_reduce_scalars
 from dist_moe.config import Config

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import mean_max_vio
+from dist_moe.balancing.load import mean_max_vio
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.reduce import all_reduce_counts
 from dist_moe.policies.shares import Shares

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_moe.balance.counts import unrouted_tokens
+from dist_moe.balancing.counts import unrouted_tokens
 from dist_moe.checkpoint.async_saver import Saved
 from dist_moe.checkpoint.format.hf_weights import own_type_of_model
 from dist_moe.checkpoint.format.layout import checkpoints_root

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balancing.balancer import Balancer
+from dist_moe.balancing.losses import RoutingLosses
 from dist_moe.checkpoint.format.dense_folder import Upcycling
 from dist_moe.checkpoint.pretrained import load_pretrained, load_upcycled
 from dist_moe.checkpoint.resume import Checkpoint, find_checkpoint, load_model, restore

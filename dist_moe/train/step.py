@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import RoutingCounts
+from dist_moe.balancing.balancer import Balancer
+from dist_moe.balancing.counts import RoutingCounts
 from dist_moe.comm.reduce import all_reduce_counts
 from dist_moe.engine.deepspeed import Engine
 from dist_moe.engine.train_state import RunBatch

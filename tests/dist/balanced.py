@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import RoutingCounts
+from dist_moe.balancing.balancer import Balancer
+from dist_moe.balancing.counts import RoutingCounts
 from dist_moe.checkpoint.format.hf_weights import load_weights, save_weights
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.config import load_config, resolve

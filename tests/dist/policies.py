@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balancing.balancer import Balancer
+from dist_moe.balancing.counts import RoutingCounts
+from dist_moe.balancing.losses import RoutingLosses
 from dist_moe.model.routing import count_record
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK

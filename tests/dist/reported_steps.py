@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import RoutingCounts
+from dist_moe.balancing.counts import RoutingCounts
 from dist_moe.comm.init import DistContext
 from dist_moe.comm.mesh import make_mesh
 from dist_moe.config import load_config

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balancing.balancer import Balancer
+from dist_moe.balancing.losses import RoutingLosses
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.data.stream import IGNORE_INDEX, Batch
 from dist_moe.engine.deepspeed import Engine, EngineSettings, start_engine

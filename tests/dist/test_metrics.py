@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.balance.load import max_vio_floor
+from dist_moe.balancing.load import max_vio_floor
 from dist_moe.comm.mesh import Mesh
 from tests.dist.balanced import whole_run
 from tests.dist.pool import RankPool

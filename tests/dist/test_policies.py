@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dist_moe.balance.losses import RoutingLosses, orthogonality_loss
+from dist_moe.balancing.losses import RoutingLosses, orthogonality_loss
 from dist_moe.comm.mesh import Mesh
 from dist_moe.model.inputs import model_inputs
 from dist_moe.policies.adaptive_weight import AdaptiveWeight

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-from dist_moe.balance.balancer import Balancer
+from dist_moe.balancing.balancer import Balancer
 from dist_moe.comm.exchange import start_exchange_counts, start_exchange_rows
 from dist_moe.comm.init import init_distributed
 from dist_moe.comm.mesh import Mesh, make_mesh

@@ -26,7 +26,7 @@ GROUND = {
 # Policies and families are below the configuration, because its fields and checks are made from them.
 TO_CONFIG = GROUND | {"policies", "families", "config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
-TO_MODEL = TO_COMM | {"data", "balance", "moe", "model", "observe"}
+TO_MODEL = TO_COMM | {"data", "balancing", "moe", "model", "observe"}
 TO_ENGINE = TO_MODEL | {"engine"}
 TO_TRAIN = TO_ENGINE | {"checkpoint", "health", "train"}
 MAY_IMPORT = {
@@ -46,10 +46,10 @@ MAY_IMPORT = {
     "worker": TO_CONFIG,
     "comm": TO_CONFIG | {"worker"},
     "data": TO_COMM,
-    "balance": TO_COMM,
+    "balancing": TO_COMM,
     "moe": TO_COMM,
-    "model": TO_COMM | {"data", "balance", "moe"},
-    "observe": TO_COMM | {"data", "balance", "moe"},
+    "model": TO_COMM | {"data", "balancing", "moe"},
+    "observe": TO_COMM | {"data", "balancing", "moe"},
     "engine": TO_MODEL,
     "health": TO_ENGINE,
     "checkpoint": TO_ENGINE,

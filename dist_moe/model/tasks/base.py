@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.losses import RoutingLosses, orthogonality_loss
+from dist_moe.balancing.counts import RoutingCounts
+from dist_moe.balancing.losses import RoutingLosses, orthogonality_loss
 from dist_moe.model.convert import find_layers
 from dist_moe.model.inputs import LabeledInputs, ModelInputs
 from dist_moe.model.routing import count_record, routing_loss

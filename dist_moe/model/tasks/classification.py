@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balancing.losses import RoutingLosses
 from dist_moe.config.sections.task import PoolingName
 from dist_moe.model.head import REGRESSION, head_of, pooling_of
 from dist_moe.model.inputs import LabeledInputs, ModelInputs

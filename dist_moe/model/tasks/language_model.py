@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balancing.losses import RoutingLosses
 from dist_moe.config.sections.model import CrossEntropyName
 from dist_moe.model.attention import documents_arguments
 from dist_moe.model.cross_entropy import choose_cross_entropy, output_head, plain_nll_sum

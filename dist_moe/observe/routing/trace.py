@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import count_values
+from dist_moe.balancing.counts import count_values
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.checks.packages import ARROW_EXTRA, has_pyarrow
 from dist_moe.errors import UserError, reason_of

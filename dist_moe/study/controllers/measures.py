@@ -10,7 +10,7 @@ from statistics import fmean, median, pstdev
 import torch
 from torch import Tensor
 
-from dist_moe.balance.margins import count_margins
+from dist_moe.balancing.margins import count_margins
 from dist_moe.policies.quantile import quantile_update
 
 WINDOW = 9

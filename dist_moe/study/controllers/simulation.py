@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import max_vio_floor
+from dist_moe.balancing.load import max_vio_floor
 from dist_moe.errors import UserError
 from dist_moe.study.controllers.measures import Measures, balancing_bias, measure, sign_steps
 from dist_moe.study.controllers.scores import Drift, draw_scores, random_source

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import count_routing
-from dist_moe.balance.load import max_vio
-from dist_moe.balance.margins import count_margins
+from dist_moe.balancing.counts import count_routing
+from dist_moe.balancing.load import max_vio
+from dist_moe.balancing.margins import count_margins
 from dist_moe.moe.select import ExpertThreshold, ThresholdRouting, TopK, gate_scores, select
 from dist_moe.policies.adaptive_weight import AdaptiveWeight
 from dist_moe.policies.base import Policy, RuleState

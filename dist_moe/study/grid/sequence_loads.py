@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_moe.balance.load import mean_max_vio
+from dist_moe.balancing.load import mean_max_vio
 from dist_moe.checkpoint.format.hf_weights import load_weights
 from dist_moe.checkpoint.format.layout import resolve_path, weights_folder
 from dist_moe.comm.init import init_distributed

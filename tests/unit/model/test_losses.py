@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balancing.losses import RoutingLosses
 from dist_moe.model.build import build_model
 from dist_moe.model.inputs import ModelInputs
 from dist_moe.model.tasks.language_model import LanguageModelTask

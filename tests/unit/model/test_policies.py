@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.losses import RoutingLosses
+from dist_moe.balancing.balancer import Balancer
+from dist_moe.balancing.losses import RoutingLosses
 from dist_moe.config.combinations import RANDOM_SELECTIONS, SCORES, SELECTIONS, refusal
 from dist_moe.config.model import VARYING_SELECTIONS
 from dist_moe.config.sections.router import RouterConfig

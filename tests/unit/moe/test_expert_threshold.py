@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.balancer import Balancer
+from dist_moe.balancing.balancer import Balancer
 from dist_moe.model.routing import count_record
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, select_by_expert_threshold

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_moe.balance.counts import count_routing
+from dist_moe.balancing.counts import count_routing
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import TopK
 from dist_moe.scores import Score

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_moe.balance.experts_per_token import experts_per_token_percentile
-from dist_moe.balance.load import (
+from dist_moe.balancing.experts_per_token import experts_per_token_percentile
+from dist_moe.balancing.load import (
     cov_floor,
     dead_experts_floor,
     load_deviation_percent_floor,

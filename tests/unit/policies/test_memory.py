@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.margins import BINS, count_margins
+from dist_moe.balancing.counts import RoutingCounts
+from dist_moe.balancing.margins import BINS, count_margins
 from dist_moe.policies.base import BiasPolicy, RuleState
 from dist_moe.policies.ema_quantile import SUM, WEIGHT, EmaQuantile
 from dist_moe.policies.expert_threshold import ExpertThresholds

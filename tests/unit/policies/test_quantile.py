@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.load import max_vio
-from dist_moe.balance.margins import BINS, count_margins
+from dist_moe.balancing.counts import RoutingCounts
+from dist_moe.balancing.load import max_vio
+from dist_moe.balancing.margins import BINS, count_margins
 from dist_moe.moe.select import TopK, bias_inputs, gate_scores, select_top_k
 from dist_moe.policies.quantile import Quantile, quantile_update
 from dist_moe.scores import Score

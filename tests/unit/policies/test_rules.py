@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.counts import RoutingCounts
+from dist_moe.balancing.counts import RoutingCounts
 from dist_moe.policies.adaptive_weight import AdaptiveWeight, adaptive_weight_update
 from dist_moe.policies.base import Policy
 from dist_moe.policies.loss_free import LossFree, loss_free_update

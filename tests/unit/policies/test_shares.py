@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.margins import count_margins
+from dist_moe.balancing.counts import RoutingCounts
+from dist_moe.balancing.margins import count_margins
 from dist_moe.policies.base import BiasPolicy, RuleState, SharesPolicy
 from dist_moe.policies.load_error import load_error
 from dist_moe.policies.registry import POLICIES, make_policy

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_moe.balance.counts import count_routing
-from dist_moe.balance.load import max_vio
+from dist_moe.balancing.counts import count_routing
+from dist_moe.balancing.load import max_vio
 from dist_moe.moe.select import TopK, select
 from dist_moe.policies.loss_free import loss_free_update
 from dist_moe.study.controllers.measures import Convergence, balancing_bias, measure, sign_steps, steps_to_reach

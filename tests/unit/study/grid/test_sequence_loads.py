@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_moe.balance.load import max_vio
+from dist_moe.balancing.load import max_vio
 from dist_moe.data.corpus import prepare
 from dist_moe.data.stream import Stream
 from dist_moe.study.grid.sequence_loads import (

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_moe.balance.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
+from dist_moe.balancing.experts_per_token import experts_per_token, experts_per_token_percentile, sum_k_histograms
 
 # 5 tokens that took one expert, 3 that took two, none that took three, 2 that took four.
 HAND_K = torch.tensor([5, 3, 0, 2])

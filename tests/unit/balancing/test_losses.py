@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.losses import (
+from dist_moe.balancing.losses import (
     balance_loss,
     entropy_loss,
     gate_shares,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_moe.balance.threshold_controller import MAX_THRESHOLD, control, start_controller
+from dist_moe.balancing.threshold_controller import MAX_THRESHOLD, control, start_controller
 from dist_moe.moe.select import ThresholdRouting, select_by_threshold
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts, count_routing
+from dist_moe.balancing.counts import RoutingCounts, add_counts, all_reduce_routing_counts, count_routing
 
 IDS_TK = torch.tensor([[0, 2], [2, -1], [-1, -1], [2, 1]])  # the third token is padding
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_moe.balance.load import (
+from dist_moe.balancing.load import (
     cov_floor,
     dead_experts,
     dead_experts_floor,

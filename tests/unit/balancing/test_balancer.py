@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dist_moe.balance.balancer import Balancer
-from dist_moe.balance.counts import RoutingCounts
-from dist_moe.balance.margins import BINS
+from dist_moe.balancing.balancer import Balancer
+from dist_moe.balancing.counts import RoutingCounts
+from dist_moe.balancing.margins import BINS
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ThresholdRouting, TopK
 from dist_moe.policies.adaptive_weight import AdaptiveWeight

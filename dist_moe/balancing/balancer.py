@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import RoutingCounts, add_counts, all_reduce_routing_counts
-from dist_moe.balance.margins import BINS
-from dist_moe.balance.threshold_controller import Controller, control, start_controller
+from dist_moe.balancing.counts import RoutingCounts, add_counts, all_reduce_routing_counts
+from dist_moe.balancing.margins import BINS
+from dist_moe.balancing.threshold_controller import Controller, control, start_controller
 from dist_moe.policies.base import Policy, RuleState
 from dist_moe.text import listed
 

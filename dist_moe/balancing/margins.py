@@ -6,7 +6,7 @@ Shapes: T tokens, E experts, K experts a token takes.
 import torch
 from torch import Tensor
 
-from dist_moe.balance.counts import count_values
+from dist_moe.balancing.counts import count_values
 
 BINS = 1000
 

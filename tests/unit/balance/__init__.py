@@ -1,1 +1,0 @@
-"""Tests of dist_moe.balance."""
