@@ -18,7 +18,7 @@ BROWSER_STAMP := $(VENV)/.installed-browser
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench bench-quick bench-check test test-change test-all test-cluster test-browser docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults tensorboard clean
+.PHONY: help setup train bench bench-quick bench-check test test-change test-all test-cluster test-browser docker docker-train docker-down lock check lint types format docs parity mutants fuzz faults families families-newest tensorboard clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -117,6 +117,15 @@ mutants: $(STAMP) ## break the code one line at a time; each time the named test
 
 fuzz: $(STAMP) ## feed damaged input to everything that reads input: no traceback, hang or growth
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
+
+families: $(STAMP) ## balance a small model of every family of transformers, and write docs/families.md; 5 minutes
+	$(BIN)/python -m tests.families $(ARGS)
+
+families-newest: ## the same on the newest transformers, in an environment of its own (build/newest)
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet -c constraints.txt -e '.[examples]'
+	build/newest/bin/python -m pip install --quiet --upgrade transformers
+	build/newest/bin/python -m tests.families $(ARGS)
 
 faults: $(STAMP) ## inject signals, damaged files and disk failures into runs; about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)

@@ -1,6 +1,25 @@
 """Distributed expert-parallel training of Mixture-of-Experts models, balanced without an auxiliary loss."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_moe.api import Balancer, Layer, Load, LoadWriter, UserError, balance
+
 DISTRIBUTION = "dist-moe-train"
 """The installed distribution that this package belongs to; another one imports under the same name."""
 
 __version__ = "0.1.0"
+__all__ = ["Balancer", "Layer", "Load", "LoadWriter", "UserError", "__version__", "balance"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the commands need neither PyTorch nor transformers to start."""
+    if name in __all__:
+        from dist_moe import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.balancing.counts import RoutingCounts, add_counts, all_reduce_routing_counts
@@ -66,6 +67,7 @@ class Balancer:
         schedule_steps: Optimizer steps over which the schedule of the policy's rate falls to 0.
         target_experts_per_token: Average that the threshold is controlled to, with threshold routing; None leaves
             the threshold unchanged.
+        group: The ranks whose counts are summed; None for all.
 
     Raises:
         TypeError: The selection bias of a router is not fp32.
@@ -78,6 +80,7 @@ class Balancer:
         device: torch.device,
         schedule_steps: int,
         target_experts_per_token: float | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         for name, router in routers.items():
             if router.selection_bias.dtype != torch.float32:
@@ -89,6 +92,7 @@ class Balancer:
         self.device = device
         self.schedule_steps = schedule_steps
         self.target_experts_per_token = target_experts_per_token
+        self.group = group
         self.steps_taken = 0
         self.memory = {name: self._empty_memory(router) for name, router in self.routers.items()}
         self.controller = self._start_controller()
@@ -111,6 +115,18 @@ class Balancer:
     def rate(self) -> float:
         """The rate of the next update; 0 under a policy without a rate, and once it is frozen."""
         return self.policy.rate_at(self.steps_taken, self.schedule_steps)
+
+    def to(self, device: torch.device) -> None:
+        """Move the memory, and begin a new window there; the routers' tensors are moved by their owner."""
+        self.device = device
+        self.memory = {
+            name: {kind: value.to(device) for kind, value in memory.items()} for name, memory in self.memory.items()
+        }
+        self._window = self._empty_window()
+
+    def empty_counts(self, name: str) -> RoutingCounts:
+        """Return the counts of a layer without a token."""
+        return self._empty_counts(self.routers[name])
 
     def observe(self, routing_counts: Sequence[RoutingCounts]) -> None:
         """Add one micro-batch: the counts of each layer on this rank, in the order of `routers`."""
@@ -240,7 +256,7 @@ class Balancer:
             router.threshold.fill_(controller.threshold)
 
     def _reduce_window(self) -> list[RoutingCounts]:
-        routing_counts = all_reduce_routing_counts(self._window, self.device)
+        routing_counts = all_reduce_routing_counts(self._window, self.device, self.group)
         self._window = self._empty_window()
         return routing_counts
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_moe.comm.reduce import all_reduce_counts
@@ -62,10 +63,12 @@ def add_counts(first: Sequence[RoutingCounts], second: Sequence[RoutingCounts]) 
     return [_sum(left, right) for left, right in zip(first, second, strict=True)]
 
 
-def all_reduce_routing_counts(routing_counts: Sequence[RoutingCounts], device: torch.device) -> list[RoutingCounts]:
-    """Sum over all ranks in ONE all-reduce for all layers. Collective; the shapes are equal on every rank."""
+def all_reduce_routing_counts(
+    routing_counts: Sequence[RoutingCounts], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[RoutingCounts]:
+    """Sum over the ranks of a group in ONE all-reduce for all layers. Collective; the shapes are equal on each."""
     flat = [count for layer_counts in routing_counts for count in layer_counts if isinstance(count, Tensor)]
-    summed = iter(all_reduce_counts(flat, device))
+    summed = iter(all_reduce_counts(flat, device, group))
     return [
         RoutingCounts(*(None if count is None else next(summed) for count in layer_counts))  # type: ignore[arg-type]
         for layer_counts in routing_counts

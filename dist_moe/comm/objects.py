@@ -33,7 +33,9 @@ class ExchangeError(UserError, RuntimeError):
     """A rank sent a value that is too large, or not of the expected type; the message has the rank and the reason."""
 
 
-def all_gather_objects(own: Object, kind: type[Object]) -> list[Object]:
+def all_gather_objects(
+    own: Object, kind: type[Object], group: dist.ProcessGroup | None = None, device: torch.device | None = None
+) -> list[Object]:
     """Return the value of each rank, by rank; for small values, outside of the training step. A collective call.
 
     Args:
@@ -41,13 +43,15 @@ def all_gather_objects(own: Object, kind: type[Object]) -> list[Object]:
         kind: Its type: None, bool, int, float, str, bytes, Path, an Enum, a pydantic model, or a tuple, list, dict,
             NamedTuple, dataclass or union of these. Members of a union must differ in JSON (not `str | bytes`), and a
             set is not supported, since it has no order.
+        group: The ranks; None for all.
+        device: Where the collective works; None for the current GPU with NCCL, and the CPU otherwise.
 
     Raises:
         ExchangeError: On every rank, if one of them sent a value that is larger than LARGEST_BYTES or not a `kind`.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [own]
-    return decode_all(_all_gather_bytes(encode(own)), kind)
+    return decode_all(_all_gather_bytes(encode(own), group, device), kind)
 
 
 def encode(value: Any) -> bytes:
@@ -109,17 +113,17 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be sent to other ranks; see all_gather_objects")
 
 
-def _all_gather_bytes(own: bytes) -> list[bytes]:
-    """Return the bytes of each rank of the default group, in two collectives: of the sizes, and of what has them."""
-    ranks = dist.get_world_size()
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+def _all_gather_bytes(own: bytes, group: dist.ProcessGroup | None, device: torch.device | None) -> list[bytes]:
+    """Return the bytes of each rank of a group, in two collectives: of the sizes, and of what has them."""
+    ranks = dist.get_world_size(group)
+    device = device or torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     sizes = torch.zeros(ranks, dtype=torch.int64, device=device)
-    dist.all_gather(list(sizes.split(1)), torch.tensor([len(own)], device=device))
+    dist.all_gather(list(sizes.split(1)), torch.tensor([len(own)], device=device), group)
     lengths = sizes.tolist()
     check_sizes(lengths)
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
     gathered = torch.zeros(ranks, max(lengths), dtype=torch.uint8, device=device)
-    dist.all_gather(list(gathered.unbind()), padded.to(device))
+    dist.all_gather(list(gathered.unbind()), padded.to(device), group)
     rows = gathered.cpu().numpy()
     return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]

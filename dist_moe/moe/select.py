@@ -4,7 +4,7 @@ Shapes: T tokens, E experts, K columns (the maximum number of experts a token ta
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from dist_moe.moe.kernels import kernels_for
 from dist_moe.moe.records import Routing
 from dist_moe.scores import OVER_LOGITS, Score
+
+GroupScore = Literal["top_2", "max"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class TopK:
         topk_groups: Number of groups that a token may take experts from.
         multiplicative: A bias b multiplies a score by exp(b) rather than being added to it.
         bias_in_gate_weights: Compute the gate weights from the biased scores too.
+        group_score: What a group is chosen by: the sum of its two best biased scores (DeepSeek-V3), or its best one
+            (DeepSeek-V2).
+        bias_on_probabilities: Add the bias to the probabilities of a softmax (ERNIE 4.5) rather than to its logits.
     """
 
     top_k: int
@@ -39,6 +44,8 @@ class TopK:
     topk_groups: int = 1
     multiplicative: bool = False
     bias_in_gate_weights: bool = False
+    group_score: GroupScore = "top_2"
+    bias_on_probabilities: bool = False
 
     @property
     def max_experts_per_token(self) -> int:
@@ -146,6 +153,8 @@ def bias_inputs(rule: Rule, bias_E: Tensor) -> BiasInputs:
     """
     if isinstance(rule, RandomRouting):
         return BiasInputs()
+    if isinstance(rule, TopK) and rule.bias_on_probabilities:
+        return BiasInputs(score_bias_E=bias_E)
     if rule.score in OVER_LOGITS or isinstance(rule, ExpertThreshold):
         return BiasInputs(logit_bias_E=bias_E)
     if isinstance(rule, TopK) and rule.multiplicative:
@@ -213,7 +222,7 @@ def select_top_k(
         inputs = BiasInputs(score_bias_E, logit_bias_E, log_weight_E)
         choice_TE = biased_scores(logits_TE.detach(), rule, inputs, scores_TE.detach())
         if rule.groups > 1:
-            choice_TE = _keep_topk_groups(choice_TE, rule.groups, rule.topk_groups)
+            choice_TE = _keep_topk_groups(choice_TE, rule)
         ids_TK = _highest(choice_TE, rule.top_k)
     if rule.bias_in_gate_weights and logit_bias_E is not None:
         logits_TE = logits_TE + logit_bias_E
@@ -349,11 +358,12 @@ def _highest(values_TN: Tensor, count: int) -> Tensor:
     return values_TN.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def _keep_topk_groups(choice_TE: Tensor, groups: int, topk_groups: int) -> Tensor:
-    """Exclude experts outside a token's best groups; a group's score is the sum of its two best (DeepSeek-V3)."""
-    choice_TGe = choice_TE.unflatten(1, (groups, -1))
-    group_scores_TG = choice_TGe.topk(min(2, choice_TGe.shape[-1]), dim=-1).values.sum(dim=-1)
-    kept = _highest(group_scores_TG, topk_groups)
+def _keep_topk_groups(choice_TE: Tensor, rule: TopK) -> Tensor:
+    """Exclude experts outside a token's best groups."""
+    choice_TGe = choice_TE.unflatten(1, (rule.groups, -1))
+    best = min(2 if rule.group_score == "top_2" else 1, choice_TGe.shape[-1])
+    group_scores_TG = choice_TGe.topk(best, dim=-1).values.sum(dim=-1)
+    kept = _highest(group_scores_TG, rule.topk_groups)
     excluded_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)
     return choice_TGe.masked_fill(excluded_TG.unsqueeze(-1), float("-inf")).view_as(choice_TE)
 

@@ -4,6 +4,7 @@ The number of cards does not depend on the model: what a run has for each layer 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -213,13 +214,17 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
-def step_curves(metrics: StepMetrics) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the values of a logged step by tag, and their floors."""
-    cards = [card for card in CARDS if metrics.load or not card.of_load]
-    return (
-        _present({card.tag: card.step(metrics) for card in cards}),
-        _present({card.tag: card.floor(metrics) for card in cards}),
-    )
+def step_curves(metrics: StepMetrics, load_alone: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the values of a logged step by tag, and their floors.
+
+    Args:
+        metrics: The step.
+        load_alone: Leave out what is not about the load, and what was not measured (NaN).
+    """
+    cards = [card for card in CARDS if (metrics.load if card.of_load else not load_alone)]
+    values = _present({card.tag: card.step(metrics) for card in cards})
+    floors = _present({card.tag: card.floor(metrics) for card in cards})
+    return (_measured(values), _measured(floors)) if load_alone else (values, floors)
 
 
 def validation_curves(metrics: EvaluationMetrics) -> dict[str, float]:
@@ -230,6 +235,10 @@ def validation_curves(metrics: EvaluationMetrics) -> dict[str, float]:
 
 def _present(values: Mapping[str, float | None]) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if value is not None}
+
+
+def _measured(values: Mapping[str, float]) -> dict[str, float]:
+    return {tag: value for tag, value in values.items() if not math.isnan(value)}
 
 
 GUIDE = f"""\
@@ -275,6 +284,15 @@ and picture takes the target of an expert instead of the mean.
 """
 
 
+TABLE_COLUMNS = {
+    "max_vio": "MaxVio",
+    "max_vio_computation": "MaxVio of a computation batch",
+    "load_deviation_percent": "deviation, %",
+    "rank_load": "rank load",
+}
+"""Of the table of layers: fields of a step, which have values of each layer, with their titles."""
+
+
 def layers_table(metrics: StepMetrics, target_shares: TargetShares = equal_shares) -> str:
     """Return a Markdown table with the numbers of each layer in a step, each followed by its floor in brackets.
 
@@ -283,12 +301,14 @@ def layers_table(metrics: StepMetrics, target_shares: TargetShares = equal_share
         target_shares: The target shares of the experts of a layer.
     """
     has_targets = any(target_shares(len(load)) is not None for load in metrics.load)
+    measured = {key: title for key, title in TABLE_COLUMNS.items() if not math.isnan(getattr(metrics, key))}
+    extremes_title = f"least and most loaded expert, load / {'target' if has_targets else 'mean'}"
+    titles = ["layer", *measured.values(), "experts per token", extremes_title, "bias"]
     lines = [
         f"Step {metrics.step:,}; the floor of each value is in brackets.",
         "",
-        "| layer | MaxVio | MaxVio of a computation batch | deviation, % | rank load | experts per token | least and "
-        f"most loaded expert, load / {'target' if has_targets else 'mean'} | bias |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
     ]
     for layer, load in enumerate(metrics.load):
         extremes = ", ".join(
@@ -300,7 +320,7 @@ def layers_table(metrics: StepMetrics, target_shares: TargetShares = equal_share
             *(
                 f"{getattr(metrics, f'{name}_per_layer')[layer]:.3f} "
                 f"({getattr(metrics, f'{name}_floor_per_layer')[layer]:.3f})"
-                for name in ("max_vio", "max_vio_computation", "load_deviation_percent", "rank_load")
+                for name in measured
             ),
             f"{metrics.experts_per_token_per_layer[layer]:.2f}",
             extremes,

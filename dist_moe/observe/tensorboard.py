@@ -53,6 +53,7 @@ class TensorBoardWriter:
             processes. None for a run from the start.
         warn: Called once when the disk fails, and once when it works again; the values in between are lost.
         target_shares: The target shares of the experts of a layer, for the pictures of the load.
+        load_alone: Write what is about the load alone, as far as it was measured.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class TensorBoardWriter:
         resumed_step: int | None = None,
         warn: Callable[[str], None] = print,
         target_shares: TargetShares = equal_shares,
+        load_alone: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self._purge_step = None if resumed_step is None else resumed_step + 1
         self._warn = warn
-        self._open = False
+        self._open, self._load_alone = False, load_alone
         self._writers: dict[str, SummaryWriter] = {}
         self._described: set[tuple[str, str]] = set()
         self._failed = False
@@ -139,7 +141,7 @@ class TensorBoardWriter:
         """Write the curves of one logged step."""
         if metrics.load and not metrics.skipped:
             self._load.add(metrics.step, metrics.load)
-        values, floors = step_curves(metrics)
+        values, floors = step_curves(metrics, self._load_alone)
         self._write(lambda: self._scalars(metrics.step, {STEPS: values, FLOOR: floors}))
 
     def pictures(self, metrics: StepMetrics, distributions: Mapping[str, NDArray[np.float64]]) -> None:

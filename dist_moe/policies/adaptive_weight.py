@@ -40,6 +40,7 @@ class AdaptiveWeight(LoadErrorPolicy):
     )
 
     proportional_by_default: ClassVar[bool] = True
+    bias_is_log_weight: ClassVar[bool] = True
 
     @classmethod
     def refusal(cls, selection: str, score: str) -> Refusal | None:

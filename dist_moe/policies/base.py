@@ -89,6 +89,7 @@ class Policy(Section):
         moves_bias: Whether the policy updates the selection bias; see `BiasPolicy`.
         has_rate: Whether `rate` and `schedule` mean something to the policy.
         needs_margins: Whether the rule reads `LayerCounts.margins_EQ`, which costs time and communication.
+        bias_is_log_weight: Whether the bias is the logarithm of a weight, which logits alone can have added.
         memory: Names of the tensors [E] that the rule keeps from step to step besides the bias.
     """
 
@@ -130,6 +131,7 @@ class Policy(Section):
     moves_bias: ClassVar[bool] = False
     has_rate: ClassVar[bool] = False
     needs_margins: ClassVar[bool] = False
+    bias_is_log_weight: ClassVar[bool] = False
     memory: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

@@ -57,8 +57,10 @@ MAY_IMPORT = {
     "doctor": TO_TRAIN,
     "study": TO_TRAIN,
     "launch": TO_CONFIG | {"worker"},
+    "attach": TO_MODEL,
+    "api": TO_TRAIN | {"attach"},
     "cli": TO_TRAIN | {"doctor", "study", "launch"},
-    "__init__": set(),
+    "__init__": {"api"},
     "__main__": {"cli"},
 }
 """Imports go one way: each part, and the others that it may import."""

@@ -145,7 +145,7 @@ def with_a_peer_s(rank: int, world_size: int, content: Callable[[], bytes]) -> t
     send = objects._all_gather_bytes
     sent = content() if rank == world_size - 1 else encode("own")
     with (
-        patch.object(objects, "_all_gather_bytes", lambda own: send(sent)),
+        patch.object(objects, "_all_gather_bytes", lambda own, *place: send(sent, *place)),
         counted("all_gather") as calls,
         pytest.raises(ExchangeError) as caught,
     ):

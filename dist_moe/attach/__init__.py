@@ -1,0 +1,1 @@
+"""Balancing and counting of the load in training loops of other frameworks."""
