@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
+    "tests.dist.without_pandas",
     "dist_moe.train.loop",
     "deepspeed",
     # What the first step would import.
