@@ -1,6 +1,6 @@
 """Finds the MoE layers of any Hugging Face model, in any wrapper: its experts, and the router next to them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
@@ -140,10 +140,15 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def text_config(model: nn.Module | None) -> Any:
+    """Return the Hugging Face configuration of the text part of a model; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def expert_groups(model: nn.Module) -> tuple[int, int]:
     """Return the expert groups of a Hugging Face configuration, and how many of them a token may take."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    text = text_config(model)
     return getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
 
 

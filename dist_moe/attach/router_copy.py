@@ -1,7 +1,7 @@
 """A copy of a router with random weights: a model's own router is never called, and nothing of it is changed.
 
 What a router computes of its logits does not depend on its weights, so the copy has the same rule. It is on the CPU and
-in fp32 whatever the model is: on the meta device, in bf16, or sharded by FSDP2 or ZeRO-3.
+in fp32, also of a model that is on the meta device, in bf16, or sharded by FSDP2 or ZeRO-3.
 
 Shapes: T tokens, D model width, E experts.
 """

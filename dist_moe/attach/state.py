@@ -23,7 +23,7 @@ LOSSES = ("auxiliary_loss", "z_loss", "orthogonality_loss")
 
 
 class LayerState:
-    """What the balancer keeps of a layer, in fp32 whatever the model's precision is; a `BalancedRouter`.
+    """What the balancer stores of a layer, in fp32 for a model of any precision; a `BalancedRouter`.
 
     Args:
         layer: The layer in the model.

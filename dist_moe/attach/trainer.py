@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from dist_moe.attach.layers import text_config
 from dist_moe.attach.writer import LoadWriter
 from dist_moe.errors import UserError
 from dist_moe.text import counted
@@ -130,8 +131,7 @@ class BalancerCallback(TrainerCallback, ExportableState):
 
 def warn_of_auxiliary_loss(model: nn.Module | None) -> None:
     """Warn if a model adds its own auxiliary loss, which TRL switches on by default."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    text = text_config(model)
     for key in AUXILIARY_KEYS:
         if getattr(text, "output_router_logits", False) and getattr(text, key, 0):
             logger.warning(

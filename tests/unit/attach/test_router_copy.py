@@ -56,7 +56,7 @@ def test_the_router_is_never_called_and_keeps_all_that_it_has(family: str) -> No
 
 @pytest.mark.parametrize("place", ["meta", "bf16", "partitioned"])
 def test_trap_T99_a_copy_is_of_full_size_in_fp32_on_the_cpu(place: str) -> None:
-    """Its results have the same bits wherever the model is and whatever its precision is."""
+    """Its results have the same bits for a model on any device and in any precision."""
     wanted = copy_of(last_layer("deepseek_v3")).call(torch.zeros(1))
     layer = last_layer("deepseek_v3")
     if place == "meta":

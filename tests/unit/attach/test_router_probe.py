@@ -184,7 +184,7 @@ def test_a_bias_of_its_own_with_the_known_rule() -> None:
 def test_trap_T99_a_bias_in_an_unknown_rule_is_used_without_a_rule(
     kind: Literal["weights", "temperature", "scaled"],
 ) -> None:
-    """The family's own bias raises experts whatever the gate weights are; a policy that reads logits is refused."""
+    """The family's own bias raises experts with any gate weights; a policy that reads logits is refused."""
     found = probe(ToyBiased(kind))
     assert (found.bias, found.rule) == ("own", None)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_moe.attach.load import Load
 from dist_moe.attach.writer import LoadWriter
 from dist_moe.balancing.counts import RoutingCounts
 from dist_moe.errors import UserError
+from tests.unit.observe.test_tensorboard import read, scalars
 
 COUNTS = [(6, 0, 2, 0), (1, 3, 2, 2)]
 
@@ -19,16 +19,6 @@ def make_load(step: int, *counts: tuple[int, ...], taken: bool = True) -> Load:
     layers = tuple(RoutingCounts(torch.tensor(each), torch.tensor([0, sum(each) // 2])) for each in counts or COUNTS)
     biases = (torch.tensor([-0.5, 0.25, 0.0, 0.125]), None)
     return Load(step, taken, ("a", "b"), biases, 0.001, layers)
-
-
-def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0, "histograms": 0})
-    events.Reload()
-    return events
-
-
-def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
-    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def write(folder: Path, *loads: Load, interval: int = 1, picture_interval: int = 0) -> None:
