@@ -65,6 +65,10 @@ def _serve(function: Callable[..., None], args: tuple[Any, ...]) -> None:
     # The server ends with the process that uses it, even if that is killed, unless a worker keeps its pipe open too.
     os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # See tests.dist.without_pandas; pyarrow, which asks for pandas when it makes an array, takes None for a module.
+    modules: dict[str, Any] = sys.modules
+    if modules.get("pandas", sys) is None:
+        del modules["pandas"]
     function(*args)
 
 

@@ -264,6 +264,7 @@ def _process_group(task: Task) -> Iterator[None]:
     import torch.distributed
 
     environment, folder, timeout = dict(os.environ), os.getcwd(), timedelta(seconds=task.timeout_s)
+    linear = torch.nn.functional.linear
     os.environ.update(
         RANK=str(task.rank),
         WORLD_SIZE=str(task.world_size),
@@ -285,6 +286,9 @@ def _process_group(task: Task) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
+        # ZeRO 3 of DeepSpeed replaces it for good. Its gradients come in another order, by which ZeRO 2 sums them: with
+        # ranks that differ in it, each gets the gradients of other parameters.
+        torch.nn.functional.linear = linear
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.use_deterministic_algorithms(False)

@@ -6,6 +6,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,10 +40,12 @@ def leave_a_mess(rank: int, world_size: int, folder: str) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
+    functional: Any = torch.nn.functional
+    functional.linear = functional.bilinear
     dist.new_group([0])
 
 
-def surroundings(rank: int, world_size: int) -> tuple[bool, str, torch.dtype, bool, int]:
+def surroundings(rank: int, world_size: int) -> tuple[bool, str, torch.dtype, bool, int, str]:
     """What a later task finds."""
     return (
         "LEFT_BEHIND" in os.environ,
@@ -50,6 +53,7 @@ def surroundings(rank: int, world_size: int) -> tuple[bool, str, torch.dtype, bo
         torch.get_default_dtype(),
         torch.is_grad_enabled(),
         torch.get_num_threads(),
+        torch.nn.functional.linear.__name__,
     )
 
 

@@ -1,6 +1,6 @@
-"""Keeps pandas out of the process that workers are forked from: it starts a thread, and packages import it if they can.
+"""Keeps pandas out of the process that workers are forked from: it imports pyarrow, which starts a thread.
 
-pandas is installed for the examples alone.
+transformers imports scikit-learn, and that pandas, if they are installed, as they are for the examples.
 """
 
 import sys
