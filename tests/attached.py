@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dist_moe.attach.layers import find_layers
-from dist_moe.attach.own_bias import find_own_bias
+from dist_moe.probe.layers import find_layers
+from dist_moe.probe.own_bias import find_own_bias
 
 VOCABULARY, EXPERTS = 128, 8
 SIZES: dict[str, Any] = {

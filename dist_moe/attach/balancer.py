@@ -10,10 +10,8 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
-from dist_moe.attach.layers import counted_in, expert_groups, find_layers, inner_model, repeats_tokens
 from dist_moe.attach.load import Load
 from dist_moe.attach.observer import Observer
-from dist_moe.attach.router_probe import BiasPlace
 from dist_moe.attach.state import LayerState, check_policy
 from dist_moe.attach.steppers import Attachment, attach_to
 from dist_moe.balancing.balancer import Balancer as Core
@@ -22,6 +20,8 @@ from dist_moe.comm.objects import all_gather_objects
 from dist_moe.errors import UserError
 from dist_moe.policies.base import Policy
 from dist_moe.policies.registry import make_policy
+from dist_moe.probe.layers import counted_in, expert_groups, find_layers, inner_model, repeats_tokens
+from dist_moe.probe.router_probe import BiasPlace
 from dist_moe.section import broken_fields
 from dist_moe.text import counted, listed
 

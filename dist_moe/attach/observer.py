@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dist_moe.attach.router_probe import read_results
 from dist_moe.attach.state import FrozenState, LayerState, select_again
 from dist_moe.balancing.counts import RoutingCounts, add_counts, count_routing
 from dist_moe.balancing.margins import count_margins
 from dist_moe.errors import UserError
 from dist_moe.moe.select import bias_inputs, gate_scores
+from dist_moe.probe.router_probe import read_results
 
 logger = logging.getLogger("dist_moe")
 

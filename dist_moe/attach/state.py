@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_moe.attach.layers import FoundLayer
-from dist_moe.attach.own_bias import find_own_bias
-from dist_moe.attach.router_probe import Probed, probe_router, read_results
-from dist_moe.attach.router_rule import Groups
 from dist_moe.errors import UserError
 from dist_moe.moe.select import select
 from dist_moe.policies.base import Policy, RoutingValues
+from dist_moe.probe.layers import FoundLayer
+from dist_moe.probe.own_bias import find_own_bias
+from dist_moe.probe.router_probe import Probed, probe_router, read_results
+from dist_moe.probe.router_rule import Groups
 from dist_moe.scores import OVER_LOGITS
 
 LOSSES = ("auxiliary_loss", "z_loss", "orthogonality_loss")

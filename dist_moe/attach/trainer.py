@@ -11,9 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from dist_moe.attach.layers import text_config
 from dist_moe.attach.writer import LoadWriter
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import text_config
 from dist_moe.text import counted
 
 if TYPE_CHECKING:

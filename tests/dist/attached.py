@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist_moe
 from dist_moe.attach.balancer import Balancer
-from dist_moe.attach.layers import find_layers
-from dist_moe.attach.own_bias import find_own_bias
 from dist_moe.engine.deepspeed import _clear_deepspeed, _forbid_compilation, _import_muon, _quieten, deepspeed
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import find_layers
+from dist_moe.probe.own_bias import find_own_bias
 from tests.attached import EXPERTS, Received, make_model, tokens
 
 RATE = 0.25

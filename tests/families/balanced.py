@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import dist_moe
-from dist_moe.attach.layers import find_layers
+from dist_moe.probe.layers import find_layers
 from tests.families.small import LENGTH, VOCABULARY, build, small_config
 
 STEPS, SEQUENCES, LAST = 20, 16, 5

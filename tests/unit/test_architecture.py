@@ -26,7 +26,7 @@ GROUND = {
 # Policies and families are below the configuration, because its fields and checks are made from them.
 TO_CONFIG = GROUND | {"policies", "families", "config"}
 TO_COMM = TO_CONFIG | {"worker", "comm"}
-TO_MODEL = TO_COMM | {"data", "balancing", "moe", "model", "observe"}
+TO_MODEL = TO_COMM | {"data", "balancing", "moe", "probe", "model", "observe"}
 TO_ENGINE = TO_MODEL | {"engine"}
 TO_TRAIN = TO_ENGINE | {"checkpoint", "health", "train"}
 MAY_IMPORT = {
@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "data": TO_COMM,
     "balancing": TO_COMM,
     "moe": TO_COMM,
-    "model": TO_COMM | {"data", "balancing", "moe"},
+    "probe": TO_COMM | {"moe"},
+    "model": TO_COMM | {"data", "balancing", "moe", "probe"},
     "observe": TO_COMM | {"data", "balancing", "moe"},
     "engine": TO_MODEL,
     "health": TO_ENGINE,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.attach.layers import find_layers
 from dist_moe.attach.observer import Observer
 from dist_moe.attach.state import LayerState
 from dist_moe.balancing.margins import BINS
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import find_layers
 from tests.attached import EXPERTS, FAMILIES, Received, added, make_model, tokens, train_on
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import dist_moe
-from dist_moe.attach.layers import find_layers
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import find_layers
 from tests.attached import EXPERTS, Received, hooks_of, make_model, signs, tokens, train_on
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.attach.layers import FoundLayer, find_layers
 from dist_moe.attach.state import LayerState, select_again
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import FoundLayer, find_layers
 from tests.attached import EXPERTS, make_model
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dist_moe
-from dist_moe.attach.layers import inner_model, repeats_tokens
 from dist_moe.attach.steppers import attach_to
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import inner_model, repeats_tokens
 from tests.attached import make_model, tokens, train_on
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_moe.attach.layers import FoundLayer
+from dist_moe.probe.layers import FoundLayer
 
 
 class OwnBias(NamedTuple):

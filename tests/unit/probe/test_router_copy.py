@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.attach.layers import FoundLayer, find_layers
-from dist_moe.attach.own_bias import find_own_bias
-from dist_moe.attach.router_copy import TOKENS, RouterCopy
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import FoundLayer, find_layers
+from dist_moe.probe.own_bias import find_own_bias
+from dist_moe.probe.router_copy import TOKENS, RouterCopy
 from tests.attached import EXPERTS, make_model, tensors_of
 
 

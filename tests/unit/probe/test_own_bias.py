@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_moe.attach.layers import FoundLayer, find_layers
-from dist_moe.attach.own_bias import OwnBias, find_own_bias, full_shape
+from dist_moe.probe.layers import FoundLayer, find_layers
+from dist_moe.probe.own_bias import OwnBias, find_own_bias, full_shape
 from tests.attached import EXPERTS, make_model
 
 PLACES = {

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_moe.attach.layers import FoundLayer, find_layers
-from dist_moe.attach.own_bias import find_own_bias
-from dist_moe.attach.router_copy import Call
-from dist_moe.attach.router_probe import Places, Probed, find_places, probe_router, read_results
-from dist_moe.attach.router_rule import Sample, fit_rule
 from dist_moe.errors import UserError
 from dist_moe.moe.select import TopK
+from dist_moe.probe.layers import FoundLayer, find_layers
+from dist_moe.probe.own_bias import find_own_bias
+from dist_moe.probe.router_copy import Call
+from dist_moe.probe.router_probe import Places, Probed, find_places, probe_router, read_results
+from dist_moe.probe.router_rule import Sample, fit_rule
 from tests.attached import EXPERTS, make_model
 
 WIDTH = 16

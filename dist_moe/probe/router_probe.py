@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_moe.attach.layers import FoundLayer
-from dist_moe.attach.own_bias import OwnBias
-from dist_moe.attach.router_copy import Call, RouterCopy
-from dist_moe.attach.router_rule import SCORES, Groups, Sample, fit_rule
 from dist_moe.errors import UserError
 from dist_moe.moe.select import TopK
+from dist_moe.probe.layers import FoundLayer
+from dist_moe.probe.own_bias import OwnBias
+from dist_moe.probe.router_copy import Call, RouterCopy
+from dist_moe.probe.router_rule import SCORES, Groups, Sample, fit_rule
 
 BiasPlace = Literal["own", "ours"]
 LARGE = 1e3

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_moe.attach.own_bias import OwnBias, full_shape
 from dist_moe.errors import UserError
+from dist_moe.probe.own_bias import OwnBias, full_shape
 
 TOKENS = 256
 NOT_COPIED = ("_parameters", "_buffers", "_modules", "forward")

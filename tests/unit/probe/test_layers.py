@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_moe.attach.layers import counted_in, find_layers
 from dist_moe.errors import UserError
+from dist_moe.probe.layers import counted_in, find_layers
 from tests.attached import EXPERTS, FAMILIES, make_model
 
 BLOCKS = {"granitemoe": "block_sparse_moe", "afmoe": "mlp"}

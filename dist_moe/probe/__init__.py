@@ -1,0 +1,1 @@
+"""Finds the MoE layers of a Hugging Face model, and what its routers compute."""
