@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -33,7 +33,19 @@ COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.js
 CHUNK_NUMEL = 1 << 22
 
 
-def export(path: Path, out: Path, dtype: Dtype) -> Path:
+class Exported(NamedTuple):
+    """What was exported.
+
+    Attributes:
+        source: The checkpoint.
+        without_bias: Whether selection biases were left out, for which the family has no place.
+    """
+
+    source: Path
+    without_bias: bool
+
+
+def export(path: Path, out: Path, dtype: Dtype, plain: bool = False) -> Exported:
     """Write `out` with one model.safetensors, config.json and the tokenizer.
 
     Args:
@@ -41,9 +53,7 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
         out: A folder that does not exist or is empty; nothing is removed.
         dtype: Of the weights. `fp32` takes the optimizer's master weights where the checkpoint stores them. Selection
             biases and thresholds keep their dtype.
-
-    Returns:
-        The checkpoint that was exported.
+        plain: Write what the family's class of transformers saves, without selection biases that it has no place for.
 
     Raises:
         CheckpointError, WeightsError: The path is not a checkpoint, it is damaged, or `out` is not empty.
@@ -61,7 +71,10 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
     try:
         partial.mkdir(parents=True)
         try:
-            _write_folder(source, model, partial, dtype)
+            without_bias = plain and _write_plain(source, model, partial, dtype)
+            if not plain:
+                _write_folder(source, model, partial, dtype)
+            _copy_files(model, partial)
             os.rename(partial, out)
             sync_folder(out.parent)
         finally:
@@ -70,7 +83,22 @@ def export(path: Path, out: Path, dtype: Dtype) -> Path:
         reason = f"{reason_of(error)}: {error.filename or out}"
         remedy = "use a folder on a disk with free space and write permission"
         raise CheckpointError(f"{out} cannot be written ({reason}); {remedy}") from None
-    return source
+    return Exported(source, without_bias)
+
+
+def _write_plain(source: Path, model: Path, partial: Path, dtype: Dtype) -> bool:
+    from dist_moe.checkpoint.format.plain_folder import write_plain  # imports the classes of transformers
+
+    if dtype != "fp32":
+        return write_plain(model, partial, dtype, None)
+    with ShardReader(source / "state") as masters:
+        return write_plain(model, partial, dtype, masters)
+
+
+def _copy_files(model: Path, partial: Path) -> None:
+    for name in COPIED_FILES:
+        if exists(model / name) and not exists(partial / name):
+            write_atomically(partial / name, read_text(model / name, follow=True))
 
 
 def _check_free(source: Path, out: Path, partial: Path) -> None:
@@ -94,7 +122,11 @@ def _write_folder(source: Path, model: Path, partial: Path, dtype: Dtype) -> Non
         paths = {stored.file for stored in order}
         files = {each: stack.enter_context(safe_open(each, framework="pt")) for each in paths}
         out_file = stack.enter_context(path.open("xb"))
-        contents = (_read_bytes(stored, files[stored.file], masters, dtypes[stored.name]) for stored in order)
+        ours = _names_of_masters(model) if masters is not None else {}
+        contents = (
+            _read_bytes(stored, files[stored.file], masters, dtypes[stored.name], ours.get(stored.name, stored.name))
+            for stored in order
+        )
         blocks: Iterator[Any] = itertools.chain([_header(order, dtypes)], itertools.chain.from_iterable(contents))
         for block in blocks:
             digest.update(block)
@@ -107,9 +139,6 @@ def _write_folder(source: Path, model: Path, partial: Path, dtype: Dtype) -> Non
         raw_config["dtype"] = TORCH_NAMES[dtype]
         raw_config.pop("torch_dtype", None)
     write_atomically(partial / "config.json", json.dumps(raw_config, indent=2, sort_keys=True) + "\n")
-    for name in COPIED_FILES:
-        if exists(model / name):
-            write_atomically(partial / name, read_text(model / name, follow=True))
 
 
 def _target_dtype(stored: StoredTensor, dtype: Dtype) -> str:
@@ -136,14 +165,23 @@ def _header(order: Sequence[StoredTensor], dtypes: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_bytes(stored: StoredTensor, file: Any, masters: ShardReader | None, dtype: str) -> Iterator[memoryview]:
+def _names_of_masters(model: Path) -> dict[str, str]:
+    """Return the names of master weights by those in the files, where they differ."""
+    from dist_moe.checkpoint.format.hf_weights import names_in_files  # imports the classes of transformers
+
+    return {name: ours for ours, name in names_in_files(model).items()}
+
+
+def _read_bytes(
+    stored: StoredTensor, file: Any, masters: ShardReader | None, dtype: str, name: str
+) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in its target dtype, CHUNK_NUMEL elements at a time."""
     flat = file.get_tensor(stored.name).reshape(-1)
-    reader = masters if masters is not None and masters.has(MASTER, stored.name) else None
+    reader = masters if masters is not None and masters.has(MASTER, name) else None
     for start in range(0, stored.numel, CHUNK_NUMEL):
         chunk = flat[start : start + CHUNK_NUMEL]
         if reader is not None:
-            chunk = reader.read(MASTER, stored.name, start, chunk.numel())
+            chunk = reader.read(MASTER, name, start, chunk.numel())
         if dtype != stored.dtype:
             chunk = chunk.to(torch.float32 if dtype == "F32" else torch.bfloat16)
         yield memoryview(chunk.contiguous().view(torch.uint8).numpy())

@@ -28,7 +28,9 @@ from dist_moe.files import exists
 from dist_moe.text import counted, format_bytes
 from dist_moe.untrusted import printable
 
-BIAS_PATTERN = re.compile(r"(.+)\.gate\.(?:e_score_correction_bias|selection_bias)")
+BIAS_PATTERN = re.compile(
+    r"(.+?)(?:\.(?:gate|router|moe_statics))*\.(?:e_score_correction_bias|selection_bias|expert_bias)"
+)
 MAX_EXPERTS = 1 << 20
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from dist_moe.balancing.balancer import Balancer
 from dist_moe.checkpoint.errors import USE_ANOTHER, CheckpointError
 from dist_moe.checkpoint.format.hf_folder import read_tensors
-from dist_moe.checkpoint.format.hf_weights import parameter_slices
+from dist_moe.checkpoint.format.hf_weights import names_in_files
 from dist_moe.checkpoint.format.manifest import read_strict_json, reason_in_file
+from dist_moe.checkpoint.format.model_tensors import parameter_slices
 from dist_moe.checkpoint.format.shard_reader import RANDOM, ShardReader
 from dist_moe.checkpoint.format.tensor_header import read_header
 from dist_moe.comm.mesh import Mesh
@@ -208,8 +209,10 @@ def _restore_masters(engine: Engine, fragments: list[TensorFragment], reader: Sh
             fragment.view_of(fragment.optimizer_tensor).copy_(stored)
         else:
             from_model.setdefault(fragment.name, []).append(fragment)
-    for name, weight in read_tensors(model, from_model):
-        for fragment in from_model[name]:
+    in_files = names_in_files(model) if from_model else {}
+    ours = {in_files.get(name, name): name for name in from_model}
+    for name, weight in read_tensors(model, ours):
+        for fragment in from_model[ours[name]]:
             stored = weight.reshape(-1)[fragment.start : fragment.start + fragment.numel]
             fragment.view_of(fragment.optimizer_tensor).copy_(stored)
 

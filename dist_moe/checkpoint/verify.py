@@ -14,15 +14,14 @@ from dist_moe.checkpoint.format.hf_weights import (
     bias_names,
     build_empty_model,
     find_weights,
-    parameter_slices,
     read_config,
 )
 from dist_moe.checkpoint.format.layout import list_checkpoints, resolve_path, step_of
 from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, Manifest, find_damage, find_unlisted, read_manifest
+from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK, parameter_slices
 from dist_moe.checkpoint.format.shard_reader import RANDOM, parse_key
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, read_header
 from dist_moe.checkpoint.training_state import Counters, read_balance, read_counters
-from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, load_stored_config
 from dist_moe.data.load_tokenizer import load_tokenizer
 from dist_moe.engine.optimizer_shards import MASTER, STEPS, moment_names
@@ -32,7 +31,6 @@ from dist_moe.model.convert import find_layers
 from dist_moe.text import counted
 from dist_moe.untrusted import printable
 
-SINGLE_RANK = Mesh(world_size=1, rank=0, expert_parallel=1)
 CHUNK_NUMEL = 1 << 22
 MAX_WORKERS = 1 << 20
 

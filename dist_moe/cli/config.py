@@ -52,10 +52,16 @@ def print_config(
     with report_user_errors():
         resolved = check_config(config, overrides, workers or 1)
         from dist_moe.checkpoint.format.hf_weights import own_type_of_run
+        from dist_moe.families.registry import family_of
 
         written = load_config(config, overrides or ())
         if own_type := own_type_of_run(resolved):
             print(f"# {own_type}")
+        architecture = resolved.config.model.architecture
+        if not family_of(architecture).separates_documents:
+            from dist_moe.model.inputs import documents_line
+
+            print(f"# {documents_line(architecture)}")
         print(printed(resolved, written, workers is not None), end="")
 
 

@@ -275,7 +275,8 @@ def _refusals(config: Config, cls: Any, arguments: Mapping[str, Any]) -> list[Vi
 
 def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
     value = getattr(config.router, name) if field is None else getattr(settings, field)
-    return DEFAULT_ROUTING.get(name) if value is None else value
+    defaults = {**DEFAULT_ROUTING, **family_of(config.model.architecture).defaults}
+    return defaults.get(name) if value is None else value
 
 
 def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) -> list[Violation]:
@@ -285,6 +286,8 @@ def _routing_violations(config: Config, experts: int, filled: dict[str, Any]) ->
         return Violation(routing_key(config, name), filled[name], rule, remedy)
 
     top_k, groups, topk_groups = filled["top_k"], filled["groups"], filled["topk_groups"]
+    if top_k is not None and not isinstance(top_k, int):
+        return [violation("top_k", "is not one integer for all layers", f"use {up_to(experts)}")]
     violations = []
     if top_k is None or not 1 <= top_k <= experts:
         rule = f"is not within the model's {counted(experts, 'expert')}"

@@ -54,6 +54,8 @@ def shape_violations(config: Config, settings: Any) -> list[Violation]:
     for key in (*POSITIVE_EVERYWHERE, *family.positive_keys):
         if family.feed_forward is not None and key == "moe_intermediate_size":
             continue  # its experts have the intermediate_size
+        if family.is_probed and not isinstance(getattr(settings, key, None), int):
+            continue  # not all families have it, or one for all layers
         value = getattr(settings, key)
         if value is None or value < 1:
             violations.append(Violation(f"model.config.{key}", value, "is not positive", "give 1 or more"))
@@ -73,8 +75,12 @@ def size_violations(arguments: Mapping[str, Any]) -> list[Violation]:
     return [
         Violation(f"model.config.{key}", value, f"is above {largest:,}", "give a smaller number")
         for key, value in arguments.items()
-        if type(value) is int and value > (largest := LARGEST.get(key, LARGEST_SIZE))
+        if type(value) is int and value > (largest := _largest(key))
     ]
+
+
+def _largest(key: str) -> int:
+    return LARGEST.get("vocab_size" if "vocab" in key else key, LARGEST_SIZE)
 
 
 def unsupported_violations(
@@ -135,19 +141,21 @@ def _widths(config: Config, settings: Any) -> list[Violation]:
     multiple = ROW_BYTES // (4 if config.train.precision == "fp32" else 2)
     dense = family_of(config.model.architecture).feed_forward is not None
     for key in ("hidden_size", "intermediate_size" if dense else "moe_intermediate_size"):
-        if (width := getattr(settings, key)) % multiple:
+        width = getattr(settings, key, None)
+        if isinstance(width, int) and width % multiple:
             rule = f"is not a multiple of {multiple} (rows of experts start every {ROW_BYTES} bytes)"
             near = multiple * max(1, round(width / multiple))
             violations.append(Violation(f"model.config.{key}", width, rule, f"give for example {near}"))
-    if settings.hidden_act not in ACT2FN:
+    activation = getattr(settings, "hidden_act", "silu")
+    if activation not in ACT2FN:
         rule = "is not an activation of transformers"
-        violations.append(Violation("model.config.hidden_act", settings.hidden_act, rule, "use silu"))
+        violations.append(Violation("model.config.hidden_act", activation, rule, "use silu"))
     return violations
 
 
 def _length(config: Config, settings: Any) -> list[Violation]:
-    longest = settings.max_position_embeddings
-    if config.data.sequence_length <= longest:
+    longest = getattr(settings, "max_position_embeddings", None)
+    if longest is None or config.data.sequence_length <= longest:
         return []
     rule = f"is longer than the model's {longest} positions"
     remedy = "shorten it, or raise model.config.max_position_embeddings"

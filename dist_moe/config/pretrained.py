@@ -20,7 +20,7 @@ from dist_moe.errors import ConfigError, Violation, reason_of
 from dist_moe.families.built_in import BUILT_IN
 from dist_moe.families.dense import DENSE, EXPERTS_KEY, LAYERS_KEY, TOP_K_KEY
 from dist_moe.families.record import Family
-from dist_moe.families.registry import ARCHITECTURES, FAMILIES
+from dist_moe.families.registry import ARCHITECTURES, FAMILIES, FAMILIES_TEXT
 from dist_moe.files import UNSEEN_REMEDY, entries, why_unseen
 from dist_moe.section import expand_home
 from dist_moe.text import listed, nearest, shown
@@ -221,7 +221,7 @@ def _architectures(settings: Mapping[Any, Any], source: WeightsSource) -> Iterat
 def _no_folder(source: WeightsSource) -> Violation:
     """Return why a value is not the folder of a model."""
     key, given = source.key, str(source.value)
-    folder, supported = Path(given), listed(DENSE if key == UPCYCLE_KEY else FAMILIES)
+    folder, supported = Path(given), listed(DENSE) if key == UPCYCLE_KEY else FAMILIES_TEXT
     if reason := why_unseen(folder / SETTINGS):
         return Violation(key, given, reason, UNSEEN_REMEDY)
     if not folder.exists() and HUB_NAME.fullmatch(given):
@@ -246,7 +246,7 @@ def unreadable(source: WeightsSource, error: Exception) -> Violation:
 def _unusable_type(source: WeightsSource, model_type: Any, architecture: str) -> tuple[str, str] | None:
     """Return why a model of this type cannot be used, and what to do; None if it can."""
     upcycled, name = source.key == UPCYCLE_KEY, str(model_type)
-    supported = DENSE if upcycled else FAMILIES
+    supported = listed(DENSE) if upcycled else FAMILIES_TEXT
     if model_type is not None and not isinstance(model_type, str):
         return f"has the model_type {shown(model_type)}, which is not a text", "correct its config.json"
     if name.startswith(OWN_PREFIX) and (upcycled or name.removeprefix(OWN_PREFIX) not in DENSE):
@@ -261,7 +261,7 @@ def _unusable_type(source: WeightsSource, model_type: Any, architecture: str) ->
         return f"holds a {name}, which is dense", remedy
     if name.removeprefix(OWN_PREFIX) not in ARCHITECTURES:
         rule = f"holds a {name}, which is not supported" if model_type else "does not say its model_type"
-        return rule, f"give the folder of a {listed(supported)} model, or add the family (docs/extending.md)"
+        return rule, f"give the folder of a model ({supported}), or add the family (docs/extending.md)"
     if name.removeprefix(OWN_PREFIX) != architecture:
         remedy = f"set model.architecture to it, or leave that out, or give the folder of a {architecture}"
         return f"holds a {name}", remedy
@@ -288,7 +288,7 @@ def _stated(source: WeightsSource, config: Config, cls: Any, known: set[str]) ->
     routing = raw.pop("dist_moe", {})
     raw["model_type"] = architecture
     try:
-        settings = cls.from_dict(raw)
+        settings = cls.from_dict(cls._decode_special_floats(raw))  # the infinite ends of ranges
         stated = {key: getattr(settings, key) for key in sorted(known) if hasattr(settings, key)}
         values: dict[str, Any] = json.loads(json.dumps(stated))
     except Exception as error:  # the class of another library may raise anything for unexpected values

@@ -74,7 +74,7 @@ def model_shape(resolved: Resolved, vocabulary: int) -> ModelShape:
     """Count the parameters of the model on the meta device, which takes no memory."""
     config = resolved.config
     settings = AutoConfig.for_model(config.model.architecture, **{**resolved.model_config, "vocab_size": vocabulary})
-    model = empty_model(settings, routing_rule(config.router, config.balance), Mesh(1, 0, 1))
+    model = empty_model(settings, routing_rule(config.router, config.balance, config.model.architecture), Mesh(1, 0, 1))
     freeze_layers(model, config.train.frozen_layers)
     of_experts = [p for layer in find_layers(model) for p in layer.experts.local.parameters()]
     experts, frozen_experts = _total(of_experts), _total(p for p in of_experts if not p.requires_grad)

@@ -64,7 +64,7 @@ def small_model_config(context: DoctorContext, expert_parallel: int) -> tuple[di
     """Return the keys of the model's config class and the selection rule of a small model that trains in seconds."""
     config, family = context.config, family_of(context.config.model.architecture)
     settings = {**context.resolved.model_config, "vocab_size": VOCABULARY}
-    rule = routing_rule(config.router, config.balance)
+    rule = routing_rule(config.router, config.balance, config.model.architecture)
     top_k = min(rule.max_experts_per_token, context.resolved.experts)
     experts = min(max(MIN_EXPERTS, top_k), context.resolved.experts)
     experts = -(-experts // expert_parallel) * expert_parallel

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dist_moe.errors import Violation
 from dist_moe.scores import Score
@@ -69,6 +69,12 @@ class Family:
         shape_violations: What the model's code refuses although the config class accepts it, from the Hugging Face
             config; called once `positive_keys` are positive.
         feed_forward: Of a dense family; None for a family of MoE models.
+        is_probed: Whether the layers of a model are found, and what its routers compute is verified, when it is built:
+            of the families whose records were made by program. `block`, `router` and `experts` are then not used.
+        defaults: Routing values that the family's router has without a key, by the fields of the section `router`.
+        group_score: What a group of experts is chosen by.
+        bias_on_probabilities: Whether the family adds a selection bias to the probabilities of its softmax.
+        separates_documents: Whether tokens see their own document only where the positions of a row begin again.
         encoder: Whether tokens attend to later ones, too.
     """
 
@@ -97,3 +103,8 @@ class Family:
     rotary_keys_of_attention: tuple[str, ...] = ()
     feed_forward: FeedForward | None = None
     encoder: bool = False
+    is_probed: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    group_score: Literal["top_2", "max"] = "top_2"
+    bias_on_probabilities: bool = False
+    separates_documents: bool = True

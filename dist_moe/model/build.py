@@ -1,19 +1,24 @@
 """Build a model: Hugging Face config -> model on the meta device -> local experts only -> initial values."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.sections.model import AttentionName, KernelsName, NormName
 from dist_moe.config.sections.router import RouterConfig
+from dist_moe.errors import UserError
+from dist_moe.families.model_class import language_model_class
 from dist_moe.families.registry import family_of
 from dist_moe.model.attention import attention_name
-from dist_moe.model.convert import MoeLayer, convert, find_layers
+from dist_moe.model.convert import MoeLayer, convert, find_layers, recorded_rule
+from dist_moe.model.family.experts import FamilyExperts
+from dist_moe.model.family.router import FamilyRouter
 from dist_moe.model.head import attach_head, has_head
 from dist_moe.model.norm import fuse_norms
 from dist_moe.moe.experts import BiasedExperts
@@ -21,6 +26,10 @@ from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.policies.base import Policy
 from dist_moe.scores import OVER_LOGITS, Score
+from dist_moe.text import listed
+
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of the initial weights of experts, where the config class of a family does not say it."""
 
 
 def build_model(
@@ -65,10 +74,12 @@ def empty_model(
     moe_kernels: KernelsName = "auto",
 ) -> PreTrainedModel:
     """Build the converted model on the meta device: shapes without memory."""
-    config._attn_implementation = attention_name(attention)
     family = family_of(config.model_type)
+    kind: Any = AutoModel if family.encoder else language_model_class(config)
+    config._attn_implementation = _attention_of(kind, attention) if family.is_probed else attention_name(attention)
     with torch.device("meta"):
-        model = (AutoModel if family.encoder else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
+        make = kind.from_config if family.encoder else kind._from_config
+        model = make(config, dtype=torch.float32)
         if has_head(config):
             attach_head(model)
     if getattr(model, "pooler", None) is not None:
@@ -79,29 +90,25 @@ def empty_model(
     return model
 
 
+def _attention_of(kind: Any, attention: AttentionName) -> str:
+    """Return the implementation of a class of any family: that of transformers, which has all kinds of scores."""
+    return "sdpa" if kind._supports_sdpa else "eager"
+
+
 def family_rule(config: PretrainedConfig, score: Score) -> TopK:
     """Read the top-K rule of a Hugging Face config, with the gate function `score`."""
     family = family_of(config.model_type)
-
-    def value(key: str | None, default: Any) -> Any:
-        return default if key is None else getattr(config, key)
-
-    return TopK(
-        top_k=value(family.top_k_key, None),
-        score=score,
-        normalize=bool(value(family.normalize_key, False)),
-        routed_scaling_factor=float(value(family.scaling_factor_key, 1.0)),
-        groups=int(value(family.groups_key, 1) or 1),
-        topk_groups=int(value(family.topk_groups_key, 1) or 1),
-    )
+    rule = recorded_rule(family, config)
+    return replace(rule, score=score, bias_on_probabilities=rule.bias_on_probabilities and score == "softmax")
 
 
-def routing_rule(router: RouterConfig, policy: Policy) -> Rule:
+def routing_rule(router: RouterConfig, policy: Policy, architecture: str) -> Rule:
     """The rule of a resolved configuration.
 
     Args:
         router: With every field filled.
         policy: The balancing policy, which may apply the bias in its own way.
+        architecture: Of the model.
 
     Raises:
         RuntimeError: A field of `router` is not filled.
@@ -123,8 +130,12 @@ def routing_rule(router: RouterConfig, policy: Policy) -> Rule:
         )
     groups, topk_groups = router.groups or 1, router.topk_groups or 1
     multiplicative = policy.bias_multiplies_scores and score not in OVER_LOGITS
+    family = family_of(architecture)
+    on_probabilities = family.bias_on_probabilities and score == "softmax" and not policy.bias_is_log_weight
     return TopK(
-        top_k, score, normalize, routed_scaling_factor, groups, topk_groups, multiplicative, bias_in_gate_weights
+        *(top_k, score, normalize, routed_scaling_factor, groups, topk_groups, multiplicative, bias_in_gate_weights),
+        group_score=family.group_score,
+        bias_on_probabilities=on_probabilities and not bias_in_gate_weights,
     )
 
 
@@ -139,17 +150,30 @@ def materialize(model: PreTrainedModel) -> None:
         if isinstance(module, Router):
             module.reset_state()
             continue
-        persistent = set(module.state_dict(keep_vars=True).keys())
         # Rotary tables are not persistent, so no file holds them: the class's own initialization computes them.
-        own = [name for name, buffer in module.named_buffers(recurse=False) if name not in persistent]
-        if own:
+        if module._non_persistent_buffers_set:
             model._init_weights(module)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield buffer
 
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, seed: int) -> None:
-    """Write the initial values that the model's class defines; each module and expert has a generator of its own."""
+    """Write the initial values that the model's class defines; each module and expert has a generator of its own.
+
+    Raises:
+        UserError: The class does not define all of them.
+    """
     layers = find_layers(model)
+    stored = [*model.parameters(), *_persistent_buffers(model)]
+    for tensor in stored:
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
     ours = {id(part) for layer in layers for part in (layer.router, layer.experts, layer.experts.local)}
     for name, module in model.named_modules():
         if id(module) not in ours:
@@ -157,11 +181,21 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
                 torch.manual_seed(derived_seed(seed, name))
                 model._init_weights(module)
     for layer in layers:
-        _initialize_layer(layer, model.config.initializer_range, seed)
+        _initialize_layer(layer, getattr(model.config, "initializer_range", INITIALIZER_RANGE), seed)
+    missing = [
+        name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and tensor.isnan().any()
+    ]
+    if missing:
+        raise UserError(
+            f"the class {type(model).__name__} of transformers has no initial values for {listed(missing, most=3)}; "
+            "start from the weights of a folder, with model.pretrained"
+        )
 
 
 def _initialize_layer(layer: MoeLayer, std: float, seed: int) -> None:
-    _fill_normal(layer.router.weight, std, derived_seed(seed, f"{layer.name}.router"))
+    # The weights of a family's own router have the values of its class, if that defines them.
+    if not isinstance(layer.router, FamilyRouter) or bool(layer.router.matrix.isnan().any()):
+        _fill_normal(layer.router.matrix, std, derived_seed(seed, f"{layer.name}.router"))
     layer.router.reset_state()
     mesh, local = layer.experts.mesh, layer.experts.local
     for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
@@ -211,7 +245,8 @@ def freeze_layers(model: PreTrainedModel, count: int) -> None:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Make optimizer groups {"name", "params", "weight_decay"}: no decay on norms, biases and embeddings."""
     without_decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    without_decay |= {id(b) for m in model.modules() if isinstance(m, BiasedExperts) for b in (m.up_bias, m.down_bias)}
+    experts = (module for module in model.modules() if isinstance(module, BiasedExperts | FamilyExperts))
+    without_decay |= {id(bias) for module in experts for name, bias in module.named_parameters() if "bias" in name}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():

@@ -102,6 +102,50 @@ def find_documents(documents_BS: Tensor) -> Documents:
     return Documents(starts_N1.to(torch.int32), int(starts_N1.diff().max()))
 
 
+def documents_line(architecture: str) -> str:
+    """Say in a line that each document is given a row of its own."""
+    return (
+        f"{architecture} computes across the documents of a row: each document is given a row of its own, padded to "
+        "the longest one"
+    )
+
+
+class SplitInputs(NamedTuple):
+    """Inputs with one document in each row.
+
+    Attributes:
+        inputs: [N, L], with the length L of the longest document; the rest of a row is padding.
+        place_T: int64 [B * S], the place of each token of the original rows in the new ones.
+    """
+
+    inputs: ModelInputs
+    place_T: Tensor
+
+
+def split_documents(inputs: ModelInputs) -> SplitInputs:
+    """Give each document of packed rows a row of its own."""
+    positions_BS = inputs.positions_BS
+    is_start_BS = positions_BS == 0
+    is_start_BS[:, 0] = True
+    document_T = is_start_BS.flatten().cumsum(0) - 1
+    starts_N = is_start_BS.flatten().nonzero().flatten()
+    token_T = torch.arange(len(document_T), device=document_T.device)
+    offset_T = token_T - starts_N[document_T]
+    documents, length = len(starts_N), int(offset_T.max()) + 1
+    place_T = document_T * length + offset_T
+    real_BS = torch.ones_like(is_start_BS) if inputs.mask_BS is None else inputs.mask_BS
+
+    def spread(values_BS: Tensor, filler: int) -> Tensor:
+        rows = values_BS.new_full((documents * length,), filler)
+        return rows.index_copy_(0, place_T, values_BS.flatten()).view(documents, length)
+
+    positions_NL = torch.arange(length, device=positions_BS.device).expand(documents, length)
+    split = ModelInputs(
+        spread(inputs.tokens_BS, 0), spread(inputs.targets_BS, -100), positions_NL, spread(real_BS, False)
+    )
+    return SplitInputs(split, place_T)
+
+
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to a device; from pinned memory, from which a GPU copies while the host goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -16,8 +16,7 @@ from dist_moe.balancing.losses import (
 from dist_moe.balancing.margins import count_margins
 from dist_moe.moe.records import RouterRecord
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import ExpertThreshold, gate_scores, select
-from dist_moe.scores import OVER_LOGITS
+from dist_moe.moe.select import ExpertThreshold, bias_inputs, gate_scores, select
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def count_record(router: Router, record: RouterRecord, needs_margins: bool) -> R
         return layer_counts
     # Margins are measured in what the bias is added to: the logits of a softmax or of thresholds, or else the scores.
     thresholds = isinstance(router.rule, ExpertThreshold)
-    over_logits = thresholds or router.rule.score in OVER_LOGITS
+    over_logits = thresholds or bias_inputs(router.rule, router.selection_bias).logit_bias_E is not None
     scores_TE = record.logits_TE if over_logits else gate_scores(record.logits_TE, router.rule.score)
     top_k = None if thresholds else router.max_experts_per_token
     margins_EQ = count_margins(scores_TE, router.selection_bias, top_k, record.mask_T)

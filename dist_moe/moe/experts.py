@@ -3,6 +3,7 @@
 Shapes: Q rows, D model width (in `grouped_linear` any input width), H output width, F expert width, e local experts.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,7 +41,29 @@ class Part(NamedTuple):
         return expert * self.stacked[0].numel() + self.first * row
 
 
-class GroupedExperts(nn.Module):
+class Experts(nn.Module, ABC):
+    """The experts of one rank."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, Part]:
+        """The tensors of an expert, by their names in weights folders."""
+
+    @abstractmethod
+    def forward(self, rows_QD: Tensor, weights_Q: Tensor, ends_e: Tensor) -> Tensor:
+        """Apply each expert to its rows, and multiply the results by the gate weights.
+
+        Args:
+            rows_QD: Sorted by local expert.
+            weights_Q: The gate weight of each row.
+            ends_e: int32, the index after each expert's last row; rows after the last one's belong to none.
+
+        Returns:
+            [Q, D] in the dtype of the rows.
+        """
+
+
+class GroupedExperts(Experts):
     """Gated networks down(act(gate(x)) * up(x)) without bias, independent of other ranks.
 
     Args:
@@ -80,24 +103,13 @@ class GroupedExperts(nn.Module):
         }
 
     def forward(self, rows_QD: Tensor, weights_Q: Tensor, ends_e: Tensor) -> Tensor:
-        """Apply each expert to its rows, and multiply the results by the gate weights.
-
-        The weights are applied before the last projection, which is linear.
-
-        Args:
-            rows_QD: Sorted by local expert.
-            weights_Q: The gate weight of each row.
-            ends_e: int32, the index after each expert's last row; rows after the last one's belong to none.
-
-        Returns:
-            [Q, D] in the dtype of the rows.
-        """
+        """As `Experts.forward`; the weights are applied before the last projection, which is linear."""
         gate_up_QF = grouped_linear(rows_QD, self.gate_up_proj, ends_e)
         gated_QF = gate(gate_up_QF, weights_Q.to(rows_QD.dtype).unsqueeze(1), self.activation, self.kernels)
         return grouped_linear(gated_QF, self.down_proj, ends_e)
 
 
-class BiasedExperts(nn.Module):
+class BiasedExperts(Experts):
     """Networks down(act(up(x))), both layers with a bias, independent of other ranks.
 
     Args:
@@ -129,14 +141,11 @@ class BiasedExperts(nn.Module):
         return {name: Part(stacked, 0, stacked.shape[1]) for name, stacked in names.items()}
 
     def forward(self, rows_QD: Tensor, weights_Q: Tensor, ends_e: Tensor) -> Tensor:
-        """Apply each expert to its rows, and multiply the results by the gate weights; as `GroupedExperts.forward`."""
+        """As `Experts.forward`."""
         weights_Q1 = weights_Q.to(rows_QD.dtype).unsqueeze(1)
         up_QF = grouped_bias(grouped_linear(rows_QD, self.up_proj, ends_e), self.up_bias, ends_e)
         down_QD = grouped_linear(self.activation(up_QF) * weights_Q1, self.down_proj, ends_e)
         return grouped_bias(down_QD, self.down_bias, ends_e, weights_Q1)
-
-
-Experts = GroupedExperts | BiasedExperts
 
 
 def grouped_bias(rows_QH: Tensor, bias_eH: Tensor, ends_e: Tensor, weights_Q1: Tensor | None = None) -> Tensor:

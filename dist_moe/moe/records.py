@@ -37,6 +37,15 @@ class RouterRecord(NamedTuple):
     mask_T: Tensor | None
     weights_TK: Tensor
 
+    def at(self, place_T: Tensor, mask_T: Tensor | None) -> "RouterRecord":
+        """Return the record of the tokens at these places.
+
+        Args:
+            place_T: int64.
+            mask_T: Of them.
+        """
+        return RouterRecord(self.logits_TE[place_T], self.ids_TK[place_T], mask_T, self.weights_TK[place_T])
+
     def detached(self) -> "RouterRecord":
         """Return the record without the graph."""
         return self._replace(logits_TE=self.logits_TE.detach(), weights_TK=self.weights_TK.detach())

@@ -4,15 +4,30 @@ Shapes: T tokens, D model width, E experts, K columns (the maximum number of exp
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_moe.moe.records import RouterRecord
+from dist_moe.moe.records import RouterRecord, Routing
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, select
+
+
+class FamilyBias(Protocol):
+    """Where a family keeps the selection bias.
+
+    Attributes:
+        owner: The module.
+        name: Its name there.
+    """
+
+    @property
+    def owner(self) -> nn.Module: ...
+
+    @property
+    def name(self) -> str: ...
 
 
 class Router(nn.Module):
@@ -45,9 +60,12 @@ class Router(nn.Module):
 
     def __init__(self, num_experts: int, width: int, rule: Rule) -> None:
         super().__init__()
+        self._add_state(num_experts, rule)
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+
+    def _add_state(self, num_experts: int, rule: Rule) -> None:
         self.rule = rule
         self.num_experts = num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("last_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         start = torch.tensor(rule.threshold, dtype=torch.float32) if isinstance(rule, ThresholdRouting) else None
@@ -57,9 +75,19 @@ class Router(nn.Module):
         self._record: RouterRecord | None = None
 
     @property
+    def family_bias(self) -> "FamilyBias | None":
+        """The selection bias of the family's own router, in whose place this router has its own; None without one."""
+        return None
+
+    @property
+    def matrix(self) -> nn.Parameter:
+        """The weights [E, D] of the logits."""
+        return self.weight
+
+    @property
     def is_balanced(self) -> bool:
         """Whether a balancer may update the state: not that of a frozen router, nor of random routing."""
-        return self.weight.requires_grad and not isinstance(self.rule, RandomRouting)
+        return self.matrix.requires_grad and not isinstance(self.rule, RandomRouting)
 
     @property
     def max_experts_per_token(self) -> int:
@@ -129,15 +157,19 @@ class Router(nn.Module):
         # Autocast would compute the matmul in bf16, whose 8 bits make close scores equal or swap them.
         with torch.autocast(hidden.device.type, enabled=False):
             logits_TE = _WideLinear.apply(hidden_TD, self.weight)
-            routing = select(logits_TE, self.rule, self.selection_bias, self.threshold)
-        ids_TK = routing.ids_TK
+            routing = self._route(logits_TE)
+        return logits_TE, routing.weights_TK.to(hidden.dtype), routing.ids_TK
+
+    def _route(self, logits_TE: Tensor) -> Routing:
+        """Select experts for the tokens that are not padding, and record them where a record is open."""
+        routing = select(logits_TE, self.rule, self.selection_bias, self.threshold)
         if self._mask_T is not None:
-            ids_TK = ids_TK.masked_fill(~self._mask_T.unsqueeze(-1), -1)
+            routing = routing._replace(ids_TK=routing.ids_TK.masked_fill(~self._mask_T.unsqueeze(-1), -1))
         if self._open:
             if self._record is not None:
                 raise RuntimeError("a router ran twice in one forward of the model; its record holds one run")
-            self._record = RouterRecord(logits_TE, ids_TK, self._mask_T, routing.weights_TK)
-        return logits_TE, routing.weights_TK.to(hidden.dtype), ids_TK
+            self._record = RouterRecord(logits_TE, routing.ids_TK, self._mask_T, routing.weights_TK)
+        return routing
 
 
 class _WideLinear(torch.autograd.Function):

@@ -27,6 +27,7 @@ from dist_moe.data.sources import source_files
 from dist_moe.engine.train_state import RunData
 from dist_moe.errors import ABSENT, ConfigError, Violation
 from dist_moe.families.registry import family_of
+from dist_moe.model.convert import find_layers
 from dist_moe.model.head import has_head, label_names
 from dist_moe.model.tasks.classification import ClassificationTask
 from dist_moe.model.tasks.language_model import LanguageModelTask
@@ -63,7 +64,7 @@ class CheckpointEvaluation:
     target_shares: TargetShares
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> CheckpointEvaluation:
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), without_bias: bool = False) -> CheckpointEvaluation:
     """Evaluate the model of a checkpoint or of a Hugging Face folder, with its tokenizer.
 
     The text is that of the checkpoint's configuration, of which the validation split is evaluated; or that of an
@@ -74,6 +75,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
     Args:
         path: As `resolve_path`.
         overrides: `key=value` replacements of READ_FIELDS.
+        without_bias: Evaluate it with selection biases of 0.
 
     Raises:
         CheckpointError, WeightsError: The path is not a checkpoint, or it is damaged.
@@ -103,6 +105,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Checkpoint
         expert_parallel = rank_info.world_size if experts % rank_info.world_size == 0 else 1
         mesh = make_mesh(expert_parallel, shared_memory=given.parallel.shared_memory)
         model = load_weights(folder, mesh)
+        if without_bias:
+            for layer in find_layers(model):
+                layer.router.selection_bias.zero_()
         task = (ClassificationTask if has_head(model_config) else LanguageModelTask)(model).to(dist_context.device)
         text = validation_set(given, data)
         shares = given.balance.target_shares(experts)

@@ -23,6 +23,7 @@ from dist_moe.data.labeled.stream import ExampleStream
 from dist_moe.engine.train_state import RunData
 from dist_moe.errors import needs_folder
 from dist_moe.files import others_may_write
+from dist_moe.model.inputs import documents_line
 from dist_moe.model.tasks.base import Task
 from dist_moe.observe.alerts import EARLY_STEPS, LoadAlerts
 from dist_moe.observe.console import RunConsole
@@ -121,6 +122,8 @@ class Report:
         )
         if own_type := own_type_of_model(task.model, self.config.balance.moves_bias):
             self.console.log(own_type)
+        if not task.separates_documents:
+            self.console.log(documents_line(self.config.model.architecture))
         names = ", ".join(layer.name for layer in task.layers)
         if self.config.balance.policy == UNBALANCED:
             self.console.log(f"balance.policy={UNBALANCED}: the load is measured but not balanced, without warnings")

@@ -177,7 +177,7 @@ def _one_step(
 
 def _poison_expert(task: LanguageModelTask) -> None:
     """Make the gradient of one local expert of the last layer NaN; the loss stays finite."""
-    task.layers[-1].experts.local.down_proj.register_hook(lambda gradient: gradient * float("nan"))
+    task.layers[-1].experts.local.get_parameter("down_proj").register_hook(lambda gradient: gradient * float("nan"))
 
 
 def trace(

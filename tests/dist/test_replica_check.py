@@ -42,7 +42,7 @@ def memory(training: TrainState) -> None:
 
 
 def expert(training: TrainState) -> None:
-    flip(training.task.layers[0].experts.local.down_proj)
+    flip(training.task.layers[0].experts.local.get_parameter("down_proj"))
 
 
 def count(training: TrainState) -> None:

@@ -1,62 +1,115 @@
-"""Tries every family of the installed transformers, and writes the page of the families.
+"""Tries every family of the installed transformers, and writes the records and the page of the families.
 
 Usage: python -m tests.families [FAMILY]... [--check]
 
 The result of a version is in tests/families/results/VERSION.json; docs/families.md is written from all of them. With
-families, only these are tried again. With --check, nothing is written, and a family that works in the file and does not
-work now is an error.
+the pinned version, dist_moe/families/records.json is written first. With families, only these are tried again. With
+--check, nothing is written, and a family that works in the file and does not work now, or has another record, is an
+error.
 """
 
 import json
 import logging
 import signal
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
+from dist_moe.families import probed
+from dist_moe.families.registry import FAMILIES
+from tests.dist.pool import RankPool
 from tests.families.balanced import Balanced, try_balance
 from tests.families.page import write_page
+from tests.families.record import make_record
 from tests.families.small import families
+from tests.families.trained import Trained, try_training
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 300
+LIMIT_S = 600
 RESULTS = Path(__file__).parent / "results"
+RECORDS = ROOT / "dist_moe" / "families" / probed.RECORDS
+PINNED = "5.17.0"
+"""The version of transformers whose models the records are made from."""
+Result = TypeVar("Result", Balanced, Trained)
 
 
 def main(arguments: list[str]) -> int:
     """Try families, and write the results; return how many are worse than their file says."""
-    names, check = [each for each in arguments if not each.startswith("--")], "--check" in arguments
+    names, check = [each for each in arguments if not each.startswith("--")] or list(families()), "--check" in arguments
+    worse = 0
+    if transformers.__version__ == PINNED:
+        worse = check_records(names) if check else write_records(names)
     path = RESULTS / f"{transformers.__version__}.json"
-    known = {name: Balanced(**values) for name, values in json.loads(path.read_text()).items()} if path.exists() else {}
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found = {}
-    for name in names or families():
-        found[name] = _tried(name)
-        print(f"{name}: {'works' if found[name].works else found[name].reason or found[name]}", flush=True)
-    worse = [name for name, result in found.items() if name in known and known[name].works and not result.works]
-    for name in worse:
-        print(f"{name} works in {path.name} and does not work now: {found[name]}", file=sys.stderr)
+    with RankPool(2) as ranks, tempfile.TemporaryDirectory(prefix="dist-moe-families-") as folder:
+        for name in names:
+            balanced = _tried(Balanced, partial(try_balance, name))
+            trained = _tried(Trained, partial(try_training, name, ranks, Path(folder)))
+            found[name] = {"balance": asdict(balanced), "train": asdict(trained)}
+            for kind, result in (("balance", balanced), ("train", trained)):
+                print(f"{name}: {kind}: {'works' if result.works else result.reason or result}", flush=True)
+                before = known.get(name, {}).get(kind)
+                if before is not None and type(result)(**before).works and not result.works:
+                    print(f"{name} works in {path.name} and does not work now: {result}", file=sys.stderr)
+                    worse += 1
     if not check:
         path.parent.mkdir(exist_ok=True)
-        values = {name: asdict(result) for name, result in sorted((known | found).items())}
-        path.write_text(json.dumps(values, indent=1) + "\n")
+        path.write_text(json.dumps(dict(sorted((known | found).items())), indent=1) + "\n")
         write_page(ROOT / "docs" / "families.md", RESULTS)
-    return len(worse)
+    return worse
 
 
-def _tried(name: str) -> Balanced:
+def write_records(names: list[str]) -> int:
+    """Write the records of these families; those of the others stay."""
+    records = json.loads(RECORDS.read_text())
+    for name in names:
+        made = _record_of(name)
+        if made is not None:
+            records[made.pop("model_type")] = made
+    RECORDS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
+    FAMILIES.update({name: family for name, family in probed.read_records().items() if name not in FAMILIES})
+    return 0
+
+
+def check_records(names: list[str]) -> int:
+    """Return how many families have another record now."""
+    records, different = json.loads(RECORDS.read_text()), 0
+    for name in names:
+        made = _record_of(name)
+        if made is not None and records.get(made.pop("model_type")) != made:
+            print(f"{name} has another record now: {made}; run make families", file=sys.stderr)
+            different += 1
+    return different
+
+
+def _record_of(name: str) -> dict[str, Any] | None:
+    try:
+        made = make_record(name)
+    except Exception:  # models of another library raise errors of any type; training says which
+        return None
+    is_written = made["model_type"] in FAMILIES and not FAMILIES[made["model_type"]].is_probed
+    return None if is_written else {key: value for key, value in made.items() if value is not None}
+
+
+def _tried(kind: type[Result], attempt: Callable[[], Result]) -> Result:
     def expire(signal_number: int, frame: object) -> None:
         raise TimeoutError(f"it takes more than {LIMIT_S} s")
 
     signal.signal(signal.SIGALRM, expire)
     signal.alarm(LIMIT_S)
     try:
-        return try_balance(name)
+        return attempt()
     except Exception as error:  # models of another library raise errors of any type
-        return Balanced(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return kind(reason=f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
     finally:
         signal.alarm(0)
 

@@ -1,40 +1,59 @@
 """The page of the families, from the results of each version of transformers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tests.families.balanced import STEPS, Balanced
+from tests.families import balanced, trained
+from tests.families.balanced import Balanced
+from tests.families.trained import Trained
 
 HEAD = """\
 # Families of models
 
-`dist_moe.balance` ([Balance in a script of your own](library.md)) in every family of transformers that has stacked
-experts, by version. `make families` writes this page: it builds a small model of each family with random weights, makes
-its routers uneven, trains it for {steps} steps on text, and compares the counts with what the experts received. A
-family works where all counts are equal and MaxVio of the worst layer falls to less than half.
+Every family of transformers that has stacked experts, by version. `make families` writes this page, and the records of
+the families in `dist_moe/families/records.json`: it builds a small model of each with random weights.
 
-- *bias*: `own`, the model has a selection bias, which is updated; `ours`, its router's results are selected again.
-- *MaxVio*: of the worst layer, in the first step and on average over the last five, with the sampling floor of a step.
+- **Balance**: `dist_moe.balance` ([Balance in a script of your own](library.md)) in the model of transformers. Its
+  routers are made uneven, and it is trained for {balance_steps} steps on text. It works where the counts are those that
+  the experts received, and MaxVio of the worst layer falls to less than half. *own*: the model has a selection bias,
+  which is updated; *ours*: the results of its router are selected again.
+- **Train**: `dist-moe train` for {train_steps} steps in fp32, on one worker and on two expert-parallel workers. It
+  works where the losses of the first {compared} steps are equal to {same_loss:.0e}, MaxVio falls to less than half, and
+  transformers opens the saved weights with the same logits, to {same_logits:.0e} of the largest. *folder*: it opens the
+  model folder of the checkpoint; *export*: it opens what `dist-moe checkpoint export --plain` writes, since the run has
+  a selection bias for which the family has no place, or the family stacks its experts in the files. *packed*: rows
+  hold several documents, which do not see each other; *one a row*: the layers of the family compute across documents,
+  so each is given a row of its own.
 
-`dist-moe train` trains some of them, with expert parallelism and threshold routing: DeepSeek-V3, Qwen3-MoE, and dense
-models that are upcycled.
+MaxVio: in the first step and on average over the last five. The sampling floor of a step is {floor:.2f}.
 """
 
 
 def write_page(path: Path, results: Path) -> None:
     """Write the page from the results of all versions."""
-    versions = {
-        file.stem: {name: Balanced(**values) for name, values in json.loads(file.read_text()).items()}
-        for file in sorted(results.glob("*.json"))
-    }
+    versions = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
     names = sorted({name for found in versions.values() for name in found})
-    lines = [HEAD.format(steps=STEPS)]
+    head = HEAD.format(
+        balance_steps=balanced.STEPS,
+        train_steps=trained.STEPS,
+        compared=trained.COMPARED,
+        same_loss=trained.SAME_LOSS,
+        same_logits=trained.SAME_LOGITS,
+        floor=max(_trained(each).floor for found in versions.values() for each in found.values() if _works(each)),
+    )
+    lines = [head]
     for version, found in versions.items():
-        works = sum(result.works for result in found.values())
-        lines.append(f"transformers {version}: {works} of {len(found)} families work.\n")
+        counts = [sum(of(each).works for each in found.values()) for of in (_balanced, _trained)]
+        tried = any("train" in each for each in found.values())
+        trains = f", and `dist-moe train` in {counts[1]}" if tried else ""
+        lines.append(
+            f"transformers {version}: `dist_moe.balance` works in {counts[0]} of {len(found)} families{trains}.\n"
+        )
     titles = ["family"]
     for version in versions:
-        titles += [f"bias ({version})", "rule", "MaxVio", "floor"]
+        titles += [f"balance ({version})", "router", "MaxVio", f"train ({version})", "MaxVio", "documents"]
     lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for name in names:
         cells = [name]
@@ -43,17 +62,47 @@ def write_page(path: Path, results: Path) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Why the others do not work", ""]
     for version, found in versions.items():
-        for name, result in sorted(found.items()):
-            if not result.works:
-                lines.append(
-                    f"- {name} ({version}): {result.reason or 'MaxVio does not fall to half, or counts differ'}"
-                )
+        for name, each in sorted(found.items()):
+            lines += [f"- {name} ({version}), {what}: {reason}" for what, reason in _reasons(each)]
     path.write_text("\n".join(lines) + "\n")
 
 
-def _cells(result: Balanced | None) -> list[str]:
+def _balanced(result: Mapping[str, Any]) -> Balanced:
+    return Balanced(**result["balance"])
+
+
+def _trained(result: Mapping[str, Any]) -> Trained:
+    return Trained(**result.get("train", {}))
+
+
+def _works(result: Mapping[str, Any]) -> bool:
+    return _trained(result).works
+
+
+def _cells(result: Mapping[str, Any] | None) -> list[str]:
     if result is None:
-        return ["not in this version", "", "", ""]
-    if not result.works:
-        return ["no", result.rule, "", ""]
-    return [result.bias, result.rule, f"{result.before:.2f} → {result.after:.2f}", f"{result.floor:.2f}"]
+        return ["not in this version", *[""] * 5]
+    found, run = _balanced(result), _trained(result)
+    cells = (
+        [found.bias, found.rule, f"{found.before:.2f} → {found.after:.2f}"] if found.works else ["no", found.rule, ""]
+    )
+    if run.works:
+        return [*cells, run.opened, f"{run.before:.2f} → {run.after:.2f}", run.documents]
+    return [*cells, "no" if "train" in result else "not tried", "", ""]
+
+
+def _reasons(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found, run = _balanced(result), _trained(result)
+    reasons = []
+    if not found.works:
+        reasons.append(("balance", found.reason or "MaxVio does not fall to half, or counts differ"))
+    if "train" in result and not run.works:
+        reasons.append(
+            (
+                "train",
+                run.reason
+                or f"losses differ by {run.losses:.0e}, logits by {run.logits:.0e}, MaxVio "
+                f"{run.before:.2f} → {run.after:.2f}",
+            )
+        )
+    return reasons

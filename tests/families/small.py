@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from dist_moe.families.model_class import language_model_class
 
 LAYERS, EXPERTS, TOP_K, WIDTH, VOCABULARY, LENGTH = 3, 8, 2, 32, 128, 128
 LARGEST = 10_000_000
@@ -127,12 +129,13 @@ def small_config(family: str, **changes: Any) -> PreTrainedConfig:
 def build(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model of a configuration: with a language-model head where the family has one."""
     config._experts_implementation = "eager"
-    kinds = MODEL_FOR_CAUSAL_LM_MAPPING if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_MAPPING
-    if type(config) in kinds:
-        kind: Any = kinds[type(config)]
-        model: PreTrainedModel = kind._from_config(config)
-        return model
-    return _class_of(config)._from_config(config)
+    kind: Any
+    try:
+        kind = language_model_class(config)
+    except ValueError:
+        kind = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else _class_of(config)
+    model: PreTrainedModel = kind._from_config(config)
+    return model
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

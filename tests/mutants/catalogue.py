@@ -36,8 +36,8 @@ class Mutant:
         test_file, _, test_name = self.test.partition("::")
         function = test_name.rpartition("::")[2].partition("[")[0]
         found = []
-        if not re.fullmatch(r"T\d\d", self.trap):
-            found.append(f"trap {self.trap!r} is not T and two digits")
+        if not re.fullmatch(r"T\d{2,3}", self.trap):
+            found.append(f"trap {self.trap!r} is not T and two or three digits")
         if not function.startswith(f"test_trap_{self.trap}_"):
             found.append(f"the test {function!r} must be named test_trap_{self.trap}_...")
         if not (root / test_file).is_file():

@@ -88,7 +88,7 @@ def test_a_test_that_fails_without_a_change_says_nothing(tmp_path: Path) -> None
         ({"find": "value", "replace": "x"}, "occurs 2 times"),
         ({"find": "absent", "replace": "x"}, "occurs 0 times"),
         ({"find": "value * 2", "replace": "value * 2"}, "are equal"),
-        ({"find": "value * 2", "replace": "0", "trap": "1"}, "T and two digits"),
+        ({"find": "value * 2", "replace": "0", "trap": "1"}, "T and two or three digits"),
         ({"find": "value * 2", "replace": "0", "trap": "T02"}, "must be named test_trap_T02_"),
         (
             {"find": "value * 2", "replace": "0", "test": "test_code.py::test_trap_T01_x"},

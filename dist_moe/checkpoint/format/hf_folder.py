@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_moe.checkpoint.errors import WeightsError
+from dist_moe.checkpoint.format.family_names import FamilyNames
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, StoredTensor, read_header
 from dist_moe.errors import reason_of
 from dist_moe.files import exists
@@ -22,7 +23,9 @@ from dist_moe.untrusted import read_json
 INDEX_NAME = "model.safetensors.index.json"
 # At most nine digits, in ASCII and without leading zeros: other spellings of a number are unexpected tensors.
 EXPERT_PATTERN = re.compile(r"(.+)\.experts\.(0|[1-9][0-9]{0,8})\.(gate|up|down)_proj\.(?:weight|bias)")
-FUSED_PATTERN = re.compile(r"(.+)\.experts\.(gate_up|down)_proj")
+FUSED_PATTERN = re.compile(r"(.+)\.experts\.(gate_up|up|down)_proj(_bias)?")
+STACKED_PATTERN = re.compile(r"(.+)\.experts\.(0|[1-9][0-9]{0,8})\.((?:gate_up|up|down)_proj(?:_bias)?)")
+"""Of a tensor of one expert as experts with biases, clamps or transposed weights have it in memory."""
 
 
 class LayerExperts(NamedTuple):
@@ -122,7 +125,11 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def find_sources(
-    folder: Path, wanted: Mapping[str, Tensor], experts: Mapping[str, LayerExperts], ignored: Iterable[str] = ()
+    folder: Path,
+    wanted: Mapping[str, Tensor],
+    experts: Mapping[str, LayerExperts],
+    ignored: Iterable[str] = (),
+    names: FamilyNames | None = None,
 ) -> dict[str, TensorSource]:
     """Find where each wanted tensor is stored.
 
@@ -132,11 +139,15 @@ def find_sources(
         experts: Those of each MoE layer by its name. The folder must hold all of them, also those that other ranks
             load.
         ignored: Patterns of names that the folder may hold in addition.
+        names: Those of the folder's tensors; None: they are those of `wanted`.
 
     Raises:
         WeightsError: With every missing, unexpected and misshapen tensor.
     """
     stored = read_headers(folder)
+    if names is not None:
+        ours = {name: our for our, name in {**names.stored, **names.stacked}.items()}
+        stored = {ours.get(name, name): tensor for name, tensor in stored.items()}
     sources = {name: source for name in wanted if (source := _find_source(stored, name)) is not None}
     all_experts = {
         f"{layer}.experts.{expert}.{part}"
@@ -145,8 +156,12 @@ def find_sources(
         for part in of_layer.parts
     }
     missing = sorted({*wanted, *(name for name in all_experts if _find_source(stored, name) is None)} - set(sources))
-    used = {source.stored.name for source in sources.values()} | all_experts
-    others = (name for name in stored if name not in used and not any(re.match(each, name) for each in ignored))
+    used = {source.stored.name for source in sources.values()}
+    others = (
+        name
+        for name, tensor in stored.items()
+        if tensor.name not in used and name not in all_experts and not any(re.match(each, name) for each in ignored)
+    )
     unexpected = sorted(name for name in others if not _is_fused_of(name, experts))
     if missing or unexpected:
         raise WeightsError(
@@ -160,13 +175,17 @@ def find_sources(
 def _find_source(stored: Mapping[str, StoredTensor], name: str) -> TensorSource | None:
     if name in stored:
         return TensorSource(stored[name])
-    if (match := EXPERT_PATTERN.fullmatch(name)) is None or name.endswith(".bias"):
-        return None
-    layer, expert, kind = match[1], int(match[2]), match[3]
-    fused = stored.get(f"{layer}.experts.{'down' if kind == 'down' else 'gate_up'}_proj")
-    if fused is None or len(fused.shape) != 3 or expert >= fused.shape[0]:
-        return None
-    return TensorSource(fused, expert, {"gate": 0, "up": 1, "down": None}[kind])
+    if (match := EXPERT_PATTERN.fullmatch(name)) is not None and not name.endswith(".bias"):
+        layer, expert, kind = match[1], int(match[2]), match[3]
+        fused = stored.get(f"{layer}.experts.{'down' if kind == 'down' else 'gate_up'}_proj")
+        if fused is None or len(fused.shape) != 3 or expert >= fused.shape[0]:
+            return None
+        return TensorSource(fused, expert, {"gate": 0, "up": 1, "down": None}[kind])
+    if (match := STACKED_PATTERN.fullmatch(name)) is not None:
+        fused = stored.get(f"{match[1]}.experts.{match[3]}")
+        if fused is not None and len(fused.shape) > 1 and int(match[2]) < fused.shape[0]:
+            return TensorSource(fused, int(match[2]))
+    return None
 
 
 def _is_fused_of(name: str, experts: Mapping[str, LayerExperts]) -> bool:
@@ -180,9 +199,10 @@ def _check_shapes(
 ) -> None:
     misshapen, not_float = [], []
     for name, source in sorted(sources.items()):
-        stored, fused = source.stored, FUSED_PATTERN.fullmatch(source.stored.name)
-        if fused is not None and stored.shape[0] != experts[fused[1]].number:
-            count = counted(experts[fused[1]].number, "expert")
+        stored = source.stored
+        number = None if source.expert is None else experts[name.rpartition(".experts.")[0]].number
+        if number is not None and stored.shape[0] != number:
+            count = counted(number, "expert")
             misshapen.append(f"{stored.name} {list(stored.shape)} instead of {count}")
         elif source.shape != tuple(wanted[name].shape):
             misshapen.append(f"{name} {list(source.shape)} instead of {list(wanted[name].shape)}")

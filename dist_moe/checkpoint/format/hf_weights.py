@@ -8,7 +8,6 @@ cannot express.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_folder import (
-    FUSED_PATTERN,
     INDEX_NAME,
     LayerExperts,
     TensorSource,
@@ -29,12 +27,18 @@ from dist_moe.checkpoint.format.hf_folder import (
     read_raw_config,
     read_sources,
 )
+from dist_moe.checkpoint.format.model_tensors import (
+    dense_tensors,
+    expert_tensors,
+    family_layout,
+    family_names,
+    stored_biases,
+)
 from dist_moe.checkpoint.format.shard_reader import ShardReader, write_tensors
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Resolved
 from dist_moe.config.pretrained import OWN_PREFIX
-from dist_moe.engine.optimizer_shards import MASTER, ParameterSlice
-from dist_moe.families.record import Family
+from dist_moe.engine.optimizer_shards import MASTER
 from dist_moe.families.registry import family_of
 from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
@@ -93,10 +97,12 @@ def shard_tensors(model: PreTrainedModel, mesh: Mesh, balanced: bool) -> dict[st
     if mesh.edp_rank != 0:
         return {}
     layers = find_layers(model)
-    tensors = dict(_expert_tensors(layers, mesh))
+    own_type = _needs_own_type(model, layers, balanced)
+    tensors = dict(expert_tensors(layers, mesh))
     if mesh.ep_rank == 0:
-        bias = _bias_name(family_of(model.config.model_type), _needs_own_type(model, layers, balanced))
-        tensors |= dict(_dense_tensors(model, layers, bias))
+        tensors |= dict(dense_tensors(model, layers, own_type))
+    if not own_type and (names := family_names(model.config)) is not None:
+        tensors = {names.stored[name]: tensor for name, tensor in tensors.items()}
     return {f"model-{mesh.ep_rank + 1:05d}-of-{mesh.expert_parallel:05d}.safetensors": tensors}
 
 
@@ -104,7 +110,7 @@ def config_files(model: PreTrainedModel, balanced: bool) -> dict[str, str]:
     """The texts of config.json and generation_config.json, by file name."""
     layers = find_layers(model)
     rule = layers[0].router.rule
-    raw = model.config.to_diff_dict()
+    raw = PretrainedConfig._encode_special_floats(model.config.to_diff_dict())
     raw["architectures"] = [type(model).__name__]
     raw["dtype"] = str(model.dtype).removeprefix("torch.")
     if _needs_own_type(model, layers, balanced):
@@ -135,7 +141,8 @@ def own_type_of_run(resolved: Resolved) -> str:
     settings = CONFIG_MAPPING[config.model.architecture](**resolved.model_config)
     if config.task.kind != "language_model":
         return own_type_line(config.model.architecture, headed=True)
-    expressible = is_expressible(settings, routing_rule(config.router, config.balance), config.balance.moves_bias)
+    rule = routing_rule(config.router, config.balance, config.model.architecture)
+    expressible = is_expressible(settings, rule, config.balance.moves_bias)
     return "" if expressible else own_type_line(config.model.architecture)
 
 
@@ -153,10 +160,15 @@ def own_type_line(architecture: str, headed: bool = False) -> str:
     )
 
 
-def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
+def load_weights(folder: Path, mesh: Mesh, masters: ShardReader | None = None) -> PreTrainedModel:
     """Load a folder written by `save_weights`, or by `save_pretrained` of a known family.
 
     Only this rank's experts are read. Memory is allocated after the files were checked to hold what config.json says.
+
+    Args:
+        folder: The folder.
+        mesh: Which rank holds which experts.
+        masters: As of `fill_weights`.
 
     Returns:
         A model on the CPU in fp32.
@@ -170,7 +182,7 @@ def load_weights(folder: Path, mesh: Mesh) -> PreTrainedModel:
     materialize(model)
     for layer in find_layers(model):
         layer.router.reset_state()
-    fill_weights(model, mesh, folder)
+    fill_weights(model, mesh, folder, masters)
     return model
 
 
@@ -214,7 +226,8 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
             # A language model, whose head has no place in a model that classifies, and which lacks that one's.
             del wanted[HEAD_TENSOR]
             ignored.append(LANGUAGE_MODEL_HEAD)
-    return find_sources(folder, wanted, experts, ignored)
+    names = None if _has_own_type(folder) else family_names(model.config)
+    return find_sources(folder, wanted, experts, ignored, names)
 
 
 def _check_head(config: PretrainedConfig, folder: Path) -> None:
@@ -233,9 +246,8 @@ def _check_head(config: PretrainedConfig, folder: Path) -> None:
 
 def _rank_tensors(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, Tensor]:
     """The tensors of this rank by their names in the folder."""
-    family, layers = family_of(model.config.model_type), find_layers(model)
-    bias = _bias_name(family, own_type=read_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
-    return dict(_expert_tensors(layers, mesh)) | dict(_dense_tensors(model, layers, bias))
+    layers = find_layers(model)
+    return dict(expert_tensors(layers, mesh)) | dict(dense_tensors(model, layers, _has_own_type(folder)))
 
 
 def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: Path) -> PreTrainedModel:
@@ -245,7 +257,7 @@ def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: 
         WeightsError: No model can be built from the config, or it has more layers or experts than the files can hold.
     """
     stored, experts = read_headers(folder).values(), family_of(config.model_type).experts_key
-    limit = len(stored) + max((tensor.shape[0] for tensor in stored if FUSED_PATTERN.fullmatch(tensor.name)), default=0)
+    limit = len(stored) + max((tensor.shape[0] for tensor in stored if len(tensor.shape) > 2), default=0)
     try:
         # Modules take memory even on the meta device: an untrusted config could ask for billions of layers.
         for name in ("num_hidden_layers", experts):
@@ -258,27 +270,15 @@ def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: 
         ) from None
 
 
-def parameter_slices(model: PreTrainedModel, mesh: Mesh) -> list[ParameterSlice]:
-    """Every tensor of the folder that is a parameter, or a part of one, on this rank."""
-    slices = [
-        ParameterSlice(name, parameter, 0, parameter.numel())
-        for name, parameter in model.named_parameters()
-        if ".experts.local." not in name
-    ]
-    for layer in find_layers(model):
-        for index, prefix in _local_experts(layer, mesh):
-            for name, part in layer.experts.local.parts.items():
-                size = part.view(index).numel()
-                slices.append(ParameterSlice(f"{prefix}.{name}", part.stacked, part.start(index), size))
-    return slices
-
-
 def is_expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
     family = family_of(config.model_type)
     if family.feed_forward is not None or has_head(config):
         return False
-    family_has_bias = family.bias_name is not None
+    layout = family_layout(config)
+    if layout is not None and not layout.names.is_complete:
+        return False
+    family_has_bias = family.bias_name is not None if layout is None else layout.has_biases
     return not _rule_overrides(config, rule) and (family_has_bias or not biased)
 
 
@@ -297,7 +297,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
     try:
         family = family_of(model_type)
         overrides = {EARLIER_FIELDS.get(name, name): value for name, value in overrides.items()}
-        config = AutoConfig.for_model(model_type, **raw)
+        config = CONFIG_MAPPING[model_type].from_dict(PretrainedConfig._decode_special_floats(raw))
         kind = RULES[overrides.pop("selection", "top_k")]
         if kind is not TopK:
             return config, kind(**overrides)
@@ -316,44 +316,24 @@ def _rule_overrides(config: PretrainedConfig, rule: Rule) -> dict[str, Any]:
     return {name: value for name, value in asdict(rule).items() if value != family_fields[name]}
 
 
-def _bias_name(family: Family, own_type: bool) -> str | None:
-    """The name of the selection bias, below its router, in the files; None if they have none."""
-    return family.bias_name or ("selection_bias" if own_type else None)
+def names_in_files(folder: Path) -> dict[str, str]:
+    """Return the names in the files of a folder by those of this package, where they differ."""
+    if _has_own_type(folder):
+        return {}
+    names = family_names(read_config(folder)[0])
+    return {} if names is None else dict(names.stored)
+
+
+def _has_own_type(folder: Path) -> bool:
+    return bool(read_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
 
 
 def bias_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     """The name of each MoE layer's selection bias in the folder, by layer; empty if it stores none."""
-    family = family_of(model.config.model_type)
-    bias = _bias_name(family, own_type=read_raw_config(folder)["model_type"].startswith(OWN_PREFIX))
-    return {} if bias is None else {layer.name: f"{layer.name}.{family.router}.{bias}" for layer in find_layers(model)}
-
-
-def _local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:
-    """Yield (index in the stacked parameters, prefix of the names on disk) of every expert of this rank."""
-    for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
-        yield index, f"{layer.name}.experts.{expert}"
-
-
-def _expert_tensors(layers: list[MoeLayer], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, view into the parameter) of every expert of this rank."""
-    for layer in layers:
-        for index, prefix in _local_experts(layer, mesh):
-            for name, part in layer.experts.local.parts.items():
-                yield f"{prefix}.{name}", part.view(index)
-
-
-def _dense_tensors(model: PreTrainedModel, layers: list[MoeLayer], bias: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, tensor) of everything that is not a routed expert; tied weights once."""
-    routers = tuple(f"{layer.name}." for layer in layers)
-    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
-    for name, tensor in model.state_dict().items():
-        if name == tied or (name.startswith(routers) and ".experts.local." in name):
-            continue
-        if name.endswith(".selection_bias"):
-            if bias is not None:
-                yield name.removesuffix("selection_bias") + bias, tensor
-            continue
-        yield name, tensor
+    stored = stored_biases(model, _has_own_type(folder))
+    names = {id(module): name for name, module in model.named_modules()}
+    biases = {layer.name: f"{names[id(layer.router)]}.selection_bias" for layer in find_layers(model)}
+    return {layer: stored[bias][0] for layer, bias in biases.items() if bias in stored}
 
 
 def write_index(folder: Path) -> Path:

@@ -25,7 +25,9 @@ def _violations(key: str, value: Any, largest: float) -> list[Violation]:
     if isinstance(value, dict):
         return [found for name, inner in value.items() for found in _violations(f"{key}.{name}", inner, largest)]
     if isinstance(value, list | tuple):
-        return [found for index, inner in enumerate(value) for found in _violations(f"{key}[{index}]", inner, largest)]
+        # An end of a range may be infinite, as time_step_limit of Mamba layers.
+        finite = [(index, inner) for index, inner in enumerate(value) if inner not in (math.inf, -math.inf)]
+        return [found for index, inner in finite for found in _violations(f"{key}[{index}]", inner, largest)]
     if isinstance(value, float) and math.isnan(value):
         return [Violation(key, value, "is not a number", "give a number")]
     if isinstance(value, float) and abs(value) > largest:

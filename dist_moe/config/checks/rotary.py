@@ -101,6 +101,8 @@ def _unknown_kind(parameters: Mapping[str, Any], kind: Any) -> Violation | None:
 
 def _unused(family: Family, parameters: Mapping[str, Any], kind: str) -> list[tuple[str, str]]:
     """Keys that this kind of rotary embeddings has, or reads, without effect -> where."""
+    if family.is_probed:  # what the attention of a family reads is not known
+        return []
     unused = []
     if kind != "proportional" and parameters.get("partial_rotary_factor", 1) != 1:
         unused.append(("partial_rotary_factor", f"with the rope_type {kind} in a {family.architecture}"))

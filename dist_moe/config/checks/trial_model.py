@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from dist_moe.errors import ABSENT, Violation
+from dist_moe.families.model_class import language_model_class
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
 from dist_moe.text import TYPES, listed, shown, type_words
@@ -159,15 +160,20 @@ def complaints_about_rope() -> Iterator[list[str]]:
 def _run(settings: Any, family: Family, length: int) -> None:
     """Build the model on the meta device, and run it on two tokens, with stand-ins for what this package replaces."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
 
-    settings._attn_implementation = "sdpa"
+    if not family.is_probed:
+        settings._attn_implementation = "sdpa"
+    kind: Any = AutoModel if family.encoder else language_model_class(settings)
     meta = torch.device("meta")
     with torch.no_grad():
         with meta:
-            model = (AutoModel if family.encoder else AutoModelForCausalLM).from_config(settings, dtype=torch.float32)
+            make = kind.from_config if family.encoder else kind._from_config
+            model = make(settings, dtype=torch.float32)
         if (needed := sum(4 * parameter.numel() for parameter in model.parameters())) > LARGEST_MODEL:
             raise ValueError(f"a few layers of it have {needed:,} bytes of weights, and no machine {LARGEST_MODEL:,}")
+        if family.is_probed:  # building the model compares what its routers and experts compute
+            return
         _check_state(model, family)
         _replace(model, settings, family, (1, length - 1, settings.max_position_embeddings - 1))
         # Initial values depend on the settings too; the meta device would draw none.

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from dist_moe.errors import Violation
 from dist_moe.families.built_in import BUILT_IN
 from dist_moe.families.dense import DENSE
-from dist_moe.families.registry import ARCHITECTURES, FAMILIES
+from dist_moe.families.registry import ARCHITECTURES, FAMILIES_TEXT
 from dist_moe.section import Section, UserPath, broken_rules
 from dist_moe.text import listed, shown
 from dist_moe.untrusted import printable
@@ -28,7 +28,7 @@ class ModelConfig(Section):
     """The Hugging Face model."""
 
     architecture: Architecture = Field(
-        description=f"the model's family, Hugging Face's model_type: {listed(FAMILIES)}; with model.pretrained it "
+        description=f"the model's family, Hugging Face's model_type: {FAMILIES_TEXT}; with model.pretrained it "
         f"may be left out, and with model.upcycle_from too, where it is {listed(DENSE)}"
     )
     pretrained: UserPath | None = Field(

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from dist_moe.balancing.counts import RoutingCounts
 from dist_moe.balancing.losses import RoutingLosses, orthogonality_loss
+from dist_moe.families.registry import family_of
 from dist_moe.model.convert import find_layers
-from dist_moe.model.inputs import LabeledInputs, ModelInputs
+from dist_moe.model.inputs import LabeledInputs, ModelInputs, split_documents
 from dist_moe.model.routing import count_record, routing_loss
 from dist_moe.moe.records import RouterRecord
 
@@ -60,8 +61,14 @@ class Losses(NamedTuple):
     outputs_BC: Tensor | None = None
 
 
+def _mask_of(inputs: ModelInputs | LabeledInputs) -> Tensor | None:
+    return None if inputs.mask_BS is None else inputs.mask_BS.reshape(-1)
+
+
 class Task(nn.Module, ABC):
     """A model and its loss.
+
+    Where the tokens of a family see other documents of their row, each document is given a row of its own.
 
     Args:
         model: A converted model, with memory for its parameters.
@@ -75,6 +82,7 @@ class Task(nn.Module, ABC):
         self.layers = find_layers(model)
         self.losses = losses
         self.needs_margins = needs_margins
+        self.separates_documents = family_of(model.config.model_type).separates_documents
 
     @abstractmethod
     def compute(self, inputs: ModelInputs | LabeledInputs) -> Losses:
@@ -98,7 +106,10 @@ class Task(nn.Module, ABC):
                 evaluation, they are omitted.
             keep_records: Whether to return the records of the routers.
         """
-        mask_T = None if inputs.mask_BS is None else inputs.mask_BS.reshape(-1)
+        given, place_T = inputs, None
+        if isinstance(inputs, ModelInputs) and not self.separates_documents:
+            inputs, place_T = split_documents(inputs)
+        mask_T = _mask_of(inputs)
         for layer in self.layers:
             layer.router.open_record(mask_T)
         computed = self.compute(inputs)
@@ -113,6 +124,8 @@ class Task(nn.Module, ABC):
             loss = loss + auxiliary
         nll_sum = (computed.training if self.training else computed.plain).detach()
         kept = [record.detached() for record in records] if keep_records else None
+        if kept is not None and place_T is not None:
+            kept = [record.at(place_T, _mask_of(given)) for record in kept]
         return Output(loss, nll_sum, auxiliary.detach(), routing_counts, computed.outputs_BC, kept)
 
     def _routing_losses(
@@ -127,5 +140,5 @@ class Task(nn.Module, ABC):
         if self.losses.orthogonality:
             # Without `token_scale`: the mean over micro-batches and ranks, which the engine takes, counts it once.
             for layer in self.layers:
-                total = total + self.losses.orthogonality * orthogonality_loss(layer.router.weight)
+                total = total + self.losses.orthogonality * orthogonality_loss(layer.router.matrix)
         return total

@@ -3,6 +3,10 @@
 from pathlib import Path
 
 from dist_moe.config import Config, ConfigError, Violation, load_config, resolve
+from dist_moe.families.registry import FAMILIES
+
+WRITTEN_FAMILIES = [name for name, family in FAMILIES.items() if not family.is_probed]
+"""Those with a module of their own, whose keys are all checked."""
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEBUG = CONFIGS / "debug.yaml"

@@ -164,7 +164,7 @@ def test_an_unknown_key_names_the_nearest(override: str, line: str) -> None:
             "balance.policy=null",
             "balance.policy=null should be 'none', 'loss_free', 'adaptive_weight',",
         ),
-        ("model.architecture=mixtral", "model.architecture=mixtral should be 'deepseek_v3', 'qwen3_moe', "),
+        ("model.architecture=phimoe", "model.architecture=phimoe should be 'deepseek_v3', 'qwen3_moe', "),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_meaning_of_its_field(override: str, start: str) -> None:
@@ -214,7 +214,7 @@ def test_violations_of_every_kind_are_reported_at_once() -> None:
         ("train.global_batch_size=0 train.micro_batch_size=5", "train.global_batch_size"),
         ("balance.policy=adaptive balance.clip=2.0", "balance.policy"),
         ("router.group=4 router.topk_groups=4", "router.group"),
-        ("model.architecture=mixtral router.top_k=30 model.config.hiden_size=4", "model.architecture"),
+        ("model.architecture=phimoe router.top_k=30 model.config.hiden_size=4", "model.architecture"),
         ("model.config=3 parallel.expert_parallel=5", "model.config"),
         ("train=3 data.sequence_length=500", "train data.sequence_length"),
         ("slurm.signal_s=x slurm.minutes=1", "slurm.signal_s"),

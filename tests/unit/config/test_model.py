@@ -10,8 +10,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from dist_moe.config import Config, ConfigError, family_of, resolve
 from dist_moe.config.model import vocabulary_bound
-from dist_moe.families.registry import FAMILIES
-from tests.unit.config.files import debug, qwen, violations
+from tests.unit.config.files import WRITTEN_FAMILIES, debug, qwen, violations
 
 Maker = Callable[..., Config]
 MAKERS: dict[str, Maker] = {"deepseek_v3": debug, "qwen3_moe": qwen}
@@ -42,7 +41,7 @@ def test_the_family_score_is_that_of_its_router(architecture: str, router: type[
     torch.testing.assert_close(weights_TK, expected_TK * chosen.scaling_factor)
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", WRITTEN_FAMILIES)
 def test_the_resolved_arguments_make_a_model_that_runs(architecture: str) -> None:
     config = MAKERS[architecture]()
     forward(config, resolve(config, workers=1).model_config)

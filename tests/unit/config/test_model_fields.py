@@ -11,10 +11,9 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, family_of, resolve
 from dist_moe.config.checks.rotary import RULES
 from dist_moe.config.model import OWNED_MODEL_KEYS, _known_keys
-from dist_moe.families.registry import FAMILIES
 from dist_moe.model.build import build_model, routing_rule
 from tests.selection import cross, only_first
-from tests.unit.config.files import debug, qwen, violations
+from tests.unit.config.files import WRITTEN_FAMILIES, debug, qwen, violations
 
 LENGTH = 24
 # One layer of each kind, and every value small.
@@ -117,7 +116,7 @@ def outcome(config: Config) -> list[Tensor]:
     """The initial values of the model, and its logits in training."""
     resolved = resolve(config, workers=1)
     arguments = {"vocab_size": 257, **resolved.model_config}
-    rule = routing_rule(resolved.config.router, resolved.config.balance)
+    rule = routing_rule(resolved.config.router, resolved.config.balance, config.model.architecture)
     model = build_model(config.model.architecture, arguments, rule, Mesh(1, 0, 1), seed=0).train()
     for module in model.modules():
         if hasattr(module, "open_record"):
@@ -134,14 +133,14 @@ def differs(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) != len(other) or not all(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", WRITTEN_FAMILIES)
 def test_every_field_is_tried(architecture: str) -> None:
     cls = CONFIG_MAPPING[architecture]
     assert set(CHANGES[architecture]) == _known_keys(cls, family_of(architecture))
     assert set(OWNED_MODEL_KEYS).isdisjoint(CHANGES[architecture])
 
 
-@pytest.mark.parametrize("architecture", only_first(sorted(FAMILIES, reverse=True)))
+@pytest.mark.parametrize("architecture", only_first(sorted(WRITTEN_FAMILIES, reverse=True)))
 def test_each_field_changes_the_model_or_is_refused_or_has_no_effect(architecture: str) -> None:
     before = outcome(with_keys(architecture, {}))
     assert not differs(before, outcome(with_keys(architecture, {}))), "the comparison is exact"
@@ -194,7 +193,7 @@ ROTARY_WITHOUT_EFFECT = {
 }
 
 
-@cross(("kind", list(ROTARY)), ("architecture", sorted(FAMILIES)), strength=1)
+@cross(("kind", list(ROTARY)), ("architecture", sorted(WRITTEN_FAMILIES)), strength=1)
 def test_each_rotary_key_changes_the_model_or_is_refused_or_is_listed(architecture: str, kind: str) -> None:
     # With a small theta the few elements of a head have frequencies on both sides of each bound.
     parameters = {"rope_type": kind.partition(" ")[0], "rope_theta": 10.0, **ROTARY[kind]}

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from dist_moe.config import Config, ConfigError, dump_config, load_config, resolve
 from dist_moe.config.pretrained import own_checkpoints, text_vocabulary, tokenizer_folder
+from dist_moe.families.registry import FAMILIES_TEXT
 from dist_moe.text import shown
 from tests.unit.config.files import DEBUG, debug, violations
 
@@ -103,12 +104,14 @@ def test_a_file_that_is_no_config_is_refused(folder: Path, text: str) -> None:
         (
             "/no/such",
             "model.pretrained=/no/such does not exist, and the run has no checkpoint that holds its keys; give the "
-            "folder of a Hugging Face model (deepseek_v3 or qwen3_moe), which every host can read",
+            "folder of a Hugging Face model (deepseek_v3, qwen3_moe or another one of docs/families.md), which every "
+            "host can read",
         ),
         (
             "/usr",
             "model.pretrained=/usr has no config.json, and the run has no checkpoint that holds its keys; give the "
-            "folder of a Hugging Face model (deepseek_v3 or qwen3_moe), which every host can read",
+            "folder of a Hugging Face model (deepseek_v3, qwen3_moe or another one of docs/families.md), which every "
+            "host can read",
         ),
     ],
 )
@@ -145,14 +148,14 @@ def test_the_architecture_is_read_from_the_folder(folder: Path) -> None:
 @pytest.mark.parametrize("architecture", ["", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize(
     ("model_type", "rule"),
-    [("mixtral", "holds a mixtral, which is not supported"), (None, "does not say its model_type")],
+    [("phimoe", "holds a phimoe, which is not supported"), (None, "does not say its model_type")],
 )
 def test_a_family_that_is_not_supported_is_refused(
     folder: Path, architecture: str, model_type: str | None, rule: str
 ) -> None:
     write(folder, QWEN | {"model_type": model_type})
     (found,) = violations(load_config(write_run(folder.parent, folder, architecture))).values()
-    remedy = "give the folder of a deepseek_v3 or qwen3_moe model, or add the family (docs/extending.md)"
+    remedy = f"give the folder of a model ({FAMILIES_TEXT}), or add the family (docs/extending.md)"
     assert str(found) == f"model.pretrained={shown(str(folder))} {rule}; {remedy}"
 
 

@@ -100,7 +100,10 @@ def test_what_contradicts_the_dense_model_is_refused(folder: Path, overrides: tu
     [
         ({"model_type": "qwen3_moe"}, "holds a qwen3_moe, which has experts already; use model.pretrained="),
         ({"model_type": "dist_moe_llama"}, "holds an MoE model, which has experts already; use model.pretrained="),
-        ({"model_type": "gpt2"}, "holds a gpt2, which is not supported; give the folder of a bert, electra, llama,"),
+        (
+            {"model_type": "gpt2"},
+            "holds a gpt2, which is not supported; give the folder of a model (bert, electra, llama,",
+        ),
         ({"mlp_bias": True}, "has mlp_bias=true, which asks for biases, which gated experts do not have"),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
         ({"num_key_value_heads": 3}, "model.config.num_key_value_heads=3 does not divide the 4 attention heads"),

@@ -43,7 +43,7 @@ ADAPTIVE = [*SOFTMAX, "balance.policy=adaptive_weight"]
 )
 def test_the_rule(overrides: list[str], wanted: Any) -> None:
     config = resolve(load_config(DEBUG, overrides), 1).config
-    assert routing_rule(config.router, config.balance) == wanted
+    assert routing_rule(config.router, config.balance, "deepseek_v3") == wanted
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,9 @@ def test_the_balancer() -> None:
     overrides = [*THRESHOLD, "router.target_experts_per_token=3", "train.schedule_steps=77", "balance.rate=0.5"]
     config = resolve(load_config(DEBUG, overrides), 1).config
     meshed = Mesh(world_size=1, rank=0, expert_parallel=1)
-    model = build_model("deepseek_v3", DEEPSEEK, routing_rule(config.router, config.balance), meshed, seed=0)
+    model = build_model(
+        "deepseek_v3", DEEPSEEK, routing_rule(config.router, config.balance, "deepseek_v3"), meshed, seed=0
+    )
     balancer = build_balancer(LanguageModelTask(model), config, torch.device("cpu"))
     assert balancer.policy == LossFree(rate=0.5, schedule="linear")
     assert (balancer.schedule_steps, balancer.target_experts_per_token) == (77, 3.0)

@@ -30,7 +30,13 @@ def make(selection: str, score: str, policy: str) -> tuple[LanguageModelTask, Ba
         | {"topk_groups": 1, "threshold": 0.5, "max_experts": 4 if selection in VARYING_SELECTIONS else None}
     )
     balance = make_policy(policy, rate=0.05)
-    model = build_model("deepseek_v3", FAMILIES["deepseek_v3"][0], routing_rule(router, balance), ALONE, seed=0)
+    model = build_model(
+        "deepseek_v3",
+        FAMILIES["deepseek_v3"][0],
+        routing_rule(router, balance, "deepseek_v3"),
+        ALONE,
+        seed=0,
+    )
     losses = RoutingLosses(balance=0.1 if policy == "auxiliary" else 0.0)
     task = LanguageModelTask(model, losses, balance.needs_margins)
     balancer = Balancer({layer.name: layer.router for layer in task.layers}, balance, torch.device("cpu"), 100)

@@ -1,0 +1,162 @@
+"""The tensors of a converted model by their names in folders: each expert's by itself, and those of a family.
+
+A rank names the tensors that it holds.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from dist_moe.checkpoint.format.family_names import FamilyNames, Stack, find_names
+from dist_moe.comm.mesh import Mesh
+from dist_moe.engine.optimizer_shards import ParameterSlice
+from dist_moe.families.registry import family_of
+from dist_moe.model.build import empty_model, family_rule
+from dist_moe.model.convert import MoeLayer, find_layers
+from dist_moe.model.family.router import ORIGINAL
+from dist_moe.model.head import has_head
+
+SINGLE_RANK = Mesh(world_size=1, rank=0, expert_parallel=1)
+
+
+def stored_name(name: str) -> str:
+    """Return the name in the folder of a parameter or buffer that is no expert's and no selection bias."""
+    return name.replace(f".{ORIGINAL}.", ".")
+
+
+def stored_biases(model: PreTrainedModel, own_type: bool) -> dict[str, tuple[str, torch.Size]]:
+    """Return the name and the shape of each selection bias in the files, by its name in the model; only those stored.
+
+    Args:
+        model: The converted model.
+        own_type: Whether the folder has a model_type of its own, which has a place for every bias.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    family = family_of(model.config.model_type)
+    found = {}
+    for layer in find_layers(model):
+        router = names[id(layer.router)]
+        shape, own = layer.router.selection_bias.shape, layer.router.family_bias
+        family_name, is_probed = family.bias_name, family.is_probed
+        if own is not None:
+            place, shape = f"{stored_name(names[id(own.owner)] + '.')}{own.name}", getattr(own.owner, own.name).shape
+        elif own_type or (family_name is not None and not is_probed):
+            place = f"{router}.{family_name if family_name and not is_probed else 'selection_bias'}"
+        else:
+            continue
+        found[f"{router}.selection_bias"] = (place, shape)
+    return found
+
+
+def local_experts(layer: MoeLayer, mesh: Mesh) -> Iterator[tuple[int, str]]:
+    """Yield (index in the stacked parameters, prefix of the names on disk) of every expert of this rank."""
+    for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
+        yield index, f"{layer.name}.experts.{expert}"
+
+
+def expert_tensors(layers: list[MoeLayer], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name on disk, view into the parameter) of every expert of this rank."""
+    for layer in layers:
+        for index, prefix in local_experts(layer, mesh):
+            for name, part in layer.experts.local.parts.items():
+                yield f"{prefix}.{name}", part.view(index)
+
+
+def dense_tensors(model: PreTrainedModel, layers: list[MoeLayer], own_type: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name on disk, tensor) of everything that is not a routed expert; tied weights once."""
+    biases = stored_biases(model, own_type)
+    routers = tuple(f"{layer.name}." for layer in layers)
+    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
+    for name, tensor in model.state_dict().items():
+        if name == tied or (name.startswith(routers) and ".experts.local." in name):
+            continue
+        if name.endswith(".selection_bias"):
+            if name in biases:
+                place, shape = biases[name]
+                yield place, tensor.view(shape)
+            continue
+        yield stored_name(name), tensor
+
+
+def parameter_slices(model: PreTrainedModel, mesh: Mesh) -> list[ParameterSlice]:
+    """Every tensor of the folder that is a parameter, or a part of one, on this rank."""
+    slices = [
+        ParameterSlice(stored_name(name), parameter, 0, parameter.numel())
+        for name, parameter in model.named_parameters()
+        if ".experts.local." not in name
+    ]
+    for layer in find_layers(model):
+        for index, prefix in local_experts(layer, mesh):
+            for name, part in layer.experts.local.parts.items():
+                size = part.view(index).numel()
+                slices.append(ParameterSlice(f"{prefix}.{name}", part.stacked, part.start(index), size))
+    return slices
+
+
+def in_memory_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[int]]:
+    """Return the tensors of a model by their names in memory in transformers.
+
+    Args:
+        model: Converted, with all experts.
+
+    Returns:
+        The tensors, and the indices of the MoE layers whose selection bias the family has no place for.
+    """
+    layers = find_layers(model)
+    tensors = dict(dense_tensors(model, layers, own_type=False))
+    for layer in layers:
+        for name, stacked in layer.experts.local.named_parameters():
+            tensors[f"{layer.name}.experts.{name}"] = stacked.detach()
+    with_place = stored_biases(model, own_type=False)
+    names = {id(module): name for name, module in model.named_modules()}
+    left_out = [
+        index for index, layer in enumerate(layers) if f"{names[id(layer.router)]}.selection_bias" not in with_place
+    ]
+    return tensors, left_out
+
+
+class FamilyLayout(NamedTuple):
+    """What the files of a family hold.
+
+    Attributes:
+        names: Of the tensors.
+        has_biases: Whether every layer has a place for a selection bias.
+    """
+
+    names: FamilyNames
+    has_biases: bool
+
+
+def family_layout(config: PretrainedConfig) -> FamilyLayout | None:
+    """Return what the files of a family hold; None where the names are those of this package."""
+    if not family_of(config.model_type).is_probed or has_head(config):
+        return None
+    settings = {key: value for key, value in config.to_diff_dict().items() if key != "model_type"}
+    return _family_layout(config.model_type, json.dumps(settings, sort_keys=True, default=str))
+
+
+def family_names(config: PretrainedConfig) -> FamilyNames | None:
+    """Return the names of tensors in the files of the family; None where they are those of this package."""
+    layout = family_layout(config)
+    return None if layout is None else layout.names
+
+
+@functools.lru_cache(maxsize=8)
+def _family_layout(architecture: str, settings_json: str) -> FamilyLayout:
+    config = AutoConfig.for_model(architecture, **json.loads(settings_json))
+    model = empty_model(config, family_rule(config, family_of(architecture).score), SINGLE_RANK)
+    layers = find_layers(model)
+    tensors = {**dict(expert_tensors(layers, SINGLE_RANK)), **dict(dense_tensors(model, layers, own_type=False))}
+    stacks = {}
+    for layer in layers:
+        local, prefix = layer.experts.local, f"{layer.name}.experts"
+        for name, parameter in local.named_parameters():
+            parts = ((part, each.first, each.rows) for part, each in local.parts.items() if each.stacked is parameter)
+            stacks[f"{prefix}.{name}"] = Stack(tuple(parts), prefix)
+    names = find_names(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, stacks)
+    return FamilyLayout(names, len(stored_biases(model, own_type=False)) == len(layers))

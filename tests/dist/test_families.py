@@ -1,0 +1,21 @@
+"""Families of each kind through `dist-moe train`: trained on two workers, balanced, and opened by transformers."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.dist.pool import RankPool
+from tests.families.trained import try_training
+from tests.family_models import COVERING
+from tests.selection import full
+
+QUICK = ("gpt_oss", "minimax_m2", "nemotron_h")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*QUICK, *(full(family) for family in COVERING if family not in QUICK)])
+def test_a_family_is_trained_balanced_and_opened_by_transformers(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    found = try_training(family, ranks, tmp_path)
+    assert found.works, found
+    in_files = family in ("glm4_moe", "nemotron_h", "minimax_m2", "afmoe", "ernie4_5_moe")
+    assert found.opened == ("folder" if in_files else "export")

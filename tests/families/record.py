@@ -1,0 +1,128 @@
+"""The record of a family, made by changing one key at a time and looking at what its router then computes."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dist_moe.errors import UserError
+from dist_moe.families.model_class import language_model_class
+from dist_moe.model.convert import make_local
+from dist_moe.model.family.experts import check_experts
+from dist_moe.moe.select import TopK
+from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers
+from dist_moe.probe.own_bias import find_own_bias
+from dist_moe.probe.router_probe import Probed, probe_router
+from tests.families.small import EXPERT_KEYS, EXPERTS, LENGTH, TOP_K, TOP_K_KEYS, VOCABULARY, build, small_config
+
+FACTOR = 1.75
+CLOSE = 1e-3
+
+
+def make_record(family: str) -> dict[str, Any]:
+    """Return the record of a family.
+
+    Raises:
+        UserError: `dist-moe train` cannot train it, with the reason.
+    """
+    config = small_config(family)
+    try:
+        language_model_class(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    layer, probed = _probe(config)
+    own = find_own_bias(layer)
+    rule = probed.rule
+    if rule is None:
+        raise UserError(probed.reason or "its router selects by none of the known rules")
+    _check_experts(layer)
+    return {
+        "model_type": config.model_type,
+        "experts_class": type(layer.experts).__name__,
+        "score": rule.score,
+        "bias_name": own and own.name,
+        "bias_on_probabilities": rule.bias_on_probabilities,
+        **_keys(family, rule),
+        "separates_documents": _separates_documents(family),
+    }
+
+
+def _probe(config: PreTrainedConfig) -> tuple[FoundLayer, Probed]:
+    with torch.device("meta"):
+        model = build(config)
+    layer = find_layers(model)[-1]
+    return layer, probe_router(layer, find_own_bias(layer), expert_groups(model))
+
+
+def _rule_with(family: str, **changes: Any) -> TopK | None:
+    """Return the rule of the small model with other values of keys; None where there is none."""
+    try:
+        return _probe(small_config(family, **changes))[1].rule
+    except Exception:  # classes of another library raise errors of any type
+        return None
+
+
+def _keys(family: str, rule: TopK) -> dict[str, Any]:
+    config = small_config(family)
+    given = config.to_dict()
+    declared = [field.name for field in dataclasses.fields(config)]
+    declared.sort(key=lambda name: name in config.attribute_map)  # other names of a key come last
+    found: dict[str, Any] = {"experts_key": None, "top_k_key": None, "normalize_key": None, "scaling_factor_key": None}
+    if _probe(small_config(family, **dict.fromkeys(given.keys() & EXPERT_KEYS, 2 * EXPERTS)))[1].num_experts != EXPERTS:
+        found["experts_key"] = next((key for key in declared if key in EXPERT_KEYS), None)
+    changed = _rule_with(family, **dict.fromkeys(given.keys() & TOP_K_KEYS, TOP_K + 1))
+    if changed is not None and changed.top_k == TOP_K + 1:
+        found["top_k_key"] = next((key for key in declared if key in TOP_K_KEYS), None)
+    given = {key: getattr(config, key) for key in declared if key in given or key in config.attribute_map}
+    for key, value in _named(given, bool, "norm"):
+        changed = _rule_with(family, **{key: not value})
+        if changed is not None and changed.normalize != rule.normalize:
+            found["normalize_key"] = key
+    for key, value in _named(given, (int, float), "scal", "factor", "multiplier"):
+        changed = _rule_with(family, **{key: FACTOR * value})
+        if changed is not None and abs(changed.routed_scaling_factor / rule.routed_scaling_factor - FACTOR) < CLOSE:
+            found["scaling_factor_key"] = key
+    grouped = _rule_with(family, n_group=4, topk_group=2) if "n_group" in given and "topk_group" in given else None
+    if grouped is not None and (grouped.groups, grouped.topk_groups) == (4, 2):
+        found |= {"groups_key": "n_group", "topk_groups_key": "topk_group", "group_score": grouped.group_score}
+    if found["experts_key"] is None:
+        raise UserError("none of the known keys has its number of experts")
+    defaults = {"normalize": rule.normalize, "scaling_factor": rule.routed_scaling_factor}
+    if found["top_k_key"] is None:
+        raise UserError("none of the known keys has the number of experts a token takes")
+    found["defaults"] = {name: value for name, value in defaults.items() if found[f"{name}_key"] is None}
+    return found
+
+
+def _named(given: dict[str, Any], kinds: Any, *words: str) -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        is_kind = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+        if is_kind and (kinds is bool or value) and any(word in key for word in words):
+            yield key, value
+
+
+def _check_experts(layer: FoundLayer) -> None:
+    try:
+        check_experts(layer.experts, lambda original, experts: make_local(original, experts, "auto"))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except Exception as error:  # modules of another library raise errors of any type
+        raise UserError(f"its experts are called in another way ({type(error).__name__}: {error})") from None
+
+
+@torch.no_grad()
+def _separates_documents(family: str) -> bool:
+    """Whether tokens see their own document only, where the positions of a row begin again at 0."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = build(small_config(family)).eval()
+    half = LENGTH // 4
+    positions = torch.arange(half).repeat(2).unsqueeze(0)
+    tokens = torch.randint(VOCABULARY, (1, 2 * half))
+    changed = tokens.clone()
+    changed[:, :half] = (changed[:, :half] + 1) % VOCABULARY
+    first, second = (
+        model(input_ids=each, position_ids=positions, use_cache=False).logits[:, half:] for each in (tokens, changed)
+    )
+    return bool(torch.allclose(first, second, atol=1e-5))

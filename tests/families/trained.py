@@ -1,0 +1,154 @@
+"""What `dist-moe train` does with a small model of a family: trained, saved, and opened by transformers."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from dist_moe.checkpoint.export import export
+from dist_moe.checkpoint.format.hf_folder import read_raw_config
+from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
+from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK
+from dist_moe.config import load_config, resolve
+from dist_moe.config.model import _known_keys
+from dist_moe.config.pretrained import OWN_PREFIX
+from dist_moe.families.model_class import language_model_class
+from dist_moe.families.registry import FAMILIES
+from dist_moe.model.build import empty_model, family_rule
+from dist_moe.model.convert import find_layers
+from dist_moe.train.loop import run
+from dist_moe.worker.rank_info import rank_info_from_env
+from tests.dist.pool import RankPool
+from tests.families.record import make_record
+from tests.families.small import small_config
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, LAST, COMPARED, LIMIT_S = 20, 5, 3, 200
+OVERRIDES = (
+    *("data.sequence_length=32", f"train.steps={STEPS}", "train.global_batch_size=32", "train.micro_batch_size=8"),
+    *("train.precision=fp32", "run.threads=1", "observe.interval=1", "observe.validation_sequences=8"),
+    *("observe.tensorboard=false", "checkpoint.interval=0", "checkpoint.resume=never"),
+    "balance.policy=quantile",
+)
+INITIALIZER_RANGE = 0.1
+"""Larger than usual, so that routers are uneven at the start."""
+VOCABULARY = 257
+SAME_LOSS, SAME_LOGITS = 1e-5, 1e-4
+"""Largest relative difference of a loss, and of a logit in units of the largest one."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a family.
+
+    Attributes:
+        losses: Largest relative difference between the losses of one worker and of two expert-parallel ones, in the
+            first steps; later a token that rounding moves to another expert makes it grow.
+        before: MaxVio of the first step.
+        after: Mean of the last steps.
+        floor: The sampling floor of a step.
+        opened: How transformers opened the weights: "folder", that of the checkpoint; "export", that of `--plain`.
+        logits: Largest difference between its logits and those of this package, in units of the largest logit.
+        documents: Whether rows are packed, or each document has its own.
+        reason: Why it cannot be trained, or what failed; "" where nothing is wrong.
+    """
+
+    losses: float = math.nan
+    before: float = math.nan
+    after: float = math.nan
+    floor: float = math.nan
+    opened: str = ""
+    logits: float = math.nan
+    documents: str = ""
+    reason: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether losses and logits are equal, and MaxVio falls to less than half, both without the sampling floor."""
+        same = self.losses <= SAME_LOSS and self.logits <= SAME_LOGITS
+        return not self.reason and same and self.after - self.floor < (self.before - self.floor) / 2
+
+
+def settings_of(family: str) -> dict[str, Any]:
+    """Return the section `model` of the small model of a family."""
+    config = small_config(family)
+    if hasattr(config, "initializer_range"):
+        config.initializer_range = INITIALIZER_RANGE
+    known = _known_keys(type(config), FAMILIES[config.model_type]) - {"vocab_size"}
+    given, default = config.to_dict(), CONFIG_MAPPING[config.model_type]().to_dict()
+    keys = {key: given[key] for key in sorted(known) if key in given and given[key] != default.get(key)}
+    keys |= {key: vars(config)[key] for key in sorted(known) if key not in given and key in vars(config)}
+    for alias, key in config.attribute_map.items():
+        if alias in known and key in given:
+            keys[alias] = given[key]
+    keys |= {key: VOCABULARY for key in keys if "vocab_size" in key}
+    return {"architecture": config.model_type, "config": json.loads(json.dumps(keys))}
+
+
+def train(rank: int, world_size: int, path: str, overrides: list[str]) -> None:
+    """Be one worker of a run."""
+    resolved = resolve(load_config(Path(path), overrides), world_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(resolved, rank_info_from_env(os.environ))
+
+
+def try_training(family: str, ranks: RankPool, folder: Path) -> Trained:
+    """Train a small model on one worker and on two, and open its weights in transformers."""
+    architecture = small_config(family).model_type
+    if architecture not in FAMILIES:
+        make_record(family)  # raises the reason
+    config = small_config(family)
+    empty_model(config, family_rule(config, FAMILIES[architecture].score), SINGLE_RANK)  # so does this
+    settings = {**yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text()), "model": settings_of(family)}
+    path = folder / f"{family}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    steps = {}
+    for workers in (1, 2):
+        run_dir = folder / f"{family}-{workers}"
+        shutil.rmtree(run_dir, ignore_errors=True)
+        overrides = [*OVERRIDES, f"run.dir={run_dir}", f"parallel.expert_parallel={workers}"]
+        ranks.run(train, workers, str(path), overrides, timeout_s=LIMIT_S)
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        steps[workers] = [line for line in lines if line["event"] == "step"]
+    losses = [(one["loss"], two["loss"]) for one, two in zip(steps[1][:COMPARED], steps[2][:COMPARED], strict=True)]
+    vio = [step["max_vio"] for step in steps[2]]
+    opened, logits = compare_with_transformers(run_dir / "checkpoints" / f"step-{STEPS:06d}", folder / "plain")
+    return Trained(
+        losses=max(abs(one - two) / two for one, two in losses),
+        before=vio[0],
+        after=sum(vio[-LAST:]) / LAST,
+        floor=steps[2][-1]["max_vio_floor"],
+        opened=opened,
+        logits=logits,
+        documents="packed" if FAMILIES[architecture].separates_documents else "one a row",
+    )
+
+
+@torch.no_grad()
+def compare_with_transformers(checkpoint: Path, out: Path) -> tuple[str, float]:
+    """Open the weights of a checkpoint in transformers; return by which folder, and the difference of the logits."""
+    model = checkpoint / "model"
+    ours = load_weights(model, SINGLE_RANK).eval()
+    opened = "folder"
+    if read_raw_config(model)["model_type"].startswith(OWN_PREFIX):
+        opened = "export"
+        shutil.rmtree(out, ignore_errors=True)
+        if export(checkpoint, out, "keep", plain=True).without_bias:
+            for layer in find_layers(ours):
+                layer.router.selection_bias.zero_()
+        model = out
+    config, _ = read_config(model)
+    theirs = language_model_class(config).from_pretrained(model).eval()
+    tokens_BS = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    found: list[Tensor] = [each(input_ids=tokens_BS, use_cache=False).logits for each in (ours, theirs)]
+    return opened, float((found[0] - found[1]).abs().max() / found[1].abs().max())
