@@ -118,7 +118,7 @@ mutants: $(STAMP) ## break the code one line at a time; each time the named test
 fuzz: $(STAMP) ## feed damaged input to everything that reads input: no traceback, hang or growth
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
-families: $(STAMP) ## balance a small model of every family of transformers, and write docs/families.md; 5 minutes
+families: $(STAMP) ## balance and train a small model of every family of transformers, and write docs/families.md; 15 minutes
 	$(BIN)/python -m tests.families $(ARGS)
 
 families-newest: ## the same on the newest transformers, in an environment of its own (build/newest)
