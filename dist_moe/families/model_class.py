@@ -1,8 +1,15 @@
-"""The class of transformers for the language model of a configuration."""
+"""The class of transformers for the model of a configuration."""
 
 import importlib
 import inspect
 from typing import Any
+
+
+def model_class(config: Any, is_encoder: bool) -> Any:
+    """Return the class of a model: that of the encoder alone, or of the language model."""
+    from transformers import MODEL_MAPPING
+
+    return MODEL_MAPPING[type(config)] if is_encoder else language_model_class(config)
 
 
 def language_model_class(config: Any) -> Any:

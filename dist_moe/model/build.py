@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.sections.model import AttentionName, KernelsName, NormName
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import UserError
-from dist_moe.families.model_class import language_model_class
+from dist_moe.families.model_class import model_class
 from dist_moe.families.registry import family_of
 from dist_moe.model.attention import attention_name
 from dist_moe.model.convert import MoeLayer, convert, find_layers, recorded_rule
@@ -75,11 +75,10 @@ def empty_model(
 ) -> PreTrainedModel:
     """Build the converted model on the meta device: shapes without memory."""
     family = family_of(config.model_type)
-    kind: Any = AutoModel if family.encoder else language_model_class(config)
-    config._attn_implementation = _attention_of(kind, attention) if family.is_probed else attention_name(attention)
+    kind = model_class(config, family.encoder)
+    config._attn_implementation = _attention_of(kind) if family.is_probed else attention_name(attention)
     with torch.device("meta"):
-        make = kind.from_config if family.encoder else kind._from_config
-        model = make(config, dtype=torch.float32)
+        model: Any = kind._from_config(config, dtype=torch.float32)
         if has_head(config):
             attach_head(model)
     if getattr(model, "pooler", None) is not None:
@@ -90,7 +89,7 @@ def empty_model(
     return model
 
 
-def _attention_of(kind: Any, attention: AttentionName) -> str:
+def _attention_of(kind: Any) -> str:
     """Return the implementation of a class of any family: that of transformers, which has all kinds of scores."""
     return "sdpa" if kind._supports_sdpa else "eager"
 

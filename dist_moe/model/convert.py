@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config.model import DEFAULT_ROUTING
 from dist_moe.config.sections.model import KernelsName
 from dist_moe.errors import UserError
 from dist_moe.families.record import Family, FeedForward
@@ -161,7 +162,7 @@ def recorded_rule(family: Family, config: Any) -> TopK:
     def value(key: str | None, default: Any) -> Any:
         return default if key is None else getattr(config, key)
 
-    defaults = {"normalize": False, "scaling_factor": 1.0, **family.defaults}
+    defaults = {**DEFAULT_ROUTING, **family.defaults}
     return TopK(
         top_k=value(family.top_k_key, None),
         score=family.score,

@@ -26,11 +26,11 @@ class Stack(NamedTuple):
     """A tensor of all experts of a layer in memory.
 
     Attributes:
-        parts: (suffix of the name of an expert's tensor, first row, rows), for each expert's tensor in it.
+        parts: (suffix of the name of an expert's tensor, rows), for each expert's tensor in it.
         prefix: The names of the experts' tensors are `PREFIX.INDEX.SUFFIX`.
     """
 
-    parts: tuple[tuple[str, int, int], ...]
+    parts: tuple[tuple[str, int], ...]
     prefix: str
 
 
@@ -77,7 +77,7 @@ def find_names(config: PretrainedConfig, shapes: Shapes, stacks: Mapping[str, St
         stack = numbers_of_stack.get(numbers)
         if stack is not None and tensor.shape == in_memory[stack].shape:
             stacked[stack] = name
-        elif len(numbers) == 1 and tensor.shape == _small_part(of_number[numbers[0]], shapes):
+        elif len(numbers) == 1 and tensor.shape == _small(shapes[of_number[numbers[0]]]):
             stored[of_number[numbers[0]]] = name
     return FamilyNames(stored, stacked, stored.keys() == shapes.keys())
 
@@ -86,16 +86,12 @@ def _small(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(size, SMALL) for size in shape)
 
 
-def _small_part(name: str, shapes: Shapes) -> tuple[int, ...]:
-    return _small(shapes[name])
-
-
 def _numbered_stack(tensor: Tensor, stack: Stack, number_of: Mapping[str, int]) -> Tensor:
     """Return a small stack of tensors each of which is full of its number: all experts, a few rows of each part."""
-    rows = [min(rows, SMALL) for _, _, rows in stack.parts]
+    rows = [min(rows, SMALL) for _, rows in stack.parts]
     small = torch.zeros(tensor.shape[0], sum(rows), *_small(tensor.shape[2:]), dtype=torch.int64)
     for expert, experts_rows in enumerate(small):
-        for (suffix, _, _), part in zip(stack.parts, experts_rows.split(rows), strict=True):
+        for (suffix, _), part in zip(stack.parts, experts_rows.split(rows), strict=True):
             part.fill_(number_of[f"{stack.prefix}.{expert}.{suffix}"])
     return small
 

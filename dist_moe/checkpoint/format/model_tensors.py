@@ -38,15 +38,15 @@ def stored_biases(model: PreTrainedModel, own_type: bool) -> dict[str, tuple[str
     """
     names = {id(module): name for name, module in model.named_modules()}
     family = family_of(model.config.model_type)
+    below_router = None if family.is_probed else family.bias_name
     found = {}
     for layer in find_layers(model):
         router = names[id(layer.router)]
         shape, own = layer.router.selection_bias.shape, layer.router.family_bias
-        family_name, is_probed = family.bias_name, family.is_probed
         if own is not None:
             place, shape = f"{stored_name(names[id(own.owner)] + '.')}{own.name}", getattr(own.owner, own.name).shape
-        elif own_type or (family_name is not None and not is_probed):
-            place = f"{router}.{family_name if family_name and not is_probed else 'selection_bias'}"
+        elif own_type or below_router is not None:
+            place = f"{router}.{below_router or 'selection_bias'}"
         else:
             continue
         found[f"{router}.selection_bias"] = (place, shape)
@@ -98,14 +98,14 @@ def parameter_slices(model: PreTrainedModel, mesh: Mesh) -> list[ParameterSlice]
     return slices
 
 
-def in_memory_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[int]]:
+def in_memory_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[MoeLayer]]:
     """Return the tensors of a model by their names in memory in transformers.
 
     Args:
         model: Converted, with all experts.
 
     Returns:
-        The tensors, and the indices of the MoE layers whose selection bias the family has no place for.
+        The tensors, and the MoE layers whose selection bias the family has no place for.
     """
     layers = find_layers(model)
     tensors = dict(dense_tensors(model, layers, own_type=False))
@@ -114,10 +114,7 @@ def in_memory_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[i
             tensors[f"{layer.name}.experts.{name}"] = stacked.detach()
     with_place = stored_biases(model, own_type=False)
     names = {id(module): name for name, module in model.named_modules()}
-    left_out = [
-        index for index, layer in enumerate(layers) if f"{names[id(layer.router)]}.selection_bias" not in with_place
-    ]
-    return tensors, left_out
+    return tensors, [layer for layer in layers if f"{names[id(layer.router)]}.selection_bias" not in with_place]
 
 
 class FamilyLayout(NamedTuple):
@@ -156,7 +153,7 @@ def _family_layout(architecture: str, settings_json: str) -> FamilyLayout:
     for layer in layers:
         local, prefix = layer.experts.local, f"{layer.name}.experts"
         for name, parameter in local.named_parameters():
-            parts = ((part, each.first, each.rows) for part, each in local.parts.items() if each.stacked is parameter)
+            parts = ((part, each.rows) for part, each in local.parts.items() if each.stacked is parameter)
             stacks[f"{prefix}.{name}"] = Stack(tuple(parts), prefix)
     names = find_names(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, stacks)
     return FamilyLayout(names, len(stored_biases(model, own_type=False)) == len(layers))

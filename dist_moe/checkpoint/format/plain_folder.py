@@ -14,8 +14,8 @@ from dist_moe.checkpoint.inspect import BIAS_PATTERN
 from dist_moe.families.model_class import language_model_class
 from dist_moe.families.registry import family_of
 from dist_moe.model.build import family_rule
-from dist_moe.model.convert import find_layers
 from dist_moe.model.head import has_head
+from dist_moe.moe.select import Rule
 
 LARGEST_FILE = "50GB"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,8 +37,8 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None)
         CheckpointError: The family computes another function.
         WeightsError: As `load_weights`.
     """
-    config, _ = read_config(model)
-    _check_plain(config, model)
+    config, rule = read_config(model)
+    _check_plain(config, rule, model)
     ours = load_weights(model, SINGLE_RANK, masters)
     tensors, left_out = in_memory_tensors(ours)
     stored_dtype = DTYPES.get(dtype) or config.dtype or torch.float32
@@ -58,17 +58,16 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None)
     theirs.config.dtype = stored_dtype
     theirs.generation_config = GenerationConfig.from_model_config(config)
     theirs.save_pretrained(out, max_shard_size=LARGEST_FILE)
-    return any(bool(find_layers(ours)[index].router.selection_bias.any()) for index in left_out)
+    return any(bool(layer.router.selection_bias.any()) for layer in left_out)
 
 
-def _check_plain(config: PretrainedConfig, model: Path) -> None:
+def _check_plain(config: PretrainedConfig, rule: Rule, model: Path) -> None:
     """Raise CheckpointError where the class of transformers would compute something else."""
     family = family_of(config.model_type)
     if family.feed_forward is not None or has_head(config):
         raise CheckpointError(
             f"transformers has no class for the {config.model_type} of {model}; export without --plain"
         )
-    _, rule = read_config(model)
     if rule != family_rule(config, family.score):
         raise CheckpointError(
             f"the routing of {model} is {rule}, which {config.model_type} cannot express; export without --plain"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from dist_moe.errors import ABSENT, Violation
-from dist_moe.families.model_class import language_model_class
+from dist_moe.families.model_class import model_class
 from dist_moe.families.record import Family
 from dist_moe.families.registry import family_of
 from dist_moe.text import TYPES, listed, shown, type_words
@@ -160,16 +160,13 @@ def complaints_about_rope() -> Iterator[list[str]]:
 def _run(settings: Any, family: Family, length: int) -> None:
     """Build the model on the meta device, and run it on two tokens, with stand-ins for what this package replaces."""
     import torch
-    from transformers import AutoModel
 
     if not family.is_probed:
         settings._attn_implementation = "sdpa"
-    kind: Any = AutoModel if family.encoder else language_model_class(settings)
     meta = torch.device("meta")
     with torch.no_grad():
         with meta:
-            make = kind.from_config if family.encoder else kind._from_config
-            model = make(settings, dtype=torch.float32)
+            model = model_class(settings, family.encoder)._from_config(settings, dtype=torch.float32)
         if (needed := sum(4 * parameter.numel() for parameter in model.parameters())) > LARGEST_MODEL:
             raise ValueError(f"a few layers of it have {needed:,} bytes of weights, and no machine {LARGEST_MODEL:,}")
         if family.is_probed:  # building the model compares what its routers and experts compute
