@@ -3,13 +3,40 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_moe.api import Balancer, Layer, Load, LoadWriter, UserError, balance
+    from dist_moe.api import (
+        Balancer,
+        Layer,
+        Load,
+        LoadWriter,
+        UserError,
+        balance,
+        clip_grad_norm_,
+        expert_parameters,
+        from_pretrained,
+        parallelize,
+        route,
+        save_pretrained,
+    )
 
 DISTRIBUTION = "dist-moe-train"
 """The installed distribution that this package belongs to; another one imports under the same name."""
 
 __version__ = "0.1.0"
-__all__ = ["Balancer", "Layer", "Load", "LoadWriter", "UserError", "__version__", "balance"]
+__all__ = [
+    "Balancer",
+    "Layer",
+    "Load",
+    "LoadWriter",
+    "UserError",
+    "__version__",
+    "balance",
+    "clip_grad_norm_",
+    "expert_parameters",
+    "from_pretrained",
+    "parallelize",
+    "route",
+    "save_pretrained",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,15 +12,17 @@ from torch import nn
 
 from dist_moe.attach.load import Load
 from dist_moe.attach.observer import Observer
+from dist_moe.attach.router_state import RouterState
 from dist_moe.attach.state import LayerState, check_policy
 from dist_moe.attach.steppers import Attachment, attach_to
 from dist_moe.balancing.balancer import Balancer as Core
 from dist_moe.balancing.counts import RoutingCounts
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.errors import UserError
+from dist_moe.moe.router import Router
 from dist_moe.policies.base import Policy
 from dist_moe.policies.registry import make_policy
-from dist_moe.probe.layers import counted_in, expert_groups, find_layers, inner_model, repeats_tokens
+from dist_moe.probe.layers import FoundLayer, counted_in, expert_groups, find_layers, inner_model, repeats_tokens
 from dist_moe.probe.router_probe import BiasPlace
 from dist_moe.section import broken_fields
 from dist_moe.text import counted, listed
@@ -107,11 +109,11 @@ class Balancer:
         if group is not None and dist.get_rank(group) < 0:
             raise UserError("this rank is not in the group; give each rank the group of its own layers and tokens")
         inner = inner_model(model)
-        self._states: dict[str, LayerState] = {}
+        self._states: dict[str, LayerState | RouterState] = {}
         self.layers: list[Layer] = []
         for layer in find_layers(inner):
             try:
-                state = LayerState(layer, expert_groups(inner))
+                state = _make_state(layer, expert_groups(inner))
             except UserError as error:
                 self.layers.append(Layer(layer.name, 0, 0, None, str(error)))
                 continue
@@ -122,9 +124,13 @@ class Balancer:
             raise UserError(self.layers[0].reason)
         self._policy = policy
         check_policy(policy, list(self._states.values()))
+        target = None
         for state in self._states.values():
             state.selects = policy.moves_bias and state.probed.bias == "ours"
-        self._core = Core(self._states, policy, torch.device("cpu"), steps, group=group)
+            if isinstance(state, RouterState):
+                state.follow(policy)
+                target = state.router.target_experts_per_token
+        self._core = Core(self._states, policy, torch.device("cpu"), steps, target, group)
         self._counts_here = group is not None or not repeats_tokens(model)
         surrounding = inner.get_submodule(counted_in(inner, [layer.name for layer in self.layers]))
         self._observer = Observer(surrounding, self._states, policy.needs_margins)
@@ -300,6 +306,10 @@ class Balancer:
             state.read_sharded()
             if len(everyone) > 1:
                 dist.broadcast(state.selection_bias, dist.get_global_rank(group, 0) if group else 0, group)
+
+
+def _make_state(layer: FoundLayer, groups: tuple[int, int]) -> LayerState | RouterState:
+    return RouterState(layer, layer.router) if isinstance(layer.router, Router) else LayerState(layer, groups)
 
 
 class _OfRank(NamedTuple):

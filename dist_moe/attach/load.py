@@ -47,6 +47,11 @@ class Load:
         return int(self.counts[0].k_histogram_K.sum())
 
     @property
+    def experts_per_token(self) -> float:
+        """Assignments per token, mean over the layers."""
+        return mean([_per_token(counts) for counts in self.counts])
+
+    @property
     def max_vio(self) -> float:
         """(largest load - mean load) / mean load, mean over the layers."""
         return mean(self._measures.max_vio_per_layer)
@@ -86,8 +91,14 @@ class Load:
         names = ("max_vio", "max_vio_floor", "deviation_percent", "deviation_percent_floor", "dead", "dead_floor")
         measures = {name: getattr(self, name) for name in names}
         load = {name: list(counts) for name, counts in zip(self.layers, self.counts_LE, strict=True)}
-        return {"step": self.step, "taken": self.taken, "tokens": self.tokens, **measures, "load": load}
+        tokens = {"tokens": self.tokens, "experts_per_token": self.experts_per_token}
+        return {"step": self.step, "taken": self.taken, **tokens, **measures, "load": load}
 
     @cached_property
     def _measures(self) -> LoadMeasures:
         return measure_load([counts.load_E for counts in self.counts])
+
+
+def _per_token(counts: RoutingCounts) -> float:
+    unrouted = 0 if counts.unrouted is None else int(counts.unrouted)
+    return int(counts.load_E.sum()) / max(1, int(counts.k_histogram_K.sum()) + unrouted)

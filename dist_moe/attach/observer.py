@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dist_moe.attach.router_state import RouterState
 from dist_moe.attach.state import FrozenState, LayerState, select_again
 from dist_moe.balancing.counts import RoutingCounts, add_counts, count_routing
 from dist_moe.balancing.margins import count_margins
 from dist_moe.errors import UserError
+from dist_moe.model.routing import count_record
 from dist_moe.moe.select import bias_inputs, gate_scores
 from dist_moe.probe.router_probe import read_results
 
@@ -55,7 +57,7 @@ class Selection:
 
 
 class Observer:
-    """Counts the layers of a model by hooks on its routers.
+    """Counts the layers of a model: by hooks on its routers, or by the records of those of this package.
 
     Args:
         model: Its forward surrounds what is counted; padding is read from its `attention_mask` [B, S].
@@ -70,8 +72,11 @@ class Observer:
         UserError: A router has the hook of another observer.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, LayerState], needs_margins: bool) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, LayerState | RouterState], needs_margins: bool) -> None:
         self._layers, self._needs_margins = dict(layers), needs_margins
+        hooked = {name: state for name, state in layers.items() if isinstance(state, LayerState)}
+        self._routers = {name: state.router for name, state in layers.items() if isinstance(state, RouterState)}
+        self._opened = False
         self._open, self._uncounted = False, 0
         self._mask_T: Tensor | None = None
         self._warned = False
@@ -79,15 +84,13 @@ class Observer:
         self._gate_logits: dict[str, Tensor] = {}
         self.window: dict[str, RoutingCounts] = {}
         self.forwards = 0
-        for name, state in self._layers.items():
-            if any(isinstance(hook, Selection) for hook in state.layer.router._forward_hooks.values()):
-                raise UserError(f"{name} has a balancer already; call its remove() before another one is made")
+        _check_free(model, self._layers)
         # The first hooks: others, such as those of expert parallelism in transformers, change what a router returned.
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._end),
         ]
-        for name, state in self._layers.items():
+        for name, state in hooked.items():
             router, count = state.layer.router, functools.partial(self._count, name, state)
             self._handles.append(router.register_forward_hook(Selection(state, count), prepend=True))
             if state.probed.places.logits is None and needs_margins:
@@ -121,6 +124,9 @@ class Observer:
             self._uncounted -= 1
         self._counts = {}
         self._mask_T = self._mask_of(model, args, kwargs) if self._open else None
+        self._opened = self._open or not again
+        for router in self._routers.values() if self._opened else ():
+            router.open_record(None if self._mask_T is None else self._mask_T.to(router.matrix.device))
 
     def _mask_of(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         mask = kwargs.get("attention_mask")
@@ -139,12 +145,18 @@ class Observer:
         self._warned = True
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for name, router in self._routers.items() if self._opened else ():
+            if not router.has_record:
+                continue
+            record = router.close_record()
+            if self._open:
+                self._counts[name] = count_record(router, record, self._needs_margins)
         if self._open:
             for name, counts in self._counts.items():
                 earlier = self.window.get(name)
                 self.window[name] = counts if earlier is None else add_counts([earlier], [counts])[0]
             self.forwards += 1
-        self._open, self._counts = False, {}
+        self._open, self._opened, self._counts = False, False, {}
 
     def _keep_logits(self, name: str, gate: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._gate_logits[name] = output.detach()
@@ -171,6 +183,19 @@ class Observer:
             counts = counts._replace(margins_EQ=count_margins(scores_TE, bias_E, rule.top_k, mask_T))
         earlier = self._counts.get(name)  # of a model that runs a layer more than once
         self._counts[name] = counts if earlier is None else add_counts([earlier], [counts])[0]
+
+
+def _check_free(model: nn.Module, layers: Mapping[str, LayerState | RouterState]) -> None:
+    """Refuse a model that another observer counts.
+
+    Raises:
+        UserError: It does.
+    """
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
+    counted = any(isinstance(owner, Observer) and owner._layers for owner in owners)
+    for name, state in layers.items():
+        if counted or any(isinstance(hook, Selection) for hook in state.layer.router._forward_hooks.values()):
+            raise UserError(f"{name} has a balancer already; call its remove() before another one is made")
 
 
 def _inert_observer() -> Observer:

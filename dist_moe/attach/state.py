@@ -4,7 +4,7 @@ Shapes: T tokens, E experts, K experts a token takes.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,8 +142,12 @@ def select_again(state: LayerState | FrozenState, router: nn.Module, returned: S
     return tuple(replaced)
 
 
-def check_policy(policy: Policy, states: Sequence[LayerState]) -> None:
+def check_policy(policy: Policy, states: Sequence[Any]) -> None:
     """Refuse a policy that does not work with the routers of a model.
+
+    Args:
+        policy: The policy.
+        states: Of the layers: `LayerState`, and `RouterState`, which checks the policy itself.
 
     Raises:
         UserError: It does not.
@@ -159,7 +163,7 @@ def check_policy(policy: Policy, states: Sequence[LayerState]) -> None:
         reason = f"{states[0].layer.name}: {states[0].probed.reason}"
         raise UserError(f"no layer can be balanced: {reason}; policy='none' counts the load")
     for state in states:
-        if state.is_balanced:
+        if isinstance(state, LayerState) and state.is_balanced:
             _check_layer(policy, state)
 
 

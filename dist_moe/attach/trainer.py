@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from dist_moe.attach.writer import LoadWriter
 from dist_moe.errors import UserError
+from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.probe.layers import text_config
 from dist_moe.text import counted
 
@@ -65,6 +66,7 @@ class BalancerCallback(TrainerCallback, ExportableState):
                 "counted; start one process for each GPU: torchrun --nproc-per-node"
             )
         warn_of_auxiliary_loss(kwargs.get("model"))
+        refuse_for_distributed_experts(kwargs.get("model"), args)
         if self._log_dir is not None and self._writer is None:
             self._writer = LoadWriter(self._log_dir, max(1, int(args.logging_steps)))
             self._balancer.listen(self._writer.write)
@@ -139,6 +141,27 @@ def warn_of_auxiliary_loss(model: nn.Module | None) -> None:
                 key,
                 getattr(text, key),
             )
+
+
+def refuse_for_distributed_experts(model: nn.Module | None, args: TrainingArguments) -> None:
+    """Refuse what the Trainer does on one rank alone, where ranks hold different experts (`dist_moe.parallelize`).
+
+    Raises:
+        UserError: It would clip by the norm of each rank's own experts, or save those of one rank.
+    """
+    modules = () if model is None else model.modules()
+    if not any(isinstance(each, ExpertParallelLayer) and each.mesh.expert_parallel > 1 for each in modules):
+        return
+    if args.max_grad_norm:
+        raise UserError(
+            f"max_grad_norm={args.max_grad_norm} clips by the norm of each rank's own experts, after which the dense "
+            "weights differ; set max_grad_norm=0"
+        )
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        raise UserError(
+            f"save_strategy={args.save_strategy} saves the experts of one rank; set save_strategy='no', and call "
+            "dist_moe.save_pretrained(model, folder) on all ranks"
+        )
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

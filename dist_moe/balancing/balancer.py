@@ -26,9 +26,14 @@ class BalancedRouter(Protocol):
         threshold: fp32 scalar; None without threshold routing.
     """
 
-    selection_bias: Tensor
-    last_load: Tensor
-    threshold: Tensor | None
+    @property
+    def selection_bias(self) -> Tensor: ...
+
+    @property
+    def last_load(self) -> Tensor: ...
+
+    @property
+    def threshold(self) -> Tensor | None: ...
 
     @property
     def is_balanced(self) -> bool:

@@ -18,26 +18,38 @@ def balancing_violations(config: Config, router: RouterConfig, experts: int) -> 
         router: `config.router` with every field filled.
         experts: Routed experts of a layer.
     """
-    violations = _combination(config, router)
+    violations = [*_combination(config, router), *selection_violations(router, experts, routing_key(config, "groups"))]
+    upcycled = weights_source(config.model).key == UPCYCLE_KEY
+    if router.selection == "expert_threshold" and upcycled and not router.min_experts:
+        rule = "lets a token take no expert, and model.upcycle_from begins with the result of the dense network"
+        violations.append(Violation("router.min_experts", router.min_experts, rule, "set it to 1"))
+    violations += _random(config, router) if router.selection in RANDOM_SELECTIONS else []
+    return violations + _policy(config, router, experts)
+
+
+def selection_violations(router: RouterConfig, experts: int, groups_key: str = "router.groups") -> list[Violation]:
+    """What is wrong among the fields of a selection.
+
+    Args:
+        router: With every field filled.
+        experts: Routed experts of a layer.
+        groups_key: The key that sets the expert groups.
+    """
     if router.selection == "threshold":
-        violations += _threshold(config, router, experts)
+        violations = _threshold(router, experts, groups_key)
     elif router.selection == "expert_threshold":
-        violations += _expert_threshold(router, experts)
-        if weights_source(config.model).key == UPCYCLE_KEY and not router.min_experts:
-            rule = "lets a token take no expert, and model.upcycle_from begins with the result of the dense network"
-            violations.append(Violation("router.min_experts", router.min_experts, rule, "set it to 1"))
+        violations = _expert_threshold(router, experts)
     else:
-        violations += _fixed_number(router)
+        violations = _fixed_number(router)
     if router.min_experts and router.selection != "expert_threshold":
         rule = f"has no meaning with router.selection={router.selection}, where each token takes an expert"
         remedy = "leave it out, or set router.selection=expert_threshold"
         violations.append(Violation("router.min_experts", router.min_experts, rule, remedy))
-    violations += _random(config, router) if router.selection in RANDOM_SELECTIONS else []
     if router.zipf_exponent != RouterConfig.model_fields["zipf_exponent"].default and router.selection != "zipf":
         rule = f"has no meaning with router.selection={router.selection}"
         remedy = "leave it out, or set router.selection=zipf"
         violations.append(Violation("router.zipf_exponent", router.zipf_exponent, rule, remedy))
-    return violations + _policy(config, router, experts)
+    return violations
 
 
 def _combination(config: Config, router: RouterConfig) -> list[Violation]:
@@ -51,13 +63,13 @@ def _combination(config: Config, router: RouterConfig) -> list[Violation]:
     return [Violation(key, value, *refused)]
 
 
-def _threshold(config: Config, router: RouterConfig, experts: int) -> list[Violation]:
+def _threshold(router: RouterConfig, experts: int, groups_key: str) -> list[Violation]:
     """What is wrong with the fields of threshold routing."""
     violations = _max_experts(router, experts)
     max_experts = router.max_experts or experts
     if router.groups != 1:
         rule = "limits a token to some groups, which threshold routing does not support"
-        violations.append(Violation(routing_key(config, "groups"), router.groups, rule, "set it to 1"))
+        violations.append(Violation(groups_key, router.groups, rule, "set it to 1"))
     limit, target = min(max_experts, experts), router.target_experts_per_token
     if target is not None and not 1 <= target < limit:
         rule = f"cannot be reached, since a token takes {up_to(limit)} {'expert' if limit == 1 else 'experts'}"

@@ -52,11 +52,14 @@ class Router(nn.Module):
         threshold: fp32 scalar, a buffer; None without threshold routing.
         last_load: [E] int64, a buffer that is not part of the model's checkpoint: the load of the last optimizer
             step, for the auxiliary loss over it.
+        target_experts_per_token: What a balancer that finds this router in a model controls the threshold to; None
+            for a constant threshold.
     """
 
     selection_bias: Tensor
     last_load: Tensor
     threshold: Tensor | None
+    target_experts_per_token: float | None = None
 
     def __init__(self, num_experts: int, width: int, rule: Rule) -> None:
         super().__init__()
@@ -64,15 +67,21 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
     def _add_state(self, num_experts: int, rule: Rule) -> None:
-        self.rule = rule
         self.num_experts = num_experts
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("last_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
-        start = torch.tensor(rule.threshold, dtype=torch.float32) if isinstance(rule, ThresholdRouting) else None
-        self.register_buffer("threshold", start)
+        self.set_rule(rule)
         self._mask_T: Tensor | None = None
         self._open = False
         self._record: RouterRecord | None = None
+
+    def set_rule(self, rule: Rule) -> None:
+        """Route by another rule from now on, with its initial threshold; the bias stays."""
+        self.rule = rule
+        start, device = None, self.selection_bias.device
+        if isinstance(rule, ThresholdRouting):
+            start = torch.tensor(rule.threshold, dtype=torch.float32, device=device)
+        self.register_buffer("threshold", start)
 
     @property
     def family_bias(self) -> "FamilyBias | None":
@@ -111,6 +120,10 @@ class Router(nn.Module):
         if self.threshold is not None and isinstance(self.rule, ThresholdRouting):
             self.threshold.fill_(self.rule.threshold)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: not the mask and the record of a forward of this one."""
+        return {**self.__dict__, "_mask_T": None, "_open": False, "_record": None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Apply `.to`, `.bfloat16()` and the like, but keep the state in fp32: 0.5 + 0.001 is 0.5 in bf16."""
         bias_E, threshold = self.selection_bias, self.threshold
@@ -129,6 +142,11 @@ class Router(nn.Module):
         """
         self._mask_T = mask_T
         self._open, self._record = True, None
+
+    @property
+    def has_record(self) -> bool:
+        """Whether this router ran since `open_record`."""
+        return self._record is not None
 
     def close_record(self) -> RouterRecord:
         """Return the record of the forward since `open_record`.

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import dist_moe
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 RANKS, SEQUENCES, LENGTH, TOP_K = 2, 8, 64, 2
@@ -171,6 +173,24 @@ def test_a_loop_of_deepspeed_becomes_balanced(uneven: Uneven, tmp_path: Path, st
 @pytest.mark.slow
 def test_experts_that_deepspeed_has_distributed_become_balanced(uneven: Uneven, tmp_path: Path) -> None:
     check_steps(run_example("balance_autoep.py", uneven, tmp_path))
+
+
+@pytest.mark.slow
+def test_distributed_experts_become_balanced_and_are_saved_whole(uneven: Uneven, tmp_path: Path) -> None:
+    check_steps(run_example("parallelize_torch.py", uneven, tmp_path))
+    start, saved = (dist_moe.from_pretrained(folder, expert_parallel=1) for folder in (uneven.folder, tmp_path))
+    before = dict(start.named_parameters())
+    assert all(not torch.equal(each, before[name]) for name, each in saved.named_parameters())
+    biases = [value for name, value in saved.named_buffers() if name.endswith("selection_bias")]
+    assert len(biases) == 2 and all(bool(bias_E.any()) for bias_E in biases)
+
+
+@pytest.mark.slow
+def test_threshold_routing_in_the_trainer_becomes_balanced(uneven: Uneven, tmp_path: Path) -> None:
+    printed = run_example("route_trainer.py", uneven, tmp_path)
+    check_balanced(logged(printed, "max_vio"))
+    found = re.search(r"^(\d\.\d+) experts per token, Qwen3MoeForCausalLM, loss (\d\.\d+)$", printed, re.M)
+    assert found and 1.6 < float(found[1]) < 2.0 and float(found[2]) < logged(printed, "loss")[0]
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
 """Tries every family of the installed transformers, and writes the records and the page of the families.
 
-Usage: python -m tests.families [FAMILY]... [--check]
+Usage: python -m tests.families [FAMILY]... [--check] [--only=balance|route|train]
 
 The result of a version is in tests/families/results/VERSION.json; docs/families.md is written from all of them. With
 the pinned version, dist_moe/families/records.json is written first. With families, only these are tried again. With
 --check, nothing is written, and a family that works in the file and does not work now, or has another record, is an
-error.
+error. With --only, the other columns stay as they are.
 """
 
 import json
@@ -29,6 +29,7 @@ from tests.dist.pool import RankPool
 from tests.families.balanced import Balanced, try_balance
 from tests.families.page import write_page
 from tests.families.record import make_record
+from tests.families.routed import Routed, try_route
 from tests.families.small import families
 from tests.families.trained import Trained, try_training
 
@@ -38,24 +39,29 @@ RESULTS = Path(__file__).parent / "results"
 RECORDS = ROOT / "dist_moe" / "families" / probed.RECORDS
 PINNED = "5.17.0"
 """The version of transformers whose models the records are made from."""
-Result = TypeVar("Result", Balanced, Trained)
+Result = TypeVar("Result", Balanced, Routed, Trained)
 
 
 def main(arguments: list[str]) -> int:
     """Try families, and write the results; return how many are worse than their file says."""
     names, check = [each for each in arguments if not each.startswith("--")] or list(families()), "--check" in arguments
+    only = next((each.partition("=")[2] for each in arguments if each.startswith("--only=")), "")
     worse = 0
-    if transformers.__version__ == PINNED:
+    if transformers.__version__ == PINNED and not only:
         worse = check_records(names) if check else write_records(names)
     path = RESULTS / f"{transformers.__version__}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found = {}
     with RankPool(2) as ranks, tempfile.TemporaryDirectory(prefix="dist-moe-families-") as folder:
         for name in names:
-            balanced = _tried(Balanced, partial(try_balance, name))
-            trained = _tried(Trained, partial(try_training, name, ranks, Path(folder)))
-            found[name] = {"balance": asdict(balanced), "train": asdict(trained)}
-            for kind, result in (("balance", balanced), ("train", trained)):
+            attempts: dict[str, Callable[[], Any]] = {
+                "balance": partial(_tried, Balanced, partial(try_balance, name)),
+                "route": partial(_tried, Routed, partial(try_route, name)),
+                "train": partial(_tried, Trained, partial(try_training, name, ranks, Path(folder))),
+            }
+            results = {kind: attempt() for kind, attempt in attempts.items() if only in ("", kind)}
+            found[name] = known.get(name, {}) | {kind: asdict(result) for kind, result in results.items()}
+            for kind, result in results.items():
                 print(f"{name}: {kind}: {'works' if result.works else result.reason or result}", flush=True)
                 before = known.get(name, {}).get(kind)
                 if before is not None and type(result)(**before).works and not result.works:

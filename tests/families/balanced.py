@@ -50,7 +50,7 @@ def try_balance(family: str) -> Balanced:
     """Balance a small model of a family whose experts are uneven at the start, and train it for some steps on text."""
     torch.manual_seed(0)
     model = build(small_config(family)).train()
-    _unbalance(model)
+    unbalance(model)
     try:
         seen = dist_moe.balance(model, "none")
     except dist_moe.UserError as error:
@@ -92,7 +92,7 @@ def _train(model: PreTrainedModel, balancer: dist_moe.Balancer, names: list[str]
         starts = torch.randint(len(tokens) - LENGTH // 2, (SEQUENCES,))
         batch = torch.stack([tokens[start : start + LENGTH // 2] for start in starts])
         received.clear()
-        _loss(model, batch).backward()
+        loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         assert balancer.load is not None
@@ -100,7 +100,8 @@ def _train(model: PreTrainedModel, balancer: dist_moe.Balancer, names: list[str]
     return loads
 
 
-def _loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
+def loss_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Return a loss of a batch: of the next token, or of the last hidden states of a model without a head."""
     output: Any = model(input_ids=batch, use_cache=False)
     values: Tensor = output.logits if "logits" in output else output.last_hidden_state
     if values.shape[-1] != VOCABULARY:
@@ -109,7 +110,7 @@ def _loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _unbalance(model: nn.Module) -> None:
+def unbalance(model: nn.Module) -> None:
     """Give the routers weights whose size differs from expert to expert."""
     for layer in find_layers(model):
         for parameter in layer.router.parameters():

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.families import balanced, trained
+from dist_moe.text import listed
+from tests.families import balanced, routed, trained
 from tests.families.balanced import Balanced
+from tests.families.routed import Routed
 from tests.families.trained import Trained
 
 HEAD = """\
@@ -19,6 +21,9 @@ the families in `dist_moe/families/records.json`: it builds a small model of eac
   routers are made uneven, and it is trained for {balance_steps} steps on text. It works where the counts are those that
   the experts received, and MaxVio of the worst layer falls to less than half. *own*: the model has a selection bias,
   which is updated; *ours*: the results of its router are selected again.
+- **Route**: `dist_moe.route` in the model of transformers. It works where the logits with the family's own rule are
+  those of transformers, to {same_routed:.0e} of the largest, and, in {route_steps} steps with threshold routing and
+  adaptive weights, MaxVio falls to less than half.
 - **Train**: `dist-moe train` for {train_steps} steps in fp32, on one worker and on two expert-parallel workers. It
   works where the losses of the first {compared} steps are equal to {same_loss:.0e}, MaxVio falls to less than half, and
   transformers opens the saved weights with the same logits, to {same_logits:.0e} of the largest. *folder*: it opens the
@@ -38,6 +43,8 @@ def write_page(path: Path, results: Path) -> None:
     head = HEAD.format(
         balance_steps=balanced.STEPS,
         train_steps=trained.STEPS,
+        route_steps=routed.STEPS,
+        same_routed=routed.SAME_LOGITS,
         compared=trained.COMPARED,
         same_loss=trained.SAME_LOSS,
         same_logits=trained.SAME_LOGITS,
@@ -45,15 +52,14 @@ def write_page(path: Path, results: Path) -> None:
     )
     lines = [head]
     for version, found in versions.items():
-        counts = [sum(of(each).works for each in found.values()) for of in (_balanced, _trained)]
-        tried = any("train" in each for each in found.values())
-        trains = f", and `dist-moe train` in {counts[1]}" if tried else ""
-        lines.append(
-            f"transformers {version}: `dist_moe.balance` works in {counts[0]} of {len(found)} families{trains}.\n"
-        )
+        parts = [f"`dist_moe.balance` works in {sum(_balanced(each).works for each in found.values())}"]
+        for kind, of, name in (("route", _routed, "`dist_moe.route`"), ("train", _trained, "`dist-moe train`")):
+            if any(kind in each for each in found.values()):
+                parts.append(f"{name} in {sum(of(each).works for each in found.values())}")
+        lines.append(f"transformers {version}: {listed(parts, last='and')} of {len(found)} families.\n")
     titles = ["family"]
     for version in versions:
-        titles += [f"balance ({version})", "router", "MaxVio", f"train ({version})", "MaxVio", "documents"]
+        titles += [f"balance ({version})", "router", "MaxVio", "route", f"train ({version})", "MaxVio", "documents"]
     lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for name in names:
         cells = [name]
@@ -75,17 +81,23 @@ def _trained(result: Mapping[str, Any]) -> Trained:
     return Trained(**result.get("train", {}))
 
 
+def _routed(result: Mapping[str, Any]) -> Routed:
+    return Routed(**result.get("route", {}))
+
+
 def _works(result: Mapping[str, Any]) -> bool:
     return _trained(result).works
 
 
 def _cells(result: Mapping[str, Any] | None) -> list[str]:
     if result is None:
-        return ["not in this version", *[""] * 5]
+        return ["not in this version", *[""] * 6]
     found, run = _balanced(result), _trained(result)
     cells = (
         [found.bias, found.rule, f"{found.before:.2f} → {found.after:.2f}"] if found.works else ["no", found.rule, ""]
     )
+    by = _routed(result)
+    cells.append(f"{by.before:.2f} → {by.after:.2f}" if by.works else "no" if "route" in result else "not tried")
     if run.works:
         return [*cells, run.opened, f"{run.before:.2f} → {run.after:.2f}", run.documents]
     return [*cells, "no" if "train" in result else "not tried", "", ""]
@@ -96,6 +108,10 @@ def _reasons(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     reasons = []
     if not found.works:
         reasons.append(("balance", found.reason or "MaxVio does not fall to half, or counts differ"))
+    by = _routed(result)
+    if "route" in result and not by.works:
+        differs = f"logits differ by {by.difference:.0e}, MaxVio {by.before:.2f} → {by.after:.2f}"
+        reasons.append(("route", by.reason or differs))
     if "train" in result and not run.works:
         reasons.append(
             (

@@ -81,15 +81,15 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
         # An earlier save on more ranks has left more files than this one will write.
         for old in (*folder.glob("*.safetensors"), folder / INDEX_NAME):
             old.unlink(missing_ok=True)
-    _barrier()
+    _barrier(mesh)
     for name, tensors in shard_tensors(model, mesh, balanced).items():
         write_tensors(folder / name, tensors)
-    _barrier()
+    _barrier(mesh)
     if mesh.rank == 0:
         for name, text in config_files(model, balanced).items():
             write_atomically(folder / name, text)
         write_index(folder)
-    _barrier()
+    _barrier(mesh)
 
 
 def shard_tensors(model: PreTrainedModel, mesh: Mesh, balanced: bool) -> dict[str, dict[str, Tensor]]:
@@ -346,6 +346,6 @@ def write_index(folder: Path) -> Path:
     return folder / INDEX_NAME
 
 
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+def _barrier(mesh: Mesh) -> None:
+    if mesh.world_size > 1:
         dist.all_reduce(torch.zeros(1)) if dist.get_backend() == "gloo" else dist.barrier()

@@ -5,6 +5,7 @@ A rank names the tensors that it holds.
 
 import functools
 import json
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.family.router import ORIGINAL
 from dist_moe.model.head import has_head
 
+EXPERTS_STATE = re.compile(r"\.experts\.(local\.|held$)")
+"""In names of the state of a rank's experts, each of which has names of its own in a folder."""
 SINGLE_RANK = Mesh(world_size=1, rank=0, expert_parallel=1)
 
 
@@ -73,7 +76,7 @@ def dense_tensors(model: PreTrainedModel, layers: list[MoeLayer], own_type: bool
     routers = tuple(f"{layer.name}." for layer in layers)
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
     for name, tensor in model.state_dict().items():
-        if name == tied or (name.startswith(routers) and ".experts.local." in name):
+        if name == tied or (name.startswith(routers) and EXPERTS_STATE.search(name)):
             continue
         if name.endswith(".selection_bias"):
             if name in biases:

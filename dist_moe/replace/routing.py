@@ -1,0 +1,151 @@
+"""Gives a model another selection of experts, in place, such as threshold routing."""
+
+import logging
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
+from torch import nn
+
+from dist_moe.comm.mesh import Mesh
+from dist_moe.config.balancing import selection_violations
+from dist_moe.config.combinations import refusal
+from dist_moe.config.sections.router import RouterConfig
+from dist_moe.errors import UserError
+from dist_moe.families.registry import FAMILIES
+from dist_moe.model.family.router import FamilyRouter
+from dist_moe.moe.router import Router
+from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
+from dist_moe.probe.layers import find_layers, text_config
+from dist_moe.replace.experts import ReadLayer, read_layers, replace_child
+from dist_moe.replace.saving import save_by_this_package
+from dist_moe.section import broken_fields
+
+Model = TypeVar("Model", bound=nn.Module)
+Selection = Literal["top_k", "threshold", "expert_threshold"]
+FIELDS = ("threshold", "target_experts_per_token", "max_experts", "min_experts", "top_k", "score", "normalize",
+          "scaling_factor")  # fmt: skip
+"""Fields of the section `router` of a configuration that `route` takes."""
+POLICY_OF = {"top_k": "none", "threshold": "none", "expert_threshold": "expert_threshold"}
+"""A policy with which a selection is possible."""
+SINGLE = Mesh(world_size=1, rank=0, expert_parallel=1)
+logger = logging.getLogger("dist_moe")
+
+
+def route(model: Model, selection: Selection = "threshold", **fields: Any) -> Model:
+    """Give the routers of a Hugging Face MoE model another selection of experts, in place.
+
+    With `threshold` a token takes experts in order of probability until their sum reaches a threshold (arXiv
+    2403.07652). The family's routers compute the logits as before. The experts are computed by this package, since
+    those of transformers need the same number for each token; their parameters stay the same objects. Call it before
+    the optimizer and wrappers such as DDP are made, and `balance` afterwards, whose policies then reach the threshold
+    and the gate weights.
+
+    Args:
+        model: The model, with its weights, not in a wrapper, and not sharded.
+        selection: As `router.selection` of a configuration.
+        fields: Fields of the section `router`: threshold, target_experts_per_token, max_experts, min_experts, top_k,
+            score, normalize and scaling_factor. The others' defaults are those of the family, except that the gate
+            weights of a variable number of experts are the scores themselves.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UserError: A router or its experts compute something that is not known, or the fields do not fit together.
+    """
+    router = _check_fields(selection, fields)
+    if any(isinstance(layer.router, Router) for layer in find_layers(model)):
+        _follow(model, router)
+    else:
+        found = read_layers(model)
+        rules = [_rule(router, _own_rule(layer), layer.probed.num_experts) for layer in found]
+        for layer, rule in zip(found, rules, strict=True):
+            _replace(layer, rule)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.target_experts_per_token = router.target_experts_per_token
+    text = text_config(model)
+    if getattr(text, "model_type", None) not in FAMILIES:
+        logger.warning(
+            "%s cannot be saved as a folder with this routing: dist-moe train does not train it "
+            "(docs/families.md); save model.state_dict()",
+            type(model).__name__,
+        )
+    save_by_this_package(model)
+    return model
+
+
+def _check_fields(selection: str, fields: dict[str, Any]) -> RouterConfig:
+    if unknown := sorted(fields.keys() - set(FIELDS)):
+        raise UserError(f"{unknown[0]} is not a field of route; use {', '.join(FIELDS)}")
+    if selection not in POLICY_OF:
+        raise UserError(f"selection={selection!r} is not possible here; use {', '.join(POLICY_OF)}")
+    try:
+        return RouterConfig(selection=selection, **fields)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UserError(broken_fields(error)) from None
+
+
+def _follow(model: nn.Module, router: RouterConfig) -> None:
+    """Change the rule of routers that are of this package."""
+    found = [layer.router for layer in find_layers(model) if isinstance(layer.router, Router)]
+    rules = []
+    for each in found:
+        if not isinstance(each.rule, TopK):
+            raise UserError("the model has another selection already; begin with a model that was not routed")
+        rules.append(_rule(router, each.rule, each.num_experts))
+    for each, rule in zip(found, rules, strict=True):
+        each.set_rule(rule)
+
+
+def _own_rule(layer: ReadLayer) -> TopK:
+    if layer.probed.rule is None:
+        reason = layer.probed.reason or "it selects by none of the known rules"
+        raise UserError(f"{layer.layer.name} cannot be routed by another rule: {reason}")
+    return layer.probed.rule
+
+
+def _rule(router: RouterConfig, own: TopK, experts: int) -> Rule:
+    """Return the rule of a layer.
+
+    Args:
+        router: The fields that were given.
+        own: The rule of the family's router.
+        experts: Of the layer.
+
+    Raises:
+        UserError: The fields do not fit the layer.
+    """
+    varies = router.selection != "top_k"
+    score = router.score or ("softmax" if router.selection == "threshold" else own.score)
+    top_k, max_experts = router.top_k or own.top_k, router.max_experts or experts
+    normalize = router.normalize if router.normalize is not None else own.normalize and not varies
+    factor = router.scaling_factor or (1.0 if varies else own.routed_scaling_factor)
+    update = {"score": score, "top_k": top_k, "normalize": normalize, "scaling_factor": factor}
+    update |= {"max_experts": max_experts, "groups": 1} if varies else {"groups": own.groups}
+    refused = refusal(router.selection, score, POLICY_OF[router.selection])
+    if refused is not None:
+        raise UserError(f"score={score} {refused.rule}; {refused.remedy}".replace("router.", ""))
+    for wrong in selection_violations(router.model_copy(update=update), experts):
+        raise UserError(f"{wrong.key}={wrong.value} {wrong.rule}; {wrong.remedy}".replace("router.", ""))
+    if top_k > experts:
+        raise UserError(f"top_k={top_k} is more than the {experts} experts of a layer; use {experts} or fewer")
+    if router.selection == "threshold":
+        return ThresholdRouting(router.threshold, max_experts, normalize, factor)
+    if router.selection == "expert_threshold":
+        return ExpertThreshold(top_k, max_experts, router.min_experts, score, normalize, factor)
+    return replace(own, top_k=top_k, score=score, normalize=normalize, routed_scaling_factor=factor)
+
+
+def _replace(layer: ReadLayer, rule: Rule) -> None:
+    found = layer.layer
+    bias_E = None if layer.own is None else layer.own.read()
+    if not layer.is_placed:
+        layer.place_experts(SINGLE)
+    with next(found.router.parameters()).device:
+        router = FamilyRouter(found.router, layer.probed, rule, layer.own)
+    if bias_E is not None and isinstance(rule, TopK):
+        router.selection_bias.copy_(bias_E)
+    router.train(found.router.training)
+    replace_child(found, found.router, router)

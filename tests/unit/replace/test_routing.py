@@ -1,0 +1,263 @@
+"""`route` changes which experts tokens take, and nothing else of what a family computes."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import dist_moe
+from dist_moe.moe.router import Router
+from dist_moe.moe.select import ExpertThreshold, ThresholdRouting, TopK
+from dist_moe.probe.layers import find_layers
+from tests.attached import EXPERTS, FAMILIES, make_model, tokens, train_on
+
+
+def logits_of(model: Any, seed: int = 0) -> Tensor:
+    """In evaluation mode."""
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=tokens(seed)).logits
+    return logits
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of a routed model."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def softmax_choice(logits_E: list[float], threshold: float) -> list[int]:
+    """The experts in order of probability whose sum reaches the threshold, by a loop."""
+    probabilities = torch.tensor(logits_E, dtype=torch.float64).softmax(0).tolist()
+    taken: list[int] = []
+    for expert in sorted(range(len(probabilities)), key=lambda index: -probabilities[index]):
+        taken.append(expert)
+        if sum(probabilities[each] for each in taken) >= threshold:
+            break
+    return taken
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rule_of_the_family_gives_its_own_logits_and_gradients(family: str) -> None:
+    model = make_model(family)
+    whole = copy.deepcopy(model)
+    assert dist_moe.route(model, "top_k") is model
+    for each in (model, whole):
+        each.eval()
+        each(input_ids=tokens(0), labels=tokens(0)).loss.backward()
+    assert torch.allclose(logits_of(model), logits_of(whole), atol=1e-5)
+    gradients = {
+        name.replace(".original.", ".").replace(".local.", "."): p.grad for name, p in model.named_parameters()
+    }
+    for name, parameter in whole.named_parameters():
+        wanted, found = parameter.grad, gradients.get(name)  # a bias of the family is a buffer now
+        assert (found is None) == (wanted is None), name
+        assert found is None or wanted is None or torch.allclose(found, wanted, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_token_takes_experts_until_their_probability_passes_the_threshold(family: str) -> None:
+    model = dist_moe.route(make_model(family), threshold=0.55)
+    seen: list[tuple[Tensor, Tensor]] = []
+    first, *_ = routers(model)
+    first.register_forward_hook(lambda router, args, output: seen.append((args[0], output)))
+    first.open_record(None)
+    logits_of(model)
+    record = first.close_record()
+    for logits_E, ids_K in zip(record.logits_TE.tolist(), record.ids_TK.tolist(), strict=True):
+        assert sorted(each for each in ids_K if each >= 0) == sorted(softmax_choice(logits_E, 0.55))
+    assert len({int((ids_K >= 0).sum()) for ids_K in record.ids_TK}) > 1
+
+
+def test_the_parameters_are_the_same_objects_so_that_an_optimizer_still_has_them() -> None:
+    model = make_model()
+    before = {id(parameter) for parameter in model.parameters()}
+    dist_moe.route(model)
+    assert {id(parameter) for parameter in model.parameters()} == before
+
+
+def test_the_fields_are_those_of_the_section_router() -> None:
+    model = dist_moe.route(make_model("deepseek_v3"), "expert_threshold", top_k=3, min_experts=1, scaling_factor=2.0)
+    assert {router.rule for router in routers(model)} == {ExpertThreshold(3, EXPERTS, 1, "sigmoid", False, 2.0)}
+    model = dist_moe.route(make_model(), "threshold", threshold=0.3, max_experts=4, normalize=True)
+    assert {router.rule for router in routers(model)} == {ThresholdRouting(0.3, 4, normalize=True)}
+    model = dist_moe.route(make_model("deepseek_v3"), "top_k", top_k=1, score="softmax", normalize=False)
+    (rule,) = {router.rule for router in routers(model)}
+    assert isinstance(rule, TopK) and (rule.top_k, rule.score, rule.normalize) == (1, "softmax", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"selection": "zipf"}, "selection='zipf' is not possible here; use top_k, threshold, expert_threshold"),
+        ({"treshold": 0.5}, "treshold is not a field of route; use threshold, "),
+        ({"threshold": 1.5}, "threshold=1.5 should be less than 1"),
+        ({"max_experts": 9}, r"max_experts=9 is more than the model's 8 experts; use 1 to 8, or null"),
+        ({"target_experts_per_token": 8.5}, "target_experts_per_token=8.5 cannot be reached"),
+        ({"score": "sigmoid"}, "score=sigmoid adds up probabilities over all experts"),
+        ({"selection": "top_k", "threshold": 0.5}, "threshold=0.5 has no meaning with selection=top_k"),
+        ({"selection": "top_k", "top_k": 9}, "top_k=9 is more than the 8 experts of a layer; use 8 or fewer"),
+        ({"selection": "expert_threshold"}, "score=softmax compares the logit of each expert with a threshold"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_replaced(arguments: dict[str, Any], said: str) -> None:
+    model = make_model()
+    with pytest.raises(dist_moe.UserError, match=said):
+        dist_moe.route(model, **arguments)
+    assert not routers(model)
+
+
+def test_a_model_in_a_wrapper_or_on_the_meta_device_or_quantized_is_refused() -> None:
+    with pytest.raises(dist_moe.UserError, match="inside of a _Wrapper, which knows its present parameters"):
+        dist_moe.route(_Wrapper(make_model()))
+    with pytest.raises(dist_moe.UserError, match=r"on the meta device, without values; .* dist_moe\.from_pretrained"):
+        dist_moe.route(make_model().to("meta"))
+    model = make_model()
+    head: Any = model.get_submodule("lm_head")
+    head.weight = nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(dist_moe.UserError, match=r"lm_head\.weight is torch\.int8: the model is quantized"):
+        dist_moe.route(model)
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_routing_twice_is_refused() -> None:
+    model = dist_moe.route(make_model())
+    with pytest.raises(dist_moe.UserError, match="has another selection already"):
+        dist_moe.route(model, threshold=0.5)
+
+
+def test_its_own_save_pretrained_writes_what_is_opened_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers' own method would write the names of replaced modules, which its classes do not read."""
+    model: Any = dist_moe.route(make_model(), threshold=0.5)
+    model.save_pretrained(tmp_path / "routed")
+    assert "qwen3_moe cannot express this routing" in caplog.text
+    opened = dist_moe.from_pretrained(tmp_path / "routed")
+    assert torch.allclose(logits_of(opened), logits_of(model), atol=1e-5)
+    same: Any = dist_moe.route(make_model("gpt_oss"), "top_k")
+    same.save_pretrained(tmp_path / "same")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "same")
+    assert torch.allclose(logits_of(plain), logits_of(same), atol=1e-5)
+
+
+def test_a_copy_saves_itself(tmp_path: Path) -> None:
+    model = dist_moe.route(make_model(), "top_k")
+    copied: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    copied.save_pretrained(tmp_path)
+    assert not dist_moe.from_pretrained(tmp_path).get_parameter("lm_head.weight").any()
+
+
+def test_balancing_reaches_the_threshold_and_the_gate_weights() -> None:
+    model = dist_moe.route(make_model(), threshold=0.2, target_experts_per_token=3.0)
+    balancer = dist_moe.balance(model, "adaptive_weight", rate=0.3, applies_to="gate_weights")
+    assert all(isinstance(each.rule, ThresholdRouting) and each.rule.bias_in_gate_weights for each in routers(model))
+    assert [(layer.num_experts, layer.bias) for layer in balancer.layers] == [(EXPERTS, "own")] * 2
+    first = last = None
+    for step in range(30):
+        train_on(model, tokens(step, 8, 32))
+        last = balancer.step()
+        first = first or last
+    assert first is not None and last is not None
+    assert last.max_vio < first.max_vio / 2
+    assert sum(last.counts_LE[0]) / last.tokens == pytest.approx(3.0, abs=0.3)
+    assert all(float(router.threshold or 0) > 0.25 for router in routers(model))
+
+
+def test_trap_T105_recomputation_padding_evaluation_and_copies_do_not_disturb_the_counts() -> None:
+    model: Any = dist_moe.route(make_model(), threshold=0.5)
+    model.gradient_checkpointing_enable()
+    balancer = dist_moe.balance(model, "loss_free")
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 7:] = 0
+    taken: list[Tensor] = []
+    for router in routers(model):
+        router.register_forward_hook(lambda router, args, output: taken.append(output[2]))
+    train_on(model, tokens(0), attention_mask=mask)
+    first = [ids_TK[ids_TK >= 0].bincount(minlength=EXPERTS).tolist() for ids_TK in taken[:2]]
+    assert len(taken) == 4, "the layers ran twice"
+    assert all(torch.equal(*pair) for pair in zip(taken[:2], reversed(taken[2:]), strict=True))
+    model.eval()
+    logits_of(model)
+    model.generate(tokens(1), max_new_tokens=3, do_sample=False)
+    logits_of(copy.deepcopy(model))
+    model.train()
+    load = balancer.step()
+    assert [list(counts) for counts in load.counts_LE] == first
+    assert load.tokens == int(mask.sum())
+
+
+@pytest.mark.parametrize(
+    ("selection", "policy", "said"),
+    [
+        ("threshold", "quantile", "finds the bias with which each expert gets K of E tokens"),
+        ("threshold", "expert_threshold", "sets a threshold for each expert"),
+        ("expert_threshold", "loss_free", "needs the thresholds that balance.policy=expert_threshold alone sets"),
+    ],
+)
+def test_a_policy_that_does_not_work_with_the_selection_is_refused(selection: Any, policy: str, said: str) -> None:
+    model = dist_moe.route(make_model("deepseek_v3"), selection)
+    with pytest.raises(dist_moe.UserError, match=said):
+        dist_moe.balance(model, policy)
+
+
+def test_expert_thresholds_are_set_by_their_policy() -> None:
+    model = dist_moe.route(make_model("deepseek_v3"), "expert_threshold")
+    balancer = dist_moe.balance(model, "expert_threshold")
+    for step in range(10):
+        train_on(model, tokens(step, 8, 32))
+        load = balancer.step()
+    assert sum(load.counts_LE[0]) / (8 * 32) == pytest.approx(2, abs=0.3)
+    assert all(bool(router.selection_bias.any()) for router in routers(model))
+
+
+def test_the_state_resumes(tmp_path: Path) -> None:
+    """The state of the model has biases and thresholds, and that of the balancer the rest."""
+    states: list[dict[str, Any]] = []
+    logits = []
+    for resumed in (False, True):
+        model = dist_moe.route(make_model(), threshold=0.3, target_experts_per_token=2.0)
+        balancer = dist_moe.balance(model, "adaptive_weight", rate=0.3)
+        for step in range(6):
+            if resumed and step < 3:
+                continue
+            if resumed and step == 3:
+                model.load_state_dict(states[0]["model"])
+                balancer.load_state_dict(states[0]["balancer"])
+            train_on(model, tokens(step))
+            balancer.step()
+            if step == 2:
+                states.append(copy.deepcopy({"model": model.state_dict(), "balancer": balancer.state_dict()}))
+        logits.append(logits_of(model))
+        states.append({"balancer": balancer.state_dict()})
+    assert torch.equal(*logits)
+    assert states[1]["balancer"]["controller"] == states[2]["balancer"]["controller"]
+
+
+def test_a_second_balancer_is_refused_and_a_removed_one_leaves_the_model_to_another() -> None:
+    model = dist_moe.route(make_model())
+    balancer = dist_moe.balance(model)
+    with pytest.raises(dist_moe.UserError, match="has a balancer already"):
+        dist_moe.balance(model)
+    balancer.remove()
+    dist_moe.balance(model).remove()
+    logits_of(model)
+
+
+def test_a_family_that_cannot_be_saved_so_is_named_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = make_model()
+    model.config.model_type = "of_a_script"
+    with caplog.at_level(logging.WARNING, "dist_moe"):
+        dist_moe.route(model)
+    assert "cannot be saved as a folder with this routing" in caplog.text
+    with pytest.raises(dist_moe.UserError, match="a of_a_script cannot be saved with this routing"):
+        model.save_pretrained("unused")
+    assert find_layers(model)
