@@ -37,6 +37,7 @@ from dist_moe.engine.optimizer_shards import (
     optimizer_fragments,
 )
 from dist_moe.moe.layer import ExpertParallelLayer
+from dist_moe.moe.router import Router
 
 if not torch.cuda.is_available():
     # DeepSpeed detects its device on import, and warns when it falls back to the CPU.
@@ -234,6 +235,8 @@ def start_engine(
     _make_expert_groups(mesh)
     experts = _tag_experts(module, group_name)
     module.add_module("expert_marker", ExpertMarker(experts))
+    if settings.bf16:
+        cast_buffers(module)
     optimizer = _make_optimizer(parameter_groups, settings)
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -283,6 +286,19 @@ def _make_optimizer(parameter_groups: list[dict[str, Any]], settings: EngineSett
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(split, lr=0.0, betas=settings.betas, fused=True)
     return torch.optim.SGD(split, lr=0.0, momentum=settings.momentum)
+
+
+def cast_buffers(module: nn.Module) -> None:
+    """Cast the buffers that a model saves to bf16, which DeepSpeed leaves in fp32; its layers multiply weights by them.
+
+    Not those of routers, whose state is fp32 in any precision, nor tables that are not saved, as of rotary positions.
+    """
+    for child in module.modules():
+        saved = child._buffers.keys() - child._non_persistent_buffers_set
+        for name in () if isinstance(child, Router) else saved:
+            buffer = child._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                buffer.data = buffer.data.bfloat16()
 
 
 def _tag_experts(module: nn.Module, group_name: str) -> int:

@@ -23,7 +23,7 @@ def read_records() -> dict[str, Family]:
 
 
 def _make_family(architecture: str, values: dict[str, Any]) -> Family:
-    experts = values.pop("experts_class")
+    experts, values["untrained"] = values.pop("experts_class"), tuple(values.get("untrained", ()))
     return Family(
         architecture=architecture,
         block="",

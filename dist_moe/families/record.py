@@ -75,6 +75,7 @@ class Family:
         group_score: What a group of experts is chosen by.
         bias_on_probabilities: Whether the family adds a selection bias to the probabilities of its softmax.
         separates_documents: Whether tokens see their own document only where the positions of a row begin again.
+        untrained: Modules below a layer that the loss gives no gradient, such as the indexer of sparse attention.
         encoder: Whether tokens attend to later ones, too.
     """
 
@@ -108,3 +109,4 @@ class Family:
     group_score: Literal["top_2", "max"] = "top_2"
     bias_on_probabilities: bool = False
     separates_documents: bool = True
+    untrained: tuple[str, ...] = ()

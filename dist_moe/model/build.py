@@ -84,6 +84,9 @@ def empty_model(
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # of an encoder: nothing here reads its result
     convert(model, family, rule, mesh, moe_kernels)
+    for name, module in model.named_modules():
+        if name.endswith(family.untrained) and family.untrained:
+            module.requires_grad_(False)  # or weight decay alone would change it
     if norm == "auto":
         fuse_norms(model)
     return model
@@ -223,22 +226,34 @@ def freeze_layers(model: PreTrainedModel, count: int) -> None:
     embeddings is not trained, either.
 
     Args:
-        model: With its layers in one list, after its embeddings.
+        model: With its layers in one list, and its final norm as the only module with weights that reads their result.
         count: The first layer that is trained; 0: all of the model is.
+
+    Raises:
+        UserError: Other modules come after the layers, of which it is not known what they read.
     """
     if not count:
         return
-    depth = model.config.num_hidden_layers
-    lists = (
-        name
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    )
-    first_trained = f"{next(lists)}.{count}."
-    for name, parameter in model.base_model.named_parameters():
+    base, depth = model.base_model, model.config.num_hidden_layers
+    lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    layers = next(name for name, module in lists.items() if len(module) == depth)
+    owner = base.get_submodule(layers.rpartition(".")[0])
+    children = list(owner.named_children())
+    place = [name for name, _ in children].index(layers.rpartition(".")[2])
+    after = [(name, child) for name, child in children[place + 1 :] if any(True for _ in child.parameters())]
+    if unknown := [name for name, child in after if "norm" not in name and not isinstance(child, nn.Embedding)]:
+        raise UserError(
+            f"train.frozen_layers={count} is not possible with a {model.config.model_type}: its {unknown[0]} comes "
+            "after the layers, and may be read by all of them; set it to 0"
+        )
+    first_trained = f"{layers}.{count}."
+    for name, parameter in base.named_parameters():
         if name.startswith(first_trained):
-            return
+            break
         parameter.requires_grad_(False)
+    for _, child in after:
+        if isinstance(child, nn.Embedding):
+            child.requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

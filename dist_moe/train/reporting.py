@@ -22,6 +22,7 @@ from dist_moe.data.labeled.prepare import LabeledData
 from dist_moe.data.labeled.stream import ExampleStream
 from dist_moe.engine.train_state import RunData
 from dist_moe.errors import needs_folder
+from dist_moe.families.registry import family_of
 from dist_moe.files import others_may_write
 from dist_moe.model.inputs import documents_line
 from dist_moe.model.tasks.base import Task
@@ -124,6 +125,8 @@ class Report:
             self.console.log(own_type)
         if not task.separates_documents:
             self.console.log(documents_line(self.config.model.architecture))
+        if untrained := family_of(self.config.model.architecture).untrained:
+            self.console.log(f"not trained, since the loss gives it no gradient: {listed(untrained, last='and')}")
         names = ", ".join(layer.name for layer in task.layers)
         if self.config.balance.policy == UNBALANCED:
             self.console.log(f"balance.policy={UNBALANCED}: the load is measured but not balanced, without warnings")

@@ -1,6 +1,7 @@
 """The record of a family, made by changing one key at a time and looking at what its router then computes."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,7 @@ def make_record(family: str) -> dict[str, Any]:
         "bias_on_probabilities": rule.bias_on_probabilities,
         **_keys(family, rule),
         "separates_documents": _separates_documents(family),
+        "untrained": _untrained(family),
     }
 
 
@@ -110,6 +112,30 @@ def _check_experts(layer: FoundLayer) -> None:
         raise UserError(str(error)) from None
     except Exception as error:  # modules of another library raise errors of any type
         raise UserError(f"its experts are called in another way ({type(error).__name__}: {error})") from None
+
+
+def _untrained(family: str) -> list[str] | None:
+    """Return the outermost modules below a layer of whose weights none gets a gradient."""
+    torch.manual_seed(0)
+    model: Any = build(small_config(family)).train()
+    tokens = torch.randint(VOCABULARY, (2, LENGTH // 2))
+    model(input_ids=tokens, use_cache=False).logits.square().mean().backward()
+    trained: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        below = re.search(r"\.\d+\.(.+)", name)
+        if below is not None and parameter.requires_grad:
+            trained[below[1]] = trained.get(below[1], False) or parameter.grad is not None
+    found = {_outermost(name, trained) for name, has_gradient in trained.items() if not has_gradient}
+    return sorted(found) or None
+
+
+def _outermost(name: str, trained: dict[str, bool]) -> str:
+    """Return the outermost module with this parameter none of whose parameters is trained."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    return next(
+        each for each in prefixes if not any(trained[other] for other in trained if other.startswith(f"{each}."))
+    )
 
 
 @torch.no_grad()
