@@ -91,8 +91,9 @@ def find_own_bias(layer: FoundLayer) -> OwnBias | None:
         for name, tensor in _tensors(owner):
             if _is_bias(name, tensor):
                 return OwnBias(owner, name, argument)
-    is_unset = argument in vars(layer.block) and getattr(layer.block, argument) is None
-    return OwnBias(layer.block, argument, argument) if is_unset else None
+    # Of AutoEP: None at first, and what an earlier balancer wrote later.
+    is_attribute = isinstance(vars(layer.block).get(argument, ""), Tensor | None)
+    return OwnBias(layer.block, argument, argument) if is_attribute else None
 
 
 def full_shape(tensor: Tensor) -> torch.Size:

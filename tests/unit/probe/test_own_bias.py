@@ -88,6 +88,7 @@ def test_an_attribute_that_is_none_is_set_by_the_first_write() -> None:
     bias_E = torch.arange(8.0)
     found.write(bias_E)
     value: Any = layer.block.expert_bias
+    assert find_own_bias(layer) == found, "what was written is found again, as by a second balancer"
     assert value is not bias_E and torch.equal(value, bias_E)
     found.write(bias_E + 1)
     assert torch.equal(value, bias_E + 1), "in place, where the block reads it"
