@@ -3,20 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_moe.api import (
-        Balancer,
-        Layer,
-        Load,
-        LoadWriter,
-        UserError,
-        balance,
-        clip_grad_norm_,
-        expert_parameters,
-        from_pretrained,
-        parallelize,
-        route,
-        save_pretrained,
-    )
+    from dist_moe.attach.balancer import Balancer, Layer, balance
+    from dist_moe.attach.load import Load
+    from dist_moe.attach.writer import LoadWriter
+    from dist_moe.errors import UserError
+    from dist_moe.replace.loading import from_pretrained
+    from dist_moe.replace.parallel import clip_grad_norm_, expert_parameters, parallelize
+    from dist_moe.replace.routing import route
+    from dist_moe.replace.saving import save_pretrained
 
 DISTRIBUTION = "dist-moe-train"
 """The installed distribution that this package belongs to; another one imports under the same name."""
@@ -42,9 +36,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the commands need neither PyTorch nor transformers to start."""
     if name in __all__:
-        from dist_moe import api
+        import importlib
 
-        return getattr(api, name)
+        from dist_moe.api import PUBLIC
+
+        return getattr(importlib.import_module(PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,25 +1,16 @@
-"""The public functions and classes of the package; `import dist_moe` imports them when they are first used."""
+"""The public functions and classes of the package, and their modules, which `import dist_moe` imports on first use."""
 
-from dist_moe.attach.balancer import Balancer, Layer, balance
-from dist_moe.attach.load import Load
-from dist_moe.attach.writer import LoadWriter
-from dist_moe.errors import UserError
-from dist_moe.replace.loading import from_pretrained
-from dist_moe.replace.parallel import clip_grad_norm_, expert_parameters, parallelize
-from dist_moe.replace.routing import route
-from dist_moe.replace.saving import save_pretrained
-
-__all__ = [
-    "Balancer",
-    "Layer",
-    "Load",
-    "LoadWriter",
-    "UserError",
-    "balance",
-    "clip_grad_norm_",
-    "expert_parameters",
-    "from_pretrained",
-    "parallelize",
-    "route",
-    "save_pretrained",
-]
+PUBLIC: dict[str, str] = {
+    "Balancer": "dist_moe.attach.balancer",
+    "Layer": "dist_moe.attach.balancer",
+    "Load": "dist_moe.attach.load",
+    "LoadWriter": "dist_moe.attach.writer",
+    "UserError": "dist_moe.errors",
+    "balance": "dist_moe.attach.balancer",
+    "clip_grad_norm_": "dist_moe.replace.parallel",
+    "expert_parameters": "dist_moe.replace.parallel",
+    "from_pretrained": "dist_moe.replace.loading",
+    "parallelize": "dist_moe.replace.parallel",
+    "route": "dist_moe.replace.routing",
+    "save_pretrained": "dist_moe.replace.saving",
+}

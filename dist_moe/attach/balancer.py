@@ -22,7 +22,15 @@ from dist_moe.errors import UserError
 from dist_moe.moe.router import Router
 from dist_moe.policies.base import Policy
 from dist_moe.policies.registry import make_policy
-from dist_moe.probe.layers import FoundLayer, counted_in, expert_groups, find_layers, inner_model, repeats_tokens
+from dist_moe.probe.layers import (
+    FoundLayer,
+    counted_in,
+    expert_groups,
+    find_layers,
+    has_distributed_experts,
+    inner_model,
+    repeats_tokens,
+)
 from dist_moe.probe.router_probe import BiasPlace
 from dist_moe.section import broken_fields
 from dist_moe.text import counted, listed
@@ -131,6 +139,7 @@ class Balancer:
                 state.follow(policy)
                 target = state.router.target_experts_per_token
         self._core = Core(self._states, policy, torch.device("cpu"), steps, target, group)
+        self._has_distributed_experts = has_distributed_experts(inner)
         self._counts_here = group is not None or not repeats_tokens(model)
         surrounding = inner.get_submodule(counted_in(inner, [layer.name for layer in self.layers]))
         self._observer = Observer(surrounding, self._states, policy.needs_margins)
@@ -191,6 +200,11 @@ class Balancer:
         Raises:
             UserError: It is none of these, or the balancer steps already after another one.
         """
+        if isinstance(stepper, torch.amp.GradScaler) and self._has_distributed_experts:
+            raise UserError(
+                "a GradScaler decides on each rank whether a step is skipped, by the gradients of that rank's experts; "
+                "train models with distributed experts in bf16 or fp32"
+            )
         if self._attachment is not None or self._has_callback:
             raise UserError("the balancer is attached already, and a second one would step twice; detach the first one")
         self._attachment = attach_to(self, stepper)

@@ -84,7 +84,7 @@ class Observer:
         self._gate_logits: dict[str, Tensor] = {}
         self.window: dict[str, RoutingCounts] = {}
         self.forwards = 0
-        _check_free(model, self._layers)
+        check_free(model)
         # The first hooks: others, such as those of expert parallelism in transformers, change what a router returned.
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
@@ -125,8 +125,9 @@ class Observer:
         self._counts = {}
         self._mask_T = self._mask_of(model, args, kwargs) if self._open else None
         self._opened = self._open or not again
+        # Padding is routed, as in transformers: to leave it out, a router would need the mask until the backward.
         for router in self._routers.values() if self._opened else ():
-            router.open_record(None if self._mask_T is None else self._mask_T.to(router.matrix.device))
+            router.open_record(None)
 
     def _mask_of(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         mask = kwargs.get("attention_mask")
@@ -139,6 +140,13 @@ class Observer:
             self._warn_of_mask()
         return None
 
+    def _fitting_mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Return the mask of this forward, if it is of so many tokens."""
+        if self._mask_T is not None and len(self._mask_T) != tokens:
+            self._warn_of_mask()
+            return None
+        return None if self._mask_T is None else self._mask_T.to(device)
+
     def _warn_of_mask(self) -> None:
         if not self._warned:
             logger.warning("padding is counted: the attention mask is not [sequences, positions] of these tokens")
@@ -150,7 +158,10 @@ class Observer:
                 continue
             record = router.close_record()
             if self._open:
-                self._counts[name] = count_record(router, record, self._needs_margins)
+                mask_T = self._fitting_mask(len(record.ids_TK), record.ids_TK.device)
+                ids_TK = record.ids_TK if mask_T is None else record.ids_TK.masked_fill(~mask_T.unsqueeze(1), -1)
+                counted = record._replace(ids_TK=ids_TK, mask_T=mask_T)
+                self._counts[name] = count_record(router, counted, self._needs_margins)
         if self._open:
             for name, counts in self._counts.items():
                 earlier = self.window.get(name)
@@ -167,12 +178,9 @@ class Observer:
         if not self._open:
             return
         results = read_results(returned, state.probed.places, gate_logits)
-        ids_TK, mask_T = results.ids_TK.long(), self._mask_T
-        if mask_T is not None and len(mask_T) != len(ids_TK):
-            self._warn_of_mask()
-            mask_T = None
+        ids_TK = results.ids_TK.long()
+        mask_T = self._fitting_mask(len(ids_TK), ids_TK.device)
         if mask_T is not None:
-            mask_T = mask_T.to(ids_TK.device)
             ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(1), -1)
         counts = count_routing(ids_TK, state.probed.num_experts, state.probed.top_k)
         if self._needs_margins and state.probed.rule is not None and results.logits_TE is not None:
@@ -185,17 +193,20 @@ class Observer:
         self._counts[name] = counts if earlier is None else add_counts([earlier], [counts])[0]
 
 
-def _check_free(model: nn.Module, layers: Mapping[str, LayerState | RouterState]) -> None:
-    """Refuse a model that another observer counts.
+def check_free(model: nn.Module) -> None:
+    """Refuse a model that an observer counts.
 
     Raises:
-        UserError: It does.
+        UserError: One does.
     """
-    owners = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
-    counted = any(isinstance(owner, Observer) and owner._layers for owner in owners)
-    for name, state in layers.items():
-        if counted or any(isinstance(hook, Selection) for hook in state.layer.router._forward_hooks.values()):
-            raise UserError(f"{name} has a balancer already; call its remove() before another one is made")
+    for module in model.modules():
+        owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+        counted = any(isinstance(owner, Observer) and owner._layers for owner in owners)
+        if counted or any(isinstance(hook, Selection) for hook in module._forward_hooks.values()):
+            raise UserError(
+                "the model has a balancer already; call its remove() before another one is made, and before the model "
+                "is routed"
+            )
 
 
 def _inert_observer() -> Observer:

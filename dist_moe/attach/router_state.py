@@ -33,6 +33,11 @@ class RouterState:
     """
 
     def __init__(self, layer: FoundLayer, router: Router) -> None:
+        if any(hasattr(parameter, "ds_id") for parameter in router.parameters()):
+            raise UserError(
+                f"{layer.name}: ZeRO 3 has partitioned the weights of the router, which this package reads whole; use "
+                "stage 2 after dist_moe.route"
+            )
         self.layer, self.router, self.selects = layer, router, False
 
     @property
@@ -95,6 +100,8 @@ class RouterState:
         if violations := policy.violations(routing):
             broken = violations[0]
             raise UserError(f"{name}: {broken.key}={broken.value} {broken.rule}; {broken.remedy}")
+        if not policy.moves_bias:
+            return  # a bias that is there acts as it did
         if isinstance(rule, ThresholdRouting):
             self.router.rule = replace(rule, bias_in_gate_weights=policy.bias_in_gate_weights)
         elif isinstance(rule, TopK):

@@ -13,8 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from dist_moe.attach.writer import LoadWriter
 from dist_moe.errors import UserError
-from dist_moe.moe.layer import ExpertParallelLayer
-from dist_moe.probe.layers import text_config
+from dist_moe.probe.layers import has_distributed_experts, text_config
 from dist_moe.text import counted
 
 if TYPE_CHECKING:
@@ -149,8 +148,7 @@ def refuse_for_distributed_experts(model: nn.Module | None, args: TrainingArgume
     Raises:
         UserError: It would clip by the norm of each rank's own experts, or save those of one rank.
     """
-    modules = () if model is None else model.modules()
-    if not any(isinstance(each, ExpertParallelLayer) and each.mesh.expert_parallel > 1 for each in modules):
+    if model is None or not has_distributed_experts(model):
         return
     if args.max_grad_norm:
         raise UserError(

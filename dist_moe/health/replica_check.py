@@ -7,6 +7,7 @@ loss, while checkpoints take the dense weights from rank 0.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -15,9 +16,11 @@ from torch import Tensor
 from dist_moe.comm.mesh import Mesh
 from dist_moe.comm.objects import all_gather_objects
 from dist_moe.comm.reduce import all_reduce_counts
-from dist_moe.engine.train_state import TrainState
 from dist_moe.errors import UserError
 from dist_moe.text import listed
+
+if TYPE_CHECKING:
+    from dist_moe.engine.train_state import TrainState  # loads DeepSpeed
 
 SHOWN = 4
 
@@ -26,7 +29,7 @@ class ReplicaError(UserError, RuntimeError):
     """Replicas differ; the message names the rank that diverged, and the tensors."""
 
 
-def check_replicas(state: TrainState, step: int, steps_done: int = 0) -> None:
+def check_replicas(state: "TrainState", step: int, steps_done: int = 0) -> None:
     """Compare the replicas after every `observe.replica_check_interval` steps. A collective call.
 
     One all-reduce of two numbers per rank; the digests of the tensors are gathered only where these differ.
@@ -61,7 +64,7 @@ def check_replicas(state: TrainState, step: int, steps_done: int = 0) -> None:
     )
 
 
-def digests(state: TrainState) -> tuple[dict[str, int], dict[str, int]]:
+def digests(state: "TrainState") -> tuple[dict[str, int], dict[str, int]]:
     """Return the digests, by name, of what is replicated on all ranks, and on the ranks with the same experts."""
     dense: dict[str, int] = {"balance: steps taken": state.balancer.steps_taken}
     experts: dict[str, int] = {}

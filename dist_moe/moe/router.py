@@ -120,10 +120,6 @@ class Router(nn.Module):
         if self.threshold is not None and isinstance(self.rule, ThresholdRouting):
             self.threshold.fill_(self.rule.threshold)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has: not the mask and the record of a forward of this one."""
-        return {**self.__dict__, "_mask_T": None, "_open": False, "_record": None}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Apply `.to`, `.bfloat16()` and the like, but keep the state in fp32: 0.5 + 0.001 is 0.5 in bf16."""
         bias_E, threshold = self.selection_bias, self.threshold

@@ -152,6 +152,12 @@ def expert_groups(model: nn.Module) -> tuple[int, int]:
     return getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
 
 
+def has_distributed_experts(model: nn.Module) -> bool:
+    """Whether ranks hold different experts of this package (`dist_moe.parallelize`)."""
+    meshes = (getattr(module, "mesh", None) for module in model.modules())
+    return any(getattr(mesh, "expert_parallel", 1) > 1 for mesh in meshes)
+
+
 def repeats_tokens(model: nn.Module) -> bool:
     """Whether this rank has the same tokens as another one that counts them: tensor parallelism.
 

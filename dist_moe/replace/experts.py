@@ -40,8 +40,10 @@ class ReadLayer:
             self.probed: Probed = probe_router(layer, self.own, expert_groups(model))
         except UserError as error:
             raise UserError(
-                f"{layer.name} ({type(layer.router).__name__}): {error}; its layer stays as it is"
+                f"{layer.name} ({type(layer.router).__name__}): {error}; the model stays as it is"
             ) from None
+        if not self.is_placed:
+            self._check_experts()
 
     @property
     def is_placed(self) -> bool:
@@ -49,16 +51,8 @@ class ReadLayer:
         return isinstance(self.layer.experts, Experts)
 
     def place_experts(self, mesh: Mesh) -> None:
-        """Replace the experts by those of this rank, which take over their values, in place.
-
-        Raises:
-            UserError: They compute something that is not known, or the mesh does not divide them.
-        """
-        name, original = self.layer.name, self.layer.experts
-        try:
-            check_experts(original, lambda module, experts: make_local(module, experts, "auto"))
-        except Exception as error:  # modules of another library raise errors of any type
-            raise UserError(f"{name}: {error}; its layer stays as it is") from error
+        """Replace the experts by those of this rank, which take over their values, in place."""
+        original = self.layer.experts
         held = mesh.local_experts(self.probed.num_experts)
         with torch.device("meta"):
             local = make_local(original, len(held), "auto")
@@ -67,6 +61,20 @@ class ReadLayer:
             local.register_parameter(weight, _part(parameter, held))
         placed.train(original.training)
         replace_child(self.layer, original, placed)
+
+    def _check_experts(self) -> None:
+        """Refuse experts that compute something unknown, or that are inside of a wrapper."""
+        original = self.layer.experts
+        try:
+            check_experts(original, lambda module, experts: make_local(module, experts, "auto"))
+        except Exception as error:  # modules of another library raise errors of any type
+            raise UserError(f"{self.layer.name}: {error}; the model stays as it is") from error
+        for part in (self.layer.router, original):
+            if all(child is not part for child in self.layer.block.children()):
+                raise UserError(
+                    f"the {type(part).__name__} of {self.layer.name} is inside of a wrapper, such as that of an "
+                    "adapter; replace it before the wrapper is made"
+                )
 
 
 def read_layers(model: nn.Module) -> list[ReadLayer]:
@@ -86,7 +94,8 @@ def mark_held(name: str, layer: ExpertParallelLayer) -> None:
         UserError: By `load_state_dict`, as of a checkpoint that one rank has written.
     """
     held = layer.mesh.local_experts(layer.num_experts)
-    layer.register_buffer(HELD, torch.tensor([held.start, held.stop]))
+    device = next(layer.parameters()).device
+    layer.register_buffer(HELD, torch.tensor([held.start, held.stop], device=device))
 
     def check(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
         stored = state.get(prefix + HELD)
@@ -101,19 +110,8 @@ def mark_held(name: str, layer: ExpertParallelLayer) -> None:
 
 
 def replace_child(layer: FoundLayer, part: nn.Module, module: nn.Module) -> None:
-    """Put a module in the place of the router or the experts of a layer.
-
-    Raises:
-        UserError: The part is in a wrapper.
-    """
-    for name, child in layer.block.named_children():
-        if child is part:
-            setattr(layer.block, name, module)
-            return
-    raise UserError(
-        f"the {type(part).__name__} of {layer.name} is inside of a wrapper, such as that of an adapter; replace it "
-        "before the wrapper is made"
-    )
+    """Put a module in the place of the router or the experts of a layer."""
+    setattr(layer.block, next(name for name, child in layer.block.named_children() if child is part), module)
 
 
 def placed_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:

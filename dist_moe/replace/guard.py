@@ -76,7 +76,7 @@ class Guard:
         """Whether two ranks of the row hold experts with the same weights. Collective."""
         found_R = torch.zeros(self._mesh.expert_parallel, dtype=torch.int64)
         found_R[self._mesh.ep_rank] = _digest(local_parameters(model))
-        summed_R = _all_reduce(found_R, dist.ReduceOp.SUM, self._mesh.ep_group)
+        summed_R = _all_reduce(found_R, dist.ReduceOp.SUM, self._mesh.ep_group, model)
         return len(set(summed_R.tolist())) < self._mesh.expert_parallel
 
     def _check_replicas(self, model: nn.Module) -> None:
@@ -86,12 +86,12 @@ class Guard:
         dense = [(name, each) for name, each in model.named_parameters() if id(each) not in ours and each.requires_grad]
         smallest = sorted(dense, key=lambda pair: pair[1].numel())[:COMPARED]
         value = _digest(smallest) >> 1  # its negative is an int64, too
-        largest, least = _all_reduce(torch.tensor([value, -value]), dist.ReduceOp.MAX, None).tolist()
+        largest, least = _all_reduce(torch.tensor([value, -value]), dist.ReduceOp.MAX, None, model).tolist()
         if largest != -least:
             raise UserError(
                 f"the dense weights of the ranks differ, as {smallest[0][0]} may: the gradients were clipped by the "
-                "norm of each rank's own experts (use dist_moe.clip_grad_norm_, and max_grad_norm=0 in a Trainer), or "
-                "they were not averaged (use DistributedDataParallel)"
+                "norm of each rank's own experts (use dist_moe.clip_grad_norm_, and max_grad_norm=0 in a Trainer), "
+                "a GradScaler skipped a step on some ranks, or they were not averaged (use DistributedDataParallel)"
             )
 
 
@@ -104,8 +104,10 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def _all_reduce(values: Tensor, operation: Any, group: dist.ProcessGroup | None) -> Tensor:
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    moved = values.to(device)
+def _all_reduce(values: Tensor, operation: Any, group: dist.ProcessGroup | None, model: nn.Module) -> Tensor:
+    moved = values
+    if dist.get_backend(group) == "nccl":
+        own = next(model.parameters()).device
+        moved = values.to(own if own.type == "cuda" else "cuda")
     dist.all_reduce(moved, operation, group=group)
     return moved

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.families.registry import family_of
 from dist_moe.replace.parallel import Degree, mesh_of, prepare
+
+GENERATION = "generation_config.json"
 
 
 def from_pretrained(
@@ -16,9 +18,9 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Load a MoE model from a folder with its experts distributed over the ranks. Collective.
 
-    Each rank reads its experts only, so that the whole model needs to fit into no one's memory. Otherwise as
-    `parallelize`. Folders with a `model_type` of this package, such as those of `dist-moe train` with a selection bias
-    or threshold routing, are opened, too, with their routing.
+    Each rank reads its experts only, so that no rank needs memory for the whole model. Otherwise as `parallelize`.
+    Folders with a `model_type` of this package, such as those of `dist-moe train` with a selection bias or threshold
+    routing, are opened, too, with their routing; a target for the threshold has to be given again, by `route`.
 
     Args:
         folder: Of a family that `dist-moe train` trains (docs/families.md), on a disk.
@@ -37,5 +39,7 @@ def from_pretrained(
     mesh = mesh_of([int(getattr(config, family_of(config.model_type).experts_key))], expert_parallel)
     model = load_weights(path, mesh)
     nn.Module.to(model, dtype)
+    if (path / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     prepare(model, mesh)
     return model.eval()

@@ -1,6 +1,8 @@
 """Expert parallelism for a model of transformers in a training loop of PyTorch, DDP, FSDP2 or accelerate."""
 
+import logging
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,6 +16,7 @@ from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.errors import UserError
 from dist_moe.probe.layers import inner_model
 from dist_moe.replace.experts import HELD, local_parameters, mark_held, placed_layers, read_layers
+from dist_moe.replace.folder_names import read_folder_names
 from dist_moe.replace.guard import Guard
 from dist_moe.replace.saving import save_by_this_package
 from dist_moe.text import listed
@@ -21,6 +24,7 @@ from dist_moe.text import listed
 Model = TypeVar("Model", bound=nn.Module)
 Degree = int | Literal["auto"]
 GROUP_NAME = "dist_moe.parallelize"
+logger = logging.getLogger("dist_moe")
 
 
 def parallelize(model: Model, expert_parallel: Degree = "auto") -> Model:
@@ -54,8 +58,8 @@ def parallelize(model: Model, expert_parallel: Degree = "auto") -> Model:
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of this rank's experts."""
-    return [parameter for _, parameter in local_parameters(model)]
+    """Return the parameters of this rank's experts; none where every rank has all experts, as copies."""
+    return [parameter for _, parameter in _distributed_parameters(inner_model(model))]
 
 
 @torch.no_grad()
@@ -70,18 +74,21 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         The norm before, equal on all ranks.
     """
     inner = inner_model(model)
-    mesh = next(iter(placed_layers(inner).values())).mesh
+    layers = placed_layers(inner)
+    if not layers:
+        raise UserError("the model has no experts of this package; use torch.nn.utils.clip_grad_norm_")
+    mesh, device = next(iter(layers.values())).mesh, next(inner.parameters()).device
     ours = {id(parameter) for parameter in expert_parameters(inner)}
     gradients = [(id(p) in ours, p.grad) for p in inner.parameters() if p.grad is not None]
     dense = [gradient for is_expert, gradient in gradients if not is_expert]
     experts = [gradient for is_expert, gradient in gradients if is_expert]
-    squared = get_total_norm(experts).float().square()
+    squared = get_total_norm(experts).to(device, torch.float32).square()
     if mesh.ep_group is not None:
         dist.all_reduce(squared, group=mesh.ep_group)
     dense_norm = get_total_norm(dense)
     if isinstance(dense_norm, DTensor):
         dense_norm = dense_norm.full_tensor()
-    total = (squared + dense_norm.to(squared.device).float().square()).sqrt()
+    total = (squared + dense_norm.to(device, torch.float32).square()).sqrt()
     factor = float(max_norm / (total + 1e-6))
     if not math.isfinite(factor) or factor < 1:
         for _, gradient in gradients:
@@ -102,6 +109,8 @@ def mesh_of(experts: list[int], expert_parallel: Degree) -> Mesh:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     possible = [size for size in range(1, ranks + 1) if math.gcd(ranks, *experts) % size == 0]
     degree = possible[-1] if expert_parallel == "auto" else expert_parallel
+    if expert_parallel == "auto" and degree == 1 < ranks:
+        logger.warning("every rank has all experts: %d ranks and %s have no common divisor", ranks, experts)
     if degree not in possible:
         raise UserError(
             f"expert_parallel={degree} does not divide the ranks ({ranks}) and the experts "
@@ -113,6 +122,7 @@ def mesh_of(experts: list[int], expert_parallel: Degree) -> Mesh:
 def prepare(model: nn.Module, mesh: Mesh) -> None:
     """Make the gradients of distributed experts those of the mean loss, and keep other code from changing them."""
     save_by_this_package(model)
+    read_folder_names(model)
     if mesh.expert_parallel == 1:
         return  # every rank has every expert, so that DDP and FSDP2 do all of it
     column = _column_group(mesh)
@@ -128,15 +138,21 @@ def prepare(model: nn.Module, mesh: Mesh) -> None:
     for name, layer in placed_layers(model).items():
         mark_held(name, layer)
         names.append(f"{name}.{HELD}")
-    for name, parameter in local_parameters(model):
+    for name, parameter in _distributed_parameters(model):
         names.append(name)
-        if parameter.requires_grad:
-            parameter.register_hook(average)
+        is_trained = parameter.requires_grad
+        parameter.requires_grad_(True).register_hook(average)  # also of a parameter that is trained later
+        parameter.requires_grad_(is_trained)
         marked: Any = parameter
         # As DeepSpeed marks experts. It has no group of this name, and so refuses a model whose experts it would mix.
         marked.allreduce, marked.group_name = False, GROUP_NAME
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     model.register_forward_pre_hook(Guard(model, mesh))
+
+
+def _distributed_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    if any(layer.mesh.expert_parallel > 1 for layer in placed_layers(model).values()):
+        yield from local_parameters(model)
 
 
 def _column_group(mesh: Mesh) -> dist.ProcessGroup | None:

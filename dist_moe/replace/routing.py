@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 from torch import nn
 
+from dist_moe.attach.observer import check_free
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.balancing import selection_violations
 from dist_moe.config.combinations import refusal
@@ -17,7 +18,8 @@ from dist_moe.model.family.router import FamilyRouter
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
 from dist_moe.probe.layers import find_layers, text_config
-from dist_moe.replace.experts import ReadLayer, read_layers, replace_child
+from dist_moe.replace.experts import ReadLayer, placed_layers, read_layers, replace_child
+from dist_moe.replace.folder_names import read_folder_names
 from dist_moe.replace.saving import save_by_this_package
 from dist_moe.section import broken_fields
 
@@ -26,6 +28,7 @@ Selection = Literal["top_k", "threshold", "expert_threshold"]
 FIELDS = ("threshold", "target_experts_per_token", "max_experts", "min_experts", "top_k", "score", "normalize",
           "scaling_factor")  # fmt: skip
 """Fields of the section `router` of a configuration that `route` takes."""
+TARGET = "target_experts_per_token"
 POLICY_OF = {"top_k": "none", "threshold": "none", "expert_threshold": "expert_threshold"}
 """A policy with which a selection is possible."""
 SINGLE = Mesh(world_size=1, rank=0, expert_parallel=1)
@@ -55,6 +58,8 @@ def route(model: Model, selection: Selection = "threshold", **fields: Any) -> Mo
         UserError: A router or its experts compute something that is not known, or the fields do not fit together.
     """
     router = _check_fields(selection, fields)
+    check_free(model)
+    is_new = not placed_layers(model)
     if any(isinstance(layer.router, Router) for layer in find_layers(model)):
         _follow(model, router)
     else:
@@ -73,6 +78,8 @@ def route(model: Model, selection: Selection = "threshold", **fields: Any) -> Mo
             type(model).__name__,
         )
     save_by_this_package(model)
+    if is_new:
+        read_folder_names(model)
     return model
 
 
@@ -90,13 +97,22 @@ def _check_fields(selection: str, fields: dict[str, Any]) -> RouterConfig:
 def _follow(model: nn.Module, router: RouterConfig) -> None:
     """Change the rule of routers that are of this package."""
     found = [layer.router for layer in find_layers(model) if isinstance(layer.router, Router)]
-    rules = []
+    rules: list[Rule] = []
     for each in found:
+        if isinstance(each.rule, ThresholdRouting) and router.model_fields_set == {"selection", TARGET}:
+            filled = router.model_copy(update={"max_experts": each.rule.max_experts, "groups": 1})
+            _check_selection(filled, each.num_experts)
+            continue  # the threshold that was reached stays
         if not isinstance(each.rule, TopK):
-            raise UserError("the model has another selection already; begin with a model that was not routed")
+            raise UserError(
+                "the model has another selection already; begin with a model that was not routed, or give "
+                f"{TARGET} alone"
+            )
         rules.append(_rule(router, each.rule, each.num_experts))
-    for each, rule in zip(found, rules, strict=True):
+    for each, rule in zip(found, rules, strict=bool(rules)):
         each.set_rule(rule)
+        if not isinstance(rule, TopK):
+            each.reset_state()  # a bias on the family's scores is not one on these
 
 
 def _own_rule(layer: ReadLayer) -> TopK:
@@ -127,8 +143,7 @@ def _rule(router: RouterConfig, own: TopK, experts: int) -> Rule:
     refused = refusal(router.selection, score, POLICY_OF[router.selection])
     if refused is not None:
         raise UserError(f"score={score} {refused.rule}; {refused.remedy}".replace("router.", ""))
-    for wrong in selection_violations(router.model_copy(update=update), experts):
-        raise UserError(f"{wrong.key}={wrong.value} {wrong.rule}; {wrong.remedy}".replace("router.", ""))
+    _check_selection(router.model_copy(update=update), experts)
     if top_k > experts:
         raise UserError(f"top_k={top_k} is more than the {experts} experts of a layer; use {experts} or fewer")
     if router.selection == "threshold":
@@ -136,6 +151,11 @@ def _rule(router: RouterConfig, own: TopK, experts: int) -> Rule:
     if router.selection == "expert_threshold":
         return ExpertThreshold(top_k, max_experts, router.min_experts, score, normalize, factor)
     return replace(own, top_k=top_k, score=score, normalize=normalize, routed_scaling_factor=factor)
+
+
+def _check_selection(filled: RouterConfig, experts: int) -> None:
+    for wrong in selection_violations(filled, experts):
+        raise UserError(f"{wrong.key}={wrong.value} {wrong.rule}; {wrong.remedy}".replace("router.", ""))
 
 
 def _replace(layer: ReadLayer, rule: Rule) -> None:

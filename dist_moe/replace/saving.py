@@ -1,10 +1,11 @@
 """Saves a model whose routers or experts are of this package, as one folder of Hugging Face."""
 
-import functools
 import logging
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,15 +14,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from dist_moe.checkpoint.collective import run_on_all_ranks
+from dist_moe.checkpoint.format.hf_folder import INDEX_NAME, read_raw_config
 from dist_moe.checkpoint.format.hf_weights import own_type_of_model, save_weights
 from dist_moe.checkpoint.format.plain_folder import write_plain
 from dist_moe.comm.mesh import Mesh
+from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.errors import UserError
 from dist_moe.families.registry import ARCHITECTURES
+from dist_moe.files import write_atomically
 from dist_moe.model.build import family_rule
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
-from dist_moe.probe.layers import find_layers, inner_model
+from dist_moe.probe.layers import inner_model
 from dist_moe.replace.experts import HELD, placed_layers
 
 LARGEST_FILE = "50GB"
@@ -37,22 +42,31 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
     Args:
         model: After `parallelize`, `route` or `from_pretrained`; also in a wrapper.
-        folder: Created if needed.
+        folder: Created if needed. Weights that it has are replaced.
 
     Raises:
-        UserError: The model has no experts of this package, or its family is not known with this routing.
+        UserError: The model has no experts of this package, or its family is not known with this routing, or it is
+            sharded by FSDP2 with routers of this package, or it has adapters.
+        JobCheckpointError: On every rank, if one cannot write.
     """
     inner: Any = inner_model(model)
     layers = placed_layers(inner)
     if not layers:
         raise UserError("the model has no experts of this package; save it by its own save_pretrained")
-    mesh, path = next(iter(layers.values())).mesh, Path(folder)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    # Where every rank has the whole model, one writes it.
-    if mesh.world_size == ranks or dist.get_rank() == 0:
-        _write(inner, mesh, path)
-    if ranks > 1:
-        dist.barrier()
+    mesh, path = next(iter(layers.values())).mesh, Path(folder).resolve()
+    _check_savable(inner)
+    if not is_routed(inner):
+        state = _whole_state(inner)
+        _on_first_rank(path, partial(_write_by_transformers, inner, state, path))
+    elif mesh.expert_parallel == 1:  # every rank has the whole model
+        _on_first_rank(path, partial(_write, inner, path))
+    elif _is_plain(inner):
+        between = path.with_name(path.name + PARTIAL)
+        save_weights(inner, mesh, between, balanced=False)
+        _on_first_rank(path, partial(_write_plain, inner, between, path))
+    else:
+        save_weights(inner, mesh, path, balanced=False)
+        _on_first_rank(path, partial(_finish, inner, path))
 
 
 def save_by_this_package(model: nn.Module) -> None:
@@ -61,37 +75,71 @@ def save_by_this_package(model: nn.Module) -> None:
     transformers' own would store names that its class does not read, and the experts of one rank.
     """
     if isinstance(model, PreTrainedModel):
-        vars(model)["save_pretrained"] = functools.partial(_save_one, model)
+        vars(model)["save_pretrained"] = partial(_save_one, model)
 
 
-def _save_one(model: nn.Module, folder: str | Path, *_: Any, **__: Any) -> None:
-    """Be the model's own `save_pretrained`, which frameworks call on one rank."""
-    mesh = next(iter(placed_layers(model).values())).mesh
-    if mesh.expert_parallel > 1:
+def is_routed(model: nn.Module) -> bool:
+    """Whether the routers are of this package."""
+    return any(isinstance(module, Router) for module in model.modules())
+
+
+def _save_one(model: Any, folder: str | Path, is_main_process: bool = True, *_: Any, **__: Any) -> None:
+    """Be the model's own `save_pretrained`, which frameworks call on one rank, or on all with `is_main_process`."""
+    if next(iter(placed_layers(model).values())).mesh.expert_parallel > 1:
         raise UserError(
             "the experts are distributed over ranks, and this call is of one; call dist_moe.save_pretrained(model, "
             "folder) on all ranks (in a Trainer, set save_strategy='no')"
         )
-    _write(cast(PreTrainedModel, model), Mesh(1, 0, 1), Path(folder))
-
-
-def _write(model: PreTrainedModel, mesh: Mesh, folder: Path) -> None:
-    """Write the folder. Collective of the ranks of the mesh."""
-    if not isinstance(find_layers(model)[0].router, Router):
-        _write_whole(model, mesh, folder)
+    _check_savable(model)
+    if not is_main_process:
         return
+    path = Path(folder).resolve()
+    if is_routed(model):
+        _write(model, path)
+    else:
+        _write_by_transformers(model, _whole_state(model), path)
+
+
+def _check_savable(model: PreTrainedModel) -> None:
+    """Refuse, on all ranks, what cannot be saved.
+
+    Raises:
+        UserError: As `save_pretrained`.
+    """
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise UserError("the model has adapters (PEFT); call merge_and_unload() first, or save the adapters alone")
+    if not is_routed(model):
+        return
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UserError(
+            "FSDP2 has sharded a model with routers of this package, which is not gathered here; save its state by "
+            "torch.distributed.checkpoint, load that into a model that is not sharded, and save it"
+        )
     architecture = model.config.model_type
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"a {architecture} cannot be saved with this routing, since dist-moe train does not train it "
             "(docs/families.md); save model.state_dict()"
         )
-    if own_type := own_type_of_model(model, balanced=False):
-        if _is_plain(model):
-            _write_plain(model, mesh, folder)
-            return
-        logger.warning("%s", own_type)
-    save_weights(model, mesh, folder, balanced=False)
+
+
+def _on_first_rank(folder: Path, work: Callable[[], None]) -> None:
+    """Do some work on rank 0, and raise on all ranks if it fails. Collective."""
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    everyone = Mesh(ranks, rank, 1)
+    run_on_all_ranks(everyone, f"{folder} could not be saved", work if rank == 0 else lambda: None)
+
+
+def _write(model: PreTrainedModel, folder: Path) -> None:
+    """Write a routed model with all experts."""
+    alone = Mesh(1, 0, 1)
+    if _is_plain(model):
+        between = folder.with_name(folder.name + PARTIAL)
+        save_weights(model, alone, between, balanced=False)
+        _write_plain(model, between, folder)
+        return
+    save_weights(model, alone, folder, balanced=False)
+    _finish(model, folder)
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
@@ -99,22 +147,36 @@ def _is_plain(model: PreTrainedModel) -> bool:
     routers = [module for module in model.modules() if isinstance(module, Router)]
     own = family_rule(model.config, ARCHITECTURES[model.config.model_type].score)
     same = all(router.rule == own for router in routers)
-    return same and not any(router.family_bias is None and bool(router.selection_bias.any()) for router in routers)
+    without_bias = not any(each.family_bias is None and bool(each.selection_bias.any()) for each in routers)
+    return bool(own_type_of_model(model, balanced=False)) and same and without_bias
 
 
-def _write_plain(model: PreTrainedModel, mesh: Mesh, folder: Path) -> None:
-    """Write the files of a family that stacks its experts: by way of a folder of this package. Collective."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    save_weights(model, mesh, partial, balanced=False)
-    if mesh.rank == 0:
-        write_plain(partial, folder, "keep", None)
-        shutil.rmtree(partial)
+def _write_plain(model: PreTrainedModel, between: Path, folder: Path) -> None:
+    """Write the files of a family that stacks its experts, from a folder of this package, which is removed."""
+    _remove_weights(folder)
+    write_plain(between, folder, "keep", None)
+    shutil.rmtree(between)
+    _finish(model, folder)
+
+
+def _finish(model: PreTrainedModel, folder: Path) -> None:
+    """Write the settings of generation, and say what opens the folder."""
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is not None:
+        write_atomically(folder / "generation_config.json", settings.to_json_string())
+    if read_raw_config(folder)["model_type"].startswith(OWN_PREFIX):
+        logger.warning("%s", own_type_of_model(model, balanced=False))
 
 
 @torch.no_grad()
-def _write_whole(model: PreTrainedModel, mesh: Mesh, folder: Path) -> None:
-    """Write the folder by transformers, with the experts of the row of rank 0. Collective."""
+def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the state of a model with the routers of its family, by its names in transformers. Collective.
+
+    Returns:
+        On rank 0; empty on the others.
+    """
     layers = placed_layers(model)
+    first = not dist.is_initialized() or dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         layer = next((layer for place, layer in layers.items() if name.startswith(f"{place}.")), None)
@@ -122,10 +184,12 @@ def _write_whole(model: PreTrainedModel, mesh: Mesh, folder: Path) -> None:
             continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         whole = whole if layer is None else _gather(whole, layer)
-        if mesh.rank == 0:
+        if first:
             state[name if layer is None else name.replace(".local.", ".")] = whole.detach().cpu()
-    if mesh.rank != 0:
-        return
+    return state
+
+
+def _write_by_transformers(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
     kind: Any = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
     with torch.device("meta"):
         plain = kind._from_config(model.config)
@@ -135,7 +199,14 @@ def _write_whole(model: PreTrainedModel, mesh: Mesh, folder: Path) -> None:
         raise UserError(f"the model has no value for {missing[0]}, which {kind.__name__} stores")
     plain.config.dtype = model.dtype
     plain.generation_config = getattr(model, "generation_config", None)
+    _remove_weights(folder)
     plain.save_pretrained(folder, max_shard_size=LARGEST_FILE)
+
+
+def _remove_weights(folder: Path) -> None:
+    """Remove the weights of an earlier save, of which there may be more files."""
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX_NAME):
+        old.unlink(missing_ok=True)
 
 
 def _gather(local: Tensor, layer: ExpertParallelLayer) -> Tensor:

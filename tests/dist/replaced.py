@@ -43,7 +43,7 @@ def trained(
 ) -> Run:
     """Train a model with distributed experts, and save it."""
     model = dist_moe.parallelize(make_model(family), expert_parallel)
-    held = len(dist_moe.expert_parameters(model)[0])
+    held = max((len(parameter) for parameter in dist_moe.expert_parameters(model)), default=0)
     found = _steps(_wrapped(model, wrapper), rank, world_size, clipped)
     dist_moe.save_pretrained(model, folder)
     return Run(*found, held)
@@ -171,6 +171,41 @@ def routed(rank: int, world_size: int, expert_parallel: int, folder: str) -> Run
         counts.append(balancer.load.counts_LE)
     dist_moe.save_pretrained(model, folder)
     return Run(losses, [], counts, 0)
+
+
+def trained_later(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """The gradient of experts of this rank that were frozen when they were distributed, and that of the whole model."""
+    whole, frozen = make_model(), make_model().requires_grad_(False)
+    model = dist_moe.parallelize(frozen)
+    (name, weight), *_ = ((n, p) for n, p in model.named_parameters() if n.endswith("gate_up_proj"))
+    weight.requires_grad_(True)
+    model(input_ids=tokens(rank), labels=tokens(rank)).loss.backward()
+    for index in range(world_size):
+        (whole(input_ids=tokens(index), labels=tokens(index)).loss / world_size).backward()
+    wanted = whole.get_parameter(name.replace(".local.", ".")).grad
+    assert weight.grad is not None and wanted is not None
+    return weight.grad, wanted.chunk(world_size)[rank]
+
+
+def saved_into(rank: int, world_size: int, folder: str) -> str:
+    """What is said of a folder that cannot be written."""
+    try:
+        dist_moe.save_pretrained(dist_moe.parallelize(make_model()), folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def saved_while_sharded(rank: int, world_size: int) -> str:
+    """What is said of a routed model under FSDP2, which trains."""
+    model = dist_moe.route(make_model())
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    model(input_ids=tokens(rank), labels=tokens(rank)).loss.backward()
+    try:
+        dist_moe.save_pretrained(model, "unused")
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

@@ -9,7 +9,18 @@ from transformers import AutoModelForCausalLM
 import dist_moe
 from tests.attached import EXPERTS, make_model, tokens
 from tests.dist.pool import RankPool
-from tests.dist.replaced import Run, loaded, misused, read_folder, routed, trained, trained_whole
+from tests.dist.replaced import (
+    Run,
+    loaded,
+    misused,
+    read_folder,
+    routed,
+    saved_into,
+    saved_while_sharded,
+    trained,
+    trained_later,
+    trained_whole,
+)
 
 CLOSE = 1e-5
 
@@ -40,7 +51,7 @@ def check_same_run(runs: list[Run], alone: Run) -> None:
         pytest.param("qwen3_moe", 4, 4, "fsdp", False, marks=pytest.mark.slow),
     ],
 )
-def test_distributed_experts_train_as_the_whole_model(
+def test_trap_T104_distributed_experts_train_as_the_whole_model(
     ranks: RankPool, tmp_path: Path, family: str, world_size: int, expert_parallel: int, wrapper: str, clipped: bool
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -83,6 +94,30 @@ def test_a_folder_is_loaded_in_parts_and_saved_whole(ranks: RankPool, tmp_path: 
         assert torch.allclose(logits, wanted, atol=CLOSE)
         assert set(held) == {EXPERTS // 2}
     check_same_folder(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_trap_T107_experts_that_every_rank_has_are_trained_as_copies(ranks: RankPool, tmp_path: Path) -> None:
+    (alone,) = ranks.run(trained_whole, 1, "qwen3_moe", str(tmp_path / "whole"), True)
+    runs = ranks.run(trained, 2, "qwen3_moe", 1, "fsdp", str(tmp_path / "copies"), True)
+    assert {run.held for run in runs} == {0}, "none is distributed"
+    check_same_run(runs, alone)
+    check_same_folder(tmp_path / "copies", tmp_path / "whole")
+
+
+def test_trap_T107_experts_that_are_frozen_at_first_get_the_gradient_of_the_mean(ranks: RankPool) -> None:
+    for found, wanted in ranks.run(trained_later, 2):
+        assert torch.allclose(found, wanted, atol=CLOSE)
+
+
+def test_an_error_of_the_rank_that_writes_is_raised_on_all(ranks: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    first, second = ranks.run(saved_into, 2, str(tmp_path / "file" / "model"))
+    assert "could not be saved" in first and first == second
+
+
+def test_a_sharded_model_with_routers_of_this_package_is_refused_on_all_ranks(ranks: RankPool) -> None:
+    for message in ranks.run(saved_while_sharded, 2):
+        assert "FSDP2 has sharded a model with routers of this package" in message
 
 
 def test_threshold_routing_with_distributed_experts_is_that_of_one_rank(ranks: RankPool, tmp_path: Path) -> None:

@@ -59,10 +59,10 @@ MAY_IMPORT = {
     "study": TO_TRAIN,
     "launch": TO_CONFIG | {"worker"},
     "attach": TO_MODEL,
-    "replace": TO_ENGINE | {"checkpoint", "health"},
-    "api": TO_TRAIN | {"attach", "replace"},
+    "replace": TO_ENGINE | {"checkpoint", "health", "attach"},
+    "api": set(),
     "cli": TO_TRAIN | {"doctor", "study", "launch"},
-    "__init__": {"api"},
+    "__init__": {"api", "attach", "errors", "replace"},
     "__main__": {"cli"},
 }
 """Imports go one way: each part, and the others that it may import."""

@@ -85,14 +85,15 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Read which tensors the folder holds, by name: in the files that the index names, or in all without an index.
+    """Read which tensors the folder holds, by name: in the files that the index names, or in all of the model.
 
     Raises:
         WeightsError: There are none, or a name occurs in two files.
         CheckpointError: A file cannot be read.
     """
     index = read_index(folder) if exists(folder / INDEX_NAME) else None
-    paths = folder.glob("*.safetensors") if index is None else {folder / name for name in index.values()}
+    named = {folder / name for name in index.values()} if index is not None else set(folder.glob("model*.safetensors"))
+    paths = named or set(folder.glob("*.safetensors"))
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(paths):
         header = read_header(path)

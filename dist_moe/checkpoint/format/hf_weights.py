@@ -79,7 +79,7 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         # An earlier save on more ranks has left more files than this one will write.
-        for old in (*folder.glob("*.safetensors"), folder / INDEX_NAME):
+        for old in (*folder.glob("model*.safetensors"), folder / INDEX_NAME):
             old.unlink(missing_ok=True)
     _barrier(mesh)
     for name, tensors in shard_tensors(model, mesh, balanced).items():

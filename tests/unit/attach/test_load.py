@@ -53,9 +53,11 @@ def test_as_plain_values() -> None:
     assert json.loads(json.dumps(plain)) == plain
     assert plain["load"] == {"layers.0.mlp": [6, 0, 2, 0], "layers.1.mlp": [1, 3]}
     assert (plain["step"], plain["taken"], plain["tokens"]) == (7, True, 4)
-    for name in ("max_vio", "max_vio_floor", "deviation_percent", "deviation_percent_floor", "dead", "dead_floor"):
+    measures = ("max_vio", "max_vio_floor", "deviation_percent", "deviation_percent_floor", "dead", "dead_floor")
+    for name in (*measures, "experts_per_token"):
         assert plain[name] == getattr(load, name)
-    assert len(plain) == 10
+    assert len(plain) == 11
+    assert load.experts_per_token == pytest.approx(2.0)
 
 
 def test_the_device_is_not_read_before_a_number_is_asked_for() -> None:

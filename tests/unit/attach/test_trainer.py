@@ -179,7 +179,7 @@ def test_trap_T96_the_state_survives_json_bit_for_bit(policy: str) -> None:
         train_on(model, tokens(seed))
         balancer.step()
     for layer in balancer._states.values():
-        layer.selection_bias += torch.randn(EXPERTS, generator=torch.Generator().manual_seed(0)) / 7
+        layer.selection_bias.add_(torch.randn(EXPERTS, generator=torch.Generator().manual_seed(0)) / 7)
     stored = json.loads(json.dumps(BalancerCallback(balancer).state()))
     restored.load_state_dict(_tensors(stored["attributes"]["balancer"]))
     assert same_states(restored, balancer) and restored.steps == 3

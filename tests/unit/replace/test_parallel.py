@@ -56,6 +56,7 @@ def test_experts_that_compute_something_unknown_are_refused() -> None:
     experts.__class__ = type("OtherExperts", (kind,), changed)
     with pytest.raises(dist_moe.UserError, match=r"model\.layers\.1\.mlp: its experts .* compute something else"):
         dist_moe.parallelize(model)
+    assert not placed_layers(model), "the layer before it is as it was, too"
 
 
 def test_the_norm_is_that_of_pytorch_and_gradients_are_scaled_to_the_largest() -> None:
@@ -107,3 +108,12 @@ def test_the_trainer_may_not_clip_or_save_on_one_rank(tmp_path: Path) -> None:
         refuse_for_distributed_experts(model, without_norm)
     refuse_for_distributed_experts(model, dataclasses.replace(without_norm, save_strategy="no"))
     refuse_for_distributed_experts(None, arguments)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(dist_moe.UserError, match="a GradScaler decides on each rank"):
+        dist_moe.balance(model).attach(torch.amp.GradScaler("cpu"))
+    del optimizer
+
+
+def test_a_plain_model_is_clipped_by_pytorch() -> None:
+    with pytest.raises(dist_moe.UserError, match=r"no experts of this package; use torch\.nn\.utils"):
+        dist_moe.clip_grad_norm_(make_model(), 1.0)

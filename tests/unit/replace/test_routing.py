@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import dist_moe
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, ThresholdRouting, TopK
 from dist_moe.probe.layers import find_layers
+from dist_moe.replace.experts import placed_layers
 from tests.attached import EXPERTS, FAMILIES, make_model, tokens, train_on
 
 
@@ -61,9 +62,7 @@ def test_the_rule_of_the_family_gives_its_own_logits_and_gradients(family: str) 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_a_token_takes_experts_until_their_probability_passes_the_threshold(family: str) -> None:
     model = dist_moe.route(make_model(family), threshold=0.55)
-    seen: list[tuple[Tensor, Tensor]] = []
     first, *_ = routers(model)
-    first.register_forward_hook(lambda router, args, output: seen.append((args[0], output)))
     first.open_record(None)
     logits_of(model)
     record = first.close_record()
@@ -107,7 +106,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_replaced(arguments: dic
     model = make_model()
     with pytest.raises(dist_moe.UserError, match=said):
         dist_moe.route(model, **arguments)
-    assert not routers(model)
+    assert not routers(model) and not placed_layers(model)
 
 
 def test_a_model_in_a_wrapper_or_on_the_meta_device_or_quantized_is_refused() -> None:
@@ -128,10 +127,40 @@ class _Wrapper(nn.Module):
         self.module = module
 
 
-def test_routing_twice_is_refused() -> None:
+def test_routing_twice_is_refused_but_for_another_target() -> None:
     model = dist_moe.route(make_model())
     with pytest.raises(dist_moe.UserError, match="has another selection already"):
         dist_moe.route(model, threshold=0.5)
+    for router in routers(model):
+        assert router.threshold is not None
+        router.threshold.fill_(0.6)
+    with pytest.raises(dist_moe.UserError, match=r"target_experts_per_token=9\.0 cannot be reached"):
+        dist_moe.route(model, target_experts_per_token=9.0)
+    dist_moe.route(model, target_experts_per_token=3.0)
+    assert [(float(each.threshold or 0), each.target_experts_per_token) for each in routers(model)] == [
+        (pytest.approx(0.6), 3.0)
+    ] * 2
+
+
+def test_a_model_that_is_balanced_is_not_routed() -> None:
+    model = make_model()
+    balancer = dist_moe.balance(model)
+    with pytest.raises(dist_moe.UserError, match=r"remove\(\) before another one is made, and before the"):
+        dist_moe.route(model)
+    balancer.remove()
+    dist_moe.route(model)
+
+
+def test_a_bias_on_the_family_s_scores_is_not_one_on_probabilities(tmp_path: Path) -> None:
+    saved: Any = make_model("deepseek_v3")
+    for layer in find_layers(saved):
+        layer.router.e_score_correction_bias.copy_(torch.linspace(-3, 3, EXPERTS))  # type: ignore[operator]
+    saved.save_pretrained(tmp_path)
+    same = dist_moe.route(dist_moe.from_pretrained(tmp_path), "top_k")
+    assert torch.allclose(logits_of(same), logits_of(saved), atol=1e-5)
+    routed = [dist_moe.route(model) for model in (dist_moe.from_pretrained(tmp_path), saved)]
+    assert not any(router.selection_bias.any() for model in routed for router in routers(model))
+    assert torch.allclose(logits_of(routed[0]), logits_of(routed[1]), atol=1e-5)
 
 
 def test_its_own_save_pretrained_writes_what_is_opened_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,6 +183,98 @@ def test_a_copy_saves_itself(tmp_path: Path) -> None:
         copied.lm_head.weight.zero_()
     copied.save_pretrained(tmp_path)
     assert not dist_moe.from_pretrained(tmp_path).get_parameter("lm_head.weight").any()
+
+
+def test_trap_T106_a_trainer_resumes_from_the_folder_that_it_saved(tmp_path: Path) -> None:
+    """It loads the tensors of the folder into the model, and says nothing of names that do not match."""
+    data = [{"input_ids": row, "labels": row} for row in tokens(0, 32)]
+    found = []
+    for steps, resumes in ((4, False), (4, True)):
+        torch.manual_seed(0)
+        model: Any = dist_moe.route(make_model(seed=int(resumes)), threshold=0.4)
+        balancer = dist_moe.balance(model, "adaptive_weight", rate=0.3)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, save_steps=2, use_cpu=True,
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[balancer.callback()])
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumes else None)
+        found.append((logits_of(model), balancer.state_dict()["layers"], model.state_dict()))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    for name, layer in found[0][1].items():
+        assert all(torch.equal(value, found[1][1][name][key]) for key, value in layer.items())
+    assert found[0][2].keys() == found[1][2].keys()
+
+
+def test_a_state_with_other_names_is_refused_and_one_of_adapters_is_not() -> None:
+    state = make_model().state_dict()
+    for model in (dist_moe.route(make_model()), dist_moe.parallelize(make_model())):
+        with pytest.raises(dist_moe.UserError, match="no experts under the names of this model"):
+            model.load_state_dict(state, strict=False)
+        model.load_state_dict({"lm_head.weight": state["lm_head.weight"]}, strict=False)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+
+def test_a_save_on_every_rank_writes_on_the_main_one(tmp_path: Path) -> None:
+    model: Any = dist_moe.route(make_model())
+    model.save_pretrained(tmp_path / "none", is_main_process=False, state_dict=model.state_dict())
+    assert not (tmp_path / "none").exists()
+
+
+def test_settings_of_generation_and_other_files_of_the_folder_stay(tmp_path: Path) -> None:
+    model: Any = make_model()
+    model.generation_config.update(eos_token_id=[2, 5], top_k=7, do_sample=True)
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "routed").mkdir()
+    (tmp_path / "routed" / "adapter_model.safetensors").write_bytes(b"")
+    dist_moe.save_pretrained(dist_moe.route(dist_moe.from_pretrained(tmp_path / "whole")), tmp_path / "routed")
+    opened: Any = dist_moe.from_pretrained(tmp_path / "routed")
+    assert (opened.generation_config.eos_token_id, opened.generation_config.top_k) == ([2, 5], 7)
+    assert (tmp_path / "routed" / "adapter_model.safetensors").exists()
+    dist_moe.save_pretrained(dist_moe.parallelize(model), tmp_path / "routed")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "routed", use_safetensors=True)
+    assert not (tmp_path / "routed" / "model.safetensors.index.json").exists(), "of the earlier save"
+
+
+def test_adapters_are_not_saved_under_other_names(tmp_path: Path) -> None:
+    model: Any = dist_moe.route(make_model())
+    projection = model.model.layers[0].self_attn
+    projection.q_proj = nn.Sequential()
+    projection.q_proj.base_layer = nn.Linear(32, 32)
+    with pytest.raises(dist_moe.UserError, match=r"the model has adapters \(PEFT\); call merge_and_unload"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_balancer_that_moves_no_bias_leaves_the_routing_as_it_is() -> None:
+    model = dist_moe.route(make_model(), threshold=0.4)
+    balancer = dist_moe.balance(model, "adaptive_weight", rate=0.3, applies_to="gate_weights")
+    train_on(model, tokens(0, 8, 32))
+    balancer.step()
+    balancer.remove()
+    before = logits_of(model)
+    dist_moe.balance(model, "none")
+    assert torch.equal(logits_of(model), before)
+
+
+def test_trap_T105_two_forwards_before_a_backward_are_computed_again_as_they_were() -> None:
+    """The mask is for counting alone: no router keeps that of another batch until the backward."""
+    masks = [torch.ones(2, 12, dtype=torch.int64) for _ in range(2)]
+    masks[0][0, 9:], masks[1][1, 9:] = 0, 0
+    gradients = []
+    for checkpointed in (False, True):
+        model: Any = dist_moe.route(make_model(), threshold=0.5)
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        balancer = dist_moe.balance(model)
+        losses = []
+        for index, mask in enumerate(masks):
+            batch = tokens(index)
+            losses.append(model(input_ids=batch, labels=batch, attention_mask=mask).loss)
+        torch.stack(losses).sum().backward()
+        assert balancer.step().tokens == 42
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for found, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_balancing_reaches_the_threshold_and_the_gate_weights() -> None:
@@ -182,7 +303,8 @@ def test_trap_T105_recomputation_padding_evaluation_and_copies_do_not_disturb_th
     for router in routers(model):
         router.register_forward_hook(lambda router, args, output: taken.append(output[2]))
     train_on(model, tokens(0), attention_mask=mask)
-    first = [ids_TK[ids_TK >= 0].bincount(minlength=EXPERTS).tolist() for ids_TK in taken[:2]]
+    routed = [ids_TK[mask.flatten().bool()] for ids_TK in taken[:2]]
+    first = [ids_TK[ids_TK >= 0].bincount(minlength=EXPERTS).tolist() for ids_TK in routed]
     assert len(taken) == 4, "the layers ran twice"
     assert all(torch.equal(*pair) for pair in zip(taken[:2], reversed(taken[2:]), strict=True))
     model.eval()
