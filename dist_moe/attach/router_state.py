@@ -3,20 +3,18 @@
 Shapes: E experts.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from dist_moe.attach.state import FrozenState
 from dist_moe.config.combinations import refusal
 from dist_moe.errors import UserError
+from dist_moe.model.routing import with_policy
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
 from dist_moe.policies.base import Policy, RoutingValues
 from dist_moe.probe.layers import FoundLayer
 from dist_moe.probe.router_probe import Places, Probed
-from dist_moe.scores import OVER_LOGITS
 
 
 class RouterState:
@@ -100,19 +98,8 @@ class RouterState:
         if violations := policy.violations(routing):
             broken = violations[0]
             raise UserError(f"{name}: {broken.key}={broken.value} {broken.rule}; {broken.remedy}")
-        if not policy.moves_bias:
-            return  # a bias that is there acts as it did
-        if isinstance(rule, ThresholdRouting):
-            self.router.rule = replace(rule, bias_in_gate_weights=policy.bias_in_gate_weights)
-        elif isinstance(rule, TopK):
-            multiplicative = policy.bias_multiplies_scores and rule.score not in OVER_LOGITS
-            on_probabilities = rule.bias_on_probabilities and not policy.bias_is_log_weight
-            self.router.rule = replace(
-                rule,
-                multiplicative=multiplicative,
-                bias_in_gate_weights=policy.bias_in_gate_weights,
-                bias_on_probabilities=on_probabilities and not policy.bias_in_gate_weights,
-            )
+        if policy.moves_bias:  # or a bias that is there acts as it did
+            self.router.rule = with_policy(rule, policy)
 
     def to(self, device: torch.device) -> None:
         """Move nothing: the buffers move with the model."""

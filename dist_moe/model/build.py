@@ -21,11 +21,12 @@ from dist_moe.model.family.experts import FamilyExperts
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.model.head import attach_head, has_head
 from dist_moe.model.norm import fuse_norms
+from dist_moe.model.routing import with_policy
 from dist_moe.moe.experts import BiasedExperts
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.policies.base import Policy
-from dist_moe.scores import OVER_LOGITS, Score
+from dist_moe.scores import Score
 from dist_moe.text import listed
 
 INITIALIZER_RANGE = 0.02
@@ -118,27 +119,25 @@ def routing_rule(router: RouterConfig, policy: Policy, architecture: str) -> Rul
     score, top_k, normalize, routed_scaling_factor = router.score, router.top_k, router.normalize, router.scaling_factor
     if score is None or top_k is None or normalize is None or routed_scaling_factor is None:
         raise RuntimeError("router.* is not resolved; load the config through dist_moe.config.resolve")
-    bias_in_gate_weights = policy.bias_in_gate_weights
     if router.selection in ("threshold", "expert_threshold"):
         max_experts = router.max_experts
         if max_experts is None:
             raise RuntimeError("router.max_experts is not resolved; load the config through dist_moe.config.resolve")
         if router.selection == "expert_threshold":
             return ExpertThreshold(top_k, max_experts, router.min_experts, score, normalize, routed_scaling_factor)
-        return ThresholdRouting(router.threshold, max_experts, normalize, routed_scaling_factor, bias_in_gate_weights)
+        return with_policy(ThresholdRouting(router.threshold, max_experts, normalize, routed_scaling_factor), policy)
     if router.selection != "top_k":
         return RandomRouting(
             top_k, router.zipf_exponent if router.selection == "zipf" else 0.0, score, normalize, routed_scaling_factor
         )
     groups, topk_groups = router.groups or 1, router.topk_groups or 1
-    multiplicative = policy.bias_multiplies_scores and score not in OVER_LOGITS
     family = family_of(architecture)
-    on_probabilities = family.bias_on_probabilities and score == "softmax" and not policy.bias_is_log_weight
-    return TopK(
-        *(top_k, score, normalize, routed_scaling_factor, groups, topk_groups, multiplicative, bias_in_gate_weights),
+    rule = TopK(
+        *(top_k, score, normalize, routed_scaling_factor, groups, topk_groups),
         group_score=family.group_score,
-        bias_on_probabilities=on_probabilities and not bias_in_gate_weights,
+        bias_on_probabilities=family.bias_on_probabilities and score == "softmax",
     )
+    return with_policy(rule, policy)
 
 
 def materialize(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import Rule, TopK
-from dist_moe.probe.layers import expert_groups
+from dist_moe.probe.layers import expert_groups, replace_child
 from dist_moe.probe.layers import find_layers as find_experts
 from dist_moe.probe.own_bias import find_own_bias
 from dist_moe.probe.router_probe import Probed, probe_router
@@ -132,7 +132,7 @@ def _convert_probed(
             router = FamilyRouter(found.router, probed, layer_rule, own)
             layer = ExpertParallelLayer(local, experts, mesh, kernels=kernels)
         for part, module in ((found.router, router), (found.experts, layer)):
-            setattr(found.block, next(name for name, child in found.block.named_children() if child is part), module)
+            replace_child(found, part, module)
         converted.append(MoeLayer(found.name, router, layer))
     return converted
 

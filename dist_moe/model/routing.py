@@ -1,4 +1,6 @@
-"""Counts for the balancer and routing losses, from the routers' records after the model's forward."""
+"""Rules of routing under a policy; counts and routing losses from the routers' records after the model's forward."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +18,30 @@ from dist_moe.balancing.losses import (
 from dist_moe.balancing.margins import count_margins
 from dist_moe.moe.records import RouterRecord
 from dist_moe.moe.router import Router
-from dist_moe.moe.select import ExpertThreshold, bias_inputs, gate_scores, select
+from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK, bias_inputs, gate_scores, select
+from dist_moe.policies.base import Policy
+from dist_moe.scores import OVER_LOGITS
+
+
+def with_policy(rule: Rule, policy: Policy) -> Rule:
+    """Return a rule that applies the selection bias as a policy does.
+
+    Args:
+        rule: As without a policy.
+        policy: The policy that moves the bias.
+    """
+    in_gate_weights = policy.bias_in_gate_weights
+    if isinstance(rule, ThresholdRouting):
+        return replace(rule, bias_in_gate_weights=in_gate_weights)
+    if not isinstance(rule, TopK):
+        return rule
+    over_probabilities = rule.bias_on_probabilities and not policy.bias_is_log_weight
+    return replace(
+        rule,
+        multiplicative=policy.bias_multiplies_scores and rule.score not in OVER_LOGITS,
+        bias_in_gate_weights=in_gate_weights,
+        bias_on_probabilities=over_probabilities and not in_gate_weights,
+    )
 
 
 @torch.no_grad()

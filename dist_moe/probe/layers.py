@@ -62,6 +62,11 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     return list(layers.values())
 
 
+def replace_child(layer: FoundLayer, part: nn.Module, module: nn.Module) -> None:
+    """Put a module in the place of the router or the experts of a layer."""
+    setattr(layer.block, next(name for name, child in layer.block.named_children() if child is part), module)
+
+
 def is_experts(module: nn.Module, name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether a module is the experts of a layer: marked by transformers or by AutoEP, or by its name and weights."""
     if all(hasattr(module, mark) for mark in MARKS):

@@ -12,7 +12,7 @@ from dist_moe.model.convert import make_local
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.experts import Experts
 from dist_moe.moe.layer import ExpertParallelLayer
-from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers, inner_model
+from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers, inner_model, replace_child
 from dist_moe.probe.own_bias import OwnBias, find_own_bias
 from dist_moe.probe.router_probe import Probed, probe_router
 
@@ -107,11 +107,6 @@ def mark_held(name: str, layer: ExpertParallelLayer) -> None:
             )
 
     layer.register_load_state_dict_pre_hook(check)
-
-
-def replace_child(layer: FoundLayer, part: nn.Module, module: nn.Module) -> None:
-    """Put a module in the place of the router or the experts of a layer."""
-    setattr(layer.block, next(name for name, child in layer.block.named_children() if child is part), module)
 
 
 def placed_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:

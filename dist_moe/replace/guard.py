@@ -53,9 +53,6 @@ class Guard:
         if self._forwards & (self._forwards - 1) == 0 or self._forwards % EVERY == 0:
             self._check_replicas(model)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
-        return self
-
     def _check_experts(self, model: nn.Module) -> None:
         for (name, parameter), placed in zip(local_parameters(model), self._experts, strict=True):
             # FSDP2 has others in their place, which it gathers for the forward.

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK
 from dist_moe.comm.mesh import Mesh, make_mesh
 from dist_moe.errors import UserError
 from dist_moe.probe.layers import inner_model
@@ -116,7 +117,7 @@ def mesh_of(experts: list[int], expert_parallel: Degree) -> Mesh:
             f"expert_parallel={degree} does not divide the ranks ({ranks}) and the experts "
             f"({listed(sorted(set(experts)), last='and')}); use {listed(possible)}"
         )
-    return make_mesh(degree) if dist.is_initialized() else Mesh(1, 0, 1)
+    return make_mesh(degree) if dist.is_initialized() else SINGLE_RANK
 
 
 def prepare(model: nn.Module, mesh: Mesh) -> None:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dist_moe.attach.observer import check_free
-from dist_moe.comm.mesh import Mesh
+from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK
 from dist_moe.config.balancing import selection_violations
 from dist_moe.config.combinations import refusal
 from dist_moe.config.sections.router import RouterConfig
@@ -17,8 +17,8 @@ from dist_moe.families.registry import FAMILIES
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
-from dist_moe.probe.layers import find_layers, text_config
-from dist_moe.replace.experts import ReadLayer, placed_layers, read_layers, replace_child
+from dist_moe.probe.layers import find_layers, replace_child, text_config
+from dist_moe.replace.experts import ReadLayer, placed_layers, read_layers
 from dist_moe.replace.folder_names import read_folder_names
 from dist_moe.replace.saving import save_by_this_package
 from dist_moe.section import broken_fields
@@ -31,7 +31,6 @@ FIELDS = ("threshold", "target_experts_per_token", "max_experts", "min_experts",
 TARGET = "target_experts_per_token"
 POLICY_OF = {"top_k": "none", "threshold": "none", "expert_threshold": "expert_threshold"}
 """A policy with which a selection is possible."""
-SINGLE = Mesh(world_size=1, rank=0, expert_parallel=1)
 logger = logging.getLogger("dist_moe")
 
 
@@ -162,7 +161,7 @@ def _replace(layer: ReadLayer, rule: Rule) -> None:
     found = layer.layer
     bias_E = None if layer.own is None else layer.own.read()
     if not layer.is_placed:
-        layer.place_experts(SINGLE)
+        layer.place_experts(SINGLE_RANK)
     with next(found.router.parameters()).device:
         router = FamilyRouter(found.router, layer.probed, rule, layer.own)
     if bias_E is not None and isinstance(rule, TopK):

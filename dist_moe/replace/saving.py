@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dist_moe.checkpoint.collective import run_on_all_ranks
-from dist_moe.checkpoint.format.hf_folder import INDEX_NAME, read_raw_config
+from dist_moe.checkpoint.format.hf_folder import read_raw_config
 from dist_moe.checkpoint.format.hf_weights import own_type_of_model, save_weights
-from dist_moe.checkpoint.format.plain_folder import write_plain
+from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK
+from dist_moe.checkpoint.format.plain_folder import write_by_class, write_plain
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.errors import UserError
@@ -29,13 +30,12 @@ from dist_moe.moe.router import Router
 from dist_moe.probe.layers import inner_model
 from dist_moe.replace.experts import HELD, placed_layers
 
-LARGEST_FILE = "50GB"
 PARTIAL = ".partial"
 logger = logging.getLogger("dist_moe")
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Write a folder of Hugging Face with the experts of all ranks, whatever the layout. Collective.
+    """Write a folder of Hugging Face with the experts of all ranks, in any layout. Collective.
 
     transformers opens it, unless the routing is one that the family cannot express (as after `route`): the folder then
     has a `model_type` of its own, which `dist_moe.from_pretrained` and `dist-moe` open, and a warning says so.
@@ -59,14 +59,9 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         state = _whole_state(inner)
         _on_first_rank(path, partial(_write_by_transformers, inner, state, path))
     elif mesh.expert_parallel == 1:  # every rank has the whole model
-        _on_first_rank(path, partial(_write, inner, path))
-    elif _is_plain(inner):
-        between = path.with_name(path.name + PARTIAL)
-        save_weights(inner, mesh, between, balanced=False)
-        _on_first_rank(path, partial(_write_plain, inner, between, path))
+        _on_first_rank(path, partial(_write, inner, SINGLE_RANK, path))
     else:
-        save_weights(inner, mesh, path, balanced=False)
-        _on_first_rank(path, partial(_finish, inner, path))
+        _write(inner, mesh, path)
 
 
 def save_by_this_package(model: nn.Module) -> None:
@@ -95,7 +90,7 @@ def _save_one(model: Any, folder: str | Path, is_main_process: bool = True, *_: 
         return
     path = Path(folder).resolve()
     if is_routed(model):
-        _write(model, path)
+        _write(model, SINGLE_RANK, path)
     else:
         _write_by_transformers(model, _whole_state(model), path)
 
@@ -130,16 +125,16 @@ def _on_first_rank(folder: Path, work: Callable[[], None]) -> None:
     run_on_all_ranks(everyone, f"{folder} could not be saved", work if rank == 0 else lambda: None)
 
 
-def _write(model: PreTrainedModel, folder: Path) -> None:
-    """Write a routed model with all experts."""
-    alone = Mesh(1, 0, 1)
-    if _is_plain(model):
-        between = folder.with_name(folder.name + PARTIAL)
-        save_weights(model, alone, between, balanced=False)
-        _write_plain(model, between, folder)
-        return
-    save_weights(model, alone, folder, balanced=False)
-    _finish(model, folder)
+def _write(model: PreTrainedModel, mesh: Mesh, folder: Path) -> None:
+    """Write a routed model. Collective of the mesh."""
+    # The files of a family that stacks its experts are made from a folder of this package.
+    first = folder.with_name(folder.name + PARTIAL) if _is_plain(model) else folder
+    save_weights(model, mesh, first, balanced=False)
+    finish = partial(_finish, model, first, folder)
+    if mesh.world_size > 1:
+        _on_first_rank(folder, finish)
+    else:
+        finish()
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
@@ -151,16 +146,11 @@ def _is_plain(model: PreTrainedModel) -> bool:
     return bool(own_type_of_model(model, balanced=False)) and same and without_bias
 
 
-def _write_plain(model: PreTrainedModel, between: Path, folder: Path) -> None:
-    """Write the files of a family that stacks its experts, from a folder of this package, which is removed."""
-    _remove_weights(folder)
-    write_plain(between, folder, "keep", None)
-    shutil.rmtree(between)
-    _finish(model, folder)
-
-
-def _finish(model: PreTrainedModel, folder: Path) -> None:
-    """Write the settings of generation, and say what opens the folder."""
+def _finish(model: PreTrainedModel, first: Path, folder: Path) -> None:
+    """Make the family's files of what was written first, write the settings of generation, and say what opens them."""
+    if first != folder:
+        write_plain(first, folder, "keep", None)
+        shutil.rmtree(first)
     settings: Any = getattr(model, "generation_config", None)
     if settings is not None:
         write_atomically(folder / "generation_config.json", settings.to_json_string())
@@ -191,22 +181,7 @@ def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _write_by_transformers(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
     kind: Any = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
-    with torch.device("meta"):
-        plain = kind._from_config(model.config)
-    plain.load_state_dict(state, strict=False, assign=True)
-    plain.tie_weights()
-    if missing := [name for name, tensor in plain.state_dict().items() if tensor.is_meta]:
-        raise UserError(f"the model has no value for {missing[0]}, which {kind.__name__} stores")
-    plain.config.dtype = model.dtype
-    plain.generation_config = getattr(model, "generation_config", None)
-    _remove_weights(folder)
-    plain.save_pretrained(folder, max_shard_size=LARGEST_FILE)
-
-
-def _remove_weights(folder: Path) -> None:
-    """Remove the weights of an earlier save, of which there may be more files."""
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX_NAME):
-        old.unlink(missing_ok=True)
+    write_by_class(kind, model.config, state, model.dtype, getattr(model, "generation_config", None), folder)
 
 
 def _gather(local: Tensor, layer: ExpertParallelLayer) -> Tensor:

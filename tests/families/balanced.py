@@ -100,10 +100,15 @@ def _train(model: PreTrainedModel, balancer: dist_moe.Balancer, names: list[str]
     return loads
 
 
+def values_of(output: Any) -> Tensor:
+    """Return the logits, or the last hidden states of a model without a head."""
+    values: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return values
+
+
 def loss_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """Return a loss of a batch: of the next token, or of the last hidden states of a model without a head."""
-    output: Any = model(input_ids=batch, use_cache=False)
-    values: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    values = values_of(model(input_ids=batch, use_cache=False))
     if values.shape[-1] != VOCABULARY:
         return values.float().pow(2).mean()
     return nn.functional.cross_entropy(values[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())

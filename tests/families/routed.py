@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import dist_moe
-from tests.families.balanced import TEXT, loss_of, unbalance
+from tests.families.balanced import TEXT, loss_of, unbalance, values_of
 from tests.families.small import LENGTH, VOCABULARY, build, small_config
 
 STEPS, SEQUENCES, LAST = 20, 16, 5
@@ -75,10 +74,5 @@ def _difference(model: Any) -> float:
     """Compare the logits of a model with those of a copy that is routed by its own rule."""
     tokens = torch.randint(3, VOCABULARY, (2, 16))
     routed = dist_moe.route(copy.deepcopy(model).eval(), "top_k")
-    found, wanted = (_values(each(input_ids=tokens, use_cache=False)) for each in (routed, model.eval()))
+    found, wanted = (values_of(each(input_ids=tokens, use_cache=False)) for each in (routed, model.eval()))
     return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def _values(output: Any) -> Tensor:
-    values: Tensor = output.logits if "logits" in output else output.last_hidden_state
-    return values

@@ -78,9 +78,7 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
     """
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # An earlier save on more ranks has left more files than this one will write.
-        for old in (*folder.glob("model*.safetensors"), folder / INDEX_NAME):
-            old.unlink(missing_ok=True)
+        remove_weights(folder)
     _barrier(mesh)
     for name, tensors in shard_tensors(model, mesh, balanced).items():
         write_tensors(folder / name, tensors)
@@ -90,6 +88,12 @@ def save_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, balanced: boo
             write_atomically(folder / name, text)
         write_index(folder)
     _barrier(mesh)
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove the files of an earlier save, which may be more than the next one will write."""
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX_NAME):
+        old.unlink(missing_ok=True)
 
 
 def shard_tensors(model: PreTrainedModel, mesh: Mesh, balanced: bool) -> dict[str, dict[str, Tensor]]:
