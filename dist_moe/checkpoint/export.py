@@ -20,14 +20,18 @@ from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, find_damage, read
 from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.format.tensor_header import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, read_header
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
+from dist_moe.config import load_stored_config
+from dist_moe.config.pretrained import is_model_folder
 from dist_moe.data.cache import file_sha256
 from dist_moe.engine.optimizer_shards import MASTER
 from dist_moe.errors import reason_of
+from dist_moe.families.composite import is_composite
 from dist_moe.files import entries, exists, is_folder, sync_folder, write_atomically
 from dist_moe.text import listed
 from dist_moe.untrusted import read_text
 
 Dtype = Literal["fp32", "bf16", "keep"]
+CONFIG_NAME = "config.yaml"
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHUNK_NUMEL = 1 << 22
@@ -89,10 +93,21 @@ def export(path: Path, out: Path, dtype: Dtype, plain: bool = False) -> Exported
 def _write_plain(source: Path, model: Path, partial: Path, dtype: Dtype) -> bool:
     from dist_moe.checkpoint.format.plain_folder import write_plain  # imports the classes of transformers
 
+    whole = _whole_of(source)
     if dtype != "fp32":
-        return write_plain(model, partial, dtype, None)
+        return write_plain(model, partial, dtype, None, whole)
     with ShardReader(source / "state") as masters:
-        return write_plain(model, partial, dtype, masters)
+        return write_plain(model, partial, dtype, masters, whole)
+
+
+def _whole_of(source: Path) -> Path | None:
+    """Return the folder of a model with other parts from whose language model a run started; None if it did not."""
+    if not exists(source / CONFIG_NAME):
+        return source if is_composite(read_raw_config(source)) else None
+    folder = load_stored_config(source / CONFIG_NAME).model.pretrained
+    if folder is None or not is_model_folder(Path(folder)):
+        return None
+    return Path(folder) if is_composite(read_raw_config(Path(folder))) else None
 
 
 def _copy_files(model: Path, partial: Path) -> None:

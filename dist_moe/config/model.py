@@ -1,9 +1,10 @@
 """The model of a configuration, validated with its Hugging Face config class: its keys and routing values."""
 
+import contextlib
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, NamedTuple
 
 from dist_moe.config.checks.rotary import KEY as ROPE_KEY
@@ -91,11 +92,14 @@ class Reading(NamedTuple):
 @without_collections()
 def read_model(config: Config) -> Reading:
     """Build the Hugging Face config of `config.model` and `config.router`, and try its model; imports transformers."""
+    from transformers import CONFIG_MAPPING
+
     reading = _read(config)
     refused = {found.key.removeprefix(KEY) for found in reading.violations}
     if reading.arguments is None or "model.config" in refused:
         return reading
-    arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens()}
+    cls: Any = CONFIG_MAPPING[config.model.architecture]
+    arguments = {"vocab_size": max(1, vocabulary_bound(config)), **reading.arguments, **_no_special_tokens(cls)}
     own, length = set(config.model.config), config.data.sequence_length
     failed = trial_violations(config.model.architecture, arguments, refused, own, length)
     return reading._replace(violations=[*reading.violations, *failed])
@@ -137,7 +141,7 @@ def _read(config: Config) -> Reading:
     tried = {key: value for key, value in arguments.items() if key != ROPE_KEY or not rotary}
     try:
         with complaints_about_rope():  # the trial of the model reports them
-            settings = cls(**{"vocab_size": vocabulary_bound(config), **tried, **_no_special_tokens()})
+            settings = cls(**{"vocab_size": vocabulary_bound(config), **tried, **_no_special_tokens(cls)})
     except Exception:  # the class of another library may raise anything
         experts = arguments.get(family.experts_key)
         known_experts = experts if type(experts) is int and experts > 0 else None
@@ -156,7 +160,7 @@ def _read(config: Config) -> Reading:
     if config.router.selection in VARYING_SELECTIONS:
         filled["max_experts"] = config.router.max_experts or experts
     router = config.router.model_copy(update=filled)
-    complete = {**arguments, **written, **_no_special_tokens()}
+    complete = {**arguments, **written, **_no_special_tokens(cls)}
     notices = (*unsupported_notices(config, own, stated), *file_notices)
     return Reading(ModelFacts(complete, experts, router, model, notices), experts, violations, arguments)
 
@@ -212,9 +216,18 @@ def routing_key(config: Config, name: str) -> str:
     return f"router.{name}" if field is None or getattr(config.router, name) is not None else f"model.config.{field}"
 
 
-def _no_special_tokens() -> dict[str, None]:
-    # The defaults of the classes (DeepSeek-V3: bos 0, eos 1) would be ordinary bytes of our vocabulary.
-    return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+@functools.cache
+def _no_special_tokens(cls: Any) -> dict[str, None]:
+    """The ids of special tokens that a config class can be without.
+
+    Its defaults (DeepSeek-V3: bos 0, eos 1) would be ordinary bytes of our vocabulary.
+    """
+    optional: dict[str, None] = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        with contextlib.suppress(Exception):  # the class of another library may raise anything
+            cls(**{key: None})
+            optional[key] = None
+    return optional
 
 
 def _known_keys(cls: Any, family: Family) -> set[str]:
@@ -230,7 +243,7 @@ def _key_violations(config: Config, cls: Any, known: set[str]) -> list[Violation
     aliases = {**cls.attribute_map, **reverse, **RENAMED_KEYS}
     violations = []
     for key, value in config.model.config.items():
-        violate = partial(Violation, f"model.config.{key}", value)
+        violate = functools.partial(Violation, f"model.config.{key}", value)
         if key in OWNED_MODEL_KEYS:
             violations.append(violate("is not set here", f"remove it; {OWNED_MODEL_KEYS[key]}"))
         elif key not in known:
@@ -255,7 +268,7 @@ def _refusals(config: Config, cls: Any, arguments: Mapping[str, Any]) -> list[Vi
         try:
             with complaints_about_rope():
                 # The class writes into the dictionaries that it is given.
-                cls(**copy.deepcopy({"vocab_size": vocabulary_bound(config), **given, **_no_special_tokens()}))
+                cls(**copy.deepcopy({"vocab_size": vocabulary_bound(config), **given, **_no_special_tokens(cls)}))
         except Exception as error:  # the class of another library may raise anything
             return " ".join(str(error.__cause__ or error).split())
         return None

@@ -1,6 +1,7 @@
 """The Hugging Face folder of model.pretrained or model.upcycle_from: where it is, and the model that it describes."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from dist_moe.config.sections.model import ModelConfig
 from dist_moe.config.sections.run import RunConfig
 from dist_moe.errors import ConfigError, Violation, reason_of
 from dist_moe.families.built_in import BUILT_IN
+from dist_moe.families.composite import language_model_settings
 from dist_moe.families.dense import DENSE, EXPERTS_KEY, LAYERS_KEY, TOP_K_KEY
 from dist_moe.families.record import Family
 from dist_moe.families.registry import ARCHITECTURES, FAMILIES, FAMILIES_TEXT
@@ -37,6 +39,8 @@ BASE_KEYS = (
     *("_experts_implementation", "output_attentions", "quantization_config", "per_layer_config"),
 )
 """Keys of every model's config.json that the base of the config classes reads without declaring them."""
+LAYERS_OF_THEIR_OWN = "per_layer_config"
+"""The key with what single layers have in place of the values of the other keys."""
 MOST_NAMED = 10
 LONGEST_KEY = 80
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -65,11 +69,16 @@ class WeightsSource(NamedTuple):
         return BUILT_IN if self.key == UPCYCLE_KEY else {}
 
     def read_settings(self) -> dict[str, Any]:
-        """Return the content of its config.json. Raises OSError or ValueError."""
+        """Return the content of its config.json, of a model with other parts that of its language model.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is not valid.
+        """
         assert self.value is not None
         if self.value in self.built_in:
             return dict(BUILT_IN[self.value].config)
-        return read_json(Path(expand_home(self.value)) / SETTINGS, follow=True)
+        return language_model_settings(read_json(Path(expand_home(self.value)) / SETTINGS, follow=True))
 
     def exists(self) -> bool:
         """Whether there is such a folder, or built-in model."""
@@ -289,8 +298,12 @@ def _stated(source: WeightsSource, config: Config, cls: Any, known: set[str]) ->
     raw["model_type"] = architecture
     try:
         settings = cls.from_dict(cls._decode_special_floats(raw))  # the infinite ends of ranges
-        stated = {key: getattr(settings, key) for key in sorted(known) if hasattr(settings, key)}
+        given = settings.to_dict()  # has the value of all layers where some layers have their own
+        stated = {key: getattr(settings, key) for key in sorted(known - given.keys()) if hasattr(settings, key)}
+        stated |= {key: given[key] for key in sorted(known & given.keys())}
         values: dict[str, Any] = json.loads(json.dumps(stated))
+        if given.get(LAYERS_OF_THEIR_OWN) == cls(**copy.deepcopy(values)).to_dict().get(LAYERS_OF_THEIR_OWN):
+            raw.pop(LAYERS_OF_THEIR_OWN, None)  # the class computes it from the other keys
     except Exception as error:  # the class of another library may raise anything for unexpected values
         reason = " ".join(str(error.__cause__ or error).split())
         if expected := expected_types(reason):
@@ -336,7 +349,7 @@ def _routing_violations(source: WeightsSource, config: Config, routing: Any) -> 
 
 def _file_violations(source: WeightsSource, raw: Mapping[str, Any], family: Family) -> list[Violation]:
     """What config.json asks for in keys that the config class does not have, and the architecture is not."""
-    asked = {**family.file_keys, "per_layer_config": ((None, {}), "gives layers different shapes")}
+    asked = {**family.file_keys, LAYERS_OF_THEIR_OWN: ((None, {}), "gives layers different shapes")}
     return [
         Violation(source.key, source.value, f"has {key}={shown(raw[key])}, which {rule}", "give another folder")
         for key, (accepted, rule) in asked.items()

@@ -60,7 +60,8 @@ class Resolved:
         accumulation: Micro-batches of each worker in an optimizer step.
         experts: Routed experts of an MoE layer.
         model_config: Keyword arguments of the Hugging Face config class, routing values written in. vocab_size is there
-            only where the file gives it, and bos_, eos_ and pad_token_id are None: they come from the tokenizer.
+            only where the file gives it, and bos_, eos_ and pad_token_id are None where the class accepts that: they
+            come from the tokenizer.
         notices: What is valid and not used as it is written, one line each.
     """
 

@@ -1,5 +1,6 @@
 """Build a model: Hugging Face config -> model on the meta device -> local experts only -> initial values."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -61,6 +62,10 @@ def build_model(
     config = AutoConfig.for_model(architecture, **model_config)
     rule = family_rule(config, rule) if isinstance(rule, str) else rule
     model = empty_model(config, rule, mesh, attention, norm, moe_kernels)
+    if "pad_token_id" not in model_config:  # some classes cannot be without one, which is then an ordinary token
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None
     materialize(model)
     initialize(model, seed)
     return model
@@ -176,9 +181,12 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
     ours = {id(part) for layer in layers for part in (layer.router, layer.experts, layer.experts.local)}
+    blocks = {layer.name for layer in layers}
     for name, module in model.named_modules():
         if id(module) not in ours:
-            with torch.random.fork_rng(devices=[]):
+            # Some classes write the experts of a block, which are replaced; what is then without values is found below.
+            replaced = contextlib.suppress(AttributeError) if name in blocks else contextlib.nullcontext()
+            with torch.random.fork_rng(devices=[]), replaced:
                 torch.manual_seed(derived_seed(seed, name))
                 model._init_weights(module)
     for layer in layers:

@@ -242,8 +242,7 @@ def build_task(resolved: Resolved, data: RunData, mesh: Mesh) -> Task:
     """Return the model with its initial values, and its loss."""
     config = resolved.config
     tokenizer = data.tokenizer
-    model_config = {"vocab_size": tokenizer.vocab_size, **resolved.model_config}
-    model_config |= {"eos_token_id": tokenizer.end_id, "bos_token_id": None, "pad_token_id": None}
+    model_config = {"vocab_size": tokenizer.vocab_size, **resolved.model_config, "eos_token_id": tokenizer.end_id}
     model_config |= head_settings(config.task, data.labels if isinstance(data, LabeledData) else ())
     rule = routing_rule(config.router, config.balance, config.model.architecture)
     model = build_model(

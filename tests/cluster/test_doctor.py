@@ -8,9 +8,10 @@ import pytest
 
 from tests.cluster.conftest import DIST_MOE, LIMIT_S, write_config
 from tests.cluster.hosts import Host
+from tests.selection import only_first
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", only_first([True, False]))
 def test_the_doctor_checks_the_hosts_of_the_cluster(three: list[Host], tmp_path: Path, shared: bool) -> None:
     """Every check passes on two hosts; what one host saves, the other loads."""
     write_config(tmp_path, three, (1, 1), 4)

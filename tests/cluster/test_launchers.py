@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.conftest import ROOT, Start, write_config
 from tests.cluster.hosts import Host
-from tests.selection import cross
+from tests.selection import cross, only_first
 
 LAYOUTS = {"2 hosts x 2": (2, 2), "3 hosts x 1": (1, 1, 1)}
 LAUNCHERS = {
@@ -86,7 +86,7 @@ def test_the_plain_deepspeed_command_trains_over_a_hostfile(
     assert_close_losses(found, alone)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+@pytest.mark.parametrize("launcher", only_first(["torchrun", "deepspeed", "mpirun"]))
 def test_the_script_in_launch_trains_on_two_hosts(
     three: list[Host], alone: list[float], tmp_path: Path, launcher: str
 ) -> None:
@@ -104,6 +104,7 @@ def test_the_script_in_launch_trains_on_two_hosts(
     assert_close_losses(losses(tmp_path / "run"), alone)
 
 
+@pytest.mark.full
 def test_excluded_hosts_run_nothing(start: Start, tmp_path: Path) -> None:
     launch = start((1, 1, 1), "cluster.include=node0@node2", "--launcher", "torchrun")
     ended = launch.end()

@@ -60,6 +60,7 @@ def test_every_program_trains_a_tiny_case_on_the_same_tokens(tmp_path: Path) -> 
 
 @pytest.mark.skipif(len(cores()) < 2, reason="each worker needs a core")
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_peer_that_cannot_run_a_case_is_a_row_with_a_reason(tmp_path: Path) -> None:
     case = tiny(tmp_path, "ours-gloo", "autoep", "classic")
     case = replace(case, architecture="deepseek_v3", model=DEEPSEEK_TINY, overrides=("balance.policy=none",))
@@ -95,6 +96,7 @@ def test_every_block_is_measured_beside_its_limit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_start_is_measured_beside_the_imports() -> None:
     rows = {row.name: row for row in measure_start(StartCase(name="tiny", launchers=("none",), workers=1), rounds=1)}
     assert set(rows) == {"limit", "ours-none"} and all(row.measured for row in rows.values())

@@ -15,6 +15,7 @@ import pytest
 
 from dist_moe.worker.network import free_port
 from tests.dist.loaded import run_loaded
+from tests.selection import only_first
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -65,6 +66,7 @@ def run_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_launchers_without_a_launch_give_the_same_losses(run_by: Callable[[str], Path]) -> None:
     deepspeed, torchrun = (
         [line for line in lines(run_by(name)) if line["event"] != "checkpoint"] for name in ("deepspeed", "torchrun")
@@ -106,7 +108,7 @@ def test_a_new_run_in_the_same_folder_archives_the_first(run_by: Callable[[str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", only_first(["deepspeed", "torchrun"]))
 def test_a_worker_killed_in_training_ends_the_job_and_is_reported(launcher: str, tmp_path: Path) -> None:
     argv = (str(BIN / "dist-moe"), "launch", "configs/debug.yaml", "--launcher", launcher, f"run.dir={tmp_path}")
     long = ("train.steps=100000", "observe.interval=1", "observe.tensorboard=false")

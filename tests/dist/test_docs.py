@@ -10,9 +10,14 @@ import pytest
 
 from tests.dist.shortened import PROGRAMS
 from tests.documents import ROOT, Block, all_blocks
+from tests.selection import full
 
 LIMIT_S = 280
 RUN = [block for block in all_blocks() if block.run]
+FIRST_PAGES = {
+    Path("README.md"),
+    Path("docs/quickstart.md"),
+}  # a newcomer runs these; the blocks of a page follow each other
 PROGRAM_FOLDER = Path(".venv/bin")
 KEPT_OUT = {".git", ".venv", "build", "dist", "runs"}
 PROGRAM = f"""#!/bin/sh
@@ -56,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", RUN, ids=str)
+@pytest.mark.parametrize("block", [block if block.path in FIRST_PAGES else full(block) for block in RUN], ids=str)
 def test_the_commands_of_a_block_run_as_printed(block: Block, folders: dict[Path, Path]) -> None:
     folder = folders[block.path]
     search = os.pathsep.join([str(folder / PROGRAM_FOLDER), str(Path(sys.executable).parent), os.environ["PATH"]])

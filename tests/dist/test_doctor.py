@@ -87,7 +87,7 @@ def test_a_text_that_cannot_be_fetched_fails_one_check_and_the_others_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", only_first([0, 1]))
 def test_a_stopped_worker_does_not_block_the_doctor(tmp_path: Path, stopped: int) -> None:
     """Stop a worker by SIGSTOP once the process group exists; findings are complete unless it is rank 0."""
     run, found = tmp_path / "new/run", tmp_path / "found.json"

@@ -13,6 +13,7 @@ import pytest
 
 from dist_moe.worker.network import free_port
 from tests.extending import ROOT, copy_with_local_launcher
+from tests.selection import full, only_first
 
 SHORT = (
     "train.steps=2",
@@ -32,7 +33,7 @@ def backend_and_workers(run_dir: Path) -> tuple[str, int, int]:
     return world["backend"], world["workers"], sum(line["event"] == "step" for line in lines)
 
 
-@pytest.mark.parametrize(("launcher", "backend"), [("deepspeed", "gloo"), ("torchrun", "gloo"), ("mpirun", "mpi")])
+@pytest.mark.parametrize(("launcher", "backend"), [("deepspeed", "gloo"), full("torchrun", "gloo"), ("mpirun", "mpi")])
 def test_one_machine_script_trains(launcher: str, backend: str, tmp_path: Path) -> None:
     variables = {"CONFIG": "configs/debug.yaml", "PYTHON": sys.executable, "PORT": str(free_port()), "THREADS": "1"}
     # OpenMPI refuses to be started by root without both.
@@ -50,7 +51,7 @@ def test_one_machine_script_trains(launcher: str, backend: str, tmp_path: Path) 
     assert backend_and_workers(tmp_path / "run") == (backend, 2, 2)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", only_first([signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_to_the_torchrun_script_stops_the_workers_and_nothing_is_left(signum: int, tmp_path: Path) -> None:
     """The signal reaches torchrun itself, nothing of which listens, and its rendezvous has no name."""
     temporary, run_dir = tmp_path / "temporary", tmp_path / "run"

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from dist_moe.families import probed
-from dist_moe.families.registry import FAMILIES
+from dist_moe.families.registry import ARCHITECTURES, FAMILIES
 from tests.dist.pool import RankPool
 from tests.families.balanced import Balanced, try_balance
 from tests.families.page import write_page
@@ -82,7 +82,9 @@ def write_records(names: list[str]) -> int:
         if made is not None:
             records[made.pop("model_type")] = made
     RECORDS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
-    FAMILIES.update({name: family for name, family in probed.read_records().items() if name not in FAMILIES})
+    new = {name: family for name, family in probed.read_records().items() if name not in FAMILIES}
+    for known in (FAMILIES, ARCHITECTURES):
+        known.update(new)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The record of a family, made by changing one key at a time and looking at what its router then computes."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dist_moe.errors import UserError
-from dist_moe.families.model_class import language_model_class
+from dist_moe.families.composite import find_composite, whole_class
+from dist_moe.families.model_class import find_language_model_class, language_model_class
 from dist_moe.model.convert import make_local
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.select import TopK
@@ -17,6 +19,7 @@ from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers
 from dist_moe.probe.own_bias import find_own_bias
 from dist_moe.probe.router_probe import Probed, probe_router
 from tests.families.small import EXPERT_KEYS, EXPERTS, LENGTH, TOP_K, TOP_K_KEYS, VOCABULARY, build, small_config
+from tests.families.whole import build_whole, small_whole
 
 FACTOR = 1.75
 CLOSE = 1e-3
@@ -29,16 +32,17 @@ def make_record(family: str) -> dict[str, Any]:
         UserError: `dist-moe train` cannot train it, with the reason.
     """
     config = small_config(family)
-    try:
-        language_model_class(config)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    if find_language_model_class(config) is None:
+        _check_part(family, config)
     layer, probed = _probe(config)
     own = find_own_bias(layer)
     rule = probed.rule
     if rule is None:
         raise UserError(probed.reason or "its router selects by none of the known rules")
     _check_experts(layer)
+    untrained = _untrained(family)
+    if any(name in (untrained or ()) for name in _places_of_layers(config)):
+        raise UserError("its layers have experts that text does not reach")
     return {
         "model_type": config.model_type,
         "experts_class": type(layer.experts).__name__,
@@ -47,8 +51,39 @@ def make_record(family: str) -> dict[str, Any]:
         "bias_on_probabilities": rule.bias_on_probabilities,
         **_keys(family, rule),
         "separates_documents": _separates_documents(family),
-        "untrained": _untrained(family),
+        "untrained": untrained,
     }
+
+
+@torch.no_grad()
+def _check_part(family: str, config: PreTrainedConfig) -> None:
+    """Raise UserError unless a model with other parts has this language model, and its logits are equal."""
+    whole = small_whole(family)
+    if whole is None:
+        raise UserError(f"transformers has no language model for a {type(config).__name__}, alone or as a part")
+    kind = whole_class(whole).__name__
+    if not kind.endswith("ForConditionalGeneration"):
+        raise UserError(f"a {kind} does not predict the next token")
+    try:
+        theirs: Any = build_whole(whole).eval()
+        composite = find_composite(json.loads(whole.to_json_string(use_diff=False)))
+        ours = language_model_class(whole.get_text_config())._from_config(whole.get_text_config()).eval()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    state = theirs.state_dict()
+    ours.load_state_dict({name: state[composite.name_of(name)] for name in ours.state_dict()})
+    tokens = torch.randint(VOCABULARY, (2, LENGTH // 4))
+    part = theirs.get_submodule(composite.head.rpartition(".")[0])
+    first, second = (each(input_ids=tokens, use_cache=False).logits for each in (part, ours))
+    if not torch.allclose(first, second, atol=1e-5):
+        raise UserError(f"a {kind} predicts text in another way than a language model")
+
+
+def _places_of_layers(config: PreTrainedConfig) -> set[str]:
+    """Return the names of the MoE layers, below the layers of the model."""
+    with torch.device("meta"):
+        model = build(config)
+    return {re.split(r"\.\d+\.", layer.name, maxsplit=1)[-1] for layer in find_layers(model)}
 
 
 def _probe(config: PreTrainedConfig) -> tuple[FoundLayer, Probed]:
@@ -56,6 +91,13 @@ def _probe(config: PreTrainedConfig) -> tuple[FoundLayer, Probed]:
         model = build(config)
     layer = find_layers(model)[-1]
     return layer, probe_router(layer, find_own_bias(layer), expert_groups(model))
+
+
+def _build_language_model(family: str) -> PreTrainedModel:
+    config = small_config(family)
+    config._experts_implementation = "eager"
+    model: PreTrainedModel = language_model_class(config)._from_config(config)
+    return model
 
 
 def _rule_with(family: str, **changes: Any) -> TopK | None:
@@ -117,7 +159,7 @@ def _check_experts(layer: FoundLayer) -> None:
 def _untrained(family: str) -> list[str] | None:
     """Return the outermost modules below a layer of whose weights none gets a gradient."""
     torch.manual_seed(0)
-    model: Any = build(small_config(family)).train()
+    model: Any = _build_language_model(family).train()
     tokens = torch.randint(VOCABULARY, (2, LENGTH // 2))
     model(input_ids=tokens, use_cache=False).logits.square().mean().backward()
     trained: dict[str, bool] = {}
@@ -142,7 +184,7 @@ def _outermost(name: str, trained: dict[str, bool]) -> str:
 def _separates_documents(family: str) -> bool:
     """Whether tokens see their own document only, where the positions of a row begin again at 0."""
     torch.manual_seed(0)
-    model: PreTrainedModel = build(small_config(family)).eval()
+    model = _build_language_model(family).eval()
     half = LENGTH // 4
     positions = torch.arange(half).repeat(2).unsqueeze(0)
     tokens = torch.randint(VOCABULARY, (1, 2 * half))

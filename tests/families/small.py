@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from dist_moe.families.model_class import language_model_class
+from dist_moe.families.model_class import find_language_model_class, text_model_class
 
 LAYERS, EXPERTS, TOP_K, WIDTH, VOCABULARY, LENGTH = 3, 8, 2, 32, 128, 128
 LARGEST = 10_000_000
@@ -127,38 +126,11 @@ def small_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the model of a configuration: with a language-model head where the family has one."""
+    """Build the model of a configuration: with an output layer where transformers has one for it."""
     config._experts_implementation = "eager"
-    kind: Any
-    try:
-        kind = language_model_class(config)
-    except ValueError:
-        kind = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else _class_of(config)
+    kind: Any = find_language_model_class(config) or text_model_class(type(config))
     model: PreTrainedModel = kind._from_config(config)
     return model
-
-
-def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Find the model of a text configuration that no auto class knows, in the module of its family."""
-    modeling = type(config).__module__.replace("configuration_", "modeling_")
-    module = __import__(modeling, fromlist=["*"])
-    classes = [
-        each
-        for each in vars(module).values()
-        if inspect.isclass(each)
-        and issubclass(each, PreTrainedModel)
-        and each.__module__ == modeling
-        and each.config_class is type(config)
-    ]
-    classes = [each for each in classes if any(isinstance(child, nn.ModuleList) for child in _children(each, config))]
-    if not classes:
-        raise ValueError(f"no model of {modeling} takes a {type(config).__name__}")
-    return classes[-1]
-
-
-def _children(kind: type[PreTrainedModel], config: PreTrainedConfig) -> list[nn.Module]:
-    with torch.device("meta"):
-        return list(kind._from_config(copy.deepcopy(config)).modules())
 
 
 def _one_of_each(given: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -22,6 +22,7 @@ from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK
 from dist_moe.config import load_config, resolve
 from dist_moe.config.model import _known_keys
 from dist_moe.config.pretrained import OWN_PREFIX
+from dist_moe.families.composite import find_composite, is_composite
 from dist_moe.families.model_class import language_model_class
 from dist_moe.families.registry import FAMILIES
 from dist_moe.model.build import empty_model, family_rule
@@ -31,6 +32,7 @@ from dist_moe.worker.rank_info import rank_info_from_env
 from tests.dist.pool import RankPool
 from tests.families.record import make_record
 from tests.families.small import small_config
+from tests.families.whole import build_whole, small_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LAST, COMPARED, LIMIT_S = 20, 5, 3, 200
@@ -57,7 +59,8 @@ class Trained:
         before: MaxVio of the first step.
         after: Mean of the last steps.
         floor: The sampling floor of a step.
-        opened: How transformers opened the weights: "folder", that of the checkpoint; "export", that of `--plain`.
+        opened: How transformers opened the weights: "folder", that of the checkpoint; "export", that of `--plain`;
+            "whole": that of `--plain`, with the other parts of the model that the run started from.
         logits: Largest difference between its logits and those of this package, in units of the largest logit.
         documents: Whether rows are packed, or each document has its own.
         reason: Why it cannot be trained, or what failed; "" where nothing is wrong.
@@ -95,6 +98,17 @@ def settings_of(family: str) -> dict[str, Any]:
     return {"architecture": config.model_type, "config": json.loads(json.dumps(keys))}
 
 
+def _whole_folder(family: str, folder: Path) -> dict[str, Any] | None:
+    """Write the folder of a small model with all parts of a family; return the section `model`; None if it has one."""
+    changes: dict[str, Any] = {key: VOCABULARY for key in small_config(family).to_dict() if "vocab_size" in key}
+    whole = small_whole(family, initializer_range=INITIALIZER_RANGE, **changes)
+    if whole is None:
+        return None
+    path = folder / f"{family}-whole"
+    build_whole(whole).save_pretrained(path)
+    return {"pretrained": str(path)}
+
+
 def train(rank: int, world_size: int, path: str, overrides: list[str]) -> None:
     """Be one worker of a run."""
     resolved = resolve(load_config(Path(path), overrides), world_size)
@@ -109,7 +123,8 @@ def try_training(family: str, ranks: RankPool, folder: Path) -> Trained:
         make_record(family)  # raises the reason
     config = small_config(family)
     empty_model(config, family_rule(config, FAMILIES[architecture].score), SINGLE_RANK)  # so does this
-    settings = {**yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text()), "model": settings_of(family)}
+    debug = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
+    settings = {**debug, "model": _whole_folder(family, folder) or settings_of(family)}
     path = folder / f"{family}.yaml"
     path.write_text(yaml.safe_dump(settings))
     steps = {}
@@ -139,7 +154,7 @@ def compare_with_transformers(checkpoint: Path, out: Path) -> tuple[str, float]:
     """Open the weights of a checkpoint in transformers; return by which folder, and the difference of the logits."""
     model = checkpoint / "model"
     ours = load_weights(model, SINGLE_RANK).eval()
-    opened = "folder"
+    opened, part = "folder", ""
     if read_raw_config(model)["model_type"].startswith(OWN_PREFIX):
         opened = "export"
         shutil.rmtree(out, ignore_errors=True)
@@ -147,8 +162,12 @@ def compare_with_transformers(checkpoint: Path, out: Path) -> tuple[str, float]:
             for layer in find_layers(ours):
                 layer.router.selection_bias.zero_()
         model = out
-    config, _ = read_config(model)
-    theirs = language_model_class(config).from_pretrained(model).eval()
+    config, raw = read_config(model)[0], read_raw_config(model)
+    kind = language_model_class(config)
+    if is_composite(raw):
+        composite = find_composite(raw)
+        opened, kind, part = "whole", type(composite.model), composite.head.rpartition(".")[0]
+    theirs = kind.from_pretrained(model).eval().get_submodule(part)
     tokens_BS = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     found: list[Tensor] = [each(input_ids=tokens_BS, use_cache=False).logits for each in (ours, theirs)]
     return opened, float((found[0] - found[1]).abs().max() / found[1].abs().max())

@@ -7,10 +7,10 @@ import pytest
 
 from dist_moe.worker.network import free_port
 from tests.mpi.mpirun import ROOT, mpirun
-from tests.selection import slow
+from tests.selection import full, slow
 
 
-@pytest.mark.parametrize("ranks", [2, slow(3), slow(4)])
+@pytest.mark.parametrize("ranks", [2, full(3), slow(4)])
 def test_every_collective_equals_gloos(ranks: int) -> None:
     job = mpirun(ranks, ["-m", "tests.mpi.collectives", str(free_port())])
     assert job.returncode == 0, job.stdout + job.stderr

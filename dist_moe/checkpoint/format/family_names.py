@@ -1,25 +1,27 @@
 """The names of tensors in the files of a family, found by program: transformers converts tensors full of numbers.
 
 In memory transformers stacks the experts of a layer, and names tensors in its own way; in the files of a family they
-may be apart, and have other names. Its conversion is applied to small tensors each of which is full of one number,
-so that the result says where each one goes.
+may be apart, transposed or in pieces, and have other names. Its conversion is applied to small tensors that are full of
+numbers, so that the result says where each one goes.
 
 Shapes: E experts.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from dist_moe.families.model_class import language_model_class
-
 Shapes = Mapping[str, tuple[int, ...]]
-SMALL = 12
-"""The largest size of a dimension of the converted tensors, other than the experts; divisible by 2, 3 and 4."""
+SMALL, LAST = 12, 36
+"""The largest size of a dimension of the converted tensors, other than the experts, and of the last dimension of a
+stack, which tells a transposed one; divisible by 2, 3 and 4."""
+ROWS = 64
+"""A number has the tensor times this, and the row in it."""
 
 
 class Stack(NamedTuple):
@@ -34,6 +36,22 @@ class Stack(NamedTuple):
     prefix: str
 
 
+class Piece(NamedTuple):
+    """Some rows of a tensor of this package, in the files.
+
+    Attributes:
+        name: The name of the tensor in the files.
+        expert: Its index in that tensor, if that has the rows of all experts.
+        start: The first row.
+        rows: How many.
+    """
+
+    name: str
+    expert: int | None
+    start: int
+    rows: int
+
+
 class FamilyNames(NamedTuple):
     """Names in the files of a family.
 
@@ -41,60 +59,170 @@ class FamilyNames(NamedTuple):
         stored: Of each tensor, by its name in a folder of this package, that is a tensor of its own there.
         stacked: Of each tensor of all experts of a layer, by its name in memory, that is so in the files.
         is_complete: Whether every tensor is one of its own in the files, so that ranks can write theirs.
+        transposed: The tensors in the files, by their names there, whose last two dimensions are swapped: those of
+            `stacked` only where their shapes say so.
+        pieces: Where the rows are of each tensor that is neither.
+        prefix: What the names of the layers' tensors in the files begin with.
     """
 
     stored: Mapping[str, str]
     stacked: Mapping[str, str]
     is_complete: bool
+    transposed: frozenset[str] = frozenset()
+    pieces: Mapping[str, tuple[Piece, ...]] = {}
+    prefix: str = ""
 
 
-def find_names(config: PretrainedConfig, shapes: Shapes, stacks: Mapping[str, Stack]) -> FamilyNames:
+NO_NAMES = FamilyNames({}, {}, False)
+
+
+def find_names(
+    model: PreTrainedModel, shapes: Shapes, stacks: Mapping[str, Stack], name_in: Callable[[str], str] = str
+) -> FamilyNames:
     """Find the names in the files of a family.
 
     Args:
-        config: Of the model.
+        model: Of transformers, on the meta device.
         shapes: Of the tensors in a folder of this package, by name.
         stacks: The tensors of all experts of a layer in memory, by name.
+        name_in: Returns the name in the model of a name in memory.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = language_model_class(config)._from_config(config)
     number_of = {name: number for number, name in enumerate(shapes, start=1)}
-    of_number = {number: name for name, number in number_of.items()}
-    in_memory = {}
-    for name, tensor in model.state_dict().items():
-        if name in stacks:
-            in_memory[name] = _numbered_stack(tensor, stacks[name], number_of)
-        elif name in number_of:
-            in_memory[name] = torch.full(_small(tensor.shape), number_of[name])
-    numbers_of_stack = {_numbers(in_memory[name]): name for name in stacks}
+    state = model.state_dict()
+    in_memory: dict[str, Tensor] = {}
+    for name in (*stacks, *shapes):
+        tensor = state.get(name_in(name))
+        if tensor is not None:
+            stack = stacks.get(name)
+            small = _numbered(tensor, number_of[name]) if stack is None else _numbered_stack(tensor, stack, number_of)
+            in_memory[name] = small
     try:
-        converted = revert_weight_conversion(model, in_memory)
+        converted = revert_weight_conversion(model, {name_in(name): tensor for name, tensor in in_memory.items()})
     except Exception:  # a conversion that needs the real sizes
-        return FamilyNames({}, {}, False)
-    stored, stacked = {}, {}
-    for name, tensor in converted.items():
-        numbers = _numbers(tensor)
-        stack = numbers_of_stack.get(numbers)
-        if stack is not None and tensor.shape == in_memory[stack].shape:
-            stacked[stack] = name
-        elif len(numbers) == 1 and tensor.shape == _small(shapes[of_number[numbers[0]]]):
-            stored[of_number[numbers[0]]] = name
-    return FamilyNames(stored, stacked, stored.keys() == shapes.keys())
+        return NO_NAMES
+    return _Found(shapes, stacks, in_memory).read(converted)
+
+
+class _Found:
+    """Reads the names off the numbers.
+
+    Args:
+        shapes: As of `find_names`.
+        stacks: As of `find_names`.
+        in_memory: The small tensors, by their names in memory.
+    """
+
+    def __init__(self, shapes: Shapes, stacks: Mapping[str, Stack], in_memory: Mapping[str, Tensor]) -> None:
+        self.shapes = shapes
+        self.of_number = dict(enumerate(shapes, start=1))
+        self.small = {name: _small(shape) for name, shape in shapes.items()}
+        self.stacks: dict[tuple[int, ...], tuple[str, tuple[int, ...]]] = {}
+        for name in stacks.keys() & in_memory.keys():
+            tensor = in_memory[name]
+            self.stacks[_numbers(tensor)] = name, tuple(tensor.shape)
+            for expert, (part, rows) in itertools.product(range(len(tensor)), stacks[name].parts):
+                self.small[f"{stacks[name].prefix}.{expert}.{part}"] = (min(rows, SMALL), *tensor.shape[2:])
+        self.stored: dict[str, str] = {}
+        self.stacked: dict[str, str] = {}
+        self.transposed: set[str] = set()
+        self.pieces: dict[str, list[tuple[int, int, Piece]]] = {}
+
+    def read(self, converted: Mapping[str, Tensor]) -> FamilyNames:
+        """Return the names of the converted tensors."""
+        for name, tensor in converted.items():
+            numbers = _numbers(tensor)
+            stack, shape = self.stacks.get(numbers, ("", ()))
+            if stack and tuple(tensor.shape) in (shape, _swapped(shape)):
+                self.stacked[stack] = name
+                self.transposed |= {name} if tuple(tensor.shape) != shape else set()
+            elif len(numbers) == 1:
+                self._read_one(numbers[0], name, tensor)
+            elif tensor.ndim > 1 and len(numbers) == len(tensor):
+                for expert, part in enumerate(tensor):
+                    self._read_piece(_numbers(part), name, expert, part)
+        whole = {name: pieces for name in self.pieces if (pieces := self._all_pieces(name))}
+        return FamilyNames(
+            self.stored,
+            self.stacked,
+            self.stored.keys() == self.shapes.keys() and not self.transposed,
+            frozenset(self.transposed),
+            whole,
+            _common_prefix([*self.stored.values(), *self.stacked.values()]),
+        )
+
+    def _read_one(self, number: int, name: str, tensor: Tensor) -> None:
+        """Note where a converted tensor belongs that has the number of one tensor."""
+        ours = self.of_number[number]
+        small, shape = self.small[ours], tuple(tensor.shape)
+        is_square = len(small) == 2 and small == _swapped(small)
+        if shape == small or shape == _swapped(small):
+            self.stored[ours] = name
+            is_transposed = int(tensor[0, -1]) % ROWS > 0 if is_square else shape != small
+            self.transposed |= {name} if is_transposed and len(set(small)) + is_square > 1 else set()
+        else:
+            self._read_piece((number,), name, None, tensor)
+
+    def _read_piece(self, numbers: tuple[int, ...], name: str, expert: int | None, tensor: Tensor) -> None:
+        """Note which rows a tensor has, in its own small rows."""
+        ours = self.of_number[numbers[0]]
+        if len(numbers) == 1 and tensor.ndim and tuple(tensor.shape[1:]) == self.small[ours][1:]:
+            start, rows = int(tensor.flatten()[0]) % ROWS, len(tensor)
+            real = self.shapes[ours][0] / self.small[ours][0]
+            piece = Piece(name, expert, round(start * real), round(rows * real))
+            self.pieces.setdefault(ours, []).append((start, start + rows, piece))
+
+    def _all_pieces(self, ours: str) -> tuple[Piece, ...]:
+        """Return the pieces of a tensor in their order; none where they are not all of it."""
+        found = sorted(self.pieces[ours])
+        starts, ends = [start for start, _, _ in found], [end for _, end, _ in found]
+        rows, small = self.shapes[ours][0], self.small[ours][0]
+        if [*starts, small] != [0, *ends] or any(rows * end % small for end in ends):
+            return ()
+        return tuple(piece for _, _, piece in found)
 
 
 def _small(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(size, SMALL) for size in shape)
 
 
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *shape[:-3:-1])
+
+
+def _numbered(tensor: Tensor, number: int) -> Tensor:
+    """Return a small tensor with its number."""
+    return _with_rows(torch.zeros(_small(tensor.shape), dtype=torch.int64), number)
+
+
+def _with_rows(small: Tensor, number: int) -> Tensor:
+    """Return a tensor of this shape whose elements have a number, and their row."""
+    if not small.ndim:
+        return torch.tensor(number * ROWS)
+    rows = torch.arange(len(small)).view(-1, *[1] * (small.ndim - 1))
+    return (number * ROWS + rows).expand(small.shape)
+
+
 def _numbered_stack(tensor: Tensor, stack: Stack, number_of: Mapping[str, int]) -> Tensor:
     """Return a small stack of tensors each of which is full of its number: all experts, a few rows of each part."""
     rows = [min(rows, SMALL) for _, rows in stack.parts]
-    small = torch.zeros(tensor.shape[0], sum(rows), *_small(tensor.shape[2:]), dtype=torch.int64)
+    last = tuple(min(size, LAST) for size in tensor.shape[2:])
+    small = torch.zeros(tensor.shape[0], sum(rows), *last, dtype=torch.int64)
     for expert, experts_rows in enumerate(small):
         for (suffix, _), part in zip(stack.parts, experts_rows.split(rows), strict=True):
-            part.fill_(number_of[f"{stack.prefix}.{expert}.{suffix}"])
+            part.copy_(_with_rows(part, number_of[f"{stack.prefix}.{expert}.{suffix}"]))
     return small
 
 
 def _numbers(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(int(number) for number in tensor.unique())
+    """Return the numbers of the tensors whose elements it has."""
+    return tuple(int(number) for number in (tensor // ROWS).unique())
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Return the parts, separated by dots, with which all names of layers begin."""
+    layers = [name.split(".") for name in names if any(part.isdecimal() for part in name.split("."))]
+    if not layers:
+        return ""
+    first, last = min(layers), max(layers)
+    depth = next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0)
+    return "".join(f"{part}." for part in first[:depth])

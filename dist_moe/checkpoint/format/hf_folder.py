@@ -5,7 +5,7 @@ or fused, all of a layer in one tensor (`mlp.experts.gate_up_proj`), as transfor
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_moe.checkpoint.errors import WeightsError
-from dist_moe.checkpoint.format.family_names import FamilyNames
+from dist_moe.checkpoint.format.family_names import FamilyNames, Piece
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, StoredTensor, read_header
 from dist_moe.errors import reason_of
 from dist_moe.files import exists
@@ -42,27 +42,34 @@ class TensorSource(NamedTuple):
         stored: The stored tensor: this one, or the fused one of all experts.
         expert: Index in the fused tensor; None if the tensor is stored by itself.
         half: Of the fused gate_up_proj: 0 for gate, 1 for up; None for down_proj, and if stored by itself.
+        is_transposed: Whether the last two dimensions are swapped in the file.
     """
 
     stored: StoredTensor
     expert: int | None = None
     half: int | None = None
+    is_transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the values."""
+        stored = self.stored.shape
+        if self.is_transposed:
+            stored = (*stored[:-2], *stored[:-3:-1])
         if self.expert is None:
-            return self.stored.shape
-        _, rows, *rest = self.stored.shape
+            return stored
+        _, rows, *rest = stored
         return (rows if self.half is None else rows // 2, *rest)
 
     def read(self, file: Any) -> Tensor:
         """Read the values from the open file, in the stored dtype; nothing else is read."""
         if self.expert is None:
             tensor: Tensor = file.get_tensor(self.stored.name)
-            return tensor
+            return tensor.mT if self.is_transposed else tensor
         first = self.shape[0] * (self.half or 0)
-        part: Tensor = file.get_slice(self.stored.name)[self.expert : self.expert + 1, first : first + self.shape[0]]
+        rows, stacked = slice(first, first + self.shape[0]), file.get_slice(self.stored.name)
+        one = slice(self.expert, self.expert + 1)
+        part: Tensor = stacked[one, :, rows].mT if self.is_transposed else stacked[one, rows]
         return part[0]
 
 
@@ -131,6 +138,7 @@ def find_sources(
     experts: Mapping[str, LayerExperts],
     ignored: Iterable[str] = (),
     names: FamilyNames | None = None,
+    has_others: bool = False,
 ) -> dict[str, TensorSource]:
     """Find where each wanted tensor is stored.
 
@@ -141,6 +149,7 @@ def find_sources(
             load.
         ignored: Patterns of names that the folder may hold in addition.
         names: Those of the folder's tensors; None: they are those of `wanted`.
+        has_others: Whether tensors outside the layers of `names` are those of other parts of the model, and ignored.
 
     Raises:
         WeightsError: With every missing, unexpected and misshapen tensor.
@@ -149,19 +158,29 @@ def find_sources(
     if names is not None:
         ours = {name: our for our, name in {**names.stored, **names.stacked}.items()}
         stored = {ours.get(name, name): tensor for name, tensor in stored.items()}
-    sources = {name: source for name in wanted if (source := _find_source(stored, name)) is not None}
+    pieces = (
+        {}
+        if names is None
+        else {piece_name(name, index): piece for name, each in names.pieces.items() for index, piece in enumerate(each)}
+    )
+    found = {name: source for name in wanted if (source := _find_source(stored, name, pieces)) is not None}
+    swapped = names.transposed if names is not None else frozenset[str]()
+    sources = {name: _oriented(source, tuple(wanted[name].shape), swapped) for name, source in found.items()}
     all_experts = {
-        f"{layer}.experts.{expert}.{part}"
+        name
         for layer, of_layer in experts.items()
         for expert in range(of_layer.number)
         for part in of_layer.parts
+        for name in _with_pieces(f"{layer}.experts.{expert}.{part}", names)
     }
-    missing = sorted({*wanted, *(name for name in all_experts if _find_source(stored, name) is None)} - set(sources))
-    used = {source.stored.name for source in sources.values()}
+    sources_of_all = {name: _find_source(stored, name, pieces) for name in all_experts}
+    missing = sorted({*wanted, *(name for name, source in sources_of_all.items() if source is None)} - set(sources))
+    used = {source.stored.name for source in (*sources.values(), *sources_of_all.values()) if source is not None}
     others = (
         name
         for name, tensor in stored.items()
-        if tensor.name not in used and name not in all_experts and not any(re.match(each, name) for each in ignored)
+        if tensor.name not in used and not any(re.match(each, name) for each in ignored)
+        if not has_others or (names is not None and tensor.name.startswith(names.prefix))
     )
     unexpected = sorted(name for name in others if not _is_fused_of(name, experts))
     if missing or unexpected:
@@ -173,7 +192,28 @@ def find_sources(
     return sources
 
 
-def _find_source(stored: Mapping[str, StoredTensor], name: str) -> TensorSource | None:
+def _oriented(source: TensorSource, shape: tuple[int, ...], swapped: Collection[str]) -> TensorSource:
+    """Return the source of a tensor of this shape; stacked tensors that may be transposed are so by their shape."""
+    if source.stored.name not in swapped or (source.expert is not None and source.shape == shape):
+        return source
+    return source._replace(is_transposed=True)
+
+
+def piece_name(name: str, index: int) -> str:
+    """Return the name of a piece of a tensor, which no tensor has."""
+    return f"{name}#{index}"
+
+
+def _with_pieces(name: str, names: FamilyNames | None) -> list[str]:
+    """Return the names of the pieces of a tensor, or its own where it is in one."""
+    pieces = () if names is None else names.pieces.get(name, ())
+    return [piece_name(name, index) for index in range(len(pieces))] or [name]
+
+
+def _find_source(stored: Mapping[str, StoredTensor], name: str, pieces: Mapping[str, Piece]) -> TensorSource | None:
+    if name in pieces:
+        piece = pieces[name]
+        return TensorSource(stored[piece.name], piece.expert) if piece.name in stored else None
     if name in stored:
         return TensorSource(stored[name])
     if (match := EXPERT_PATTERN.fullmatch(name)) is not None and not name.endswith(".bias"):

@@ -8,6 +8,7 @@ cannot express.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import WeightsError
+from dist_moe.checkpoint.format.family_names import FamilyNames
 from dist_moe.checkpoint.format.hf_folder import (
     INDEX_NAME,
     LayerExperts,
     TensorSource,
     find_sources,
+    piece_name,
     read_headers,
     read_raw_config,
     read_sources,
@@ -39,6 +42,8 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Resolved
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER
+from dist_moe.families.composite import is_composite, language_model_settings
+from dist_moe.families.model_class import find_language_model_class, is_part
 from dist_moe.families.registry import family_of
 from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
@@ -105,8 +110,8 @@ def shard_tensors(model: PreTrainedModel, mesh: Mesh, balanced: bool) -> dict[st
     tensors = dict(expert_tensors(layers, mesh))
     if mesh.ep_rank == 0:
         tensors |= dict(dense_tensors(model, layers, own_type))
-    if not own_type and (names := family_names(model.config)) is not None:
-        tensors = {names.stored[name]: tensor for name, tensor in tensors.items()}
+    if not own_type and (layout := family_layout(model.config)) is not None:
+        tensors = {layout.names.stored[name]: tensor for name, tensor in tensors.items()}
     return {f"model-{mesh.ep_rank + 1:05d}-of-{mesh.expert_parallel:05d}.safetensors": tensors}
 
 
@@ -157,6 +162,12 @@ def own_type_line(architecture: str, headed: bool = False) -> str:
             f"{architecture} has no experts: saved weights have the model_type {OWN_PREFIX}{architecture}, which "
             "dist-moe opens, also as model.pretrained, and transformers does not (docs/upcycling.md)"
         )
+    if not headed and is_part(architecture):
+        return (
+            f"transformers has {architecture} only as a part of another model: saved weights have the model_type "
+            f"{OWN_PREFIX}{architecture}, which dist-moe opens and transformers does not; `dist-moe checkpoint export "
+            "--plain` writes them into the model that the run started from (docs/checkpoints.md)"
+        )
     what = "has no class with this head" if headed else "cannot express this routing"
     return (
         f"{architecture} {what}: saved weights have the model_type {OWN_PREFIX}{architecture}, "
@@ -203,8 +214,9 @@ def fill_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, masters: Shar
         WeightsError: As `load_weights`.
     """
     wanted = _rank_tensors(model, mesh, folder)
+    parts = _parts_in_files(wanted, names_of(folder, model.config))
     for name, stored in read_sources(find_weights(model, mesh, folder)):
-        wanted[name].copy_(stored)
+        parts[name].copy_(stored)
     for name, tensor in wanted.items():
         if masters is not None and masters.has(MASTER, name):
             tensor.copy_(masters.read(MASTER, name, 0, tensor.numel()).view_as(tensor))
@@ -222,16 +234,26 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
     }
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
     ignored = list(model._keys_to_ignore_on_load_unexpected or ())
-    wanted = _rank_tensors(model, mesh, folder)
+    wanted, raw = _rank_tensors(model, mesh, folder), read_raw_config(folder)
     if has_head(model.config):
-        if problem_of(read_raw_config(folder)) is not None:
+        if problem_of(raw) is not None:
             _check_head(model.config, folder)
         else:
             # A language model, whose head has no place in a model that classifies, and which lacks that one's.
             del wanted[HEAD_TENSOR]
             ignored.append(LANGUAGE_MODEL_HEAD)
-    names = None if _has_own_type(folder) else family_names(model.config)
-    return find_sources(folder, wanted, experts, ignored, names)
+    names = names_of(folder, model.config)
+    return find_sources(folder, _parts_in_files(wanted, names), experts, ignored, names, is_composite(raw))
+
+
+def _parts_in_files(wanted: Mapping[str, Tensor], names: FamilyNames | None) -> dict[str, Tensor]:
+    """Return the tensors of a rank as the files have them: some in pieces, by `piece_name`."""
+    pieces = {} if names is None else names.pieces
+    parts = {name: tensor for name, tensor in wanted.items() if name not in pieces}
+    for name in wanted.keys() & pieces.keys():
+        for index, piece in enumerate(pieces[name]):
+            parts[piece_name(name, index)] = wanted[name].narrow(0, piece.start, piece.rows)
+    return parts
 
 
 def _check_head(config: PretrainedConfig, folder: Path) -> None:
@@ -277,7 +299,7 @@ def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: 
 def is_expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
     family = family_of(config.model_type)
-    if family.feed_forward is not None or has_head(config):
+    if family.feed_forward is not None or has_head(config) or find_language_model_class(config) is None:
         return False
     layout = family_layout(config)
     if layout is not None and not layout.names.is_complete:
@@ -290,15 +312,16 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
     """Read config.json of a folder of ours or of Hugging Face.
 
     Returns:
-        The family's config, and the routing rule.
+        The family's config, and the routing rule; of a model with other parts, those of its language model.
 
     Raises:
         WeightsError: It is missing or invalid, or of an unknown family.
     """
     raw = read_raw_config(folder)
     overrides = raw.pop("dist_moe", {})
-    model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
     try:
+        raw = language_model_settings(raw)
+        model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
         family = family_of(model_type)
         overrides = {EARLIER_FIELDS.get(name, name): value for name, value in overrides.items()}
         config = CONFIG_MAPPING[model_type].from_dict(PretrainedConfig._decode_special_floats(raw))
@@ -322,10 +345,23 @@ def _rule_overrides(config: PretrainedConfig, rule: Rule) -> dict[str, Any]:
 
 def names_in_files(folder: Path) -> dict[str, str]:
     """Return the names in the files of a folder by those of this package, where they differ."""
-    if _has_own_type(folder):
-        return {}
-    names = family_names(read_config(folder)[0])
+    names = names_of(folder, read_config(folder)[0])
     return {} if names is None else dict(names.stored)
+
+
+def names_of(folder: Path, config: PretrainedConfig) -> FamilyNames | None:
+    """Return the names of tensors in a folder; None where they are those of this package.
+
+    Raises:
+        WeightsError: It is a model with other parts, in which the language model is not found.
+    """
+    raw = read_raw_config(folder)
+    if raw["model_type"].startswith(OWN_PREFIX):
+        return None
+    try:
+        return family_names(config, raw)
+    except ValueError as error:
+        raise WeightsError(f"{folder} cannot be used ({error}); give another folder") from None
 
 
 def _has_own_type(folder: Path) -> bool:

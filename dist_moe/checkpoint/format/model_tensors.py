@@ -6,16 +6,19 @@ A rank names the tensors that it holds.
 import functools
 import json
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from dist_moe.checkpoint.format.family_names import FamilyNames, Stack, find_names
+from dist_moe.checkpoint.format.family_names import NO_NAMES, FamilyNames, Shapes, Stack, find_names
 from dist_moe.comm.mesh import Mesh
 from dist_moe.engine.optimizer_shards import ParameterSlice
+from dist_moe.families.composite import find_composite, is_composite
+from dist_moe.families.model_class import find_language_model_class, language_model_class
 from dist_moe.families.registry import family_of
 from dist_moe.model.build import empty_model, family_rule
 from dist_moe.model.convert import MoeLayer, find_layers
@@ -74,7 +77,7 @@ def dense_tensors(model: PreTrainedModel, layers: list[MoeLayer], own_type: bool
     """Yield (name on disk, tensor) of everything that is not a routed expert; tied weights once."""
     biases = stored_biases(model, own_type)
     routers = tuple(f"{layer.name}." for layer in layers)
-    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
+    tied = "lm_head.weight" if getattr(model.config, "tie_word_embeddings", False) else None
     for name, tensor in model.state_dict().items():
         if name == tied or (name.startswith(routers) and EXPERTS_STATE.search(name)):
             continue
@@ -136,20 +139,52 @@ def family_layout(config: PretrainedConfig) -> FamilyLayout | None:
     """Return what the files of a family hold; None where the names are those of this package."""
     if not family_of(config.model_type).is_probed or has_head(config):
         return None
-    settings = {key: value for key, value in config.to_diff_dict().items() if key != "model_type"}
-    return _family_layout(config.model_type, json.dumps(settings, sort_keys=True, default=str))
+    return _family_layout(config.model_type, _settings_json(config))
 
 
-def family_names(config: PretrainedConfig) -> FamilyNames | None:
-    """Return the names of tensors in the files of the family; None where they are those of this package."""
+def family_names(config: PretrainedConfig, raw: Mapping[str, Any] = MappingProxyType({})) -> FamilyNames | None:
+    """Return the names of tensors in the files of a folder; None where they are those of this package.
+
+    Args:
+        config: Of the language model.
+        raw: The content of the folder's config.json, which may be that of a model with other parts; {}: it is not.
+    """
+    if has_head(config):
+        return None
+    if is_composite(raw):
+        return _composite_names(config.model_type, _settings_json(config), json.dumps(raw, sort_keys=True))
     layout = family_layout(config)
     return None if layout is None else layout.names
+
+
+def _settings_json(config: PretrainedConfig) -> str:
+    settings = {key: value for key, value in config.to_diff_dict().items() if key != "model_type"}
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 @functools.lru_cache(maxsize=8)
 def _family_layout(architecture: str, settings_json: str) -> FamilyLayout:
     config = AutoConfig.for_model(architecture, **json.loads(settings_json))
-    model = empty_model(config, family_rule(config, family_of(architecture).score), SINGLE_RANK)
+    model, shapes, stacks = _described(config)
+    has_biases = len(stored_biases(model, own_type=False)) == len(find_layers(model))
+    if find_language_model_class(config) is None:  # no folder of transformers has this model alone
+        return FamilyLayout(NO_NAMES, has_biases)
+    with torch.device("meta"):
+        theirs: PreTrainedModel = language_model_class(config)._from_config(config)
+    return FamilyLayout(find_names(theirs, shapes, stacks), has_biases)
+
+
+@functools.lru_cache(maxsize=2)
+def _composite_names(architecture: str, settings_json: str, raw_json: str) -> FamilyNames:
+    config = AutoConfig.for_model(architecture, **json.loads(settings_json))
+    composite = find_composite(json.loads(raw_json))
+    _, shapes, stacks = _described(config)
+    return find_names(composite.model, shapes, stacks, composite.name_of)
+
+
+def _described(config: PretrainedConfig) -> tuple[PreTrainedModel, Shapes, dict[str, Stack]]:
+    """Return the converted model on the meta device, the shapes of its tensors in a folder, and its stacks."""
+    model = empty_model(config, family_rule(config, family_of(config.model_type).score), SINGLE_RANK)
     layers = find_layers(model)
     tensors = {**dict(expert_tensors(layers, SINGLE_RANK)), **dict(dense_tensors(model, layers, own_type=False))}
     stacks = {}
@@ -158,5 +193,4 @@ def _family_layout(architecture: str, settings_json: str) -> FamilyLayout:
         for name, parameter in local.named_parameters():
             parts = ((part, each.rows) for part, each in local.parts.items() if each.stacked is parameter)
             stacks[f"{prefix}.{name}"] = Stack(tuple(parts), prefix)
-    names = find_names(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, stacks)
-    return FamilyLayout(names, len(stored_biases(model, own_type=False)) == len(layers))
+    return model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, stacks

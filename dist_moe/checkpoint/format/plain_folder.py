@@ -1,5 +1,6 @@
 """Writes a checkpoint's weights as the family's own class of transformers saves them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,27 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.format.hf_folder import INDEX_NAME, read_raw_config
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config, remove_weights
 from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK, in_memory_tensors
 from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
-from dist_moe.families.model_class import language_model_class
+from dist_moe.families.composite import find_composite
+from dist_moe.families.model_class import find_language_model_class, language_model_class
 from dist_moe.families.registry import family_of
+from dist_moe.files import entries, exists
 from dist_moe.model.build import family_rule
 from dist_moe.model.head import has_head
 from dist_moe.moe.select import Rule
+from dist_moe.text import listed
 
 LARGEST_FILE = "50GB"
+COPIED, NOT_COPIED = (".json", ".jinja", ".txt", ".model"), ("config.json", INDEX_NAME)
+"""Files of a model that are not its weights: tokenizer, processor, chat template."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None) -> bool:
+def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None, whole: Path | None = None) -> bool:
     """Write the folder that transformers opens; memory holds the model twice.
 
     Args:
@@ -30,6 +37,8 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None)
         out: An empty folder.
         dtype: fp32, bf16, or keep.
         masters: Of the optimizer, whose weights are preferred.
+        whole: The folder of a model with other parts, of which this is the language model; the other parts are taken
+            from there. None: the language model is written alone.
 
     Returns:
         Whether selection biases were left out, for which the family has no place.
@@ -39,7 +48,7 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None)
         WeightsError: As `load_weights`.
     """
     config, rule = read_config(model)
-    _check_plain(config, rule, model)
+    _check_plain(config, rule, model, whole)
     ours = load_weights(model, SINGLE_RANK, masters)
     tensors, left_out = in_memory_tensors(ours)
     stored_dtype = DTYPES.get(dtype) or config.dtype or torch.float32
@@ -47,8 +56,11 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None)
         # A selection bias in bf16 would lose the 0.001 that one step adds to it.
         if tensor.is_floating_point() and not BIAS_PATTERN.fullmatch(name):
             tensors[name] = tensor.to(stored_dtype)
-    generation = GenerationConfig.from_model_config(config)
-    write_by_class(language_model_class(config), config, tensors, stored_dtype, generation, out)
+    if whole is None:
+        generation = GenerationConfig.from_model_config(config)
+        write_by_class(language_model_class(config), config, tensors, stored_dtype, generation, out)
+    else:
+        _write_whole(whole, tensors, stored_dtype, out)
     return any(bool(layer.router.selection_bias.any()) for layer in left_out)
 
 
@@ -80,9 +92,34 @@ def write_by_class(
     model.save_pretrained(out, max_shard_size=LARGEST_FILE)
 
 
-def _check_plain(config: PretrainedConfig, rule: Rule, model: Path) -> None:
+def _write_whole(whole: Path, tensors: dict[str, Tensor], dtype: torch.dtype | str, out: Path) -> None:
+    """Write a model with other parts, with the tensors of its language model replaced; the other parts are copied."""
+    composite = find_composite(read_raw_config(whole))
+    model: PreTrainedModel = type(composite.model).from_pretrained(whole, dtype=dtype)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = {composite.name_of(name): tensor for name, tensor in tensors.items()}
+    if other := [name for name, tensor in state.items() if shapes.get(name) != tensor.shape]:
+        raise CheckpointError(
+            f"{whole} has another language model than the checkpoint: {listed(other, most=3)} differs; restore the "
+            "folder that the run started from"
+        )
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    model.save_pretrained(out, max_shard_size=LARGEST_FILE)
+    for path in entries(whole):
+        if path.suffix in COPIED and path.name not in NOT_COPIED and not exists(out / path.name) and path.is_file():
+            shutil.copyfile(path, out / path.name)
+
+
+def _check_plain(config: PretrainedConfig, rule: Rule, model: Path, whole: Path | None) -> None:
     """Raise CheckpointError where the class of transformers would compute something else."""
     family = family_of(config.model_type)
+    if whole is None and find_language_model_class(config) is None:
+        raise CheckpointError(
+            f"transformers has the {config.model_type} of {model} only as a part of another model, whose other parts "
+            "--plain takes from the folder of model.pretrained, and there is none; restore it, or leave out --plain"
+        )
     if family.feed_forward is not None or has_head(config):
         raise CheckpointError(
             f"transformers has no class for the {config.model_type} of {model}; export without --plain"

@@ -15,6 +15,7 @@ from dist_moe.model.convert import find_layers
 from dist_moe.moe import dispatch, experts
 from dist_moe.moe.kernels import kernels_for
 from tests.experts import gated_experts
+from tests.families.small import small_config
 from tests.unit.model.samples import ALONE, FAMILIES, small_model, tokens
 
 
@@ -85,6 +86,14 @@ def test_the_padding_row_of_the_embedding_is_zero() -> None:
     embedding: Any = small_model("qwen3_moe", pad_token_id=3).get_input_embeddings()
     zero_rows = embedding.weight.eq(0).all(dim=1)
     assert zero_rows.nonzero().flatten().tolist() == [3]
+
+
+def test_a_padding_token_that_the_class_cannot_be_without_is_trained() -> None:
+    config = small_config("step3p7")
+    settings = {key: value for key, value in config.to_dict().items() if key not in ("pad_token_id", "model_type")}
+    assert type(config)(**settings).pad_token_id is not None
+    embedding: Any = build_model("step3p5", settings, "sigmoid", ALONE, seed=0).get_input_embeddings()
+    assert embedding.padding_idx is None and embedding.weight.ne(0).any(dim=1).all()
 
 
 def experts_of(model: PreTrainedModel) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:

@@ -90,6 +90,7 @@ def test_a_study_is_trained_once_and_its_page_written_from_the_results(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_result_that_another_run_contradicts_fails_the_check(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     run_study(STUDY, place, Part("small"), lambda line: None)
