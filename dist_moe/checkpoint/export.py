@@ -6,14 +6,14 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from dist_moe.checkpoint.errors import CheckpointError
+from dist_moe.checkpoint.errors import CheckpointError, without_remedy
 from dist_moe.checkpoint.format.hf_folder import read_headers, read_raw_config
 from dist_moe.checkpoint.format.layout import PARTIAL, resolve_path
 from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, find_damage, read_manifest
@@ -21,10 +21,9 @@ from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.format.tensor_header import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, read_header
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
 from dist_moe.config import load_stored_config
-from dist_moe.config.pretrained import is_model_folder
 from dist_moe.data.cache import file_sha256
 from dist_moe.engine.optimizer_shards import MASTER
-from dist_moe.errors import reason_of
+from dist_moe.errors import ConfigError, reason_of
 from dist_moe.families.composite import is_composite
 from dist_moe.files import entries, exists, is_folder, sync_folder, write_atomically
 from dist_moe.text import listed
@@ -43,10 +42,12 @@ class Exported(NamedTuple):
     Attributes:
         source: The checkpoint.
         without_bias: Whether selection biases were left out, for which the family has no place.
+        notice: What may be missing, in a line; "" where nothing is.
     """
 
     source: Path
     without_bias: bool
+    notice: str = ""
 
 
 def export(path: Path, out: Path, dtype: Dtype, plain: bool = False) -> Exported:
@@ -75,10 +76,13 @@ def export(path: Path, out: Path, dtype: Dtype, plain: bool = False) -> Exported
     try:
         partial.mkdir(parents=True)
         try:
-            without_bias = plain and _write_plain(source, model, partial, dtype)
+            whole, notice = _composite_of(source) if plain else (None, "")
+            without_bias = plain and _write_plain(source, model, partial, dtype, whole)
             if not plain:
                 _write_folder(source, model, partial, dtype)
-            _copy_files(model, partial)
+            _copy_files(model, partial, COPIED_FILES)
+            if whole is not None:
+                _copy_files(whole, partial, _processor_files(whole))
             os.rename(partial, out)
             sync_folder(out.parent)
         finally:
@@ -87,31 +91,44 @@ def export(path: Path, out: Path, dtype: Dtype, plain: bool = False) -> Exported
         reason = f"{reason_of(error)}: {error.filename or out}"
         remedy = "use a folder on a disk with free space and write permission"
         raise CheckpointError(f"{out} cannot be written ({reason}); {remedy}") from None
-    return Exported(source, without_bias)
+    return Exported(source, without_bias, notice)
 
 
-def _write_plain(source: Path, model: Path, partial: Path, dtype: Dtype) -> bool:
+def _write_plain(source: Path, model: Path, partial: Path, dtype: Dtype, whole: Path | None) -> bool:
     from dist_moe.checkpoint.format.plain_folder import write_plain  # imports the classes of transformers
 
-    whole = _whole_of(source)
     if dtype != "fp32":
         return write_plain(model, partial, dtype, None, whole)
     with ShardReader(source / "state") as masters:
         return write_plain(model, partial, dtype, masters, whole)
 
 
-def _whole_of(source: Path) -> Path | None:
-    """Return the folder of a model with other parts from whose language model a run started; None if it did not."""
+def _composite_of(source: Path) -> tuple[Path | None, str]:
+    """Return the folder of the multimodal model whose language model a run trained, or None, and a notice.
+
+    The notice is for the case that this is not known, since the folder that the run started from cannot be read.
+    """
     if not exists(source / CONFIG_NAME):
-        return source if is_composite(read_raw_config(source)) else None
-    folder = load_stored_config(source / CONFIG_NAME).model.pretrained
-    if folder is None or not is_model_folder(Path(folder)):
-        return None
-    return Path(folder) if is_composite(read_raw_config(Path(folder))) else None
+        return (source if is_composite(read_raw_config(source)) else None), ""
+    try:
+        folder = load_stored_config(source / CONFIG_NAME).model.pretrained
+        if folder is None:
+            return None, ""
+        raw = read_raw_config(Path(folder))
+        return (Path(folder) if is_composite(raw) else None), ""
+    except (ConfigError, CheckpointError, ValueError) as error:
+        reason = without_remedy(error)
+        return None, f"if the run started from a multimodal model, only its language model is written: {reason}"
 
 
-def _copy_files(model: Path, partial: Path) -> None:
-    for name in COPIED_FILES:
+def _processor_files(whole: Path) -> list[str]:
+    """Return the names of the files of a multimodal model that are not its weights: processor, chat template."""
+    names = [path.name for path in entries(whole) if path.suffix in (".json", ".jinja", ".txt") and path.is_file()]
+    return sorted(name for name in names if not name.endswith(".index.json") and name != "config.json")
+
+
+def _copy_files(model: Path, partial: Path, names: Iterable[str]) -> None:
+    for name in names:
         if exists(model / name) and not exists(partial / name):
             write_atomically(partial / name, read_text(model / name, follow=True))
 

@@ -98,6 +98,8 @@ def export(
     with report_user_errors():
         exported = write(checkpoint, out, dtype.value, plain)
         print(f"{exported.source} is exported to {out}")
+        if exported.notice:
+            print(exported.notice)
         if exported.without_bias:
             print(_change_of_loss(exported.source))
         model_type: str = read_raw_config(out)["model_type"]

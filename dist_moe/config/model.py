@@ -110,7 +110,7 @@ def _read(config: Config) -> Reading:
 
     family = family_of(config.model.architecture)
     cls: Any = CONFIG_MAPPING[family.architecture]
-    known = _known_keys(cls, family)
+    known = known_keys(cls, family)
     stated, violations, file_notices, stated_score = stated_model(config, cls, known)
     violations = [*violations, *agreement(config, stated)]
     violations += upcycling_violations(config, family, {**stated, **config.model.config})
@@ -218,7 +218,7 @@ def routing_key(config: Config, name: str) -> str:
 
 @functools.cache
 def _no_special_tokens(cls: Any) -> dict[str, None]:
-    """The ids of special tokens that a config class can be without.
+    """Return None for the ids of special tokens that a config class can be without.
 
     Its defaults (DeepSeek-V3: bos 0, eos 1) would be ordinary bytes of our vocabulary.
     """
@@ -230,7 +230,7 @@ def _no_special_tokens(cls: Any) -> dict[str, None]:
     return optional
 
 
-def _known_keys(cls: Any, family: Family) -> set[str]:
+def known_keys(cls: Any, family: Family) -> set[str]:
     """The keys that define the model: those that the class itself declares, without its base and the owned ones."""
     from transformers import PreTrainedConfig
 

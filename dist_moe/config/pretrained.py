@@ -69,7 +69,7 @@ class WeightsSource(NamedTuple):
         return BUILT_IN if self.key == UPCYCLE_KEY else {}
 
     def read_settings(self) -> dict[str, Any]:
-        """Return the content of its config.json, of a model with other parts that of its language model.
+        """Return the content of its config.json; of a multimodal model to start from, that of its language model.
 
         Raises:
             OSError: It cannot be read.
@@ -78,7 +78,8 @@ class WeightsSource(NamedTuple):
         assert self.value is not None
         if self.value in self.built_in:
             return dict(BUILT_IN[self.value].config)
-        return language_model_settings(read_json(Path(expand_home(self.value)) / SETTINGS, follow=True))
+        raw = read_json(Path(expand_home(self.value)) / SETTINGS, follow=True)
+        return language_model_settings(raw) if self.key == PRETRAINED_KEY else raw
 
     def exists(self) -> bool:
         """Whether there is such a folder, or built-in model."""

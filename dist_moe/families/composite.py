@@ -1,4 +1,7 @@
-"""Models of several parts, such as images and text, of which one is a language model that can be trained alone."""
+"""Multimodal models, which transformers composes of several models: one of them is a language model.
+
+That one is trained alone; where it is in the multimodal model is found by program.
+"""
 
 import functools
 import json
@@ -8,14 +11,17 @@ from typing import Any, NamedTuple
 from dist_moe.families.model_class import text_model_class
 
 PART_KEYS = ("text_config", "thinker_config", "language_config", "llm_config")
-"""Keys under which the config.json of such a model has its language model."""
+"""Keys under which the config.json of a multimodal model has its language model."""
+DEPTH_KEYS = ("depth", "layers")
+"""What the keys with a number of layers end with."""
+MOST_LAYERS = 1000
 
 
 class Composite(NamedTuple):
-    """Where a model has its language model.
+    """Where a multimodal model has its language model.
 
     Attributes:
-        model: The whole, on the meta device.
+        model: The multimodal model, on the meta device.
         base: The name of the text model in it.
         head: The name of its output layer.
     """
@@ -25,28 +31,56 @@ class Composite(NamedTuple):
     head: str
 
     def name_of(self, name: str) -> str:
-        """Return the name in the whole of a tensor of the language model: `model.*` or `lm_head.*`."""
+        """Return the name in the multimodal model of a tensor of the language model: `model.*` or `lm_head.*`."""
         part, _, rest = name.partition(".")
         return f"{self.base if part == 'model' else self.head}.{rest}"
 
 
 def language_model_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a config.json as that of a language model: of the one in the model, if it has other parts.
+    """Return the content of a config.json as that of a language model: of a multimodal model, that of the one in it.
 
     Raises:
-        ValueError: transformers does not know the model, or its config class refuses the content.
+        ValueError: The config class refuses the content.
     """
-    if not is_composite(raw):
+    config = composite_config(raw)
+    if config is None:
         return dict(raw)
+    text = config.get_text_config()
+    settings: dict[str, Any] = {**text.to_diff_dict(), "model_type": text.model_type}
+    owner = _owner_of(config, text)
+    settings["tie_word_embeddings"] = (owner or config).tie_word_embeddings  # its class reads its own
+    return settings | {key: raw[key] for key in ("quantization_config",) if key in raw}
+
+
+def is_composite(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a multimodal model that transformers has. Raises ValueError."""
+    return composite_config(raw) is not None
+
+
+def composite_config(raw: Mapping[str, Any]) -> Any:
+    """Return the configuration of a multimodal model; None where the config.json is not that of one.
+
+    Raises:
+        ValueError: The config class refuses the content.
+    """
+    if not any(isinstance(raw.get(key), dict) for key in PART_KEYS):
+        return None
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    kind: Any = CONFIG_MAPPING[model_type]
+    if not kind.sub_configs:
+        return None
+    values = {key: value for key, value in raw.items() if key != "model_type"}
     try:
-        config = whole_config(raw)
+        config = kind.from_dict(PretrainedConfig._decode_special_floats(values))
         text = config.get_text_config()
     except Exception as error:  # the class of another library may raise anything
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{raw.get('model_type')}: {type(error).__name__}: {reason}") from None
-    settings: dict[str, Any] = {**text.to_diff_dict(), "model_type": text.model_type}
-    settings["tie_word_embeddings"] = _owner_of(config, text).tie_word_embeddings  # its class reads its own
-    return settings | {key: raw[key] for key in ("quantization_config",) if key in raw}
+        raise ValueError(f"{kind.__name__} refuses it: {type(error).__name__}: {reason}") from None
+    return config if isinstance(text, PretrainedConfig) and text is not config else None
 
 
 def _owner_of(config: Any, text: Any) -> Any:
@@ -57,21 +91,8 @@ def _owner_of(config: Any, text: Any) -> Any:
     return next((owner for part in parts if (owner := _owner_of(part, text)) is not None), None)
 
 
-def is_composite(raw: Mapping[str, Any]) -> bool:
-    """Whether the config.json is that of a model with other parts."""
-    return any(isinstance(raw.get(key), dict) for key in PART_KEYS)
-
-
-def whole_config(raw: Mapping[str, Any]) -> Any:
-    """Return the configuration of a model with other parts."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
-
-    values = {key: value for key, value in raw.items() if key != "model_type"}
-    return CONFIG_MAPPING[raw["model_type"]].from_dict(PretrainedConfig._decode_special_floats(values))
-
-
-def whole_class(config: Any) -> Any:
-    """Return the class of a model with other parts, which has an output layer for text.
+def composite_class(config: Any) -> Any:
+    """Return the class of a multimodal model, which has an output layer for text.
 
     Raises:
         ValueError: transformers has none.
@@ -85,10 +106,10 @@ def whole_class(config: Any) -> Any:
 
 
 def find_composite(raw: Mapping[str, Any]) -> Composite:
-    """Find the language model in the model of a config.json with other parts.
+    """Find the language model in the multimodal model of a config.json.
 
     Raises:
-        ValueError: It has no language model whose names are known.
+        ValueError: The model cannot be built, or it has no language model whose names are known.
     """
     return _find_composite(json.dumps(raw, sort_keys=True))
 
@@ -97,10 +118,15 @@ def find_composite(raw: Mapping[str, Any]) -> Composite:
 def _find_composite(raw_json: str) -> Composite:
     import torch
 
-    config = whole_config(json.loads(raw_json))
-    kind, text_kind = whole_class(config), text_model_class(type(config.get_text_config()))
-    with torch.device("meta"):
-        model = kind._from_config(config)
+    raw = json.loads(raw_json)
+    _check_depths(raw)
+    config = composite_config(raw)
+    kind, text_kind = composite_class(config), text_model_class(type(config.get_text_config()))
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(config)
+    except Exception as error:  # the class of another library may raise anything
+        raise ValueError(f"no {kind.__name__} can be built: {type(error).__name__}: {error}") from None
     modules = dict(model.named_modules())
     base = next((name for name, module in modules.items() if type(module) is text_kind), None)
     if base is not None:
@@ -110,3 +136,12 @@ def _find_composite(raw_json: str) -> Composite:
         if head is not None:
             return Composite(model, base, head)
     raise ValueError(f"a {kind.__name__} has no {text_kind.__name__} with an output layer")
+
+
+def _check_depths(raw: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ValueError where a part has more layers than a model has: they take memory on the meta device, too."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _check_depths(value, f"{prefix}{key}.")
+        elif isinstance(value, int) and key.endswith(DEPTH_KEYS) and value > MOST_LAYERS:
+            raise ValueError(f"{prefix}{key}={value} is more than the {MOST_LAYERS} layers that a model may have")

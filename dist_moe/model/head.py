@@ -16,6 +16,8 @@ HEAD = "score"
 """The name of the head, below the model, as in the classes *ForSequenceClassification of decoders."""
 HEAD_TENSOR = f"{HEAD}.weight"
 LANGUAGE_MODEL_HEAD = "lm_head"
+HEAD_KEYS = ("problem_type", "id2label", "label2id", "classifier_pooling")
+"""Keys of the Hugging Face config of a model that has one."""
 CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
 
 

@@ -10,18 +10,18 @@ from tests.family_models import COVERING
 from tests.selection import full
 
 QUICK = ("gpt_oss", "minimax_m2", "nemotron_h")
-WHOLE = ("qwen3_vl_moe", "qwen3_omni_moe", "step3p7", "gemma4")
-"""Models with other parts."""
-OTHERS = sorted({*COVERING, *WHOLE} - {*QUICK, WHOLE[0]})
+MULTIMODAL = ("qwen3_vl_moe", "qwen3_omni_moe", "step3p7", "gemma4")
+"""Multimodal models."""
+OTHERS = sorted({*COVERING, *MULTIMODAL} - {*QUICK, MULTIMODAL[0]})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*QUICK, WHOLE[0], *map(full, OTHERS)])
+@pytest.mark.parametrize("family", [*QUICK, MULTIMODAL[0], *map(full, OTHERS)])
 def test_a_family_is_trained_balanced_and_opened_by_transformers(ranks: RankPool, tmp_path: Path, family: str) -> None:
     found = try_training(family, ranks, tmp_path)
     assert found.works, found
-    if family in WHOLE:
-        assert found.opened == "whole"
+    if family in MULTIMODAL:
+        assert found.opened == "multimodal"
         return
     in_files = family in ("glm4_moe", "nemotron_h", "minimax_m2", "afmoe", "ernie4_5_moe")
     assert found.opened == ("folder" if in_files else "export")

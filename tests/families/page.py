@@ -28,9 +28,9 @@ the families in `dist_moe/families/records.json`: it builds a small model of eac
   works where the losses of the first {compared} steps are equal to {same_loss:.0e}, MaxVio falls to less than half, and
   transformers opens the saved weights with the same logits, to {same_logits:.0e} of the largest. *folder*: it opens the
   model folder of the checkpoint; *export*: it opens what `dist-moe checkpoint export --plain` writes, since the run has
-  a selection bias for which the family has no place, or the family stacks its experts in the files; *whole*: the run
-  starts from the folder of a model with other parts, such as images, and transformers opens what `--plain` writes, the
-  whole model with its language model trained. *packed*: rows
+  a selection bias for which the family has no place, or the family stacks its experts in the files; *multimodal*: the
+  run starts from the folder of a multimodal model, and transformers opens what `--plain` writes, that model with its
+  language model trained. *packed*: rows
   hold several documents, which do not see each other; *one a row*: the layers of the family compute across documents,
   so each is given a row of its own.
 

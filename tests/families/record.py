@@ -10,16 +10,17 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dist_moe.errors import UserError
-from dist_moe.families.composite import find_composite, whole_class
+from dist_moe.families.composite import composite_class, find_composite
 from dist_moe.families.model_class import find_language_model_class, language_model_class
 from dist_moe.model.convert import make_local
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.select import TopK
+from dist_moe.probe.block_selection import move_selection_to_routers
 from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers
 from dist_moe.probe.own_bias import find_own_bias
 from dist_moe.probe.router_probe import Probed, probe_router
+from tests.families.composite import build_composite, small_composite
 from tests.families.small import EXPERT_KEYS, EXPERTS, LENGTH, TOP_K, TOP_K_KEYS, VOCABULARY, build, small_config
-from tests.families.whole import build_whole, small_whole
 
 FACTOR = 1.75
 CLOSE = 1e-3
@@ -57,15 +58,15 @@ def make_record(family: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_part(family: str, config: PreTrainedConfig) -> None:
-    """Raise UserError unless a model with other parts has this language model, and its logits are equal."""
-    whole = small_whole(family)
+    """Raise UserError unless a multimodal model has this language model, and its logits are equal."""
+    whole = small_composite(family)
     if whole is None:
         raise UserError(f"transformers has no language model for a {type(config).__name__}, alone or as a part")
-    kind = whole_class(whole).__name__
+    kind = composite_class(whole).__name__
     if not kind.endswith("ForConditionalGeneration"):
         raise UserError(f"a {kind} does not predict the next token")
     try:
-        theirs: Any = build_whole(whole).eval()
+        theirs: Any = build_composite(whole).eval()
         composite = find_composite(json.loads(whole.to_json_string(use_diff=False)))
         ours = language_model_class(whole.get_text_config())._from_config(whole.get_text_config()).eval()
     except ValueError as error:
@@ -89,6 +90,7 @@ def _places_of_layers(config: PreTrainedConfig) -> set[str]:
 def _probe(config: PreTrainedConfig) -> tuple[FoundLayer, Probed]:
     with torch.device("meta"):
         model = build(config)
+    move_selection_to_routers(model)
     layer = find_layers(model)[-1]
     return layer, probe_router(layer, find_own_bias(layer), expert_groups(model))
 

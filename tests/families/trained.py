@@ -20,7 +20,7 @@ from dist_moe.checkpoint.format.hf_folder import read_raw_config
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config
 from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK
 from dist_moe.config import load_config, resolve
-from dist_moe.config.model import _known_keys
+from dist_moe.config.model import known_keys
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.families.composite import find_composite, is_composite
 from dist_moe.families.model_class import language_model_class
@@ -30,9 +30,9 @@ from dist_moe.model.convert import find_layers
 from dist_moe.train.loop import run
 from dist_moe.worker.rank_info import rank_info_from_env
 from tests.dist.pool import RankPool
+from tests.families.composite import build_composite, small_composite
 from tests.families.record import make_record
 from tests.families.small import small_config
-from tests.families.whole import build_whole, small_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LAST, COMPARED, LIMIT_S = 20, 5, 3, 200
@@ -60,7 +60,7 @@ class Trained:
         after: Mean of the last steps.
         floor: The sampling floor of a step.
         opened: How transformers opened the weights: "folder", that of the checkpoint; "export", that of `--plain`;
-            "whole": that of `--plain`, with the other parts of the model that the run started from.
+            "multimodal": that of `--plain`, with the other weights of the multimodal model that the run started from.
         logits: Largest difference between its logits and those of this package, in units of the largest logit.
         documents: Whether rows are packed, or each document has its own.
         reason: Why it cannot be trained, or what failed; "" where nothing is wrong.
@@ -87,7 +87,7 @@ def settings_of(family: str) -> dict[str, Any]:
     config = small_config(family)
     if hasattr(config, "initializer_range"):
         config.initializer_range = INITIALIZER_RANGE
-    known = _known_keys(type(config), FAMILIES[config.model_type]) - {"vocab_size"}
+    known = known_keys(type(config), FAMILIES[config.model_type]) - {"vocab_size"}
     given, default = config.to_dict(), CONFIG_MAPPING[config.model_type]().to_dict()
     keys = {key: given[key] for key in sorted(known) if key in given and given[key] != default.get(key)}
     keys |= {key: vars(config)[key] for key in sorted(known) if key not in given and key in vars(config)}
@@ -98,14 +98,14 @@ def settings_of(family: str) -> dict[str, Any]:
     return {"architecture": config.model_type, "config": json.loads(json.dumps(keys))}
 
 
-def _whole_folder(family: str, folder: Path) -> dict[str, Any] | None:
-    """Write the folder of a small model with all parts of a family; return the section `model`; None if it has one."""
+def _multimodal_folder(family: str, folder: Path) -> dict[str, Any] | None:
+    """Write the folder of a small model of a multimodal family; return the section `model`; None if it is not one."""
     changes: dict[str, Any] = {key: VOCABULARY for key in small_config(family).to_dict() if "vocab_size" in key}
-    whole = small_whole(family, initializer_range=INITIALIZER_RANGE, **changes)
+    whole = small_composite(family, initializer_range=INITIALIZER_RANGE, **changes)
     if whole is None:
         return None
-    path = folder / f"{family}-whole"
-    build_whole(whole).save_pretrained(path)
+    path = folder / f"{family}-multimodal"
+    build_composite(whole).save_pretrained(path)
     return {"pretrained": str(path)}
 
 
@@ -124,7 +124,7 @@ def try_training(family: str, ranks: RankPool, folder: Path) -> Trained:
     config = small_config(family)
     empty_model(config, family_rule(config, FAMILIES[architecture].score), SINGLE_RANK)  # so does this
     debug = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
-    settings = {**debug, "model": _whole_folder(family, folder) or settings_of(family)}
+    settings = {**debug, "model": _multimodal_folder(family, folder) or settings_of(family)}
     path = folder / f"{family}.yaml"
     path.write_text(yaml.safe_dump(settings))
     steps = {}
@@ -166,7 +166,7 @@ def compare_with_transformers(checkpoint: Path, out: Path) -> tuple[str, float]:
     kind = language_model_class(config)
     if is_composite(raw):
         composite = find_composite(raw)
-        opened, kind, part = "whole", type(composite.model), composite.head.rpartition(".")[0]
+        opened, kind, part = "multimodal", type(composite.model), composite.head.rpartition(".")[0]
     theirs = kind.from_pretrained(model).eval().get_submodule(part)
     tokens_BS = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     found: list[Tensor] = [each(input_ids=tokens_BS, use_cache=False).logits for each in (ours, theirs)]

@@ -149,7 +149,7 @@ def find_sources(
             load.
         ignored: Patterns of names that the folder may hold in addition.
         names: Those of the folder's tensors; None: they are those of `wanted`.
-        has_others: Whether tensors outside the layers of `names` are those of other parts of the model, and ignored.
+        has_others: Whether tensors outside the layers of `names` are those of another modality, and ignored.
 
     Raises:
         WeightsError: With every missing, unexpected and misshapen tensor.
@@ -179,7 +179,8 @@ def find_sources(
     others = (
         name
         for name, tensor in stored.items()
-        if tensor.name not in used and not any(re.match(each, name) for each in ignored)
+        if tensor.name not in used
+        and not any(re.search(each, found) for each in ignored for found in (name, tensor.name))
         if not has_others or (names is not None and tensor.name.startswith(names.prefix))
     )
     unexpected = sorted(name for name in others if not _is_fused_of(name, experts))
@@ -202,6 +203,24 @@ def _oriented(source: TensorSource, shape: tuple[int, ...], swapped: Collection[
 def piece_name(name: str, index: int) -> str:
     """Return the name of a piece of a tensor, which no tensor has."""
     return f"{name}#{index}"
+
+
+def parts_in_files(wanted: Mapping[str, Tensor], names: FamilyNames | None) -> dict[str, Tensor]:
+    """Return the tensors of a rank as the files have them: some in pieces, by `piece_name`."""
+    pieces = {} if names is None else names.pieces
+    parts = {name: tensor for name, tensor in wanted.items() if name not in pieces}
+    for name in wanted.keys() & pieces.keys():
+        for index, piece in enumerate(pieces[name]):
+            parts[piece_name(name, index)] = wanted[name].narrow(0, piece.start, piece.rows)
+    return parts
+
+
+def further_layers(names: FamilyNames | None, layers: int) -> list[str]:
+    """Return the pattern of the names of layers after the last, which predict further tokens and are not trained."""
+    if names is None or not names.prefix:
+        return []
+    own = "|".join(str(layer) for layer in range(layers))
+    return [rf"{re.escape(names.prefix)}(?!(?:{own})\.)\d+\."]
 
 
 def _with_pieces(name: str, names: FamilyNames | None) -> list[str]:

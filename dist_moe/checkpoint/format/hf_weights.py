@@ -8,7 +8,6 @@ cannot express.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from dist_moe.checkpoint.format.hf_folder import (
     LayerExperts,
     TensorSource,
     find_sources,
-    piece_name,
+    further_layers,
+    parts_in_files,
     read_headers,
     read_raw_config,
     read_sources,
@@ -164,9 +164,9 @@ def own_type_line(architecture: str, headed: bool = False) -> str:
         )
     if not headed and is_part(architecture):
         return (
-            f"transformers has {architecture} only as a part of another model: saved weights have the model_type "
-            f"{OWN_PREFIX}{architecture}, which dist-moe opens and transformers does not; `dist-moe checkpoint export "
-            "--plain` writes them into the model that the run started from (docs/checkpoints.md)"
+            f"transformers has {architecture} only as a part of a multimodal model: saved weights have the model_type "
+            f"{OWN_PREFIX}{architecture}, which dist-moe opens and transformers does not (docs/checkpoints.md, A "
+            "multimodal model)"
         )
     what = "has no class with this head" if headed else "cannot express this routing"
     return (
@@ -214,7 +214,7 @@ def fill_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, masters: Shar
         WeightsError: As `load_weights`.
     """
     wanted = _rank_tensors(model, mesh, folder)
-    parts = _parts_in_files(wanted, names_of(folder, model.config))
+    parts = parts_in_files(wanted, names_of(folder, model.config))
     for name, stored in read_sources(find_weights(model, mesh, folder)):
         parts[name].copy_(stored)
     for name, tensor in wanted.items():
@@ -232,9 +232,12 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
         layer.name: LayerExperts(layer.experts.num_experts, tuple(layer.experts.local.parts))
         for layer in find_layers(model)
     }
+    wanted, raw = _rank_tensors(model, mesh, folder), read_raw_config(folder)
+    names = names_of(folder, model.config)
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
     ignored = list(model._keys_to_ignore_on_load_unexpected or ())
-    wanted, raw = _rank_tensors(model, mesh, folder), read_raw_config(folder)
+    if is_multimodal := is_composite(raw):
+        ignored += further_layers(names, model.config.num_hidden_layers)
     if has_head(model.config):
         if problem_of(raw) is not None:
             _check_head(model.config, folder)
@@ -242,18 +245,7 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
             # A language model, whose head has no place in a model that classifies, and which lacks that one's.
             del wanted[HEAD_TENSOR]
             ignored.append(LANGUAGE_MODEL_HEAD)
-    names = names_of(folder, model.config)
-    return find_sources(folder, _parts_in_files(wanted, names), experts, ignored, names, is_composite(raw))
-
-
-def _parts_in_files(wanted: Mapping[str, Tensor], names: FamilyNames | None) -> dict[str, Tensor]:
-    """Return the tensors of a rank as the files have them: some in pieces, by `piece_name`."""
-    pieces = {} if names is None else names.pieces
-    parts = {name: tensor for name, tensor in wanted.items() if name not in pieces}
-    for name in wanted.keys() & pieces.keys():
-        for index, piece in enumerate(pieces[name]):
-            parts[piece_name(name, index)] = wanted[name].narrow(0, piece.start, piece.rows)
-    return parts
+    return find_sources(folder, parts_in_files(wanted, names), experts, ignored, names, is_multimodal)
 
 
 def _check_head(config: PretrainedConfig, folder: Path) -> None:
@@ -312,7 +304,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
     """Read config.json of a folder of ours or of Hugging Face.
 
     Returns:
-        The family's config, and the routing rule; of a model with other parts, those of its language model.
+        The family's config, and the routing rule; of a multimodal model, those of its language model.
 
     Raises:
         WeightsError: It is missing or invalid, or of an unknown family.
@@ -353,7 +345,7 @@ def names_of(folder: Path, config: PretrainedConfig) -> FamilyNames | None:
     """Return the names of tensors in a folder; None where they are those of this package.
 
     Raises:
-        WeightsError: It is a model with other parts, in which the language model is not found.
+        WeightsError: It is a multimodal model in which the language model is not found.
     """
     raw = read_raw_config(folder)
     if raw["model_type"].startswith(OWN_PREFIX):

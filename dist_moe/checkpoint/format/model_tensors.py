@@ -23,7 +23,7 @@ from dist_moe.families.registry import family_of
 from dist_moe.model.build import empty_model, family_rule
 from dist_moe.model.convert import MoeLayer, find_layers
 from dist_moe.model.family.router import ORIGINAL
-from dist_moe.model.head import has_head
+from dist_moe.model.head import HEAD_KEYS, has_head
 
 EXPERTS_STATE = re.compile(r"\.experts\.(local\.|held$)")
 """In names of the state of a rank's experts, each of which has names of its own in a folder."""
@@ -147,18 +147,18 @@ def family_names(config: PretrainedConfig, raw: Mapping[str, Any] = MappingProxy
 
     Args:
         config: Of the language model.
-        raw: The content of the folder's config.json, which may be that of a model with other parts; {}: it is not.
+        raw: The content of the folder's config.json, which may be that of a multimodal model; {}: it is not.
     """
-    if has_head(config):
-        return None
     if is_composite(raw):
         return _composite_names(config.model_type, _settings_json(config), json.dumps(raw, sort_keys=True))
-    layout = family_layout(config)
-    return None if layout is None else layout.names
+    if not family_of(config.model_type).is_probed:
+        return None
+    return _family_layout(config.model_type, _settings_json(config)).names
 
 
 def _settings_json(config: PretrainedConfig) -> str:
-    settings = {key: value for key, value in config.to_diff_dict().items() if key != "model_type"}
+    """Return the settings of the language model, also of a config that gives it another head."""
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in ("model_type", *HEAD_KEYS)}
     return json.dumps(settings, sort_keys=True, default=str)
 
 

@@ -1,6 +1,5 @@
 """Writes a checkpoint's weights as the family's own class of transformers saves them."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +8,21 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import CheckpointError
-from dist_moe.checkpoint.format.hf_folder import INDEX_NAME, read_raw_config
+from dist_moe.checkpoint.format.hf_folder import read_raw_config
 from dist_moe.checkpoint.format.hf_weights import load_weights, read_config, remove_weights
 from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK, in_memory_tensors
 from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
+from dist_moe.config.model import known_keys
 from dist_moe.families.composite import find_composite
 from dist_moe.families.model_class import find_language_model_class, language_model_class
 from dist_moe.families.registry import family_of
-from dist_moe.files import entries, exists
 from dist_moe.model.build import family_rule
 from dist_moe.model.head import has_head
 from dist_moe.moe.select import Rule
 from dist_moe.text import listed
 
 LARGEST_FILE = "50GB"
-COPIED, NOT_COPIED = (".json", ".jinja", ".txt", ".model"), ("config.json", INDEX_NAME)
-"""Files of a model that are not its weights: tokenizer, processor, chat template."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,8 +34,8 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None,
         out: An empty folder.
         dtype: fp32, bf16, or keep.
         masters: Of the optimizer, whose weights are preferred.
-        whole: The folder of a model with other parts, of which this is the language model; the other parts are taken
-            from there. None: the language model is written alone.
+        whole: The folder of a multimodal model, of which this is the language model; the weights of other modalities
+            are taken from there. None: the language model is written alone.
 
     Returns:
         Whether selection biases were left out, for which the family has no place.
@@ -60,7 +57,7 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None,
         generation = GenerationConfig.from_model_config(config)
         write_by_class(language_model_class(config), config, tensors, stored_dtype, generation, out)
     else:
-        _write_whole(whole, tensors, stored_dtype, out)
+        _write_composite(whole, config, tensors, stored_dtype, out)
     return any(bool(layer.router.selection_bias.any()) for layer in left_out)
 
 
@@ -92,24 +89,47 @@ def write_by_class(
     model.save_pretrained(out, max_shard_size=LARGEST_FILE)
 
 
-def _write_whole(whole: Path, tensors: dict[str, Tensor], dtype: torch.dtype | str, out: Path) -> None:
-    """Write a model with other parts, with the tensors of its language model replaced; the other parts are copied."""
+def _write_composite(
+    whole: Path, config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype | str, out: Path
+) -> None:
+    """Write a multimodal model with the tensors of its language model replaced; the others are those of the folder."""
+    _check_same_model(whole, config)
     composite = find_composite(read_raw_config(whole))
-    model: PreTrainedModel = type(composite.model).from_pretrained(whole, dtype=dtype)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {composite.name_of(name): tensor for name, tensor in tensors.items()}
-    if other := [name for name, tensor in state.items() if shapes.get(name) != tensor.shape]:
+    try:
+        loaded = type(composite.model).from_pretrained(whole, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # the class of another library may raise anything
+        raise CheckpointError(f"{whole} cannot be read ({type(error).__name__}: {error}); restore it") from None
+    model, found = loaded
+    lacking = {name for key in ("missing_keys", "mismatched_keys") for name in map(_name_in, found[key])} - state.keys()
+    if lacking or found["error_msgs"]:
         raise CheckpointError(
-            f"{whole} has another language model than the checkpoint: {listed(other, most=3)} differs; restore the "
-            "folder that the run started from"
+            f"{whole} lacks {listed(sorted(lacking), most=3) or found['error_msgs'][0]}; restore the folder that the "
+            "run started from"
         )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = dtype
     model.save_pretrained(out, max_shard_size=LARGEST_FILE)
-    for path in entries(whole):
-        if path.suffix in COPIED and path.name not in NOT_COPIED and not exists(out / path.name) and path.is_file():
-            shutil.copyfile(path, out / path.name)
+
+
+def _name_in(key: Any) -> str:
+    """Return the name of a tensor that transformers reports, with or without its shapes."""
+    return key if isinstance(key, str) else str(key[0])
+
+
+def _check_same_model(whole: Path, config: PretrainedConfig) -> None:
+    """Raise CheckpointError where the folder has another language model than the checkpoint."""
+    stored = read_config(whole)[0]
+    family = family_of(config.model_type)
+    now, then = stored.to_dict(), config.to_dict()
+    keys = known_keys(type(config), family) & now.keys() & then.keys()
+    if type(stored) is not type(config) or (keys := {key for key in keys if now[key] != then[key]}):
+        what = listed(sorted(keys), most=3) if type(stored) is type(config) else f"model_type={stored.model_type}"
+        raise CheckpointError(
+            f"{whole} has another language model than the checkpoint ({what} differs); restore the folder that the run "
+            "started from"
+        )
 
 
 def _check_plain(config: PretrainedConfig, rule: Rule, model: Path, whole: Path | None) -> None:
@@ -117,8 +137,9 @@ def _check_plain(config: PretrainedConfig, rule: Rule, model: Path, whole: Path 
     family = family_of(config.model_type)
     if whole is None and find_language_model_class(config) is None:
         raise CheckpointError(
-            f"transformers has the {config.model_type} of {model} only as a part of another model, whose other parts "
-            "--plain takes from the folder of model.pretrained, and there is none; restore it, or leave out --plain"
+            f"transformers has the {config.model_type} of {model} only as a part of a multimodal model, whose other "
+            "weights --plain takes from the folder of model.pretrained, which cannot be read or is not that of one; "
+            "restore it, or leave out --plain"
         )
     if family.feed_forward is not None or has_head(config):
         raise CheckpointError(

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, family_of, resolve
 from dist_moe.config.checks.rotary import RULES
-from dist_moe.config.model import OWNED_MODEL_KEYS, _known_keys
+from dist_moe.config.model import OWNED_MODEL_KEYS, known_keys
 from dist_moe.model.build import build_model, routing_rule
 from tests.selection import cross, only_first
 from tests.unit.config.files import WRITTEN_FAMILIES, debug, qwen, violations
@@ -136,7 +136,7 @@ def differs(one: list[Tensor], other: list[Tensor]) -> bool:
 @pytest.mark.parametrize("architecture", WRITTEN_FAMILIES)
 def test_every_field_is_tried(architecture: str) -> None:
     cls = CONFIG_MAPPING[architecture]
-    assert set(CHANGES[architecture]) == _known_keys(cls, family_of(architecture))
+    assert set(CHANGES[architecture]) == known_keys(cls, family_of(architecture))
     assert set(OWNED_MODEL_KEYS).isdisjoint(CHANGES[architecture])
 
 

@@ -1,4 +1,4 @@
-"""Small models of several parts, one of them the language model of a family."""
+"""Small multimodal models, whose language model is that of a family."""
 
 import copy
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from dist_moe.families.composite import whole_class
+from dist_moe.families.composite import composite_class
 from tests.families.small import WIDTH, small_config
 
 UNDECLARED = {
@@ -19,8 +19,8 @@ SAME = ("image_size", "patch_size", "merge_size", "kernel_size", "chunk_size")
 """Sizes that others depend on."""
 
 
-def small_whole(family: str, **changes: Any) -> PreTrainedConfig | None:
-    """Return the configuration of a small model with all parts of a family; None where it has one part.
+def small_composite(family: str, **changes: Any) -> PreTrainedConfig | None:
+    """Return the configuration of the small multimodal model of a family; None where it has none.
 
     Args:
         family: Its model_type.
@@ -65,8 +65,8 @@ def _small(part: PreTrainedConfig) -> dict[str, Any]:
     return small
 
 
-def build_whole(config: PreTrainedConfig) -> PreTrainedModel:
+def build_composite(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model of a configuration, with random weights."""
     torch.manual_seed(0)
-    model: PreTrainedModel = whole_class(config)._from_config(config)
+    model: PreTrainedModel = composite_class(config)._from_config(config)
     return model
