@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dist_moe
+from tests.selection import only_first
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
@@ -152,14 +153,13 @@ def test_a_model_that_fsdp_has_sharded_becomes_balanced(uneven: Uneven) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_loop_of_accelerate_becomes_balanced(uneven: Uneven) -> None:
     check_steps(run_example("balance_accelerate.py", uneven))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(2, marks=pytest.mark.full), 3]
-)
+@pytest.mark.parametrize("stage", only_first([3, 0, 1, 2]))
 def test_a_loop_of_deepspeed_becomes_balanced(uneven: Uneven, tmp_path: Path, stage: int) -> None:
     check_steps(run_example("balance_deepspeed.py", uneven, stage, tmp_path))
     states = list(tmp_path.glob("*/*model_states.pt"))

@@ -13,6 +13,7 @@ from tests.faults.encoder import encoder_run
 from tests.faults.job import job
 from tests.faults.processes import ProcessFault, inject, plan
 from tests.faults.row import REQUIRED, Row, markdown, missing, read_rows
+from tests.selection import only_first
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 SHORT = (
@@ -40,7 +41,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", SHORT, ids=lambda fault: fault.kind)
+@pytest.mark.parametrize("fault", only_first(SHORT, 2), ids=lambda fault: fault.kind)
 def test_a_run_with_a_process_fault_equals_the_undisturbed_run(
     text: Path, undisturbed: Path, tmp_path: Path, fault: ProcessFault
 ) -> None:
