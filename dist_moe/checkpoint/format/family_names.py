@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 Shapes = Mapping[str, tuple[int, ...]]
 SMALL, LAST = 12, 36
 """The largest size of a dimension of the converted tensors, other than the experts, and of the last dimension of a
-stack, which tells a transposed one; divisible by 2, 3 and 4."""
+stack, by which a transposed one is recognized; divisible by 2, 3 and 4."""
 ROWS = 64
 """A number has the tensor times this, and the row in it."""
 
