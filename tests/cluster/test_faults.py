@@ -235,7 +235,7 @@ def test_hosts_without_shared_storage_train_and_resume(start: Start, three: list
         subprocess.run(three[1].argv(["umount", str(run)], Path("/")), check=True)
 
 
-@pytest.mark.full  # one that loses a host and goes on is in the subset
+@pytest.mark.full  # the covering subset has the test of a lost host
 def test_torchrun_restarts_a_failed_worker(start: Start, three: list[Host]) -> None:
     launch = start((1, 1), "--launcher", "torchrun", "--max-restarts", "2", steps=20)
     launch.wait_for_step(2)

@@ -134,7 +134,8 @@ class _Found:
             stack, shape = self.stacks.get(numbers, ("", ()))
             if stack and tuple(tensor.shape) in (shape, _swapped(shape)):
                 self.stacked[stack] = name
-                self.transposed |= {name} if tuple(tensor.shape) != shape else set()
+                if tuple(tensor.shape) != shape:
+                    self.transposed.add(name)
             elif len(numbers) == 1:
                 self._read_one(numbers[0], name, tensor)
             elif tensor.ndim > 1 and len(numbers) == len(tensor):
@@ -154,13 +155,13 @@ class _Found:
         """Note where a converted tensor belongs that has the number of one tensor."""
         ours = self.of_number[number]
         small, shape = self.small[ours], tuple(tensor.shape)
-        is_square = len(small) == 2 and small == _swapped(small)
-        if shape == small or shape == _swapped(small):
-            self.stored[ours] = name
-            is_transposed = int(tensor[0, -1]) % ROWS > 0 if is_square else shape != small
-            self.transposed |= {name} if is_transposed and len(set(small)) + is_square > 1 else set()
-        else:
+        if shape not in (small, _swapped(small)):
             self._read_piece((number,), name, None, tensor)
+            return
+        self.stored[ours] = name
+        is_square = len(small) == 2 and small == _swapped(small)
+        if int(tensor[0, -1]) % ROWS > 0 if is_square else shape != small:
+            self.transposed.add(name)
 
     def _read_piece(self, numbers: tuple[int, ...], name: str, expert: int | None, tensor: Tensor) -> None:
         """Note which rows a tensor has, in its own small rows."""

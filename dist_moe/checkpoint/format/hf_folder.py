@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_moe.checkpoint.errors import WeightsError
-from dist_moe.checkpoint.format.family_names import FamilyNames, Piece
+from dist_moe.checkpoint.format.family_names import NO_NAMES, FamilyNames, Piece
 from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, StoredTensor, read_header
 from dist_moe.errors import reason_of
 from dist_moe.files import exists
@@ -137,7 +137,7 @@ def find_sources(
     wanted: Mapping[str, Tensor],
     experts: Mapping[str, LayerExperts],
     ignored: Iterable[str] = (),
-    names: FamilyNames | None = None,
+    names: FamilyNames = NO_NAMES,
     has_others: bool = False,
 ) -> dict[str, TensorSource]:
     """Find where each wanted tensor is stored.
@@ -148,24 +148,17 @@ def find_sources(
         experts: Those of each MoE layer by its name. The folder must hold all of them, also those that other ranks
             load.
         ignored: Patterns of names that the folder may hold in addition.
-        names: Those of the folder's tensors; None: they are those of `wanted`.
+        names: Those of the folder's tensors that differ from `wanted`.
         has_others: Whether tensors outside the layers of `names` are those of another modality, and ignored.
 
     Raises:
         WeightsError: With every missing, unexpected and misshapen tensor.
     """
-    stored = read_headers(folder)
-    if names is not None:
-        ours = {name: our for our, name in {**names.stored, **names.stacked}.items()}
-        stored = {ours.get(name, name): tensor for name, tensor in stored.items()}
-    pieces = (
-        {}
-        if names is None
-        else {piece_name(name, index): piece for name, each in names.pieces.items() for index, piece in enumerate(each)}
-    )
+    ours = {name: our for our, name in {**names.stored, **names.stacked}.items()}
+    stored = {ours.get(name, name): tensor for name, tensor in read_headers(folder).items()}
+    pieces = {piece_name(name, index): piece for name, each in names.pieces.items() for index, piece in enumerate(each)}
     found = {name: source for name in wanted if (source := _find_source(stored, name, pieces)) is not None}
-    swapped = names.transposed if names is not None else frozenset[str]()
-    sources = {name: _oriented(source, tuple(wanted[name].shape), swapped) for name, source in found.items()}
+    sources = {name: _oriented(source, tuple(wanted[name].shape), names.transposed) for name, source in found.items()}
     all_experts = {
         name
         for layer, of_layer in experts.items()
@@ -181,7 +174,7 @@ def find_sources(
         for name, tensor in stored.items()
         if tensor.name not in used
         and not any(re.search(each, found) for each in ignored for found in (name, tensor.name))
-        if not has_others or (names is not None and tensor.name.startswith(names.prefix))
+        if not has_others or tensor.name.startswith(names.prefix)
     )
     unexpected = sorted(name for name in others if not _is_fused_of(name, experts))
     if missing or unexpected:
@@ -205,28 +198,26 @@ def piece_name(name: str, index: int) -> str:
     return f"{name}#{index}"
 
 
-def parts_in_files(wanted: Mapping[str, Tensor], names: FamilyNames | None) -> dict[str, Tensor]:
+def parts_in_files(wanted: Mapping[str, Tensor], names: FamilyNames) -> dict[str, Tensor]:
     """Return the tensors of a rank as the files have them: some in pieces, by `piece_name`."""
-    pieces = {} if names is None else names.pieces
-    parts = {name: tensor for name, tensor in wanted.items() if name not in pieces}
-    for name in wanted.keys() & pieces.keys():
-        for index, piece in enumerate(pieces[name]):
+    parts = {name: tensor for name, tensor in wanted.items() if name not in names.pieces}
+    for name in wanted.keys() & names.pieces.keys():
+        for index, piece in enumerate(names.pieces[name]):
             parts[piece_name(name, index)] = wanted[name].narrow(0, piece.start, piece.rows)
     return parts
 
 
-def further_layers(names: FamilyNames | None, layers: int) -> list[str]:
+def further_layers(names: FamilyNames, layers: int) -> list[str]:
     """Return the pattern of the names of layers after the last, which predict further tokens and are not trained."""
-    if names is None or not names.prefix:
+    if not names.prefix:
         return []
     own = "|".join(str(layer) for layer in range(layers))
     return [rf"{re.escape(names.prefix)}(?!(?:{own})\.)\d+\."]
 
 
-def _with_pieces(name: str, names: FamilyNames | None) -> list[str]:
+def _with_pieces(name: str, names: FamilyNames) -> list[str]:
     """Return the names of the pieces of a tensor, or its own where it is in one."""
-    pieces = () if names is None else names.pieces.get(name, ())
-    return [piece_name(name, index) for index in range(len(pieces))] or [name]
+    return [piece_name(name, index) for index in range(len(names.pieces.get(name, ())))] or [name]
 
 
 def _find_source(stored: Mapping[str, StoredTensor], name: str, pieces: Mapping[str, Piece]) -> TensorSource | None:

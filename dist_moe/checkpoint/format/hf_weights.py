@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import WeightsError
-from dist_moe.checkpoint.format.family_names import FamilyNames
+from dist_moe.checkpoint.format.family_names import NO_NAMES, FamilyNames
 from dist_moe.checkpoint.format.hf_folder import (
     INDEX_NAME,
     LayerExperts,
@@ -337,21 +337,20 @@ def _rule_overrides(config: PretrainedConfig, rule: Rule) -> dict[str, Any]:
 
 def names_in_files(folder: Path) -> dict[str, str]:
     """Return the names in the files of a folder by those of this package, where they differ."""
-    names = names_of(folder, read_config(folder)[0])
-    return {} if names is None else dict(names.stored)
+    return dict(names_of(folder, read_config(folder)[0]).stored)
 
 
-def names_of(folder: Path, config: PretrainedConfig) -> FamilyNames | None:
-    """Return the names of tensors in a folder; None where they are those of this package.
+def names_of(folder: Path, config: PretrainedConfig) -> FamilyNames:
+    """Return the names of tensors in a folder that differ from those of this package.
 
     Raises:
         WeightsError: It is a multimodal model in which the language model is not found.
     """
     raw = read_raw_config(folder)
     if raw["model_type"].startswith(OWN_PREFIX):
-        return None
+        return NO_NAMES
     try:
-        return family_names(config, raw)
+        return family_names(config, raw) or NO_NAMES
     except ValueError as error:
         raise WeightsError(f"{folder} cannot be used ({error}); give another folder") from None
 

@@ -121,11 +121,12 @@ def _name_in(key: Any) -> str:
 def _check_same_model(whole: Path, config: PretrainedConfig) -> None:
     """Raise CheckpointError where the folder has another language model than the checkpoint."""
     stored = read_config(whole)[0]
-    family = family_of(config.model_type)
     now, then = stored.to_dict(), config.to_dict()
-    keys = known_keys(type(config), family) & now.keys() & then.keys()
-    if type(stored) is not type(config) or (keys := {key for key in keys if now[key] != then[key]}):
-        what = listed(sorted(keys), most=3) if type(stored) is type(config) else f"model_type={stored.model_type}"
+    known = known_keys(type(config), family_of(config.model_type)) & now.keys() & then.keys()
+    what = listed(sorted(key for key in known if now[key] != then[key]), most=3)
+    if stored.model_type != config.model_type:
+        what = f"model_type={stored.model_type}"
+    if what:
         raise CheckpointError(
             f"{whole} has another language model than the checkpoint ({what} differs); restore the folder that the run "
             "started from"

@@ -257,7 +257,7 @@ def _compare(
 ) -> Iterator[Checked]:
     for column in study.columns:
         old, new = before.values.get(column.name), repeated.values.get(column.name)
-        if old is None or new is None or column.name in (*TIMES, "tokens_per_s"):
+        if old is None or new is None or column.name in TIMES:
             continue
         seeds = recorded.values(cell.case, cell.arm, column.name)
         accepted = SPREADS * (stdev(seeds) if len(seeds) > 1 else 0.0) + 1e-6 * abs(old)
