@@ -117,6 +117,7 @@ def _convert_probed(
     move_selection_to_routers(model)
     groups, converted = expert_groups(model), []
     recorded = recorded_rule(family, model.config)
+    remove_unreached(model, family.untrained)
     for found in find_experts(model):
         own = find_own_bias(found)
         try:
@@ -137,6 +138,14 @@ def _convert_probed(
             replace_child(found, part, module)
         converted.append(MoeLayer(found.name, router, layer))
     return converted
+
+
+def remove_unreached(model: nn.Module, untrained: tuple[str, ...]) -> None:
+    """Remove the MoE layers that no token of a text reaches: those for the images of a multimodal model."""
+    for found in find_experts(model):
+        if untrained and found.name.endswith(untrained):
+            owner, _, name = found.name.rpartition(".")
+            setattr(model.get_submodule(owner), name, None)
 
 
 def _rule_of_layer(family: Family, name: str, rule: Rule, recorded: TopK, probed: Probed) -> Rule:

@@ -1,6 +1,7 @@
 """The record of a family, made by changing one key at a time and looking at what its router then computes."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dist_moe.errors import UserError
 from dist_moe.families.composite import composite_class, find_composite
 from dist_moe.families.model_class import find_language_model_class, language_model_class
-from dist_moe.model.convert import make_local
+from dist_moe.model.convert import make_local, remove_unreached
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.select import TopK
 from dist_moe.probe.block_selection import move_selection_to_routers
@@ -35,15 +36,12 @@ def make_record(family: str) -> dict[str, Any]:
     config = small_config(family)
     if find_language_model_class(config) is None:
         _check_part(family, config)
-    layer, probed = _probe(config)
+    layer, probed = _probe(family)
     own = find_own_bias(layer)
     rule = probed.rule
     if rule is None:
         raise UserError(probed.reason or "its router selects by none of the known rules")
     _check_experts(layer)
-    untrained = _untrained(family)
-    if any(name in (untrained or ()) for name in _places_of_layers(config)):
-        raise UserError("its layers have experts that text does not reach")
     return {
         "model_type": config.model_type,
         "experts_class": type(layer.experts).__name__,
@@ -52,7 +50,7 @@ def make_record(family: str) -> dict[str, Any]:
         "bias_on_probabilities": rule.bias_on_probabilities,
         **_keys(family, rule),
         "separates_documents": _separates_documents(family),
-        "untrained": untrained,
+        "untrained": _untrained(family),
     }
 
 
@@ -80,17 +78,11 @@ def _check_part(family: str, config: PreTrainedConfig) -> None:
         raise UserError(f"a {kind} predicts text in another way than a language model")
 
 
-def _places_of_layers(config: PreTrainedConfig) -> set[str]:
-    """Return the names of the MoE layers, below the layers of the model."""
+def _probe(family: str, **changes: Any) -> tuple[FoundLayer, Probed]:
     with torch.device("meta"):
-        model = build(config)
-    return {re.split(r"\.\d+\.", layer.name, maxsplit=1)[-1] for layer in find_layers(model)}
-
-
-def _probe(config: PreTrainedConfig) -> tuple[FoundLayer, Probed]:
-    with torch.device("meta"):
-        model = build(config)
+        model = build(small_config(family, **changes))
     move_selection_to_routers(model)
+    remove_unreached(model, tuple(_untrained(family) or ()))
     layer = find_layers(model)[-1]
     return layer, probe_router(layer, find_own_bias(layer), expert_groups(model))
 
@@ -105,7 +97,7 @@ def _build_language_model(family: str) -> PreTrainedModel:
 def _rule_with(family: str, **changes: Any) -> TopK | None:
     """Return the rule of the small model with other values of keys; None where there is none."""
     try:
-        return _probe(small_config(family, **changes))[1].rule
+        return _probe(family, **changes)[1].rule
     except Exception:  # classes of another library raise errors of any type
         return None
 
@@ -116,7 +108,7 @@ def _keys(family: str, rule: TopK) -> dict[str, Any]:
     declared = [field.name for field in dataclasses.fields(config)]
     declared.sort(key=lambda name: name in config.attribute_map)  # other names of a key come last
     found: dict[str, Any] = {"experts_key": None, "top_k_key": None, "normalize_key": None, "scaling_factor_key": None}
-    if _probe(small_config(family, **dict.fromkeys(given.keys() & EXPERT_KEYS, 2 * EXPERTS)))[1].num_experts != EXPERTS:
+    if _probe(family, **dict.fromkeys(given.keys() & EXPERT_KEYS, 2 * EXPERTS))[1].num_experts != EXPERTS:
         found["experts_key"] = next((key for key in declared if key in EXPERT_KEYS), None)
     changed = _rule_with(family, **dict.fromkeys(given.keys() & TOP_K_KEYS, TOP_K + 1))
     if changed is not None and changed.top_k == TOP_K + 1:
@@ -158,6 +150,7 @@ def _check_experts(layer: FoundLayer) -> None:
         raise UserError(f"its experts are called in another way ({type(error).__name__}: {error})") from None
 
 
+@functools.cache
 def _untrained(family: str) -> list[str] | None:
     """Return the outermost modules below a layer of whose weights none gets a gradient."""
     torch.manual_seed(0)

@@ -44,12 +44,14 @@ class Piece(NamedTuple):
         expert: Its index in that tensor, if that has the rows of all experts.
         start: The first row.
         rows: How many.
+        row_in_file: The row of the tensor in the files that this one is, where others belong to other tensors.
     """
 
     name: str
     expert: int | None
     start: int
     rows: int
+    row_in_file: int | None = None
 
 
 class FamilyNames(NamedTuple):
@@ -63,6 +65,8 @@ class FamilyNames(NamedTuple):
             `stacked` only where their shapes say so.
         pieces: Where the rows are of each tensor that is neither.
         prefix: What the names of the layers' tensors in the files begin with.
+        others: The tensors in the files that begin with it and belong to parts of the layers that are not in this
+            package's model, by their names there.
     """
 
     stored: Mapping[str, str]
@@ -71,6 +75,7 @@ class FamilyNames(NamedTuple):
     transposed: frozenset[str] = frozenset()
     pieces: Mapping[str, tuple[Piece, ...]] = {}
     prefix: str = ""
+    others: frozenset[str] = frozenset()
 
 
 NO_NAMES = FamilyNames({}, {}, False)
@@ -96,8 +101,11 @@ def find_names(
             stack = stacks.get(name)
             small = _numbered(tensor, number_of[name]) if stack is None else _numbered_stack(tensor, stack, number_of)
             in_memory[name] = small
+    named = {name_in(name): tensor for name, tensor in in_memory.items()}
+    prefix = _common_prefix([name_in(name) for name in shapes])
+    others = {name for name in state if prefix and name.startswith(prefix) and name not in named}
     try:
-        converted = revert_weight_conversion(model, {name_in(name): tensor for name, tensor in in_memory.items()})
+        converted = revert_weight_conversion(model, named | {name: _numbered(state[name], 0) for name in others})
     except Exception:  # a conversion that needs the real sizes
         return NO_NAMES
     return _Found(shapes, stacks, in_memory).read(converted)
@@ -126,11 +134,15 @@ class _Found:
         self.stacked: dict[str, str] = {}
         self.transposed: set[str] = set()
         self.pieces: dict[str, list[tuple[int, int, Piece]]] = {}
+        self.others: set[str] = set()
 
     def read(self, converted: Mapping[str, Tensor]) -> FamilyNames:
         """Return the names of the converted tensors."""
         for name, tensor in converted.items():
             numbers = _numbers(tensor)
+            if not any(numbers):
+                self.others.add(name)
+                continue
             stack, shape = self.stacks.get(numbers, ("", ()))
             if stack and tuple(tensor.shape) in (shape, _swapped(shape)):
                 self.stacked[stack] = name
@@ -139,8 +151,8 @@ class _Found:
             elif len(numbers) == 1:
                 self._read_one(numbers[0], name, tensor)
             elif tensor.ndim > 1 and len(numbers) == len(tensor):
-                for expert, part in enumerate(tensor):
-                    self._read_piece(_numbers(part), name, expert, part)
+                for index, part in enumerate(tensor):
+                    self._read_part(_numbers(part), name, index, part)
         whole = {name: pieces for name in self.pieces if (pieces := self._all_pieces(name))}
         return FamilyNames(
             self.stored,
@@ -149,6 +161,7 @@ class _Found:
             frozenset(self.transposed),
             whole,
             _common_prefix([*self.stored.values(), *self.stacked.values()]),
+            frozenset(self.others),
         )
 
     def _read_one(self, number: int, name: str, tensor: Tensor) -> None:
@@ -162,6 +175,14 @@ class _Found:
         is_square = len(small) == 2 and small == _swapped(small)
         if int(tensor[0, -1]) % ROWS > 0 if is_square else shape != small:
             self.transposed.add(name)
+
+    def _read_part(self, numbers: tuple[int, ...], name: str, index: int, part: Tensor) -> None:
+        """Note whose rows are at an index of a tensor: those of an expert, or the only row of a tensor of one row."""
+        ours = self.of_number.get(numbers[0])
+        if ours is not None and self.small[ours] == (1, *part.shape):
+            self.pieces.setdefault(ours, []).append((0, 1, Piece(name, None, 0, 1, index)))
+        elif ours is not None:
+            self._read_piece(numbers, name, index, part)
 
     def _read_piece(self, numbers: tuple[int, ...], name: str, expert: int | None, tensor: Tensor) -> None:
         """Note which rows a tensor has, in its own small rows."""

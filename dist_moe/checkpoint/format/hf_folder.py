@@ -43,17 +43,21 @@ class TensorSource(NamedTuple):
         expert: Index in the fused tensor; None if the tensor is stored by itself.
         half: Of the fused gate_up_proj: 0 for gate, 1 for up; None for down_proj, and if stored by itself.
         is_transposed: Whether the last two dimensions are swapped in the file.
+        row: The only row of the stored tensor that is read, as [1, ...]; None for all.
     """
 
     stored: StoredTensor
     expert: int | None = None
     half: int | None = None
     is_transposed: bool = False
+    row: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the values."""
         stored = self.stored.shape
+        if self.row is not None:
+            return (1, *stored[1:])
         if self.is_transposed:
             stored = (*stored[:-2], *stored[:-3:-1])
         if self.expert is None:
@@ -63,6 +67,9 @@ class TensorSource(NamedTuple):
 
     def read(self, file: Any) -> Tensor:
         """Read the values from the open file, in the stored dtype; nothing else is read."""
+        if self.row is not None:
+            one_row: Tensor = file.get_slice(self.stored.name)[self.row : self.row + 1]
+            return one_row
         if self.expert is None:
             tensor: Tensor = file.get_tensor(self.stored.name)
             return tensor.mT if self.is_transposed else tensor
@@ -172,7 +179,7 @@ def find_sources(
     others = (
         name
         for name, tensor in stored.items()
-        if tensor.name not in used
+        if tensor.name not in used | names.others
         and not any(re.search(each, found) for each in ignored for found in (name, tensor.name))
         if not has_others or tensor.name.startswith(names.prefix)
     )
@@ -222,8 +229,7 @@ def _with_pieces(name: str, names: FamilyNames) -> list[str]:
 
 def _find_source(stored: Mapping[str, StoredTensor], name: str, pieces: Mapping[str, Piece]) -> TensorSource | None:
     if name in pieces:
-        piece = pieces[name]
-        return TensorSource(stored[piece.name], piece.expert) if piece.name in stored else None
+        return _source_of_piece(stored, pieces[name])
     if name in stored:
         return TensorSource(stored[name])
     if (match := EXPERT_PATTERN.fullmatch(name)) is not None and not name.endswith(".bias"):
@@ -237,6 +243,12 @@ def _find_source(stored: Mapping[str, StoredTensor], name: str, pieces: Mapping[
         if fused is not None and len(fused.shape) > 1 and int(match[2]) < fused.shape[0]:
             return TensorSource(fused, int(match[2]))
     return None
+
+
+def _source_of_piece(stored: Mapping[str, StoredTensor], piece: Piece) -> TensorSource | None:
+    if piece.name not in stored or (piece.row_in_file or 0) >= (*stored[piece.name].shape, 1)[0]:
+        return None
+    return TensorSource(stored[piece.name], piece.expert, row=piece.row_in_file)
 
 
 def _is_fused_of(name: str, experts: Mapping[str, LayerExperts]) -> bool:

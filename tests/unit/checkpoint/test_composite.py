@@ -119,6 +119,35 @@ def test_trap_T109_rows_of_a_tensor_in_pieces_are_in_their_order(tmp_path: Path)
     assert torch.equal(ours, theirs.state_dict()[name.replace("model.", "model.language_model.", 1)])
 
 
+def test_trap_T119_experts_for_images_stay_in_the_folder_and_their_biases_are_not_those_of_text(tmp_path: Path) -> None:
+    """ERNIE 4.5 VL: in the files experts of both kinds have one count, and their biases are rows of one tensor."""
+    whole, step = tmp_path / "whole", tmp_path / "step-000001"
+    theirs: Any = write_composite("ernie4_5_vl_moe", whole)
+    biases = {name: tensor for name, tensor in load_file(whole / "model.safetensors").items() if "correction" in name}
+    assert {tuple(bias.shape) for bias in biases.values()} == {(2, 8)}
+    drawn = {name: torch.randn(2, 8) / 8 for name in biases}
+    rewrite(whole, lambda name, tensor: (name, drawn.get(name, tensor)))
+    model = load_weights(whole, ALONE).eval()
+    layers = find_layers(model)
+    assert [layer.name for layer in layers] == [f"model.layers.{layer}.mlp.text_moe" for layer in (1, 2)]
+    for layer, name in zip(layers, sorted(drawn), strict=True):
+        assert torch.equal(layer.router.selection_bias, drawn[name][0])
+    kind = type(find_composite(read_raw_config(whole)).model)
+    theirs = kind.from_pretrained(whole).eval()
+    assert difference(logits(model), logits(theirs)) < SAME
+    for layer in layers:
+        layer.router.selection_bias.fill_(0.5)
+    save_weights(model, ALONE, step, balanced=True)
+    run_file(step, whole, "ernie4_5_vl_moe_text")
+    export(step, tmp_path / "out", "keep", plain=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name in drawn:
+        assert torch.equal(after[name], torch.stack([torch.full((8,), 0.5), drawn[name][1]]))
+    images = [name for name in before if re.search(r"experts\.(8|9|1\d)\.", name)]
+    assert len(images) == 2 * 8 * 3 and all(torch.equal(before[name], after[name]) for name in images)
+
+
 def test_tensors_of_other_modalities_may_be_anything_and_those_of_the_layers_may_not(tmp_path: Path) -> None:
     write_composite("qwen3_vl_moe", tmp_path)
     rewrite(tmp_path, lambda name, tensor: None if ".visual.blocks." in name else (name, tensor))
