@@ -14,7 +14,7 @@ from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
 from dist_moe.policies.base import Policy, RoutingValues
 from dist_moe.probe.layers import FoundLayer
-from dist_moe.probe.router_probe import Places, Probed
+from dist_moe.probe.router_probe import BiasPlace, Places, Probed
 
 
 class RouterState:
@@ -44,7 +44,9 @@ class RouterState:
         rule = self.router.rule
         known = rule if isinstance(rule, TopK) else None
         columns = self.router.max_experts_per_token
-        return Probed(self.router.num_experts, columns, Places(0, 1, 2), known, "own")
+        bias: BiasPlace | None = None if self.router.is_fixed else "own"
+        reason = "its experts do not depend on the hidden states, so that no bias moves them" if bias is None else ""
+        return Probed(self.router.num_experts, columns, Places(0, 1, 2), known, bias, reason)
 
     @property
     def selection_bias(self) -> Tensor:

@@ -19,6 +19,7 @@ from dist_moe.families.registry import family_of
 from dist_moe.model.attention import attention_name
 from dist_moe.model.convert import MoeLayer, convert, find_layers, recorded_rule
 from dist_moe.model.family.experts import FamilyExperts
+from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.model.head import attach_head, has_head
 from dist_moe.model.norm import fuse_norms
@@ -206,6 +207,8 @@ def _initialize_layer(layer: MoeLayer, std: float, seed: int) -> None:
     if not isinstance(layer.router, FamilyRouter) or bool(layer.router.matrix.isnan().any()):
         _fill_normal(layer.router.matrix, std, derived_seed(seed, f"{layer.name}.router"))
     layer.router.reset_state()
+    if isinstance(layer.router, HashRouter):
+        layer.router.draw_table(derived_seed(seed, f"{layer.name}.table"))
     mesh, local = layer.experts.mesh, layer.experts.local
     for index, expert in enumerate(mesh.local_experts(layer.experts.num_experts)):
         for name, stacked in local.named_parameters():

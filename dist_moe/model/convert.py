@@ -15,6 +15,7 @@ from dist_moe.errors import UserError
 from dist_moe.families.record import Family, FeedForward
 from dist_moe.model.early_call import EarlyCall
 from dist_moe.model.family.experts import FamilyExperts, check_experts, is_swiglu
+from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.model.upcycled_block import UpcycledBlock, make_experts, replace_feed_forward
 from dist_moe.moe.experts import GroupedExperts
@@ -128,11 +129,14 @@ def _convert_probed(
                 f"{found.name} of the {family.architecture} model cannot be trained: {error}; use another "
                 "configuration, or a family of docs/families.md"
             ) from error
-        layer_rule = _rule_of_layer(family, found.name, rule, recorded, probed)
         experts = probed.num_experts
         with next(found.experts.parameters()).device:
             local = make_local(found.experts, len(mesh.local_experts(experts)), kernels)
-            router = FamilyRouter(found.router, probed, layer_rule, own)
+            if probed.table is not None:
+                router: FamilyRouter = HashRouter(found.router, probed, rule)
+            else:
+                layer_rule = _rule_of_layer(family, found.name, rule, recorded, probed)
+                router = FamilyRouter(found.router, probed, layer_rule, own)
             layer = ExpertParallelLayer(local, experts, mesh, kernels=kernels)
         for part, module in ((found.router, router), (found.experts, layer)):
             replace_child(found, part, module)

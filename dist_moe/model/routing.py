@@ -85,7 +85,9 @@ def routing_loss(
     """
     shares_TE = gate_shares(gate_scores(record.logits_TE, router.rule.score))
     terms = []
-    if losses.balance and losses.scope == "sequence":
+    if losses.balance and router.is_fixed:
+        pass  # a loss would change gate weights, and move no token
+    elif losses.balance and losses.scope == "sequence":
         terms.append(losses.balance * sequence_balance_loss(shares_TE, unbiased_ids(router, record), sequences))
     elif losses.balance:
         load_E = layer_counts.load_E if losses.scope == "micro_batch" else router.last_load
@@ -94,7 +96,7 @@ def routing_loss(
         terms.append(losses.z * z_loss(record.logits_TE, record.mask_T))
     if losses.entropy:
         terms.append(losses.entropy * entropy_loss(shares_TE, record.mask_T))
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum() if terms else record.logits_TE.new_zeros(())
 
 
 @torch.no_grad()

@@ -94,9 +94,14 @@ class Router(nn.Module):
         return self.weight
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether the experts of a token do not depend on its logits, so that neither a bias nor a loss moves them."""
+        return isinstance(self.rule, RandomRouting)
+
+    @property
     def is_balanced(self) -> bool:
-        """Whether a balancer may update the state: not that of a frozen router, nor of random routing."""
-        return self.matrix.requires_grad and not isinstance(self.rule, RandomRouting)
+        """Whether a balancer may update the state: not that of a frozen router, nor of one with fixed experts."""
+        return self.matrix.requires_grad and not self.is_fixed
 
     @property
     def max_experts_per_token(self) -> int:
@@ -176,7 +181,10 @@ class Router(nn.Module):
 
     def _route(self, logits_TE: Tensor) -> Routing:
         """Select experts for the tokens that are not padding, and record them where a record is open."""
-        routing = select(logits_TE, self.rule, self.selection_bias, self.threshold)
+        return self._record_routing(logits_TE, select(logits_TE, self.rule, self.selection_bias, self.threshold))
+
+    def _record_routing(self, logits_TE: Tensor, routing: Routing) -> Routing:
+        """Leave out padding, and record the routing where a record is open."""
         if self._mask_T is not None:
             routing = routing._replace(ids_TK=routing.ids_TK.masked_fill(~self._mask_T.unsqueeze(-1), -1))
         if self._open:

@@ -17,6 +17,8 @@ from dist_moe.errors import UserError
 from dist_moe.probe.own_bias import OwnBias, full_shape
 
 TOKENS = 256
+TOKEN_IDS = "input_ids"
+"""The argument of a router that selects by the ids of the tokens."""
 NOT_COPIED = ("_parameters", "_buffers", "_modules", "forward")
 """Attributes of a module; `forward` is one where a framework has wrapped it on the instance."""
 
@@ -42,6 +44,10 @@ class RouterCopy:
         router: The router.
         own: The selection bias of the model.
 
+    Attributes:
+        table: Name of the buffer with the experts of each token id [V, K], of a router that is called with the ids of
+            the tokens; None for none.
+
     Raises:
         UserError: The router has no matrix.
     """
@@ -51,6 +57,7 @@ class RouterCopy:
         self._own = own
         self._copies: dict[nn.Module, nn.Module] = {}
         self._router = self._copy(router, generator)
+        self.table = find_table(router)
         matrix = next((each for each in self._router.parameters() if each.ndim == 2), None)
         if matrix is None:
             raise UserError("the router has no matrix")
@@ -77,6 +84,8 @@ class RouterCopy:
                 holder = getattr(self._copies[self._own.owner], self._own.name)
                 holder.data = bias_E.expand(holder.numel()).reshape(holder.shape)
         parameters = list(inspect.signature(self._router.forward).parameters.values())[1:]
+        if self.table is not None:
+            named[TOKEN_IDS] = torch.arange(TOKENS) % len(self._router.get_buffer(self.table))
         required = [each.name for each in parameters if each.default is each.empty and each.kind not in _ANY_NUMBER]
         if missing := [name for name in required if name not in named]:
             raise UserError(f"the router is called with {', '.join(missing)} besides the hidden states")
@@ -113,6 +122,14 @@ class RouterCopy:
         )
         self._copies[module] = copied
         return copied
+
+
+def find_table(router: nn.Module) -> str | None:
+    """Return the name of a router's table of the experts of each token id; None where it has none."""
+    if TOKEN_IDS not in inspect.signature(type(router).forward).parameters:
+        return None
+    buffers = router.named_buffers(recurse=False)
+    return next((name for name, each in buffers if each.ndim == 2 and not each.is_floating_point()), None)
 
 
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

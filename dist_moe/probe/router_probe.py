@@ -69,6 +69,7 @@ class Probed(NamedTuple):
         bias: `own`: the model has a selection bias; `ours`: it has none, and the results of the router can be selected
             again with one; None for neither.
         reason: Why it is neither.
+        table: Name of the router's buffer with the experts of each token id, which it takes; None for none.
     """
 
     num_experts: int
@@ -78,6 +79,7 @@ class Probed(NamedTuple):
     bias: BiasPlace | None
     reason: str = ""
     expert_scale: str | None = None
+    table: str | None = None
 
 
 def probe_router(layer: FoundLayer, own: OwnBias | None, groups: Groups = (1, 1)) -> Probed:
@@ -89,9 +91,12 @@ def probe_router(layer: FoundLayer, own: OwnBias | None, groups: Groups = (1, 1)
         groups: Of the configuration of the model.
 
     Raises:
-        UserError: The router is not called with the hidden states alone, or its results cannot be identified.
+        UserError: The router is called with more than the hidden states (and, with a table, the ids of the tokens),
+            or its results cannot be identified.
     """
     copy = RouterCopy(layer.router, own)
+    if copy.table is not None:
+        return _probe_table(copy, copy.table)
     with torch.enable_grad():
         call = copy.call(None if own is None else torch.zeros(1))
         places = find_places(call)
@@ -110,6 +115,16 @@ def probe_router(layer: FoundLayer, own: OwnBias | None, groups: Groups = (1, 1)
         if biased is not None or _raises_experts(copy, places, experts):
             return Probed(experts, top_k, places, biased, "own")
         return Probed(experts, top_k, places, rule, None, f"its {own.name} does not raise the selection of an expert")
+
+
+def _probe_table(copy: RouterCopy, table: str) -> Probed:
+    """Find out what a router with a table computes: its experts depend on the ids of the tokens alone."""
+    call = copy.call(None)
+    places = find_places(call)
+    sample = _sample(call, places)
+    experts, top_k = sample.logits_TE.shape[1], sample.ids_TK.shape[1]
+    reason = "its router takes the experts of a table by the ids of the tokens, which no bias moves"
+    return Probed(experts, top_k, places, None, None, reason, table=table)
 
 
 def find_places(call: Call) -> Places:

@@ -14,6 +14,7 @@ from dist_moe.config.combinations import refusal
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import UserError
 from dist_moe.families.registry import FAMILIES
+from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
@@ -65,9 +66,16 @@ def route(model: Model, selection: Selection = "threshold", **fields: Any) -> Mo
     else:
         move_selection_to_routers(model)
         found = read_layers(model)
-        rules = [_rule(router, _own_rule(layer), layer.probed.num_experts) for layer in found]
-        for layer, rule in zip(found, rules, strict=True):
+        free = [layer for layer in found if layer.probed.table is None]
+        if not free:
+            raise UserError(f"no layer can be routed by another rule: {found[0].layer.name}: {found[0].probed.reason}")
+        rules = [_rule(router, _own_rule(layer), layer.probed.num_experts) for layer in free]
+        for layer, rule in zip(free, rules, strict=True):
             _replace(layer, rule)
+        for layer in found:
+            if layer.probed.table is not None:
+                _replace(layer, rules[0])
+                logger.warning("%s is routed as before: %s", layer.layer.name, layer.probed.reason)
     for module in model.modules():
         if isinstance(module, Router):
             module.target_experts_per_token = router.target_experts_per_token
@@ -165,7 +173,10 @@ def _replace(layer: ReadLayer, rule: Rule) -> None:
     if not layer.is_placed:
         layer.place_experts(SINGLE_RANK)
     with next(found.router.parameters()).device:
-        router = FamilyRouter(found.router, layer.probed, rule, layer.own)
+        if layer.probed.table is not None:
+            router: FamilyRouter = HashRouter(found.router, layer.probed, rule)
+        else:
+            router = FamilyRouter(found.router, layer.probed, rule, layer.own)
     if bias_E is not None and isinstance(rule, TopK):
         router.selection_bias.copy_(bias_E)
     router.train(found.router.training)

@@ -64,8 +64,9 @@ def try_route(family: str) -> Routed:
         optimizer.step()
         optimizer.zero_grad()
         loads.append(balancer.step())
-    vio = [load.max_vio for load in loads]
-    experts = sum(loads[-1].counts_LE[0]) / loads[-1].tokens
+    moved = [place for place, layer in enumerate(balancer.layers) if layer.bias is not None]
+    vio = [sum(load.max_vio_per_layer[place] for place in moved) / len(moved) for load in loads]
+    experts = sum(loads[-1].counts_LE[moved[0]]) / loads[-1].tokens
     return Routed(difference, vio[0], sum(vio[-LAST:]) / LAST, loads[-1].max_vio_floor, experts)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.family_names import NO_NAMES, FamilyNames, Piece
-from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, StoredTensor, read_header
+from dist_moe.checkpoint.format.tensor_header import FLOAT_DTYPES, INTEGER_DTYPES, StoredTensor, read_header
 from dist_moe.errors import reason_of
 from dist_moe.files import exists
-from dist_moe.text import counted
+from dist_moe.text import counted, listed
 from dist_moe.untrusted import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -260,7 +260,7 @@ def _is_fused_of(name: str, experts: Mapping[str, LayerExperts]) -> bool:
 def _check_shapes(
     folder: Path, sources: Mapping[str, TensorSource], wanted: Mapping[str, Tensor], experts: Mapping[str, LayerExperts]
 ) -> None:
-    misshapen, not_float = [], []
+    misshapen, of_other_dtypes = [], []
     for name, source in sorted(sources.items()):
         stored = source.stored
         number = None if source.expert is None else experts[name.rpartition(".experts.")[0]].number
@@ -269,16 +269,15 @@ def _check_shapes(
             misshapen.append(f"{stored.name} {list(stored.shape)} instead of {count}")
         elif source.shape != tuple(wanted[name].shape):
             misshapen.append(f"{name} {list(source.shape)} instead of {list(wanted[name].shape)}")
-        if stored.dtype not in FLOAT_DTYPES:
-            not_float.append(f"{name} {stored.dtype}")
+        dtypes = FLOAT_DTYPES if wanted[name].is_floating_point() else INTEGER_DTYPES
+        if stored.dtype not in dtypes:
+            of_other_dtypes.append(f"{name} {stored.dtype} instead of {listed(dtypes)}")
     if misshapen:
         raise WeightsError(
             f"{folder} holds tensors of another shape: {misshapen}; its config.json belongs to another model"
         )
-    if not_float:
-        raise WeightsError(
-            f"{folder} holds tensors that are not {', '.join(FLOAT_DTYPES)}: {not_float}; convert them first"
-        )
+    if of_other_dtypes:
+        raise WeightsError(f"{folder} holds tensors of another dtype: {of_other_dtypes}; convert them first")
 
 
 def read_sources(sources: Mapping[str, TensorSource]) -> Iterator[tuple[str, Tensor]]:

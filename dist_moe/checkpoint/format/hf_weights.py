@@ -48,6 +48,7 @@ from dist_moe.families.registry import family_of
 from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
 from dist_moe.model.convert import MoeLayer, find_layers
+from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, describe_head, has_head, problem_of
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
@@ -220,6 +221,9 @@ def fill_weights(model: PreTrainedModel, mesh: Mesh, folder: Path, masters: Shar
     for name, tensor in wanted.items():
         if masters is not None and masters.has(MASTER, name):
             tensor.copy_(masters.read(MASTER, name, 0, tensor.numel()).view_as(tensor))
+    for layer in find_layers(model):
+        if isinstance(layer.router, HashRouter) and (problem := layer.router.problem_of_table()):
+            raise WeightsError(f"{folder}: {layer.name}: {problem}; use another checkpoint")
 
 
 def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, TensorSource]:

@@ -18,6 +18,7 @@ DTYPE_BYTES = {
 }
 """Bytes per element of each dtype, by safetensors' names."""
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8")
 MAX_DIMS = 8
 MAX_DIM = 1 << 62
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_moe.moe.records import Routing
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import Rule
 from dist_moe.probe.own_bias import OwnBias
-from dist_moe.probe.router_probe import Probed, read_results
+from dist_moe.probe.router_probe import Probed, Results, read_results
 
 ORIGINAL = "original"
 """The name of the family's own router below this one."""
@@ -74,9 +75,7 @@ class FamilyRouter(Router):
         places = self._probed.places
         with torch.autocast(hidden.device.type, enabled=False):
             returned, gate_logits = self._call_original(hidden, others, named)
-            logits_TE = read_results(returned, places, gate_logits).logits_TE
-            assert logits_TE is not None
-            routing = self._route(logits_TE)
+            routing = self._route_results(read_results(returned, places, gate_logits))
         weights_TK = routing.weights_TK
         if self._probed.expert_scale is not None:
             scale_E = self.original.get_parameter(self._probed.expert_scale)
@@ -85,6 +84,11 @@ class FamilyRouter(Router):
         for place, values_TK in ((places.weights, weights_TK.to(hidden.dtype)), (places.ids, routing.ids_TK)):
             replaced[place] = values_TK.reshape(*returned[place].shape[:-1], values_TK.shape[-1])
         return tuple(replaced)
+
+    def _route_results(self, results: Results) -> Routing:
+        """Select experts by the logits of the family's router."""
+        assert results.logits_TE is not None
+        return self._route(results.logits_TE)
 
     def _call_original(
         self, hidden: Tensor, others: tuple[Any, ...], named: dict[str, Any]
