@@ -107,8 +107,8 @@ EXPERT = "model.layers.0.mlp.experts.11.up_proj.weight"
         ({EXPERT.replace("11", "1٣"): torch.ones(16, 32)}, "unexpected ['model.layers.0.mlp.experts.1٣.up_proj"),
         ({EXPERT.replace("11", "9" * 5000): torch.ones(1)}, "unexpected ['model.layers.0.mlp.experts.999"),
         ({"model.norm.weight": torch.ones(31)}, "model.norm.weight [31] instead of [32]"),
-        ({EXPERT: torch.ones(16, 32, dtype=torch.int32)}, f"'{EXPERT} I32'"),
-        ({EXPERT: torch.ones(16, 32).to(torch.float8_e4m3fn)}, f"'{EXPERT} F8_E4M3'"),
+        ({EXPERT: torch.ones(16, 32, dtype=torch.int32)}, f"'{EXPERT} I32 instead of F64, F32, F16 or BF16'"),
+        ({EXPERT: torch.ones(16, 32).to(torch.float8_e4m3fn)}, f"'{EXPERT} F8_E4M3 instead of F64, F32, F16 or BF16'"),
     ],
     ids=["missing", "extra", "leading zero", "non-ASCII digit", "5000 digits", "misshapen", "integers", "fp8"],
 )

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4TopKRouter
 
 from dist_moe.errors import UserError
 from dist_moe.model.build import empty_model, family_rule, materialize, parameter_groups
@@ -82,11 +83,14 @@ def test_trap_T101_weights_that_a_class_leaves_undefined_are_drawn() -> None:
     assert torch.equal(*routers) and 0.01 < float(routers[0].detach().std()) < 0.03
 
 
-def test_layers_that_cannot_be_trained_are_named() -> None:
-    """Layers of DeepSeek-V4 that select experts by the token alone."""
+def test_layers_that_cannot_be_trained_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router of another version of transformers, which is called with the positions, too."""
+    own = DeepseekV4TopKRouter.forward
+    monkeypatch.setattr(DeepseekV4TopKRouter, "forward", lambda self, hidden, positions: own(self, hidden))
     config = small_config("deepseek_v4")
     with pytest.raises(
-        UserError, match=r"^model\.layers\.0\.mlp of the deepseek_v4 model cannot be trained: the router is"
+        UserError,
+        match=r"^model\.layers\.\d\.mlp of the deepseek_v4 model cannot be trained: the router is called with positions",
     ):
         empty_model(config, family_rule(config, "sqrt_softplus"), ALONE)
 
