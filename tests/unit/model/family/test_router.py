@@ -90,7 +90,7 @@ def test_layers_that_cannot_be_trained_are_named(monkeypatch: pytest.MonkeyPatch
     config = small_config("deepseek_v4")
     with pytest.raises(
         UserError,
-        match=r"^model\.layers\.\d\.mlp of the deepseek_v4 model cannot be trained: the router is called with positions",
+        match=r"^model\.layers\.\d\.mlp of the deepseek_v4 model cannot be trained: .*called with positions",
     ):
         empty_model(config, family_rule(config, "sqrt_softplus"), ALONE)
 
