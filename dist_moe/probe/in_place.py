@@ -13,8 +13,8 @@ class InPlace(nn.Module):
     """Base of the classes that are put before the class of a module; copies and pickles of it have them, too."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *rest = super().__reduce_ex__(protocol)  # the class is made here, so that pickle cannot find it by name
-        return (_restore, type(self).__bases__, *rest)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_restore, type(self).__bases__, *reduced[2:])  # pickle cannot find this class by a name
 
 
 def change_class(module: nn.Module, first: type[InPlace], **attributes: Any) -> None:
@@ -25,7 +25,8 @@ def change_class(module: nn.Module, first: type[InPlace], **attributes: Any) -> 
         first: The class.
         attributes: What its methods read of the module.
     """
-    module.__class__ = _class_of(first, type(module))
+    kinds: tuple[Any, Any] = (first, type(module))
+    module.__class__ = _class_of(*kinds)
     vars(module).update(attributes)
 
 

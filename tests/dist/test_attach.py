@@ -77,7 +77,7 @@ def test_trap_T95_a_bias_that_fsdp_has_sharded_is_read_and_written_whole(
         assert all(layer[3] == 24 for layer in raised), "the forward selects with the whole bias"
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "jamba", "llama4_text"])
 def test_a_model_without_a_sharded_bias_under_fsdp(ranks: RankPool, family: str) -> None:
     found = ranks.run(sharded_by_fsdp, 2, family, 0.0)
     check_counts_and_biases([trace for trace, _ in found])

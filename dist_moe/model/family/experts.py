@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 from dist_moe.moe.experts import Experts, Part, grouped_bias, grouped_linear
 from dist_moe.probe.weighted_inputs import InputWeightedExperts
@@ -71,14 +72,10 @@ class FamilyExperts(Experts):
         return self._apply_linear(hidden_QF * weights_Q1, DOWN, ends_e, weights_Q1)
 
     def _activate(self, up_QF: Tensor) -> Tensor:
-        from transformers.integrations.moe import _default_apply_gate
-
         (activation,) = self._activation
-        if not self.is_gated:
-            return activation.act_fn(up_QF)
-        if hasattr(activation, "_apply_gate"):
-            return activation._apply_gate(up_QF)
-        return _default_apply_gate(activation, up_QF)
+        gate = getattr(type(activation), "_apply_gate", _default_apply_gate)
+        hidden_QF: Tensor = gate(activation, up_QF) if self.is_gated else activation.act_fn(up_QF)
+        return hidden_QF
 
     def _apply_linear(self, rows_QH: Tensor, name: str, ends_e: Tensor, weights_Q1: Tensor | None = None) -> Tensor:
         weight, bias = getattr(self, name), getattr(self, f"{name}_bias", None)
@@ -88,8 +85,6 @@ class FamilyExperts(Experts):
 
 def is_swiglu(original: nn.Module) -> bool:
     """Whether experts are networks down(act(gate(x)) * up(x)) without biases, clamps, or another order of weights."""
-    from transformers.integrations.moe import _default_apply_gate
-
     names = {name for name, _ in original.named_parameters()}
     is_default = getattr(type(original), "_apply_gate", None) is _default_apply_gate
     return (
