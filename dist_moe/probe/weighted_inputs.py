@@ -7,7 +7,7 @@ Shapes: T tokens, D model width, E experts, K experts a token takes.
 """
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,23 @@ from dist_moe.probe.layers import FoundLayer
 from dist_moe.probe.own_bias import full_shape
 from dist_moe.probe.router_copy import RouterCopy
 
+TOKENS = 16
+"""With which a copy of a block is called: few, since it has a row of each for every expert."""
 TOLERANCE = 1e-5
+
+
+class Scores(NamedTuple):
+    """The scores that a router returns.
+
+    Attributes:
+        place: Their place among its two results.
+        taken: K.
+        experts: E.
+    """
+
+    place: int
+    taken: int
+    experts: int
 
 
 class TakingRouter(InPlace):
@@ -94,28 +110,26 @@ def take_experts(layer: FoundLayer) -> None:
     if not all(has_own_forward(part) for part in (block, router, experts)):
         return
     try:
-        found = _read_scores(RouterCopy(router, None))
+        copied = RouterCopy(router, None)
+        scores = _read_scores(copied)
     except UserError:  # the probe of the router says what it is
         return
-    if found is None:
+    if scores is None or getattr(experts, "num_experts", None) != scores.experts:
         return
-    place, taken, count = found
-    stacked = all(full_shape(each)[0] == count for each in experts.parameters())
-    if stacked and getattr(experts, "num_experts", None) == count and _computes_the_same(layer, names, found):
-        _change(block, (router, experts), names, place, taken)
+    is_whole = all(full_shape(each)[0] == scores.experts for each in experts.parameters())
+    if is_whole and _computes_the_same(block, names, copied, scores):
+        _change(block, (router, experts), names, scores)
 
 
-def _change(
-    block: nn.Module, parts: tuple[nn.Module, nn.Module], names: tuple[str, str], place: int, taken: int
-) -> None:
+def _change(block: nn.Module, parts: tuple[nn.Module, nn.Module], names: tuple[str, str], scores: Scores) -> None:
     router, experts = parts
-    change_class(router, TakingRouter, scores_place=place, taken=taken)
+    change_class(router, TakingRouter, scores_place=scores.place, taken=scores.taken)
     change_class(experts, InputWeightedExperts)
     change_class(block, InputWeightedBlock, router_name=names[0], experts_name=names[1])
 
 
-def _read_scores(copied: RouterCopy) -> tuple[int, int, int] | None:
-    """Return which of two results has the scores, with K and E; None where a router returns something else."""
+def _read_scores(copied: RouterCopy) -> Scores | None:
+    """Find the scores among the results of a router; None where it returns something else than these and logits."""
     results = copied.call(None).returned
     is_pair = len(results) == 2 and all(isinstance(each, Tensor) and each.ndim == 2 for each in results)
     if not is_pair or results[0].shape != results[1].shape:
@@ -124,31 +138,28 @@ def _read_scores(copied: RouterCopy) -> tuple[int, int, int] | None:
         taken_T = (scores_TE != 0).sum(dim=1)
         taken, experts = int(taken_T[0]), scores_TE.shape[1]
         if 0 < taken < experts and bool((taken_T == taken).all()) and bool((scores_TE >= 0).all()):
-            return place, taken, experts
+            return Scores(place, taken, experts)
     return None
 
 
-def _computes_the_same(layer: FoundLayer, names: tuple[str, str], found: tuple[int, int, int]) -> bool:
+def _computes_the_same(block: nn.Module, names: tuple[str, str], copied: RouterCopy, scores: Scores) -> bool:
     """Whether a copy of a block, with other experts and other children, computes the same after the change.
 
-    Its experts and its children are of any kind: with the same rows for them, the block computes the same.
+    That holds for experts and children of any kind, since those of the copy show which rows they are called with.
     """
-    place, taken, experts = found
-    copied = RouterCopy(layer.router, None)
-    shell = object.__new__(type(layer.block))
+    shell: nn.Module = object.__new__(type(block))
     nn.Module.__init__(shell)
-    vars(shell).update({name: value for name, value in vars(layer.block).items() if not name.startswith("_")})
-    hidden_BTD = copied.hidden_TD.unsqueeze(0)
-    width = hidden_BTD.shape[-1]
-    for index, (name, _) in enumerate(layer.block.named_children()):
-        child = copied.router if name == names[0] else _Rows(experts, width) if name == names[1] else _Sine(index + 1)
-        shell.add_module(name, child)
+    vars(shell).update({name: value for name, value in vars(block).items() if not name.startswith("_")})
+    hidden_BTD = copied.hidden_TD[:TOKENS].unsqueeze(0)
+    parts_of_copy = {names[0]: copied.router, names[1]: _Rows(scores.experts, hidden_BTD.shape[-1])}
+    for index, (name, _) in enumerate(block.named_children()):
+        shell.add_module(name, parts_of_copy.get(name, _Sine(index + 1)))
     parts = shell.get_submodule(names[0]), shell.get_submodule(names[1])
     runs = []
     with torch.enable_grad():
         for is_changed in (False, True):
             if is_changed:
-                _change(shell, parts, names, place, taken)
+                _change(shell, parts, names, scores)
             run = _run(shell, hidden_BTD)
             if run is None:
                 return False

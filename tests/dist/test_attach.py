@@ -142,6 +142,19 @@ def test_trap_T95_a_bias_that_zero_3_has_partitioned_is_written_whole(ranks: Ran
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["jamba", "llama4_text"])
+def test_blocks_that_do_a_part_of_the_routing_under_zero_3(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    """Their classes change after DeepSpeed has partitioned the parameters."""
+    found = ranks.run(trained_by_deepspeed, 2, family, 3, str(tmp_path))
+    traces = [first for first, _ in found]
+    for step, counts in enumerate(traces[0].counts):
+        assert counts == added(*(trace.received[step] for trace in traces))
+    for first, again in found:
+        assert first.counts == traces[0].counts and same_biases(first, traces[0])
+        assert again.counts == first.counts[2:] and same_biases(again, first._replace(biases=first.biases[2:]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_trap_T97_a_nan_on_one_rank_is_a_skipped_step_on_every_rank(ranks: RankPool, stage: int) -> None:
     assert ranks.run(poisoned, 2, stage) == [[True, False, True]] * 2 if stage else [[True, False, False]] * 2

@@ -38,15 +38,18 @@ def test_trap_T112_the_gate_weights_of_llama_4_are_factors_of_the_input() -> Non
     """As factors of the results they would train another model in silence."""
     original: Any = experts_of("llama4")
     check_experts(original, make)
-    rows_QD, weights_Q = torch.randn(4, 32), torch.tensor([0.5, 2.0, 0.0, 1.0])
+    rows_QD, ends_e = torch.randn(4, 32), torch.tensor([2, 4], dtype=torch.int32)
+    weights_Q = torch.tensor([0.5, 2.0, 0.0, 1.0], requires_grad=True)
     local = make(original, 2)
-    with torch.no_grad():
-        for parameter in local.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        ends_e = torch.tensor([2, 4], dtype=torch.int32)
-        weighted = local(rows_QD, weights_Q, ends_e)
-        wanted = local(weights_Q.unsqueeze(1) * rows_QD, torch.ones(4), ends_e)
-    assert torch.allclose(weighted, wanted, atol=1e-6)
+    for parameter in local.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    found = local(rows_QD, weights_Q, ends_e)
+    wanted = local(weights_Q.unsqueeze(1) * rows_QD, torch.ones(4), ends_e)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    ours, theirs = (
+        torch.autograd.grad(each.square().sum(), weights_Q, retain_graph=True)[0] for each in (found, wanted)
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-5) and bool(ours.any())
 
 
 def test_experts_that_weigh_the_results_do_not_take_the_place_of_those_of_llama_4() -> None:
