@@ -47,6 +47,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": EXPERTS},
     "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": 2, "num_hidden_layers": 3, "moe_layer_start_index": 1},
     "afmoe": {"num_experts": EXPERTS, "num_hidden_layers": 3, "num_dense_layers": 1, "sliding_window": 16},
+    "jamba": {
+        **{"num_experts": EXPERTS, "expert_layer_period": 1, "expert_layer_offset": 0, "num_hidden_layers": 2},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+    },
+    "llama4_text": {"num_local_experts": EXPERTS, "attention_chunk_size": 8, "no_rope_layers": [1, 0]},
     "deepseek_v3": LATENT,
     "deepseek_v2": LATENT,
 }

@@ -27,6 +27,7 @@ COVERING: Mapping[str, str] = {
     "gemma4": "router and experts in the decoder layer, with a scale",
     "qwen3_next": "recurrent layers, initialized by the block",
     "mistral4": "known to no auto class",
+    "llama4": "gate weights on the input of experts, transposed; layers that attend to chunks",
 }
 """Families -> what each is the example of."""
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)

@@ -74,7 +74,8 @@ class Family:
         defaults: Routing values that the family's router has without a key, by the fields of the section `router`.
         group_score: What a group of experts is chosen by.
         bias_on_probabilities: Whether the family adds a selection bias to the probabilities of its softmax.
-        separates_documents: Whether tokens see their own document only where the positions of a row begin again.
+        separates_documents: Whether a document is computed as in a row of its own where the positions of a row begin
+            again.
         untrained: Modules below a layer that the loss gives no gradient, such as the indexer of sparse attention.
         encoder: Whether tokens attend to later ones, too.
     """

@@ -22,10 +22,10 @@ from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import Rule, TopK
-from dist_moe.probe.block_selection import move_selection_to_routers
 from dist_moe.probe.layers import expert_groups, replace_child
 from dist_moe.probe.layers import find_layers as find_experts
 from dist_moe.probe.own_bias import find_own_bias
+from dist_moe.probe.routed_layers import find_routed_layers
 from dist_moe.probe.router_probe import Probed, probe_router
 from dist_moe.probe.router_rule import RELATIVE
 
@@ -115,11 +115,10 @@ def _convert_probed(
     model: PreTrainedModel, family: Family, rule: Rule, mesh: Mesh, kernels: KernelsName
 ) -> list[MoeLayer]:
     """Replace experts, and put a router around that of the family, in every layer that is found."""
-    move_selection_to_routers(model)
     groups, converted = expert_groups(model), []
     recorded = recorded_rule(family, model.config)
     remove_unreached(model, family.untrained)
-    for found in find_experts(model):
+    for found in find_routed_layers(model):
         own = find_own_bias(found)
         try:
             probed = probe_router(found, own, groups)

@@ -1,30 +1,30 @@
-"""Blocks that select the experts themselves, from the logits of a linear layer: the selection becomes the router's."""
+"""Blocks that select the experts themselves, from the logits of a linear layer (Jamba): the router does it then."""
 
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from dist_moe.probe.layers import ROUTER_NAMES
+from dist_moe.probe.in_place import InPlace, change_class, has_own_forward
+from dist_moe.probe.layers import FoundLayer
 
 METHOD = "route_tokens_to_experts"
 """Of a block of transformers: (hidden states, logits) -> (ids, gate weights)."""
 
 
-class SelectingLinear(nn.Linear):
-    """A linear layer that returns (logits, gate weights, ids) of the experts, as the routers of other families do."""
+class SelectingLinear(InPlace):
+    """A linear layer that returns (logits, gate weights, ids) of the experts, as the routers of other families do.
 
-    def __init__(self, linear: nn.Linear, select: Any) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self._select = select
+    Attributes:
+        selection: That of its block.
+    """
 
-    def forward(self, hidden: Tensor) -> Any:
+    selection: "Selection"
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Select the experts of the tokens."""
-        logits_TE = functional.linear(hidden, self.weight, self.bias)
-        ids_TK, weights_TK = self._select(hidden, logits_TE)
+        logits_TE = super().forward(hidden)
+        ids_TK, weights_TK = self.selection(hidden, logits_TE)
         return logits_TE, weights_TK, ids_TK
 
 
@@ -53,13 +53,10 @@ def selected(hidden: Tensor, routed: tuple[Tensor, Tensor, Tensor]) -> tuple[Ten
     return ids_TK, weights_TK
 
 
-def move_selection_to_routers(model: nn.Module) -> None:
-    """Let the routers of a model select where its blocks do, in place; what the model computes stays the same.
-
-    Names and tensors stay. Blocks of other kinds are left as they are.
-    """
-    for block in list(model.modules()):
-        name = next((name for name in ROUTER_NAMES if type(getattr(block, name, None)) is nn.Linear), None)
-        if name is not None and callable(getattr(type(block), METHOD, None)):
-            setattr(block, name, SelectingLinear(block.get_submodule(name), Selection(block)))  # type: ignore[arg-type]
-            setattr(block, METHOD, selected)
+def move_selection(layer: FoundLayer) -> None:
+    """Let the router of a layer select where its block does, in place. Blocks of other kinds stay as they are."""
+    router: Any = layer.router
+    is_linear = isinstance(router, nn.Linear) and type(router).forward is nn.Linear.forward
+    if is_linear and has_own_forward(router) and callable(getattr(type(layer.block), METHOD, None)):
+        change_class(router, SelectingLinear, selection=Selection(layer.block))
+        setattr(layer.block, METHOD, selected)

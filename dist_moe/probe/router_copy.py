@@ -45,6 +45,7 @@ class RouterCopy:
         own: The selection bias of the model.
 
     Attributes:
+        hidden_TD: The random tokens.
         table: Name of the buffer with the experts of each token id [V, K], of a router that is called with the ids of
             the tokens; None for none.
 
@@ -61,7 +62,12 @@ class RouterCopy:
         matrix = next((each for each in self._router.parameters() if each.ndim == 2), None)
         if matrix is None:
             raise UserError("the router has no matrix")
-        self._hidden_TD = torch.randn(TOKENS, matrix.shape[1], generator=generator)
+        self.hidden_TD = torch.randn(TOKENS, matrix.shape[1], generator=generator)
+
+    @property
+    def router(self) -> nn.Module:
+        """The copy."""
+        return self._router
 
     def parameters(self) -> list[tuple[str, Tensor]]:
         """Return its parameters by name."""
@@ -89,7 +95,7 @@ class RouterCopy:
         required = [each.name for each in parameters if each.default is each.empty and each.kind not in _ANY_NUMBER]
         if missing := [name for name in required if name not in named]:
             raise UserError(f"the router is called with {', '.join(missing)} besides the hidden states")
-        hidden_TD = self._hidden_TD.clone().requires_grad_()
+        hidden_TD = self.hidden_TD.clone().requires_grad_()
         gate_logits: list[Tensor] = []
         gate = getattr(self._router, "gate", None)
         if isinstance(gate, nn.Module):
@@ -112,7 +118,7 @@ class RouterCopy:
         raise UserError(f"the router fails on random tokens ({type(errors[-1]).__name__}: {errors[-1]})")
 
     def _copy(self, module: nn.Module, generator: torch.Generator) -> nn.Module:
-        copied = type(module).__new__(type(module))
+        copied: nn.Module = object.__new__(type(module))  # the classes of FSDP2 have a `__new__` that needs arguments
         attributes = {key: value for key, value in vars(module).items() if key not in NOT_COPIED}
         vars(copied).update({key: type(value)() if _is_hooks(key) else value for key, value in attributes.items()})
         vars(copied).update(

@@ -12,8 +12,9 @@ from dist_moe.model.convert import make_local
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.experts import Experts
 from dist_moe.moe.layer import ExpertParallelLayer
-from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers, inner_model, replace_child
+from dist_moe.probe.layers import FoundLayer, expert_groups, inner_model, replace_child
 from dist_moe.probe.own_bias import OwnBias, find_own_bias
+from dist_moe.probe.routed_layers import find_routed_layers
 from dist_moe.probe.router_probe import Probed, probe_router
 
 HELD = "held"
@@ -84,7 +85,7 @@ def read_layers(model: nn.Module) -> list[ReadLayer]:
         UserError: One is not known, or the model is in a wrapper, sharded, on the meta device or quantized.
     """
     _check_whole(model)
-    return [ReadLayer(layer, model) for layer in find_layers(model)]
+    return [ReadLayer(layer, model) for layer in find_routed_layers(model)]
 
 
 def mark_held(name: str, layer: ExpertParallelLayer) -> None:

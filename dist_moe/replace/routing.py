@@ -18,7 +18,6 @@ from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
-from dist_moe.probe.block_selection import move_selection_to_routers
 from dist_moe.probe.layers import find_layers, replace_child, text_config
 from dist_moe.replace.experts import ReadLayer, placed_layers, read_layers
 from dist_moe.replace.folder_names import read_folder_names
@@ -64,7 +63,6 @@ def route(model: Model, selection: Selection = "threshold", **fields: Any) -> Mo
     if any(isinstance(layer.router, Router) for layer in find_layers(model)):
         _follow(model, router)
     else:
-        move_selection_to_routers(model)
         found = read_layers(model)
         free = [layer for layer in found if layer.probed.table is None]
         if not free:

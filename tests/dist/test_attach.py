@@ -77,7 +77,7 @@ def test_trap_T95_a_bias_that_fsdp_has_sharded_is_read_and_written_whole(
         assert all(layer[3] == 24 for layer in raised), "the forward selects with the whole bias"
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "jamba", "llama4_text"])
 def test_a_model_without_a_sharded_bias_under_fsdp(ranks: RankPool, family: str) -> None:
     found = ranks.run(sharded_by_fsdp, 2, family, 0.0)
     check_counts_and_biases([trace for trace, _ in found])
@@ -139,6 +139,19 @@ def test_trap_T95_a_bias_that_zero_3_has_partitioned_is_written_whole(ranks: Ran
         for trace in (first, again):
             assert trace.shards == [4, 4] and len(trace.own) == 2
             assert all(torch.equal(a, b) for a, b in zip(trace.own, trace.biases[-1], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["jamba", "llama4_text"])
+def test_blocks_that_do_a_part_of_the_routing_under_zero_3(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    """Their classes change after DeepSpeed has partitioned the parameters."""
+    found = ranks.run(trained_by_deepspeed, 2, family, 3, str(tmp_path))
+    traces = [first for first, _ in found]
+    for step, counts in enumerate(traces[0].counts):
+        assert counts == added(*(trace.received[step] for trace in traces))
+    for first, again in found:
+        assert first.counts == traces[0].counts and same_biases(first, traces[0])
+        assert again.counts == first.counts[2:] and same_biases(again, first._replace(biases=first.biases[2:]))
 
 
 @pytest.mark.slow

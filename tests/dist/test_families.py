@@ -10,7 +10,7 @@ from tests.family_models import COVERING
 from tests.selection import full
 
 QUICK = ("gpt_oss", "minimax_m2", "nemotron_h")
-MULTIMODAL = ("qwen3_vl_moe", "qwen3_omni_moe", "step3p7", "gemma4")
+MULTIMODAL = ("qwen3_vl_moe", "qwen3_omni_moe", "step3p7", "gemma4", "llama4")
 """Multimodal models."""
 OTHERS = sorted({*COVERING, *MULTIMODAL} - {*QUICK, MULTIMODAL[0]})
 

@@ -48,6 +48,7 @@ def check_same_run(runs: list[Run], alone: Run) -> None:
         ("deepseek_v3", 2, 2, "ddp", True),
         ("gpt_oss", 2, 2, "fsdp", True),
         ("mixtral", 4, 2, "ddp", True),
+        ("llama4_text", 2, 2, "ddp", True),
         pytest.param("qwen3_moe", 4, 4, "fsdp", False, marks=pytest.mark.slow),
     ],
 )

@@ -32,7 +32,7 @@ the families in `dist_moe/families/records.json`: it builds a small model of eac
   run starts from the folder of a multimodal model, and transformers opens what `--plain` writes, that model with its
   language model trained. *packed*: rows
   hold several documents, which do not see each other; *one a row*: the layers of the family compute across documents,
-  so each is given a row of its own.
+  or by the place of a token in its row, so each is given a row of its own.
 
 MaxVio: in the first step and on average over the last five. The sampling floor of a step is {floor:.2f}.
 """

@@ -16,15 +16,17 @@ from dist_moe.families.model_class import find_language_model_class, language_mo
 from dist_moe.model.convert import make_local, remove_unreached
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.select import TopK
-from dist_moe.probe.block_selection import move_selection_to_routers
-from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers
+from dist_moe.probe.layers import FoundLayer, expert_groups
 from dist_moe.probe.own_bias import find_own_bias
+from dist_moe.probe.routed_layers import find_routed_layers
 from dist_moe.probe.router_probe import Probed, probe_router
 from tests.families.composite import build_composite, small_composite
 from tests.families.small import EXPERT_KEYS, EXPERTS, LENGTH, TOP_K, TOP_K_KEYS, VOCABULARY, build, small_config
 
 FACTOR = 1.75
 CLOSE = 1e-3
+MOST_TIES = 0.5
+"""Share of the tokens for which sparse attention may have equal scores to select by."""
 
 
 def make_record(family: str) -> dict[str, Any]:
@@ -81,9 +83,8 @@ def _check_part(family: str, config: PreTrainedConfig) -> None:
 def _probe(family: str, **changes: Any) -> tuple[FoundLayer, Probed]:
     with torch.device("meta"):
         model = build(small_config(family, **changes))
-    move_selection_to_routers(model)
     remove_unreached(model, tuple(_untrained(family) or ()))
-    layer = find_layers(model)[-1]
+    layer = find_routed_layers(model)[-1]
     return layer, probe_router(layer, find_own_bias(layer), expert_groups(model))
 
 
@@ -177,15 +178,20 @@ def _outermost(name: str, trained: dict[str, bool]) -> str:
 
 @torch.no_grad()
 def _separates_documents(family: str) -> bool:
-    """Whether tokens see their own document only, where the positions of a row begin again at 0."""
+    """Whether a document is computed as in a row of its own, where the positions of a row begin again at 0.
+
+    No token may depend on another document; what it is may depend on the place of the document in its row where sparse
+    attention has equal scores to select by, and not where chunks of the row are attended to.
+    """
     torch.manual_seed(0)
     model = _build_language_model(family).eval()
-    half = LENGTH // 4
-    positions = torch.arange(half).repeat(2).unsqueeze(0)
-    tokens = torch.randint(VOCABULARY, (1, 2 * half))
-    changed = tokens.clone()
-    changed[:, :half] = (changed[:, :half] + 1) % VOCABULARY
-    first, second = (
-        model(input_ids=each, position_ids=positions, use_cache=False).logits[:, half:] for each in (tokens, changed)
+    first, length = LENGTH // 4 - 5, LENGTH // 4  # no multiple of the length of a chunk
+    positions = torch.cat([torch.arange(first), torch.arange(length)]).unsqueeze(0)
+    tokens = torch.randint(VOCABULARY, (1, first + length))
+    changed = torch.cat([(tokens[:, :first] + 1) % VOCABULARY, tokens[:, first:]], dim=1)
+    packed, other = (
+        model(input_ids=each, position_ids=positions, use_cache=False).logits[:, first:] for each in (tokens, changed)
     )
-    return bool(torch.allclose(first, second, atol=1e-5))
+    alone = model(input_ids=tokens[:, first:], use_cache=False).logits
+    differs = ~torch.isclose(packed, alone, atol=1e-5).all(dim=-1)
+    return bool(torch.allclose(packed, other, atol=1e-5)) and float(differs.float().mean()) < MOST_TIES

@@ -75,6 +75,11 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     },
     "jamba": {"mamba_d_state": 8, "mamba_dt_rank": 4, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 1},
+    "llama4": {
+        **{"intermediate_size_mlp": 48, "moe_layers": [1, 2], "no_rope_layers": [1, 1, 0]},
+        **{"layer_types": ["chunked_attention", "chunked_attention", "full_attention"]},
+        **{"attention_chunk_size": 16, "floor_scale": 16},
+    },
     "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16, "num_key_value_heads": 2},
     "mistral4": {"head_dim": 16},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16},

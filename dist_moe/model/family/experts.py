@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 from dist_moe.moe.experts import Experts, Part, grouped_bias, grouped_linear
+from dist_moe.probe.weighted_inputs import InputWeightedExperts
 
 UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 KNOWN = {name + suffix for name in (UP, GATE_UP, DOWN) for suffix in ("", "_bias")}
@@ -23,7 +25,7 @@ class FamilyExperts(Experts):
     """Networks of two layers as a family's own experts compute them, independent of other ranks.
 
     The activation, the clamps and the order of gate and up are those of the family's own module: its method
-    `_apply_gate`, or `act_fn` without a gate.
+    `_apply_gate`, or that of transformers where it has none, or `act_fn` without a gate.
 
     Args:
         original: The family's module, with the weights of all experts, stacked.
@@ -32,6 +34,7 @@ class FamilyExperts(Experts):
     Attributes:
         gate_up_proj: [e, 2F, D], or `up_proj` [e, F, D] without a gate; transposed where the family has it so.
         down_proj: [e, D, F], or transposed.
+        weighs_inputs: Whether the gate weights are factors of the input, as of `InputWeightedExperts`.
 
     Raises:
         ValueError: The module has other weights.
@@ -45,7 +48,8 @@ class FamilyExperts(Experts):
         for name, parameter in parameters.items():
             self.register_parameter(name, nn.Parameter(torch.empty(experts, *parameter.shape[1:])))
         self.is_gated = GATE_UP in parameters
-        self.is_transposed = bool(getattr(original, "is_transposed", False))
+        self.is_transposed = _is_transposed(original)
+        self.weighs_inputs = isinstance(original, InputWeightedExperts)
         # A copy without weights, out of the list of children: it is called for its activation alone.
         activation: Any = copy.copy(original)
         activation._parameters = {}
@@ -59,10 +63,19 @@ class FamilyExperts(Experts):
     def forward(self, rows_QD: Tensor, weights_Q: Tensor, ends_e: Tensor) -> Tensor:
         """As `Experts.forward`."""
         weights_Q1 = weights_Q.to(rows_QD.dtype).unsqueeze(1)
-        (activation,) = self._activation
+        if self.weighs_inputs:
+            rows_QD = rows_QD * weights_Q1
         up_QF = self._apply_linear(rows_QD, GATE_UP if self.is_gated else UP, ends_e)
-        hidden_QF = activation._apply_gate(up_QF) if self.is_gated else activation.act_fn(up_QF)
+        hidden_QF = self._activate(up_QF)
+        if self.weighs_inputs:
+            return self._apply_linear(hidden_QF, DOWN, ends_e)
         return self._apply_linear(hidden_QF * weights_Q1, DOWN, ends_e, weights_Q1)
+
+    def _activate(self, up_QF: Tensor) -> Tensor:
+        (activation,) = self._activation
+        gate = getattr(type(activation), "_apply_gate", _default_apply_gate)
+        hidden_QF: Tensor = gate(activation, up_QF) if self.is_gated else activation.act_fn(up_QF)
+        return hidden_QF
 
     def _apply_linear(self, rows_QH: Tensor, name: str, ends_e: Tensor, weights_Q1: Tensor | None = None) -> Tensor:
         weight, bias = getattr(self, name), getattr(self, f"{name}_bias", None)
@@ -72,8 +85,6 @@ class FamilyExperts(Experts):
 
 def is_swiglu(original: nn.Module) -> bool:
     """Whether experts are networks down(act(gate(x)) * up(x)) without biases, clamps, or another order of weights."""
-    from transformers.integrations.moe import _default_apply_gate
-
     names = {name for name, _ in original.named_parameters()}
     is_default = getattr(type(original), "_apply_gate", None) is _default_apply_gate
     return (
@@ -84,6 +95,14 @@ def is_swiglu(original: nn.Module) -> bool:
         and not getattr(original, "is_transposed", False)
         and not getattr(original, "has_bias", False)
     )
+
+
+def _is_transposed(original: nn.Module) -> bool:
+    marked = getattr(original, "is_transposed", None)  # by transformers, where it can choose an implementation
+    stacked = {name: parameter.shape for name, parameter in original.named_parameters()}
+    if marked is None and GATE_UP in stacked:
+        return stacked[GATE_UP][2] == 2 * stacked[DOWN][1]
+    return bool(marked)
 
 
 def check_experts(original: nn.Module, make: Callable[[nn.Module, int], Experts]) -> None:
@@ -122,7 +141,7 @@ def _small_copy(original: nn.Module) -> nn.Module:
     """Copy experts with 2 of them and small widths, on the CPU, large enough to reach clamps."""
     copied: Any = copy.copy(original)
     generator = torch.Generator().manual_seed(0)
-    is_transposed = bool(getattr(original, "is_transposed", False))
+    is_transposed = _is_transposed(original)
     widths = {GATE_UP: (2 * SMALL_EXPERT_WIDTH, SMALL_WIDTH), UP: (SMALL_EXPERT_WIDTH, SMALL_WIDTH)}
     widths[DOWN] = (SMALL_WIDTH, SMALL_EXPERT_WIDTH)
     copied._parameters = {}
@@ -130,8 +149,9 @@ def _small_copy(original: nn.Module) -> nn.Module:
         rows, columns = widths[name.removesuffix("_bias")]
         shape = (rows,) if name.endswith("_bias") else (columns, rows) if is_transposed else (rows, columns)
         copied._parameters[name] = nn.Parameter(2 * torch.randn(2, *shape, generator=generator))
-    if hasattr(copied, "num_experts"):
-        copied.num_experts = 2
+    for name, size in (("num_experts", 2), ("hidden_size", SMALL_WIDTH)):
+        if hasattr(copied, name):
+            setattr(copied, name, size)
     copied.config = copy.copy(getattr(copied, "config", None))
     if copied.config is not None:
         copied.config._experts_implementation = "eager"

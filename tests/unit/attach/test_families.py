@@ -16,6 +16,8 @@ COVERING = {
     "gpt_oss": "ours",  # a router with a bias of its own, transposed experts
     "lfm2_moe": "own",
     "qwen3_next": "ours",  # recurrent layers
+    "jamba": "ours",  # the block selects, from the logits of a linear layer
+    "llama4": "ours",  # the block computes all experts, and multiplies their input by the gate weights
     "glm4v_moe": "own",  # the text part of a model with images
 }
 

@@ -8,7 +8,7 @@ from dist_moe.errors import UserError
 from dist_moe.probe.layers import counted_in, find_layers
 from tests.attached import EXPERTS, FAMILIES, make_model
 
-BLOCKS = {"granitemoe": "block_sparse_moe", "afmoe": "mlp"}
+BLOCKS = {"granitemoe": "block_sparse_moe", "afmoe": "mlp", "jamba": "feed_forward", "llama4_text": "feed_forward"}
 DENSE = {"ernie4_5_moe": 1, "afmoe": 1, "deepseek_v3": 1, "deepseek_v2": 1}
 """Leading layers without experts."""
 

@@ -21,7 +21,7 @@ from tests.attached import FAMILIES, make_model, tokens, train_on
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_experts_of_this_package_compute_what_those_of_the_family_do(family: str, tmp_path: Path) -> None:
     model, whole = dist_moe.parallelize(make_model(family)), make_model(family)
-    kind = FamilyExperts if family == "gpt_oss" else GroupedExperts
+    kind = FamilyExperts if family in ("gpt_oss", "llama4_text") else GroupedExperts
     assert all(isinstance(layer.local, kind) for layer in placed_layers(model).values())
     for each in (model, whole):
         train_on(each, tokens(0))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from dist_moe.model.convert import make_local
 from dist_moe.model.family.experts import FamilyExperts, check_experts, is_swiglu
 from dist_moe.moe.experts import Experts, GroupedExperts
-from dist_moe.probe.layers import find_layers
+from dist_moe.probe.routed_layers import find_routed_layers
 from tests.families.small import build, small_config
 
-OWN = ("gpt_oss", "nemotron_h", "hy_v4", "minimax_m3_vl", "step3p7", "deepseek_v4")
+OWN = ("gpt_oss", "nemotron_h", "hy_v4", "minimax_m3_vl", "step3p7", "deepseek_v4", "llama4")
 
 
 def make(original: nn.Module, experts: int) -> Experts:
@@ -22,7 +22,8 @@ def make(original: nn.Module, experts: int) -> Experts:
 
 def experts_of(family: str) -> nn.Module:
     with torch.device("meta"):
-        return find_layers(build(small_config(family)))[-1].experts
+        model = build(small_config(family))
+    return find_routed_layers(model)[-1].experts
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gemma4", *OWN])
@@ -31,6 +32,34 @@ def test_trap_T100_the_experts_of_a_family_compute_what_its_module_does(family: 
     check_experts(original, make)
     assert isinstance(make(original, 1), FamilyExperts if family in OWN else GroupedExperts)
     assert is_swiglu(original) == (family not in OWN)
+
+
+def test_trap_T112_the_gate_weights_of_llama_4_are_factors_of_the_input() -> None:
+    """As factors of the results they would train another model in silence."""
+    original: Any = experts_of("llama4")
+    check_experts(original, make)
+    rows_QD, ends_e = torch.randn(4, 32), torch.tensor([2, 4], dtype=torch.int32)
+    weights_Q = torch.tensor([0.5, 2.0, 0.0, 1.0], requires_grad=True)
+    local = make(original, 2)
+    for parameter in local.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    found = local(rows_QD, weights_Q, ends_e)
+    wanted = local(weights_Q.unsqueeze(1) * rows_QD, torch.ones(4), ends_e)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    ours, theirs = (
+        torch.autograd.grad(each.square().sum(), weights_Q, retain_graph=True)[0] for each in (found, wanted)
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-5) and bool(ours.any())
+
+
+def test_experts_that_weigh_the_results_do_not_take_the_place_of_those_of_llama_4() -> None:
+    def weighing_results(original: nn.Module, experts: int) -> Experts:
+        made = FamilyExperts(original, experts)
+        made.weighs_inputs = False
+        return made
+
+    with pytest.raises(ValueError, match="compute something else than the layers"):
+        check_experts(experts_of("llama4"), weighing_results)
 
 
 @pytest.mark.parametrize("family", ["hy_v4", "minimax_m3_vl", "deepseek_v4"])

@@ -30,3 +30,20 @@ def test_trap_T103_documents_of_a_packed_row_do_not_see_each_other(family: str) 
     (record,) = kept[0][:1]
     assert record.ids_TK.shape[0] == 16 and torch.equal(record.ids_TK[:, 0] >= 0, mask.flatten())
     assert sum(int(load.sum()) for load in output.loads) == 14 * 2 * len(output.loads)
+
+
+def test_trap_T113_a_document_is_computed_by_its_own_positions() -> None:
+    """Llama 4 attends to chunks of a row, and scales attention by the place in the row, without its positions."""
+    task = LanguageModelTask(converted(small_config("llama4"))).eval()
+    tokens = torch.randint(1, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for order in ([0, 1], [1, 0]):
+        row = tokens[order].view(1, 40)
+        targets = torch.full_like(row, -100)
+        start = 20 * order.index(1)
+        targets[0, start : start + 19] = row[0, start + 1 : start + 20]
+        positions = torch.arange(20).repeat(2).unsqueeze(0)
+        losses.append(
+            float(task(ModelInputs(row, targets, positions, torch.ones_like(row).bool()), torch.ones(())).nll_sum)
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
