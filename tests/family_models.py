@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dist_moe.comm.mesh import Mesh
 from dist_moe.families.registry import family_of
 from dist_moe.model.build import empty_model, family_rule, initialize, materialize
+from tests.families.balanced import values_of
 from tests.families.small import VOCABULARY, build, small_config
 
 COVERING: Mapping[str, str] = {
@@ -28,6 +29,7 @@ COVERING: Mapping[str, str] = {
     "qwen3_next": "recurrent layers, initialized by the block",
     "mistral4": "known to no auto class",
     "llama4": "gate weights on the input of experts, transposed; layers that attend to chunks",
+    "openai_privacy_filter": "an encoder without a language model, whose router divides by the number of experts",
 }
 """Families -> what each is the example of."""
 ALONE = Mesh(world_size=1, rank=0, expert_parallel=1)
@@ -63,10 +65,9 @@ def converted(config: Any, mesh: Mesh = ALONE) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: Any, seed: int = 0) -> Tensor:
-    """The logits of random tokens."""
+    """The logits of random tokens, or their last hidden states of an encoder."""
     tokens_BS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(seed))
-    found: Tensor = model(input_ids=tokens_BS, use_cache=False).logits
-    return found
+    return values_of(model(input_ids=tokens_BS, use_cache=False))
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:

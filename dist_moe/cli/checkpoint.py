@@ -94,6 +94,7 @@ def export(
     from dist_moe.checkpoint.format.hf_folder import read_raw_config
     from dist_moe.checkpoint.format.hf_weights import own_type_line
     from dist_moe.config.pretrained import OWN_PREFIX
+    from dist_moe.model.head import problem_of
 
     with report_user_errors():
         exported = write(checkpoint, out, dtype.value, plain)
@@ -102,6 +103,7 @@ def export(
             print(exported.notice)
         if exported.without_bias:
             print(_change_of_loss(exported.source))
-        model_type: str = read_raw_config(out)["model_type"]
+        raw = read_raw_config(out)
+        model_type: str = raw["model_type"]
     if model_type.startswith(OWN_PREFIX):
-        print(own_type_line(model_type.removeprefix(OWN_PREFIX)))
+        print(own_type_line(model_type.removeprefix(OWN_PREFIX), headed=problem_of(raw) is not None))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dist_moe.config.checks.rotary import KEY as ROPE_KEY
 from dist_moe.config.checks.rotary import rotary_violations
+from dist_moe.config.checks.task import encoder_violations
 from dist_moe.config.checks.trial_model import (
     blamed,
     complaints_about_rope,
@@ -16,7 +17,7 @@ from dist_moe.config.checks.trial_model import (
     expected_types,
     trial_violations,
 )
-from dist_moe.config.checks.upcycling import encoder_violations, upcycled_arguments, upcycling_violations
+from dist_moe.config.checks.upcycling import upcycled_arguments, upcycling_violations
 from dist_moe.config.model_checks import (
     shape_violations,
     size_violations,
@@ -288,7 +289,8 @@ def _refusals(config: Config, cls: Any, arguments: Mapping[str, Any]) -> list[Vi
 
 def _value(config: Config, settings: Any, name: str, field: str | None) -> Any:
     value = getattr(config.router, name) if field is None else getattr(settings, field)
-    defaults = {**DEFAULT_ROUTING, **family_of(config.model.architecture).defaults}
+    family = family_of(config.model.architecture)
+    defaults = {**DEFAULT_ROUTING, **family.defaults, "scaling_factor": family.default_factor(settings)}
     return defaults.get(name) if value is None else value
 
 

@@ -8,10 +8,19 @@ from typing import Any, ClassVar
 
 
 def model_class(config: Any, is_encoder: bool) -> Any:
-    """Return the class of a model: that of the encoder alone, or of the language model."""
+    """Return the class of a model: that of the encoder alone, or of the language model.
+
+    Raises:
+        ValueError: There is no language model, and none can be made.
+    """
+    return find_model_class(config, is_encoder) or language_model_class(config)
+
+
+def find_model_class(config: Any, is_encoder: bool) -> Any:
+    """Return the class of transformers for a model alone, as `model_class`; None if a language model has none."""
     from transformers import MODEL_MAPPING
 
-    return MODEL_MAPPING[type(config)] if is_encoder else language_model_class(config)
+    return MODEL_MAPPING[type(config)] if is_encoder else find_language_model_class(config)
 
 
 def language_model_class(config: Any) -> Any:

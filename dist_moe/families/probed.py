@@ -24,13 +24,14 @@ def read_records() -> dict[str, Family]:
 
 def _make_family(architecture: str, values: dict[str, Any]) -> Family:
     experts, values["untrained"] = values.pop("experts_class"), tuple(values.get("untrained", ()))
+    is_encoder = values.get("encoder", False)
     return Family(
         architecture=architecture,
         block="",
         router="",
         experts="",
         few_layers={},
-        moe_layers=functools.partial(_moe_layers, architecture, experts),
+        moe_layers=functools.partial(_moe_layers, architecture, experts, is_encoder),
         layers_remedy=_layers_remedy,
         shape_violations=lambda settings: [],
         is_probed=True,
@@ -42,22 +43,23 @@ def _layers_remedy(settings: Any) -> tuple[str, str]:
     return "num_hidden_layers", "give more layers, or change the keys that select the MoE layers"
 
 
-def _moe_layers(architecture: str, experts: str, settings: Any) -> list[int]:
-    return list(_layers_with(architecture, experts, json.dumps(settings.to_dict(), sort_keys=True, default=str)))
+def _moe_layers(architecture: str, experts: str, is_encoder: bool, settings: Any) -> list[int]:
+    settings_json = json.dumps(settings.to_dict(), sort_keys=True, default=str)
+    return list(_layers_with(architecture, experts, is_encoder, settings_json))
 
 
 @functools.lru_cache(maxsize=32)
-def _layers_with(architecture: str, experts: str, settings_json: str) -> tuple[int, ...]:
+def _layers_with(architecture: str, experts: str, is_encoder: bool, settings_json: str) -> tuple[int, ...]:
     """Return the indices of the layers that have experts, in the model on the meta device."""
     import torch
     from transformers import CONFIG_MAPPING
 
-    from dist_moe.families.model_class import language_model_class
+    from dist_moe.families.model_class import model_class
 
     arguments: Mapping[str, Any] = json.loads(settings_json)
     settings = CONFIG_MAPPING[architecture].from_dict(dict(arguments))
     with torch.device("meta"):
-        model = language_model_class(settings)._from_config(settings)
+        model = model_class(settings, is_encoder)._from_config(settings)
     names = [name for name, module in model.named_modules() if type(module).__name__ == experts]
-    found = (re.search(r"\.(\d+)\.", f"{name}.") for name in names)
+    found = (re.search(r"\.(\d+)\.", f".{name}.") for name in names)
     return tuple(sorted({int(match[1]) for match in found if match}))

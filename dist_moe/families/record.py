@@ -78,6 +78,7 @@ class Family:
             again.
         untrained: Modules below a layer that the loss gives no gradient, such as the indexer of sparse attention.
         encoder: Whether tokens attend to later ones, too.
+        divides_by_top_k: Whether the router divides the gate weights by the number of experts a token takes.
     """
 
     architecture: str
@@ -111,3 +112,9 @@ class Family:
     bias_on_probabilities: bool = False
     separates_documents: bool = True
     untrained: tuple[str, ...] = ()
+    divides_by_top_k: bool = False
+
+    def default_factor(self, settings: Any) -> float:
+        """Return the factor on the gate weights where no key has it, from the Hugging Face config."""
+        factor = float(self.defaults.get("scaling_factor", 1.0))
+        return factor / getattr(settings, self.top_k_key) if self.divides_by_top_k else factor

@@ -21,7 +21,7 @@ from dist_moe.model.convert import MoeLayer, convert, find_layers, recorded_rule
 from dist_moe.model.family.experts import FamilyExperts
 from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.family.router import FamilyRouter
-from dist_moe.model.head import attach_head, has_head
+from dist_moe.model.head import HEAD, attach_head, has_head
 from dist_moe.model.norm import fuse_norms
 from dist_moe.model.routing import with_policy
 from dist_moe.moe.experts import BiasedExperts
@@ -250,7 +250,9 @@ def freeze_layers(model: PreTrainedModel, count: int) -> None:
     owner = base.get_submodule(layers.rpartition(".")[0])
     children = list(owner.named_children())
     place = [name for name, _ in children].index(layers.rpartition(".")[2])
-    after = [(name, child) for name, child in children[place + 1 :] if any(True for _ in child.parameters())]
+    # The head, which is below the model itself where that is the base model, reads the result of the final norm.
+    later = [(name, child) for name, child in children[place + 1 :] if child is not getattr(model, HEAD, None)]
+    after = [(name, child) for name, child in later if any(True for _ in child.parameters())]
     if unknown := [name for name, child in after if "norm" not in name and not isinstance(child, nn.Embedding)]:
         raise UserError(
             f"train.frozen_layers={count} is not possible with a {model.config.model_type}: its {unknown[0]} comes "

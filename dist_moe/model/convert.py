@@ -176,12 +176,12 @@ def recorded_rule(family: Family, config: Any) -> TopK:
     def value(key: str | None, default: Any) -> Any:
         return default if key is None else getattr(config, key)
 
-    defaults = {**DEFAULT_ROUTING, **family.defaults}
+    normalize = family.defaults.get("normalize", DEFAULT_ROUTING["normalize"])
     return TopK(
         top_k=value(family.top_k_key, None),
         score=family.score,
-        normalize=bool(value(family.normalize_key, defaults["normalize"])),
-        routed_scaling_factor=float(value(family.scaling_factor_key, defaults["scaling_factor"])),
+        normalize=bool(value(family.normalize_key, normalize)),
+        routed_scaling_factor=float(value(family.scaling_factor_key, family.default_factor(config))),
         groups=int(value(family.groups_key, 1) or 1),
         topk_groups=int(value(family.topk_groups_key, 1) or 1),
         group_score=family.group_score,

@@ -13,15 +13,14 @@ from dist_moe.config.balancing import selection_violations
 from dist_moe.config.combinations import refusal
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import UserError
-from dist_moe.families.registry import FAMILIES
 from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
-from dist_moe.probe.layers import find_layers, replace_child, text_config
+from dist_moe.probe.layers import find_layers, replace_child
 from dist_moe.replace.experts import ReadLayer, placed_layers, read_layers
 from dist_moe.replace.folder_names import read_folder_names
-from dist_moe.replace.saving import save_by_this_package
+from dist_moe.replace.saving import has_known_family, save_by_this_package
 from dist_moe.section import broken_fields
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,8 +76,7 @@ def route(model: Model, selection: Selection = "threshold", **fields: Any) -> Mo
     for module in model.modules():
         if isinstance(module, Router):
             module.target_experts_per_token = router.target_experts_per_token
-    text = text_config(model)
-    if getattr(text, "model_type", None) not in FAMILIES:
+    if not has_known_family(model):
         logger.warning(
             "%s cannot be saved as a folder with this routing: dist-moe train does not train it "
             "(docs/families.md); save model.state_dict()",

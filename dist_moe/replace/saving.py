@@ -22,6 +22,7 @@ from dist_moe.checkpoint.format.plain_folder import write_by_class, write_plain
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.errors import UserError
+from dist_moe.families.model_class import model_class
 from dist_moe.families.registry import ARCHITECTURES
 from dist_moe.files import write_atomically
 from dist_moe.model.build import family_rule
@@ -73,6 +74,13 @@ def save_by_this_package(model: nn.Module) -> None:
         vars(model)["save_pretrained"] = partial(_save_one, model)
 
 
+def has_known_family(model: nn.Module) -> bool:
+    """Whether `dist-moe train` trains models of this class: of an encoder, those without a head of transformers."""
+    config: Any = getattr(model, "config", None)
+    family = ARCHITECTURES.get(getattr(config, "model_type", ""))
+    return family is not None and (not family.encoder or isinstance(model, model_class(config, is_encoder=True)))
+
+
 def is_routed(model: nn.Module) -> bool:
     """Whether the routers are of this package."""
     return any(isinstance(module, Router) for module in model.modules())
@@ -110,11 +118,10 @@ def _check_savable(model: PreTrainedModel) -> None:
             "FSDP2 has sharded a model with routers of this package, which is not gathered here; save its state by "
             "torch.distributed.checkpoint, load that into a model that is not sharded, and save it"
         )
-    architecture = model.config.model_type
-    if architecture not in ARCHITECTURES:
+    if not has_known_family(model):
         raise UserError(
-            f"a {architecture} cannot be saved with this routing, since dist-moe train does not train it "
-            "(docs/families.md); save model.state_dict()"
+            f"a {type(model).__name__} ({model.config.model_type}) cannot be saved with this routing, since dist-moe "
+            "train does not train it (docs/families.md); save model.state_dict()"
         )
 
 

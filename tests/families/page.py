@@ -26,7 +26,9 @@ the families in `dist_moe/families/records.json`: it builds a small model of eac
   adaptive weights, MaxVio falls to less than half.
 - **Train**: `dist-moe train` for {train_steps} steps in fp32, on one worker and on two expert-parallel workers. It
   works where the losses of the first {compared} steps are equal to {same_loss:.0e}, MaxVio falls to less than half, and
-  transformers opens the saved weights with the same logits, to {same_logits:.0e} of the largest. *folder*: it opens the
+  transformers opens the saved weights with the same logits, to {same_logits:.0e} of the largest. An encoder, of which
+  transformers has a base model and no language model, is trained to classify texts; its last hidden states are
+  compared, and *export* has its head, too, which transformers does not read. *folder*: it opens the
   model folder of the checkpoint; *export*: it opens what `dist-moe checkpoint export --plain` writes, since the run has
   a selection bias for which the family has no place, or the family stacks its experts in the files; *multimodal*: the
   run starts from the folder of a multimodal model, and transformers opens what `--plain` writes, that model with its

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from dist_moe.errors import UserError
 from dist_moe.families.composite import composite_class, find_composite
-from dist_moe.families.model_class import find_language_model_class, language_model_class
+from dist_moe.families.model_class import find_language_model_class, language_model_class, model_class
 from dist_moe.model.convert import make_local, remove_unreached
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.select import TopK
@@ -20,6 +20,7 @@ from dist_moe.probe.layers import FoundLayer, expert_groups
 from dist_moe.probe.own_bias import find_own_bias
 from dist_moe.probe.routed_layers import find_routed_layers
 from dist_moe.probe.router_probe import Probed, probe_router
+from tests.families.balanced import values_of
 from tests.families.composite import build_composite, small_composite
 from tests.families.small import EXPERT_KEYS, EXPERTS, LENGTH, TOP_K, TOP_K_KEYS, VOCABULARY, build, small_config
 
@@ -36,7 +37,8 @@ def make_record(family: str) -> dict[str, Any]:
         UserError: `dist-moe train` cannot train it, with the reason.
     """
     config = small_config(family)
-    if find_language_model_class(config) is None:
+    encoder = is_encoder(family)
+    if not encoder and find_language_model_class(config) is None:
         _check_part(family, config)
     layer, probed = _probe(family)
     own = find_own_bias(layer)
@@ -46,6 +48,7 @@ def make_record(family: str) -> dict[str, Any]:
     _check_experts(layer)
     return {
         "model_type": config.model_type,
+        "encoder": encoder or None,
         "experts_class": type(layer.experts).__name__,
         "score": rule.score,
         "bias_name": own and own.name,
@@ -54,6 +57,26 @@ def make_record(family: str) -> dict[str, Any]:
         "separates_documents": _separates_documents(family),
         "untrained": _untrained(family),
     }
+
+
+def is_encoder(family: str) -> bool:
+    """Whether transformers has no language model of a family, but a text model whose tokens see later ones."""
+    config = small_config(family)
+    if find_language_model_class(config) is not None or small_composite(family) is not None:
+        return False
+    if type(config) not in MODEL_MAPPING or config.is_encoder_decoder:
+        return False
+    return sees_later_tokens(build(config))
+
+
+@torch.no_grad()
+def sees_later_tokens(model: Any) -> bool:
+    """Whether the last token changes what a model computes of the tokens before."""
+    tokens = torch.randint(VOCABULARY, (1, LENGTH // 4), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % VOCABULARY
+    first, second = (values_of(model.eval()(input_ids=each, use_cache=False))[:, :-1] for each in (tokens, changed))
+    return not torch.allclose(first, second, atol=1e-5)
 
 
 @torch.no_grad()
@@ -88,10 +111,11 @@ def _probe(family: str, **changes: Any) -> tuple[FoundLayer, Probed]:
     return layer, probe_router(layer, find_own_bias(layer), expert_groups(model))
 
 
-def _build_language_model(family: str) -> PreTrainedModel:
+def _build_trained(family: str) -> PreTrainedModel:
+    """Build the small model that is trained: an encoder, or a language model."""
     config = small_config(family)
     config._experts_implementation = "eager"
-    model: PreTrainedModel = language_model_class(config)._from_config(config)
+    model: PreTrainedModel = model_class(config, is_encoder(family))._from_config(config)
     return model
 
 
@@ -111,8 +135,8 @@ def _keys(family: str, rule: TopK) -> dict[str, Any]:
     found: dict[str, Any] = {"experts_key": None, "top_k_key": None, "normalize_key": None, "scaling_factor_key": None}
     if _probe(family, **dict.fromkeys(given.keys() & EXPERT_KEYS, 2 * EXPERTS))[1].num_experts != EXPERTS:
         found["experts_key"] = next((key for key in declared if key in EXPERT_KEYS), None)
-    changed = _rule_with(family, **dict.fromkeys(given.keys() & TOP_K_KEYS, TOP_K + 1))
-    if changed is not None and changed.top_k == TOP_K + 1:
+    changed_top_k = _rule_with(family, **dict.fromkeys(given.keys() & TOP_K_KEYS, TOP_K + 1))
+    if changed_top_k is not None and changed_top_k.top_k == TOP_K + 1:
         found["top_k_key"] = next((key for key in declared if key in TOP_K_KEYS), None)
     given = {key: getattr(config, key) for key in declared if key in given or key in config.attribute_map}
     for key, value in _named(given, bool, "norm"):
@@ -128,11 +152,20 @@ def _keys(family: str, rule: TopK) -> dict[str, Any]:
         found |= {"groups_key": "n_group", "topk_groups_key": "topk_group", "group_score": grouped.group_score}
     if found["experts_key"] is None:
         raise UserError("none of the known keys has its number of experts")
-    defaults = {"normalize": rule.normalize, "scaling_factor": rule.routed_scaling_factor}
+    factor = rule.routed_scaling_factor
+    if found["scaling_factor_key"] is None and changed_top_k is not None and _divides(rule, changed_top_k):
+        found["divides_by_top_k"], factor = True, factor * TOP_K
+    defaults = {"normalize": rule.normalize, "scaling_factor": factor}
     if found["top_k_key"] is None:
         raise UserError("none of the known keys has the number of experts a token takes")
     found["defaults"] = {name: value for name, value in defaults.items() if found[f"{name}_key"] is None}
     return found
+
+
+def _divides(rule: TopK, changed: TopK) -> bool:
+    """Whether the factor on the gate weights is smaller with more experts a token, in proportion."""
+    more = changed.top_k / rule.top_k
+    return more > 1 and abs(changed.routed_scaling_factor * more / rule.routed_scaling_factor - 1) < CLOSE
 
 
 def _named(given: dict[str, Any], kinds: Any, *words: str) -> Iterator[tuple[str, Any]]:
@@ -155,9 +188,9 @@ def _check_experts(layer: FoundLayer) -> None:
 def _untrained(family: str) -> list[str] | None:
     """Return the outermost modules below a layer of whose weights none gets a gradient."""
     torch.manual_seed(0)
-    model: Any = _build_language_model(family).train()
+    model: Any = _build_trained(family).train()
     tokens = torch.randint(VOCABULARY, (2, LENGTH // 2))
-    model(input_ids=tokens, use_cache=False).logits.square().mean().backward()
+    values_of(model(input_ids=tokens, use_cache=False)).square().mean().backward()
     trained: dict[str, bool] = {}
     for name, parameter in model.named_parameters():
         below = re.search(r"\.\d+\.(.+)", name)
@@ -184,14 +217,15 @@ def _separates_documents(family: str) -> bool:
     attention has equal scores to select by, and not where chunks of the row are attended to.
     """
     torch.manual_seed(0)
-    model = _build_language_model(family).eval()
+    model = _build_trained(family).eval()
     first, length = LENGTH // 4 - 5, LENGTH // 4  # no multiple of the length of a chunk
     positions = torch.cat([torch.arange(first), torch.arange(length)]).unsqueeze(0)
     tokens = torch.randint(VOCABULARY, (1, first + length))
     changed = torch.cat([(tokens[:, :first] + 1) % VOCABULARY, tokens[:, first:]], dim=1)
     packed, other = (
-        model(input_ids=each, position_ids=positions, use_cache=False).logits[:, first:] for each in (tokens, changed)
+        values_of(model(input_ids=each, position_ids=positions, use_cache=False))[:, first:]
+        for each in (tokens, changed)
     )
-    alone = model(input_ids=tokens[:, first:], use_cache=False).logits
+    alone = values_of(model(input_ids=tokens[:, first:], use_cache=False))
     differs = ~torch.isclose(packed, alone, atol=1e-5).all(dim=-1)
     return bool(torch.allclose(packed, other, atol=1e-5)) and float(differs.float().mean()) < MOST_TIES

@@ -23,13 +23,14 @@ from dist_moe.config import load_config, resolve
 from dist_moe.config.model import known_keys
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.families.composite import find_composite, is_composite
-from dist_moe.families.model_class import language_model_class
+from dist_moe.families.model_class import model_class
 from dist_moe.families.registry import FAMILIES
 from dist_moe.model.build import empty_model, family_rule
 from dist_moe.model.convert import find_layers
 from dist_moe.train.loop import run
 from dist_moe.worker.rank_info import rank_info_from_env
 from tests.dist.pool import RankPool
+from tests.families.balanced import TEXT, values_of
 from tests.families.composite import build_composite, small_composite
 from tests.families.record import make_record
 from tests.families.small import small_config
@@ -61,7 +62,8 @@ class Trained:
         floor: The sampling floor of a step.
         opened: How transformers opened the weights: "folder", that of the checkpoint; "export", that of `--plain`;
             "multimodal": that of `--plain`, with the other weights of the multimodal model that the run started from.
-        logits: Largest difference between its logits and those of this package, in units of the largest logit.
+        logits: Largest difference between its logits and those of this package, in units of the largest logit; of an
+            encoder, between the last hidden states.
         documents: Whether rows are packed, or each document has its own.
         reason: Why it cannot be trained, or what failed; "" where nothing is wrong.
     """
@@ -109,6 +111,15 @@ def _multimodal_folder(family: str, folder: Path) -> dict[str, Any] | None:
     return {"pretrained": str(path)}
 
 
+def write_examples(folder: Path) -> Path:
+    """Write the lines of a text with two classes, prose and markup -> the file."""
+    lines = [line for line in TEXT.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = ({"text": line, "label": "prose" if line[0].isalpha() else "markup"} for line in lines)
+    path = folder / "examples.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
 def train(rank: int, world_size: int, path: str, overrides: list[str]) -> None:
     """Be one worker of a run."""
     resolved = resolve(load_config(Path(path), overrides), world_size)
@@ -116,15 +127,25 @@ def train(rank: int, world_size: int, path: str, overrides: list[str]) -> None:
         run(resolved, rank_info_from_env(os.environ))
 
 
-def try_training(family: str, ranks: RankPool, folder: Path) -> Trained:
-    """Train a small model on one worker and on two, and open its weights in transformers."""
+def try_training(family: str, ranks: RankPool, folder: Path, pretrained: Path | None = None) -> Trained:
+    """Train a small model on one worker and on two, and open its weights in transformers.
+
+    Args:
+        family: Its model_type.
+        ranks: Two workers.
+        folder: For what is written.
+        pretrained: The folder that the run starts from; None for new weights, or those of a multimodal model.
+    """
     architecture = small_config(family).model_type
     if architecture not in FAMILIES:
         make_record(family)  # raises the reason
     config = small_config(family)
     empty_model(config, family_rule(config, FAMILIES[architecture].score), SINGLE_RANK)  # so does this
     debug = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
-    settings = {**debug, "model": _multimodal_folder(family, folder) or settings_of(family)}
+    started = {"pretrained": str(pretrained)} if pretrained else _multimodal_folder(family, folder)
+    settings = {**debug, "model": started or settings_of(family)}
+    if FAMILIES[architecture].encoder:
+        settings |= {"task": {"kind": "classification"}, "data": {"sources": [str(write_examples(folder))]}}
     path = folder / f"{family}.yaml"
     path.write_text(yaml.safe_dump(settings))
     steps = {}
@@ -151,7 +172,11 @@ def try_training(family: str, ranks: RankPool, folder: Path) -> Trained:
 
 @torch.no_grad()
 def compare_with_transformers(checkpoint: Path, out: Path) -> tuple[str, float]:
-    """Open the weights of a checkpoint in transformers; return by which folder, and the difference of the logits."""
+    """Open the weights of a checkpoint in transformers.
+
+    Returns:
+        By which folder, and the difference of the logits, or of the last hidden states of an encoder.
+    """
     model = checkpoint / "model"
     ours = load_weights(model, SINGLE_RANK).eval()
     opened, part = "folder", ""
@@ -163,11 +188,11 @@ def compare_with_transformers(checkpoint: Path, out: Path) -> tuple[str, float]:
                 layer.router.selection_bias.zero_()
         model = out
     config, raw = read_config(model)[0], read_raw_config(model)
-    kind = language_model_class(config)
+    kind = model_class(config, FAMILIES[config.model_type].encoder)
     if is_composite(raw):
         composite = find_composite(raw)
         opened, kind, part = "multimodal", type(composite.model), composite.head.rpartition(".")[0]
     theirs = kind.from_pretrained(model).eval().get_submodule(part)
     tokens_BS = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    found: list[Tensor] = [each(input_ids=tokens_BS, use_cache=False).logits for each in (ours, theirs)]
+    found: list[Tensor] = [values_of(each(input_ids=tokens_BS, use_cache=False)) for each in (ours, theirs)]
     return opened, float((found[0] - found[1]).abs().max() / found[1].abs().max())

@@ -77,6 +77,18 @@ class FamilyNames(NamedTuple):
     prefix: str = ""
     others: frozenset[str] = frozenset()
 
+    def below(self, prefix: str) -> "FamilyNames":
+        """Return the names where each begins with a prefix: in the files of a model that has this one as a part."""
+        return FamilyNames(
+            {ours: prefix + name for ours, name in self.stored.items()},
+            {ours: prefix + name for ours, name in self.stacked.items()},
+            self.is_complete,
+            frozenset(prefix + name for name in self.transposed),
+            {ours: tuple(p._replace(name=prefix + p.name) for p in each) for ours, each in self.pieces.items()},
+            prefix + self.prefix,
+            frozenset(prefix + name for name in self.others),
+        )
+
 
 NO_NAMES = FamilyNames({}, {}, False)
 

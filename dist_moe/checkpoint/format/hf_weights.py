@@ -8,6 +8,7 @@ cannot express.
 """
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from dist_moe.config import Resolved
 from dist_moe.config.pretrained import OWN_PREFIX
 from dist_moe.engine.optimizer_shards import MASTER
 from dist_moe.families.composite import is_composite, language_model_settings
-from dist_moe.families.model_class import find_language_model_class, is_part
+from dist_moe.families.model_class import find_model_class, is_part, model_class
 from dist_moe.families.registry import family_of
 from dist_moe.files import write_atomically
 from dist_moe.model.build import empty_model, family_rule, materialize, routing_rule
@@ -237,7 +238,7 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
         for layer in find_layers(model)
     }
     wanted, raw = _rank_tensors(model, mesh, folder), read_raw_config(folder)
-    names = names_of(folder, model.config)
+    names, prefix = names_of(folder, model.config), _prefix_in(folder, model.config)
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
     ignored = list(model._keys_to_ignore_on_load_unexpected or ())
     if is_multimodal := is_composite(raw):
@@ -246,9 +247,9 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
         if problem_of(raw) is not None:
             _check_head(model.config, folder)
         else:
-            # A language model, whose head has no place in a model that classifies, and which lacks that one's.
+            # A model without this head, whose own head has no place in a model that classifies.
             del wanted[HEAD_TENSOR]
-            ignored.append(LANGUAGE_MODEL_HEAD)
+            ignored.append(rf"^(?!{re.escape(prefix)})" if prefix else LANGUAGE_MODEL_HEAD)
     return find_sources(folder, parts_in_files(wanted, names), experts, ignored, names, is_multimodal)
 
 
@@ -295,7 +296,7 @@ def build_empty_model(config: PretrainedConfig, rule: Rule, mesh: Mesh, folder: 
 def is_expressible(config: PretrainedConfig, rule: Rule, biased: bool) -> bool:
     """Whether plain `transformers` computes the same routing from the family's own config and weights."""
     family = family_of(config.model_type)
-    if family.feed_forward is not None or has_head(config) or find_language_model_class(config) is None:
+    if family.feed_forward is not None or has_head(config) or find_model_class(config, family.encoder) is None:
         return False
     layout = family_layout(config)
     if layout is not None and not layout.names.is_complete:
@@ -354,9 +355,19 @@ def names_of(folder: Path, config: PretrainedConfig) -> FamilyNames:
     if raw["model_type"].startswith(OWN_PREFIX):
         return NO_NAMES
     try:
-        return family_names(config, raw) or NO_NAMES
+        found = family_names(config, raw) or NO_NAMES
     except ValueError as error:
         raise WeightsError(f"{folder} cannot be used ({error}); give another folder") from None
+    return found.below(_prefix_in(folder, config))
+
+
+def _prefix_in(folder: Path, config: PretrainedConfig) -> str:
+    """Return what the names of an encoder begin with in a folder of transformers: not empty in one with any head."""
+    family = family_of(config.model_type)
+    if not family.encoder or not family.is_probed or _has_own_type(folder):
+        return ""
+    prefix = f"{model_class(config, is_encoder=True).base_model_prefix}."
+    return prefix if any(name.startswith(prefix) for name in read_headers(folder)) else ""
 
 
 def _has_own_type(folder: Path) -> bool:

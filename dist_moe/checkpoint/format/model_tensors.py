@@ -18,7 +18,7 @@ from dist_moe.checkpoint.format.family_names import NO_NAMES, FamilyNames, Shape
 from dist_moe.comm.mesh import Mesh
 from dist_moe.engine.optimizer_shards import ParameterSlice
 from dist_moe.families.composite import find_composite, is_composite
-from dist_moe.families.model_class import find_language_model_class, language_model_class
+from dist_moe.families.model_class import find_model_class
 from dist_moe.families.registry import family_of
 from dist_moe.model.build import empty_model, family_rule
 from dist_moe.model.convert import MoeLayer, find_layers
@@ -167,10 +167,11 @@ def _family_layout(architecture: str, settings_json: str) -> FamilyLayout:
     config = AutoConfig.for_model(architecture, **json.loads(settings_json))
     model, shapes, stacks = _described(config)
     has_biases = len(stored_biases(model, own_type=False)) == len(find_layers(model))
-    if find_language_model_class(config) is None:  # no folder of transformers has this model alone
+    kind = find_model_class(config, family_of(architecture).encoder)
+    if kind is None:  # no folder of transformers has this model alone
         return FamilyLayout(NO_NAMES, has_biases)
     with torch.device("meta"):
-        theirs: PreTrainedModel = language_model_class(config)._from_config(config)
+        theirs: PreTrainedModel = kind._from_config(config)
     return FamilyLayout(find_names(theirs, shapes, stacks), has_biases)
 
 

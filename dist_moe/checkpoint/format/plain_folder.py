@@ -15,10 +15,10 @@ from dist_moe.checkpoint.format.shard_reader import ShardReader
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
 from dist_moe.config.model import known_keys
 from dist_moe.families.composite import find_composite
-from dist_moe.families.model_class import find_language_model_class, language_model_class
+from dist_moe.families.model_class import find_model_class, model_class
 from dist_moe.families.registry import family_of
 from dist_moe.model.build import family_rule
-from dist_moe.model.head import has_head
+from dist_moe.model.head import attach_head, has_head
 from dist_moe.moe.select import Rule
 from dist_moe.text import listed
 
@@ -55,14 +55,21 @@ def write_plain(model: Path, out: Path, dtype: str, masters: ShardReader | None,
             tensors[name] = tensor.to(stored_dtype)
     if whole is None:
         generation = GenerationConfig.from_model_config(config)
-        write_by_class(language_model_class(config), config, tensors, stored_dtype, generation, out)
+        kind = model_class(config, family_of(config.model_type).encoder)
+        write_by_class(kind, config, tensors, stored_dtype, generation, out, headed=has_head(config))
     else:
         _write_composite(whole, config, tensors, stored_dtype, out)
     return any(bool(layer.router.selection_bias.any()) for layer in left_out)
 
 
 def write_by_class(
-    kind: Any, config: PretrainedConfig, state: dict[str, Tensor], dtype: torch.dtype | str, generation: Any, out: Path
+    kind: Any,
+    config: PretrainedConfig,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | str,
+    generation: Any,
+    out: Path,
+    headed: bool = False,
 ) -> None:
     """Write the folder that a class of transformers saves.
 
@@ -73,12 +80,15 @@ def write_by_class(
         dtype: What config.json names.
         generation: The settings of generation; None for none.
         out: The folder. Weights that it has are replaced.
+        headed: Whether the head of this package is added, which the class does not read.
 
     Raises:
         CheckpointError: The state lacks a tensor.
     """
     with torch.device("meta"):
         model: PreTrainedModel = kind._from_config(config)
+        if headed:
+            attach_head(model)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     if missing := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
@@ -136,13 +146,13 @@ def _check_same_model(whole: Path, config: PretrainedConfig) -> None:
 def _check_plain(config: PretrainedConfig, rule: Rule, model: Path, whole: Path | None) -> None:
     """Raise CheckpointError where the class of transformers would compute something else."""
     family = family_of(config.model_type)
-    if whole is None and find_language_model_class(config) is None:
+    if whole is None and find_model_class(config, family.encoder) is None:
         raise CheckpointError(
             f"transformers has the {config.model_type} of {model} only as a part of a multimodal model, whose other "
             "weights --plain takes from the folder of model.pretrained, which cannot be read or is not that of one; "
             "restore it, or leave out --plain"
         )
-    if family.feed_forward is not None or has_head(config):
+    if family.feed_forward is not None or (has_head(config) and not family.encoder):
         raise CheckpointError(
             f"transformers has no class for the {config.model_type} of {model}; export without --plain"
         )

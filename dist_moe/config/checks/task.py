@@ -1,7 +1,9 @@
 """What the section `task` asks for that does not go together."""
 
+from dist_moe.config.pretrained import weights_source
 from dist_moe.config.schema import Config
 from dist_moe.errors import Violation
+from dist_moe.families.record import Family
 from dist_moe.text import counted, listed
 
 
@@ -26,3 +28,15 @@ def task_violations(config: Config) -> list[Violation]:
             rule = f"has {counted(len(weights), 'weight')} for {len(labels)} classes"
             found.append(Violation("task.class_weights", weights, rule, "give one weight for each class"))
     return found
+
+
+def encoder_violations(config: Config, family: Family) -> list[Violation]:
+    """What an encoder cannot be trained for."""
+    source = weights_source(config.model)
+    is_gone = source.value is not None and not source.exists()
+    if not family.encoder or is_gone or config.task.kind != "language_model":
+        return []
+    key, value = (source.key, source.value) if source.exists() else ("model.architecture", config.model.architecture)
+    rule = f"is an encoder ({family.architecture}): its tokens see later ones, so it has no next-token loss"
+    decoder = "a qwen3_moe" if family.feed_forward is None else "a llama or a qwen3"
+    return [Violation(key, value, rule, f"use a decoder, such as {decoder}, or set task.kind=classification")]

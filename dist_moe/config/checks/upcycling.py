@@ -89,16 +89,3 @@ def _layer_violations(model: ModelConfig, depth: Any) -> list[Violation]:
     if named is not None and len(set(named)) < len(named):
         violations.append(Violation("model.upcycle_layers", named, "names a layer twice", "name each once"))
     return violations
-
-
-def encoder_violations(config: Config, family: Family) -> list[Violation]:
-    """What an encoder cannot be trained for."""
-    source = weights_source(config.model)
-    if not family.encoder or not source.exists() or config.task.kind != "language_model":
-        return []
-    rule = f"is a {family.architecture}, an encoder: its tokens see later ones, so it has no next-token loss"
-    return [
-        Violation(
-            source.key, source.value, rule, "use a decoder, such as a llama or a qwen3, or set task.kind=classification"
-        )
-    ]

@@ -144,7 +144,7 @@ def test_an_encoder_has_no_next_token_loss(tmp_path: Path) -> None:
     folder = write(tmp_path / "dense", model_type="bert")
     for value in (folder, "minilm"):
         (found,) = violations(made(value, "model.architecture=bert")).values()
-        assert "is a bert, an encoder: its tokens see later ones, so it has no next-token loss" in str(found)
+        assert "is an encoder (bert): its tokens see later ones, so it has no next-token loss" in str(found)
 
 
 UPCYCLED = {"model_type": "dist_moe_llama", "num_experts": 4, "num_experts_per_tok": 1, "moe_layers": [3]}

@@ -35,6 +35,23 @@ BERT: dict[str, Any] = {
     "pad_token_id": None,
 }
 """An encoder, whose feed-forward networks are MoE blocks."""
+PRIVACY_FILTER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 4,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+"""An encoder of MoE models, whose tokens see those before and after them within a window."""
+ENCODERS = {"bert": BERT, "openai_privacy_filter": PRIVACY_FILTER}
 ONE = torch.tensor(1.0)
 
 
@@ -44,8 +61,8 @@ def make_task(
     """A small model with a head."""
     task = TaskConfig(kind=kind, pooling=pooling)  # type: ignore[arg-type]
     keys = {**head_settings(task, LABELS), "initializer_range": 0.3}
-    if architecture == "bert":
-        model = build_model(architecture, {**BERT, **keys}, "softmax", Mesh(1, 0, 1), seed=0)
+    if architecture in ENCODERS:
+        model = build_model(architecture, {**ENCODERS[architecture], **keys}, "softmax", Mesh(1, 0, 1), seed=0)
     else:
         model = small_model(architecture, **keys)
     return ClassificationTask(model, **settings)
@@ -68,7 +85,7 @@ def row(batch: LabeledInputs, index: int) -> LabeledInputs:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
-@pytest.mark.parametrize("architecture", [*FAMILIES, "bert"])
+@pytest.mark.parametrize("architecture", [*FAMILIES, *ENCODERS])
 def test_trap_T04_padding_changes_nothing(architecture: str, pooling: str) -> None:
     """Neither the outputs, nor the gradient, nor the counts of the routing."""
     task = make_task(architecture, pooling)
