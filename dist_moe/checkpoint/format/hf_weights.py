@@ -54,6 +54,8 @@ from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, describe_head,
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
 
+SECTION, TARGET = "dist_moe", "target_experts_per_token"
+"""Of config.json: what the family's own fields cannot express; in it, what the threshold is controlled to."""
 # The names of selection rules in config.json; "forced" is random routing, by its name in the first version.
 RULES: dict[str, type[Rule]] = {
     "top_k": TopK,
@@ -126,7 +128,8 @@ def config_files(model: PreTrainedModel, balanced: bool) -> dict[str, str]:
     raw["dtype"] = str(model.dtype).removeprefix("torch.")
     if _needs_own_type(model, layers, balanced):
         raw["model_type"] = OWN_PREFIX + model.config.model_type
-        raw["dist_moe"] = _rule_overrides(model.config, rule)
+        target = layers[0].router.target_experts_per_token
+        raw[SECTION] = _rule_overrides(model.config, rule) | ({} if target is None else {TARGET: target})
     generation = GenerationConfig.from_model_config(model.config)
     return {
         "config.json": json.dumps(raw, indent=2, sort_keys=True) + "\n",
@@ -315,7 +318,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
         WeightsError: It is missing or invalid, or of an unknown family.
     """
     raw = read_raw_config(folder)
-    overrides = raw.pop("dist_moe", {})
+    overrides = {name: value for name, value in raw.pop(SECTION, {}).items() if name != TARGET}
     try:
         raw = language_model_settings(raw)
         model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)

@@ -1,6 +1,7 @@
 """`route` changes which experts tokens take, and nothing else of what a family computes."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import dist_moe
+from dist_moe.checkpoint.errors import WeightsError
+from dist_moe.checkpoint.format.hf_folder import read_raw_config
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, ThresholdRouting, TopK
 from dist_moe.probe.layers import find_layers
@@ -174,6 +177,21 @@ def test_its_own_save_pretrained_writes_what_is_opened_again(tmp_path: Path, cap
     same.save_pretrained(tmp_path / "same")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "same")
     assert torch.allclose(logits_of(plain), logits_of(same), atol=1e-5)
+
+
+def test_the_target_of_the_threshold_is_in_the_folder(tmp_path: Path) -> None:
+    model: Any = dist_moe.route(make_model(), threshold=0.5, target_experts_per_token=2.5)
+    model.save_pretrained(tmp_path)
+    opened = dist_moe.from_pretrained(tmp_path)
+    assert [router.target_experts_per_token for router in routers(opened)] == [2.5] * len(routers(model))
+    opened.save_pretrained(tmp_path / "again")
+    assert read_raw_config(tmp_path / "again")["dist_moe"]["target_experts_per_token"] == 2.5
+    raw = read_raw_config(tmp_path)
+    for wrong in (0, 99, "two", True, float("nan")):
+        raw["dist_moe"]["target_experts_per_token"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(WeightsError, match=rf"per_token=.*not a number of experts of {EXPERTS}; correct it"):
+            dist_moe.from_pretrained(tmp_path)
 
 
 def test_a_copy_saves_itself(tmp_path: Path) -> None:
