@@ -318,12 +318,12 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Rule]:
         WeightsError: It is missing or invalid, or of an unknown family.
     """
     raw = read_raw_config(folder)
-    overrides = {name: value for name, value in raw.pop(SECTION, {}).items() if name != TARGET}
+    overrides = raw.pop(SECTION, {})
     try:
         raw = language_model_settings(raw)
         model_type = raw.pop("model_type").removeprefix(OWN_PREFIX)
         family = family_of(model_type)
-        overrides = {EARLIER_FIELDS.get(name, name): value for name, value in overrides.items()}
+        overrides = {EARLIER_FIELDS.get(name, name): value for name, value in overrides.items() if name != TARGET}
         config = CONFIG_MAPPING[model_type].from_dict(PretrainedConfig._decode_special_floats(raw))
         kind = RULES[overrides.pop("selection", "top_k")]
         if kind is not TopK:
