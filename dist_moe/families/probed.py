@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -16,10 +17,28 @@ from dist_moe.families.record import Family
 RECORDS = "records.json"
 
 
-def read_records() -> dict[str, Family]:
-    """Return the families by architecture."""
+SINCE = "since"
+"""Key of a record with the version of transformers that it was made with, where the pinned one has no such family."""
+
+
+def read_records(transformers: str | None = None) -> dict[str, Family]:
+    """Return the families by architecture.
+
+    Args:
+        transformers: A version, whose families are returned; None for the installed one.
+    """
+    present = release(transformers or version("transformers"))
     records = json.loads(files("dist_moe.families").joinpath(RECORDS).read_text(encoding="utf-8"))
-    return {architecture: _make_family(architecture, dict(values)) for architecture, values in records.items()}
+    found = {}
+    for architecture, values in records.items():
+        if release(values.pop(SINCE, "0.0")) <= present:
+            found[architecture] = _make_family(architecture, values)
+    return found
+
+
+def release(text: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(number) for number in text.split(".")[:2])
 
 
 def _make_family(architecture: str, values: dict[str, Any]) -> Family:

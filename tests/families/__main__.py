@@ -2,8 +2,9 @@
 
 Usage: python -m tests.families [FAMILY]... [--check] [--only=balance|route|train]
 
-The result of a version is in tests/families/results/VERSION.json; docs/families.md is written from all of them. With
-the pinned version, dist_moe/families/records.json is written first. With families, only these are tried again. With
+The result of a version is in tests/families/results/VERSION.json; docs/families.md is written from all of them.
+dist_moe/families/records.json is written first: with the pinned version the records of its families, with another one
+those of families that the pinned one has no record of. With families, only these are tried again. With
 --check, nothing is written, and a family that works in the file and does not work now, or has another record, is an
 error. With --only, the other columns stay as they are.
 """
@@ -14,7 +15,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
     names, check = [each for each in arguments if not each.startswith("--")] or list(families()), "--check" in arguments
     only = next((each.partition("=")[2] for each in arguments if each.startswith("--only=")), "")
     worse = 0
-    if transformers.__version__ == PINNED and not only:
+    if not only:
         worse = check_records(names) if check else write_records(names)
     path = RESULTS / f"{transformers.__version__}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -75,12 +76,14 @@ def main(arguments: list[str]) -> int:
 
 
 def write_records(names: list[str]) -> int:
-    """Write the records of these families; those of the others stay."""
+    """Write the records of these families; those of the others stay, with a newer version those of the pinned one."""
     records = json.loads(RECORDS.read_text())
-    for name in names:
-        made = _record_of(name)
-        if made is not None:
-            records[made.pop("model_type")] = made
+    for model_type, made in _records_of(names):
+        known = records.get(model_type, {})
+        if transformers.__version__ == PINNED:
+            records[model_type] = made
+        elif not known or probed.SINCE in known:
+            records[model_type] = made | {probed.SINCE: known.get(probed.SINCE, transformers.__version__)}
     RECORDS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
     new = {name: family for name, family in probed.read_records().items() if name not in FAMILIES}
     for known in (FAMILIES, ARCHITECTURES):
@@ -91,21 +94,25 @@ def write_records(names: list[str]) -> int:
 def check_records(names: list[str]) -> int:
     """Return how many families have another record now."""
     records, different = json.loads(RECORDS.read_text()), 0
-    for name in names:
-        made = _record_of(name)
-        if made is not None and records.get(made.pop("model_type")) != made:
-            print(f"{name} has another record now: {made}; run make families", file=sys.stderr)
+    for model_type, made in _records_of(names):
+        known = records.get(model_type, {})
+        is_of_version = transformers.__version__ == PINNED or not known or probed.SINCE in known
+        if is_of_version and {key: value for key, value in known.items() if key != probed.SINCE} != made:
+            print(f"{model_type} has another record now: {made}; run make families", file=sys.stderr)
             different += 1
     return different
 
 
-def _record_of(name: str) -> dict[str, Any] | None:
-    try:
-        made = make_record(name)
-    except Exception:  # models of another library raise errors of any type; training says which
-        return None
-    is_written = made["model_type"] in FAMILIES and not FAMILIES[made["model_type"]].is_probed
-    return None if is_written else {key: value for key, value in made.items() if value is not None}
+def _records_of(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the architecture and the record of each family that has one by program."""
+    for name in names:
+        try:
+            made = make_record(name)
+        except Exception:  # models of another library raise errors of any type; training says which
+            continue
+        model_type = made.pop("model_type")
+        if model_type not in FAMILIES or FAMILIES[model_type].is_probed:
+            yield model_type, {key: value for key, value in made.items() if value is not None}
 
 
 def _tried(kind: type[Result], attempt: Callable[[], Result]) -> Result:
