@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dist_moe.moe.router import Router
 from dist_moe.probe.layers import find_layers
 from dist_moe.probe.own_bias import find_own_bias
 
@@ -149,3 +150,15 @@ def signs(counts: list[int]) -> Tensor:
 def hooks_of(model: nn.Module) -> list[dict[int, Any]]:
     """The hooks of every module of a model."""
     return [value for module in model.modules() for key, value in vars(module).items() if key.endswith("_hooks")]
+
+
+def logits_of(model: Any, seed: int = 0) -> Tensor:
+    """In evaluation mode."""
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=tokens(seed)).logits
+    return logits
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of a routed model."""
+    return [module for module in model.modules() if isinstance(module, Router)]

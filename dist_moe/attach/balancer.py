@@ -30,7 +30,7 @@ from dist_moe.probe.layers import (
     inner_model,
     repeats_tokens,
 )
-from dist_moe.probe.routed_layers import find_routed_layers
+from dist_moe.probe.routed_layers import unify_layers
 from dist_moe.probe.router_probe import BiasPlace
 from dist_moe.section import broken_fields
 from dist_moe.text import counted, listed
@@ -119,7 +119,7 @@ class Balancer:
         inner = inner_model(model)
         self._states: dict[str, LayerState | RouterState] = {}
         self.layers: list[Layer] = []
-        for layer in find_routed_layers(inner):
+        for layer in unify_layers(inner):
             try:
                 state = _make_state(layer, expert_groups(inner))
             except UserError as error:

@@ -18,7 +18,13 @@ from dist_moe.checkpoint.format.hf_folder import read_headers, read_raw_config
 from dist_moe.checkpoint.format.layout import PARTIAL, resolve_path
 from dist_moe.checkpoint.format.manifest import MANIFEST_NAME, find_damage, read_manifest
 from dist_moe.checkpoint.format.shard_reader import ShardReader
-from dist_moe.checkpoint.format.tensor_header import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, read_header
+from dist_moe.checkpoint.format.tensor_header import (
+    DTYPE_BYTES,
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    StoredTensor,
+    read_header,
+)
 from dist_moe.checkpoint.inspect import BIAS_PATTERN
 from dist_moe.config import load_stored_config
 from dist_moe.data.cache import file_sha256
@@ -177,6 +183,8 @@ def _target_dtype(stored: StoredTensor, dtype: Dtype) -> str:
     """The dtype in which a tensor is written, by safetensors' name."""
     # A selection bias in bf16 would lose the 0.001 that one step adds to it.
     if dtype == "keep" or BIAS_PATTERN.fullmatch(stored.name) or stored.name.endswith(".threshold"):
+        return stored.dtype
+    if stored.dtype in INTEGER_DTYPES:  # of a table
         return stored.dtype
     if stored.dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{stored.name!a} is {stored.dtype}, not {', '.join(FLOAT_DTYPES)}; use --dtype keep")

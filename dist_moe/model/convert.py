@@ -15,8 +15,7 @@ from dist_moe.errors import UserError
 from dist_moe.families.record import Family, FeedForward
 from dist_moe.model.early_call import EarlyCall
 from dist_moe.model.family.experts import FamilyExperts, check_experts, is_swiglu
-from dist_moe.model.family.hash_router import HashRouter
-from dist_moe.model.family.router import FamilyRouter
+from dist_moe.model.family.hash_router import make_router
 from dist_moe.model.upcycled_block import UpcycledBlock, make_experts, replace_feed_forward
 from dist_moe.moe.experts import GroupedExperts
 from dist_moe.moe.layer import ExpertParallelLayer
@@ -25,7 +24,7 @@ from dist_moe.moe.select import Rule, TopK
 from dist_moe.probe.layers import expert_groups, replace_child
 from dist_moe.probe.layers import find_layers as find_experts
 from dist_moe.probe.own_bias import find_own_bias
-from dist_moe.probe.routed_layers import find_routed_layers
+from dist_moe.probe.routed_layers import unify_layers
 from dist_moe.probe.router_probe import Probed, probe_router
 from dist_moe.probe.router_rule import RELATIVE
 
@@ -118,7 +117,7 @@ def _convert_probed(
     groups, converted = expert_groups(model), []
     recorded = recorded_rule(family, model.config)
     remove_unreached(model, family.untrained)
-    for found in find_routed_layers(model):
+    for found in unify_layers(model):
         own = find_own_bias(found)
         try:
             probed = probe_router(found, own, groups)
@@ -131,11 +130,9 @@ def _convert_probed(
         experts = probed.num_experts
         with next(found.experts.parameters()).device:
             local = make_local(found.experts, len(mesh.local_experts(experts)), kernels)
-            if probed.table is not None:
-                router: FamilyRouter = HashRouter(found.router, probed, rule)
-            else:
-                layer_rule = _rule_of_layer(family, found.name, rule, recorded, probed)
-                router = FamilyRouter(found.router, probed, layer_rule, own)
+            # A table has no rule that could be compared with the record.
+            layer_rule = rule if probed.table else _rule_of_layer(family, found.name, rule, recorded, probed)
+            router = make_router(found.router, probed, layer_rule, own)
             layer = ExpertParallelLayer(local, experts, mesh, kernels=kernels)
         for part, module in ((found.router, router), (found.experts, layer)):
             replace_child(found, part, module)

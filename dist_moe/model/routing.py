@@ -81,22 +81,31 @@ def routing_loss(
         sequences: Number of sequences (B) in the micro-batch.
 
     Returns:
-        A scalar with the graph.
+        A scalar with the graph; 0 without one where no loss is of this layer, as a balance loss of fixed experts.
     """
     shares_TE = gate_shares(gate_scores(record.logits_TE, router.rule.score))
     terms = []
-    if losses.balance and router.is_fixed:
-        pass  # a loss would change gate weights, and move no token
-    elif losses.balance and losses.scope == "sequence":
-        terms.append(losses.balance * sequence_balance_loss(shares_TE, unbiased_ids(router, record), sequences))
-    elif losses.balance:
-        load_E = layer_counts.load_E if losses.scope == "micro_batch" else router.last_load
-        terms.append(losses.balance * balance_loss(shares_TE, load_fractions(load_E), record.mask_T))
+    if losses.balance and not router.is_fixed:
+        terms.append(losses.balance * _balance_loss(losses, router, record, layer_counts, shares_TE, sequences))
     if losses.z:
         terms.append(losses.z * z_loss(record.logits_TE, record.mask_T))
     if losses.entropy:
         terms.append(losses.entropy * entropy_loss(shares_TE, record.mask_T))
     return torch.stack(terms).sum() if terms else record.logits_TE.new_zeros(())
+
+
+def _balance_loss(
+    losses: RoutingLosses,
+    router: Router,
+    record: RouterRecord,
+    layer_counts: RoutingCounts,
+    shares_TE: Tensor,
+    sequences: int,
+) -> Tensor:
+    if losses.scope == "sequence":
+        return sequence_balance_loss(shares_TE, unbiased_ids(router, record), sequences)
+    load_E = layer_counts.load_E if losses.scope == "micro_batch" else router.last_load
+    return balance_loss(shares_TE, load_fractions(load_E), record.mask_T)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Blocks that select the experts themselves, from the logits of a linear layer (Jamba): the router does it then."""
+"""Blocks that select the experts themselves, from the logits of a linear layer (Jamba): their routers then select."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -10,7 +10,7 @@ from torch import nn
 
 
 class InPlace(nn.Module):
-    """Base of the classes that are put before the class of a module; copies and pickles of it have them, too."""
+    """Base of the classes that are put before the class of a module; copies and pickles of a module have them, too."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)

@@ -1,18 +1,18 @@
-"""Finds the MoE layers of a model, and lets those whose block does a part of the routing be called as others are."""
+"""The common form of MoE layers, into which those whose block does a part of the routing are brought in place."""
 
 from torch import nn
 
 from dist_moe.probe.block_selection import move_selection
 from dist_moe.probe.layers import FoundLayer, find_layers
-from dist_moe.probe.weighted_inputs import take_experts
+from dist_moe.probe.weighted_inputs import exchange_selected_experts
 
 
-def find_routed_layers(model: nn.Module) -> list[FoundLayer]:
-    """Find the MoE layers of a model, in its order.
+def unify_layers(model: nn.Module) -> list[FoundLayer]:
+    """Bring the MoE layers of a model into the common form, and return them in its order.
 
-    Their routers then return logits, gate weights and ids, and their experts are called with (hidden states, ids, gate
-    weights), unless a block is of a kind that is not known. Where that was otherwise, the classes of modules are
-    changed in place; what the model computes, and its names and tensors, stay the same.
+    In that form a router returns logits, gate weights and ids, and experts are called with (hidden states, ids, gate
+    weights). Modules of other layers get other classes, in place; what the model computes, and its names and tensors,
+    stay the same. Blocks of an unknown kind are not changed.
 
     Args:
         model: Of any class, without the wrappers of other frameworks.
@@ -23,5 +23,5 @@ def find_routed_layers(model: nn.Module) -> list[FoundLayer]:
     layers = find_layers(model)
     for layer in layers:
         move_selection(layer)
-        take_experts(layer)
+        exchange_selected_experts(layer)
     return layers

@@ -91,7 +91,7 @@ class RouterCopy:
                 holder.data = bias_E.expand(holder.numel()).reshape(holder.shape)
         parameters = list(inspect.signature(self._router.forward).parameters.values())[1:]
         if self.table is not None:
-            named[TOKEN_IDS] = torch.arange(TOKENS) % len(self._router.get_buffer(self.table))
+            named[TOKEN_IDS] = self._token_ids(self.table)
         required = [each.name for each in parameters if each.default is each.empty and each.kind not in _ANY_NUMBER]
         if missing := [name for name in required if name not in named]:
             raise UserError(f"the router is called with {', '.join(missing)} besides the hidden states")
@@ -107,6 +107,16 @@ class RouterCopy:
                 handle.remove()
         values = returned if isinstance(returned, tuple | list) else [returned]
         return Call(hidden_TD, values, gate_logits[-1] if gate_logits else None)
+
+    def _token_ids(self, table: str) -> Tensor:
+        return torch.arange(TOKENS) % len(self._router.get_buffer(table))
+
+    def draw_table(self, experts: int) -> Tensor:
+        """Fill the table of the copy with random ids of experts -> those of the tokens of a call [T, K]."""
+        assert self.table is not None
+        table_VK = self._router.get_buffer(self.table)
+        table_VK.copy_(torch.randint(experts, table_VK.shape, generator=torch.Generator().manual_seed(3)))
+        return table_VK[self._token_ids(self.table)].long()
 
     def _run(self, hidden_TD: Tensor, named: dict[str, Tensor]) -> Any:
         errors: list[Exception] = []

@@ -91,8 +91,8 @@ def probe_router(layer: FoundLayer, own: OwnBias | None, groups: Groups = (1, 1)
         groups: Of the configuration of the model.
 
     Raises:
-        UserError: The router is called with more than the hidden states (and, with a table, the ids of the tokens),
-            or its results cannot be identified.
+        UserError: The router is called with more than the hidden states, and with a table the ids of the tokens; or its
+            results cannot be identified.
     """
     copy = RouterCopy(layer.router, own)
     if copy.table is not None:
@@ -123,6 +123,12 @@ def _probe_table(copy: RouterCopy, table: str) -> Probed:
     places = find_places(call)
     sample = _sample(call, places)
     experts, top_k = sample.logits_TE.shape[1], sample.ids_TK.shape[1]
+    drawn_TK = copy.draw_table(experts)
+    again = copy.call(None)
+    if not torch.equal(_sample(again, find_places(again)).ids_TK, drawn_TK):
+        raise UserError(
+            f"the router is called with the ids of the tokens, and its experts are not those of its {table}"
+        )
     reason = "its router takes the experts of a table by the ids of the tokens, which no bias moves"
     return Probed(experts, top_k, places, None, None, reason, table=table)
 

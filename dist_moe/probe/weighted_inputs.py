@@ -28,30 +28,30 @@ class Scores(NamedTuple):
 
     Attributes:
         place: Their place among its two results.
-        taken: K.
+        top_k: K.
         experts: E.
     """
 
     place: int
-    taken: int
+    top_k: int
     experts: int
 
 
-class TakingRouter(InPlace):
+class SparseScoresRouter(InPlace):
     """A router that returned a score of every expert, 0 for those that are not taken; returns (logits, weights, ids).
 
     Attributes:
         scores_place: Where it had the scores among its two results.
-        taken: K.
+        top_k: K.
     """
 
     scores_place: int
-    taken: int
+    top_k: int
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits [T, E], and the gate weights and ids [T, K] of the experts that are taken."""
         returned = super().forward(hidden_TD)
-        weights_TK, ids_TK = returned[self.scores_place].topk(self.taken)
+        weights_TK, ids_TK = returned[self.scores_place].topk(self.top_k)
         return returned[1 - self.scores_place], weights_TK, ids_TK
 
 
@@ -97,7 +97,7 @@ class InputWeightedBlock(InPlace):
         return results_TD, logits_TE
 
 
-def take_experts(layer: FoundLayer) -> None:
+def exchange_selected_experts(layer: FoundLayer) -> None:
     """Let router, experts and block of a layer exchange the experts that are taken, in place.
 
     Blocks of other kinds stay as they are.
@@ -123,7 +123,7 @@ def take_experts(layer: FoundLayer) -> None:
 
 def _change(block: nn.Module, parts: tuple[nn.Module, nn.Module], names: tuple[str, str], scores: Scores) -> None:
     router, experts = parts
-    change_class(router, TakingRouter, scores_place=scores.place, taken=scores.taken)
+    change_class(router, SparseScoresRouter, scores_place=scores.place, top_k=scores.top_k)
     change_class(experts, InputWeightedExperts)
     change_class(block, InputWeightedBlock, router_name=names[0], experts_name=names[1])
 

@@ -14,7 +14,7 @@ from dist_moe.moe.experts import Experts
 from dist_moe.moe.layer import ExpertParallelLayer
 from dist_moe.probe.layers import FoundLayer, expert_groups, inner_model, replace_child
 from dist_moe.probe.own_bias import OwnBias, find_own_bias
-from dist_moe.probe.routed_layers import find_routed_layers
+from dist_moe.probe.routed_layers import unify_layers
 from dist_moe.probe.router_probe import Probed, probe_router
 
 HELD = "held"
@@ -41,7 +41,7 @@ class ReadLayer:
             self.probed: Probed = probe_router(layer, self.own, expert_groups(model))
         except UserError as error:
             raise UserError(
-                f"{layer.name} ({type(layer.router).__name__}): {error}; the model stays as it is"
+                f"{layer.name} ({type(layer.router).__name__}): {error}; the model computes the same as before"
             ) from None
         if not self.is_placed:
             self._check_experts()
@@ -69,7 +69,7 @@ class ReadLayer:
         try:
             check_experts(original, lambda module, experts: make_local(module, experts, "auto"))
         except Exception as error:  # modules of another library raise errors of any type
-            raise UserError(f"{self.layer.name}: {error}; the model stays as it is") from error
+            raise UserError(f"{self.layer.name}: {error}; the model computes the same as before") from error
         for part in (self.layer.router, original):
             if all(child is not part for child in self.layer.block.children()):
                 raise UserError(
@@ -85,7 +85,7 @@ def read_layers(model: nn.Module) -> list[ReadLayer]:
         UserError: One is not known, or the model is in a wrapper, sharded, on the meta device or quantized.
     """
     _check_whole(model)
-    return [ReadLayer(layer, model) for layer in find_routed_layers(model)]
+    return [ReadLayer(layer, model) for layer in unify_layers(model)]
 
 
 def mark_held(name: str, layer: ExpertParallelLayer) -> None:

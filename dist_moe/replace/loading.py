@@ -56,6 +56,8 @@ def _set_target(model: nn.Module, folder: Path) -> None:
     if target is None:
         return
     for layer in find_layers(model):
+        if layer.router.is_fixed:
+            continue
         if type(target) not in (int, float) or not 0 < target <= layer.router.max_experts_per_token:
             raise WeightsError(
                 f"{folder / 'config.json'} has {SECTION}.{TARGET}={target!r}, which is not a number of experts of "

@@ -13,11 +13,11 @@ from dist_moe.config.balancing import selection_violations
 from dist_moe.config.combinations import refusal
 from dist_moe.config.sections.router import RouterConfig
 from dist_moe.errors import UserError
-from dist_moe.model.family.hash_router import HashRouter
-from dist_moe.model.family.router import FamilyRouter
+from dist_moe.families.registry import FAMILIES
+from dist_moe.model.family.hash_router import make_router
 from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, Rule, ThresholdRouting, TopK
-from dist_moe.probe.layers import find_layers, replace_child
+from dist_moe.probe.layers import find_layers, replace_child, text_config
 from dist_moe.replace.experts import ReadLayer, placed_layers, read_layers
 from dist_moe.replace.folder_names import read_folder_names
 from dist_moe.replace.saving import has_known_family, save_by_this_package
@@ -66,7 +66,9 @@ def route(model: Model, selection: Selection = "threshold", **fields: Any) -> Mo
         free = [layer for layer in found if layer.probed.table is None]
         if not free:
             raise UserError(f"no layer can be routed by another rule: {found[0].layer.name}: {found[0].probed.reason}")
-        rules = [_rule(router, _own_rule(layer), layer.probed.num_experts) for layer in free]
+        family = FAMILIES.get(getattr(text_config(model), "model_type", ""))
+        divides = family is not None and family.divides_by_top_k
+        rules = [_rule(router, _own_rule(layer), layer.probed.num_experts, divides) for layer in free]
         for layer, rule in zip(free, rules, strict=True):
             _replace(layer, rule)
         for layer in found:
@@ -127,13 +129,15 @@ def _own_rule(layer: ReadLayer) -> TopK:
     return layer.probed.rule
 
 
-def _rule(router: RouterConfig, own: TopK, experts: int) -> Rule:
+def _rule(router: RouterConfig, own: TopK, experts: int, divides: bool = False) -> Rule:
     """Return the rule of a layer.
 
     Args:
         router: The fields that were given.
         own: The rule of the family's router.
         experts: Of the layer.
+        divides: Whether the family's router divides the gate weights by the number of experts a token takes, by which
+            its block multiplies the result.
 
     Raises:
         UserError: The fields do not fit the layer.
@@ -142,7 +146,7 @@ def _rule(router: RouterConfig, own: TopK, experts: int) -> Rule:
     score = router.score or ("softmax" if router.selection == "threshold" else own.score)
     top_k, max_experts = router.top_k or own.top_k, router.max_experts or experts
     normalize = router.normalize if router.normalize is not None else own.normalize and not varies
-    factor = router.scaling_factor or (1.0 if varies else own.routed_scaling_factor)
+    factor = router.scaling_factor or (1.0 if varies and not divides else own.routed_scaling_factor)
     update = {"score": score, "top_k": top_k, "normalize": normalize, "scaling_factor": factor}
     update |= {"max_experts": max_experts, "groups": 1} if varies else {"groups": own.groups}
     refused = refusal(router.selection, score, POLICY_OF[router.selection])
@@ -169,10 +173,7 @@ def _replace(layer: ReadLayer, rule: Rule) -> None:
     if not layer.is_placed:
         layer.place_experts(SINGLE_RANK)
     with next(found.router.parameters()).device:
-        if layer.probed.table is not None:
-            router: FamilyRouter = HashRouter(found.router, layer.probed, rule)
-        else:
-            router = FamilyRouter(found.router, layer.probed, rule, layer.own)
+        router = make_router(found.router, layer.probed, rule, layer.own)
     if bias_E is not None and isinstance(rule, TopK):
         router.selection_bias.copy_(bias_E)
     router.train(found.router.training)

@@ -120,8 +120,9 @@ def _check_savable(model: PreTrainedModel) -> None:
         )
     if not has_known_family(model):
         raise UserError(
-            f"a {type(model).__name__} ({model.config.model_type}) cannot be saved with this routing, since dist-moe "
-            "train does not train it (docs/families.md); save model.state_dict()"
+            f"the {model.config.model_type} cannot be saved with this routing, since dist-moe train does not train its "
+            f"class {type(model).__name__} (docs/families.md: encoders are trained as base models, others as language "
+            "models); route that class, or save model.state_dict()"
         )
 
 

@@ -36,7 +36,8 @@ the families in `dist_moe/families/records.json`: it builds a small model of eac
   hold several documents, which do not see each other; *one a row*: the layers of the family compute across documents,
   or by the place of a token in its row, so each is given a row of its own.
 
-MaxVio: in the first step and on average over the last five. The sampling floor of a step is {floor:.2f}.
+MaxVio: in the first step and on average over the last five; of balance and route, of the layers whose experts a bias
+moves. The sampling floor of a step is {floor:.2f}.
 """
 
 

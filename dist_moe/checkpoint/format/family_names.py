@@ -44,7 +44,9 @@ class Piece(NamedTuple):
         expert: Its index in that tensor, if that has the rows of all experts.
         start: The first row.
         rows: How many.
-        row_in_file: The row of the tensor in the files that this one is, where others belong to other tensors.
+        row_in_file: The row of the tensor in the files that this one is, where others belong to other tensors; None
+            where all belong to this one.
+        rows_in_file: The rows of that tensor; 0 without `row_in_file`.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Piece(NamedTuple):
     start: int
     rows: int
     row_in_file: int | None = None
+    rows_in_file: int = 0
 
 
 class FamilyNames(NamedTuple):
@@ -164,7 +167,7 @@ class _Found:
                 self._read_one(numbers[0], name, tensor)
             elif tensor.ndim > 1 and len(numbers) == len(tensor):
                 for index, part in enumerate(tensor):
-                    self._read_part(_numbers(part), name, index, part)
+                    self._read_part(_numbers(part), name, index, part, len(tensor))
         whole = {name: pieces for name in self.pieces if (pieces := self._all_pieces(name))}
         return FamilyNames(
             self.stored,
@@ -188,11 +191,11 @@ class _Found:
         if int(tensor[0, -1]) % ROWS > 0 if is_square else shape != small:
             self.transposed.add(name)
 
-    def _read_part(self, numbers: tuple[int, ...], name: str, index: int, part: Tensor) -> None:
+    def _read_part(self, numbers: tuple[int, ...], name: str, index: int, part: Tensor, parts: int) -> None:
         """Note whose rows are at an index of a tensor: those of an expert, or the only row of a tensor of one row."""
         ours = self.of_number.get(numbers[0])
         if ours is not None and self.small[ours] == (1, *part.shape):
-            self.pieces.setdefault(ours, []).append((0, 1, Piece(name, None, 0, 1, index)))
+            self.pieces.setdefault(ours, []).append((0, 1, Piece(name, None, 0, 1, index, parts)))
         elif ours is not None:
             self._read_piece(numbers, name, index, part)
 

@@ -176,10 +176,11 @@ def find_sources(
     sources_of_all = {name: _find_source(stored, name, pieces) for name in all_experts}
     missing = sorted({*wanted, *(name for name, source in sources_of_all.items() if source is None)} - set(sources))
     used = {source.stored.name for source in (*sources.values(), *sources_of_all.values()) if source is not None}
+    known = used | names.others
     others = (
         name
         for name, tensor in stored.items()
-        if tensor.name not in used | names.others
+        if tensor.name not in known
         and not any(re.search(each, found) for each in ignored for found in (name, tensor.name))
         if not has_others or tensor.name.startswith(names.prefix)
     )
@@ -246,9 +247,12 @@ def _find_source(stored: Mapping[str, StoredTensor], name: str, pieces: Mapping[
 
 
 def _source_of_piece(stored: Mapping[str, StoredTensor], piece: Piece) -> TensorSource | None:
-    if piece.name not in stored or (piece.row_in_file or 0) >= (*stored[piece.name].shape, 1)[0]:
+    if piece.name not in stored:
         return None
-    return TensorSource(stored[piece.name], piece.expert, row=piece.row_in_file)
+    tensor = stored[piece.name]
+    if piece.row_in_file is not None and tensor.shape[:1] != (piece.rows_in_file,):
+        return None
+    return TensorSource(tensor, piece.expert, row=piece.row_in_file)
 
 
 def _is_fused_of(name: str, experts: Mapping[str, LayerExperts]) -> bool:

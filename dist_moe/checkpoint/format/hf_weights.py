@@ -54,8 +54,7 @@ from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, describe_head,
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
 
-SECTION, TARGET = "dist_moe", "target_experts_per_token"
-"""Of config.json: what the family's own fields cannot express; in it, what the threshold is controlled to."""
+SECTION, TARGET = "dist_moe", "target_experts_per_token"  # keys of config.json
 # The names of selection rules in config.json; "forced" is random routing, by its name in the first version.
 RULES: dict[str, type[Rule]] = {
     "top_k": TopK,
@@ -252,7 +251,8 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
         else:
             # A model without this head, whose own head has no place in a model that classifies.
             del wanted[HEAD_TENSOR]
-            ignored.append(rf"^(?!{re.escape(prefix)})" if prefix else LANGUAGE_MODEL_HEAD)
+            ignored.append(LANGUAGE_MODEL_HEAD)
+    ignored += [rf"^(?!{re.escape(prefix)})"] if prefix else []  # the head of a class of transformers
     return find_sources(folder, parts_in_files(wanted, names), experts, ignored, names, is_multimodal)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dist_moe.model.family.router import FamilyRouter
 from dist_moe.moe.records import Routing
 from dist_moe.moe.select import Rule
+from dist_moe.probe.own_bias import OwnBias
 from dist_moe.probe.router_probe import Probed, Results
 
 
@@ -26,6 +27,11 @@ class HashRouter(FamilyRouter):
 
     def __init__(self, original: nn.Module, probed: Probed, rule: Rule) -> None:
         super().__init__(original, probed, rule, None)
+
+    def set_rule(self, rule: Rule) -> None:
+        """Note the rule of the other layers; this one has no threshold."""
+        super().set_rule(rule)
+        self.threshold = None
 
     @property
     def is_fixed(self) -> bool:
@@ -72,3 +78,10 @@ class HashRouter(FamilyRouter):
     def _route_results(self, results: Results) -> Routing:
         assert results.logits_TE is not None
         return self._record_routing(results.logits_TE, Routing(results.ids_TK.long(), results.weights_TK))
+
+
+def make_router(original: nn.Module, probed: Probed, rule: Rule, own: OwnBias | None) -> FamilyRouter:
+    """Make the router that takes the place of a family's own one; as of `FamilyRouter`."""
+    if probed.table is not None:
+        return HashRouter(original, probed, rule)
+    return FamilyRouter(original, probed, rule, own)

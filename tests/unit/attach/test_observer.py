@@ -12,7 +12,7 @@ from dist_moe.attach.state import LayerState
 from dist_moe.balancing.margins import BINS
 from dist_moe.errors import UserError
 from dist_moe.probe.layers import find_layers
-from dist_moe.probe.routed_layers import find_routed_layers
+from dist_moe.probe.routed_layers import unify_layers
 from tests.attached import EXPERTS, FAMILIES, Received, added, make_model, tokens, train_on
 
 
@@ -21,7 +21,7 @@ class Watched:
 
     def __init__(self, family: str = "qwen3_moe", margins: bool = False, **changes: Any) -> None:
         self.model: Any = make_model(family, **changes)
-        self.states = {layer.name: LayerState(layer) for layer in find_routed_layers(self.model)}
+        self.states = {layer.name: LayerState(layer) for layer in unify_layers(self.model)}
         for state in self.states.values():
             state.selects = state.probed.bias == "ours"
         self.observer = Observer(self.model.get_submodule("model"), self.states, margins)

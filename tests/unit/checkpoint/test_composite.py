@@ -148,6 +148,13 @@ def test_trap_T119_experts_for_images_stay_in_the_folder_and_their_biases_are_no
     assert len(images) == 2 * 8 * 3 and all(torch.equal(before[name], after[name]) for name in images)
 
 
+def test_trap_T119_biases_of_another_number_of_kinds_are_refused(tmp_path: Path) -> None:
+    write_composite("ernie4_5_vl_moe", tmp_path)
+    rewrite(tmp_path, lambda name, tensor: (name, torch.zeros(3, 8) if "correction" in name else tensor))
+    with pytest.raises(WeightsError, match=r"missing \['model.layers.1.mlp.text_moe.gate.moe_statics"):
+        load_weights(tmp_path, ALONE)
+
+
 def test_tensors_of_other_modalities_may_be_anything_and_those_of_the_layers_may_not(tmp_path: Path) -> None:
     write_composite("qwen3_vl_moe", tmp_path)
     rewrite(tmp_path, lambda name, tensor: None if ".visual.blocks." in name else (name, tensor))

@@ -20,7 +20,7 @@ from dist_moe.moe.select import TopK
 from tests.families.small import small_config
 from tests.family_models import ALONE, COVERING, converted, difference, logits, random_model
 
-STACKED = ("granitemoe", "gpt_oss", "gemma4", "mistral4", "hy_v4", "openai_privacy_filter")
+STACKED = ("granitemoe", "gpt_oss", "gemma4", "llama4", "mistral4", "hy_v4", "openai_privacy_filter")
 SAME = 2e-5
 
 

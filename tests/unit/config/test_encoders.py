@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+import dist_moe
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Config, resolve
 from dist_moe.model.build import build_model, routing_rule
 from dist_moe.model.convert import find_layers
-from tests.families.small import build, small_config
+from tests.families.small import TOP_K, build, small_config
 from tests.families.trained import settings_of
 from tests.family_models import difference, logits
 from tests.unit.config.files import debug, violations
@@ -67,3 +68,11 @@ def test_trap_T117_gate_weights_are_divided_by_the_number_of_experts_a_token_tak
             parameter.copy_(state[ours_name])
     assert len(find_layers(ours)) == 3
     assert difference(logits(ours), logits(theirs)) < 1e-5
+
+
+def test_trap_T117_a_threshold_gives_a_model_the_same_factor_in_a_script_and_in_a_run() -> None:
+    """The block multiplies the result by the number of experts, also where a token takes another number."""
+    model = dist_moe.route(build(small_config(ENCODER)), "threshold")
+    resolved = resolve(encoder(CLASSIFY, "router.selection=threshold"), workers=1)
+    factors = {layer.router.rule.routed_scaling_factor for layer in find_layers(model)}
+    assert factors == {resolved.config.router.scaling_factor} == {1 / TOP_K}

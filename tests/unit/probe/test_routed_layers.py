@@ -12,7 +12,7 @@ import dist_moe
 from dist_moe.errors import UserError
 from dist_moe.probe.in_place import InPlace
 from dist_moe.probe.layers import find_layers
-from dist_moe.probe.routed_layers import find_routed_layers
+from dist_moe.probe.routed_layers import unify_layers
 from dist_moe.probe.router_probe import probe_router
 from tests.families.small import VOCABULARY, build, small_config
 
@@ -50,15 +50,15 @@ def classes_of(model: nn.Module) -> list[type]:
 def test_the_model_computes_the_same_and_so_do_its_copies(family: str) -> None:
     model = made(family)
     changed, parameters, modules = copy.deepcopy(model), dict(model.named_parameters()), list(model.modules())
-    find_routed_layers(changed)
+    unify_layers(changed)
     copied, unpickled = copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))
     wanted = results(model)
     for each in (changed, copied, unpickled):
         assert equal(results(each), wanted)
         assert list(each.state_dict()) == list(model.state_dict())
         assert [type(module).__name__ for module in each.modules()] == [type(module).__name__ for module in modules]
-        assert probe_router(find_routed_layers(each)[-1], None, NO_GROUPS).rule is not None
-    find_routed_layers(model)
+        assert probe_router(unify_layers(each)[-1], None, NO_GROUPS).rule is not None
+    unify_layers(model)
     assert list(model.modules()) == modules, "the same objects"
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
 
@@ -69,11 +69,11 @@ def test_the_rule_of_the_router_is_found_then(family: str) -> None:
         model = build(small_config(family))
     with pytest.raises(UserError, match="in which logits, gate weights and ids of experts cannot be identified"):
         probe_router(find_layers(model)[-1], None, NO_GROUPS)
-    rule = probe_router(find_routed_layers(model)[-1], None, NO_GROUPS).rule
+    rule = probe_router(unify_layers(model)[-1], None, NO_GROUPS).rule
     assert rule is not None
     assert (rule.score, rule.top_k, rule.normalize) == (RULES[family], 2, False)
     classes = classes_of(model)
-    find_routed_layers(model)
+    unify_layers(model)
     assert classes_of(model) == classes, "a second time changes nothing"
 
 
@@ -81,7 +81,7 @@ def test_the_rule_of_the_router_is_found_then(family: str) -> None:
 def test_transformers_records_the_same_logits_of_the_router(family: str) -> None:
     model, tokens = made(family), torch.randint(VOCABULARY, (2, 16))
     before = model.model(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
-    find_routed_layers(model)
+    unify_layers(model)
     after = model.model(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
     assert len(before) and equal(list(after), list(before))
 
@@ -104,7 +104,7 @@ def test_blocks_of_other_kinds_stay_as_they_are() -> None:
     with torch.device("meta"):
         model = build(small_config("mixtral"))
     before = classes_of(model)
-    find_routed_layers(model)
+    unify_layers(model)
     assert classes_of(model) == before
 
 

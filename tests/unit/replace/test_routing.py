@@ -1,7 +1,6 @@
 """`route` changes which experts tokens take, and nothing else of what a family computes."""
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,28 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import dist_moe
-from dist_moe.checkpoint.errors import WeightsError
-from dist_moe.checkpoint.format.hf_folder import read_raw_config
-from dist_moe.moe.router import Router
 from dist_moe.moe.select import ExpertThreshold, ThresholdRouting, TopK
 from dist_moe.probe.layers import find_layers
 from dist_moe.replace.experts import placed_layers
-from tests.attached import EXPERTS, FAMILIES, make_model, tokens, train_on
-
-
-def logits_of(model: Any, seed: int = 0) -> Tensor:
-    """In evaluation mode."""
-    with torch.no_grad():
-        logits: Tensor = model.eval()(input_ids=tokens(seed)).logits
-    return logits
-
-
-def routers(model: nn.Module) -> list[Router]:
-    """The routers of a routed model."""
-    return [module for module in model.modules() if isinstance(module, Router)]
+from tests.attached import EXPERTS, FAMILIES, logits_of, make_model, routers, tokens, train_on
 
 
 def softmax_choice(logits_E: list[float], threshold: float) -> list[int]:
@@ -166,43 +150,6 @@ def test_a_bias_on_the_family_s_scores_is_not_one_on_probabilities(tmp_path: Pat
     assert torch.allclose(logits_of(routed[0]), logits_of(routed[1]), atol=1e-5)
 
 
-def test_its_own_save_pretrained_writes_what_is_opened_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """transformers' own method would write the names of replaced modules, which its classes do not read."""
-    model: Any = dist_moe.route(make_model(), threshold=0.5)
-    model.save_pretrained(tmp_path / "routed")
-    assert "qwen3_moe cannot express this routing" in caplog.text
-    opened = dist_moe.from_pretrained(tmp_path / "routed")
-    assert torch.allclose(logits_of(opened), logits_of(model), atol=1e-5)
-    same: Any = dist_moe.route(make_model("gpt_oss"), "top_k")
-    same.save_pretrained(tmp_path / "same")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "same")
-    assert torch.allclose(logits_of(plain), logits_of(same), atol=1e-5)
-
-
-def test_the_target_of_the_threshold_is_in_the_folder(tmp_path: Path) -> None:
-    model: Any = dist_moe.route(make_model(), threshold=0.5, target_experts_per_token=2.5)
-    model.save_pretrained(tmp_path)
-    opened = dist_moe.from_pretrained(tmp_path)
-    assert [router.target_experts_per_token for router in routers(opened)] == [2.5] * len(routers(model))
-    opened.save_pretrained(tmp_path / "again")
-    assert read_raw_config(tmp_path / "again")["dist_moe"]["target_experts_per_token"] == 2.5
-    raw = read_raw_config(tmp_path)
-    for wrong in (0, 99, "two", True):
-        raw["dist_moe"]["target_experts_per_token"] = wrong
-        (tmp_path / "config.json").write_text(json.dumps(raw))
-        with pytest.raises(WeightsError, match=rf"per_token=.*not a number of experts of {EXPERTS}; correct it"):
-            dist_moe.from_pretrained(tmp_path)
-
-
-def test_a_copy_saves_itself(tmp_path: Path) -> None:
-    model = dist_moe.route(make_model(), "top_k")
-    copied: Any = copy.deepcopy(model)
-    with torch.no_grad():
-        copied.lm_head.weight.zero_()
-    copied.save_pretrained(tmp_path)
-    assert not dist_moe.from_pretrained(tmp_path).get_parameter("lm_head.weight").any()
-
-
 def test_trap_T106_a_trainer_resumes_from_the_folder_that_it_saved(tmp_path: Path) -> None:
     """It loads the tensors of the folder into the model, and says nothing of names that do not match."""
     data = [{"input_ids": row, "labels": row} for row in tokens(0, 32)]
@@ -231,36 +178,6 @@ def test_a_state_with_other_names_is_refused_and_one_of_adapters_is_not() -> Non
             model.load_state_dict(state, strict=False)
         model.load_state_dict({"lm_head.weight": state["lm_head.weight"]}, strict=False)
         model.load_state_dict(copy.deepcopy(model.state_dict()))
-
-
-def test_a_save_on_every_rank_writes_on_the_main_one(tmp_path: Path) -> None:
-    model: Any = dist_moe.route(make_model())
-    model.save_pretrained(tmp_path / "none", is_main_process=False, state_dict=model.state_dict())
-    assert not (tmp_path / "none").exists()
-
-
-def test_settings_of_generation_and_other_files_of_the_folder_stay(tmp_path: Path) -> None:
-    model: Any = make_model()
-    model.generation_config.update(eos_token_id=[2, 5], top_k=7, do_sample=True)
-    model.save_pretrained(tmp_path / "whole")
-    (tmp_path / "routed").mkdir()
-    (tmp_path / "routed" / "adapter_model.safetensors").write_bytes(b"")
-    dist_moe.save_pretrained(dist_moe.route(dist_moe.from_pretrained(tmp_path / "whole")), tmp_path / "routed")
-    opened: Any = dist_moe.from_pretrained(tmp_path / "routed")
-    assert (opened.generation_config.eos_token_id, opened.generation_config.top_k) == ([2, 5], 7)
-    assert (tmp_path / "routed" / "adapter_model.safetensors").exists()
-    dist_moe.save_pretrained(dist_moe.parallelize(model), tmp_path / "routed")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "routed", use_safetensors=True)
-    assert not (tmp_path / "routed" / "model.safetensors.index.json").exists(), "of the earlier save"
-
-
-def test_adapters_are_not_saved_under_other_names(tmp_path: Path) -> None:
-    model: Any = dist_moe.route(make_model())
-    projection = model.model.layers[0].self_attn
-    projection.q_proj = nn.Sequential()
-    projection.q_proj.base_layer = nn.Linear(32, 32)
-    with pytest.raises(dist_moe.UserError, match=r"the model has adapters \(PEFT\); call merge_and_unload"):
-        model.save_pretrained(tmp_path)
 
 
 def test_a_balancer_that_moves_no_bias_leaves_the_routing_as_it_is() -> None:
@@ -398,6 +315,6 @@ def test_a_family_that_cannot_be_saved_so_is_named_at_the_start(caplog: pytest.L
     with caplog.at_level(logging.WARNING, "dist_moe"):
         dist_moe.route(model)
     assert "cannot be saved as a folder with this routing" in caplog.text
-    with pytest.raises(dist_moe.UserError, match=r"\(of_a_script\) cannot be saved with this routing"):
+    with pytest.raises(dist_moe.UserError, match="the of_a_script cannot be saved with this routing"):
         model.save_pretrained("unused")
     assert find_layers(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_moe.model.convert import make_local
 from dist_moe.model.family.experts import FamilyExperts, check_experts, is_swiglu
 from dist_moe.moe.experts import Experts, GroupedExperts
-from dist_moe.probe.routed_layers import find_routed_layers
+from dist_moe.probe.routed_layers import unify_layers
 from tests.families.small import build, small_config
 
 OWN = ("gpt_oss", "nemotron_h", "hy_v4", "minimax_m3_vl", "step3p7", "deepseek_v4", "llama4")
@@ -23,7 +23,7 @@ def make(original: nn.Module, experts: int) -> Experts:
 def experts_of(family: str) -> nn.Module:
     with torch.device("meta"):
         model = build(small_config(family))
-    return find_routed_layers(model)[-1].experts
+    return unify_layers(model)[-1].experts
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gemma4", *OWN])

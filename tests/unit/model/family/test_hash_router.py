@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import dist_moe
 from dist_moe.balancing.losses import RoutingLosses
@@ -17,6 +17,8 @@ from dist_moe.comm.mesh import Mesh
 from dist_moe.model.convert import find_layers
 from dist_moe.model.family.hash_router import HashRouter
 from dist_moe.model.routing import count_record, routing_loss
+from dist_moe.probe.layers import FoundLayer
+from dist_moe.probe.router_probe import probe_router
 from tests.families.small import EXPERTS, TOP_K, VOCABULARY, small_config
 from tests.family_models import ALONE, converted, difference, logits, random_model
 
@@ -136,13 +138,16 @@ def test_a_table_with_another_expert_is_refused(tmp_path: Path, expert: int) -> 
         load_weights(tmp_path, ALONE)
 
 
-def test_the_table_is_in_checkpoints_and_in_the_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_table_is_in_checkpoints_and_in_the_export(tmp_path: Path, plain: bool) -> None:
     theirs, tables = write_folder(tmp_path / "first")
     save_weights(load_weights(tmp_path / "first", ALONE), ALONE, tmp_path / "step-000001", balanced=False)
-    export(tmp_path / "step-000001", tmp_path / "out", "bf16", plain=True)
+    export(tmp_path / "step-000001", tmp_path / "out", "bf16", plain=plain)
     for folder in (tmp_path / "step-000001", tmp_path / "out"):
         again = fixed(load_weights(folder, ALONE))
         assert all(torch.equal(router.table_VK, tables[name]) for name, router in again.items())
+    if not plain:
+        return
     opened = type(theirs).from_pretrained(tmp_path / "out")
     found = {name: each for name, each in opened.named_buffers() if name.endswith("tid2eid")}
     assert found and all(torch.equal(each, tables[name.removesuffix(".gate.tid2eid")]) for name, each in found.items())
@@ -150,7 +155,7 @@ def test_the_table_is_in_checkpoints_and_in_the_export(tmp_path: Path) -> None:
 
 def test_a_routed_model_has_its_tables_and_is_saved_with_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, tables = write_folder(tmp_path / "first")
-    dist_moe.route(model, "threshold", threshold=0.4)
+    dist_moe.route(model, "threshold", threshold=0.4, target_experts_per_token=TOP_K + 1.0)
     assert "model.layers.0.mlp is routed as before" in caplog.text
     routers = fixed(model)
     assert all(torch.equal(router.table_VK, tables[name]) for name, router in routers.items())
@@ -159,10 +164,35 @@ def test_a_routed_model_has_its_tables_and_is_saved_with_them(tmp_path: Path, ca
     assert all(torch.equal(router.table_VK, tables[name]) for name, router in fixed(again).items())
     assert difference(logits(again), logits(model.eval())) < SAME
     others = [layer.router for layer in find_layers(again) if layer.name not in routers]
-    assert others and all(router.threshold == pytest.approx(0.4) for router in others)
+    for router in others:
+        assert router.threshold is not None
+        router.threshold.fill_(0.25)
+    assert others and not any(router.threshold for router in fixed(again).values())
+    assert all(router.target_experts_per_token == TOP_K + 1 for router in others)
+    balancer = dist_moe.balance(again.train(), "adaptive_weight", rate=0.1)._core
+    assert balancer.threshold == 0.25
 
 
 def test_a_model_with_tables_alone_is_not_routed() -> None:
     model = random_model(FAMILY, mlp_layer_types=["hash_moe"] * 3).theirs
     with pytest.raises(dist_moe.UserError, match=r"no layer can be routed by another rule: model.layers.0.mlp"):
         dist_moe.route(model)
+
+
+class Segmented(nn.Module):
+    """Selects by its logits, and has a table of integers for something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, 16))
+        self.register_buffer("segments", torch.arange(32 * TOP_K).view(32, TOP_K) % EXPERTS)
+
+    def forward(self, hidden: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = hidden @ self.weight.T
+        return logits, *logits.softmax(dim=-1).topk(TOP_K)
+
+
+def test_trap_T120_a_table_that_the_router_does_not_select_by_is_not_one() -> None:
+    layer = FoundLayer("mlp", nn.Module(), Segmented(), nn.Module())
+    with pytest.raises(dist_moe.UserError, match="its experts are not those of its segments"):
+        probe_router(layer, None)
