@@ -150,7 +150,7 @@ def test_a_model_with_a_head_of_transformers_is_not_saved_with_another_routing(t
     dist_moe.route(theirs)
     with pytest.raises(
         dist_moe.UserError,
-        match="class OpenAIPrivacyFilterForTokenC.*encoders are trained as base models",
+        match=r"class OpenAIPrivacyFilterForTokenC.*encoders are trained as base models",
     ):
         theirs.save_pretrained(tmp_path / "routed")
     assert not (tmp_path / "routed").exists()
