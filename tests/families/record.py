@@ -16,7 +16,7 @@ from dist_moe.families.model_class import find_language_model_class, language_mo
 from dist_moe.model.convert import make_local, remove_unreached
 from dist_moe.model.family.experts import check_experts
 from dist_moe.moe.select import TopK
-from dist_moe.probe.layers import FoundLayer, expert_groups
+from dist_moe.probe.layers import FoundLayer, expert_groups, find_layers
 from dist_moe.probe.own_bias import find_own_bias
 from dist_moe.probe.routed_layers import unify_layers
 from dist_moe.probe.router_probe import Probed, probe_router
@@ -46,6 +46,7 @@ def make_record(family: str) -> dict[str, Any]:
     if rule is None:
         raise UserError(probed.reason or "its router selects by none of the known rules")
     _check_experts(layer)
+    _check_runs(family)
     return {
         "model_type": config.model_type,
         "encoder": encoder or None,
@@ -182,6 +183,18 @@ def _check_experts(layer: FoundLayer) -> None:
         raise UserError(str(error)) from None
     except Exception as error:  # modules of another library raise errors of any type
         raise UserError(f"its experts are called in another way ({type(error).__name__}: {error})") from None
+
+
+@torch.no_grad()
+def _check_runs(family: str) -> None:
+    """Raise UserError where a forward of the model runs a layer more than once: a record holds one run."""
+    model: Any = _build_trained(family).eval()
+    runs: list[str] = []
+    for layer in find_layers(model):
+        layer.router.register_forward_pre_hook(lambda module, args, name=layer.name: runs.append(name))
+    model(input_ids=torch.randint(VOCABULARY, (1, LENGTH // 4)), use_cache=False)
+    if repeated := sorted({name for name in runs if runs.count(name) > 1}):
+        raise UserError(f"a forward runs {repeated[0]} {runs.count(repeated[0])} times")
 
 
 @functools.cache
