@@ -124,7 +124,8 @@ def _tried(kind: type[Result], attempt: Callable[[], Result]) -> Result:
     try:
         return attempt()
     except Exception as error:  # models of another library raise errors of any type
-        return kind(reason=f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
+        said = " ".join(str(error).split()).replace(f"{tempfile.gettempdir()}/", "")
+        return kind(reason=f"{type(error).__name__}: {said[-300:]}")
     finally:
         signal.alarm(0)
 
