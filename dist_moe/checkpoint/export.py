@@ -182,9 +182,8 @@ def _write_folder(source: Path, model: Path, partial: Path, dtype: Dtype) -> Non
 def _target_dtype(stored: StoredTensor, dtype: Dtype) -> str:
     """The dtype in which a tensor is written, by safetensors' name."""
     # A selection bias in bf16 would lose the 0.001 that one step adds to it.
-    if dtype == "keep" or BIAS_PATTERN.fullmatch(stored.name) or stored.name.endswith(".threshold"):
-        return stored.dtype
-    if stored.dtype in INTEGER_DTYPES:  # of a table
+    is_state = BIAS_PATTERN.fullmatch(stored.name) or stored.name.endswith(".threshold")
+    if dtype == "keep" or is_state or stored.dtype in INTEGER_DTYPES:
         return stored.dtype
     if stored.dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{stored.name!a} is {stored.dtype}, not {', '.join(FLOAT_DTYPES)}; use --dtype keep")

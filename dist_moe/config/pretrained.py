@@ -30,6 +30,8 @@ from dist_moe.untrusted import printable, read_json
 
 OWN_PREFIX = "dist_moe_"
 """Prefix of the model_type of a weights folder whose routing the architecture cannot express."""
+SECTION = "dist_moe"
+"""Key of what the family's own fields cannot express, in the config.json of such a folder."""
 SETTINGS = "config.json"
 PRETRAINED_KEY, UPCYCLE_KEY = "model.pretrained", "model.upcycle_from"
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
@@ -295,7 +297,7 @@ def _stated(source: WeightsSource, config: Config, cls: Any, known: set[str]) ->
     upcycled = source.key == PRETRAINED_KEY and ARCHITECTURES[architecture].feed_forward is not None
     if upcycled and (wrong := _without_experts(raw)):
         return refuse(wrong, "export it again, or give another folder")
-    routing = raw.pop("dist_moe", {})
+    routing = raw.pop(SECTION, {})
     raw["model_type"] = architecture
     try:
         settings = cls.from_dict(cls._decode_special_floats(raw))  # the infinite ends of ranges

@@ -143,7 +143,7 @@ def _convert_probed(
 def remove_unreached(model: nn.Module, untrained: tuple[str, ...]) -> None:
     """Remove the MoE layers that no token of a text reaches: those for the images of a multimodal model."""
     for found in find_experts(model):
-        if untrained and found.name.endswith(untrained):
+        if found.name.endswith(untrained):
             owner, _, name = found.name.rpartition(".")
             setattr(model.get_submodule(owner), name, None)
 

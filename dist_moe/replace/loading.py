@@ -8,7 +8,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dist_moe.checkpoint.errors import WeightsError
 from dist_moe.checkpoint.format.hf_folder import read_raw_config
-from dist_moe.checkpoint.format.hf_weights import SECTION, TARGET, load_weights, read_config
+from dist_moe.checkpoint.format.hf_weights import TARGET, load_weights, read_config
+from dist_moe.config.pretrained import SECTION
 from dist_moe.families.registry import family_of
 from dist_moe.model.convert import find_layers
 from dist_moe.replace.parallel import Degree, mesh_of, prepare

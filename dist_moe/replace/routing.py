@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dist_moe.attach.observer import check_free
+from dist_moe.checkpoint.format.hf_weights import TARGET
 from dist_moe.checkpoint.format.model_tensors import SINGLE_RANK
 from dist_moe.config.balancing import selection_violations
 from dist_moe.config.combinations import refusal
@@ -28,7 +29,6 @@ Selection = Literal["top_k", "threshold", "expert_threshold"]
 FIELDS = ("threshold", "target_experts_per_token", "max_experts", "min_experts", "top_k", "score", "normalize",
           "scaling_factor")  # fmt: skip
 """Fields of the section `router` of a configuration that `route` takes."""
-TARGET = "target_experts_per_token"
 POLICY_OF = {"top_k": "none", "threshold": "none", "expert_threshold": "expert_threshold"}
 """A policy with which a selection is possible."""
 logger = logging.getLogger("dist_moe")

@@ -60,6 +60,7 @@ def make_record(family: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def is_encoder(family: str) -> bool:
     """Whether transformers has no language model of a family, but a text model whose tokens see later ones."""
     config = small_config(family)

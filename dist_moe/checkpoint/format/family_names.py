@@ -70,6 +70,7 @@ class FamilyNames(NamedTuple):
         prefix: What the names of the layers' tensors in the files begin with.
         others: The tensors in the files that begin with it and belong to parts of the layers that are not in this
             package's model, by their names there.
+        base: What the names of all tensors begin with in the files of a model that has this one as a part.
     """
 
     stored: Mapping[str, str]
@@ -79,6 +80,7 @@ class FamilyNames(NamedTuple):
     pieces: Mapping[str, tuple[Piece, ...]] = {}
     prefix: str = ""
     others: frozenset[str] = frozenset()
+    base: str = ""
 
     def below(self, prefix: str) -> "FamilyNames":
         """Return the names where each begins with a prefix: in the files of a model that has this one as a part."""
@@ -90,6 +92,7 @@ class FamilyNames(NamedTuple):
             {ours: tuple(p._replace(name=prefix + p.name) for p in each) for ours, each in self.pieces.items()},
             prefix + self.prefix,
             frozenset(prefix + name for name in self.others),
+            prefix,
         )
 
 

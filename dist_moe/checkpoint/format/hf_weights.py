@@ -41,7 +41,7 @@ from dist_moe.checkpoint.format.model_tensors import (
 from dist_moe.checkpoint.format.shard_reader import ShardReader, write_tensors
 from dist_moe.comm.mesh import Mesh
 from dist_moe.config import Resolved
-from dist_moe.config.pretrained import OWN_PREFIX
+from dist_moe.config.pretrained import OWN_PREFIX, SECTION
 from dist_moe.engine.optimizer_shards import MASTER
 from dist_moe.families.composite import is_composite, language_model_settings
 from dist_moe.families.model_class import find_model_class, is_part, model_class
@@ -54,7 +54,7 @@ from dist_moe.model.head import HEAD_TENSOR, LANGUAGE_MODEL_HEAD, describe_head,
 from dist_moe.moe.select import ExpertThreshold, RandomRouting, Rule, ThresholdRouting, TopK
 from dist_moe.text import counted
 
-SECTION, TARGET = "dist_moe", "target_experts_per_token"  # keys of config.json
+TARGET = "target_experts_per_token"  # key in SECTION
 # The names of selection rules in config.json; "forced" is random routing, by its name in the first version.
 RULES: dict[str, type[Rule]] = {
     "top_k": TopK,
@@ -240,7 +240,7 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
         for layer in find_layers(model)
     }
     wanted, raw = _rank_tensors(model, mesh, folder), read_raw_config(folder)
-    names, prefix = names_of(folder, model.config), _prefix_in(folder, model.config)
+    names = names_of(folder, model.config)
     # What the class itself ignores, such as DeepSeek-V3's layer that predicts further tokens.
     ignored = list(model._keys_to_ignore_on_load_unexpected or ())
     if is_multimodal := is_composite(raw):
@@ -252,7 +252,7 @@ def find_weights(model: PreTrainedModel, mesh: Mesh, folder: Path) -> dict[str, 
             # A model without this head, whose own head has no place in a model that classifies.
             del wanted[HEAD_TENSOR]
             ignored.append(LANGUAGE_MODEL_HEAD)
-    ignored += [rf"^(?!{re.escape(prefix)})"] if prefix else []  # the head of a class of transformers
+    ignored += [rf"^(?!{re.escape(names.base)})"] if names.base else []  # the head of a class of transformers
     return find_sources(folder, parts_in_files(wanted, names), experts, ignored, names, is_multimodal)
 
 
@@ -361,7 +361,7 @@ def names_of(folder: Path, config: PretrainedConfig) -> FamilyNames:
         found = family_names(config, raw) or NO_NAMES
     except ValueError as error:
         raise WeightsError(f"{folder} cannot be used ({error}); give another folder") from None
-    return found.below(_prefix_in(folder, config))
+    return found.below(prefix) if (prefix := _prefix_in(folder, config)) else found
 
 
 def _prefix_in(folder: Path, config: PretrainedConfig) -> str:
